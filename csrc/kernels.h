@@ -1,0 +1,60 @@
+// Every native entry point of slimkernels and its preconditions.
+//
+// The caller (slimkernels/kernels/native.py for the CPU, kernels/cuda.py for CUDA) has checked device, dtype, strides and
+// bounds; nothing here checks them again. Entry points return 0 on success and one of the SLIM_ERROR codes otherwise.
+// C types only: this header is included by translation units built for different instruction sets.
+#pragma once
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define SLIM_HIDDEN __attribute__((visibility("hidden")))
+#else
+#define SLIM_HIDDEN
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum { SLIM_OK = 0, SLIM_ERROR_NO_MEMORY = 1, SLIM_ERROR_UNSUPPORTED = 2, SLIM_ERROR_CUDA = 3 };
+
+// ---------------------------------------------------------------- CPU
+
+// Block-sparse 2-D convolution, fp32, channels-last:
+//   y[n,p,q,o] = epilogue(bias[o] + sum over stored (tap,c) of weight[o,tap,c] * x[n, p*stride_h - pad_h + r*dil_h, ..., c])
+//
+// The weight is a *strip pack*: output channels are cut into ceil(c_out / strip) strips of `strip` (8, 16 or 32) channels; for strip i
+// and tap t the entries tap_ptr[i*taps + t] .. tap_ptr[i*taps + t + 1] each hold an input channel and `strip` weights (zero where
+// the pattern stores nothing or the channel lies beyond c_out). taps = r*s, tap = row*s + column. Entries of one (strip, tap)
+// are sorted by channel.
+//
+// Preconditions: x is (n,h,w,c_in), y is (n,p,q,c_out), or (n,p/2,q/2,c_out) with pool, both contiguous in that order and not overlapping;
+// n,p,q,c_out >= 1; every channel in [0, c_in); tap_ptr non-decreasing from 0; h*w*c_in, p*q*c_out and the entry count below 2^31.
+// A linear layer is h = w = r = s = 1.
+typedef struct SlimConv2dF32 {
+  const float* x;
+  float* y;
+  const float* bias;         // c_out values, or NULL
+  const float* weights;      // (entries, strip)
+  const int32_t* channels;   // (entries)
+  const int32_t* tap_ptr;    // (ceil(c_out/strip) * r*s + 1)
+  int64_t n, h, w, c_in, c_out, p, q;
+  int32_t r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w;
+  int32_t strip;             // 8, 16 or 32
+  int32_t relu;              // 0 or 1: y = max(y, 0), NaN kept
+  int32_t pool;              // 0 or 1: 2x2 stride-2 max-pool (floor) after the ReLU, NaN kept
+  int32_t threads;           // >= 1; with 1 no parallel region is entered
+} SlimConv2dF32;
+
+SLIM_HIDDEN int slim_conv2d_f32_scalar(const SlimConv2dF32* a);
+SLIM_HIDDEN int slim_conv2d_f32_avx2(const SlimConv2dF32* a);
+SLIM_HIDDEN int slim_conv2d_f32_avx512(const SlimConv2dF32* a);
+
+// _C.conv2d_f32(isa, x, y, bias, weights, channels, tap_ptr, n, h, w, c_in, c_out, p, q, r, s, stride_h, stride_w, pad_h, pad_w,
+//               dil_h, dil_w, strip, relu, pool, threads): the members above in order; pointers as integers, 0 for NULL.
+
+// ---------------------------------------------------------------- CUDA
+
+#ifdef __cplusplus
+}
+#endif
