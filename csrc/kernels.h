@@ -55,6 +55,64 @@ SLIM_HIDDEN int slim_conv2d_f32_avx512(const SlimConv2dF32* a);
 
 // ---------------------------------------------------------------- CUDA
 
+// Every entry launches on `stream` (a cudaStream_t) of `device` and returns without waiting; the calling thread's current device is
+// restored. Sums are fp32 whatever the dtype. Offsets are 64-bit. SLIM_ERROR_UNSUPPORTED: more tiles than a grid holds.
+
+enum { SLIM_DTYPE_F32 = 0, SLIM_DTYPE_F16 = 1, SLIM_DTYPE_BF16 = 2 };
+
+// Block-sparse 2-D convolution, channels-last, directly on the BSR weight (slimkernels.formats.BSRWeight):
+//   y[n,p,q,o] = epilogue(bias[o] + sum over stored (tap,c) of weight[o,tap,c] * x[n, p*stride_h - pad_h + r*dil_h, ..., c])
+// Preconditions: x is (n,h,w,c_in), y is (n,p,q,c_out), values is (nnz_blocks,block_out,block_in), all contiguous in that order and of
+// `dtype`; crow_indices is (ceil(c_out/block_out) + 1), col_indices is (nnz_blocks), every column in [0, r*s*ceil(c_in/block_in));
+// n,p,q,c_out >= 1; r*s*c_in rounded up to blocks below 2^31. A linear layer is h = w = r = s = 1.
+typedef struct SlimCudaBsrConv2d {
+  const void* x;
+  void* y;
+  const void* bias;  // c_out values of `dtype`, or NULL
+  const void* values;
+  const int32_t* crow_indices;
+  const int32_t* col_indices;
+  int64_t n, h, w, c_in, c_out, p, q;
+  int32_t r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w;
+  int32_t block_out, block_in;
+  int32_t relu;  // 0 or 1: y = max(y, 0), NaN kept
+  int32_t dtype;
+  int32_t device;
+  void* stream;
+} SlimCudaBsrConv2d;
+
+// Fused low-rank linear layer: y = epilogue((x V^T) U^T + bias), the (m, rank) product held in shared memory as fp32.
+// Preconditions: x is (m,in), v is (rank,in), u is (out,rank), y is (m,out), all contiguous and of `dtype`; m,in,out >= 1;
+// 1 <= rank <= SLIM_CUDA_MAX_FUSED_RANK.
+typedef struct SlimCudaLowRankLinear {
+  const void* x;
+  void* y;
+  const void* bias;  // out values of `dtype`, or NULL
+  const void* u;
+  const void* v;
+  int64_t m, in, out, rank;
+  int32_t relu;
+  int32_t dtype;
+  int32_t device;
+  void* stream;
+} SlimCudaLowRankLinear;
+
+// (32 + 1) fp32 rows of this length and the staging tiles fill 97 000 of the 101 376 bytes of shared memory that every GPU
+// from sm_80 on offers to one block.
+enum { SLIM_CUDA_MAX_FUSED_RANK = 640 };
+
+SLIM_HIDDEN int slim_cuda_bsr_conv2d(const SlimCudaBsrConv2d* a);
+SLIM_HIDDEN int slim_cuda_low_rank_linear(const SlimCudaLowRankLinear* a);
+
+// NULL when the driver serves this build's CUDA runtime, else CUDA's reason (no device, driver too old, ...).
+SLIM_HIDDEN const char* slim_cuda_unavailable_reason(void);
+// The last CUDA error of the calling thread, "" before any.
+SLIM_HIDDEN const char* slim_cuda_error_message(void);
+// CUDART_VERSION of this build, 13000 for CUDA 13.0.
+SLIM_HIDDEN int slim_cuda_version(void);
+
+// _C.cuda_bsr_conv2d(x, y, bias, ..., stream), _C.cuda_low_rank_linear(x, y, ..., stream): the members above in order.
+
 #ifdef __cplusplus
 }
 #endif

@@ -1,0 +1,131 @@
+// slimkernels._C: the entry points of kernels.h for Python. Pointers and streams are integers, 0 for NULL; the status code is
+// returned; the GIL is released while a kernel runs. Nothing is checked here but the instruction set, since an unsupported one
+// would kill the process.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "slim_build_config.h"
+
+namespace py = pybind11;
+
+namespace {
+
+template <typename T = void>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+struct Isa {
+  const char* name;
+  int (*conv2d_f32)(const SlimConv2dF32*);
+  bool supported;
+};
+
+const std::vector<Isa>& compiled_isas() {
+  static const std::vector<Isa> isas = [] {
+    std::vector<Isa> list;
+#if defined(__x86_64__) && (SLIM_HAVE_AVX512 || SLIM_HAVE_AVX2)
+    __builtin_cpu_init();  // includes the operating system's consent (XCR0)
+#endif
+#if SLIM_HAVE_AVX512
+    list.push_back({"avx512", slim_conv2d_f32_avx512,
+                    __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("fma")});
+#endif
+#if SLIM_HAVE_AVX2
+    list.push_back({"avx2", slim_conv2d_f32_avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")});
+#endif
+    list.push_back({"scalar", slim_conv2d_f32_scalar, true});
+    return list;
+  }();
+  return isas;
+}
+
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (const Isa& isa : compiled_isas()) {
+    if (isa.supported) names.push_back(isa.name);
+  }
+  return names;
+}
+
+int conv2d_f32(const std::string& isa, uintptr_t x, uintptr_t y, uintptr_t bias, uintptr_t weights, uintptr_t channels,
+               uintptr_t tap_ptr, int64_t n, int64_t h, int64_t w, int64_t c_in, int64_t c_out, int64_t p, int64_t q, int32_t r,
+               int32_t s, int32_t stride_h, int32_t stride_w, int32_t pad_h, int32_t pad_w, int32_t dil_h, int32_t dil_w,
+               int32_t strip, int32_t relu, int32_t pool, int32_t threads) {
+  for (const Isa& candidate : compiled_isas()) {
+    if (isa != candidate.name || !candidate.supported) continue;
+    const SlimConv2dF32 a = {pointer<const float>(x), pointer<float>(y), pointer<const float>(bias),
+                             pointer<const float>(weights), pointer<const int32_t>(channels), pointer<const int32_t>(tap_ptr),
+                             n, h, w, c_in, c_out, p, q, r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w,
+                             strip, relu, pool, threads};
+    py::gil_scoped_release release;
+    return candidate.conv2d_f32(&a);
+  }
+  return SLIM_ERROR_UNSUPPORTED;
+}
+
+py::dict build_info() {
+  py::dict info;
+  std::vector<std::string> names;
+  for (const Isa& isa : compiled_isas()) names.push_back(isa.name);
+  info["isas"] = names;
+  info["compiler"] =
+#if defined(__clang__)
+      "clang " __clang_version__;
+#else
+      "gcc " __VERSION__;
+#endif
+  info["openmp"] = bool(SLIM_HAVE_OPENMP);
+  info["cuda"] = bool(SLIM_HAVE_CUDA);
+  info["cuda_archs"] = SLIM_CUDA_ARCHS;
+#if SLIM_HAVE_CUDA
+  info["cuda_version"] = slim_cuda_version();
+#else
+  info["cuda_version"] = py::none();
+#endif
+  return info;
+}
+
+#if SLIM_HAVE_CUDA
+int cuda_bsr_conv2d(uintptr_t x, uintptr_t y, uintptr_t bias, uintptr_t values, uintptr_t crow_indices, uintptr_t col_indices,
+                    int64_t n, int64_t h, int64_t w, int64_t c_in, int64_t c_out, int64_t p, int64_t q, int32_t r, int32_t s,
+                    int32_t stride_h, int32_t stride_w, int32_t pad_h, int32_t pad_w, int32_t dil_h, int32_t dil_w,
+                    int32_t block_out, int32_t block_in, int32_t relu, int32_t dtype, int32_t device, uintptr_t stream) {
+  const SlimCudaBsrConv2d a = {pointer<const void>(x), pointer(y), pointer<const void>(bias), pointer<const void>(values),
+                               pointer<const int32_t>(crow_indices), pointer<const int32_t>(col_indices),
+                               n, h, w, c_in, c_out, p, q, r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w,
+                               block_out, block_in, relu, dtype, device, pointer(stream)};
+  py::gil_scoped_release release;
+  return slim_cuda_bsr_conv2d(&a);
+}
+
+int cuda_low_rank_linear(uintptr_t x, uintptr_t y, uintptr_t bias, uintptr_t u, uintptr_t v, int64_t m, int64_t in, int64_t out,
+                         int64_t rank, int32_t relu, int32_t dtype, int32_t device, uintptr_t stream) {
+  const SlimCudaLowRankLinear a = {pointer<const void>(x), pointer(y), pointer<const void>(bias), pointer<const void>(u),
+                                   pointer<const void>(v), m, in, out, rank, relu, dtype, device, pointer(stream)};
+  py::gil_scoped_release release;
+  return slim_cuda_low_rank_linear(&a);
+}
+#endif
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native kernels of slimkernels; csrc/kernels.h holds every function's preconditions.";
+  m.def("isas", &isas, "Instruction sets that are compiled in and supported by this CPU, best first.");
+  m.def("build_info", &build_info, "What this module was compiled with.");
+  m.def("conv2d_f32", &conv2d_f32, "(isa, members of SlimConv2dF32 in order) -> status");
+#if SLIM_HAVE_CUDA
+  m.attr("CUDA_MAX_FUSED_RANK") = int(SLIM_CUDA_MAX_FUSED_RANK);
+  m.def("cuda_bsr_conv2d", &cuda_bsr_conv2d, "(members of SlimCudaBsrConv2d in order) -> status");
+  m.def("cuda_low_rank_linear", &cuda_low_rank_linear, "(members of SlimCudaLowRankLinear in order) -> status");
+  m.def("cuda_error_message", &slim_cuda_error_message, "The last CUDA error of this thread.");
+  m.def("cuda_unavailable_reason", &slim_cuda_unavailable_reason, "None when the driver serves this build, else why not.");
+#endif
+}

@@ -1,0 +1,69 @@
+"""slimkernels: pruned and factorized networks as fast as their FLOP count promises.
+
+    >>> import slimkernels as sk
+    >>> sk.prune_(model, sparsity=0.875, block_shape=(16, 1))    # doctest: +SKIP
+    >>> fast = sk.convert(model, example_inputs=x)               # doctest: +SKIP
+    >>> print(sk.explain(fast))                                  # doctest: +SKIP
+
+Importing this package imports torch alone; every public name is loaded at its first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "BSRWeight": "formats",
+    "BlockMask": "formats",
+    "LowRankWeight": "formats",
+    "ModelPlan": "plan",
+    "LayerPlan": "plan",
+    "Policy": "plan",
+    "analyze": "analysis",
+    "convert": "conversion",
+    "distill": "compress.distill",
+    "evaluate": "compress.train",
+    "explain": "conversion",
+    "factorize_": "compress.factorize",
+    "finalize_": "compress.prune",
+    "fine_tune": "compress.train",
+    "load": "checkpoint",
+    "masks": "compress.prune",
+    "prune_": "compress.prune",
+    "save": "checkpoint",
+    "update_pattern": "pattern",
+}
+_SUBMODULES = ("compress", "formats", "kernels", "models", "nn", "ops")
+
+__all__ = [*_PUBLIC, *_SUBMODULES, "__version__"]
+
+if TYPE_CHECKING:
+    from slimkernels import compress, formats, kernels, models, nn, ops
+    from slimkernels.analysis import analyze
+    from slimkernels.checkpoint import load, save
+    from slimkernels.compress.distill import distill
+    from slimkernels.compress.factorize import factorize_
+    from slimkernels.compress.prune import finalize_, masks, prune_
+    from slimkernels.compress.train import evaluate, fine_tune
+    from slimkernels.conversion import convert, explain
+    from slimkernels.formats import BlockMask, BSRWeight, LowRankWeight
+    from slimkernels.pattern import update_pattern
+    from slimkernels.plan import LayerPlan, ModelPlan, Policy
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        value = getattr(importlib.import_module(f"slimkernels.{_PUBLIC[name]}"), name)
+    elif name in _SUBMODULES:
+        value = importlib.import_module(f"slimkernels.{name}")
+    else:
+        raise AttributeError(f"module 'slimkernels' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

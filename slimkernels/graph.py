@@ -1,0 +1,212 @@
+"""Structure of a model: copies of it, hooks, and which layer feeds which.
+
+The `torch.fx` graph is analysis only: a model is never rebuilt from it. A model that cannot be traced gives a graph without
+followers and the reason why.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize, prune
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+# Every combination of given and defaulted optional arguments is traced; 2^4 traces of a large model still take about a second.
+_MAX_OPTIONAL_ARGUMENTS = 4
+_REPARAMETRIZING_HOOKS = (prune.BasePruningMethod, WeightNorm, SpectralNorm)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def copy_model(model: nn.Module, *, share_parameters: bool = False) -> nn.Module:
+    """A deep copy of ``model``; tensors that torch refuses to copy (a pruned layer's computed weight) are detached first.
+
+    Args:
+        model: any module; it stays untouched.
+        share_parameters: keep the parameters themselves, so that a copy made to look at costs no memory.
+
+    Raises:
+        TypeError: the model holds something that Python cannot copy.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in itertools.chain(vars(module).values(), module._buffers.values()):
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+        if share_parameters:
+            memo.update((id(p), p) for p in module._parameters.values() if p is not None)
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise TypeError(f"convert: expected a model that can be copied, got {type(model).__name__}: {error}") from error
+
+
+def scratch_copy(model: nn.Module, *, training: bool = False) -> nn.Module:
+    """A copy to run or trace: own buffers, shared parameters, no hooks of the user's (they would see calls of ours)."""
+    scratch = copy_model(model, share_parameters=True)
+    for module in scratch.modules():
+        for name in _HOOKS:
+            hooks = getattr(module, name, None)
+            for key in [k for k, hook in (hooks or {}).items() if not isinstance(hook, _REPARAMETRIZING_HOOKS)]:
+                del hooks[key]
+    nn.Module.train(scratch, training)
+    return scratch
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether the module carries a forward or backward hook other than those by which torch recomputes a weight."""
+    return any(
+        not isinstance(hook, _REPARAMETRIZING_HOOKS) for name in _HOOKS for hook in (getattr(module, name) or {}).values()
+    )
+
+
+def bake(module: nn.Module) -> None:
+    """Replaces a computed weight or bias by its current value, in place: pruning masks, parametrizations, weight and spectral norm."""
+    if parametrize.is_parametrized(module):
+        for name in list(module.parametrizations):  # type: ignore[arg-type, union-attr]
+            with torch.no_grad():
+                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if isinstance(hook, prune.BasePruningMethod):
+            prune.remove(module, hook._tensor_name)
+        elif isinstance(hook, WeightNorm | SpectralNorm):
+            hook.remove(module)
+            module._forward_pre_hooks.pop(key, None)
+
+
+def parametrized_type(module: nn.Module) -> type[nn.Module]:
+    """The class of a module, looking through torch's parametrization, which replaces it by a subclass."""
+    return parametrize.type_before_parametrizations(module)
+
+
+def ancestors(name: str) -> list[str]:
+    """Names of the modules that contain ``name``, outermost (``""``, the model) first."""
+    if not name:
+        return []
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(len(parts))]
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Puts ``new`` where ``name`` is."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)
+
+
+def unique_names(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules registered under exactly one name."""
+    named = list(model.named_modules(remove_duplicate=False))
+    counts = Counter(id(module) for _, module in named)
+    return {name: module for name, module in named if counts[id(module)] == 1}
+
+
+@dataclass(frozen=True)
+class ModelGraph:
+    """Who calls what.
+
+    Attributes:
+        reason: why the model could not be traced; None when it was.
+        calls: how often the forward calls each module.
+        follower: ``a -> b`` where the output of ``a``, called once, goes to ``b`` alone, called once, and ``b`` takes nothing else.
+        tensor_reads: modules whose parameters or buffers the forward reads itself, past the module's own call.
+    """
+
+    reason: str | None = None
+    calls: dict[str, int] = field(default_factory=dict)
+    follower: dict[str, str] = field(default_factory=dict)
+    tensor_reads: frozenset[str] = frozenset()
+
+    def chain(self, name: str) -> Iterator[str]:
+        """The followers of ``name``, nearest first."""
+        while name in self.follower:
+            name = self.follower[name]
+            yield name
+
+
+class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if isinstance(m, _CONTAINERS):
+            return False
+        return type(m).__module__.startswith(("torch.nn", "slimkernels.nn", "torch.ao")) or super().is_leaf_module(
+            m, module_qualified_name
+        )
+
+
+def opaque_ancestor(model: nn.Module, name: str) -> str | None:
+    """Type name of an enclosing torch layer that may read this module's tensors itself (MultiheadAttention), or None."""
+    for ancestor in ancestors(name)[1:]:
+        module = model.get_submodule(ancestor)
+        if not isinstance(module, _CONTAINERS) and type(module).__module__.startswith("torch.nn"):
+            return type(module).__name__
+    return None
+
+
+def trace(model: nn.Module, *, training: bool = False) -> ModelGraph:
+    """The call structure of ``model`` in the given mode. Never raises: what cannot be traced gives ``reason``."""
+    try:
+        scratch = scratch_copy(model, training=training)
+        signature = inspect.signature(type(scratch).forward)
+        optional = {
+            name: p.default
+            for name, p in list(signature.parameters.items())[1:]
+            if p.default is not inspect.Parameter.empty and p.kind is not inspect.Parameter.KEYWORD_ONLY
+        }
+        keyword_only = [p.name for p in signature.parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
+        if keyword_only or len(optional) > _MAX_OPTIONAL_ARGUMENTS:
+            which = ", ".join(keyword_only) if keyword_only else f"{len(optional)} optional arguments"
+            return ModelGraph(reason=f"its forward takes {which}, whose every use cannot be traced")
+        graphs = []
+        for given in itertools.product((False, True), repeat=len(optional)):
+            concrete = {name: default for (name, default), g in zip(optional.items(), given) if not g}
+            tracer = _Tracer()
+            graphs.append(_structure(scratch, tracer.trace(scratch, concrete_args=concrete or None)))
+    except Exception as error:  # user code runs under the tracer and may raise anything
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
+        return ModelGraph(reason=f"torch.fx cannot trace it ({type(error).__name__}: {first_line})")
+    calls: Counter[str] = Counter()
+    for graph in graphs:
+        calls |= Counter(graph.calls)
+    followers = [
+        {(a, b) for a, b in g.follower.items()} | {(a, None) for a in calls if a not in g.follower} for g in graphs
+    ]
+    agreed = set.intersection(*followers)
+    return ModelGraph(
+        calls=dict(calls),
+        follower={a: b for a, b in agreed if b is not None},
+        tensor_reads=frozenset().union(*(g.tensor_reads for g in graphs)),
+    )
+
+
+def _structure(model: nn.Module, graph: fx.Graph) -> ModelGraph:
+    calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
+    reads = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
+    follower = {}
+    for node in graph.nodes:
+        if node.op != "call_module" or calls[str(node.target)] != 1:
+            continue
+        target = _single_consumer(model, node)
+        if target is not None and calls[str(target.target)] == 1:
+            follower[str(node.target)] = str(target.target)
+    return ModelGraph(calls=dict(calls), follower=follower, tensor_reads=frozenset(reads))
+
+
+def _single_consumer(model: nn.Module, node: fx.Node) -> fx.Node | None:
+    """The module call that alone takes the output of ``node``, looking through nn.Identity."""
+    while True:
+        users = list(node.users)
+        if len(users) != 1 or users[0].op != "call_module" or users[0].args != (node,) or users[0].kwargs:
+            return None
+        if type(model.get_submodule(str(users[0].target))) is not nn.Identity:
+            return users[0]
+        node = users[0]

@@ -1,0 +1,198 @@
+"""Problem descriptions: what a kernel is asked to do, without its tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, TypeAlias
+
+import torch
+
+
+def conv_output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    """Output size of a convolution along one axis."""
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def taps_in_image(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    """Number of (output position, tap) pairs along one axis whose input lies inside the image."""
+    out = conv_output_size(size, kernel, stride, padding, dilation)
+    return sum(0 <= i * stride - padding + t * dilation < size for t in range(kernel) for i in range(out))
+
+
+class Request(NamedTuple):
+    """The part of a problem that decides which kernels take it (shapes of activations left out)."""
+
+    op: str
+    dtype: torch.dtype
+    device: str
+    block_shape: tuple[int, int]
+    epilogue: str
+
+
+@dataclass(frozen=True)
+class ConvProblem:
+    """A block-sparse convolution."""
+
+    n: int
+    c_in: int
+    h: int
+    w: int
+    c_out: int
+    r: int
+    s: int
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    block_shape: tuple[int, int]
+    nnz_blocks: int
+    dtype: torch.dtype
+    device: str
+    epilogue: str = "none"
+    op: ClassVar[str] = "bsr_conv2d"
+
+    @property
+    def p(self) -> int:
+        """Output height before pooling."""
+        return conv_output_size(self.h, self.r, self.stride[0], self.padding[0], self.dilation[0])
+
+    @property
+    def q(self) -> int:
+        """Output width before pooling."""
+        return conv_output_size(self.w, self.s, self.stride[1], self.padding[1], self.dilation[1])
+
+    @property
+    def stored_share(self) -> float:
+        """Stored weights (padded entries included) over all weights."""
+        block_out, block_in = self.block_shape
+        return self.nnz_blocks * block_out * block_in / (self.c_out * self.c_in * self.r * self.s)
+
+    @property
+    def macs_dense(self) -> int:
+        """Multiply-adds of the dense convolution that lie inside the image."""
+        rows = taps_in_image(self.h, self.r, self.stride[0], self.padding[0], self.dilation[0])
+        cols = taps_in_image(self.w, self.s, self.stride[1], self.padding[1], self.dilation[1])
+        return self.n * self.c_in * self.c_out * rows * cols
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of the stored blocks that lie inside the image, a uniform pattern over taps assumed."""
+        return round(self.macs_dense * self.stored_share)
+
+
+@dataclass(frozen=True)
+class LinearProblem:
+    """A block-sparse linear layer over ``m`` rows."""
+
+    m: int
+    in_features: int
+    out_features: int
+    block_shape: tuple[int, int]
+    nnz_blocks: int
+    dtype: torch.dtype
+    device: str
+    epilogue: str = "none"
+    op: ClassVar[str] = "bsr_linear"
+
+    @property
+    def stored_share(self) -> float:
+        """Stored weights (padded entries included) over all weights."""
+        return self.nnz_blocks * self.block_shape[0] * self.block_shape[1] / (self.in_features * self.out_features)
+
+    @property
+    def macs_dense(self) -> int:
+        """Multiply-adds of the dense layer."""
+        return self.m * self.in_features * self.out_features
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of the stored blocks."""
+        return round(self.macs_dense * self.stored_share)
+
+
+@dataclass(frozen=True)
+class LowRankLinearProblem:
+    """A low-rank linear layer over ``m`` rows."""
+
+    m: int
+    in_features: int
+    out_features: int
+    rank: int
+    dtype: torch.dtype
+    device: str
+    epilogue: str = "none"
+    op: ClassVar[str] = "low_rank_linear"
+    block_shape: ClassVar[tuple[int, int]] = (1, 1)
+
+    @property
+    def macs_dense(self) -> int:
+        """Multiply-adds of the merged dense layer."""
+        return self.m * self.in_features * self.out_features
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of both factors."""
+        return self.m * self.rank * (self.in_features + self.out_features)
+
+
+@dataclass(frozen=True)
+class LowRankConvProblem:
+    """A low-rank convolution: an ordered chain of dense factor convolutions with the given weight shapes."""
+
+    n: int
+    h: int
+    w: int
+    kind: str
+    factor_shapes: tuple[tuple[int, int, int, int], ...]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    dtype: torch.dtype
+    device: str
+    epilogue: str = "none"
+    op: ClassVar[str] = "low_rank_conv2d"
+    block_shape: ClassVar[tuple[int, int]] = (1, 1)
+
+    @property
+    def macs_dense(self) -> int:
+        """Multiply-adds of the merged dense convolution, padding included."""
+        kernel = self.kernel_size
+        p = conv_output_size(self.h, kernel[0], self.stride[0], self.padding[0], self.dilation[0])
+        q = conv_output_size(self.w, kernel[1], self.stride[1], self.padding[1], self.dilation[1])
+        return self.n * p * q * self.factor_shapes[0][1] * self.factor_shapes[-1][0] * kernel[0] * kernel[1]
+
+    @property
+    def kernel_size(self) -> tuple[int, int]:
+        """Kernel of the merged convolution."""
+        return max(f[2] for f in self.factor_shapes), max(f[3] for f in self.factor_shapes)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of all factors, padding included."""
+        h, w, total = self.h, self.w, 0
+        for shape, (stride, padding, dilation) in zip(
+            self.factor_shapes, factor_geometry(self.kind, len(self.factor_shapes), self.stride, self.padding, self.dilation)
+        ):
+            h = conv_output_size(h, shape[2], stride[0], padding[0], dilation[0])
+            w = conv_output_size(w, shape[3], stride[1], padding[1], dilation[1])
+            total += self.n * h * w * shape[0] * shape[1] * shape[2] * shape[3]
+        return total
+
+
+Pair: TypeAlias = tuple[int, int]
+Problem: TypeAlias = Request | ConvProblem | LinearProblem | LowRankLinearProblem | LowRankConvProblem
+
+
+def factor_geometry(kind: str, count: int, stride: Pair, padding: Pair, dilation: Pair) -> list[tuple[Pair, Pair, Pair]]:
+    """``(stride, padding, dilation)`` of every factor convolution.
+
+    ``tai``: the vertical factor carries the row axis, the horizontal one the column axis. ``svd``: the first factor carries both,
+    ``tucker2``: the middle one.
+    """
+    unit: tuple[Pair, Pair, Pair] = ((1, 1), (0, 0), (1, 1))
+    if kind == "tai":
+        return [
+            ((stride[0], 1), (padding[0], 0), (dilation[0], 1)),
+            ((1, stride[1]), (0, padding[1]), (1, dilation[1])),
+        ]
+    carrier = 1 if kind == "tucker2" else 0
+    return [(stride, padding, dilation) if i == carrier else unit for i in range(count)]

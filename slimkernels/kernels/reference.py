@@ -1,0 +1,88 @@
+"""Plain-torch kernels: the definition of every op, in the input's dtype, and the fallback where nothing faster runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from slimkernels.formats import BSRWeight
+from slimkernels.kernels.problems import factor_geometry
+
+
+def apply_epilogue(y: Tensor, epilogue: str) -> Tensor:
+    """``none``, ``relu`` or ``relu_maxpool2`` (ReLU, then 2x2 max-pool of stride 2, floor mode) of ``y``."""
+    if epilogue == "none":
+        return y
+    y = torch.relu(y)
+    return F.max_pool2d(y, 2) if epilogue == "relu_maxpool2" else y
+
+
+def bsr_conv2d(
+    x: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, bias: Tensor | None, packed: Sequence[Tensor],
+    weight_shape: Sequence[int], block_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], epilogue: str,
+) -> Tensor:  # fmt: skip
+    """``epilogue(conv2d(x, W) + bias)`` where only stored blocks of W are read.
+
+    With finite input it is the dense convolution. A non-finite input must reach exactly the outputs whose stored blocks
+    read it, so there each block row multiplies its own stored columns only.
+    """
+    weight = BSRWeight(values, crow_indices, col_indices, tuple(weight_shape), tuple(block_shape))  # type: ignore[arg-type]
+    if bool(torch.isfinite(x).all()):
+        y = F.conv2d(x, weight.to_dense(), bias, list(stride), list(padding), list(dilation))
+    else:
+        y = _conv2d_stored_columns(x, weight, bias, stride, padding, dilation)
+    return apply_epilogue(y, epilogue).contiguous(memory_format=torch.channels_last)
+
+
+def _conv2d_stored_columns(
+    x: Tensor, weight: BSRWeight, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
+    c_out, c_in, r, s = weight.weight_shape
+    block_out, block_in = weight.block_shape
+    p, q = (
+        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (k - 1) - 1) // stride[i] + 1 for i, k in enumerate((r, s))
+    )
+    columns = F.unfold(x, (r, s), tuple(dilation), tuple(padding), tuple(stride))
+    columns = columns.reshape(x.shape[0], c_in, r * s, p * q).transpose(1, 2)
+    groups = -(-c_in // block_in)
+    columns = F.pad(columns, (0, 0, 0, groups * block_in - c_in)).reshape(x.shape[0], -1, block_in, p * q)
+    crow = weight.crow_indices.tolist()
+    y = x.new_empty(x.shape[0], c_out, p * q)
+    for i, (begin, end) in enumerate(zip(crow[:-1], crow[1:])):
+        rows = weight.values[begin:end].transpose(0, 1).reshape(block_out, -1)[: c_out - i * block_out]
+        taken = columns[:, weight.col_indices[begin:end].long()].flatten(1, 2)
+        y[:, i * block_out : i * block_out + rows.shape[0]] = rows @ taken
+    y = y.reshape(x.shape[0], c_out, p, q)
+    return y if bias is None else y + bias[:, None, None]
+
+
+def bsr_linear(
+    x: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, bias: Tensor | None, packed: Sequence[Tensor],
+    weight_shape: Sequence[int], block_shape: Sequence[int], epilogue: str,
+) -> Tensor:  # fmt: skip
+    """``epilogue(x W^T + bias)`` over the last dimension of x: the 1x1 convolution of its rows."""
+    rows = x.reshape(-1, weight_shape[1])[:, :, None, None]
+    y = bsr_conv2d(
+        rows, values, crow_indices, col_indices, bias, packed, (*weight_shape, 1, 1), block_shape, (1, 1), (0, 0), (1, 1), epilogue
+    )  # fmt: skip
+    return y.reshape(*x.shape[:-1], weight_shape[0])
+
+
+def low_rank_linear(x: Tensor, U: Tensor, V: Tensor, bias: Tensor | None, epilogue: str) -> Tensor:
+    """``epilogue((x V^T) U^T + bias)``; U (out, rank), V (rank, in)."""
+    return apply_epilogue(F.linear(F.linear(x, V), U, bias), epilogue)
+
+
+def low_rank_conv2d(
+    x: Tensor, factors: Sequence[Tensor], bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], kind: str, epilogue: str,
+) -> Tensor:  # fmt: skip
+    """The chain of factor convolutions, bias after the last."""
+    geometry = factor_geometry(kind, len(factors), tuple(stride), tuple(padding), tuple(dilation))  # type: ignore[arg-type]
+    for i, (factor, (stride_i, padding_i, dilation_i)) in enumerate(zip(factors, geometry)):
+        x = F.conv2d(x, factor, bias if i == len(factors) - 1 else None, stride_i, padding_i, dilation_i)
+    return apply_epilogue(x, epilogue).contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,58 @@
+"""Whether the Triton kernels can run here, and the few launch-time facts they share.
+
+Importing this module does not import Triton; `triton_bsr_conv2d` and `triton_low_rank_linear` do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from slimkernels import env
+
+DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
+
+
+def available() -> str | None:
+    """None when the Triton kernels can run in this process, else the reason they cannot."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if env.triton_interpret():
+        return None
+    if not torch.cuda.is_available():
+        return "no CUDA device (TRITON_INTERPRET=1 runs the Triton kernels on CPU tensors)"
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return f"compute capability {major}.{minor} is below 8.0, the lowest the Triton kernels are compiled for"
+    return None
+
+
+def device_guard(x: Tensor) -> AbstractContextManager[object]:
+    """Make x's device current, so that Triton launches on that device's current stream."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def interpreted_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to compute in: `dtype` itself, except that interpreted bfloat16 is computed in float32.
+
+    Triton's interpreter keeps bfloat16 as uint16 bit patterns and multiplies those in tl.dot. Products of bfloat16
+    are exact in float32, so float32 in and one rounding at the end is the compiled kernel's arithmetic.
+    """
+    return torch.float32 if env.triton_interpret() and dtype == torch.bfloat16 else dtype
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def power_of_2_divisor(n: int, cap: int) -> int:
+    """Largest power of two that divides n, at most `cap` (itself a power of two)."""
+    return min(n & -n, cap)

@@ -1,0 +1,188 @@
+"""One linear layer as analysis and conversion see it: its weight, geometry and declared blocks, or why it cannot be taken."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from slimkernels.formats import BlockMask
+from slimkernels.graph import ModelGraph, bake, copy_model, has_hooks, opaque_ancestor, parametrized_type
+from slimkernels.nn import BlockSparseConv2d, BlockSparseLinear, LowRankConv2d, LowRankLinear
+
+WEIGHT_LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear)
+SPARSE_LAYERS = (BlockSparseConv2d, BlockSparseLinear)
+LOW_RANK_LAYERS = (LowRankConv2d, LowRankLinear)
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class LayerWeight:
+    """A dense linear map: ``conv2d`` for a 4-D weight ``(C_out, C_in, R, S)``, ``linear`` for a 2-D one ``(out, in)``.
+
+    Attributes:
+        weight: detached values.
+        bias: ``(out,)`` or None.
+        stride, padding, dilation: of a convolution.
+        block_shape: declared by a `BlockMask` or a block-sparse module; None where nothing is declared.
+        requires_grad: whether the layer's parameters are trainable.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    stride: Pair = (1, 1)
+    padding: Pair = (0, 0)
+    dilation: Pair = (1, 1)
+    block_shape: Pair | None = None
+    requires_grad: bool = True
+
+    @property
+    def is_conv(self) -> bool:
+        """Whether the weight is a convolution's."""
+        return self.weight.dim() == 4
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the dense weight."""
+        return self.weight.numel() * self.weight.element_size()
+
+    def to_module(self) -> nn.Conv2d | nn.Linear:
+        """The nn.Conv2d or nn.Linear of this weight."""
+        module = dense_module(
+            tuple(self.weight.shape), self.bias is not None, self.stride, self.padding, self.dilation
+        ).to(self.weight.dtype)
+        module.weight = nn.Parameter(self.weight, requires_grad=self.requires_grad)
+        if self.bias is not None:
+            module.bias = nn.Parameter(self.bias, requires_grad=self.requires_grad)
+        return module
+
+
+def dense_module(
+    weight_shape: tuple[int, ...], bias: bool, stride: Pair, padding: Pair, dilation: Pair
+) -> nn.Conv2d | nn.Linear:
+    """An nn.Conv2d or nn.Linear of a weight shape, on the meta device: its parameters are put in by the caller."""
+    if len(weight_shape) == 2:
+        return nn.Linear(weight_shape[1], weight_shape[0], bias, device="meta")
+    c_out, c_in, r, s = weight_shape
+    return nn.Conv2d(c_in, c_out, (r, s), stride, padding, dilation, bias=bias, device="meta")
+
+
+def declared_block_shape(module: nn.Module) -> Pair | None:
+    """Block shape that a `BlockMask` on the weight declares, or a block-sparse module has."""
+    if isinstance(module, SPARSE_LAYERS):
+        return module.block_shape
+    if parametrize.is_parametrized(module, "weight"):
+        for parametrization in module.parametrizations.weight:  # type: ignore[union-attr, operator]
+            if isinstance(parametrization, BlockMask):
+                return parametrization.block_shape
+    return None
+
+
+def exact_padding(module: nn.Conv2d) -> Pair | None:
+    """The padding as two numbers; None where ``padding="same"`` pads one side more than the other."""
+    if not isinstance(module.padding, str):
+        return tuple(module.padding)  # type: ignore[return-value]
+    if module.padding == "valid":
+        return (0, 0)
+    total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size)]
+    return None if any(t % 2 for t in total) else (total[0] // 2, total[1] // 2)
+
+
+def type_obstacle(module: nn.Module) -> str | None:
+    """Why the layer itself cannot be taken; None when it can."""
+    if isinstance(module, (*SPARSE_LAYERS, *LOW_RANK_LAYERS)):
+        return None
+    kind = parametrized_type(module)
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+        return f"{kind.__name__} has no weights yet"
+    if kind not in (nn.Conv2d, nn.Linear):
+        base = next((b for b in (nn.Conv2d, nn.Linear) if isinstance(module, b)), None)
+        if base is None:
+            return f"{kind.__name__} is not supported"
+        if kind.forward is not base.forward or getattr(kind, "_conv_forward", None) is not getattr(
+            base, "_conv_forward", None
+        ):
+            return f"{kind.__name__} has its own forward"
+    if isinstance(module, nn.Conv2d):
+        if module.groups != 1:
+            return f"groups={module.groups} is not supported"
+        if module.padding_mode != "zeros":
+            return f"padding_mode={module.padding_mode!r} is not supported"
+        if exact_padding(module) is None:
+            return f"padding='same' of kernel {module.kernel_size} is not symmetric"
+    return None
+
+
+def weight_obstacle(weight: Tensor) -> str | None:
+    """Why a weight tensor cannot be taken; None when it can."""
+    if type(weight) not in (Tensor, nn.Parameter):
+        return f"its weight is a {type(weight).__name__}"
+    if weight.layout != torch.strided or weight.is_quantized:
+        return f"its weight has layout {weight.layout}" if not weight.is_quantized else "its weight is quantized"
+    if not weight.is_floating_point():
+        return f"its weight is {weight.dtype}"
+    if weight.is_meta:
+        return "its weight is on the meta device"
+    if weight.numel() == 0:
+        return "its weight is empty"
+    return None
+
+
+def layer_weight(module: nn.Module) -> LayerWeight:
+    """The dense weight of a Conv2d, Linear, block-sparse or low-rank layer, masks and parametrizations applied.
+
+    The caller has seen no `type_obstacle`; a weight with a `weight_obstacle` is returned as it is.
+    """
+    declared = declared_block_shape(module)
+    trainable = any(p.requires_grad for p in module.parameters(recurse=True))
+    dense = module
+    if isinstance(module, (*SPARSE_LAYERS, *LOW_RANK_LAYERS)):
+        dense = module.to_dense()
+    elif computes_weight(module):
+        dense = copy_model(module)
+        bake(dense)
+    bias = None if dense.bias is None else dense.bias.detach()
+    found = LayerWeight(dense.weight.detach(), bias, block_shape=declared, requires_grad=trainable)
+    if isinstance(dense, nn.Conv2d):
+        padding = exact_padding(dense)
+        assert padding is not None, "type_obstacle was not asked"
+        found = replace(found, stride=tuple(dense.stride), padding=padding, dilation=tuple(dense.dilation))
+    return found
+
+
+def computes_weight(module: nn.Module) -> bool:
+    """Whether a parametrization or one of torch's hooks computes the weight."""
+    return parametrize.is_parametrized(module) or (bool(module._forward_pre_hooks) and not has_hooks(module))
+
+
+def structure_obstacle(model: nn.Module, graph: ModelGraph, name: str, uniques: dict[str, nn.Module]) -> str | None:
+    """Why the place of a layer in its model forbids to replace it; None when nothing does."""
+    if name not in uniques:
+        return "the module is registered under several names"
+    module = uniques[name]
+    if has_hooks(module):
+        return "it carries hooks"
+    opaque = opaque_ancestor(model, name)
+    if opaque is not None:
+        return f"it is part of {opaque}, which may read its weight"
+    if name in graph.tensor_reads:
+        return "the forward reads its weight past the layer"
+    if name in shared_tensor_layers(model):
+        return "its weight is shared with another layer"
+    return None
+
+
+def shared_tensor_layers(model: nn.Module) -> frozenset[str]:
+    """Names of modules that hold a parameter which another module holds too, the object or its memory."""
+    owners: dict[object, set[str]] = {}
+    for name, module in model.named_modules():
+        for leaf in module._parameters.values():
+            if leaf is None or isinstance(leaf, nn.UninitializedParameter):
+                continue
+            layer = name.split(".parametrizations")[0]
+            strided = leaf.layout == torch.strided and not leaf.is_meta and leaf.numel() > 0
+            key = (leaf.device, leaf.untyped_storage().data_ptr()) if strided else id(leaf)
+            owners.setdefault(key, set()).add(layer)
+    return frozenset(name for names in owners.values() if len(names) > 1 for name in names)

@@ -1,0 +1,62 @@
+"""Reference networks by name: the CIFAR VGGs of SlimNets, its NIN student, and a small VGG for 8x8 digits.
+
+Importing this package imports neither torch nor torchvision; a model's module is imported when the model is asked for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from slimkernels.models.nin import nin_cifar
+    from slimkernels.models.vgg import vgg11_cifar, vgg13_cifar, vgg16_cifar, vgg19_cifar, vgg_digits
+
+__all__ = ["build", "input_shape", "nin_cifar", "vgg11_cifar", "vgg13_cifar", "vgg16_cifar", "vgg19_cifar", "vgg_digits"]
+
+_MODULE_OF = {
+    "nin_cifar": "nin",
+    "vgg11_cifar": "vgg",
+    "vgg13_cifar": "vgg",
+    "vgg16_cifar": "vgg",
+    "vgg19_cifar": "vgg",
+    "vgg_digits": "vgg",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULE_OF:
+        from importlib import import_module
+
+        return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+def build(name: str, num_classes: int = 10) -> nn.Module:
+    """A freshly initialised model: one of this package's, or else torchvision's model of that name.
+
+    Raises:
+        ValueError: no such model, or ``num_classes`` is not positive.
+    """
+    if num_classes < 1:
+        raise ValueError(f"models.build: expected num_classes >= 1, got {num_classes}")
+    if name in _MODULE_OF:
+        return __getattr__(name)(num_classes=num_classes)
+    from torchvision import models as torchvision_models
+
+    if name not in torchvision_models.list_models():
+        ours = ", ".join(sorted(_MODULE_OF))
+        raise ValueError(f"models.build: expected one of {ours}, or a torchvision model, got {name!r}")
+    return torchvision_models.get_model(name, weights=None, num_classes=num_classes)
+
+
+def input_shape(name: str) -> tuple[int, int, int]:
+    """``(channels, height, width)`` of the images that the model ``name`` is meant for."""
+    if name == "vgg_digits":
+        return (1, 8, 8)
+    return (3, 32, 32) if name.endswith("_cifar") else (3, 224, 224)

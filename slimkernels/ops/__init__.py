@@ -1,0 +1,14 @@
+"""The ops of slimkernels, registered with ``torch.library``: schema, CPU and CUDA implementation, fake, autograd, autocast.
+
+Equations (``x`` activations, ``W`` the weight that the stored blocks or factors stand for):
+
+- `bsr_conv2d`: ``epilogue(conv2d(x, W) + bias)``, only stored blocks read
+- `bsr_linear`: ``epilogue(x W^T + bias)``, only stored blocks read
+- `low_rank_linear`: ``epilogue((x V^T) U^T + bias)``
+- `low_rank_conv2d`: ``epilogue(conv(...conv(x, F_1)..., F_k) + bias)``
+"""
+
+from slimkernels.ops.bsr import bsr_conv2d, bsr_linear
+from slimkernels.ops.low_rank import low_rank_conv2d, low_rank_linear
+
+__all__ = ["bsr_conv2d", "bsr_linear", "low_rank_conv2d", "low_rank_linear"]

@@ -1,0 +1,298 @@
+"""`bsr_conv2d` and `bsr_linear`: checks, implementation, fake, autograd and autocast of the block-sparse ops."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimkernels.formats import BSRWeight, _to_blocks, block_grid
+from slimkernels.kernels import KERNELS, reference
+from slimkernels.kernels.problems import Request, conv_output_size
+from slimkernels.kernels.select import resolve
+from slimkernels.ops.library import (
+    cast_floats,
+    check_bias,
+    check_epilogue,
+    check_floating,
+    check_geometry,
+    register,
+    register_autocast,
+    with_channels_last_strides,
+)
+
+_CHANNELS_LAST = torch.channels_last
+
+
+def _check_weight(
+    op: str, x: Tensor, values: Tensor, crow: Tensor, col: Tensor, bias: Tensor | None, weight_shape: Sequence[int],
+    block_shape: Sequence[int], epilogue: str,
+) -> None:  # fmt: skip
+    check_epilogue(op, epilogue)
+    check_floating(op, x, values=values, bias=bias)
+    rows, _ = block_grid(weight_shape, block_shape)
+    if values.dim() != 3 or values.shape[1] != block_shape[0] or values.shape[2] != block_shape[1]:
+        raise ValueError(
+            f"{op}: expected values of shape (nnz_blocks, {block_shape[0]}, {block_shape[1]}), got {tuple(values.shape)}"
+        )
+    for name, index, size in (("crow_indices", crow, rows + 1), ("col_indices", col, values.shape[0])):
+        if index.dtype != torch.int32:
+            raise TypeError(f"{op}: expected {name} of dtype torch.int32, got {index.dtype}")
+        if index.dim() != 1 or index.shape[0] != size:
+            raise ValueError(f"{op}: expected {name} of shape ({size},), got {tuple(index.shape)}")
+        if index.device != x.device:
+            raise ValueError(f"{op}: expected {name} on {x.device} like x, got {index.device}")
+    check_bias(op, bias, weight_shape[0])
+
+
+def _conv2d_output_shape(
+    x: Tensor, values: Tensor, crow: Tensor, col: Tensor, bias: Tensor | None, weight_shape: Sequence[int],
+    block_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], epilogue: str,
+) -> tuple[int, int, int, int]:  # fmt: skip
+    """The checked output shape of `bsr_conv2d`."""
+    op = "bsr_conv2d"
+    if x.dim() != 4 or x.shape[1] != weight_shape[1]:
+        raise ValueError(f"{op}: expected x of shape (N, {weight_shape[1]}, H, W), got {tuple(x.shape)}")
+    _check_weight(op, x, values, crow, col, bias, weight_shape, block_shape, epilogue)
+    check_geometry(op, stride, padding, dilation)
+    p = conv_output_size(x.shape[2], weight_shape[2], stride[0], padding[0], dilation[0])
+    q = conv_output_size(x.shape[3], weight_shape[3], stride[1], padding[1], dilation[1])
+    if epilogue == "relu_maxpool2":
+        p, q = p // 2, q // 2
+    if p < 1 or q < 1:
+        raise ValueError(f"{op}: expected an output of at least 1x1, got {p}x{q} from x of shape {tuple(x.shape)}")
+    return x.shape[0], weight_shape[0], p, q
+
+
+def _bsr_conv2d(
+    x: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, bias: Tensor | None, packed: Sequence[Tensor],
+    weight_shape: Sequence[int], block_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], epilogue: str, kernel: str,
+) -> Tensor:  # fmt: skip
+    _conv2d_output_shape(
+        x, values, crow_indices, col_indices, bias, weight_shape, block_shape, stride, padding, dilation, epilogue
+    )  # fmt: skip
+    block = (block_shape[0], block_shape[1])
+    spec = resolve(kernel, Request("bsr_conv2d", x.dtype, x.device.type, block, epilogue))
+    x = x.contiguous(memory_format=_CHANNELS_LAST)
+    y = spec.launch(
+        x, values, crow_indices, col_indices, bias, packed, weight_shape, block, stride, padding, dilation, epilogue
+    )
+    return with_channels_last_strides(y)
+
+
+def _bsr_conv2d_fake(
+    x: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, bias: Tensor | None, packed: Sequence[Tensor],
+    weight_shape: Sequence[int], block_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], epilogue: str, kernel: str,
+) -> Tensor:  # fmt: skip
+    shape = _conv2d_output_shape(
+        x, values, crow_indices, col_indices, bias, weight_shape, block_shape, stride, padding, dilation, epilogue
+    )  # fmt: skip
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_CHANNELS_LAST)
+
+
+def _bsr_conv2d_backward(
+    grad: Tensor, x: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, bias: Tensor | None, y: Tensor,
+    weight_shape: Sequence[int], block_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], epilogue: str, output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, values and bias through dense reference math; an empty tensor where ``output_mask`` is False."""
+    weight = BSRWeight(values.detach(), crow_indices, col_indices, tuple(weight_shape), tuple(block_shape))  # type: ignore[arg-type]
+    if epilogue == "relu_maxpool2":
+        y = reference.bsr_conv2d(
+            x, values, crow_indices, col_indices, bias, (), weight_shape, block_shape, stride, padding, dilation, "relu"
+        )  # fmt: skip
+        indices = torch.ops.aten.max_pool2d_with_indices(y, [2, 2], [2, 2])[1]
+        grad = torch.ops.aten.max_pool2d_with_indices_backward(
+            grad.contiguous(memory_format=_CHANNELS_LAST), y, [2, 2], [2, 2], [0, 0], [1, 1], False, indices
+        )
+    if epilogue != "none":
+        grad = torch.ops.aten.threshold_backward(grad, y, 0)
+    need_x, need_values, need_bias = output_mask
+    grad_x, grad_w, grad_b = torch.ops.aten.convolution_backward(
+        grad.contiguous(memory_format=_CHANNELS_LAST), x, weight.to_dense(), [weight_shape[0]] if need_bias else None,
+        list(stride), list(padding), list(dilation), False, [0, 0], 1, [need_x, need_values, need_bias],
+    )  # fmt: skip
+    empty = x.new_empty(0)
+    grad_values = empty
+    if need_values:
+        grad_values = torch.zeros_like(values)
+        rows, cols = weight.block_rows(), col_indices[: weight.nnz_blocks].long()
+        grad_values[: weight.nnz_blocks] = _to_blocks(grad_w, block_shape)[rows, cols]
+    return (
+        grad_x.contiguous(memory_format=_CHANNELS_LAST) if need_x else empty,
+        grad_values,
+        grad_b if need_bias else empty.clone(),
+    )
+
+
+def _bsr_conv2d_backward_fake(
+    grad: Tensor, x: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, bias: Tensor | None, y: Tensor,
+    weight_shape: Sequence[int], block_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], epilogue: str, output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    need_x, need_values, need_bias = output_mask
+    return (
+        torch.empty_like(x, memory_format=_CHANNELS_LAST) if need_x else x.new_empty(0),
+        torch.empty_like(values, memory_format=torch.contiguous_format) if need_values else x.new_empty(0),
+        x.new_empty(weight_shape[0] if need_bias else 0),
+    )
+
+
+def _bsr_linear(
+    x: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, bias: Tensor | None, packed: Sequence[Tensor],
+    weight_shape: Sequence[int], block_shape: Sequence[int], epilogue: str, kernel: str,
+) -> Tensor:  # fmt: skip
+    _check_linear(x, values, crow_indices, col_indices, bias, weight_shape, block_shape, epilogue)
+    block = (block_shape[0], block_shape[1])
+    spec = resolve(kernel, Request("bsr_linear", x.dtype, x.device.type, block, epilogue))
+    return spec.launch(
+        x.contiguous(), values, crow_indices, col_indices, bias, packed, weight_shape, block, epilogue
+    ).contiguous()
+
+
+def _check_linear(
+    x: Tensor, values: Tensor, crow: Tensor, col: Tensor, bias: Tensor | None, weight_shape: Sequence[int],
+    block_shape: Sequence[int], epilogue: str,
+) -> None:  # fmt: skip
+    if x.dim() < 1 or x.shape[-1] != weight_shape[1]:
+        raise ValueError(f"bsr_linear: expected x of shape (..., {weight_shape[1]}), got {tuple(x.shape)}")
+    _check_weight("bsr_linear", x, values, crow, col, bias, weight_shape, block_shape, epilogue)
+
+
+def _bsr_linear_fake(
+    x: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, bias: Tensor | None, packed: Sequence[Tensor],
+    weight_shape: Sequence[int], block_shape: Sequence[int], epilogue: str, kernel: str,
+) -> Tensor:  # fmt: skip
+    _check_linear(x, values, crow_indices, col_indices, bias, weight_shape, block_shape, epilogue)
+    return x.new_empty((*x.shape[:-1], weight_shape[0]))
+
+
+register("bsr_conv2d", _bsr_conv2d, _bsr_conv2d_fake)
+register("bsr_conv2d_backward", _bsr_conv2d_backward, _bsr_conv2d_backward_fake)
+register("bsr_linear", _bsr_linear, _bsr_linear_fake)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, values, crow, col, bias, _packed, *rest = inputs
+    ctx.save_for_backward(x, values, crow, col, bias, output)
+    ctx.arguments = rest[:-1]
+
+
+def _gradients(ctx: Any, grads: tuple[Tensor, Tensor, Tensor], arguments_after_packed: int) -> tuple[Any, ...]:
+    need_x, need_values, need_bias = (ctx.needs_input_grad[i] for i in (0, 1, 4))
+    grad_x, grad_values, grad_bias = grads
+    return (
+        grad_x if need_x else None, grad_values if need_values else None, None, None, grad_bias if need_bias else None,
+        None, *[None] * arguments_after_packed,
+    )  # fmt: skip
+
+
+def _output_mask(ctx: Any) -> list[bool]:
+    return [ctx.needs_input_grad[i] for i in (0, 1, 4)]
+
+
+def _bsr_conv2d_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, values, crow, col, bias, y = ctx.saved_tensors
+    grads = torch.ops.slimkernels.bsr_conv2d_backward(
+        grad, x, values, crow, col, bias, y, *ctx.arguments, _output_mask(ctx)
+    )
+    return _gradients(ctx, grads, 7)
+
+
+def _bsr_linear_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, values, crow, col, bias, y = ctx.saved_tensors
+    weight_shape, block_shape, epilogue = ctx.arguments
+    as_image = [t.reshape(-1, t.shape[-1], 1, 1) for t in (grad, x, y)]
+    grad_x, grad_values, grad_bias = torch.ops.slimkernels.bsr_conv2d_backward(
+        as_image[0], as_image[1], values, crow, col, bias, as_image[2], [*weight_shape, 1, 1], block_shape, [1, 1], [0, 0], [1, 1],
+        epilogue, _output_mask(ctx),
+    )  # fmt: skip
+    if ctx.needs_input_grad[0]:
+        grad_x = grad_x.reshape(x.shape)
+    return _gradients(ctx, (grad_x, grad_values, grad_bias), 4)
+
+
+torch.library.register_autograd("slimkernels::bsr_conv2d", _bsr_conv2d_autograd, setup_context=_setup_context)
+torch.library.register_autograd("slimkernels::bsr_linear", _bsr_linear_autograd, setup_context=_setup_context)
+
+
+def _autocast(device: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """On CUDA, cast to the autocast dtype unless an explicit kernel does not take it; elsewhere keep float32.
+
+    The CPU kernels are float32: casting down would trade them for the reference.
+    """
+    kernel = args[-1]
+    dtype = torch.get_autocast_dtype(device) if device == "cuda" else torch.float32
+    if kernel in KERNELS and dtype not in KERNELS[kernel].dtypes:
+        dtype = torch.float32
+    packed = list(args[5])
+    if args[1].dtype != dtype:
+        packed = []
+    return cast_floats((*args[:5], packed, *args[6:]), dtype)
+
+
+register_autocast("bsr_conv2d", _autocast)
+register_autocast("bsr_linear", _autocast)
+
+
+def bsr_conv2d(
+    x: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, bias: Tensor | None = None,
+    packed: Sequence[Tensor] = (), *, weight_shape: Sequence[int], block_shape: Sequence[int], stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0), dilation: Sequence[int] = (1, 1), epilogue: str = "none", kernel: str = "auto",
+) -> Tensor:  # fmt: skip
+    """Block-sparse 2-D convolution (cross-correlation, as torch's), groups = 1.
+
+    Args:
+        x: ``(N, C_in, H, W)`` floating point, any strides; converted to channels_last where it is not. N = 0 is legal.
+        values, crow_indices, col_indices: the `slimkernels.formats.BSRWeight` in x's dtype, on x's device.
+        bias: ``(C_out,)`` in x's dtype, or None.
+        packed: prepacked weight of the kernel (`slimkernels.nn.BlockSparseConv2d` keeps it), or empty.
+        weight_shape: ``(C_out, C_in, R, S)``.
+        block_shape: ``(block_out, block_in)``.
+        stride, padding, dilation: two ints each (rows, columns).
+        epilogue: ``none``, ``relu``, or ``relu_maxpool2`` (ReLU, then 2x2 max-pool of stride 2, floor mode).
+        kernel: name of a kernel in `slimkernels.kernels.KERNELS`, or ``auto``.
+
+    Returns:
+        ``(N, C_out, P, Q)`` channels_last; P, Q halved by ``relu_maxpool2``. A non-finite input reaches exactly the outputs whose
+        stored blocks read it.
+
+    Raises:
+        ValueError: wrong shapes, devices, epilogue; a kernel that is unknown or cannot run here. TypeError: wrong dtypes.
+    """
+    return torch.ops.slimkernels.bsr_conv2d(
+        x, values, crow_indices, col_indices, bias, list(packed), weight_shape, block_shape, stride, padding, dilation, epilogue,
+        kernel,
+    )  # fmt: skip
+
+
+def bsr_linear(
+    x: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, bias: Tensor | None = None,
+    packed: Sequence[Tensor] = (), *, weight_shape: Sequence[int], block_shape: Sequence[int], epilogue: str = "none",
+    kernel: str = "auto",
+) -> Tensor:  # fmt: skip
+    """Block-sparse linear layer ``epilogue(x W^T + bias)``.
+
+    Args:
+        x: ``(..., in)`` floating point.
+        values, crow_indices, col_indices: the `slimkernels.formats.BSRWeight` in x's dtype, on x's device.
+        bias: ``(out,)`` in x's dtype, or None.
+        packed: prepacked weight of the kernel, or empty.
+        weight_shape: ``(out, in)``.
+        block_shape: ``(block_out, block_in)``.
+        epilogue: ``none`` or ``relu``.
+        kernel: name of a kernel in `slimkernels.kernels.KERNELS`, or ``auto``.
+
+    Returns:
+        ``(..., out)`` contiguous.
+
+    Raises:
+        ValueError: wrong shapes, devices, epilogue; a kernel that is unknown or cannot run here. TypeError: wrong dtypes.
+    """
+    return torch.ops.slimkernels.bsr_linear(
+        x, values, crow_indices, col_indices, bias, list(packed), weight_shape, block_shape, epilogue, kernel
+    )  # fmt: skip

@@ -1,0 +1,105 @@
+"""The one `torch.library.Library` of slimkernels, and what every op's registration shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimkernels.kernels import EPILOGUES
+
+LIBRARY = torch.library.Library("slimkernels", "DEF")
+
+_SCHEMAS = (
+    "bsr_conv2d(Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, Tensor? bias, Tensor[] packed, "
+    "int[4] weight_shape, int[2] block_shape, int[2] stride, int[2] padding, int[2] dilation, str epilogue, str kernel) -> Tensor",
+    "bsr_conv2d_backward(Tensor grad, Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, Tensor? bias, Tensor y, "
+    "int[4] weight_shape, int[2] block_shape, int[2] stride, int[2] padding, int[2] dilation, str epilogue, "
+    "bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
+    "bsr_linear(Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, Tensor? bias, Tensor[] packed, "
+    "int[2] weight_shape, int[2] block_shape, str epilogue, str kernel) -> Tensor",
+    "low_rank_linear(Tensor x, Tensor U, Tensor V, Tensor? bias, str epilogue, str kernel) -> Tensor",
+    "low_rank_conv2d(Tensor x, Tensor[] factors, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, str kind, "
+    "str epilogue, str kernel) -> Tensor",
+)
+for _schema in _SCHEMAS:
+    LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def register(name: str, impl: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Registers an op's implementation for CPU and CUDA tensors and its fake."""
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(name, impl, key)
+    torch.library.register_fake(f"slimkernels::{name}", fake, lib=LIBRARY)
+
+
+def register_autocast(name: str, cast: Callable[[str, tuple[Any, ...]], tuple[Any, ...]]) -> None:
+    """Registers ``cast(device_type, args) -> args`` to run under autocast before the op."""
+    op = getattr(torch.ops.slimkernels, name).default
+    for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+        def impl(*args: Any, device: str = device, keyset: Any = keyset) -> Any:
+            with torch._C._ExcludeDispatchKeyGuard(keyset):
+                return op(*cast(device, args))
+
+        LIBRARY.impl(name, impl, key)
+
+
+def cast_floats(args: Sequence[Any], dtype: torch.dtype) -> tuple[Any, ...]:
+    """``args`` with floating-point tensors (float64 excepted, as in torch's autocast) cast to ``dtype``, lists of tensors included."""
+
+    def cast(arg: Any) -> Any:
+        if isinstance(arg, Tensor):
+            eligible = arg.is_floating_point() and arg.dtype not in (torch.float64, dtype)
+            return arg.to(dtype) if eligible else arg
+        if isinstance(arg, (list, tuple)) and arg and isinstance(arg[0], Tensor):
+            return [cast(a) for a in arg]
+        return arg
+
+    return tuple(cast(a) for a in args)
+
+
+def check_epilogue(op: str, epilogue: str) -> None:
+    """Raises ValueError unless the op has this epilogue."""
+    if epilogue not in EPILOGUES[op]:
+        raise ValueError(f"{op}: expected epilogue in {sorted(EPILOGUES[op])}, got {epilogue!r}")
+
+
+def check_floating(op: str, x: Tensor, **others: Tensor | None) -> None:
+    """Raises unless x is floating point and the other tensors have its dtype and device."""
+    if not x.is_floating_point():
+        raise TypeError(f"{op}: expected floating-point x, got {x.dtype}")
+    for name, tensor in others.items():
+        if tensor is None:
+            continue
+        if tensor.dtype != x.dtype:
+            raise TypeError(f"{op}: expected {name} of dtype {x.dtype} like x, got {tensor.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"{op}: expected {name} on {x.device} like x, got {tensor.device}")
+
+
+def check_bias(op: str, bias: Tensor | None, size: int) -> None:
+    """Raises ValueError unless bias is None or of shape (size,)."""
+    if bias is not None and tuple(bias.shape) != (size,):
+        raise ValueError(f"{op}: expected bias of shape ({size},), got {tuple(bias.shape)}")
+
+
+def check_geometry(op: str, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> None:
+    """Raises ValueError unless stride and dilation are positive and padding is not negative."""
+    if min(stride) < 1 or min(dilation) < 1 or min(padding) < 0:
+        raise ValueError(
+            f"{op}: expected stride >= 1, dilation >= 1, padding >= 0, got {tuple(stride)}, {tuple(dilation)}, {tuple(padding)}"
+        )
+
+
+def with_channels_last_strides(y: Tensor) -> Tensor:
+    """y, dense in channels-last order, with the strides that `torch.empty(memory_format=channels_last)` gives.
+
+    torch leaves strides of size-1 dimensions as they were, and a fake that promises channels-last strides would then differ.
+    """
+    n, c, p, q = y.shape
+    strides = (c * p * q, 1, q * c, c)
+    return y if y.stride() == strides or y.numel() == 0 else y.as_strided(y.shape, strides)

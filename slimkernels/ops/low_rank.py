@@ -1,0 +1,211 @@
+"""`low_rank_linear` and `low_rank_conv2d`: checks, implementation, fake, autograd and autocast of the low-rank ops."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from slimkernels.formats import LowRankWeight
+from slimkernels.kernels import KERNELS
+from slimkernels.kernels.problems import Request, conv_output_size, factor_geometry
+from slimkernels.kernels.select import resolve
+from slimkernels.ops.library import (
+    cast_floats,
+    check_bias,
+    check_epilogue,
+    check_floating,
+    check_geometry,
+    register,
+    register_autocast,
+    with_channels_last_strides,
+)
+
+
+def _check_linear(x: Tensor, U: Tensor, V: Tensor, bias: Tensor | None, epilogue: str) -> None:
+    op = "low_rank_linear"
+    check_epilogue(op, epilogue)
+    check_floating(op, x, U=U, V=V, bias=bias)
+    if U.dim() != 2 or V.dim() != 2 or U.shape[1] != V.shape[0]:
+        raise ValueError(
+            f"{op}: expected U of shape (out, rank) and V of shape (rank, in), got {tuple(U.shape)} and {tuple(V.shape)}"
+        )
+    if x.dim() < 1 or x.shape[-1] != V.shape[1]:
+        raise ValueError(f"{op}: expected x of shape (..., {V.shape[1]}), got {tuple(x.shape)}")
+    check_bias(op, bias, U.shape[0])
+
+
+def _low_rank_linear(x: Tensor, U: Tensor, V: Tensor, bias: Tensor | None, epilogue: str, kernel: str) -> Tensor:
+    _check_linear(x, U, V, bias, epilogue)
+    spec = resolve(kernel, Request("low_rank_linear", x.dtype, x.device.type, (1, 1), epilogue))
+    return spec.launch(x.contiguous(), U.contiguous(), V.contiguous(), bias, epilogue).contiguous()
+
+
+def _low_rank_linear_fake(x: Tensor, U: Tensor, V: Tensor, bias: Tensor | None, epilogue: str, kernel: str) -> Tensor:
+    _check_linear(x, U, V, bias, epilogue)
+    return x.new_empty((*x.shape[:-1], U.shape[0]))
+
+
+def _conv2d_output_shape(
+    x: Tensor, factors: Sequence[Tensor], bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], kind: str, epilogue: str,
+) -> tuple[int, int, int, int]:  # fmt: skip
+    """The checked output shape of `low_rank_conv2d`."""
+    op = "low_rank_conv2d"
+    check_epilogue(op, epilogue)
+    try:
+        LowRankWeight(kind, tuple(factors)).validate()
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{op}: {error}") from None
+    check_floating(op, x, **{f"factors[{i}]": f for i, f in enumerate(factors)}, bias=bias)
+    if factors[0].dim() != 4 or x.dim() != 4 or x.shape[1] != factors[0].shape[1]:
+        raise ValueError(
+            f"{op}: expected x of shape (N, {factors[0].shape[1]}, H, W) and 4-D factors, got {tuple(x.shape)} and {[tuple(f.shape) for f in factors]}"
+        )
+    check_geometry(op, stride, padding, dilation)
+    check_bias(op, bias, factors[-1].shape[0])
+    h, w = x.shape[2:]
+    for factor, (s, p, d) in zip(factors, _geometry(factors, stride, padding, dilation, kind)):
+        h = conv_output_size(h, factor.shape[2], s[0], p[0], d[0])
+        w = conv_output_size(w, factor.shape[3], s[1], p[1], d[1])
+    if h < 1 or w < 1:
+        raise ValueError(f"{op}: expected an output of at least 1x1, got {h}x{w} from x of shape {tuple(x.shape)}")
+    return x.shape[0], factors[-1].shape[0], h, w
+
+
+def _geometry(
+    factors: Sequence[Tensor], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], kind: str
+) -> list[Any]:
+    return factor_geometry(kind, len(factors), tuple(stride), tuple(padding), tuple(dilation))  # type: ignore[arg-type]
+
+
+def _low_rank_conv2d(
+    x: Tensor, factors: Sequence[Tensor], bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], kind: str, epilogue: str, kernel: str,
+) -> Tensor:  # fmt: skip
+    _conv2d_output_shape(x, factors, bias, stride, padding, dilation, kind, epilogue)
+    spec = resolve(kernel, Request("low_rank_conv2d", x.dtype, x.device.type, (1, 1), epilogue))
+    x = x.contiguous(memory_format=torch.channels_last)
+    return with_channels_last_strides(spec.launch(x, factors, bias, stride, padding, dilation, kind, epilogue))
+
+
+def _low_rank_conv2d_fake(
+    x: Tensor, factors: Sequence[Tensor], bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], kind: str, epilogue: str, kernel: str,
+) -> Tensor:  # fmt: skip
+    shape = _conv2d_output_shape(x, factors, bias, stride, padding, dilation, kind, epilogue)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+register("low_rank_linear", _low_rank_linear, _low_rank_linear_fake)
+register("low_rank_conv2d", _low_rank_conv2d, _low_rank_conv2d_fake)
+
+
+def _linear_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, U, V, bias, epilogue, _ = inputs
+    ctx.save_for_backward(x, U, V, bias, output if epilogue == "relu" else None)
+
+
+def _linear_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, U, V, _bias, y = ctx.saved_tensors
+    if y is not None:
+        grad = torch.ops.aten.threshold_backward(grad, y, 0)
+    need_x, need_u, need_v, need_bias = ctx.needs_input_grad[:4]
+    grad2d, x2d = grad.reshape(-1, U.shape[0]), x.reshape(-1, V.shape[1])
+    grad_z = grad2d @ U if need_x or need_v else None
+    return (
+        (grad_z @ V).reshape(x.shape) if need_x else None,
+        grad2d.t() @ (x2d @ V.t()) if need_u else None,
+        grad_z.t() @ x2d if need_v else None,
+        grad2d.sum(0) if need_bias else None,
+        None, None,
+    )  # fmt: skip
+
+
+def _conv2d_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, factors, bias, stride, padding, dilation, kind, epilogue, _ = inputs
+    ctx.save_for_backward(x, bias, output if epilogue == "relu" else None, *factors)
+    ctx.geometry = _geometry(factors, stride, padding, dilation, kind)
+
+
+def _conv2d_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, _bias, y, *factors = ctx.saved_tensors
+    if y is not None:
+        grad = torch.ops.aten.threshold_backward(grad, y, 0)
+    inputs = [x]
+    for factor, (stride, padding, dilation) in zip(factors[:-1], ctx.geometry):
+        inputs.append(F.conv2d(inputs[-1], factor, None, stride, padding, dilation))
+    need_x, need_factors, need_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2]
+    grad_bias = grad.sum((0, 2, 3)) if need_bias else None
+    grad_factors: list[Tensor | None] = [None] * len(factors)
+    for i in reversed(range(len(factors))):
+        stride, padding, dilation = ctx.geometry[i]
+        need_input = i > 0 or need_x
+        grad, grad_factors[i], _ = torch.ops.aten.convolution_backward(
+            grad, inputs[i], factors[i], None, list(stride), list(padding), list(dilation), False, [0, 0], 1,
+            [need_input, bool(need_factors), False],
+        )  # fmt: skip
+    return grad if need_x else None, grad_factors, grad_bias, None, None, None, None, None, None
+
+
+torch.library.register_autograd("slimkernels::low_rank_linear", _linear_autograd, setup_context=_linear_setup_context)
+torch.library.register_autograd("slimkernels::low_rank_conv2d", _conv2d_autograd, setup_context=_conv2d_setup_context)
+
+
+def _autocast(device: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Cast to the autocast dtype, or to float32 where an explicit kernel does not take that."""
+    kernel, dtype = args[-1], torch.get_autocast_dtype(device)
+    if kernel in KERNELS and dtype not in KERNELS[kernel].dtypes:
+        dtype = torch.float32
+    return cast_floats(args, dtype)
+
+
+register_autocast("low_rank_linear", _autocast)
+register_autocast("low_rank_conv2d", _autocast)
+
+
+def low_rank_linear(
+    x: Tensor, U: Tensor, V: Tensor, bias: Tensor | None = None, *, epilogue: str = "none", kernel: str = "auto"
+) -> Tensor:
+    """Low-rank linear layer ``epilogue((x V^T) U^T + bias)``.
+
+    Args:
+        x: ``(..., in)`` floating point.
+        U: ``(out, rank)``; V: ``(rank, in)``; bias: ``(out,)`` or None; all in x's dtype, on x's device.
+        epilogue: ``none`` or ``relu``.
+        kernel: name of a kernel in `slimkernels.kernels.KERNELS`, or ``auto``.
+
+    Returns:
+        ``(..., out)`` contiguous.
+
+    Raises:
+        ValueError: wrong shapes, devices, epilogue; a kernel that is unknown or cannot run here. TypeError: wrong dtypes.
+    """
+    return torch.ops.slimkernels.low_rank_linear(x, U, V, bias, epilogue, kernel)
+
+
+def low_rank_conv2d(
+    x: Tensor, factors: Sequence[Tensor], bias: Tensor | None = None, *, kind: str, stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0), dilation: Sequence[int] = (1, 1), epilogue: str = "none", kernel: str = "auto",
+) -> Tensor:  # fmt: skip
+    """Low-rank 2-D convolution: the chain of its factor convolutions, bias and epilogue after the last.
+
+    Args:
+        x: ``(N, C_in, H, W)`` floating point, any strides.
+        factors: the ordered convolution weights of `slimkernels.formats.LowRankWeight` for ``kind``.
+        bias: ``(C_out,)`` or None.
+        kind: ``svd`` (RxS then 1x1), ``tai`` (Rx1 then 1xS, arXiv 1511.06067) or ``tucker2`` (1x1, RxS, 1x1).
+        stride, padding, dilation: of the merged convolution, two ints each.
+        epilogue: ``none`` or ``relu``.
+        kernel: name of a kernel in `slimkernels.kernels.KERNELS`, or ``auto``.
+
+    Returns:
+        ``(N, C_out, P, Q)`` channels_last.
+
+    Raises:
+        ValueError: wrong shapes, devices, kind, epilogue; a kernel that is unknown or cannot run here. TypeError: wrong dtypes.
+    """
+    return torch.ops.slimkernels.low_rank_conv2d(x, list(factors), bias, stride, padding, dilation, kind, epilogue, kernel)

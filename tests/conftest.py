@@ -1,0 +1,163 @@
+"""Fixtures of every test: seeds, poisoned allocations, sentinel borders, threads, GPU skips and their count."""
+
+from __future__ import annotations
+
+import math
+import random
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from torch import Tensor
+
+settings.register_profile(
+    "slimkernels",
+    deadline=None,
+    derandomize=True,
+    max_examples=40,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("slimkernels")
+
+ALLOCATORS = (
+    (torch, "empty"),
+    (torch, "empty_like"),
+    (torch, "empty_strided"),
+    (torch, "empty_permuted"),
+    (torch.Tensor, "new_empty"),
+    (torch.Tensor, "new_empty_strided"),
+)
+# 256 floats: beyond any vector store of a tile's tail, and a multiple of a cache line, so alignment stays as it was.
+BORDER = 256
+SENTINEL = -7.0123456e11
+ORIGINAL_EMPTY = torch.empty
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Skips, counted by reason: a suite that skipped its subject must not look green."""
+    reasons = Counter(
+        report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        for report in terminalreporter.stats.get("skipped", [])
+    )
+    for reason, count in sorted(reasons.items()):
+        terminalreporter.write_line(f"skipped {count}: {reason.removeprefix('Skipped: ')}")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same random numbers in every run and in every order."""
+    random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def threads_restored() -> Iterator[None]:
+    """Undoes a test's ``torch.set_num_threads``."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def poison(tensor: Tensor) -> Tensor:
+    """Fills an uninitialised tensor with NaN, or with an index that no tensor has."""
+    with torch.no_grad():
+        if tensor.is_floating_point() or tensor.is_complex():
+            return tensor.fill_(math.nan)
+        if tensor.dtype in (torch.int16, torch.int32, torch.int64):
+            return tensor.fill_(torch.iinfo(tensor.dtype).min)
+    return tensor
+
+
+class SentinelBorders:
+    """Outputs of native launches lie inside a larger buffer of sentinels; `check` finds writes outside them."""
+
+    def __init__(self) -> None:
+        self.active = False
+        self.buffers: list[tuple[Tensor, int]] = []
+        self.checked = 0
+
+    def allocate(self, like: Tensor) -> Tensor:
+        """A NaN tensor of the size and strides of ``like`` (a meta tensor) in the middle of a sentinel buffer."""
+        extent = 1 + sum((n - 1) * s for n, s in zip(like.shape, like.stride(), strict=True)) if like.numel() else 0
+        buffer = ORIGINAL_EMPTY(extent + 2 * BORDER, dtype=like.dtype).fill_(SENTINEL)
+        buffer[BORDER : BORDER + extent] = math.nan
+        self.buffers.append((buffer, extent))
+        return ORIGINAL_EMPTY(0, dtype=like.dtype).set_(buffer.untyped_storage(), BORDER, like.shape, like.stride())
+
+    def check(self) -> None:
+        """Asserts that no border changed, and forgets the buffers."""
+        for buffer, extent in self.buffers:
+            expected = torch.full((BORDER,), SENTINEL, dtype=buffer.dtype)
+            for side, border in (("before", buffer[:BORDER]), ("after", buffer[BORDER + extent :])):
+                touched = (border != expected).nonzero().flatten()
+                assert len(touched) == 0, f"{len(touched)} elements written {side} an output of {extent} elements"
+        self.checked += len(self.buffers)
+        self.buffers.clear()
+
+
+_BORDERS = SentinelBorders()
+
+
+@pytest.fixture(autouse=True)
+def poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes uninitialised memory that ``slimkernels`` allocates hold NaN, so that an output left unwritten shows."""
+
+    def wrap(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def allocate(*args: Any, **kwargs: Any) -> Tensor:
+            caller = sys._getframe(1).f_globals.get("__name__", "")
+            if not caller.startswith("slimkernels."):
+                return original(*args, **kwargs)
+            if _BORDERS.active and caller == "slimkernels.kernels.native":
+                like = original(*args, **{**kwargs, "device": "meta"})
+                if like.is_floating_point():
+                    return _BORDERS.allocate(like)
+            return poison(original(*args, **kwargs))
+
+        return allocate
+
+    for owner, name in ALLOCATORS:
+        monkeypatch.setattr(owner, name, wrap(getattr(owner, name)))
+
+
+@pytest.fixture
+def sentinel_borders(poisoned_allocations: None) -> Iterator[SentinelBorders]:
+    """Surrounds what ``kernels.native`` allocates with sentinels; call ``check()``, or let the end of the test do it."""
+    _BORDERS.active, _BORDERS.checked = True, 0
+    try:
+        yield _BORDERS
+        _BORDERS.check()
+        assert _BORDERS.checked, "no output was allocated by kernels.native: the fixture guards nothing here"
+    finally:
+        _BORDERS.active = False
+        _BORDERS.buffers.clear()
+
+
+@pytest.fixture
+def nan_surrounded() -> Callable[[Tensor], Tensor]:
+    """Copies a dense float tensor, strides kept, into the middle of a NaN buffer: reading outside it shows in the result."""
+
+    def surround(tensor: Tensor) -> Tensor:
+        extent = tensor.numel()
+        buffer = torch.full((extent + 2 * BORDER,), math.nan, dtype=tensor.dtype)
+        inside = ORIGINAL_EMPTY(0, dtype=tensor.dtype).set_(
+            buffer.untyped_storage(), BORDER, tensor.shape, tensor.stride()
+        )
+        return inside.copy_(tensor)
+
+    return surround
+
+
+@pytest.fixture(params=[1, 2], ids=["threads1", "threads2"])
+def threads(request: pytest.FixtureRequest) -> int:
+    """Runs the test with one and with two torch threads."""
+    torch.set_num_threads(request.param)
+    return request.param
