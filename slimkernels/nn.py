@@ -13,6 +13,7 @@ from slimkernels.formats import LOW_RANK_KINDS, BSRWeight, LowRankWeight, block_
 from slimkernels.kernels import EPILOGUES, native
 from slimkernels.kernels.problems import Request
 from slimkernels.kernels.select import resolve
+from slimkernels.ops.library import OPS
 
 __all__ = ["BlockSparseConv2d", "BlockSparseLinear", "LowRankConv2d", "LowRankLinear"]
 
@@ -267,7 +268,7 @@ class BlockSparseConv2d(_BlockSparse):
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
-        return torch.ops.slimkernels.bsr_conv2d(
+        return OPS.bsr_conv2d.default(
             x, self.values, self.crow_indices, self.col_indices, self.bias, self._packed(), self.weight_shape, self.block_shape,
             self.stride, self.padding, self.dilation, self.epilogue, self.kernel,
         )  # fmt: skip
@@ -335,7 +336,7 @@ class BlockSparseLinear(_BlockSparse):
         return linear.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.slimkernels.bsr_linear(
+        return OPS.bsr_linear.default(
             x, self.values, self.crow_indices, self.col_indices, self.bias, self._packed(), self.weight_shape, self.block_shape,
             self.epilogue, self.kernel,
         )  # fmt: skip
@@ -401,7 +402,7 @@ class LowRankLinear(nn.Module):
         return linear.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.slimkernels.low_rank_linear(x, self.U, self.V, self.bias, self.epilogue, self.kernel)
+        return OPS.low_rank_linear.default(x, self.U, self.V, self.bias, self.epilogue, self.kernel)
 
     def extra_repr(self) -> str:
         return (
@@ -495,7 +496,7 @@ class LowRankConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
-        return torch.ops.slimkernels.low_rank_conv2d(
+        return OPS.low_rank_conv2d.default(
             x, list(self.factors), self.bias, self.stride, self.padding, self.dilation, self.kind, self.epilogue, self.kernel
         )
 

@@ -89,11 +89,17 @@ class GradualPruning:
         self._prune(model, lambda final: 0.0)
 
     def __call__(self, step: int, total: int, model: nn.Module) -> None:
-        begin, end = int(self.begin * total), max(int(self.end * total), int(self.begin * total) + 1)
-        end = min(end, total - 1) if total > 1 and begin < total - 1 else end
-        due = (step - begin) * self.times // (end - begin) != (step - 1 - begin) * self.times // (end - begin)
-        if begin <= step <= end and (due or step == end):
+        begin = int(self.begin * total)
+        end = min(int(self.end * total), total - 1)
+        if not begin <= step <= max(begin, end):
+            return
+        if step >= end:
+            self._prune(model, lambda final: final)
+        elif self._due(step - begin, end - begin):
             self._prune(model, lambda final: cubic_schedule(step, final=final, begin=begin, end=end))
+
+    def _due(self, step: int, span: int) -> bool:
+        return step * self.times // span != (step - 1) * self.times // span
 
     def _prune(self, model: nn.Module, at: Callable[[float], float]) -> None:
         if isinstance(self.sparsity, Mapping):

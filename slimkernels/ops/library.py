@@ -11,6 +11,7 @@ from torch import Tensor
 from slimkernels.kernels import EPILOGUES
 
 LIBRARY = torch.library.Library("slimkernels", "DEF")
+OPS = torch.ops.slimkernels
 
 _SCHEMAS = (
     "bsr_conv2d(Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, Tensor? bias, Tensor[] packed, "
