@@ -262,7 +262,7 @@ def _decode(folder: Path, shape: tuple[int, ...] | None, threads: int) -> tuple[
     samples = make_dataset(str(folder), index, extensions=IMG_EXTENSIONS)
     files = [Path(file) for file, _ in samples]
     with ThreadPoolExecutor(max_workers=threads) as pool:
-        decoded = list(pool.map(_decode_file, files, chunksize=64))
+        decoded = list(pool.map(_decode_file, files))
     expected = shape or tuple(decoded[0].shape)
     for file, image in zip(files, decoded, strict=True):
         if tuple(image.shape) != expected:

@@ -177,9 +177,9 @@ register("bsr_linear", _bsr_linear, _bsr_linear_fake)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, crow, col, bias, _packed, *rest = inputs
+    x, values, crow, col, bias, packed, *rest = inputs
     ctx.save_for_backward(x, values, crow, col, bias, output)
-    ctx.arguments = rest[:-1]
+    ctx.arguments, ctx.packed_count = rest[:-1], len(packed)
 
 
 def _gradients(ctx: Any, grads: tuple[Tensor, Tensor, Tensor], arguments_after_packed: int) -> tuple[Any, ...]:
@@ -187,7 +187,7 @@ def _gradients(ctx: Any, grads: tuple[Tensor, Tensor, Tensor], arguments_after_p
     grad_x, grad_values, grad_bias = grads
     return (
         grad_x if need_x else None, grad_values if need_values else None, None, None, grad_bias if need_bias else None,
-        None, *[None] * arguments_after_packed,
+        [None] * ctx.packed_count, *[None] * arguments_after_packed,
     )  # fmt: skip
 
 
