@@ -1,7 +1,7 @@
 """Builds slimkernels._C: pybind11 plus per-file instruction-set flags, driven by Ninja.
 
-SLIMKERNELS_CUDA=auto|1|0 (default auto) decides on the CUDA C++ kernels: auto takes nvcc when it is found, 1 fails without it.
-What was left out, and why, is written to slimkernels/_build.json, which `slimkernels info` prints.
+SLIMKERNELS_CUDA=auto|1|0 (default auto) decides on the CUDA C++ kernels: auto takes nvcc when it is found, 1 fails
+without it. What was left out, and why, is written to slimkernels/_build.json, which `slimkernels info` prints.
 """
 
 import glob
@@ -62,8 +62,8 @@ def try_compile(cxx: list[str], flags: list[str], source: str) -> str | None:
             return str(error)
         if done.returncode == 0 and path.with_suffix(".o").exists():
             return None
-        lines = [line for line in (done.stderr + done.stdout).splitlines() if "error" in line] or [f"exit {done.returncode}"]
-        return lines[0].replace(folder + os.sep, "")
+        lines = [line for line in (done.stderr + done.stdout).splitlines() if "error" in line]
+        return (lines or [f"exit status {done.returncode}"])[0].replace(folder + os.sep, "")
 
 
 def find_compiler() -> tuple[list[str] | None, str]:
@@ -100,7 +100,8 @@ def find_nvcc() -> str:
         candidates.append(os.path.join(home, "bin", "nvcc"))
     candidates.append(shutil.which("nvcc"))
     for key in ("purelib", "platlib"):
-        candidates += sorted(glob.glob(os.path.join(sysconfig.get_paths()[key], "nvidia", "*", "bin", "nvcc")), reverse=True)
+        pattern = os.path.join(sysconfig.get_paths()[key], "nvidia", "*", "bin", "nvcc")
+        candidates += sorted(glob.glob(pattern), reverse=True)
     for candidate in candidates:
         if candidate and os.access(candidate, os.X_OK):
             return candidate
@@ -138,7 +139,7 @@ def find_ninja() -> str:
         pass
     path = shutil.which("ninja")
     if path is None:
-        raise SystemExit("slimkernels: the build needs ninja: pip install ninja, or install without --no-build-isolation")
+        raise SystemExit("slimkernels: the build needs ninja (pip install ninja, or drop --no-build-isolation)")
     return path
 
 
@@ -162,7 +163,8 @@ class NinjaFile:
 
     def rule(self, name: str, command: list[str], description: str) -> None:
         # $in, $out are Ninja's; everything else is quoted for the shell.
-        words = [word if word in ("$in", "$out", "$out.d") else shlex.quote(word).replace("$", "$$") for word in command]
+        own = ("$in", "$out", "$out.d")
+        words = [word if word in own else shlex.quote(word).replace("$", "$$") for word in command]
         self.lines += [f"rule {name}", f"  command = {' '.join(words)}", f"  description = {description} $out"]
         if "$out.d" in command:
             self.lines += ["  depfile = $out.d", "  deps = gcc"]
@@ -224,7 +226,7 @@ class BuildNative(build_ext):
         if output is None and cuda is not None and wish == "auto":
             output = self.ninja(cxx, isas, "openmp" not in missing, None)
             if output is not None:
-                missing["cuda"] = f"nvcc {cuda['version']} failed to compile csrc/cuda (SLIMKERNELS_CUDA=1 makes this an error)"
+                missing["cuda"] = f"nvcc {cuda['version']} failed on csrc/cuda (SLIMKERNELS_CUDA=1 makes this an error)"
                 say(f"without CUDA C++ kernels: {missing['cuda']}")
         if output is None:
             raise SystemExit("slimkernels: compiling the kernels failed, see above")
@@ -239,7 +241,7 @@ class BuildNative(build_ext):
             import pybind11
         except ImportError:
             raise SystemExit(
-                "slimkernels: the build needs pybind11: pip install pybind11, or install without --no-build-isolation"
+                "slimkernels: the build needs pybind11 (pip install pybind11, or drop --no-build-isolation)"
             ) from None
         include = ["-I", str(ROOT / "csrc"), "-I", str(folder)]
         depfile = ["-MD", "-MF", "$out.d", "-c", "$in", "-o", "$out"]
@@ -289,8 +291,8 @@ class BuildNative(build_ext):
 
     @staticmethod
     def write_config(path: Path, isas: list[str], openmp: bool, cuda: dict[str, str] | None) -> None:
-        lines = ["#pragma once", f"#define SLIM_HAVE_OPENMP {int(openmp)}", f"#define SLIM_HAVE_CUDA {int(cuda is not None)}"]
-        lines += [f"#define SLIM_HAVE_{isa.upper()} {int(isa in isas)}" for isa in ISA_FLAGS]
+        have = {"OPENMP": openmp, "CUDA": cuda is not None, **{isa.upper(): isa in isas for isa in ISA_FLAGS}}
+        lines = ["#pragma once", *(f"#define SLIM_HAVE_{name} {int(value)}" for name, value in have.items())]
         lines.append(f'#define SLIM_CUDA_ARCHS "{CUDA_ARCHS if cuda else ""}"')
         text = "\n".join([*lines, ""])
         if not path.exists() or path.read_text() != text:
@@ -302,8 +304,9 @@ class BuildNative(build_ext):
 
     def get_outputs(self) -> list[str]:
         outputs = [path for path in super().get_outputs() if self.inplace or os.path.exists(path)]
-        reports = [os.path.join(os.path.dirname(self.get_ext_fullpath(ext.name)), "_build.json") for ext in self.extensions]
-        return outputs + ([] if self.inplace else reports)
+        if not self.inplace:
+            outputs += [str(Path(self.get_ext_fullpath(ext.name)).with_name("_build.json")) for ext in self.extensions]
+        return outputs
 
     def copy_extensions_to_source(self) -> None:
         build_py = self.get_finalized_command("build_py")

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -54,21 +55,42 @@ std::vector<std::string> isas() {
   return names;
 }
 
-int conv2d_f32(const std::string& isa, uintptr_t x, uintptr_t y, uintptr_t bias, uintptr_t weights, uintptr_t channels,
-               uintptr_t tap_ptr, int64_t n, int64_t h, int64_t w, int64_t c_in, int64_t c_out, int64_t p, int64_t q, int32_t r,
-               int32_t s, int32_t stride_h, int32_t stride_w, int32_t pad_h, int32_t pad_w, int32_t dil_h, int32_t dil_w,
-               int32_t strip, int32_t relu, int32_t pool, int32_t threads) {
-  for (const Isa& candidate : compiled_isas()) {
-    if (isa != candidate.name || !candidate.supported) continue;
-    const SlimConv2dF32 a = {pointer<const float>(x), pointer<float>(y), pointer<const float>(bias),
-                             pointer<const float>(weights), pointer<const int32_t>(channels), pointer<const int32_t>(tap_ptr),
-                             n, h, w, c_in, c_out, p, q, r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w,
-                             strip, relu, pool, threads};
-    py::gil_scoped_release release;
-    return candidate.conv2d_f32(&a);
+// The one function a forward pass calls per layer: pybind11's conversion of 26 arguments costs 1.5 us, this 0.3 us.
+PyObject* conv2d_f32(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  constexpr Py_ssize_t kArguments = 26;
+  if (count != kArguments) {
+    return PyErr_Format(PyExc_TypeError, "conv2d_f32: expected %zd arguments, got %zd", kArguments, count);
   }
-  return SLIM_ERROR_UNSUPPORTED;
+  const char* isa = PyUnicode_AsUTF8(args[0]);
+  if (isa == nullptr) return nullptr;
+  int64_t v[kArguments];
+  for (Py_ssize_t i = 1; i < kArguments; ++i) {
+    v[i] = PyLong_AsLongLong(args[i]);
+    if (v[i] == -1 && PyErr_Occurred()) return nullptr;
+  }
+  const auto i32 = [&v](int i) { return static_cast<int32_t>(v[i]); };
+  const SlimConv2dF32 a = {
+      pointer<const float>(v[1]), pointer<float>(v[2]), pointer<const float>(v[3]), pointer<const float>(v[4]),
+      pointer<const int32_t>(v[5]), pointer<const int32_t>(v[6]),
+      v[7], v[8], v[9], v[10], v[11], v[12], v[13],                            // n h w c_in c_out p q
+      i32(14), i32(15), i32(16), i32(17), i32(18), i32(19), i32(20), i32(21),  // r s stride pad dil
+      i32(22), i32(23), i32(24), i32(25)};                                     // strip relu pool threads
+  for (const Isa& candidate : compiled_isas()) {
+    if (std::strcmp(isa, candidate.name) != 0 || !candidate.supported) continue;
+    int status;
+    {
+      py::gil_scoped_release release;
+      status = candidate.conv2d_f32(&a);
+    }
+    return PyLong_FromLong(status);
+  }
+  return PyLong_FromLong(SLIM_ERROR_UNSUPPORTED);
 }
+
+PyMethodDef kFastFunctions[] = {
+    {"conv2d_f32", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(conv2d_f32)), METH_FASTCALL,
+     "(isa, members of SlimConv2dF32 in order) -> status"},
+    {nullptr, nullptr, 0, nullptr}};
 
 py::dict build_info() {
   py::dict info;
@@ -120,7 +142,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of slimkernels; csrc/kernels.h holds every function's preconditions.";
   m.def("isas", &isas, "Instruction sets that are compiled in and supported by this CPU, best first.");
   m.def("build_info", &build_info, "What this module was compiled with.");
-  m.def("conv2d_f32", &conv2d_f32, "(isa, members of SlimConv2dF32 in order) -> status");
+  if (PyModule_AddFunctions(m.ptr(), kFastFunctions) != 0) throw py::error_already_set();
 #if SLIM_HAVE_CUDA
   m.attr("CUDA_MAX_FUSED_RANK") = int(SLIM_CUDA_MAX_FUSED_RANK);
   m.def("cuda_bsr_conv2d", &cuda_bsr_conv2d, "(members of SlimCudaBsrConv2d in order) -> status");

@@ -5,13 +5,15 @@
     >>> fast = sk.convert(model, example_inputs=x)               # doctest: +SKIP
     >>> print(sk.explain(fast))                                  # doctest: +SKIP
 
-Importing this package imports torch alone; every public name is loaded at its first use.
+Importing this package imports torch alone and registers the ops; every other public name is loaded at its first use.
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from slimkernels import ops
 
 __version__ = "0.1.0"
 
@@ -36,12 +38,12 @@ _PUBLIC = {
     "save": "checkpoint",
     "update_pattern": "pattern",
 }
-_SUBMODULES = ("compress", "formats", "kernels", "models", "nn", "ops")
+_SUBMODULES = ("compress", "formats", "kernels", "models", "nn")
 
-__all__ = [*_PUBLIC, *_SUBMODULES, "__version__"]
+__all__ = [*_PUBLIC, *_SUBMODULES, "__version__", "ops"]
 
 if TYPE_CHECKING:
-    from slimkernels import compress, formats, kernels, models, nn, ops
+    from slimkernels import compress, formats, kernels, models, nn
     from slimkernels.analysis import analyze
     from slimkernels.checkpoint import load, save
     from slimkernels.compress.distill import distill

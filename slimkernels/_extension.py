@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 
-import torch  # noqa: F401  loads the OpenMP runtime that _C is resolved against
+import torch
 
 # libgomp, and the two LLVM-family runtimes that export libgomp's interface as well; wheels add a hash to the name.
 _OPENMP = re.compile(r"/lib(gomp|iomp5|omp)[-.][^/]*$")

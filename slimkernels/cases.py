@@ -71,10 +71,14 @@ class ConvCase:
 
     def expected(self, x: Tensor, weight: BSRWeight, bias: Tensor | None) -> tuple[Tensor, dict[str, Any]]:
         """The float64 reference and the keyword arguments of `testing.assert_close` for it."""
-        args = (x, weight, bias, self.stride, self.padding, self.dilation, self.epilogue)
+        args = (x, weight, bias, *self.geometry())
         scale, terms = testing.scale_bsr_conv2d(*args)
         bound = {"scale": scale, "terms": terms, "block_shape": self.block_shape}
         return testing.reference_bsr_conv2d(*args), bound
+
+    def geometry(self) -> tuple[Pair, Pair, Pair, str]:
+        """``(stride, padding, dilation, epilogue)``."""
+        return self.stride, self.padding, self.dilation, self.epilogue
 
     def problem(self, device: str = "cpu") -> ConvProblem:
         """The case as the dispatcher sees it."""
@@ -230,15 +234,25 @@ class LowRankConvCase:
 Case: TypeAlias = ConvCase | LinearCase | LowRankLinearCase | LowRankConvCase
 
 
-def run_case(kernel_name: str, case: Case, device: str = "cpu") -> Tensor:
-    """The output of a listed kernel on the case's inputs, on ``device``."""
-    return KERNELS[kernel_name].launch(*to_device(case.launch_args(*case.inputs()), device))
+def launch(kernel_name: str, case: Case, inputs: Any, device: str = "cpu", threads: int | None = None) -> Tensor:
+    """The output of a listed kernel on ``inputs`` (as `Case.inputs` returns them), with so many torch threads."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads or before)
+        return KERNELS[kernel_name].launch(*to_device(case.launch_args(*inputs), device))
+    finally:
+        torch.set_num_threads(before)
 
 
-def assert_matches_reference(kernel_name: str, case: Case, device: str = "cpu", **bound: Any) -> Comparison:
+def assert_matches_reference(
+    kernel_name: str, case: Case, device: str = "cpu", threads: int | None = None, **bound: Any
+) -> Comparison:
     """Runs a listed kernel on a case and asserts that it computes the float64 reference up to rounding.
 
-    ``bound`` overrides arguments of `testing.compare` (``u_mul=TF32_ROUNDOFF`` where tensor cores round their inputs).
+    Args:
+        kernel_name: key of `slimkernels.kernels.KERNELS`. case: sizes and seed.
+        device: where the kernel runs; the reference runs on the CPU. threads: torch threads of the launch.
+        bound: overrides arguments of `testing.compare` (``u_mul=TF32_ROUNDOFF`` where tensor cores round their inputs).
 
     Raises:
         AssertionError: where `testing.assert_close` does. ValueError: the kernel does not take this case.
@@ -247,6 +261,6 @@ def assert_matches_reference(kernel_name: str, case: Case, device: str = "cpu", 
     if reason is not None:
         raise ValueError(f"assert_matches_reference: {kernel_name} does not take {case.name}: {reason}")
     inputs = case.inputs()
-    out = KERNELS[kernel_name].launch(*to_device(case.launch_args(*inputs), device))
+    out = launch(kernel_name, case, inputs, device, threads)
     ref, arguments = case.expected(*inputs)
     return assert_close(out, ref, **{"name": f"{kernel_name} {case.name}", **arguments, **bound})

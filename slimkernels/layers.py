@@ -1,16 +1,18 @@
-"""One linear layer as analysis and conversion see it: its weight, geometry and declared blocks, or why it cannot be taken."""
+"""One linear layer as conversion sees it: its weight, geometry and declared blocks, or why it cannot be taken."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
 from torch.nn.utils import parametrize
 
 from slimkernels.formats import BlockMask
 from slimkernels.graph import ModelGraph, bake, copy_model, has_hooks, opaque_ancestor, parametrized_type
-from slimkernels.nn import BlockSparseConv2d, BlockSparseLinear, LowRankConv2d, LowRankLinear
+from slimkernels.nn import BlockSparseConv2d, BlockSparseLinear, LowRankConv2d, LowRankLinear, resolved_padding
 
 WEIGHT_LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear)
 SPARSE_LAYERS = (BlockSparseConv2d, BlockSparseLinear)
@@ -30,8 +32,8 @@ class LayerWeight:
         requires_grad: whether the layer's parameters are trainable.
     """
 
-    weight: Tensor
-    bias: Tensor | None
+    weight: Tensor = field(repr=False)
+    bias: Tensor | None = field(repr=False)
     stride: Pair = (1, 1)
     padding: Pair = (0, 0)
     dilation: Pair = (1, 1)
@@ -80,16 +82,6 @@ def declared_block_shape(module: nn.Module) -> Pair | None:
     return None
 
 
-def exact_padding(module: nn.Conv2d) -> Pair | None:
-    """The padding as two numbers; None where ``padding="same"`` pads one side more than the other."""
-    if not isinstance(module.padding, str):
-        return tuple(module.padding)  # type: ignore[return-value]
-    if module.padding == "valid":
-        return (0, 0)
-    total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size)]
-    return None if any(t % 2 for t in total) else (total[0] // 2, total[1] // 2)
-
-
 def type_obstacle(module: nn.Module) -> str | None:
     """Why the layer itself cannot be taken; None when it can."""
     if isinstance(module, (*SPARSE_LAYERS, *LOW_RANK_LAYERS)):
@@ -110,8 +102,10 @@ def type_obstacle(module: nn.Module) -> str | None:
             return f"groups={module.groups} is not supported"
         if module.padding_mode != "zeros":
             return f"padding_mode={module.padding_mode!r} is not supported"
-        if exact_padding(module) is None:
-            return f"padding='same' of kernel {module.kernel_size} is not symmetric"
+        try:
+            resolved_padding(module)
+        except ValueError as error:
+            return str(error)
     return None
 
 
@@ -146,9 +140,12 @@ def layer_weight(module: nn.Module) -> LayerWeight:
     bias = None if dense.bias is None else dense.bias.detach()
     found = LayerWeight(dense.weight.detach(), bias, block_shape=declared, requires_grad=trainable)
     if isinstance(dense, nn.Conv2d):
-        padding = exact_padding(dense)
-        assert padding is not None, "type_obstacle was not asked"
-        found = replace(found, stride=tuple(dense.stride), padding=padding, dilation=tuple(dense.dilation))
+        found = replace(
+            found,
+            stride=_pair(dense.stride),
+            padding=resolved_padding(dense),
+            dilation=_pair(dense.dilation),
+        )
     return found
 
 
@@ -157,8 +154,13 @@ def computes_weight(module: nn.Module) -> bool:
     return parametrize.is_parametrized(module) or (bool(module._forward_pre_hooks) and not has_hooks(module))
 
 
-def structure_obstacle(model: nn.Module, graph: ModelGraph, name: str, uniques: dict[str, nn.Module]) -> str | None:
-    """Why the place of a layer in its model forbids to replace it; None when nothing does."""
+def structure_obstacle(
+    model: nn.Module, graph: ModelGraph, name: str, uniques: Mapping[str, nn.Module], shared: frozenset[str]
+) -> str | None:
+    """Why the place of a layer in its model forbids to replace it; None when nothing does.
+
+    ``uniques`` and ``shared`` are `slimkernels.graph.unique_names` and `shared_tensor_layers` of the model.
+    """
     if name not in uniques:
         return "the module is registered under several names"
     module = uniques[name]
@@ -169,7 +171,7 @@ def structure_obstacle(model: nn.Module, graph: ModelGraph, name: str, uniques: 
         return f"it is part of {opaque}, which may read its weight"
     if name in graph.tensor_reads:
         return "the forward reads its weight past the layer"
-    if name in shared_tensor_layers(model):
+    if name in shared:
         return "its weight is shared with another layer"
     return None
 
@@ -182,7 +184,7 @@ def shared_tensor_layers(model: nn.Module) -> frozenset[str]:
             if leaf is None or isinstance(leaf, nn.UninitializedParameter):
                 continue
             layer = name.split(".parametrizations")[0]
-            strided = leaf.layout == torch.strided and not leaf.is_meta and leaf.numel() > 0
-            key = (leaf.device, leaf.untyped_storage().data_ptr()) if strided else id(leaf)
+            plain = type(leaf) is nn.Parameter and leaf.layout == torch.strided
+            key = leaf.untyped_storage()._cdata if plain else id(leaf)
             owners.setdefault(key, set()).add(layer)
     return frozenset(name for names in owners.values() if len(names) > 1 for name in names)

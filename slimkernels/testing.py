@@ -262,11 +262,11 @@ Size = Sequence[int]
 def conv2d_float64(
     x: Tensor, dense: Tensor, bias: Tensor | None, stride: Size, padding: Size, dilation: Size
 ) -> Tensor:
-    """``F.conv2d`` in float64, image by image so that its im2col buffer stays small."""
+    """``F.conv2d`` in float64, a few images at a time: torch's im2col buffer of a whole batch can take gigabytes."""
     b = None if bias is None else bias.double()
     step = (tuple(stride), tuple(padding), tuple(dilation))
-    images = [F.conv2d(image[None], dense, b, *step) for image in x.double()]
-    return torch.cat(images) if images else F.conv2d(x.double(), dense, b, *step)
+    images = max(1, 2**22 // max(1, dense[0].numel() * x.shape[-1] * x.shape[-2]))
+    return torch.cat([F.conv2d(part, dense, b, *step) for part in x.double().split(images)])
 
 
 def reference_bsr_conv2d(
@@ -382,7 +382,7 @@ def naive_bsr_conv2d(
     dilation: Size = (1, 1),
     epilogue: str = "none",
 ) -> Tensor:
-    """The definition, index by index, in float64: loops over the stored blocks and nothing else. For tiny sizes.
+    """The definition, weight by weight, in float64: loops over the stored blocks and nothing else. For tiny sizes.
 
     It says where a non-finite input goes: to every output whose stored blocks read it, zeros in stored blocks
     included, and to no other.
@@ -395,12 +395,11 @@ def naive_bsr_conv2d(
     x64, v64 = x.detach().double(), weight.values.detach().double().tolist()
     y = torch.zeros(n, c_out, p, q, dtype=torch.float64)
     for b, tap, first_o, first_c in stored_blocks(weight):
-        for oo, cc, i, j in product(range(block_out), range(block_in), range(p), range(q)):
-            o, c = first_o + oo, first_c + cc
-            row = i * stride[0] - padding[0] + tap // s * dilation[0]
-            column = j * stride[1] - padding[1] + tap % s * dilation[1]
-            if o < c_out and c < c_in and 0 <= row < h and 0 <= column < w:
-                y[:, o, i, j] += v64[b][oo][cc] * x64[:, c, row, column]
+        rows = torch.arange(p) * stride[0] - padding[0] + tap // s * dilation[0]
+        columns = torch.arange(q) * stride[1] - padding[1] + tap % s * dilation[1]
+        i, j = ((rows >= 0) & (rows < h)).nonzero(), ((columns >= 0) & (columns < w)).nonzero().T
+        for oo, cc in product(range(min(block_out, c_out - first_o)), range(min(block_in, c_in - first_c))):
+            y[:, first_o + oo, i, j] += v64[b][oo][cc] * x64[:, first_c + cc, rows[i], columns[j]]
     if bias is not None:
         y += bias.detach().double().reshape(1, -1, 1, 1)
     if epilogue == "none":
@@ -410,3 +409,8 @@ def naive_bsr_conv2d(
         return y
     windows = torch.stack([y[:, :, i : p // 2 * 2 : 2, j : q // 2 * 2 : 2] for i in (0, 1) for j in (0, 1)])
     return torch.where(windows.isnan().any(0), math.nan, windows.amax(0))
+
+
+def naive_bsr_linear(x: Tensor, weight: BSRWeight, bias: Tensor | None = None, epilogue: str = "none") -> Tensor:
+    """The definition of the block-sparse linear layer: the 1x1 case of `naive_bsr_conv2d`. x ``(M, in)``."""
+    return naive_bsr_conv2d(x[:, :, None, None], weight, bias, epilogue=epilogue)[:, :, 0, 0]

@@ -60,9 +60,10 @@ def seeded() -> None:
 
 
 @pytest.fixture(autouse=True)
-def threads_restored() -> Iterator[None]:
-    """Undoes a test's ``torch.set_num_threads``."""
+def one_thread() -> Iterator[None]:
+    """Tests run with one torch thread, which is faster at their sizes; they name the launches that take more."""
     before = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
@@ -154,10 +155,3 @@ def nan_surrounded() -> Callable[[Tensor], Tensor]:
         return inside.copy_(tensor)
 
     return surround
-
-
-@pytest.fixture(params=[1, 2], ids=["threads1", "threads2"])
-def threads(request: pytest.FixtureRequest) -> int:
-    """Runs the test with one and with two torch threads."""
-    torch.set_num_threads(request.param)
-    return request.param

@@ -10,7 +10,14 @@ import torch
 from torch.nn import functional as F
 
 from slimkernels import testing
-from slimkernels.cases import ConvCase, LinearCase, LowRankConvCase, LowRankLinearCase, assert_matches_reference, run_case
+from slimkernels.cases import (
+    ConvCase,
+    LinearCase,
+    LowRankConvCase,
+    LowRankLinearCase,
+    assert_matches_reference,
+    launch,
+)
 from slimkernels.formats import block_grid
 from slimkernels.kernels import KERNELS
 from slimkernels.testing import (
@@ -232,7 +239,9 @@ def test_cases_pass_on_the_reference_kernels_over_seeds(case, dtype: torch.dtype
 
 def test_low_rank_reference_is_the_merged_convolution() -> None:
     for kind, ranks in (("tai", (4,)), ("svd", (3,)), ("tucker2", (3, 5))):
-        case = LowRankConvCase(kind=kind, ranks=ranks, stride=(2, 1), padding=(1, 2), dilation=(1, 2), dtype=torch.float64)
+        case = LowRankConvCase(
+            kind=kind, ranks=ranks, stride=(2, 1), padding=(1, 2), dilation=(1, 2), dtype=torch.float64
+        )
         x, factors, bias = case.inputs()
         ref, bound = case.expected(x, factors, bias)
         letters = {"tai": "kcrz,nkys->ncrs", "svd": "kcrs,nkyz->ncrs", "tucker2": "icyz,oirs,noab->ncrs"}[kind]
@@ -243,7 +252,7 @@ def test_low_rank_reference_is_the_merged_convolution() -> None:
 def test_a_case_the_kernel_does_not_take_is_refused() -> None:
     with pytest.raises(ValueError, match="does not take conv: implements bsr_linear"):
         assert_matches_reference("bsr_linear__reference", ConvCase())
-    assert run_case("bsr_conv2d__reference", ConvCase()).shape == (2, 32, 8, 8)
+    assert launch("bsr_conv2d__reference", ConvCase(), ConvCase().inputs()).shape == (2, 32, 8, 8)
     assert set(UNIT_ROUNDOFF) >= KERNELS["bsr_conv2d__reference"].dtypes
 
 

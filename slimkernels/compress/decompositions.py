@@ -111,7 +111,9 @@ def tucker2(weight: Tensor, rank_out: int, rank_in: int, *, sweeps: int = 5) -> 
     w = float64("tucker2", weight, 4)
     n, c, kh, kw = w.shape
     for name, value, size, other in (("rank_out", rank_out, n, rank_in), ("rank_in", rank_in, c, rank_out)):
-        limit = min(size, other * kh * kw)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"tucker2: expected {name} to be an int, got {value!r}")
+        limit = min(size, max(other, 1) * kh * kw)
         if not 1 <= value <= limit:
             raise ValueError(f"tucker2: expected {name} in [1, {limit}] for a weight {tuple(w.shape)}, got {value}")
     u_out = _left_singular_vectors(unfold_out(w), rank_out)

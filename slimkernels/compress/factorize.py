@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from slimkernels.nn import LowRankConv2d, LowRankLinear
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -30,6 +29,7 @@ from slimkernels.compress.decompositions import (
 )
 from slimkernels.compress.selection import SelectedLayer, select_layers
 from slimkernels.formats import LOW_RANK_KINDS, LowRankWeight
+from slimkernels.nn import LowRankConv2d, LowRankLinear, resolved_padding, unsupported_conv_reason
 
 Rank = int | Sequence[int]
 
@@ -179,24 +179,7 @@ def _refusal(layer: SelectedLayer, model: nn.Module, shared: set[int]) -> str | 
         return "expected no hooks, got a layer that carries some, which would be lost"
     if any(id(p) in shared for p in module._parameters.values() if p is not None):
         return "expected parameters of its own, got some shared with another layer"
-    if isinstance(module, nn.Conv2d):
-        if module.groups != 1:
-            return f"expected groups=1, got groups={module.groups}"
-        if module.padding_mode != "zeros":
-            return f"expected padding_mode='zeros', got padding_mode={module.padding_mode!r}"
-        if _padding(module) is None:
-            return f"expected symmetric padding, got padding={module.padding!r} with kernel_size={module.kernel_size}"
-    return None
-
-
-def _padding(conv: nn.Conv2d) -> tuple[int, int] | None:
-    """Padding in pixels; None for "same" with an even kernel extent, which pads one side more."""
-    if conv.padding == "valid":
-        return (0, 0)
-    if conv.padding == "same":
-        total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
-        return None if any(t % 2 for t in total) else (total[0] // 2, total[1] // 2)
-    return tuple(conv.padding)  # type: ignore[return-value, arg-type]
+    return unsupported_conv_reason(module) if isinstance(module, nn.Conv2d) else None
 
 
 def _factorize_layer(
@@ -287,7 +270,14 @@ def _build(module: nn.Module, factors: tuple[Tensor, ...], kind: str) -> nn.Modu
         v, u = factors
         twin: nn.Module = LowRankLinear.from_factors(u, v, bias)
     else:
-        twin = LowRankConv2d.from_factors(factors, bias, kind, module.stride, _padding(module), module.dilation)
+        twin = LowRankConv2d.from_factors(
+            factors,
+            bias,
+            kind=kind,
+            stride=module.stride,  # type: ignore[arg-type]
+            padding=resolved_padding(module),
+            dilation=module.dilation,  # type: ignore[arg-type]
+        )
     for name, parameter in twin.named_parameters():
         parameter.requires_grad_((module.bias if name == "bias" else module.weight).requires_grad)
     return twin.train(module.training)

@@ -1,8 +1,7 @@
-"""Launchers of the CUDA C++ kernels (csrc/cuda): the only file that hands out CUDA addresses, so all that the kernels trust is
-checked here.
+"""Launchers of the CUDA C++ kernels (csrc/cuda): the only file that hands out CUDA addresses, so all is checked here.
 
-Simple kernels with fp32 sums on the plain cores, for GPUs and block shapes that the Triton kernels do not take and as an
-independent implementation to compare with; `low_rank_conv2d` runs its factors one after the other.
+Simple kernels with fp32 sums on the plain cores, for GPUs and block shapes that the Triton kernels do not take, and an
+independent implementation to compare with. `low_rank_conv2d` runs its factors one after the other.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from slimkernels import _extension
 from slimkernels.kernels.problems import Pair, conv_output_size, factor_geometry
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_ERROR_CUDA = 3  # SLIM_ERROR_CUDA of csrc/kernels.h
 _MIN_CAPABILITY = (8, 0)  # the lowest architecture csrc/cuda is compiled for
 
 
@@ -40,7 +40,7 @@ def _version(module: ModuleType) -> str:
 
 
 def available() -> str | None:
-    """None when the CUDA C++ kernels can run on the current GPU, else why not. Touches no GPU where the build has no kernels."""
+    """None when the CUDA C++ kernels can run on the current GPU, else why not."""
     reason = _static_reason()
     if reason is not None:
         return reason
@@ -80,7 +80,8 @@ def _relu(op: str, epilogue: str) -> int:
 
 def _check(op: str, module: ModuleType, status: int) -> None:
     if status != 0:
-        raise RuntimeError(f"{op}: the CUDA C++ kernel failed with status {status} {module.cuda_error_message()}".rstrip())
+        message = module.cuda_error_message() if status == _ERROR_CUDA else "more tiles than a CUDA grid holds"
+        raise RuntimeError(f"{op}: the CUDA C++ kernel failed with status {status}: {message}")
 
 
 def _target(x: Tensor) -> tuple[int, int]:
@@ -102,9 +103,10 @@ def _run_bsr(
     relu = _relu(op, epilogue)
     c_out, c_in, r, s = weight_shape
     block_out, block_in = block_shape
-    if crow_indices.numel() != -(-c_out // block_out) + 1 or tuple(values.shape[1:]) != (block_out, block_in):
+    rows = -(-c_out // block_out)
+    if crow_indices.numel() != rows + 1 or tuple(values.shape[1:]) != (block_out, block_in):
         raise ValueError(
-            f"{op}: expected values (nnz_blocks, {block_out}, {block_in}) and {-(-c_out // block_out) + 1} crow_indices, "
+            f"{op}: expected values (nnz_blocks, {block_out}, {block_in}) and {rows + 1} crow_indices, "
             f"got {tuple(values.shape)} and {crow_indices.numel()}"
         )
     if bias is not None and tuple(bias.shape) != (c_out,):
@@ -113,13 +115,13 @@ def _run_bsr(
         raise ValueError(f"{op}: expected fewer than 2**31 weights per output channel, got {tuple(weight_shape)}")
     if y.numel() == 0:
         return
-    # Contiguous copies live until the launch is enqueued; the caching allocator keeps their memory for this stream after that.
+    # Copies may die once the launch is enqueued: the caching allocator reuses their memory in this stream's order.
     values, crow_indices, col_indices = values.contiguous(), crow_indices.contiguous(), col_indices.contiguous()
     bias = bias if bias is None else bias.contiguous()
     status = module.cuda_bsr_conv2d(
         x.data_ptr(), y.data_ptr(), _pointer(bias), values.data_ptr(), crow_indices.data_ptr(), col_indices.data_ptr(),
-        *image, c_in, c_out, *out_image, r, s, *stride, *padding, *dilation, block_out, block_in, relu, _DTYPES[x.dtype],
-        *_target(x),
+        *image, c_in, c_out, *out_image, r, s, *stride, *padding, *dilation, block_out, block_in, relu,
+        _DTYPES[x.dtype], *_target(x),
     )  # fmt: skip
     _check(op, module, status)
 
@@ -140,8 +142,8 @@ def _conv(
         raise ValueError(f"{op}: expected an image that the kernel fits into, got x of shape {tuple(x.shape)}")
     y = torch.empty((n, c_out, p, q), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     _run_bsr(
-        op, x, y, values, crow_indices, col_indices, bias, (n, h, w), (p, q), weight_shape, block_shape, stride, padding,
-        dilation, epilogue,
+        op, x, y, values, crow_indices, col_indices, bias, (n, h, w), (p, q), weight_shape, block_shape, stride,
+        padding, dilation, epilogue,
     )  # fmt: skip
     return y
 
@@ -167,8 +169,9 @@ def launch_bsr_conv2d(
         RuntimeError: the kernels cannot run here, or CUDA reports an error.
     """
     return _conv(
-        "bsr_conv2d", x, values, crow_indices, col_indices, bias, weight_shape, block_shape, stride, padding, dilation, epilogue
-    )
+        "bsr_conv2d", x, values, crow_indices, col_indices, bias, weight_shape, block_shape, stride, padding, dilation,
+        epilogue,
+    )  # fmt: skip
 
 
 def _linear(
@@ -182,8 +185,8 @@ def _linear(
     y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype, device=x.device)
     rows = x.numel() // in_features
     _run_bsr(
-        op, x, y, values, crow_indices, col_indices, bias, (rows, 1, 1), (1, 1), (*weight_shape, 1, 1), block_shape, (1, 1),
-        (0, 0), (1, 1), epilogue,
+        op, x, y, values, crow_indices, col_indices, bias, (rows, 1, 1), (1, 1), (*weight_shape, 1, 1), block_shape,
+        (1, 1), (0, 0), (1, 1), epilogue,
     )  # fmt: skip
     return y
 

@@ -101,7 +101,7 @@ def bsr_conv2d_fwd_kernel(
         image = m // q // p
     in_h = (out_p * stride_h - pad_h).to(tl.int32)
     in_w = (out_q * stride_w - pad_w).to(tl.int32)
-    offs_m = ((image * h + in_h) * w + in_w) * c_in
+    offs_m = tl.multiple_of(((image * h + in_h) * w + in_w) * c_in, SLICE)
 
     first = tl.load(crow_ptr + row)
     count = (tl.load(crow_ptr + row + 1) - first) * BSR_IN
@@ -132,7 +132,8 @@ def bsr_conv2d_fwd_kernel(
 
         kk = k + offs_k
         offs_w = kk // BSR_IN * (BSR_OUT * BSR_IN) + kk % BSR_IN
-        mask_w = (kk < count)[:, None]
+        offs_w = tl.multiple_of(tl.max_contiguous(offs_w, SLICE), SLICE)
+        mask_w = tl.max_constancy(kk < count, SLICE)[:, None]
         if BSR_OUT % BLOCK_N != 0:
             mask_w = mask_w & (offs_n < BSR_OUT)[None, :]
         w_tile = tl.load(w_row_ptr + offs_w[:, None] + (offs_n * BSR_IN)[None, :], mask=mask_w, other=0.0)
@@ -337,7 +338,7 @@ def launch(
         values.to(compute).contiguous(),
         crow_indices,
         col_indices,
-        bias.to(compute) if bias is not None else None,
+        bias.to(compute).contiguous() if bias is not None else None,
         weight_shape,
         block_shape,
         stride,
@@ -381,7 +382,7 @@ def launch_linear(
         values.to(compute).contiguous(),
         crow_indices,
         col_indices,
-        bias.to(compute) if bias is not None else None,
+        bias.to(compute).contiguous() if bias is not None else None,
         (out_features, in_features, 1, 1),
         block_shape,
         (1, 1),

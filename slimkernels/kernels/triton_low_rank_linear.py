@@ -54,7 +54,7 @@ def low_rank_linear_fwd_kernel(
     tile_m = tl.program_id(0) // splits
     index_type: tl.constexpr = tl.int64 if INDEX_64 else tl.int32
     offs_m = tile_m.to(index_type) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_r = tl.arange(0, RANK)
+    offs_r = tl.arange(0, RANK).to(index_type)
     offs_k = tl.arange(0, BLOCK_K)
     mask_m = offs_m < m_total
     mask_r = offs_r < rank
@@ -75,7 +75,7 @@ def low_rank_linear_fwd_kernel(
     h_tile = h.to(x_ptr.dtype.element_ty)
 
     for first in range(split * BLOCK_N, out_features, splits * BLOCK_N):
-        offs_n = first + tl.arange(0, BLOCK_N)
+        offs_n = (first + tl.arange(0, BLOCK_N)).to(index_type)
         mask_n = offs_n < out_features
         u_tile = tl.load(
             u_ptr + offs_n[None, :] * rank + offs_r[:, None], mask=mask_r[:, None] & mask_n[None, :], other=0.0
@@ -87,3 +87,114 @@ def low_rank_linear_fwd_kernel(
             acc = tl.where(acc < 0.0, 0.0, acc)
         y_tile = y_ptr + offs_m.to(tl.int64)[:, None] * out_features + offs_n[None, :]
         tl.store(y_tile, acc.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+
+
+def default_config(
+    m_total: int,
+    out_features: int,
+    rank: int,
+    dtype: torch.dtype,
+    *,
+    tensor_cores: bool = True,
+    processors: int = 108,
+) -> dict[str, int]:
+    """Tile constants for one low-rank linear layer, by arithmetic (nothing here is measured on a GPU).
+
+    Args: m_total rows of x; tensor_cores False for IEEE float32; processors the number of SMs to keep busy.
+    Returns: BLOCK_M, BLOCK_N, BLOCK_K, SPLITS, num_warps, num_stages.
+    """
+    wide = max(next_power_of_2(rank), 16)
+    if tensor_cores:
+        # h takes BLOCK_M * wide float32 registers beside the BLOCK_M * BLOCK_N output tile: 64 + 16 a thread at 64 x 256.
+        block_m = 128 if wide <= 64 else 64
+        block_n = 128 if wide <= 64 and dtype.itemsize == 2 else 64 if dtype.itemsize == 2 else 32
+        block_k, warps = 64 if dtype.itemsize == 2 else 32, 8
+    else:
+        block_m, block_n, block_k, warps = 32, 32 if wide <= 128 else 16, 16, 8
+    block_m = min(block_m, max(16, next_power_of_2(m_total)))
+    if block_m < 64 and wide <= 128:
+        warps = 4
+    splits = min(cdiv(out_features, block_n), max(1, processors // cdiv(m_total, block_m)))
+    return {
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "BLOCK_K": block_k,
+        "SPLITS": splits,
+        "num_warps": warps,
+        "num_stages": 3,
+    }
+
+
+def launch(
+    x: Tensor,
+    U: Tensor,  # noqa: N803  (the factors' names in the formula)
+    V: Tensor,  # noqa: N803
+    bias: Tensor | None,
+    epilogue: str,
+    config: Mapping[str, int] | None = None,
+) -> Tensor:
+    """y = epilogue((x V^T) U^T + bias) in one kernel, in x's dtype, both products accumulated in float32.
+
+    Args:
+        x: (..., in) float32 | float16 | bfloat16. U: (out, rank), V: (rank, in), bias: (out,) or None, all in x's dtype.
+        epilogue: "none" or "relu".
+        config: BLOCK_M, BLOCK_N, BLOCK_K, SPLITS, num_warps, num_stages; None takes `default_config`. INDEX_64=1 forces
+            64-bit addresses, which are otherwise used from 2^31 elements on.
+
+    The intermediate is rounded once to x's dtype. float32 multiplies in IEEE precision unless
+    torch.backends.cuda.matmul.fp32_precision is "tf32".
+
+    Returns: (..., out), contiguous.
+    Raises: TypeError for another dtype or mixed dtypes; ValueError for a rank above MAX_RANK or an unknown epilogue.
+    """
+    if x.dtype not in DTYPES:
+        raise TypeError(f"low_rank_linear: expected x of dtype float32, float16 or bfloat16, got {x.dtype}")
+    for name, tensor in (("U", U), ("V", V), ("bias", bias)):
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise TypeError(f"low_rank_linear: expected {name} of x's dtype {x.dtype}, got {tensor.dtype}")
+    if epilogue not in EPILOGUES:
+        raise ValueError(f"low_rank_linear: expected epilogue in {EPILOGUES}, got {epilogue!r}")
+    out_features, rank = U.shape
+    in_features = V.shape[1]
+    if rank > MAX_RANK:
+        raise ValueError(f"low_rank_linear: expected rank at most {MAX_RANK} for the Triton kernel, got {rank}")
+    dtype = x.dtype
+    compute = interpreted_dtype(dtype)
+    rows = x.to(compute).reshape(-1, in_features).contiguous()
+    m_total = rows.shape[0]
+    y = torch.empty((m_total, out_features), dtype=compute, device=x.device)
+    if y.numel() > 0:
+        precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+        if config is None:
+            processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+            tensor_cores = x.dtype != torch.float32 or precision == "tf32"
+            config = default_config(
+                m_total, out_features, rank, x.dtype, tensor_cores=tensor_cores, processors=processors
+            )
+        block_m, block_k, splits = config["BLOCK_M"], config["BLOCK_K"], config["SPLITS"]
+        index_64 = max(x.numel(), U.numel(), V.numel()) > _INT32_MAX or bool(config.get("INDEX_64", False))
+        factors = [t.to(compute).contiguous() for t in (U, V)]
+        with device_guard(x):
+            low_rank_linear_fwd_kernel[(cdiv(m_total, block_m) * splits,)](
+                rows,
+                *factors,
+                bias.to(compute).contiguous() if bias is not None else factors[0],
+                y,
+                m_total,
+                in_features,
+                out_features,
+                rank,
+                splits,
+                EVEN_K=in_features % block_k == 0,
+                HAS_BIAS=bias is not None,
+                RELU=epilogue == "relu",
+                INDEX_64=index_64,
+                PRECISION=precision,
+                RANK=max(next_power_of_2(rank), 16),
+                BLOCK_M=block_m,
+                BLOCK_N=config["BLOCK_N"],
+                BLOCK_K=block_k,
+                num_warps=config["num_warps"],
+                num_stages=config["num_stages"],
+            )
+    return y.reshape(*x.shape[:-1], out_features).to(dtype)

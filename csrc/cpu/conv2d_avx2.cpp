@@ -1,0 +1,31 @@
+// AVX2 + FMA kernels of csrc/kernels.h.
+#include <immintrin.h>
+#include <stdint.h>
+#include <stdlib.h>
+
+#include "../kernels.h"
+
+namespace {
+
+struct Vec8 {
+  static constexpr int N = 8;
+  typedef __m256 type;
+  static inline type zero() { return _mm256_setzero_ps(); }
+  static inline type load(const float* p) { return _mm256_loadu_ps(p); }
+  static inline type broadcast(const float* p) { return _mm256_broadcast_ss(p); }
+  static inline void store(float* p, type v) { _mm256_storeu_ps(p, v); }
+  static inline type add(type a, type b) { return _mm256_add_ps(a, b); }
+  static inline type fma(type a, type b, type c) { return _mm256_fmadd_ps(a, b, c); }
+  // vmaxps returns its second operand when one is NaN, so a NaN passes.
+  static inline type relu(type v) { return _mm256_max_ps(zero(), v); }
+  static inline type max_nan(type a, type b) { return _mm256_blendv_ps(_mm256_max_ps(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q)); }
+};
+
+#include "conv2d_strips.h"
+
+}  // namespace
+
+// 16 vector registers: 12 accumulators, 2 weights, 1 input; 10 pixels of 8 channels leave pixel pointers in registers.
+extern "C" int slim_conv2d_f32_avx2(const SlimConv2dF32* a) {
+  return a->strip == 8 ? conv2d<Vec8>(a, make_tiles<Vec8, 1, 10>()) : conv2d<Vec8>(a, make_tiles<Vec8, 2, 6>());
+}

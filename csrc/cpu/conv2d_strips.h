@@ -1,0 +1,522 @@
+// Block-sparse convolution over strip packs, written once over a vector type; see csrc/kernels.h for the operation.
+//
+// Each instruction set's translation unit defines, in an anonymous namespace, the vector types it has and includes this file
+// (also into an anonymous namespace, so that no symbol compiled for one instruction set can be linked into another's code).
+//
+// Microkernel: MR pixels x L output channels (one strip) stay in registers while the strip's entries stream by; one entry is an
+// input channel at a tap and L weights: MR broadcasts, MR * NV multiply-adds. Each pixel has its own pointer, so a tile may take
+// any pixels that see the same taps: no multiply-add is spent on padding.
+//
+// Two orders over the taps:
+// - all_taps: the tile's accumulators stay in registers over every tap inside the image. Pixels are classed by the taps they
+//   see (corners, edges, interior), and a tile holds pixels of one class.
+// - tap_by_tap: taps outermost, accumulators kept in y. One tap's weights of all strips stay in L2 and one tap's input of a tile
+//   stays in L1, which is what wide layers on small images need; accumulator traffic is small once a strip has many entries a tap.
+
+struct Range {
+  int64_t begin, end;
+};
+
+// One contiguous run of entries, its offsets relative to the pixel pointers.
+struct Segment {
+  int32_t begin, end;
+};
+
+// Where a tile's accumulators start and what happens to them at the end.
+enum { INIT_BIAS = 0, INIT_Y = 1 };
+
+// ---------------------------------------------------------------- microkernel
+
+template <class V, int NV, int MR>
+struct Tile {
+  // Independent accumulator sets, so that MR * NV * SETS multiply-adds cover the latency (4 cycles, 2 units) on small tiles.
+  static constexpr int SETS = MR * NV >= 6 ? 1 : (MR * NV >= 3 ? 2 : 4);
+
+  // x, y: MR pixel pointers each. w: weights of entry 0, `stride` floats an entry. offsets: elements relative to x.
+  // lanes: channels of the strip that exist.
+  static void run(const float* const* x, float* const* y, const float* w, int64_t stride, const int32_t* offsets,
+                  const Segment* segments, int count, const float* bias, int init, int relu, int lanes) {
+    typename V::type acc[SETS][MR][NV];
+    const float* px[MR];
+    for (int m = 0; m < MR; ++m) px[m] = x[m];
+
+    const int full = lanes == V::N * NV;
+    if (init == INIT_Y && full) {
+      for (int m = 0; m < MR; ++m)
+        for (int v = 0; v < NV; ++v) acc[0][m][v] = V::load(y[m] + v * V::N);
+    } else if (init == INIT_Y || bias != nullptr) {
+      float buffer[V::N * NV] = {};
+      for (int m = 0; m < MR; ++m) {
+        const float* source = init == INIT_Y ? y[m] : bias;
+        if (full) {
+          for (int v = 0; v < NV; ++v) acc[0][m][v] = V::load(source + v * V::N);
+        } else {
+          for (int i = 0; i < lanes; ++i) buffer[i] = source[i];
+          for (int v = 0; v < NV; ++v) acc[0][m][v] = V::load(buffer + v * V::N);
+        }
+      }
+    } else {
+      for (int m = 0; m < MR; ++m)
+        for (int v = 0; v < NV; ++v) acc[0][m][v] = V::zero();
+    }
+    for (int u = 1; u < SETS; ++u)
+      for (int m = 0; m < MR; ++m)
+        for (int v = 0; v < NV; ++v) acc[u][m][v] = V::zero();
+
+    for (int i = 0; i < count; ++i) {
+      const float* weight = w + segments[i].begin * stride;
+      const int32_t* o = offsets + segments[i].begin;
+      const int32_t* const end = offsets + segments[i].end;
+      for (; end - o >= SETS; o += SETS) {
+#pragma GCC unroll 4
+        for (int u = 0; u < SETS; ++u) {
+          step(acc[u], px, weight, o[u]);
+          weight += stride;
+        }
+      }
+      if (SETS > 1)
+        for (; o != end; ++o, weight += stride) step(acc[0], px, weight, o[0]);
+    }
+
+    for (int u = 1; u < SETS; ++u)
+      for (int m = 0; m < MR; ++m)
+        for (int v = 0; v < NV; ++v) acc[0][m][v] = V::add(acc[0][m][v], acc[u][m][v]);
+    if (relu)
+      for (int m = 0; m < MR; ++m)
+        for (int v = 0; v < NV; ++v) acc[0][m][v] = V::relu(acc[0][m][v]);
+    if (full) {
+      for (int m = 0; m < MR; ++m)
+        for (int v = 0; v < NV; ++v) V::store(y[m] + v * V::N, acc[0][m][v]);
+    } else {
+      float buffer[V::N * NV];
+      for (int m = 0; m < MR; ++m) {
+        for (int v = 0; v < NV; ++v) V::store(buffer + v * V::N, acc[0][m][v]);
+        for (int i = 0; i < lanes; ++i) y[m][i] = buffer[i];
+      }
+    }
+  }
+
+  static inline __attribute__((always_inline)) void step(typename V::type (&acc)[MR][NV], const float* const (&px)[MR],
+                                                         const float* weight, int64_t offset) {
+    typename V::type wv[NV];
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) wv[v] = V::load(weight + v * V::N);
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m) {
+      const typename V::type xv = V::broadcast(px[m] + offset);
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) acc[m][v] = V::fma(xv, wv[v], acc[m][v]);
+    }
+  }
+};
+
+typedef void (*TileFunction)(const float* const*, float* const*, const float*, int64_t, const int32_t*, const Segment*, int,
+                             const float*, int, int, int);
+
+constexpr int MAX_MR = 16;
+
+template <class V, int NV, int MR>
+void fill_tiles(TileFunction* table) {
+  if constexpr (MR > 1) fill_tiles<V, NV, MR - 1>(table);
+  table[MR] = Tile<V, NV, MR>::run;
+}
+
+// A strip's tiles: `lanes` channels wide, up to `mr` pixels.
+struct TileSet {
+  TileFunction run[MAX_MR + 1];
+  int mr, lanes;
+};
+
+template <class V, int NV, int MR>
+TileSet make_tiles() {
+  static_assert(MR <= MAX_MR, "");
+  TileSet set;
+  set.run[0] = nullptr;
+  fill_tiles<V, NV, MR>(set.run);
+  set.mr = MR;
+  set.lanes = V::N * NV;
+  return set;
+}
+
+// ---------------------------------------------------------------- geometry
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Output positions [begin, end) whose input `i * stride - pad + shift` lies in [0, size).
+inline Range positions(int64_t out, int64_t size, int64_t stride, int64_t pad, int64_t shift) {
+  const int64_t low = pad - shift;
+  const int64_t begin = low > 0 ? ceil_div(low, stride) : 0;
+  const int64_t last = size - 1 + pad - shift;
+  const int64_t end = last < 0 ? 0 : last / stride + 1;
+  const Range r = {min64(begin, out), min64(end, out)};
+  return r;
+}
+
+// Taps [begin, end) that output position i sees along one axis.
+inline Range taps_seen(int64_t i, int64_t size, int64_t stride, int64_t pad, int64_t dilation, int64_t taps) {
+  const int64_t origin = i * stride - pad;
+  int64_t begin = 0, end = taps;
+  while (begin < taps && origin + begin * dilation < 0) ++begin;
+  while (end > begin && origin + (end - 1) * dilation >= size) --end;
+  const Range r = {begin, end};
+  return r;
+}
+
+// Where a unit's outputs go: y itself, or the scratch in front of the pooling.
+struct Destination {
+  float* base;
+  int64_t image_stride, row_stride, pixel_stride, image0, row0, channel0;
+  float* at(int64_t n, int64_t p, int64_t q) const {
+    return base + (n - image0) * image_stride + (p - row0) * row_stride + q * pixel_stride;
+  }
+};
+
+// A piece of work for one thread: images x output rows x strips. Units depend on the problem alone, never on the number of
+// threads, so results do not either.
+struct Unit {
+  Range images, rows, strips;
+};
+
+struct Plan {
+  const SlimConv2dF32* a;
+  TileSet tiles;
+  int64_t rows, columns;      // outputs computed: p x q, cut to even with pooling
+  int64_t strips, taps;
+  int tap_by_tap;
+  int64_t image_step, row_step, strip_step, image_units, row_units, strip_units;
+  const int32_t* offsets;     // per entry: tap offset + channel (all_taps), or the channel alone (tap_by_tap)
+};
+
+// ---------------------------------------------------------------- one unit
+
+// Pixels of images x rows x columns in order, handed out in tiles of nearly equal size.
+struct PixelCursor {
+  const Plan* plan;
+  const Destination* to;
+  Range rows, columns;
+  int64_t n, p, q, left, tiles;
+
+  PixelCursor(const Plan& pl, const Destination& d, Range images, Range r, Range c) : plan(&pl), to(&d), rows(r), columns(c) {
+    n = images.begin;
+    p = r.begin;
+    q = c.begin;
+    left = r.end > r.begin && c.end > c.begin ? (images.end - images.begin) * (r.end - r.begin) * (c.end - c.begin) : 0;
+    tiles = ceil_div(left, pl.tiles.mr);
+  }
+
+  // Writes the pointers of the next tile, x at tap (0, 0); returns its number of pixels, 0 at the end.
+  int next(const float** x, float** y) {
+    if (left == 0) return 0;
+    const SlimConv2dF32& a = *plan->a;
+    const int size = (int)ceil_div(left, tiles);
+    for (int m = 0; m < size; ++m) {
+      const int64_t row = p * a.stride_h - a.pad_h, column = q * a.stride_w - a.pad_w;
+      x[m] = a.x + ((n * a.h + row) * a.w + column) * a.c_in;
+      y[m] = to->at(n, p, q);
+      if (++q == columns.end) {
+        q = columns.begin;
+        if (++p == rows.end) {
+          p = rows.begin;
+          ++n;
+        }
+      }
+    }
+    left -= size;
+    --tiles;
+    return size;
+  }
+};
+
+// Bytes of weights and offsets that should stay in L2 while tiles pass over them; half of the smallest L2 aimed at (512 KB).
+constexpr int64_t WEIGHT_BYTES = 256 * 1024;
+
+// Tap rows that one call of a microkernel may be given; taller kernels go tap by tap.
+constexpr int MAX_SEGMENTS = 64;
+
+inline int lanes_of(const Plan& plan, int64_t channel) { return (int)min64(plan.tiles.lanes, plan.a->c_out - channel); }
+
+// Runs one tile over the strips, `segments` giving the entries of a strip.
+template <class SegmentsOf>
+inline void run_strips(const Plan& plan, Range strips, const float* const* x, float* const* y, int size, int64_t channel0,
+                       int init, int relu, const SegmentsOf& segments_of) {
+  const SlimConv2dF32& a = *plan.a;
+  const TileFunction run = plan.tiles.run[size];
+  const int parts = a.strip / plan.tiles.lanes;
+  Segment segments[MAX_SEGMENTS];
+  float* target[MAX_MR];
+  for (int64_t k = strips.begin; k < strips.end; ++k) {
+    const int count = segments_of(k, segments);
+    if (count == 0 && init == INIT_Y) continue;
+    for (int part = 0; part < parts; ++part) {
+      const int64_t channel = k * a.strip + part * plan.tiles.lanes;
+      if (channel >= a.c_out) break;
+      for (int m = 0; m < size; ++m) target[m] = y[m] + (channel - channel0);
+      run(x, target, a.weights + part * plan.tiles.lanes, a.strip, plan.offsets, segments, count,
+          a.bias == nullptr ? nullptr : a.bias + channel, init, relu, lanes_of(plan, channel));
+    }
+  }
+}
+
+inline void unit_all_taps(const Plan& plan, const Unit& unit, const Destination& to) {
+  const SlimConv2dF32& a = *plan.a;
+  const float* x[MAX_MR];
+  float* y[MAX_MR];
+  for (int64_t first = unit.strips.begin; first < unit.strips.end;) {
+    // As many strips as keep their weights in L2.
+    int64_t last = first + 1;
+    const int64_t per_entry = a.strip * 4 + 4;
+    const int64_t start = a.tap_ptr[first * plan.taps];
+    while (last < unit.strips.end && (a.tap_ptr[(last + 1) * plan.taps] - start) * per_entry <= WEIGHT_BYTES) ++last;
+    const Range strips = {first, last};
+    first = last;
+    for (int64_t p = unit.rows.begin; p < unit.rows.end;) {
+      const Range r = taps_seen(p, a.h, a.stride_h, a.pad_h, a.dil_h, a.r);
+      int64_t p_end = p + 1;
+      for (; p_end < unit.rows.end; ++p_end) {
+        const Range other = taps_seen(p_end, a.h, a.stride_h, a.pad_h, a.dil_h, a.r);
+        if (other.begin != r.begin || other.end != r.end) break;
+      }
+      const Range rows = {p, p_end};
+      p = p_end;
+      for (int64_t q = 0; q < plan.columns;) {
+        const Range s = taps_seen(q, a.w, a.stride_w, a.pad_w, a.dil_w, a.s);
+        int64_t q_end = q + 1;
+        for (; q_end < plan.columns; ++q_end) {
+          const Range other = taps_seen(q_end, a.w, a.stride_w, a.pad_w, a.dil_w, a.s);
+          if (other.begin != s.begin || other.end != s.end) break;
+        }
+        const Range columns = {q, q_end};
+        q = q_end;
+        const int whole_rows = s.begin == 0 && s.end == a.s;
+        const auto segments_of = [&](int64_t k, Segment* out) {
+          const int32_t* ptr = a.tap_ptr + k * plan.taps;
+          if (r.begin >= r.end || s.begin >= s.end) return 0;
+          if (whole_rows) {
+            out[0].begin = ptr[r.begin * a.s];
+            out[0].end = ptr[r.end * a.s];
+            return 1;
+          }
+          int count = 0;
+          for (int64_t i = r.begin; i < r.end; ++i, ++count) {
+            out[count].begin = ptr[i * a.s + s.begin];
+            out[count].end = ptr[i * a.s + s.end];
+          }
+          return count;
+        };
+        PixelCursor cursor(plan, to, unit.images, rows, columns);
+        for (int size; (size = cursor.next(x, y)) != 0;)
+          run_strips(plan, strips, x, y, size, to.channel0, INIT_BIAS, a.relu, segments_of);
+      }
+    }
+  }
+}
+
+template <class V>
+inline void each_output(const Plan& plan, const Unit& unit, const Destination& to, const float* bias, int relu) {
+  const SlimConv2dF32& a = *plan.a;
+  const int64_t begin = unit.strips.begin * a.strip, count = min64(unit.strips.end * a.strip, a.c_out) - begin;
+  for (int64_t n = unit.images.begin; n < unit.images.end; ++n)
+    for (int64_t p = unit.rows.begin; p < unit.rows.end; ++p)
+      for (int64_t q = 0; q < plan.columns; ++q) {
+        float* y = to.at(n, p, q) + (begin - to.channel0);
+        int64_t i = 0;
+        if (relu) {
+          for (; i + V::N <= count; i += V::N) V::store(y + i, V::relu(V::load(y + i)));
+          for (; i < count; ++i) y[i] = y[i] < 0 ? 0 : y[i];
+        } else if (bias != nullptr) {
+          for (; i + V::N <= count; i += V::N) V::store(y + i, V::load(bias + begin + i));
+          for (; i < count; ++i) y[i] = bias[begin + i];
+        } else {
+          for (; i < count; ++i) y[i] = 0;
+        }
+      }
+}
+
+template <class V>
+inline void unit_tap_by_tap(const Plan& plan, const Unit& unit, const Destination& to) {
+  const SlimConv2dF32& a = *plan.a;
+  const float* x[MAX_MR];
+  float* y[MAX_MR];
+  each_output<V>(plan, unit, to, a.bias, 0);
+  for (int64_t tap = 0; tap < plan.taps; ++tap) {
+    const int64_t i = tap / a.s, j = tap % a.s;
+    Range rows = positions(a.p, a.h, a.stride_h, a.pad_h, i * a.dil_h);
+    Range columns = positions(a.q, a.w, a.stride_w, a.pad_w, j * a.dil_w);
+    rows.begin = max64(rows.begin, unit.rows.begin);
+    rows.end = min64(rows.end, unit.rows.end);
+    columns.end = min64(columns.end, plan.columns);
+    const int64_t shift = (i * a.dil_h * a.w + j * a.dil_w) * a.c_in;
+    const auto segments_of = [&](int64_t k, Segment* out) {
+      out[0].begin = a.tap_ptr[k * plan.taps + tap];
+      out[0].end = a.tap_ptr[k * plan.taps + tap + 1];
+      return out[0].end > out[0].begin ? 1 : 0;
+    };
+    PixelCursor cursor(plan, to, unit.images, rows, columns);
+    for (int size; (size = cursor.next(x, y)) != 0;) {
+      for (int m = 0; m < size; ++m) x[m] += shift;
+      run_strips(plan, unit.strips, x, y, size, to.channel0, INIT_Y, 0, segments_of);
+    }
+  }
+  if (a.relu) each_output<V>(plan, unit, to, nullptr, 1);
+}
+
+// 2x2 stride-2 max-pool of the unit's outputs in scratch into y.
+template <class V>
+inline void pool_unit(const Plan& plan, const Unit& unit, const Destination& from) {
+  const SlimConv2dF32& a = *plan.a;
+  const int64_t begin = unit.strips.begin * a.strip, count = min64(unit.strips.end * a.strip, a.c_out) - begin;
+  const int64_t p_out = a.p / 2, q_out = a.q / 2;
+  for (int64_t n = unit.images.begin; n < unit.images.end; ++n)
+    for (int64_t p = unit.rows.begin; p < unit.rows.end; p += 2)
+      for (int64_t q = 0; q < plan.columns; q += 2) {
+        const float* s0 = from.at(n, p, q);
+        const float* s1 = s0 + from.pixel_stride;
+        const float* s2 = s0 + from.row_stride;
+        const float* s3 = s2 + from.pixel_stride;
+        float* y = a.y + ((n * p_out + p / 2) * q_out + q / 2) * a.c_out + begin;
+        int64_t i = 0;
+        for (; i + V::N <= count; i += V::N)
+          V::store(y + i, V::max_nan(V::max_nan(V::load(s0 + i), V::load(s1 + i)), V::max_nan(V::load(s2 + i), V::load(s3 + i))));
+        for (; i < count; ++i) {
+          float m = s0[i];
+          const float others[3] = {s1[i], s2[i], s3[i]};
+          for (int j = 0; j < 3; ++j)
+            if (others[j] > m || others[j] != others[j]) m = others[j];
+          y[i] = m;
+        }
+      }
+}
+
+// ---------------------------------------------------------------- the call
+
+// Multiply-adds a unit should have: about 30 microseconds, so that two threads balance and a parallel region pays.
+constexpr int64_t UNIT_MACS = 1500000;
+// Entries a strip has per tap, on average, from which accumulator traffic in y is small beside the multiply-adds.
+constexpr int64_t TAP_BY_TAP_ENTRIES = 24;
+// Floats of scratch a pooled unit may use: half of a 512 KB L2.
+constexpr int64_t SCRATCH_FLOATS = 64 * 1024;
+
+inline void make_plan(Plan& plan) {
+  const SlimConv2dF32& a = *plan.a;
+  plan.taps = (int64_t)a.r * a.s;
+  plan.strips = ceil_div(a.c_out, a.strip);
+  plan.rows = a.pool ? a.p / 2 * 2 : a.p;
+  plan.columns = a.pool ? a.q / 2 * 2 : a.q;
+  const int64_t entries = a.tap_ptr[plan.strips * plan.taps];
+  plan.tap_by_tap = plan.taps > 1 && (a.r > MAX_SEGMENTS || entries >= TAP_BY_TAP_ENTRIES * plan.strips * plan.taps);
+
+  const int64_t row_macs = max64(1, entries * a.strip * plan.columns);
+  const int64_t image_macs = row_macs * plan.rows, total = image_macs * a.n;
+  const int64_t even = a.pool ? 2 : 1;
+  plan.image_step = 1;
+  plan.row_step = plan.rows;
+  if (image_macs > UNIT_MACS)
+    plan.row_step = min64(plan.rows, max64(4, ceil_div(UNIT_MACS, row_macs)) / 2 * 2);
+  else
+    plan.image_step = min64(a.n, max64(1, UNIT_MACS / image_macs));
+  if (a.pool) {
+    const int64_t row_floats = plan.columns * a.c_out;
+    plan.row_step = max64(even, min64(plan.row_step, SCRATCH_FLOATS / row_floats / 2 * 2));
+    plan.image_step = max64(1, min64(plan.image_step, SCRATCH_FLOATS / (row_floats * plan.row_step)));
+  }
+  plan.image_units = ceil_div(a.n, plan.image_step);
+  plan.row_units = ceil_div(plan.rows, plan.row_step);
+  // Few pixels: split the strips as well.
+  const int64_t wanted = total < UNIT_MACS / 8 ? 1 : 8;
+  plan.strip_step = plan.strips;
+  if (plan.image_units * plan.row_units < wanted)
+    plan.strip_step = ceil_div(plan.strips, min64(plan.strips, ceil_div(wanted, plan.image_units * plan.row_units)));
+  plan.strip_units = ceil_div(plan.strips, plan.strip_step);
+}
+
+template <class V>
+inline void run_unit(const Plan& plan, int64_t index, float* scratch) {
+  const SlimConv2dF32& a = *plan.a;
+  const int64_t k = index % plan.strip_units, rest = index / plan.strip_units;
+  const int64_t i = rest / plan.row_units, j = rest % plan.row_units;
+  Unit unit;
+  unit.images.begin = i * plan.image_step;
+  unit.images.end = min64(a.n, unit.images.begin + plan.image_step);
+  unit.rows.begin = j * plan.row_step;
+  unit.rows.end = min64(plan.rows, unit.rows.begin + plan.row_step);
+  unit.strips.begin = k * plan.strip_step;
+  unit.strips.end = min64(plan.strips, unit.strips.begin + plan.strip_step);
+  Destination to;
+  if (a.pool) {
+    to.channel0 = unit.strips.begin * a.strip;
+    to.pixel_stride = min64(unit.strips.end * a.strip, a.c_out) - to.channel0;
+    to.row_stride = plan.columns * to.pixel_stride;
+    to.image_stride = (unit.rows.end - unit.rows.begin) * to.row_stride;
+    to.base = scratch;
+    to.image0 = unit.images.begin;
+    to.row0 = unit.rows.begin;
+  } else {
+    to.base = a.y;
+    to.pixel_stride = a.c_out;
+    to.row_stride = a.q * a.c_out;
+    to.image_stride = a.p * to.row_stride;
+    to.image0 = to.row0 = to.channel0 = 0;
+  }
+  if (plan.tap_by_tap)
+    unit_tap_by_tap<V>(plan, unit, to);
+  else
+    unit_all_taps(plan, unit, to);
+  if (a.pool) pool_unit<V>(plan, unit, to);
+}
+
+// Offsets of all entries relative to a pixel's tap (0, 0).
+inline int32_t* entry_offsets(const Plan& plan) {
+  const SlimConv2dF32& a = *plan.a;
+  const int64_t entries = a.tap_ptr[plan.strips * plan.taps];
+  int32_t* offsets = (int32_t*)malloc(sizeof(int32_t) * (size_t)max64(entries, 1));
+  if (offsets == nullptr) return nullptr;
+  for (int64_t k = 0; k < plan.strips; ++k)
+    for (int64_t tap = 0; tap < plan.taps; ++tap) {
+      const int32_t shift = (int32_t)((tap / a.s * a.dil_h * a.w + tap % a.s * a.dil_w) * a.c_in);
+      const int32_t end = a.tap_ptr[k * plan.taps + tap + 1];
+      for (int32_t e = a.tap_ptr[k * plan.taps + tap]; e < end; ++e) offsets[e] = a.channels[e] + shift;
+    }
+  return offsets;
+}
+
+template <class V>
+inline int conv2d(const SlimConv2dF32* a, const TileSet& tiles) {
+  Plan plan;
+  plan.a = a;
+  plan.tiles = tiles;
+  make_plan(plan);
+  int32_t* offsets = nullptr;
+  if (plan.taps > 1 && !plan.tap_by_tap) {
+    offsets = entry_offsets(plan);
+    if (offsets == nullptr) return SLIM_ERROR_NO_MEMORY;
+  }
+  plan.offsets = offsets != nullptr ? offsets : a->channels;
+  const int64_t units = plan.image_units * plan.row_units * plan.strip_units;
+  const size_t scratch_bytes =
+      a->pool ? sizeof(float) * (size_t)(plan.image_step * plan.row_step * plan.columns * min64(plan.strip_step * a->strip, a->c_out)) : 0;
+  const int threads = (int)min64(a->threads, units);
+  int failed = 0;
+  if (threads <= 1) {
+    float* scratch = a->pool ? (float*)malloc(scratch_bytes) : nullptr;
+    if (a->pool && scratch == nullptr)
+      failed = 1;
+    else
+      for (int64_t i = 0; i < units; ++i) run_unit<V>(plan, i, scratch);
+    free(scratch);
+  } else {
+#pragma omp parallel num_threads(threads) reduction(| : failed)
+    {
+      float* scratch = a->pool ? (float*)malloc(scratch_bytes) : nullptr;
+      const int usable = !a->pool || scratch != nullptr;
+      if (!usable) failed = 1;
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < units; ++i)
+        if (usable) run_unit<V>(plan, i, scratch);
+      free(scratch);
+    }
+  }
+  free(offsets);
+  return failed ? SLIM_ERROR_NO_MEMORY : SLIM_OK;
+}

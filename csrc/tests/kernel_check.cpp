@@ -1,0 +1,300 @@
+// Checks every CPU kernel of csrc/kernels.h against a convolution in double precision, without Python or torch, so that it runs
+// under sanitizers and in an emulator. Prints one line per instruction set; exit status 1 on a mismatch, 2 on a bad option.
+//
+//   kernel_check [--isa scalar|avx2|avx512] [--cases N] [--max-threads N]
+//
+// Inputs are heap blocks of exact size (AddressSanitizer sees one element too many), the output lies between guard zones and is
+// pre-filled with a pattern that must be gone afterwards.
+#include <float.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <vector>
+
+#include "kernels.h"
+
+#ifndef SLIM_HAVE_AVX2
+#define SLIM_HAVE_AVX2 1
+#endif
+#ifndef SLIM_HAVE_AVX512
+#define SLIM_HAVE_AVX512 1
+#endif
+
+namespace {
+
+constexpr uint32_t kUnwritten = 0x7fc0dead;  // a quiet NaN no kernel produces
+constexpr int64_t kGuard = 64;               // floats on both sides of y: one AVX-512 tile row of 64 bytes is 16
+
+struct Rng {  // splitmix64
+  uint64_t state;
+  uint64_t next() {
+    uint64_t z = (state += 0x9e3779b97f4a7c15u);
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return z ^ (z >> 31);
+  }
+  int64_t below(int64_t n) { return int64_t(next() % uint64_t(n)); }
+  int64_t range(int64_t lo, int64_t hi) { return lo + below(hi - lo + 1); }
+  bool chance(int percent) { return below(100) < percent; }
+  float value() { return float(double(next() >> 11) * 0x1p-52 - 1.0); }  // [-1, 1)
+  template <size_t N>
+  int64_t pick(const int64_t (&list)[N]) { return list[below(N)]; }
+};
+
+// A heap block of exactly the asked size; `shift` elements are left unused at the front, to take the alignment away.
+template <typename T>
+struct Block {
+  T* base;
+  T* data;
+  Block(int64_t count, int64_t shift = 0)
+      : base(static_cast<T*>(malloc(size_t(count + shift > 0 ? count + shift : 1) * sizeof(T)))), data(base + shift) {
+    if (base == nullptr) abort();
+  }
+  ~Block() { free(base); }
+  Block(const Block&) = delete;
+  Block& operator=(const Block&) = delete;
+};
+
+struct Isa {
+  const char* name;
+  int (*run)(const SlimConv2dF32*);
+  bool supported;
+};
+
+struct Tally {
+  long cases = 0, outputs = 0, failures = 0;
+  double worst = 0.0;  // largest error as a share of its bound
+};
+
+double maximum(double a, double b) { return isnan(a) || a > b ? a : b; }  // NaN stays
+
+// The definition in kernels.h, term by term in double; `scale` sums the magnitudes for the rounding bound.
+double output(const SlimConv2dF32& a, int64_t n, int64_t p, int64_t q, int64_t o, double* scale, long* terms) {
+  const int64_t taps = int64_t(a.r) * a.s, strip = o / a.strip, lane = o % a.strip;
+  double sum = a.bias != nullptr ? double(a.bias[o]) : 0.0;
+  *scale = fabs(sum);
+  *terms = 1;
+  for (int64_t tap = 0; tap < taps; ++tap) {
+    const int64_t iy = p * a.stride_h - a.pad_h + tap / a.s * a.dil_h;
+    const int64_t ix = q * a.stride_w - a.pad_w + tap % a.s * a.dil_w;
+    if (iy < 0 || iy >= a.h || ix < 0 || ix >= a.w) continue;
+    for (int32_t e = a.tap_ptr[strip * taps + tap]; e < a.tap_ptr[strip * taps + tap + 1]; ++e) {
+      const double term = double(a.weights[int64_t(e) * a.strip + lane]) *
+                          double(a.x[((n * a.h + iy) * a.w + ix) * a.c_in + a.channels[e]]);
+      sum += term;
+      *scale += fabs(term);
+      ++*terms;
+    }
+  }
+  return a.relu && sum < 0.0 ? 0.0 : sum;
+}
+
+// `k` additions and multiplications in fp32, in any order, fused or not, stay within k 2^-24 of the summed magnitudes
+// (Higham, Accuracy and Stability, section 3.1); one more term each for products and the final rounding, and DBL noise.
+double bound(double scale, long terms) { return double(terms + 3) * 0x1p-24 * scale * 1.01 + FLT_MIN; }
+
+void describe(const char* isa, const SlimConv2dF32& a) {
+  printf("  %s: n=%ld h=%ld w=%ld c_in=%ld c_out=%ld p=%ld q=%ld r=%d s=%d stride=%d,%d pad=%d,%d dil=%d,%d strip=%d relu=%d "
+         "pool=%d bias=%d threads=%d\n",
+         isa, long(a.n), long(a.h), long(a.w), long(a.c_in), long(a.c_out), long(a.p), long(a.q), a.r, a.s, a.stride_h,
+         a.stride_w, a.pad_h, a.pad_w, a.dil_h, a.dil_w, a.strip, a.relu, a.pool, a.bias != nullptr, a.threads);
+}
+
+// Runs one problem and compares every output and both guard zones.
+void check(const Isa& isa, SlimConv2dF32 a, int64_t y_shift, Tally* tally) {
+  const int64_t out_h = a.pool ? a.p / 2 : a.p, out_w = a.pool ? a.q / 2 : a.q;
+  const int64_t count = a.n * out_h * out_w * a.c_out;
+  Block<uint32_t> y(count + 2 * kGuard, y_shift);
+  for (int64_t i = 0; i < count + 2 * kGuard; ++i) y.data[i] = kUnwritten;
+  a.y = reinterpret_cast<float*>(y.data + kGuard);
+  const long before = tally->failures;
+  const int status = isa.run(&a);
+  if (status != SLIM_OK) {
+    printf("  status %d\n", status);
+    ++tally->failures;
+  }
+  for (int64_t i = 0; i < kGuard; ++i) {
+    if (y.data[i] != kUnwritten || y.data[kGuard + count + i] != kUnwritten) {
+      printf("  wrote outside y, %ld floats from its %s\n", long(y.data[i] != kUnwritten ? kGuard - i : i + 1),
+             y.data[i] != kUnwritten ? "start" : "end");
+      ++tally->failures;
+      break;
+    }
+  }
+  for (int64_t i = 0; status == SLIM_OK && i < count; ++i) {
+    const int64_t o = i % a.c_out, q = i / a.c_out % out_w, p = i / a.c_out / out_w % out_h, n = i / a.c_out / out_w / out_h;
+    double want, limit = 0.0, scale;
+    long terms;
+    if (a.pool) {
+      want = -INFINITY;
+      for (int64_t k = 0; k < 4; ++k) {
+        want = maximum(output(a, n, 2 * p + k / 2, 2 * q + k % 2, o, &scale, &terms), want);
+        limit = fmax(limit, bound(scale, terms));
+      }
+    } else {
+      want = output(a, n, p, q, o, &scale, &terms);
+      limit = bound(scale, terms);
+    }
+    const float got = a.y[i];
+    const bool unwritten = y.data[kGuard + i] == kUnwritten;
+    const double error = fabs(double(got) - want);
+    const bool match = isnan(want) ? isnan(got) : isinf(want) ? double(got) == want : error <= limit;
+    if (!unwritten && match) {
+      if (isfinite(want) && error / limit > tally->worst) tally->worst = error / limit;
+      continue;
+    }
+    if (tally->failures++ == before) {
+      if (unwritten) {
+        printf("  y[%ld,%ld,%ld,%ld] was not written\n", long(n), long(p), long(q), long(o));
+      } else {
+        printf("  y[%ld,%ld,%ld,%ld] = %.9g, expected %.9g within %.3g\n", long(n), long(p), long(q), long(o), double(got), want,
+               limit);
+      }
+    }
+  }
+  if (tally->failures != before) describe(isa.name, a);
+  ++tally->cases;
+  tally->outputs += count;
+}
+
+int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t dil) {
+  const int64_t reach = size + 2 * pad - dil * (kernel - 1) - 1;
+  return reach < 0 ? 0 : reach / stride + 1;
+}
+
+// One random problem: the same one for every instruction set, since it depends on its number alone.
+void run_case(const Isa& isa, long number, int max_threads, Tally* tally) {
+  Rng rng{uint64_t(number) * 0x632be59bd9b4e019u + 1};
+  static const int64_t kSizes[] = {1, 1, 2, 2, 3, 4, 4, 5, 6, 7, 8, 8, 9, 13, 16, 17};
+  static const int64_t kKernels[] = {1, 1, 2, 3, 3, 3, 3, 5};
+  static const int64_t kStrips[] = {8, 16, 32};
+  static const int64_t kChannels[] = {1, 2, 3, 7, 8, 9, 16, 24, 31, 32, 33, 64, 96};
+  SlimConv2dF32 a;
+  memset(&a, 0, sizeof a);
+  const bool linear = rng.chance(15), large = number % 97 == 96;
+  do {
+    a.h = linear ? 1 : large ? 32 : rng.pick(kSizes);
+    a.w = linear ? 1 : large ? 32 : rng.chance(70) ? a.h : rng.pick(kSizes);
+    a.r = linear ? 1 : int32_t(rng.pick(kKernels));
+    a.s = linear ? 1 : rng.chance(80) ? a.r : int32_t(rng.pick(kKernels));
+    a.stride_h = rng.chance(75) ? 1 : int32_t(rng.range(1, 3));
+    a.stride_w = rng.chance(75) ? a.stride_h : int32_t(rng.range(1, 3));
+    a.dil_h = rng.chance(80) ? 1 : int32_t(rng.range(1, 3));
+    a.dil_w = rng.chance(80) ? a.dil_h : int32_t(rng.range(1, 3));
+    a.pad_h = linear ? 0 : rng.chance(60) ? (a.r - 1) / 2 * a.dil_h : int32_t(rng.range(0, 4));
+    a.pad_w = linear ? 0 : rng.chance(60) ? (a.s - 1) / 2 * a.dil_w : int32_t(rng.range(0, 4));
+    a.p = output_size(a.h, a.r, a.stride_h, a.pad_h, a.dil_h);
+    a.q = output_size(a.w, a.s, a.stride_w, a.pad_w, a.dil_w);
+  } while (a.p < 1 || a.q < 1);
+  a.n = linear ? rng.range(1, 70) : rng.range(1, 20);
+  a.c_in = large ? 64 : rng.pick(kChannels);
+  a.c_out = rng.chance(50) ? rng.pick(kChannels) : rng.range(1, 70);
+  a.strip = int32_t(rng.pick(kStrips));
+  a.relu = rng.chance(50);
+  a.pool = a.p >= 2 && a.q >= 2 && rng.chance(35);
+
+  // Density 0 leaves whole strips, and whole taps, without entries.
+  const int64_t strips = (a.c_out + a.strip - 1) / a.strip, taps = int64_t(a.r) * a.s;
+  static const int64_t kDensities[] = {0, 5, 12, 12, 25, 50, 100};
+  std::vector<int32_t> channels, tap_ptr{0};
+  std::vector<int64_t> lanes;  // per entry, how many channels of its strip exist
+  for (int64_t i = 0; i < strips; ++i) {
+    const int density = int(large ? 12 : rng.pick(kDensities));
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const bool empty = rng.chance(15);
+      for (int32_t c = 0; c < a.c_in && !empty; ++c) {
+        if (!rng.chance(density)) continue;
+        channels.push_back(c);
+        lanes.push_back(a.c_out - i * a.strip);
+      }
+      tap_ptr.push_back(int32_t(channels.size()));
+    }
+  }
+  const int64_t entries = int64_t(channels.size());
+  const double work = double(a.p * a.q) * double(entries) * a.strip;
+  const double limit = large ? 1e7 : 4e5;  // multiply-adds of the double reference
+  while (a.n > 1 && double(a.n) * work > limit) a.n = (a.n + 1) / 2;
+
+  const int64_t shift = rng.range(0, 3);
+  Block<float> x(a.n * a.h * a.w * a.c_in, shift), weights(entries * a.strip, rng.range(0, 3)), bias(a.c_out, rng.range(0, 3));
+  Block<int32_t> channel_block(entries), tap_block(int64_t(tap_ptr.size()));
+  for (int64_t i = 0; i < a.n * a.h * a.w * a.c_in; ++i) x.data[i] = rng.value();
+  for (int64_t i = 0; i < entries * a.strip; ++i) {
+    weights.data[i] = i % a.strip >= lanes[size_t(i / a.strip)] || rng.chance(10) ? 0.0f : rng.value();
+  }
+  for (int64_t i = 0; i < a.c_out; ++i) bias.data[i] = rng.value();
+  if (rng.chance(20)) {  // non-finite inputs reach the outputs that read them, and no others
+    static const float kSpecial[] = {NAN, INFINITY, -INFINITY};
+    for (int k = 0; k < 3; ++k) x.data[rng.below(a.n * a.h * a.w * a.c_in)] = kSpecial[rng.below(3)];
+  }
+  if (entries > 0) memcpy(channel_block.data, channels.data(), size_t(entries) * sizeof(int32_t));
+  memcpy(tap_block.data, tap_ptr.data(), tap_ptr.size() * sizeof(int32_t));
+  a.x = x.data;
+  a.bias = rng.chance(70) ? bias.data : nullptr;
+  a.weights = weights.data;
+  a.channels = channel_block.data;
+  a.tap_ptr = tap_block.data;
+  static const int64_t kThreads[] = {1, 1, 2, 3};
+  a.threads = int32_t(rng.pick(kThreads));
+  if (a.threads > max_threads) a.threads = max_threads;
+  check(isa, a, rng.range(0, 3), tally);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const char* only = nullptr;
+  long cases = 400;
+  int max_threads = 3;
+  for (int i = 1; i < argc; ++i) {
+    const bool has_value = i + 1 < argc;
+    if (has_value && strcmp(argv[i], "--isa") == 0) {
+      only = argv[++i];
+    } else if (has_value && strcmp(argv[i], "--cases") == 0) {
+      cases = atol(argv[++i]);
+    } else if (has_value && strcmp(argv[i], "--max-threads") == 0) {
+      max_threads = atoi(argv[++i]);
+    } else {
+      fprintf(stderr, "kernel_check: expected --isa NAME, --cases N or --max-threads N, got %s\n", argv[i]);
+      return 2;
+    }
+  }
+  if (cases < 1 || max_threads < 1) {
+    fprintf(stderr, "kernel_check: expected --cases and --max-threads of at least 1\n");
+    return 2;
+  }
+  const Isa isas[] = {
+      {"scalar", slim_conv2d_f32_scalar, true},
+#if SLIM_HAVE_AVX2
+      {"avx2", slim_conv2d_f32_avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+#endif
+#if SLIM_HAVE_AVX512
+      {"avx512", slim_conv2d_f32_avx512,
+       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512bw")},
+#endif
+  };
+  bool failed = false, found = false;
+  for (const Isa& isa : isas) {
+    if (only != nullptr && strcmp(only, isa.name) != 0) continue;
+    found = true;
+    if (!isa.supported) {
+      printf("%-7s not supported by this CPU\n", isa.name);
+      failed = failed || only != nullptr;
+      continue;
+    }
+    Tally tally;
+    for (long number = 0; number < cases; ++number) run_case(isa, number, max_threads, &tally);
+    printf("%-7s %s: %ld cases, %ld outputs, %ld mismatches, worst error %.3f of its bound\n", isa.name,
+           tally.failures == 0 ? "ok" : "FAILED", tally.cases, tally.outputs, tally.failures, tally.worst);
+    fflush(stdout);
+    failed = failed || tally.failures != 0;
+  }
+  if (!found) {
+    fprintf(stderr, "kernel_check: expected --isa scalar, avx2 or avx512 as compiled in, got %s\n", only);
+    return 2;
+  }
+  return failed ? 1 : 0;
+}

@@ -1,0 +1,60 @@
+"""The stopwatch of conversion: callables timed in turns, so that a change of clock rate hits all of them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+# A reading is repeated calls of at least this long: perf_counter and a CUDA event cost about 0.1 us and 2 us.
+_MIN_READING_S = 100e-6
+_MIN_ROUNDS = 3
+_MAX_CALLS = 64
+
+
+def medians(runs: Sequence[Callable[[], Any]], *, device: str, repeats: int, budget_s: float) -> list[float]:
+    """Median seconds of one call of each callable.
+
+    Every callable is called twice untimed (the first call may pack weights or compile), then all of them take turns, in an order
+    that rotates, until ``budget_s`` is spent or ``repeats`` rounds are done, and for at least three rounds.
+
+    Args:
+        runs: callables without arguments. device: ``cuda`` times with events, anything else with the clock.
+    """
+    reading = _cuda_reading if device == "cuda" else _cpu_reading
+    calls = []
+    for run in runs:
+        run()
+        once = reading(run, 1)
+        calls.append(max(1, min(_MAX_CALLS, int(_MIN_READING_S / max(once, 1e-9)))))
+    samples: list[list[float]] = [[] for _ in runs]
+    end = time.perf_counter() + budget_s
+    for round_ in range(max(repeats, _MIN_ROUNDS)):
+        if round_ >= _MIN_ROUNDS and time.perf_counter() >= end:
+            break
+        for i in range(len(runs)):
+            j = (i + round_) % len(runs)
+            runs[j]()  # untimed: its weights and activations come back into the caches that the others used
+            samples[j].append(reading(runs[j], calls[j]))
+    return [statistics.median(s) for s in samples]
+
+
+def _cpu_reading(run: Callable[[], Any], calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return (time.perf_counter() - start) / calls
+
+
+def _cuda_reading(run: Callable[[], Any], calls: int) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(calls):
+        run()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3 / calls

@@ -1,0 +1,94 @@
+"""The reference networks: shapes, sizes known from the literature, traceability, names."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from slimkernels import models
+
+CIFAR_VGGS = {"vgg11_cifar": 8, "vgg13_cifar": 10, "vgg16_cifar": 13, "vgg19_cifar": 16}
+ALL = [*CIFAR_VGGS, "nin_cifar", "vgg_digits"]
+
+
+@pytest.fixture
+def meta():
+    """Models without storage: initialising 20 million weights costs a second."""
+    with torch.device("meta"):
+        yield
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_forward_shape_and_fx(name):
+    model = models.build(name, num_classes=7).eval()
+    x = torch.randn(2, *models.input_shape(name))
+    with torch.no_grad():
+        y = model(x)
+        traced = torch.fx.symbolic_trace(model)(x)
+    assert y.shape == (2, 7) and torch.isfinite(y).all()
+    torch.testing.assert_close(traced, y)
+    assert not any(p.is_meta for p in model.parameters())
+
+
+@pytest.mark.parametrize(("name", "convs"), CIFAR_VGGS.items())
+def test_cifar_vgg_layers(name, convs, meta):
+    model = models.build(name)
+    found = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    assert len(found) == convs
+    assert all(c.kernel_size == (3, 3) and c.padding == (1, 1) for c in found)
+    assert [(m.in_features, m.out_features) for m in model.modules() if isinstance(m, nn.Linear)] == [
+        (512, 512),
+        (512, 512),
+        (512, 10),
+    ]
+    assert sum(isinstance(m, nn.Dropout) for m in model.modules()) == 2
+
+
+def test_vgg19_size_is_that_of_the_paper(meta):
+    # SlimNets, table 1: 78.4 MB (of 2^20 bytes) in float32, without batch norm.
+    assert parameters(models.vgg19_cifar(batch_norm=False)) * 4 / 2**20 == pytest.approx(78.4, abs=0.05)
+
+
+def test_batch_norm_is_optional(meta):
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in models.vgg11_cifar(batch_norm=False).modules())
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in models.vgg11_cifar().modules()) == 8
+
+
+def test_nin_has_the_paper_s_parameters(meta):
+    assert parameters(models.nin_cifar()) == pytest.approx(965_000, rel=0.01)
+
+
+def test_digits_width(meta):
+    assert parameters(models.vgg_digits(width=32)) < parameters(models.vgg_digits()) / 3
+    with pytest.raises(ValueError, match="vgg_digits: expected width >= 1, got 0"):
+        models.vgg_digits(width=0)
+
+
+def test_build_takes_torchvision_names():
+    model = models.build("squeezenet1_1", num_classes=5)
+    assert model.classifier[1].out_channels == 5
+    assert models.input_shape("squeezenet1_1") == (3, 224, 224)
+
+
+@pytest.mark.parametrize(("name", "classes", "message"), [("vgg20", 10, "vgg19_cifar"), ("vgg11", 0, "num_classes >= 1")])
+def test_build_refuses(name, classes, message):
+    with pytest.raises(ValueError, match=message):
+        models.build(name, num_classes=classes)
+
+
+def test_unknown_attribute():
+    with pytest.raises(AttributeError, match="vgg20"):
+        _ = models.vgg20
+
+
+def test_importing_the_package_leaves_torchvision_alone():
+    code = "import sys, slimkernels.models as m; assert 'torchvision' not in sys.modules; m.nin_cifar(); m.vgg11_cifar"
+    subprocess.run([sys.executable, "-c", code + "; assert 'torchvision' not in sys.modules"], check=True)
