@@ -1,4 +1,4 @@
-"""Images in memory: scikit-learn's digits, CIFAR-10, and any folder of classes, decoded once and augmented on the device."""
+"""Images in memory: scikit-learn's digits, CIFAR-10, and folders of classes, decoded once, augmented on the device."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ def image_folder_loaders(
     device: torch.device | str = "cpu",
     threads: int = 4,
 ) -> Loaders:
-    """Images in ``path/train/<class>/*`` and ``path/test/<class>/*`` (or ``val``), all of one size, decoded once to uint8.
+    """Images in ``path/train/<class>/*`` and ``path/test/<class>/*`` (or ``val``), all of one size, decoded once.
 
     Normalised by CIFAR-10's statistics; ``augment`` crops with four pixels of padding and flips, on ``device``.
 
@@ -196,8 +196,8 @@ def image_folder_loaders(
 
     Raises:
         FileNotFoundError: a missing folder, or a class without images.
-        ValueError: a file that is not an image or has another size (the file is named), or class folders of ``train`` and
-            ``test`` that differ.
+        ValueError: a file that is not an image or has another size (the file is named), or class folders of ``train``
+            and ``test`` that differ.
     """
     root = Path(path)
     if not root.is_dir():
@@ -206,22 +206,29 @@ def image_folder_loaders(
     for folder in (root / "train", test_root):
         if not folder.is_dir():
             raise FileNotFoundError(
-                f"image_folder_loaders: expected folders 'train' and 'test' (or 'val') in {root}, found no {folder.name!r}"
+                f"image_folder_loaders: expected folders 'train' and 'test' (or 'val') in {root}, "
+                f"found no {folder.name!r}"
             )
     train, classes = _decode(root / "train", None, threads)
     test, test_classes = _decode(test_root, tuple(train[0].shape[1:]), threads)
     if classes != test_classes:
         differing = sorted(set(classes) ^ set(test_classes))
         raise ValueError(
-            f"image_folder_loaders: expected the same classes in train and {test_root.name}, got a difference: {differing}"
+            f"image_folder_loaders: expected the same classes in train and {test_root.name}, "
+            f"got a difference: {differing}"
         )
     return _image_loaders(train, test, classes, batch_size, seed, augment, device)
 
 
 def loaders(
-    source: str | Path, batch_size: int = 128, seed: int = 0, *, augment: bool = True, device: torch.device | str = "cpu"
+    source: str | Path,
+    batch_size: int = 128,
+    seed: int = 0,
+    *,
+    augment: bool = True,
+    device: torch.device | str = "cpu",
 ) -> Loaders:
-    """Loaders of ``"digits"``, of a folder holding torchvision's CIFAR-10, or of a folder ``{train,test}/<class>/*``."""
+    """Loaders of ``"digits"``, of a folder with torchvision's CIFAR-10, or of a folder ``{train,test}/<class>/*``."""
     if str(source) == "digits":
         return digits_loaders(batch_size, seed, device=device)
     if (Path(source) / "cifar-10-batches-py").is_dir():
@@ -255,7 +262,7 @@ def _image_loaders(
 
 
 def _decode(folder: Path, shape: tuple[int, ...] | None, threads: int) -> tuple[tuple[Tensor, Tensor], list[str]]:
-    """``((images uint8 (N, 3, H, W), labels), classes)`` of every image under ``folder``, in the order of their names."""
+    """``((images uint8 (N, 3, H, W), labels), classes)`` of every image under ``folder``, by name."""
     from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
     classes, index = find_classes(str(folder))

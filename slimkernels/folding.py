@@ -1,7 +1,7 @@
 """Batch norm folded into the layer before it, and which ReLU and max-pool may move into a layer's epilogue.
 
-In eval mode ``BN(W x + b) = (g W) x + (b - mean) g + beta`` with ``g = gamma / sqrt(var + eps)`` per output channel (Jacob et
-al., arXiv 1712.05877, section 3.2). It is computed in float64 and rounded once.
+In eval mode ``BN(W x + b) = (g W) x + (b - mean) g + beta`` with ``g = gamma / sqrt(var + eps)`` per output channel
+(Jacob et al., arXiv 1712.05877, section 3.2). It is computed in float64 and rounded once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from slimkernels.layers import LayerWeight
 
 
 def flush_subnormals(tensor: Tensor) -> Tensor:
-    """The tensor with numbers below the smallest normal one replaced by 0: subnormals slow a CPU down."""
+    """The tensor with numbers below the smallest normal one replaced by 0: arithmetic on them is slow on CPUs."""
     return torch.where(tensor.abs() < torch.finfo(tensor.dtype).tiny, torch.zeros_like(tensor), tensor)
 
 
@@ -115,12 +115,12 @@ def find_tail(
     uniques: Mapping[str, nn.Module],
     shared: frozenset[str],
     name: str,
-    channels: int,
+    weight: Tensor,
 ) -> tuple[Tail, dict[str, str]]:
     """What follows a convolution or linear layer and may move into it, and why a batch norm that follows stays.
 
     Args:
-        name: the layer. channels: its output channels.
+        name: the layer. weight: its weight, 4-D for a convolution.
     """
     bn = relu = pool = None
     reasons: dict[str, str] = {}
@@ -129,7 +129,9 @@ def find_tail(
         module = model.get_submodule(follower)
         hidden = hidden_reason(model, uniques, shared, last, follower)
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and bn is None and relu is None:
-            why = batch_norm_obstacle(module, channels) or hidden
+            why = batch_norm_obstacle(module, weight.shape[0]) or hidden
+            if weight.dim() != 4:
+                why = "the layer before it is not a convolution"
             if why is not None:
                 reasons[follower] = why
                 break

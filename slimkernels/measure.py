@@ -15,11 +15,14 @@ _MIN_ROUNDS = 3
 _MAX_CALLS = 64
 
 
-def medians(runs: Sequence[Callable[[], Any]], *, device: str, repeats: int, budget_s: float) -> list[float]:
-    """Median seconds of one call of each callable.
+def typical_seconds(
+    runs: Sequence[Callable[[], Any]], *, device: str, repeats: int, budget_s: float
+) -> list[float]:
+    """Seconds of one call of each callable: the median of the faster half of its readings.
 
-    Every callable is called twice untimed (the first call may pack weights or compile), then all of them take turns, in an order
-    that rotates, until ``budget_s`` is spent or ``repeats`` rounds are done, and for at least three rounds.
+    Other work on the machine only ever adds time, and one slow reading of three would decide a plain median. Every callable
+    is called twice first (the first call may pack weights or compile), then all take turns, in an order that rotates, until
+    ``budget_s`` is spent or ``repeats`` rounds are done, and for at least three rounds.
 
     Args:
         runs: callables without arguments. device: ``cuda`` times with events, anything else with the clock.
@@ -39,7 +42,7 @@ def medians(runs: Sequence[Callable[[], Any]], *, device: str, repeats: int, bud
             j = (i + round_) % len(runs)
             runs[j]()  # untimed: its weights and activations come back into the caches that the others used
             samples[j].append(reading(runs[j], calls[j]))
-    return [statistics.median(s) for s in samples]
+    return [statistics.median(sorted(s)[: (len(s) + 1) // 2]) for s in samples]
 
 
 def _cpu_reading(run: Callable[[], Any], calls: int) -> float:

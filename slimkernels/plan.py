@@ -19,6 +19,7 @@ MEASURED, SHAPELESS = "measured", "cost model, without shapes"
 COST_MODEL = "cost model"
 DECIDED = (MEASURED, COST_MODEL, SHAPELESS)
 PLAN_VERSION = 1
+SWAP_DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class Policy:
 
     Attributes:
         backend: ``auto`` or the backend whose kernels the swapped layers are tied to.
-        min_speedup: a layer is swapped where dense time >= ``min_speedup`` * sparse time at every example input. The default asks
-            for 5 %, about what repeated measurements of one layer differ by. 0 swaps every layer that a kernel takes.
+        min_speedup: a layer is swapped where dense time >= ``min_speedup`` * sparse time at every example input. The
+            default asks for 5 %, so that noise does not decide. 0 swaps every layer that a kernel takes.
         block_shapes: candidates for layers that declare no block shape.
         measured_candidates: how many of them, fastest by prediction first, are timed per layer.
         measure: time layers where example inputs are given; else the cost model decides at their shapes.
@@ -80,8 +81,8 @@ class LayerPlan:
 
     Attributes:
         name, type: of the module in the original model.
-        action: ``swap`` (replaced by a module of ``format``), ``keep`` (a batch norm may be folded into it), ``fold`` (a batch norm or
-            an earlier factor, now inside ``into``), ``fuse`` (a ReLU or max-pool, now in the epilogue of ``into``).
+        action: ``swap`` (replaced by a module of ``format``), ``keep`` (a batch norm may be folded into it), ``fold`` (a
+            batch norm or a factor, now inside ``into``), ``fuse`` (a ReLU or max-pool, now in the epilogue of ``into``).
         reason: why.
         format: of a swapped module: ``bsr``, ``low_rank``, or ``dense`` (a merged chain).
         into: the module that took over a folded or fused one.
@@ -92,7 +93,7 @@ class LayerPlan:
         tied: the module asks for ``kernel`` by name (``Policy.backend`` was not ``auto``).
         sparsity, block_sparsity: share of zero weights, and of blocks that are not stored.
         bytes_dense, bytes_stored: dense weight and bias, and what is stored for them (values, indices, bias).
-        dense_ms, sparse_ms: time per example input of the dense layer with its ReLU and pool, and of what was compared with it.
+        dense_ms, sparse_ms: time per example input of the dense layer with its ReLU and pool, and of what was compared.
         mask_block_shape: block shape of a training mask that stays on a kept layer.
         folded_bn: whether a batch norm's scale and shift are inside this layer's weight.
         channels_last: whether a kept convolution holds its weight in channels_last.
@@ -151,6 +152,8 @@ class LayerPlan:
                 raise ValueError(f"{where}: expected kind in {', '.join(LOW_RANK_KINDS)}, got {self.kind!r}")
             if not self.ranks or min(self.ranks) < 1:
                 raise ValueError(f"{where}: expected positive ranks, got {self.ranks}")
+        if self.dtype not in SWAP_DTYPES:
+            raise ValueError(f"{where}: expected dtype in {', '.join(SWAP_DTYPES)}, got {self.dtype!r}")
         if self.epilogue not in EPILOGUES["bsr_conv2d"]:
             raise ValueError(f"{where}: expected epilogue in {sorted(EPILOGUES['bsr_conv2d'])}, got {self.epilogue!r}")
         if len(shape) == 4:

@@ -215,13 +215,14 @@ def stored_blocks(weight: BSRWeight) -> list[tuple[int, int, int, int]]:
 
 
 def densify(weight: BSRWeight) -> Tensor:
-    """The float64 dense weight ``(C_out, C_in, R, S)``, block by block."""
+    """The float64 dense weight ``(C_out, C_in, R, S)``, every entry placed by the index arithmetic of the format."""
     c_out, c_in, r, s = weight.weight_shape
     block_out, block_in = weight.block_shape
-    values = weight.values.detach().double().cpu()
+    where = torch.tensor(stored_blocks(weight), dtype=torch.long).reshape(-1, 4)
+    b, tap, o, c = where[:, :, None, None].unbind(1)
+    o, c = o + torch.arange(block_out)[:, None], c + torch.arange(block_in)
     dense = torch.zeros(r * s, c_out + block_out, c_in + block_in, dtype=torch.float64)
-    for b, tap, o, c in stored_blocks(weight):
-        dense[tap, o : o + block_out, c : c + block_in] = values[b]
+    dense[tap, o, c] = weight.values.detach().double().cpu()[b[:, 0, 0]]
     return dense[:, :c_out, :c_in].reshape(r, s, c_out, c_in).permute(2, 3, 0, 1).contiguous()
 
 

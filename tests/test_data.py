@@ -91,10 +91,7 @@ def test_crop_is_a_shifted_window():
     shifts = set()
     for i in range(64):
         matches = [
-            (dy, dx)
-            for dy in range(5)
-            for dx in range(5)
-            if torch.equal(x[i], padded[i, :, dy : dy + 8, dx : dx + 8])
+            (dy, dx) for dy in range(5) for dx in range(5) if torch.equal(x[i], padded[i, :, dy : dy + 8, dx : dx + 8])
         ]
         assert len(matches) == 1
         shifts.update(matches)

@@ -161,7 +161,7 @@ def test_distill_refuses_arguments(kwargs, message):
 def test_distill_refuses_models_that_do_not_fit():
     student = net()
     before = copy.deepcopy(student.state_dict())
-    with pytest.raises(ValueError, match=r"same number of classes, got teacher logits \(32, 5\) and student logits \(32, 4\)"):
+    with pytest.raises(ValueError, match=r"got teacher logits \(32, 5\) and student logits \(32, 4\)"):
         distill(student, net(classes=5), blobs(32), epochs=1, progress=False)
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items() if "weight" in name)
     with pytest.raises(ValueError, match="the same object as student and teacher"):

@@ -78,7 +78,7 @@ def test_build_takes_torchvision_names():
     assert models.input_shape("squeezenet1_1") == (3, 224, 224)
 
 
-@pytest.mark.parametrize(("name", "classes", "message"), [("vgg20", 10, "vgg19_cifar"), ("vgg11", 0, "num_classes >= 1")])
+@pytest.mark.parametrize(("name", "classes", "message"), [("vgg20", 10, "vgg19_cifar"), ("vgg11", 0, "classes >= 1")])
 def test_build_refuses(name, classes, message):
     with pytest.raises(ValueError, match=message):
         models.build(name, num_classes=classes)

@@ -179,10 +179,12 @@ def test_linear_and_forward_in_eval_see_the_new_pattern():
     x = torch.randn(7, 24, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         module(x)  # whatever the forward keeps between calls exists now
+        packed = module.packed_weights is not None
         mask = random_mask((2, 24), 11, seed=3)
         update_pattern(module, mask)
         expected = nn.functional.linear(x, linear.weight * expand_mask(mask, (32, 24), (16, 1)), linear.bias)
         torch.testing.assert_close(module(x), expected)
+        assert (module.packed_weights is not None) == packed  # rebuilt, neither stale nor missing
 
 
 def test_state_dict_with_spare_capacity_round_trips():

@@ -70,7 +70,8 @@ def test_one_shot_masks_exactly_the_lowest_floor_of_the_blocks(c_out, c_in, kern
     if expected:
         assert norms[~mask].max() <= norms[mask].min()
     keep = expand_mask(mask, dense.shape, block)
-    torch.testing.assert_close(conv.weight, torch.where(keep, dense, 0.0), rtol=0, atol=0)
+    assert torch.equal(conv.weight, torch.where(keep, dense, 0.0))
+    assert torch.equal(original(conv), conv.weight)
 
 
 @settings(max_examples=30, deadline=None)
@@ -193,6 +194,14 @@ def test_grouped_conv_is_left_alone_unless_named():
     assert list(masks(net)) == ["2"]
     with pytest.raises(ValueError, match=r"prune_: expected groups=1 in layer '1', got groups=2"):
         prune_(net, 0.5, (4, 1), layers=["1"])
+
+
+@pytest.mark.parametrize(("sparsity", "left"), [(0.29, 71), (0.999, 1), (1 - 1e-12, 1)])
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_counts_survive_rounding_and_the_last_block_stays(scope, sparsity, left):
+    conv = seeded(nn.Conv2d(100, 8, 1))  # 0.29 * 100 is 28.999999999999996 in floating point
+    prune_(conv, sparsity, (8, 1), scope=scope, skip_first=False)
+    assert int(masks(conv)[""].mask.sum()) == left
 
 
 def test_equal_scores_are_pruned_in_row_major_order():

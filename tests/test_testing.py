@@ -71,7 +71,7 @@ def test_mutants_fail(mutate, size: str, dtype: torch.dtype) -> None:
     inputs = case.inputs()
     ref, bound = case.expected(*inputs)
     assert_close(rounded_result(case), ref, **bound)
-    with pytest.raises(AssertionError, match="max_abs_err .* rms_ratio .* worst at .n=.* c_out="):
+    with pytest.raises(AssertionError, match=r"max_abs_err .* rms_ratio .* worst at .n=.* c_out="):
         assert_close(rounded_result(case, mutate(inputs[1])), ref, **bound)
 
 
@@ -260,7 +260,11 @@ def test_a_case_the_kernel_does_not_take_is_refused() -> None:
 
 
 def test_poison_reaches_the_package_and_nothing_else() -> None:
-    code = "import torch\ndef allocate(): return torch.empty(4), torch.ones(2).new_empty(3), torch.empty(2, dtype=torch.int32)"
+    code = """
+import torch
+def allocate():
+    return torch.empty(4), torch.ones(2).new_empty(3), torch.empty(2, dtype=torch.int32)
+"""
     inside = {"__name__": "slimkernels.kernels.example"}
     exec(code, inside)
     f, new, index = inside["allocate"]()

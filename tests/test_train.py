@@ -15,8 +15,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from slimkernels.compress.loop import _optimizer, device_of, mode_of
 from slimkernels.compress.prune import masks, prune_
-from slimkernels.compress.train import GradualPruning, device_of, evaluate, fine_tune, mode_of
+from slimkernels.compress.train import GradualPruning, evaluate, fine_tune
 from slimkernels.data import TensorLoader, digits_loaders
 from slimkernels.models import vgg_digits
 
@@ -52,8 +53,6 @@ def same(a: nn.Module, b: nn.Module) -> bool:
     left, right = a.state_dict(), b.state_dict()
     tensors = [name for name, value in left.items() if isinstance(value, torch.Tensor)]
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in tensors)
-
-
 
 
 def stop_at(step: int, inner=None):
@@ -194,7 +193,7 @@ def test_resume_refuses_what_does_not_belong(tmp_path):
         fine_tune(net(), loader(), epochs=1, lr=0.1, progress=False, checkpoint=path, resume=True)
     other = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
     before = copy.deepcopy(other.state_dict())
-    with pytest.raises(ValueError, match="a difference at '0.bias'"):
+    with pytest.raises(ValueError, match=r"a difference at '0\.bias'"):
         fine_tune(other, loader(), epochs=1, progress=False, checkpoint=path, resume=True)
     assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
     wider = net()
@@ -270,8 +269,6 @@ def test_no_weight_decay_on_vectors_and_users_optimizers_are_used():
     assert torch.equal(model[3].weight, frozen) and torch.equal(model[0].bias, bias)
     assert user.state_dict()["param_groups"][0]["lr"] < 1e-3
 
-    from slimkernels.compress.train import _optimizer
-
     matrices, vectors = _optimizer("fine_tune", net(), "sgd", 0.1, 0.9, 1e-2).param_groups
     assert matrices["weight_decay"] == 1e-2 and vectors["weight_decay"] == 0
     assert all(p.dim() >= 2 for p in matrices["params"]) and all(p.dim() < 2 for p in vectors["params"])
@@ -285,7 +282,7 @@ def test_gradual_pruning_rises_to_its_target(total, begin, end, monkeypatch):
     monkeypatch.setattr(
         "slimkernels.compress.train.prune_", lambda model, sparsity, *args, **kwargs: seen.append((now, sparsity))
     )
-    for now in range(total):  # noqa: B007 (read by the patched prune_)
+    for now in range(total):
         hook(now, total, nn.Identity())
     steps, values = zip(*seen, strict=True)
     assert values[-1] == 0.9 and list(values) == sorted(values)

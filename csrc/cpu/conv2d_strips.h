@@ -27,6 +27,9 @@ enum { INIT_BIAS = 0, INIT_Y = 1 };
 
 // ---------------------------------------------------------------- microkernel
 
+// Accumulators live in registers only when every loop over them disappears before the compiler splits the array.
+#define SLIM_UNROLL _Pragma("GCC unroll 16")
+
 template <class V, int NV, int MR>
 struct Tile {
   // Independent accumulator sets, so that MR * NV * SETS multiply-adds cover the latency (4 cycles, 2 units) on small tiles.
@@ -38,38 +41,37 @@ struct Tile {
                   const Segment* segments, int count, const float* bias, int init, int relu, int lanes) {
     typename V::type acc[SETS][MR][NV];
     const float* px[MR];
-    for (int m = 0; m < MR; ++m) px[m] = x[m];
+    SLIM_UNROLL for (int m = 0; m < MR; ++m) px[m] = x[m];
 
     const int full = lanes == V::N * NV;
     if (init == INIT_Y && full) {
-      for (int m = 0; m < MR; ++m)
-        for (int v = 0; v < NV; ++v) acc[0][m][v] = V::load(y[m] + v * V::N);
+      SLIM_UNROLL for (int m = 0; m < MR; ++m)
+        SLIM_UNROLL for (int v = 0; v < NV; ++v) acc[0][m][v] = V::load(y[m] + v * V::N);
     } else if (init == INIT_Y || bias != nullptr) {
       float buffer[V::N * NV] = {};
-      for (int m = 0; m < MR; ++m) {
+      SLIM_UNROLL for (int m = 0; m < MR; ++m) {
         const float* source = init == INIT_Y ? y[m] : bias;
         if (full) {
-          for (int v = 0; v < NV; ++v) acc[0][m][v] = V::load(source + v * V::N);
+          SLIM_UNROLL for (int v = 0; v < NV; ++v) acc[0][m][v] = V::load(source + v * V::N);
         } else {
           for (int i = 0; i < lanes; ++i) buffer[i] = source[i];
-          for (int v = 0; v < NV; ++v) acc[0][m][v] = V::load(buffer + v * V::N);
+          SLIM_UNROLL for (int v = 0; v < NV; ++v) acc[0][m][v] = V::load(buffer + v * V::N);
         }
       }
     } else {
-      for (int m = 0; m < MR; ++m)
-        for (int v = 0; v < NV; ++v) acc[0][m][v] = V::zero();
+      SLIM_UNROLL for (int m = 0; m < MR; ++m)
+        SLIM_UNROLL for (int v = 0; v < NV; ++v) acc[0][m][v] = V::zero();
     }
-    for (int u = 1; u < SETS; ++u)
-      for (int m = 0; m < MR; ++m)
-        for (int v = 0; v < NV; ++v) acc[u][m][v] = V::zero();
+    SLIM_UNROLL for (int u = 1; u < SETS; ++u)
+      SLIM_UNROLL for (int m = 0; m < MR; ++m)
+        SLIM_UNROLL for (int v = 0; v < NV; ++v) acc[u][m][v] = V::zero();
 
     for (int i = 0; i < count; ++i) {
       const float* weight = w + segments[i].begin * stride;
       const int32_t* o = offsets + segments[i].begin;
       const int32_t* const end = offsets + segments[i].end;
       for (; end - o >= SETS; o += SETS) {
-#pragma GCC unroll 4
-        for (int u = 0; u < SETS; ++u) {
+        SLIM_UNROLL for (int u = 0; u < SETS; ++u) {
           step(acc[u], px, weight, o[u]);
           weight += stride;
         }
@@ -78,19 +80,19 @@ struct Tile {
         for (; o != end; ++o, weight += stride) step(acc[0], px, weight, o[0]);
     }
 
-    for (int u = 1; u < SETS; ++u)
-      for (int m = 0; m < MR; ++m)
-        for (int v = 0; v < NV; ++v) acc[0][m][v] = V::add(acc[0][m][v], acc[u][m][v]);
+    SLIM_UNROLL for (int u = 1; u < SETS; ++u)
+      SLIM_UNROLL for (int m = 0; m < MR; ++m)
+        SLIM_UNROLL for (int v = 0; v < NV; ++v) acc[0][m][v] = V::add(acc[0][m][v], acc[u][m][v]);
     if (relu)
-      for (int m = 0; m < MR; ++m)
-        for (int v = 0; v < NV; ++v) acc[0][m][v] = V::relu(acc[0][m][v]);
+      SLIM_UNROLL for (int m = 0; m < MR; ++m)
+        SLIM_UNROLL for (int v = 0; v < NV; ++v) acc[0][m][v] = V::relu(acc[0][m][v]);
     if (full) {
-      for (int m = 0; m < MR; ++m)
-        for (int v = 0; v < NV; ++v) V::store(y[m] + v * V::N, acc[0][m][v]);
+      SLIM_UNROLL for (int m = 0; m < MR; ++m)
+        SLIM_UNROLL for (int v = 0; v < NV; ++v) V::store(y[m] + v * V::N, acc[0][m][v]);
     } else {
       float buffer[V::N * NV];
-      for (int m = 0; m < MR; ++m) {
-        for (int v = 0; v < NV; ++v) V::store(buffer + v * V::N, acc[0][m][v]);
+      SLIM_UNROLL for (int m = 0; m < MR; ++m) {
+        SLIM_UNROLL for (int v = 0; v < NV; ++v) V::store(buffer + v * V::N, acc[0][m][v]);
         for (int i = 0; i < lanes; ++i) y[m][i] = buffer[i];
       }
     }
@@ -99,13 +101,10 @@ struct Tile {
   static inline __attribute__((always_inline)) void step(typename V::type (&acc)[MR][NV], const float* const (&px)[MR],
                                                          const float* weight, int64_t offset) {
     typename V::type wv[NV];
-#pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) wv[v] = V::load(weight + v * V::N);
-#pragma GCC unroll 16
-    for (int m = 0; m < MR; ++m) {
+    SLIM_UNROLL for (int v = 0; v < NV; ++v) wv[v] = V::load(weight + v * V::N);
+    SLIM_UNROLL for (int m = 0; m < MR; ++m) {
       const typename V::type xv = V::broadcast(px[m] + offset);
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) acc[m][v] = V::fma(xv, wv[v], acc[m][v]);
+      SLIM_UNROLL for (int v = 0; v < NV; ++v) acc[m][v] = V::fma(xv, wv[v], acc[m][v]);
     }
   }
 };

@@ -1,7 +1,8 @@
 """Knowledge distillation: a student learns a teacher's softened class probabilities beside the labels.
 
-Source: Hinton, Vinyals and Dean, arXiv 1503.02531. With student logits z, teacher logits v, temperature T, soft weight a:
-``loss = a T^2 KL(softmax(v / T) || softmax(z / T)) + (1 - a) CE(z, labels)``, both terms averaged over the batch.
+Source: Hinton, Vinyals and Dean, arXiv 1503.02531. With student logits z, teacher logits v, temperature T and soft
+weight a: ``loss = a T^2 KL(softmax(v / T) || softmax(z / T)) + (1 - a) CE(z, labels)``, both averaged over
+the batch.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from slimkernels.compress.train import EpochStats, Loader, StepHook, device_of, mode_of, run
+from slimkernels.compress.loop import EpochStats, Loader, StepHook, device_of, mode_of, run
 
 
 def kd_loss(
@@ -87,8 +88,8 @@ def distill(
         Statistics of every epoch.
 
     Raises:
-        ValueError: teacher and student are one object or differ in their number of classes, a bad temperature or soft weight,
-            an empty loader, and all that `fine_tune` raises.
+        ValueError: teacher and student are one object or differ in their number of classes, a bad temperature or soft
+            weight, an empty loader, and all that `fine_tune` raises.
         FloatingPointError: the loss became NaN or infinite; the message names epoch and step.
     """
     _check("distill", temperature, soft_weight)

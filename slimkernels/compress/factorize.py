@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -159,13 +160,14 @@ def _shared_parameters(model: nn.Module) -> set[int]:
 
 
 def _kept(layer: SelectedLayer, reason: str) -> LayerFactorization:
-    count = math.prod(layer.module.weight.shape)
+    module: Any = layer.module
+    count = math.prod(module.weight.shape)
     return LayerFactorization(layer.name, None, (), 0.0, count, count, reason)
 
 
 def _refusal(layer: SelectedLayer, model: nn.Module, shared: set[int]) -> str | None:
     """Why a layer cannot be replaced, or None."""
-    module = layer.module
+    module: Any = layer.module
     if module is model:
         return f"expected a layer inside a model, got the model itself, a {type(module).__name__}; use from_dense"
     if parametrize.is_parametrized(module):
@@ -185,13 +187,13 @@ def _refusal(layer: SelectedLayer, model: nn.Module, shared: set[int]) -> str | 
 def _factorize_layer(
     layer: SelectedLayer, method: str, rank: Rank | None, energy: float | None
 ) -> tuple[LayerFactorization, nn.Module | None]:
-    module = layer.module
+    module: Any = layer.module
     weight = module.weight.detach()
     op = f"factorize_: layer {layer.name!r}"
     kind = method if isinstance(module, nn.Conv2d) and math.prod(module.kernel_size) > 1 else "svd"
     dense = float64(op, weight, weight.dim())
-    if rank is None:
-        ranks = _ranks_by_energy(dense, kind, energy, weight.dtype)  # type: ignore[arg-type]
+    if energy is not None:
+        ranks = _ranks_by_energy(dense, kind, energy, weight.dtype)
     else:
         ranks = _ranks_asked(op, weight, kind, rank)
     limit = min((tai_matrix(weight) if kind == "tai" else weight.flatten(1)).shape)
@@ -222,9 +224,9 @@ def _ranks_by_energy(weight: Tensor, kind: str, energy: float, dtype: torch.dtyp
     return _feasible(weight, *pair)
 
 
-def _ranks_asked(op: str, weight: Tensor, kind: str, rank: Rank) -> tuple[int, ...]:
+def _ranks_asked(op: str, weight: Tensor, kind: str, rank: Rank | None) -> tuple[int, ...]:
     rank = tuple(rank) if isinstance(rank, list) else rank
-    pair = rank if isinstance(rank, tuple) else (rank, rank)
+    pair: Any = rank if isinstance(rank, tuple) else (rank, rank)
     if len(pair) != 2 or any(isinstance(r, bool) or not isinstance(r, int) for r in pair):
         raise TypeError(f"{op}: expected rank to be an int or, for 'tucker2', (rank_out, rank_in), got {rank!r}")
     if min(pair) < 1:
@@ -233,7 +235,7 @@ def _ranks_asked(op: str, weight: Tensor, kind: str, rank: Rank) -> tuple[int, .
         return pair if isinstance(rank, tuple) else _feasible(weight, *pair)
     if isinstance(rank, tuple):
         raise ValueError(f"{op}: expected one rank for {kind!r}, got {rank}")
-    return (rank,)
+    return pair[:1]
 
 
 def _feasible(weight: Tensor, rank_out: int, rank_in: int) -> tuple[int, int]:
@@ -261,10 +263,12 @@ def _decompose(weight: Tensor, kind: str, ranks: tuple[int, ...]) -> tuple[Tenso
     if weight.dim() == 2:
         u, v = truncated_svd(weight, *ranks)
         return v, u
-    return {"tai": tai, "svd": svd_conv, "tucker2": tucker2}[kind](weight, *ranks)
+    if kind == "tucker2":
+        return tucker2(weight, *ranks)
+    return tai(weight, *ranks) if kind == "tai" else svd_conv(weight, *ranks)
 
 
-def _build(module: nn.Module, factors: tuple[Tensor, ...], kind: str) -> nn.Module:
+def _build(module: Any, factors: tuple[Tensor, ...], kind: str) -> nn.Module:
     bias = None if module.bias is None else module.bias.detach()
     if isinstance(module, nn.Linear):
         v, u = factors
@@ -274,9 +278,9 @@ def _build(module: nn.Module, factors: tuple[Tensor, ...], kind: str) -> nn.Modu
             factors,
             bias,
             kind=kind,
-            stride=module.stride,  # type: ignore[arg-type]
+            stride=module.stride,
             padding=resolved_padding(module),
-            dilation=module.dilation,  # type: ignore[arg-type]
+            dilation=module.dilation,
         )
     for name, parameter in twin.named_parameters():
         parameter.requires_grad_((module.bias if name == "bias" else module.weight).requires_grad)

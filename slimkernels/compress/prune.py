@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -135,9 +136,11 @@ def finalize_(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: a masked weight carries another parametrization as well. Nothing is changed then.
     """
-    found = {name: _lone_mask("finalize_", name, model.get_submodule(name)) for name in masks(model)}
+    found = masks(model)
+    for name in found:
+        _lone_mask("finalize_", name, model.get_submodule(name))
     for name, mask in found.items():
-        module = model.get_submodule(name)
+        module: Any = model.get_submodule(name)
         _zero_masked(module.parametrizations.weight.original, mask)
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
     return model
@@ -230,7 +233,8 @@ def _prepare(
     layer: SelectedLayer, sparsity: float, block: tuple[int, int], scope: str, importance: str | Importance
 ) -> _Layer:
     """Checks a layer and scores its blocks."""
-    module, name = layer.module, layer.name
+    module: Any = layer.module
+    name = layer.name
     existing = _lone_mask("prune_", name, module)
     if existing is not None:
         if existing.block_shape != block:
@@ -283,7 +287,7 @@ def _check_shared(model: nn.Module, layers: list[_Layer]) -> None:
 
 
 def _target(sparsity: float, blocks: int) -> int:
-    """floor(sparsity * blocks), safe against 0.7 * 10 = 6.999..."""
+    """floor(sparsity * blocks), safe against 0.29 * 100 = 28.999999999999996."""
     return math.floor(sparsity * blocks + 1e-9 * max(blocks, 1))
 
 
@@ -333,7 +337,7 @@ def _zero_masked(weight: nn.Parameter, mask: BlockMask) -> None:
         weight.copy_(mask(weight))
 
 
-def _lone_mask(op: str, name: str, module: nn.Module) -> BlockMask | None:
+def _lone_mask(op: str, name: str, module: Any) -> BlockMask | None:
     """The BlockMask on the weight of a layer, None where it is not parametrized at all."""
     if not parametrize.is_parametrized(module, "weight"):
         return None

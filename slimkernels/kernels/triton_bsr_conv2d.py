@@ -1,16 +1,17 @@
 """Block-sparse convolution, forward, as an implicit GEMM over the stored blocks only.
 
-    y[n, p, q, o] = epilogue(bias[o] + sum_{blocks (i, j) stored, k} x[n, p*stride - pad + r*dil, q*stride - pad + s*dil, c]
-                                                                   * values[b, o - i*block_out, k])
+    y[n, p, q, o] = epilogue(bias[o] + sum over stored blocks (i, j) and k of
+                             x[n, p*stride - pad + r*dil, q*stride - pad + s*dil, c] * values[b, o - i*block_out, k])
 
-with block row i = o // block_out, block column j = tap * G + g, tap = r * S + s, c = g * block_in + k < C_in. GEMM view: M = output
-pixels (N*P*Q), N = output channels of one block row, K = the row's stored blocks in storage order (tap-major) times block_in.
+with block row i = o // block_out, block column j = tap * G + g, tap = r * S + s, c = g * block_in + k < C_in. GEMM
+view: M = output pixels (N*P*Q), N = output channels of one block row, K = the row's stored blocks in storage order
+(tap-major) times block_in.
 
-x is NHWC (channels_last), y is NHWC. One program computes BLOCK_M pixels x BLOCK_N channels of one block row. A K stage is
-BLOCK_K / SLICE gathered slices, each SLICE consecutive channels of one tap; SLICE divides both block_in and C_in, so a slice
-lies entirely inside one stored block and entirely inside or outside the image's channels: columns past C_in are never read.
-Where the mainloop reads the image with padding it masks each (pixel, tap); without padding (1x1, or an input that carries its
-own zero ring) no border mask is compiled.
+x is NHWC (channels_last), y is NHWC. One program computes BLOCK_M pixels x BLOCK_N channels of one block row. A K
+stage is BLOCK_K / SLICE gathered slices, each SLICE consecutive channels of one tap; SLICE divides both block_in and
+C_in, so a slice lies entirely inside one stored block and entirely inside or outside the image's channels: columns
+past C_in are never read. With padding the mainloop masks each (pixel, tap); without padding (1x1, or an input that
+carries its own zero ring) no border mask is compiled.
 
 Not done here: split-K, block rows sorted by length, backward.
 """
@@ -26,15 +27,17 @@ from torch import Tensor
 
 from slimkernels.kernels.triton_runtime import (
     DTYPES,
+    INT32_MAX,
+    SHARED_MEMORY_SM80,
     cdiv,
     device_guard,
+    device_limits,
     interpreted_dtype,
     next_power_of_2,
     power_of_2_divisor,
 )
 
 EPILOGUES = ("none", "relu", "relu_maxpool2")
-_INT32_MAX = 2**31 - 1
 
 
 @triton.jit
@@ -167,25 +170,27 @@ def default_config(
     dtype: torch.dtype,
     *,
     tensor_cores: bool = True,
-    capability: int = 80,
+    shared_memory: int = SHARED_MEMORY_SM80,
     processors: int = 108,
 ) -> dict[str, int]:
     """Tile constants for one convolution, by arithmetic (nothing here is measured on a GPU).
 
     Args: m_total output pixels; block_rows rows of the BSR; c_in input channels; tensor_cores False for IEEE float32;
-    capability 80 | 90 | 100; processors the number of SMs to keep busy.
+    shared_memory bytes one block may use; processors the number of SMs to keep busy.
     Returns: BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages.
     """
     block_out, block_in = block_shape
     block_n = min(max(next_power_of_2(block_out), 16), 128)
     block_k = 64 if dtype.itemsize == 2 else 32
-    # 16-byte copies need slices of 16 bytes; narrower ones are loaded element by element into registers, so their
-    # tiles are kept small enough not to spill. IEEE float32 runs on FMA units with both operands in registers.
-    narrow = power_of_2_divisor(c_in, 16) * dtype.itemsize < 16 or power_of_2_divisor(block_in, 16) * dtype.itemsize < 16
-    if narrow or not tensor_cores:
-        block_m, block_n, block_k, warps, stages = 64, min(block_n, 64), 32 if tensor_cores else 16, 4, 3
-    elif block_n == 128 and capability >= 90 and dtype.itemsize == 2:
-        block_m, warps, stages = 256, 8, 4  # 192 KB of shared memory: 4 stages of (256 + 128) x 64 x 2 bytes
+    slice_bytes = power_of_2_divisor(c_in, 16), power_of_2_divisor(block_in, 16)
+    if not tensor_cores:
+        # FMA units take both operands from registers: at K = 16 a 64 x 64 tile needs 168 on sm_80, at K = 32 198.
+        block_m, block_n, block_k, warps, stages = 64, min(block_n, 64), 16, 4, 3
+    elif min(slice_bytes) * dtype.itemsize < 16:
+        # Slices below 16 bytes are gathered element by element into registers, 16 a thread at 64 x 32.
+        block_m, block_n, block_k, warps, stages = 64, min(block_n, 64), 32, 4, 3
+    elif block_n == 128 and dtype.itemsize == 2 and shared_memory >= 4 * (256 + 128) * 64 * 2:
+        block_m, warps, stages = 256, 8, 4
     else:
         block_m, warps, stages = 128, 8 if block_n == 128 else 4, 4
     floor = min(64, max(16, next_power_of_2(m_total)))
@@ -194,25 +199,9 @@ def default_config(
         block_m //= 2
     if block_m < 128:
         warps = 4
+    while stages > 2 and stages * (block_m + block_n) * block_k * dtype.itemsize > shared_memory:
+        stages -= 1
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": warps, "num_stages": stages}
-
-
-def _device_config(x: Tensor, m_total: int, weight_shape: Sequence[int], block_shape: Sequence[int], ieee: bool):
-    capability, processors = 80, 1
-    if x.is_cuda:
-        properties = torch.cuda.get_device_properties(x.device)
-        capability = 10 * properties.major + properties.minor
-        processors = properties.multi_processor_count
-    return default_config(
-        m_total,
-        cdiv(weight_shape[0], block_shape[0]),
-        block_shape,
-        weight_shape[1],
-        x.dtype,
-        tensor_cores=not ieee,
-        capability=capability,
-        processors=processors,
-    )
 
 
 def _check(op: str, x: Tensor, values: Tensor, bias: Tensor | None, epilogue: str) -> None:
@@ -252,13 +241,17 @@ def _launch(
     if y.numel() == 0:
         return y
     m_total = n * p * q * (4 if pool else 1)
-    ieee = x.dtype == torch.float32 and precision == "ieee"
-    tile = dict(config) if config is not None else _device_config(x, m_total, weight_shape, block_shape, ieee)
-    block_m, block_n, block_k = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]
+    if config is None:
+        tensor_cores = x.dtype != torch.float32 or precision == "tf32"
+        block_rows = cdiv(c_out, block_out)
+        config = default_config(
+            m_total, block_rows, block_shape, c_in, x.dtype, tensor_cores=tensor_cores, **device_limits(x)
+        )
+    block_m, block_n, block_k = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
     n_tiles = cdiv(c_out, block_out) * cdiv(block_out, block_n)
     # Columns past C_in of the last group are stored as zeros; slices that divide C_in keep them out of the reads.
     slice_width = min(power_of_2_divisor(block_in, block_k), power_of_2_divisor(c_in, block_k))
-    index_64 = max(x.numel(), values.numel(), m_total + block_m) > _INT32_MAX or bool(tile.get("INDEX_64", False))
+    index_64 = max(x.numel(), values.numel(), m_total + block_m) > INT32_MAX or bool(config.get("INDEX_64", False))
     with device_guard(x):
         bsr_conv2d_fwd_kernel[(cdiv(m_total, block_m) * n_tiles,)](
             x,
@@ -293,8 +286,8 @@ def _launch(
             BLOCK_M=block_m,
             BLOCK_N=block_n,
             BLOCK_K=block_k,
-            num_warps=tile["num_warps"],
-            num_stages=tile["num_stages"],
+            num_warps=config["num_warps"],
+            num_stages=config["num_stages"],
         )
     return y
 
@@ -318,9 +311,9 @@ def launch(
 
     Args:
         x: (N, C_in, H, W) float32 | float16 | bfloat16; read as channels_last (converted when it is not).
-        values: (nnz_blocks, block_out, block_in) in x's dtype; crow_indices, col_indices: int32, as `formats.BSRWeight`.
+        values: (nnz_blocks, block_out, block_in) in x's dtype; crow_indices, col_indices: int32 (`formats.BSRWeight`).
         bias: (C_out,) in x's dtype, or None.
-        packed: ignored; tap and channel of a stored block are decoded from col_indices while the previous stage computes.
+        packed: ignored; the kernel decodes tap and channel of a stored block from col_indices, one stage ahead.
         weight_shape: (C_out, C_in, R, S). epilogue: "none", "relu" or "relu_maxpool2" (2x2, stride 2, floor mode).
         config: BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages; None takes `default_config`. INDEX_64=1 forces 64-bit
             addresses, which are otherwise used from 2^31 elements on.
@@ -363,10 +356,10 @@ def launch_linear(
     epilogue: str,
     config: Mapping[str, int] | None = None,
 ) -> Tensor:
-    """y = epilogue(x W^T + bias) for x (..., in) and a BSR weight (out, in): the convolution kernel at R = S = H = W = 1.
+    """y = epilogue(x W^T + bias) for x (..., in) and a BSR weight (out, in): the convolution at R = S = H = W = 1.
 
-    Arguments as `launch`, with weight_shape (out, in) and epilogue "none" or "relu". float32 multiplies in IEEE precision
-    unless torch.backends.cuda.matmul.fp32_precision is "tf32". Returns (..., out), contiguous.
+    Arguments as `launch`, with weight_shape (out, in) and epilogue "none" or "relu". float32 multiplies in IEEE
+    precision unless torch.backends.cuda.matmul.fp32_precision is "tf32". Returns (..., out), contiguous.
 
     Raises: TypeError for another dtype or mixed dtypes; ValueError for an unknown epilogue.
     """

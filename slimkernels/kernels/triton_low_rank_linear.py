@@ -2,13 +2,13 @@
 
     y = epilogue((x V^T) U^T + bias),   x (M, in), V (rank, in), U (out, rank), y (M, out)
 
-One program computes BLOCK_M rows of h = x V^T for the whole rank in registers (float32), rounds them once to x's dtype, as the
-unfused pair of layers does, and multiplies them with its share of U's rows: h never leaves the chip. The rows of U are dealt to
-`splits` programs per row tile, each of which recomputes h: that costs (splits - 1) * in * rank FLOPs a row, and is used only
-while the device has processors that would otherwise idle (small M).
+One program computes BLOCK_M rows of h = x V^T for the whole rank in registers (float32), rounds them once to x's
+dtype, as the unfused pair of layers does, and multiplies them with its share of U's rows: h never leaves the chip.
+The rows of U are dealt to `splits` programs per row tile, each of which recomputes h: that costs (splits - 1) * in *
+rank multiply-adds a row, and is used only while the device has processors that would otherwise idle (small M).
 
-rank <= MAX_RANK: a wider h does not fit the registers beside the output tile. The caller keeps two GEMMs there; at such ranks
-they are compute-bound and fusion saves nothing.
+A rank above RANK_TILE is taken in tiles (a wider h does not fit the registers beside the output tile), and h is then
+recomputed for every BLOCK_N outputs: correct, but two GEMMs, compute-bound at such ranks, are the faster choice.
 """
 
 from __future__ import annotations
@@ -20,11 +20,50 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from slimkernels.kernels.triton_runtime import DTYPES, cdiv, device_guard, interpreted_dtype, next_power_of_2
+from slimkernels.kernels.triton_runtime import (
+    DTYPES,
+    INT32_MAX,
+    SHARED_MEMORY_SM80,
+    cdiv,
+    device_guard,
+    device_limits,
+    interpreted_dtype,
+    next_power_of_2,
+)
 
 EPILOGUES = ("none", "relu")
-MAX_RANK = 256
-_INT32_MAX = 2**31 - 1
+RANK_TILE = 256
+
+
+@triton.jit
+def _project(
+    x_row_ptr,
+    v_ptr,
+    mask_m,
+    offs_r,
+    in_features,
+    rank,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_r = offs_r < rank
+    v_row_ptr = v_ptr + offs_r[None, :] * in_features
+    h = tl.zeros((BLOCK_M, RANK), dtype=tl.float32)
+    for k in range(0, in_features, BLOCK_K):
+        kk = k + offs_k
+        mask_x = mask_m[:, None]
+        mask_v = mask_r[None, :]
+        if not EVEN_K:
+            mask_x = mask_x & (kk < in_features)[None, :]
+            mask_v = mask_v & (kk < in_features)[:, None]
+        x_tile = tl.load(x_row_ptr + kk[None, :], mask=mask_x, other=0.0)
+        v_tile = tl.load(v_row_ptr + kk[:, None], mask=mask_v, other=0.0)
+        h = tl.dot(x_tile, v_tile, h, input_precision=PRECISION)
+    return h.to(x_row_ptr.dtype.element_ty)
 
 
 @triton.jit
@@ -39,6 +78,7 @@ def low_rank_linear_fwd_kernel(
     out_features,
     rank,
     splits,
+    ONE_TILE: tl.constexpr,
     EVEN_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     RELU: tl.constexpr,
@@ -49,44 +89,44 @@ def low_rank_linear_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # RANK is rank rounded up to a power of two; the rows past rank are read as zeros.
+    # RANK is a power of two, at least rank when ONE_TILE; the rows past rank are read as zeros.
     split = tl.program_id(0) % splits
     tile_m = tl.program_id(0) // splits
     index_type: tl.constexpr = tl.int64 if INDEX_64 else tl.int32
     offs_m = tile_m.to(index_type) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = tl.arange(0, RANK).to(index_type)
-    offs_k = tl.arange(0, BLOCK_K)
     mask_m = offs_m < m_total
-    mask_r = offs_r < rank
-
     x_row_ptr = x_ptr + offs_m[:, None] * in_features
-    v_row_ptr = v_ptr + offs_r[None, :] * in_features
-    h = tl.zeros((BLOCK_M, RANK), dtype=tl.float32)
-    for k in range(0, in_features, BLOCK_K):
-        kk = k + offs_k
-        mask_x = mask_m[:, None]
-        mask_v = mask_r[None, :]
-        if not EVEN_K:
-            mask_x = mask_x & (kk < in_features)[None, :]
-            mask_v = mask_v & (kk < in_features)[:, None]
-        x_tile = tl.load(x_row_ptr + kk[None, :], mask=mask_x, other=0.0)
-        v_tile = tl.load(v_row_ptr + kk[:, None], mask=mask_v, other=0.0)
-        h = tl.dot(x_tile, v_tile, h, input_precision=PRECISION)
-    h_tile = h.to(x_ptr.dtype.element_ty)
+    if ONE_TILE:
+        h = _project(x_row_ptr, v_ptr, mask_m, offs_r, in_features, rank, EVEN_K, PRECISION, RANK, BLOCK_M, BLOCK_K)
 
     for first in range(split * BLOCK_N, out_features, splits * BLOCK_N):
         offs_n = (first + tl.arange(0, BLOCK_N)).to(index_type)
         mask_n = offs_n < out_features
-        u_tile = tl.load(
-            u_ptr + offs_n[None, :] * rank + offs_r[:, None], mask=mask_r[:, None] & mask_n[None, :], other=0.0
-        )
-        acc = tl.dot(h_tile, u_tile, input_precision=PRECISION)
+        u_row_ptr = u_ptr + offs_n[None, :] * rank
+        if ONE_TILE:
+            mask_u = (offs_r < rank)[:, None] & mask_n[None, :]
+            u_tile = tl.load(u_row_ptr + offs_r[:, None], mask=mask_u, other=0.0)
+            acc = tl.dot(h, u_tile, input_precision=PRECISION)
+        else:
+            acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+            for first_r in range(0, rank, RANK):
+                rr = first_r + offs_r
+                h = _project(x_row_ptr, v_ptr, mask_m, rr, in_features, rank, EVEN_K, PRECISION, RANK, BLOCK_M, BLOCK_K)
+                mask_u = (rr < rank)[:, None] & mask_n[None, :]
+                u_tile = tl.load(u_row_ptr + rr[:, None], mask=mask_u, other=0.0)
+                acc = tl.dot(h, u_tile, acc, input_precision=PRECISION)
         if HAS_BIAS:
             acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
         if RELU:
             acc = tl.where(acc < 0.0, 0.0, acc)
         y_tile = y_ptr + offs_m.to(tl.int64)[:, None] * out_features + offs_n[None, :]
         tl.store(y_tile, acc.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+
+
+def _shared_bytes(stages: int, block_m: int, block_n: int, block_k: int, wide: int, itemsize: int) -> int:
+    """Upper bound of the shared memory of a launch: h and the larger of the two loops' buffers."""
+    return itemsize * (stages * max((block_m + wide) * block_k, wide * block_n) + block_m * wide)
 
 
 def default_config(
@@ -96,16 +136,21 @@ def default_config(
     dtype: torch.dtype,
     *,
     tensor_cores: bool = True,
+    shared_memory: int = SHARED_MEMORY_SM80,
     processors: int = 108,
 ) -> dict[str, int]:
     """Tile constants for one low-rank linear layer, by arithmetic (nothing here is measured on a GPU).
 
-    Args: m_total rows of x; tensor_cores False for IEEE float32; processors the number of SMs to keep busy.
-    Returns: BLOCK_M, BLOCK_N, BLOCK_K, SPLITS, num_warps, num_stages.
+    Args: m_total rows of x; tensor_cores False for IEEE float32; shared_memory bytes one block may use; processors
+    the number of SMs to keep busy.
+    Returns: BLOCK_M, BLOCK_N, BLOCK_K, RANK, SPLITS, num_warps, num_stages.
     """
     wide = max(next_power_of_2(rank), 16)
+    if wide > RANK_TILE:
+        # Recomputing h keeps its inputs alive beside two accumulators; on FMA units that spills above 64 (compiled).
+        wide = RANK_TILE if tensor_cores else 64
     if tensor_cores:
-        # h takes BLOCK_M * wide float32 registers beside the BLOCK_M * BLOCK_N output tile: 64 + 16 a thread at 64 x 256.
+        # h (BLOCK_M x wide) and the output tile take 64 + 16 registers a thread at 64 x 256 x 64, 8 warps.
         block_m = 128 if wide <= 64 else 64
         block_n = 128 if wide <= 64 and dtype.itemsize == 2 else 64 if dtype.itemsize == 2 else 32
         block_k, warps = 64 if dtype.itemsize == 2 else 32, 8
@@ -115,20 +160,24 @@ def default_config(
     if block_m < 64 and wide <= 128:
         warps = 4
     splits = min(cdiv(out_features, block_n), max(1, processors // cdiv(m_total, block_m)))
+    stages = 3
+    while stages > 1 and _shared_bytes(stages, block_m, block_n, block_k, wide, dtype.itemsize) > shared_memory:
+        stages -= 1
     return {
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "BLOCK_K": block_k,
+        "RANK": wide,
         "SPLITS": splits,
         "num_warps": warps,
-        "num_stages": 3,
+        "num_stages": stages,
     }
 
 
 def launch(
     x: Tensor,
-    U: Tensor,  # noqa: N803  (the factors' names in the formula)
-    V: Tensor,  # noqa: N803
+    U: Tensor,
+    V: Tensor,
     bias: Tensor | None,
     epilogue: str,
     config: Mapping[str, int] | None = None,
@@ -136,16 +185,16 @@ def launch(
     """y = epilogue((x V^T) U^T + bias) in one kernel, in x's dtype, both products accumulated in float32.
 
     Args:
-        x: (..., in) float32 | float16 | bfloat16. U: (out, rank), V: (rank, in), bias: (out,) or None, all in x's dtype.
+        x: (..., in) float32 | float16 | bfloat16. U: (out, rank), V: (rank, in), bias: (out,) or None, in x's dtype.
         epilogue: "none" or "relu".
-        config: BLOCK_M, BLOCK_N, BLOCK_K, SPLITS, num_warps, num_stages; None takes `default_config`. INDEX_64=1 forces
-            64-bit addresses, which are otherwise used from 2^31 elements on.
+        config: BLOCK_M, BLOCK_N, BLOCK_K, RANK, SPLITS, num_warps, num_stages; None takes `default_config`. INDEX_64=1
+            forces 64-bit addresses, which are otherwise used from 2^31 elements on.
 
     The intermediate is rounded once to x's dtype. float32 multiplies in IEEE precision unless
     torch.backends.cuda.matmul.fp32_precision is "tf32".
 
     Returns: (..., out), contiguous.
-    Raises: TypeError for another dtype or mixed dtypes; ValueError for a rank above MAX_RANK or an unknown epilogue.
+    Raises: TypeError for another dtype or mixed dtypes; ValueError for an unknown epilogue.
     """
     if x.dtype not in DTYPES:
         raise TypeError(f"low_rank_linear: expected x of dtype float32, float16 or bfloat16, got {x.dtype}")
@@ -156,8 +205,6 @@ def launch(
         raise ValueError(f"low_rank_linear: expected epilogue in {EPILOGUES}, got {epilogue!r}")
     out_features, rank = U.shape
     in_features = V.shape[1]
-    if rank > MAX_RANK:
-        raise ValueError(f"low_rank_linear: expected rank at most {MAX_RANK} for the Triton kernel, got {rank}")
     dtype = x.dtype
     compute = interpreted_dtype(dtype)
     rows = x.to(compute).reshape(-1, in_features).contiguous()
@@ -166,13 +213,10 @@ def launch(
     if y.numel() > 0:
         precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
         if config is None:
-            processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
             tensor_cores = x.dtype != torch.float32 or precision == "tf32"
-            config = default_config(
-                m_total, out_features, rank, x.dtype, tensor_cores=tensor_cores, processors=processors
-            )
+            config = default_config(m_total, out_features, rank, x.dtype, tensor_cores=tensor_cores, **device_limits(x))
         block_m, block_k, splits = config["BLOCK_M"], config["BLOCK_K"], config["SPLITS"]
-        index_64 = max(x.numel(), U.numel(), V.numel()) > _INT32_MAX or bool(config.get("INDEX_64", False))
+        index_64 = max(x.numel(), U.numel(), V.numel()) > INT32_MAX or bool(config.get("INDEX_64", False))
         factors = [t.to(compute).contiguous() for t in (U, V)]
         with device_guard(x):
             low_rank_linear_fwd_kernel[(cdiv(m_total, block_m) * splits,)](
@@ -185,12 +229,13 @@ def launch(
                 out_features,
                 rank,
                 splits,
+                ONE_TILE=rank <= config["RANK"],
                 EVEN_K=in_features % block_k == 0,
                 HAS_BIAS=bias is not None,
                 RELU=epilogue == "relu",
                 INDEX_64=index_64,
                 PRECISION=precision,
-                RANK=max(next_power_of_2(rank), 16),
+                RANK=config["RANK"],
                 BLOCK_M=block_m,
                 BLOCK_N=config["BLOCK_N"],
                 BLOCK_K=block_k,

@@ -13,8 +13,12 @@ import torch
 from torch import Tensor
 
 from slimkernels import env
+from slimkernels.kernels.problems import Problem
 
 DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
+INT32_MAX = 2**31 - 1
+# Shared memory a block may use on compute capability 8.0, in bytes; 9.0 and 10.0 have 227 KB, 8.6, 8.9 and 12.0 99 KB.
+SHARED_MEMORY_SM80 = 163 * 1024
 
 
 def available() -> str | None:
@@ -29,6 +33,27 @@ def available() -> str | None:
     if major < 8:
         return f"compute capability {major}.{minor} is below 8.0, the lowest the Triton kernels are compiled for"
     return None
+
+
+def shape_reason(problem: Problem) -> str | None:
+    """None when the Triton kernels take the problem, else why not: CPU tensors need the interpreter."""
+    if problem.device == "cpu" and not env.triton_interpret():
+        return "Triton kernels take CPU tensors under TRITON_INTERPRET=1 only"
+    return None
+
+
+def device_limits(x: Tensor) -> dict[str, int]:
+    """`shared_memory` (bytes a block may use) and `processors` of x's device, the keywords of `default_config`.
+
+    CPU tensors (the interpreter) get one processor, so that tiles are as large as the problem: programs run one by one.
+    """
+    if not x.is_cuda:
+        return {"shared_memory": SHARED_MEMORY_SM80, "processors": 1}
+    properties = torch.cuda.get_device_properties(x.device)
+    return {
+        "shared_memory": properties.shared_memory_per_block_optin,
+        "processors": properties.multi_processor_count,
+    }
 
 
 def device_guard(x: Tensor) -> AbstractContextManager[object]:

@@ -13,7 +13,17 @@ if TYPE_CHECKING:
     from slimkernels.models.nin import nin_cifar
     from slimkernels.models.vgg import vgg11_cifar, vgg13_cifar, vgg16_cifar, vgg19_cifar, vgg_digits
 
-__all__ = ["build", "input_shape", "nin_cifar", "vgg11_cifar", "vgg13_cifar", "vgg16_cifar", "vgg19_cifar", "vgg_digits"]
+__all__ = [
+    "build",
+    "default_classes",
+    "input_shape",
+    "nin_cifar",
+    "vgg11_cifar",
+    "vgg13_cifar",
+    "vgg16_cifar",
+    "vgg19_cifar",
+    "vgg_digits",
+]
 
 _MODULE_OF = {
     "nin_cifar": "nin",
@@ -60,3 +70,8 @@ def input_shape(name: str) -> tuple[int, int, int]:
     if name == "vgg_digits":
         return (1, 8, 8)
     return (3, 32, 32) if name.endswith("_cifar") else (3, 224, 224)
+
+
+def default_classes(name: str) -> int:
+    """Classes of the data set that the model ``name`` is meant for: 10 here, ImageNet's 1000 for torchvision's."""
+    return 10 if name in _MODULE_OF else 1000

@@ -1,4 +1,4 @@
-"""Network in Network for CIFAR, the student that SlimNets distils VGG-19 into (arXiv 1808.00496; Lin et al., 1312.4400)."""
+"""Network in Network for CIFAR, the student that SlimNets distils VGG-19 into (arXiv 1808.00496, 1312.4400)."""
 
 from __future__ import annotations
 

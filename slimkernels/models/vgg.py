@@ -48,17 +48,17 @@ def _vgg_cifar(letter: str, num_classes: int, batch_norm: bool) -> nn.Module:
 
 
 def vgg11_cifar(num_classes: int = 10, batch_norm: bool = True) -> nn.Module:
-    """VGG-11 for ``(N, 3, 32, 32)`` images, returning ``(N, num_classes)`` logits; 8 convolutions, 9.8 M parameters."""
+    """VGG-11 for ``(N, 3, 32, 32)`` images, returning ``(N, num_classes)`` logits: 8 convolutions, 9.8 M weights."""
     return _vgg_cifar("A", num_classes, batch_norm)
 
 
 def vgg13_cifar(num_classes: int = 10, batch_norm: bool = True) -> nn.Module:
-    """VGG-13 for ``(N, 3, 32, 32)`` images, returning ``(N, num_classes)`` logits; 10 convolutions, 9.9 M parameters."""
+    """VGG-13 for ``(N, 3, 32, 32)`` images, returning ``(N, num_classes)`` logits: 10 convolutions, 9.9 M weights."""
     return _vgg_cifar("B", num_classes, batch_norm)
 
 
 def vgg16_cifar(num_classes: int = 10, batch_norm: bool = True) -> nn.Module:
-    """VGG-16 for ``(N, 3, 32, 32)`` images, returning ``(N, num_classes)`` logits; 13 convolutions, 15.3 M parameters."""
+    """VGG-16 for ``(N, 3, 32, 32)`` images, returning ``(N, num_classes)`` logits: 13 convolutions, 15.3 M weights."""
     return _vgg_cifar("D", num_classes, batch_norm)
 
 

@@ -1,0 +1,180 @@
+"""`slimkernels bench`: a whole network, dense against converted, over sparsities and batch sizes.
+
+The weights are random, and pruned by magnitude: speed depends on which blocks are zero, not on the values kept. Every
+converted network is checked against its own dense twin before it is timed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimkernels import models, timing
+from slimkernels.compress.prune import finalize_, prune_
+from slimkernels.conversion import convert
+from slimkernels.plan import ModelPlan, Policy
+
+# Logits of a random network are sums of sums; rounding in float32 stays far below this share of their spread.
+_MAX_RELATIVE_DIFFERENCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement: the converted network at a sparsity and batch size beside the fastest dense one of the same run.
+
+    ``dense`` and ``converted`` hold p20_ms, p50_ms, p80_ms and n; ``baselines`` maps every dense baseline to its
+    p50_ms; ``speedup`` is the dense p50 over the converted p50; ``images_per_s`` is of the converted network.
+    """
+
+    sparsity: float
+    batch: int
+    baseline: str
+    dense: dict[str, float | int]
+    converted: dict[str, float | int]
+    baselines: dict[str, float | int]
+    speedup: float
+    images_per_s: float
+    swapped_layers: int
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """Rows, what was measured, where, and notes about baselines that could not run."""
+
+    model: str
+    weights: str
+    block_shape: tuple[int, int]
+    rows: list[Row]
+    notes: list[str]
+    environment: dict[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The result as JSON-able values."""
+        return asdict(self)
+
+
+def run_bench(
+    model: str = "vgg19_cifar",
+    *,
+    sparsities: Sequence[float] = (0.75, 0.875, 0.95),
+    batches: Sequence[int] = (1, 16, 128),
+    block_shape: tuple[int, int] = (16, 1),
+    seconds: float = 3.0,
+    compile: bool = True,
+    device: str = "cpu",
+    seed: int = 0,
+    say: Callable[[str], None] = lambda line: None,
+) -> BenchResult:
+    """Times the named model dense (the best of eager and torch.compile) and converted, interleaved.
+
+    Args:
+        model: as `models.build` takes it.
+        sparsities: shares of zero blocks in every Conv2d but the first, and in every large Linear but the last.
+        batches: batch sizes.
+        seconds: timing budget per network and batch.
+        compile: also try torch.compile with freezing as a dense baseline.
+        say: called with one line per step.
+
+    Returns:
+        One row per batch and sparsity.
+
+    Raises:
+        ValueError: an unknown model, nothing to measure, a batch below 1, a sparsity outside [0, 1).
+        RuntimeError: a converted network does not compute what its dense twin does.
+    """
+    if not sparsities or not batches or min(batches, default=0) < 1 or not all(0 <= s < 1 for s in sparsities):
+        raise ValueError(
+            "run_bench: expected sparsities in [0, 1) and batches >= 1, "
+            f"got sparsities={tuple(sparsities)}, batches={tuple(batches)}"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        dense = _with_statistics(models.build(model, models.default_classes(model))).to(device).eval()
+        inputs = {batch: torch.randn(batch, *models.input_shape(model)).to(device) for batch in batches}
+    pruned: dict[float, nn.Module] = {}
+    for sparsity in sparsities:
+        say(f"pruning {sparsity:.1%} of the blocks")
+        pruned[sparsity] = finalize_(prune_(copy.deepcopy(dense), sparsity, block_shape)).eval()
+    rows: list[Row] = []
+    notes: list[str] = []
+    for batch, x in inputs.items():
+        say(f"batch {batch}: preparing dense baselines" + (" (torch.compile takes a while)" if compile else ""))
+        rows += _rows(dense, pruned, x, seconds, compile, notes, say)
+    return BenchResult(
+        model=model,
+        weights="random, pruned by magnitude",
+        block_shape=block_shape,
+        rows=rows,
+        notes=list(dict.fromkeys(notes)),
+        environment=timing.environment(),
+    )
+
+
+def _with_statistics(model: nn.Module) -> nn.Module:
+    """Batch norm as after training, away from 0 and 1, so that folding it is not trivial."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.1)
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return model
+
+
+def _rows(
+    dense: nn.Module,
+    pruned: dict[float, nn.Module],
+    x: Tensor,
+    seconds: float,
+    compile: bool,
+    notes: list[str],
+    say: Callable[[str], None],
+) -> Iterable[Row]:
+    batch = len(x)
+    callables: dict[str, Callable[[], Any]] = dict(
+        timing.best_dense(dense, x, compile=compile, note=lambda line: notes.append(f"batch {batch}: {line}"))
+    )
+    baselines = list(callables)
+    channels_last = x.contiguous(memory_format=torch.channels_last)
+    swapped: dict[float, int] = {}
+    for sparsity, model in pruned.items():
+        say(f"batch {batch}: converting at {sparsity:.1%}")
+        fast = convert(model, example_inputs=(x,), policy=Policy())
+        _check_same(model, fast, x, sparsity)
+        plan: ModelPlan = fast.slimkernels_plan  # type: ignore[assignment]
+        swapped[sparsity] = len(plan.swapped)
+        callables[f"sparse {sparsity}"] = lambda fast=fast: fast(channels_last)
+    say(f"batch {batch}: timing")
+    measured = timing.interleaved(callables, seconds=seconds)
+    baseline = min(baselines, key=lambda name: measured[name].p50)
+    best = measured[baseline]
+    for sparsity in pruned:
+        own = measured[f"sparse {sparsity}"]
+        yield Row(
+            sparsity=sparsity,
+            batch=batch,
+            baseline=baseline,
+            dense=best.as_ms(),
+            converted=own.as_ms(),
+            baselines={name: measured[name].p50 * 1e3 for name in baselines},
+            speedup=best.p50 / own.p50,
+            images_per_s=batch / own.p50,
+            swapped_layers=swapped[sparsity],
+        )
+
+
+@torch.no_grad()
+def _check_same(model: nn.Module, fast: nn.Module, x: Tensor, sparsity: float) -> None:
+    expected, got = model(x), fast(x)
+    difference = float((got - expected).abs().max())
+    bound = _MAX_RELATIVE_DIFFERENCE * float(expected.abs().max())
+    if not difference <= bound:
+        raise RuntimeError(
+            f"run_bench: the converted model at sparsity {sparsity} differs by {difference:.3g}, "
+            f"expected at most {bound:.3g}"
+        )

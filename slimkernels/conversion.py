@@ -1,0 +1,416 @@
+"""`convert`: a model's sparse and low-rank layers replaced by drop-in modules where that is faster, batch norm folded.
+
+Steps: copy the model and compute its masked weights; see which layer feeds which; group layers with the batch norm, ReLU and
+pool behind them (`slimkernels.units`); decide each unit (`slimkernels.options`); put the modules in; time the whole.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+from slimkernels import __version__, measure
+from slimkernels.analysis import InputSet, input_sets, weight_layer_names, zero_share
+from slimkernels.folding import fold_tensors
+from slimkernels.formats import block_grid
+from slimkernels.graph import copy_model, parametrized_type, replace_module, scratch_copy
+from slimkernels.layers import LOW_RANK_LAYERS, SPARSE_LAYERS, declared_block_shape
+from slimkernels.nn import LowRankConv2d, LowRankLinear
+from slimkernels.options import Decision, Unit, decide
+from slimkernels.plan import COST_MODEL, MEASURED, SHAPELESS, LayerPlan, ModelPlan, Policy, faster_everywhere
+from slimkernels.report import explain
+from slimkernels.units import GUARD_ATTRIBUTE, PLAN_ATTRIBUTE, Survey, survey
+
+__all__ = ["convert", "explain"]
+
+# RMS of the difference over RMS of the output, between a model and its converted twin: far above what rounding leaves after
+# tens of layers, far below a wrong layer.
+_SAME_RMS = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
+# The whole model is timed for at most this many times Policy.budget_s.
+_MODEL_BUDGET = 5
+
+
+def convert(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    policy: Policy | None = None,
+    training: bool = False,
+    strict: bool = False,
+) -> nn.Module:
+    """A copy of ``model`` whose sparse and low-rank layers run as such, where that is faster than dense.
+
+    Args:
+        model: any module; it stays untouched. Zeros may come from anywhere: `prune_`, `torch.nn.utils.prune`,
+            parametrizations, plain zeros; low rank from `factorize_` or from two or three consecutive thin layers.
+        example_inputs: a tensor, a tuple of positional arguments, a mapping of keyword arguments, or a list of these, on
+            the model's device. With them every decision is measured: no slower than dense at any of them. Without, a layer
+            is swapped only where the cost model predicts a gain at every tabulated size.
+        policy: see `slimkernels.Policy`.
+        training: keep ``values`` trainable and fold nothing. Otherwise the result is an inference model in eval mode: batch
+            norm folded, ReLU and 2x2 max-pool inside the kernels, replaced parameters without gradient; ``train(True)``
+            warns.
+        strict: raise where a layer cannot be taken, instead of keeping it.
+
+    Returns:
+        A model of the same class; batch norms, ReLUs and pools that went elsewhere are nn.Identity. `explain` tells what
+        happened.
+
+    Raises:
+        TypeError: not a module, or one that cannot be copied; example inputs of another form.
+        ValueError: the model does not run on the example inputs; ``Policy.exclude`` names no layer; with ``strict``, the
+            layers that cannot be taken, each with its reason.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"convert: expected an nn.Module, got {type(model).__name__}")
+    if policy is not None and not isinstance(policy, Policy):
+        raise TypeError(f"convert: expected a Policy, got {type(policy).__name__}")
+    policy = policy or Policy()
+    sets = _own(input_sets(example_inputs))
+    found = survey(model, sets, policy, training=training)
+    if strict and found.obstacles:
+        kept = "; ".join(f"{name}: {reason}" for name, reason in found.obstacles.items())
+        raise ValueError(f"convert: strict=True, and these layers cannot be taken: {kept}")
+    decisions = {unit.names[0]: decide(unit, policy) for unit in found.units}
+    fast, layers = _apply(found, decisions, policy)
+    plan = ModelPlan(
+        tuple(layers),
+        SHAPELESS if not sets else MEASURED if policy.measure else COST_MODEL,
+        training,
+        found.device,
+        torch.get_num_threads(),
+        {"slimkernels": __version__, "torch": torch.__version__},
+        notes=tuple(found.notes),
+    )
+    if sets and policy.measure and policy.check_model and not training:
+        fast, plan = _checked(found, decisions, fast, plan, sets, policy)
+    plan = replace(plan, layers=_with_earlier(plan.layers, getattr(model, PLAN_ATTRIBUTE, None), fast))
+    return finish(fast, plan)
+
+
+def _own(sets: list[InputSet]) -> list[InputSet]:
+    """Clones of the tensors: a model may work on its input in place."""
+
+    def clone(value: Any) -> Any:
+        return value.detach().clone() if isinstance(value, Tensor) else value
+
+    return [(_pytree.tree_map(clone, args), _pytree.tree_map(clone, kwargs)) for args, kwargs in sets]
+
+
+def finish(model: nn.Module, plan: ModelPlan) -> nn.Module:
+    """Attaches the plan, sets the mode, and for an inference model the warning of `EvalGuard`."""
+    setattr(model, PLAN_ATTRIBUTE, plan)
+    nn.Module.train(model, plan.training)
+    if not plan.training:
+        setattr(model, GUARD_ATTRIBUTE, EvalGuard(model))
+    return model
+
+
+class EvalGuard:
+    """Stands in for ``train`` on an inference model: warns once when it is put back into training mode."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.warned = False
+
+    def __call__(self, mode: bool = True) -> nn.Module:
+        if mode and not self.warned:
+            self.warned = True
+            warnings.warn(
+                "this model was converted for inference (batch norm folded, parameters without gradient); convert the "
+                "original with training=True to train it",
+                stacklevel=2,
+            )
+        return type(self.model).train(self.model, mode)
+
+
+def _with_earlier(layers: tuple[LayerPlan, ...], earlier: Any, model: nn.Module) -> tuple[LayerPlan, ...]:
+    """Of a model that was converted before: what was folded and fused then."""
+    if not isinstance(earlier, ModelPlan):
+        return layers
+    names = {layer.name for layer in layers}
+    kept = [
+        layer
+        for layer in earlier.layers
+        if layer.into in names and layer.name not in names and type(model.get_submodule(layer.name)) is nn.Identity
+    ]
+    return (*layers, *kept)
+
+
+def _apply(
+    found: Survey, decisions: Mapping[str, Decision], policy: Policy, *, channels_last: bool | None = None
+) -> tuple[nn.Module, list[LayerPlan]]:
+    """A model with the decisions put in, and its plan's layers. ``channels_last``: of kept convolutions."""
+    if channels_last is None:  # beside block-sparse convolutions, whose activations are channels_last
+        swapped = any(d.option.format == "bsr" for d in decisions.values())
+        channels_last = swapped and not found.training
+    changes: dict[str, nn.Module] = {}
+    plans: dict[str, LayerPlan] = {}
+    for unit in found.units:
+        _apply_unit(found, unit, decisions[unit.names[0]], policy, channels_last, changes, plans)
+    for bn_name, name in found.foldable.items():
+        conv = found.model.get_submodule(name)
+        changes[name] = _refilled(conv, *fold_tensors(conv.weight, conv.bias, found.model.get_submodule(bn_name)))  # type: ignore[arg-type]
+        changes[bn_name] = nn.Identity()
+        plans[bn_name] = LayerPlan(bn_name, "BatchNorm2d", "fold", f"inside {name}", into=name)
+    for name in found.obstacles | dict.fromkeys(found.excluded, "excluded by the policy"):
+        plans[name] = _kept_plan(found, name, changes.get(name))
+    for name in found.converted:
+        plans[name] = _drop_in_plan(name, found.model.get_submodule(name), "it is converted already")
+    for name, reason in found.batch_norm_reasons.items():
+        kind = type(found.model.get_submodule(name)).__name__
+        plans.setdefault(name, LayerPlan(name, kind, "keep", f"not folded: {reason}"))
+    fast = copy_model(found.model, share_parameters=True)
+    for name, module in changes.items():
+        replace_module(fast, name, module)
+    order = {name: i for i, (name, _) in enumerate(found.model.named_modules())}
+    return fast, sorted(plans.values(), key=lambda p: order[p.name])
+
+
+def _apply_unit(
+    found: Survey,
+    unit: Unit,
+    decision: Decision,
+    policy: Policy,
+    channels_last: bool,
+    changes: dict[str, nn.Module],
+    plans: dict[str, LayerPlan],
+) -> None:
+    option, tail, head = decision.option, unit.tail, unit.names[0]
+    into = head if option.format is not None else unit.names[-1]
+    if option.format is not None:
+        changes[head] = option.modules[0]
+        plans[head] = _swap_plan(found, unit, decision, policy)
+        for name in unit.names[1:]:
+            changes[name] = nn.Identity()
+            kind = parametrized_type(found.model.get_submodule(name)).__name__
+            plans[name] = LayerPlan(name, kind, "fold", f"a factor, inside {head}", into=head)
+    else:
+        for name, module in zip(unit.names, unit.dense, strict=True):
+            folded = tail.bn is not None and name == into
+            relaid = channels_last and isinstance(module, nn.Conv2d)
+            if folded or relaid:
+                changes[name] = module if relaid else _plain_layout(module)
+            plans[name] = replace(
+                _kept_plan(found, name, changes.get(name)),
+                reason=decision.reason,
+                supported=True,
+                folded_bn=folded,
+                channels_last=relaid,
+                dense_ms=decision.dense_ms,
+                sparse_ms=decision.other_ms,
+            )
+    if tail.bn is not None:
+        changes[tail.bn] = nn.Identity()
+        plans[tail.bn] = LayerPlan(tail.bn, "BatchNorm2d", "fold", f"inside {into}", into=into)
+    fused = {"none": (), "relu": (tail.relu,), "relu_maxpool2": (tail.relu, tail.pool)}[option.epilogue]
+    for name in fused:
+        assert name is not None
+        changes[name] = nn.Identity()
+        kind = type(found.model.get_submodule(name)).__name__
+        plans[name] = LayerPlan(name, kind, "fuse", f"in the epilogue of {into}", into=into)
+
+
+def _plain_layout(module: nn.Module) -> nn.Module:
+    return module if isinstance(module, nn.Linear) else module.to(memory_format=torch.contiguous_format)
+
+
+def _refilled(module: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:
+    """A copy of a layer with another weight and bias."""
+    copied = copy_model(module, share_parameters=True)
+    copied.weight = nn.Parameter(weight, requires_grad=False)
+    copied.bias = nn.Parameter(bias, requires_grad=False)
+    return copied
+
+
+def nbytes(tensors: list[Tensor]) -> int:
+    """Bytes of some tensors."""
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def stored_tensors(module: nn.Module) -> list[Tensor]:
+    """What a module adds to a checkpoint."""
+    return [t for t in module.state_dict().values() if isinstance(t, Tensor) and not isinstance(t, nn.UninitializedParameter)]
+
+
+def _kept_plan(found: Survey, name: str, changed: nn.Module | None) -> LayerPlan:
+    original = found.model.get_submodule(name)
+    module = changed or original
+    weight = getattr(module, "weight", None)
+    readable = type(weight) in (Tensor, nn.Parameter)
+    kind = parametrized_type(original).__name__
+    excluded = name in found.excluded
+    stored = nbytes(stored_tensors(module))
+    if isinstance(original, (*SPARSE_LAYERS, *LOW_RANK_LAYERS)):
+        reason = "excluded by the policy" if excluded else found.obstacles.get(name, "")
+        return replace(_drop_in_plan(name, original, reason), supported=name not in found.obstacles)
+    return LayerPlan(
+        name,
+        kind,
+        "keep",
+        "excluded by the policy" if excluded else found.obstacles.get(name, ""),
+        supported=name not in found.obstacles,
+        weight_shape=tuple(weight.shape) if readable else None,
+        bias=getattr(module, "bias", None) is not None,
+        dtype=str(weight.dtype).removeprefix("torch.") if readable else None,
+        sparsity=zero_share(weight.detach()) if readable and not weight.is_meta else 0.0,
+        bytes_dense=stored,
+        bytes_stored=stored,
+        mask_block_shape=declared_block_shape(module),
+        folded_bn=name in found.foldable.values(),
+    )
+
+
+def _swap_plan(found: Survey, unit: Unit, decision: Decision, policy: Policy) -> LayerPlan:
+    option, weight = decision.option, unit.weight
+    plan = _drop_in_plan(unit.names[0], option.modules[0], decision.reason)
+    originals = [found.model.get_submodule(name) for name in unit.names]
+    bias = 0 if weight.bias is None else weight.bias.numel() * weight.bias.element_size()
+    return replace(
+        plan,
+        type=parametrized_type(originals[0]).__name__,
+        kernel=option.kernel,
+        tied=policy.backend != "auto" and option.kernel is not None,
+        sparsity=zero_share(weight.weight) if option.format != "low_rank" else 0.0,
+        bytes_dense=weight.nbytes + bias,
+        dense_ms=decision.dense_ms,
+        sparse_ms=decision.other_ms,
+        folded_bn=unit.tail.bn is not None,
+    )
+
+
+def _drop_in_plan(name: str, module: nn.Module, reason: str) -> LayerPlan:
+    """The plan entry that rebuilds a drop-in module, or the dense module that a chain was merged into."""
+    stored = nbytes(stored_tensors(module))
+    linear = isinstance(module, nn.Linear | LowRankLinear) or hasattr(module, "in_features")
+    shape = (
+        (module.out_features, module.in_features)
+        if linear
+        else (module.out_channels, module.in_channels, *module.kernel_size)
+    )
+    plan = LayerPlan(
+        name,
+        type(module).__name__,
+        "swap",
+        reason,
+        format="dense",
+        weight_shape=shape,
+        bias=module.bias is not None,
+        stride=None if linear else tuple(module.stride),
+        padding=None if linear else tuple(module.padding),
+        dilation=None if linear else tuple(module.dilation),
+        dtype=str(next(module.parameters()).dtype).removeprefix("torch."),
+        bytes_dense=stored,
+        bytes_stored=stored,
+        channels_last=isinstance(module, nn.Conv2d) and module.weight.is_contiguous(memory_format=torch.channels_last),
+    )
+    if isinstance(module, SPARSE_LAYERS):
+        rows, cols = block_grid(shape, module.block_shape)
+        sparsity = 1 - module.weight_bsr().nnz_blocks / (rows * cols)
+        plan = replace(plan, format="bsr", block_shape=tuple(module.block_shape), block_sparsity=sparsity)
+    elif isinstance(module, LOW_RANK_LAYERS):
+        ranks = tuple(module.ranks) if isinstance(module, LowRankConv2d) else (module.rank,)
+        plan = replace(plan, format="low_rank", kind=getattr(module, "kind", "svd"), ranks=ranks)
+    if plan.format != "dense":
+        kernel = None if module.kernel == "auto" else module.kernel
+        plan = replace(plan, epilogue=module.epilogue, kernel=kernel, tied=kernel is not None, channels_last=False)
+    return plan
+
+
+def _checked(
+    found: Survey,
+    decisions: Mapping[str, Decision],
+    fast: nn.Module,
+    plan: ModelPlan,
+    sets: list[InputSet],
+    policy: Policy,
+) -> tuple[nn.Module, ModelPlan]:
+    """The converted model if it computes the same as the original and is not slower than dense; else the dense one.
+
+    Dense is the faster of the model as it was and its twin with batch norm folded and weights in channels_last.
+    """
+    problem = _difference(found.model, fast, sets)
+    if problem is not None:
+        return _unchanged(found, plan, problem)
+    if not any(d.option is not d.stay for d in decisions.values()):
+        return fast, plan
+    staying = {name: replace(d, option=d.stay) for name, d in decisions.items()}
+    dense, _ = _apply(found, staying, policy, channels_last=True)
+    models = [scratch_copy(m) for m in (found.model, dense, fast)]
+    times: list[list[float]] = []
+    for args, kwargs in sets:
+        runs = [_call(m, args, kwargs) for m in models]
+        budget = _MODEL_BUDGET * policy.budget_s
+        times.append(measure.typical_seconds(runs, device=found.device, repeats=policy.repeats, budget_s=budget))
+    best_dense = [min(t[0], t[1]) for t in times]
+    converted = [t[2] for t in times]
+    plan = replace(
+        plan, dense_ms=tuple(1e3 * t for t in best_dense), converted_ms=tuple(1e3 * t for t in converted)
+    )
+    if faster_everywhere(best_dense, converted, min(policy.min_speedup, 1.0)):
+        return fast, plan
+    worst = max(range(len(sets)), key=lambda i: converted[i] / best_dense[i])
+    text = (
+        f"the whole model is not faster with swapped layers: {1e3 * converted[worst]:.3g} ms against "
+        f"{1e3 * best_dense[worst]:.3g} ms dense at example input {worst}"
+    )
+    staying = {
+        name: replace(d, reason=text if d.option is not d.stay else d.reason) for name, d in staying.items()
+    }
+    relaid = all(t[1] <= t[0] for t in times)
+    fast, layers = _apply(found, staying, policy, channels_last=relaid)
+    notes = (*plan.notes, text)
+    return fast, replace(plan, layers=tuple(layers), notes=notes, converted_ms=())
+
+
+def _call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Any]:
+    def run() -> Any:
+        with torch.no_grad():
+            return model(*args, **kwargs)
+
+    return run
+
+
+def _difference(model: nn.Module, fast: nn.Module, sets: list[InputSet]) -> str | None:
+    """Why the converted model may not stand for the original; None when its outputs agree.
+
+    A model whose two runs differ (it draws random numbers) or whose output is not finite cannot be compared.
+    """
+    before, after = scratch_copy(model), scratch_copy(fast)
+    for i, (args, kwargs) in enumerate(sets):
+        expected, again = (_call(before, *_own([(args, kwargs)])[0])() for _ in range(2))
+        try:
+            got = _call(after, *_own([(args, kwargs)])[0])()
+        except Exception as error:  # the model's own code runs here
+            return f"the converted model does not run on example input {i}: {type(error).__name__}: {error}"
+        for a, b, c in zip(*map(_pytree.tree_leaves, (expected, again, got)), strict=False):
+            if not isinstance(a, Tensor) or not a.is_floating_point() or not torch.equal(a, b):
+                continue
+            ref, out = a.double(), c.double() if isinstance(c, Tensor) else None
+            if out is None or out.shape != ref.shape:
+                return f"the converted model's output at example input {i} has another form"
+            if not bool(torch.isfinite(ref).all()):
+                continue
+            rms = float((out - ref).square().mean().sqrt())
+            allowed = _SAME_RMS.get(a.dtype, 1e-1) * float(ref.square().mean().sqrt())
+            if not rms <= allowed:
+                return f"the converted model's output at example input {i} differs: RMS {rms:.3g}, allowed {allowed:.3g}"
+    return None
+
+
+def _unchanged(found: Survey, plan: ModelPlan, problem: str) -> tuple[nn.Module, ModelPlan]:
+    """The prepared copy as it is, with every layer kept for one reason."""
+    layers = [
+        replace(_kept_plan(found, name, None), reason=found.obstacles.get(name, problem))
+        for name in weight_layer_names(found.model)
+    ]
+    return copy_model(found.model, share_parameters=True), replace(
+        plan, layers=tuple(layers), notes=(*plan.notes, problem)
+    )
+

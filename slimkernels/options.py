@@ -1,0 +1,304 @@
+"""The ways to run one unit (a layer, or a chain of thin layers, with the ReLU and max-pool behind it), and the choice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from slimkernels import measure
+from slimkernels.analysis import Call, PatternStats, problems, rank_patterns, usable_kernel, zero_share
+from slimkernels.chains import FactorChain
+from slimkernels.folding import Tail
+from slimkernels.formats import block_mask
+from slimkernels.kernels.problems import LowRankConvProblem, LowRankLinearProblem, Problem
+from slimkernels.kernels.select import choose
+from slimkernels.layers import LayerWeight
+from slimkernels.nn import BlockSparseConv2d, BlockSparseLinear, LowRankConv2d, LowRankLinear
+from slimkernels.plan import Policy, faster_everywhere
+
+
+@dataclass
+class Unit:
+    """What one decision is about.
+
+    Attributes:
+        names: the layers, one or a chain.
+        weight: the dense layer, batch norm folded; of a chain, the merged one.
+        chain: the factors, of a chain of layers or of one low-rank module.
+        dense: the layers as they stay without a swap, batch norm folded.
+        tail: what follows. calls: per example input, the calls of the first layer.
+        source: ``layer``, or the drop-in module that the unit is already: ``bsr``, ``low_rank``.
+        mask: declared blocks, which are stored while training although they may be zero.
+    """
+
+    names: tuple[str, ...]
+    weight: LayerWeight
+    chain: FactorChain | None
+    dense: list[nn.Module]
+    tail: Tail
+    calls: tuple[tuple[Call, ...], ...]
+    source: str = "layer"
+    training: bool = False
+    mask: Tensor | None = None
+
+
+@dataclass
+class Option:
+    """One way to run a unit: ``format`` None leaves the layers as they are."""
+
+    format: str | None
+    modules: list[nn.Module]
+    epilogue: str = "none"
+    kernel: str | None = None
+    pattern: PatternStats | None = None
+    seconds: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The option taken, how the unit would stay dense, why, and the times of dense and of the best other option."""
+
+    option: Option
+    stay: Option
+    reason: str
+    dense_ms: tuple[float, ...] = ()
+    other_ms: tuple[float, ...] = ()
+
+
+def _epilogues(unit: Unit, policy: Policy) -> list[str]:
+    """Epilogues to try, the one that takes in most first."""
+    names = ["none"]
+    if unit.tail.relu is not None and policy.fuse_relu:
+        names.insert(0, "relu")
+        if unit.tail.pool is not None and policy.fuse_pool and unit.weight.is_conv:
+            names.insert(0, "relu_maxpool2")
+    return names
+
+
+def _rest(unit: Unit, epilogue: str) -> list[nn.Module]:
+    """ReLU and pool of the unit's tail that the epilogue leaves to run on their own."""
+    rest: list[nn.Module] = []
+    if unit.tail.relu is not None and epilogue == "none":
+        rest.append(nn.ReLU(inplace=True))
+    if unit.tail.pool is not None and epilogue != "relu_maxpool2":
+        rest.append(nn.MaxPool2d(2))
+    return rest
+
+
+def block_sparse_options(unit: Unit, policy: Policy, sizes: Sequence[Sequence[int]] | None) -> tuple[list[Option], str]:
+    """The best candidate block shapes as modules, and why there is none."""
+    weight, shapes = unit.weight, policy.block_shapes
+    ranked = rank_patterns(weight, sizes, block_shapes=shapes, backend=policy.backend)
+    usable = [p for p in ranked if p.kernel is not None]
+    if not usable:
+        return [], ranked[0].reason
+    sparse = any(p.nnz_blocks < p.blocks for p in usable)
+    if not sparse and not (policy.dense_layers and (policy.measure and sizes is not None or policy.min_speedup == 0)):
+        share = zero_share(weight.weight)
+        return [], f"no zero blocks ({share:.1%} of its weights are 0)" if share else "no zeros"
+    options = []
+    for i, pattern in enumerate(_distinct(usable)[: policy.measured_candidates]):
+        epilogues = _epilogues(unit, policy)
+        taken = 0
+        for epilogue in epilogues:
+            problem = problems(weight, (pattern.block_shape, pattern.nnz_blocks), sizes, epilogue)[0]
+            kernel, _ = usable_kernel(problem, policy.backend)
+            if kernel is None:
+                continue
+            options.append(_block_sparse_option(unit, policy, pattern, epilogue, kernel))
+            taken += 1
+            # A pool inside the kernel is not always the faster one, so the best pattern is also tried without it.
+            if not (epilogue == "relu_maxpool2" and i == 0 and policy.measure and sizes is not None) or taken == 2:
+                break
+    return options, ""
+
+
+def _distinct(ranked: list[PatternStats]) -> list[PatternStats]:
+    """Candidates that may beat those ranked before them: each stores fewer weights than all of these."""
+    taken: list[PatternStats] = []
+    for pattern in ranked:
+        stored = pattern.nnz_blocks * math.prod(pattern.block_shape)
+        if all(stored < p.nnz_blocks * math.prod(p.block_shape) for p in taken):
+            taken.append(pattern)
+    return taken
+
+
+def _block_sparse_option(unit: Unit, policy: Policy, pattern: PatternStats, epilogue: str, kernel: str) -> Option:
+    dense = unit.weight.to_module().train(unit.training)
+    mask = None
+    if unit.training and unit.mask is not None:
+        mask = unit.mask | block_mask(unit.weight.weight, pattern.block_shape)
+    cls = BlockSparseConv2d if unit.weight.is_conv else BlockSparseLinear
+    asked = "auto" if policy.backend == "auto" else kernel
+    module = cls.from_dense(dense, pattern.block_shape, mask, epilogue, asked)  # type: ignore[arg-type]
+    return Option("bsr", [module, *_rest(unit, epilogue)], epilogue, kernel, pattern)
+
+
+def low_rank_options(unit: Unit, policy: Policy) -> tuple[list[Option], str]:
+    """The chain as one low-rank module and merged to dense."""
+    chain = unit.chain
+    assert chain is not None
+    epilogue = "relu" if "relu" in _epilogues(unit, policy) else "none"
+    try:
+        kernel = choose(low_rank_problem(unit, epilogue), policy.backend).name
+    except ValueError as error:
+        options, reason = [], str(error)
+    else:
+        asked = "auto" if policy.backend == "auto" else kernel
+        module = low_rank_module(chain, epilogue, asked).train(unit.training)
+        options, reason = [Option("low_rank", [module, *_rest(unit, epilogue)], epilogue, kernel)], ""
+    if policy.merge_low_rank and not unit.training:
+        options.append(Option("dense", [dense_twin(unit.weight), *_rest(unit, "none")]))
+    return options, reason
+
+
+def low_rank_module(chain: FactorChain, epilogue: str, kernel: str) -> LowRankConv2d | LowRankLinear:
+    """A chain as one module."""
+    if chain.factors[0].dim() == 2:
+        v, u = chain.factors
+        module: LowRankConv2d | LowRankLinear = LowRankLinear.from_factors(u, v, chain.bias, epilogue, kernel)
+    else:
+        module = LowRankConv2d.from_factors(
+            chain.factors, chain.bias, kind=chain.kind, stride=chain.stride, padding=chain.padding,
+            dilation=chain.dilation, epilogue=epilogue, kernel=kernel,
+        )  # fmt: skip
+    return module.requires_grad_(chain.requires_grad)
+
+
+def low_rank_problem(unit: Unit, epilogue: str) -> Problem:
+    """The problem of a chain at its first call, or at one small image or row."""
+    chain = unit.chain
+    assert chain is not None
+    first = chain.factors[0]
+    shape = next((c.input_shape for calls in unit.calls for c in calls), None)
+    dtype, device = first.dtype, first.device.type
+    if first.dim() == 2:
+        rows = 1 if shape is None else math.prod(shape[:-1])
+        out = chain.factors[1].shape[0]
+        return LowRankLinearProblem(rows, first.shape[1], out, first.shape[0], dtype, device, epilogue)
+    n, h, w = (1, 32, 32) if shape is None else (math.prod(shape[:-3]), shape[-2], shape[-1])
+    shapes = tuple(tuple(f.shape) for f in chain.factors)
+    return LowRankConvProblem(
+        n, h, w, chain.kind, shapes, chain.stride, chain.padding, chain.dilation, dtype, device, epilogue  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def dense_twin(weight: LayerWeight) -> nn.Module:
+    """The dense layer as it would run at its best: weight in channels_last."""
+    if weight.is_conv:
+        weight = LayerWeight(
+            weight.weight.contiguous(memory_format=torch.channels_last), weight.bias, weight.stride, weight.padding,
+            weight.dilation, None, weight.requires_grad,
+        )  # fmt: skip
+    return weight.to_module().eval()
+
+
+def decide(unit: Unit, policy: Policy) -> Decision:
+    """The fastest way to run a unit that is faster than dense at every example input."""
+    sizes = [call.input_shape for calls in unit.calls for call in calls] if unit.calls else None
+    stay = Option({"layer": None, "bsr": "dense", "low_rank": "low_rank"}[unit.source], [*unit.dense, *_rest(unit, "none")])
+    if unit.calls and not sizes:
+        return Decision(stay, stay, "the example inputs do not reach it")
+    if unit.chain is not None:
+        if not policy.merge_low_rank and unit.source != "low_rank":
+            return Decision(stay, stay, "chains stay (merge_low_rank is off)")
+        options, why = low_rank_options(unit, policy)
+        if unit.source == "low_rank":
+            if len(options) < 2:
+                return Decision(options[0] if options else stay, stay, why or "stays low-rank")
+            stay = options.pop()  # compared with the dense layer that it stands for
+    else:
+        options, why = block_sparse_options(unit, policy, sizes)
+    if not options:
+        return Decision(stay, stay, why)
+    if policy.measure and sizes:
+        return _by_measurement(unit, stay, options, policy)
+    return _by_cost_model(unit, stay, options, policy, sizes is None)
+
+
+def _by_measurement(unit: Unit, stay: Option, options: list[Option], policy: Policy) -> Decision:
+    every = [stay, *options]
+    for calls in unit.calls:
+        inputs = [example_input(call, unit.weight.weight) for call in calls]
+        if not inputs:
+            continue
+        runs = [_Run(nn.Sequential(*option.modules), inputs, unit.training) for option in every]
+        device = unit.weight.weight.device.type
+        found = measure.typical_seconds(runs, device=device, repeats=policy.repeats, budget_s=policy.budget_s)
+        for option, seconds in zip(every, found, strict=True):
+            option.seconds.append(seconds)
+
+    def share(option: Option) -> float:
+        return sum(o / d for o, d in zip(option.seconds, stay.seconds, strict=True))
+
+    best = min(options, key=share)
+    # A low-rank module is smaller than the dense layer it is compared with, so it stays where both are equally fast.
+    needed = min(policy.min_speedup, 1.0) if unit.source == "low_rank" else policy.min_speedup
+    passing = [o for o in options if faster_everywhere(stay.seconds, o.seconds, needed)]
+    dense_ms = tuple(1e3 * s for s in stay.seconds)
+    if passing:
+        taken = min(passing, key=share)
+        text = f"measured {1 / max(share(taken) / len(stay.seconds), 1e-12):.2f}x the speed of {_baseline(unit)}"
+        if taken.pattern is not None and taken.pattern.nnz_blocks == taken.pattern.blocks:
+            text += ", with every block stored"
+        return Decision(taken, stay, text, dense_ms, tuple(1e3 * s for s in taken.seconds))
+    worst = max(range(len(stay.seconds)), key=lambda i: best.seconds[i] / stay.seconds[i])
+    text = (
+        f"{_baseline(unit)} is as fast or faster: {1e3 * stay.seconds[worst]:.3g} ms against "
+        f"{1e3 * best.seconds[worst]:.3g} ms"
+    )
+    return Decision(stay, stay, text, dense_ms, tuple(1e3 * s for s in best.seconds))
+
+
+def _baseline(unit: Unit) -> str:
+    if unit.chain is None:
+        return "dense"
+    return "the merged dense layer" if unit.source == "low_rank" else "the chain of layers"
+
+
+def _by_cost_model(unit: Unit, stay: Option, options: list[Option], policy: Policy, shapeless: bool) -> Decision:
+    how = "decided without shapes" if shapeless else "by the cost model"
+    best = options[0]
+    if best.format == "low_rank" and unit.source == "low_rank":
+        return Decision(best, stay, f"stays low-rank, {how}")
+    if best.pattern is None:
+        swap = best.format == "low_rank" and policy.min_speedup == 0
+        return Decision(
+            best if swap else stay, stay, f"{how}: a chain is fused or merged only where that is measured faster"
+        )
+    dense, sparse = best.pattern.dense_s, best.pattern.predicted_s
+    ratios = [d / max(s, 1e-12) for d, s in zip(dense, sparse, strict=True)]
+    sparsity = f"{best.pattern.block_sparsity:.1%} of its {best.pattern.block_shape} blocks are zero"
+    if faster_everywhere(dense, sparse, policy.min_speedup):
+        return Decision(best, stay, f"{how}: predicted {min(ratios):.2f}x or more faster at every size; {sparsity}")
+    return Decision(stay, stay, f"{how}: predicted {min(ratios):.2f}x at the least favourable size; {sparsity}")
+
+
+def example_input(call: Call, weight: Tensor) -> Tensor:
+    """A normal random input of a call's shape, channels_last for an image; torch's global generator is left alone."""
+    generator = torch.Generator(weight.device).manual_seed(0)
+    x = torch.randn(call.input_shape, generator=generator, device=weight.device, dtype=torch.float32).to(weight.dtype)
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 and weight.dim() == 4 else x
+
+
+class _Run:
+    """One call of a module on all inputs, forward and, while training, backward."""
+
+    def __init__(self, module: nn.Module, inputs: list[Tensor], training: bool) -> None:
+        self.module, self.training = module, training
+        self.inputs = [x.requires_grad_(True) for x in inputs] if training else inputs
+        self.wanted = [p for p in module.parameters() if p.requires_grad]
+
+    def __call__(self) -> None:
+        if not self.training:
+            with torch.no_grad():
+                for x in self.inputs:
+                    self.module(x)
+            return
+        for x in self.inputs:
+            y = self.module(x)
+            torch.autograd.grad(y, [x, *self.wanted], torch.ones_like(y))

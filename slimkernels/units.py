@@ -1,0 +1,227 @@
+"""Units of conversion: every layer of a model with the batch norm, ReLU and pool behind it, or why it stays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from slimkernels.analysis import InputSet, capture, obstacle_or_weight, weight_layer_names, zero_share
+from slimkernels.chains import FactorChain, find_chains
+from slimkernels.folding import Tail, find_tail, fold_chain, fold_weight
+from slimkernels.formats import BlockMask
+from slimkernels.graph import ModelGraph, bake, copy_model, has_hooks, trace, unique_names
+from slimkernels.layers import (
+    LOW_RANK_LAYERS,
+    SPARSE_LAYERS,
+    WEIGHT_LAYERS,
+    LayerWeight,
+    declared_block_shape,
+    shared_tensor_layers,
+)
+from slimkernels.nn import LowRankConv2d, LowRankLinear
+from slimkernels.options import Unit, dense_twin, low_rank_module
+from slimkernels.plan import Policy
+
+# Instance attributes of a converted model; a copy of it drops them.
+PLAN_ATTRIBUTE = "slimkernels_plan"
+GUARD_ATTRIBUTE = "train"
+# A layer with more zeros than this is sparse, not a factor of a chain.
+_FACTOR_ZEROS = 0.25
+
+
+@dataclass
+class Survey:
+    """A prepared copy of the model and what was seen in it.
+
+    Attributes:
+        model: the copy. training: its mode. device: type of the device its parameters are on.
+        units: what is decided.
+        weights: readable weights of layers without an obstacle.
+        obstacles: layers that cannot be taken, and why. excluded: layers that the policy leaves out.
+        converted: layers that are drop-in modules already and stay as they are.
+        foldable: batch norm -> layer with an obstacle that takes it all the same (groups, padding mode).
+        batch_norm_reasons: why a batch norm that is not folded stays.
+        notes: lines for the report.
+    """
+
+    model: nn.Module
+    training: bool
+    device: str
+    units: list[Unit] = field(default_factory=list)
+    weights: dict[str, LayerWeight] = field(default_factory=dict)
+    obstacles: dict[str, str] = field(default_factory=dict)
+    excluded: set[str] = field(default_factory=set)
+    converted: set[str] = field(default_factory=set)
+    foldable: dict[str, str] = field(default_factory=dict)
+    batch_norm_reasons: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Structure:
+    graph: ModelGraph
+    uniques: Mapping[str, nn.Module]
+    shared: frozenset[str]
+
+    def tail(self, model: nn.Module, name: str, weight: Tensor) -> tuple[Tail, dict[str, str]]:
+        return find_tail(model, self.graph, self.uniques, self.shared, name, weight)
+
+
+def prepare(model: nn.Module, *, training: bool) -> nn.Module:
+    """A copy of the model in the given mode; for inference masks and parametrizations of its layers become plain weights."""
+    copied = copy_model(model)
+    for name in (PLAN_ATTRIBUTE, GUARD_ATTRIBUTE):
+        copied.__dict__.pop(name, None)
+    nn.Module.train(copied, training)
+    if not training:
+        for module in list(copied.modules()):
+            if isinstance(module, WEIGHT_LAYERS):
+                bake(module)
+    return copied
+
+
+def survey(model: nn.Module, sets: list[InputSet], policy: Policy, *, training: bool) -> Survey:
+    """Copies the model and finds its units.
+
+    Raises:
+        ValueError: the model does not run on an example input; ``Policy.exclude`` names no layer.
+    """
+    declared = {n: b for n, m in model.named_modules() if (b := declared_block_shape(m)) is not None}
+    masks = {n: mask for n, m in model.named_modules() if (mask := _mask(m)) is not None}
+    copied = prepare(model, training=training)
+    names = weight_layer_names(copied)
+    found = Survey(copied, training, next((t.device.type for t in copied.parameters()), "cpu"))
+    structure = _Structure(trace(copied, training=training), unique_names(copied), shared_tensor_layers(copied))
+    graph = structure.graph
+    if graph.reason is not None and not training:
+        found.notes.append(f"nothing is folded or fused: {graph.reason}")
+    calls = capture(copied, sets, names, training=training)
+    found.excluded = _excluded(names, policy.exclude)
+    for name in names:
+        obstacle, weight = obstacle_or_weight(copied, graph, name, structure.uniques, structure.shared)
+        if obstacle is None and sets and name not in calls:
+            obstacle = "it is called with something else than one tensor"
+        if obstacle is not None or weight is None:
+            found.obstacles[name] = obstacle or "it has no weight"
+        elif name not in found.excluded:
+            module = structure.uniques[name]
+            drop_in = isinstance(module, (*SPARSE_LAYERS, *LOW_RANK_LAYERS))
+            if drop_in and (training or module.epilogue != "none"):
+                found.converted.add(name)
+                continue
+            found.weights[name] = replace(
+                weight,
+                block_shape=weight.block_shape or declared.get(name),
+                requires_grad=weight.requires_grad and training,
+            )
+    _form_units(found, structure, calls, policy, masks)
+    return found
+
+
+def _excluded(names: Iterable[str], exclude: Iterable[str]) -> set[str]:
+    """Layers that ``exclude`` names, itself or by a container. Raises ValueError where it names nothing."""
+    names, found = list(names), set()
+    for wanted in exclude:
+        hits = {name for name in names if name == wanted or name.startswith(wanted + ".")}
+        if not hits:
+            raise ValueError(f"convert: expected Policy.exclude to name layers of the model, got {wanted!r}")
+        found |= hits
+    return found
+
+
+def _mask(module: nn.Module) -> Tensor | None:
+    if not parametrize.is_parametrized(module, "weight"):
+        return None
+    masks = [p.mask for p in module.parametrizations.weight if isinstance(p, BlockMask)]  # type: ignore[union-attr, operator]
+    return masks[0] if masks else None
+
+
+def _form_units(
+    found: Survey, structure: _Structure, calls: Mapping[str, Any], policy: Policy, masks: Mapping[str, Tensor]
+) -> None:
+    modules = structure.uniques
+    plain = {
+        name: weight
+        for name, weight in found.weights.items()
+        if not isinstance(modules[name], (*LOW_RANK_LAYERS, *SPARSE_LAYERS))
+        and zero_share(weight.weight) <= _FACTOR_ZEROS
+    }
+    chains = {c.names[0]: c for c in find_chains(structure.graph, plain, training=found.training)}
+    inside = {name for chain in chains.values() for name in chain.names[1:]}
+    for name, weight in found.weights.items():
+        if name in inside:
+            continue
+        chain = chains.get(name) or module_chain(name, modules[name], weight)
+        names = chain.names if chain is not None else (name,)
+        tail = Tail()
+        if not found.training:
+            tail, reasons = structure.tail(found.model, names[-1], found.weights[names[-1]].weight)
+            if tail.bn is not None and not policy.fold_bn:
+                reasons, tail = {tail.bn: "Policy.fold_bn is off"}, Tail()
+            found.batch_norm_reasons.update(reasons)
+        found.units.append(_unit(found, names, chain, tail, calls.get(name, ()), masks.get(name)))
+    if policy.fold_bn and not found.training:
+        _fold_into_kept(found, structure)
+    folded = {unit.tail.bn for unit in found.units} | set(found.foldable)
+    for name, module in found.model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and name not in folded:
+            why = structure.graph.reason or "its input does not come from one convolution alone"
+            found.batch_norm_reasons.setdefault(name, "the model is to be trained" if found.training else why)
+
+
+def _unit(
+    found: Survey, names: tuple[str, ...], chain: FactorChain | None, tail: Tail, calls: Any, mask: Tensor | None
+) -> Unit:
+    weights = [found.weights[name] for name in names]
+    source = "layer"
+    module = found.model.get_submodule(names[0])
+    if isinstance(module, SPARSE_LAYERS):
+        source = "bsr"
+    elif isinstance(module, LOW_RANK_LAYERS):
+        source = "low_rank"
+    if tail.bn is not None:
+        bn = found.model.get_submodule(tail.bn)
+        weights[-1] = fold_weight(weights[-1], bn)  # type: ignore[arg-type]
+        chain = None if chain is None else fold_chain(chain, bn)  # type: ignore[arg-type]
+    if found.training:
+        dense = [found.model.get_submodule(name) for name in names]
+    elif source == "low_rank":
+        assert chain is not None
+        dense = [low_rank_module(chain, "none", "auto").eval()]
+    else:
+        dense = [dense_twin(weight) for weight in weights]
+    whole = weights[0] if chain is None else chain.merged()
+    return Unit(names, whole, chain, dense, tail, calls, source, found.training, mask)
+
+
+def _fold_into_kept(found: Survey, structure: _Structure) -> None:
+    """Batch norm behind a convolution that stays for its groups or padding folds all the same."""
+    for name in found.obstacles:
+        module = structure.uniques.get(name)
+        if type(module) is not nn.Conv2d or name in structure.shared or name in structure.graph.tensor_reads:
+            continue
+        if has_hooks(module) or module.weight.is_meta or type(module.weight) is not nn.Parameter:
+            continue
+        tail, reasons = structure.tail(found.model, name, module.weight)
+        found.batch_norm_reasons.update(reasons)
+        if tail.bn is not None and module.weight.is_floating_point() and name not in found.excluded:
+            found.foldable[tail.bn] = name
+
+
+def module_chain(name: str, module: nn.Module, weight: LayerWeight) -> FactorChain | None:
+    """The factors of a low-rank module; None for any other."""
+    if isinstance(module, LowRankLinear):
+        factors: tuple[Tensor, ...] = (module.V.detach(), module.U.detach())
+        kind = "svd"
+    elif isinstance(module, LowRankConv2d):
+        factors, kind = tuple(f.detach() for f in module.factors), module.kind
+    else:
+        return None
+    return FactorChain(
+        (name,), kind, factors, weight.bias, weight.stride, weight.padding, weight.dilation, weight.requires_grad
+    )

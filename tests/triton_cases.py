@@ -1,0 +1,218 @@
+"""Cases of the Triton kernels, named by tile arithmetic, and their checks: shared by the interpreter and the GPU tests."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slimkernels import testing
+from slimkernels.formats import BSRWeight
+from slimkernels.kernels import triton_bsr_conv2d, triton_low_rank_linear
+
+# Block shapes and the (C_out, C_in) of a layer of two block rows and two column groups; narrow blocks get a few more.
+BLOCK_SHAPES = {
+    (1, 1): (3, 5),
+    (8, 1): (16, 5),
+    (16, 1): (32, 6),
+    (16, 16): (32, 32),
+    (24, 24): (48, 48),
+    (32, 32): (64, 64),
+    (64, 16): (128, 32),
+    (64, 64): (128, 128),
+    (128, 16): (256, 32),
+    (128, 32): (256, 64),
+    (128, 128): (256, 256),
+}
+SMALL_TILE = {"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 3}
+
+
+@dataclass(frozen=True)
+class ConvCase:
+    """A convolution, its channels left to the block shape; `cut` removes channels so that the last block is ragged."""
+
+    image: tuple[int, int, int] = (2, 5, 5)
+    kernel: tuple[int, int] = (3, 3)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+    pattern: str = "random"
+    sparsity: float = 0.6
+    cut: tuple[int, int] = (0, 0)
+    bias: bool = True
+    epilogue: str = "relu"
+    config: dict[str, int] | None = None
+
+
+# BLOCK_M is at least 16 and at most 64 for images this small, or SMALL_TILE's 32.
+CONV_CASES = {
+    "m_lt_tile": ConvCase(image=(1, 3, 3)),
+    "m_div_tile": ConvCase(image=(1, 8, 8), config=SMALL_TILE),
+    "m_gt_tile": ConvCase(image=(2, 5, 7), config=SMALL_TILE),
+    "ragged_c_in": ConvCase(cut=(0, 1)),
+    "ragged_c_out": ConvCase(cut=(1, 0), epilogue="none"),
+    "ragged_half_block": ConvCase(cut=(-2, -2)),
+    "zero_block_row": ConvCase(pattern="zero_block_row"),
+    "zero_blocks": ConvCase(pattern="zero_blocks", bias=False),
+    "no_blocks": ConvCase(pattern="no_blocks"),
+    "all_dense": ConvCase(image=(1, 4, 4), pattern="all_dense", epilogue="none"),
+    "batch_0": ConvCase(image=(0, 5, 5)),
+    "prime_stride": ConvCase(image=(1, 11, 7), stride=(3, 2), padding=(1, 2), bias=False, epilogue="none"),
+    "dilation": ConvCase(image=(1, 7, 9), dilation=(2, 3), padding=(2, 3)),
+    "padding_exceeds_image": ConvCase(image=(1, 2, 2), padding=(4, 3)),
+    "kernel_1x1": ConvCase(kernel=(1, 1), padding=(0, 0), sparsity=0.3),
+    "kernel_5x5": ConvCase(image=(1, 4, 4), kernel=(5, 5), padding=(2, 2), sparsity=0.8),
+    "kernel_1x3": ConvCase(kernel=(1, 3), padding=(0, 1)),
+    "without_border": ConvCase(image=(1, 6, 6), padding=(0, 0)),
+    "index_64": ConvCase(image=(1, 4, 4), config={**SMALL_TILE, "INDEX_64": 1}),
+    "maxpool_odd": ConvCase(image=(1, 5, 7), epilogue="relu_maxpool2", sparsity=0.8),
+}
+
+
+@dataclass(frozen=True)
+class LowRankCase:
+    """A low-rank linear layer on x of shape (*lead, in)."""
+
+    lead: tuple[int, ...] = (5,)
+    features: tuple[int, int] = (48, 40)
+    rank: int = 16
+    bias: bool = True
+    epilogue: str = "relu"
+    config: dict[str, int] | None = None
+
+
+_TILE = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "RANK": 16, "SPLITS": 1, "num_warps": 4, "num_stages": 2}
+LOW_RANK_CASES = {
+    "m_lt_tile": LowRankCase(lead=(3,)),
+    "m_div_tile": LowRankCase(lead=(32,), config=_TILE),
+    "m_gt_tile": LowRankCase(lead=(37,), config=_TILE),
+    "leading_dims": LowRankCase(lead=(2, 3, 4)),
+    "vector": LowRankCase(lead=()),
+    "batch_0": LowRankCase(lead=(0, 4)),
+    "rank_1": LowRankCase(rank=1, bias=False),
+    "rank_ragged": LowRankCase(rank=20, epilogue="none"),
+    "rank_256": LowRankCase(rank=256, lead=(16,)),
+    "rank_gt_tile": LowRankCase(rank=40, config=_TILE),
+    "rank_above_256": LowRankCase(rank=300, features=(64, 32)),
+    "k_ragged": LowRankCase(features=(70, 40), config=_TILE),
+    "n_ragged": LowRankCase(features=(48, 53), config=_TILE),
+    "n_lt_tile": LowRankCase(features=(48, 3)),
+    "splits": LowRankCase(features=(48, 90), config={**_TILE, "SPLITS": 3}),
+    "more_splits_than_tiles": LowRankCase(features=(48, 20), config={**_TILE, "SPLITS": 5}),
+    "index_64": LowRankCase(config={**_TILE, "INDEX_64": 1}),
+}
+
+
+@contextlib.contextmanager
+def fp32_precision(value: str) -> Iterator[None]:
+    """torch's own float32 switches of convolutions and matrix products, for a while."""
+    switches = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+    before = [switch.fp32_precision for switch in switches]
+    for switch in switches:
+        switch.fp32_precision = value
+    try:
+        yield
+    finally:
+        for switch, old in zip(switches, before):
+            switch.fp32_precision = old
+
+
+def build(case: ConvCase, block_shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, BSRWeight, Tensor | None]:
+    """x (channels_last), the block-sparse weight and the bias of a case."""
+    c_out, c_in = BLOCK_SHAPES[block_shape]
+    cut_out, cut_in = (b // 2 if c == -2 else c for b, c in zip(block_shape, case.cut))
+    shape = (c_out - cut_out, c_in - cut_in, *case.kernel)
+    weight = testing.random_bsr(shape, block_shape, case.sparsity, seed=1, dtype=dtype, pattern=case.pattern)
+    n, h, w = case.image
+    x = testing.random_tensor(n, shape[1], h, w, seed=2, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    return x, weight, testing.random_tensor(shape[0], seed=3, dtype=dtype) if case.bias else None
+
+
+def run_conv(case: ConvCase, x: Tensor, weight: BSRWeight, bias: Tensor | None, device: str = "cpu") -> Tensor:
+    """The Triton convolution of a case."""
+    return triton_bsr_conv2d.launch(
+        x.to(device),
+        weight.values.to(device),
+        weight.crow_indices.to(device),
+        weight.col_indices.to(device),
+        None if bias is None else bias.to(device),
+        [],
+        weight.weight_shape,
+        weight.block_shape,
+        case.stride,
+        case.padding,
+        case.dilation,
+        case.epilogue,
+        case.config,
+    )
+
+
+def compare_conv(
+    y: Tensor, case: ConvCase, x: Tensor, weight: BSRWeight, bias: Tensor | None, u_mul: float | None = None
+) -> testing.Comparison:
+    """y against the float64 convolution of `weight`."""
+    arguments = (x, weight, bias, case.stride, case.padding, case.dilation, case.epilogue)
+    scale, terms = testing.scale_bsr_conv2d(*arguments)
+    ref = testing.reference_bsr_conv2d(*arguments)
+    return testing.compare(y, ref, scale=scale, terms=terms, u_mul=u_mul, block_shape=weight.block_shape)
+
+
+def check_conv(case: ConvCase, block_shape: tuple[int, int], dtype: torch.dtype, device: str = "cpu") -> None:
+    """A case is right, channels_last and of x's dtype."""
+    x, weight, bias = build(case, block_shape, dtype)
+    with fp32_precision("ieee"):
+        y = run_conv(case, x, weight, bias, device)
+    result = compare_conv(y, case, x, weight, bias)
+    assert result.passed, result.message
+    assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
+
+
+def check_low_rank(case: LowRankCase, dtype: torch.dtype, device: str = "cpu", precision: str = "ieee") -> None:
+    """A low-rank case is right, contiguous and of x's dtype; h is rounded to x's dtype, which bounds u_mul."""
+    in_features, out_features = case.features
+    x = testing.random_tensor(*case.lead, in_features, seed=1, dtype=dtype)
+    u = testing.random_tensor(out_features, case.rank, seed=2, dtype=dtype)
+    v = testing.random_tensor(case.rank, in_features, seed=3, dtype=dtype)
+    bias = testing.random_tensor(out_features, seed=4, dtype=dtype) if case.bias else None
+    moved = [None if t is None else t.to(device) for t in (x, u, v, bias)]
+    with fp32_precision(precision):
+        y = triton_low_rank_linear.launch(*moved, case.epilogue, case.config)
+    # The tensor cores drop the low 13 bits of float32 factors instead of rounding them: 2^-10 a factor.
+    u_mul = 2.0**-10 if precision == "tf32" else testing.UNIT_ROUNDOFF[dtype]
+    scale, terms = testing.scale_low_rank_linear(x, u, v, bias)
+    ref = testing.reference_low_rank_linear(x, u, v, bias, case.epilogue)
+    testing.assert_close(y, ref, scale=scale, terms=terms, u_mul=u_mul)
+    assert y.dtype == dtype and y.is_contiguous() and y.shape == (*case.lead, out_features)
+
+
+def check_linear(block_shape: tuple[int, int], dtype: torch.dtype, device: str = "cpu") -> None:
+    """The linear layer through the convolution kernel: leading dimensions, ragged blocks, an empty batch."""
+    c_out, c_in = (size - max(1, b // 2) for size, b in zip(BLOCK_SHAPES[block_shape], block_shape))
+    weight = testing.random_bsr((c_out, c_in), block_shape, 0.4, seed=5, dtype=dtype)
+    bias = testing.random_tensor(c_out, seed=6, dtype=dtype)
+    parts = [t.to(device) for t in (weight.values, weight.crow_indices, weight.col_indices, bias)]
+    for lead in ((3, 7), (0,), ()):
+        x = testing.random_tensor(*lead, c_in, seed=7, dtype=dtype)
+        with fp32_precision("ieee"):
+            y = triton_bsr_conv2d.launch_linear(x.to(device), *parts, [], (c_out, c_in), block_shape, "relu")
+        scale, terms = testing.scale_bsr_linear(x, weight, bias)
+        testing.assert_close(y, testing.reference_bsr_linear(x, weight, bias, "relu"), scale=scale, terms=terms)
+        assert y.dtype == dtype and y.is_contiguous()
+
+
+def check_nonfinite(block_shape: tuple[int, int], epilogue: str, device: str = "cpu") -> None:
+    """NaN and infinity reach exactly the outputs whose stored blocks read them, and ReLU and max-pool keep NaN."""
+    case = ConvCase(image=(1, 6, 6), sparsity=0.7, cut=(0, -2), epilogue=epilogue)
+    x, weight, bias = build(case, block_shape, torch.float32)
+    first, last = x.shape[1] // 3, x.shape[1] - 1
+    x[0, first, 2, 1], x[0, last, 4, 4], x[0, 0, 0, 5] = math.nan, math.inf, -math.inf
+    with fp32_precision("ieee"):
+        y = run_conv(case, x, weight, bias, device)
+    ref = testing.naive_bsr_conv2d(x, weight, bias, case.stride, case.padding, case.dilation, epilogue)
+    scale, terms = testing.scale_bsr_conv2d(x.nan_to_num(0, 0, 0), weight, bias, *[(1, 1)] * 3, epilogue)
+    testing.assert_close(y, ref, scale=scale, terms=terms, nonfinite=True, block_shape=block_shape)
+    assert 0 < int(ref.isnan().sum()) < ref.numel(), "the pattern must leave both NaN and finite outputs"
