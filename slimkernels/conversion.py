@@ -361,7 +361,8 @@ def _checked(
         f"{1e3 * best_dense[worst]:.3g} ms dense at example input {worst}"
     )
     staying = {
-        name: replace(d, reason=text if d.option is not d.stay else d.reason) for name, d in staying.items()
+        name: replace(d, option=d.stay, reason=text if d.option is not d.stay else d.reason)
+        for name, d in decisions.items()
     }
     relaid = all(t[1] <= t[0] for t in times)
     fast, layers = _apply(found, staying, policy, channels_last=relaid)

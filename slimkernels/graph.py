@@ -24,6 +24,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 _MAX_OPTIONAL_ARGUMENTS = 4
 _REPARAMETRIZING_HOOKS = (prune.BasePruningMethod, WeightNorm, SpectralNorm)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._BatchNorm, nn.ReLU, nn.MaxPool2d)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -71,14 +72,21 @@ def has_hooks(module: nn.Module) -> bool:
 def bake(module: nn.Module) -> None:
     """Replaces computed tensors by their values, in place: masks, parametrizations, weight and spectral norm.
 
-    Tensors that other modules share stay as they are.
+    Tensors and classes that other modules share stay as they are.
     """
     if parametrize.is_parametrized(module):
-        for name, chain in list(module.parametrizations.items()):  # type: ignore[operator, union-attr]
-            if "original" in chain._parameters:
-                chain.original = _detached(chain.original)
-            with torch.no_grad():
-                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+        # Not torch's remove_parametrizations: it deletes the property from a class that copies of the module share.
+        chains = dict(module.parametrizations.items())  # type: ignore[operator, union-attr]
+        with torch.no_grad():
+            values = {name: getattr(module, name).clone() for name in chains}
+        module.__class__ = parametrize.type_before_parametrizations(module)
+        del module._modules["parametrizations"]
+        for name, value in values.items():
+            originals = list(chains[name].parameters(recurse=False))
+            if originals:
+                module._parameters[name] = nn.Parameter(value, any(p.requires_grad for p in originals))
+            else:
+                module._buffers[name] = value
     for key, hook in list(module._forward_pre_hooks.items()):
         if isinstance(hook, prune.BasePruningMethod):
             original = f"{hook._tensor_name}_orig"
@@ -149,6 +157,8 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, _CONTAINERS):
             return False
+        if isinstance(m, _LAYERS) and type(m).forward.__module__.startswith("torch.nn"):
+            return True
         return type(m).__module__.startswith(("torch.nn", "slimkernels.nn", "torch.ao")) or super().is_leaf_module(
             m, module_qualified_name
         )
@@ -156,7 +166,7 @@ class _Tracer(fx.Tracer):
 
 def opaque_ancestor(model: nn.Module, name: str) -> str | None:
     """Type name of an enclosing torch layer that may read this module's tensors itself, such as MultiheadAttention."""
-    for ancestor in ancestors(name)[1:]:
+    for ancestor in ancestors(name):
         module = model.get_submodule(ancestor)
         if not isinstance(module, _CONTAINERS) and type(module).__module__.startswith("torch.nn"):
             return type(module).__name__

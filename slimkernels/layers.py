@@ -161,6 +161,8 @@ def structure_obstacle(
 
     ``uniques`` and ``shared`` are `slimkernels.graph.unique_names` and `shared_tensor_layers` of the model.
     """
+    if not name:
+        return "it is the model itself: put it into an nn.Sequential"
     if name not in uniques:
         return "the module is registered under several names"
     module = uniques[name]

@@ -56,28 +56,47 @@ def compiler() -> list[str]:
     return cxx
 
 
-def isa_flags(compiler: list[str], isa: str) -> list[str]:
-    """The flags setup.py gives this instruction set, or a skip where the compiler lacks it."""
-    flags = setup.ISA_FLAGS[isa]
-    why = setup.try_compile(compiler, [*setup.CPU, *flags], setup.ISA_PROBES[isa])
-    if why is not None:
-        pytest.skip(f"the compiler has no {isa}: {why}")
-    return flags
+@pytest.fixture(scope="session")
+def flags(compiler: list[str]) -> dict[str, list[str]]:
+    """The flags setup.py gives every instruction set that the compiler knows."""
+    return {
+        isa: flags
+        for isa, flags in setup.ISA_FLAGS.items()
+        if setup.try_compile(compiler, [*setup.CPU, *flags], setup.ISA_PROBES[isa]) is None
+    }
 
 
 @pytest.fixture(scope="session")
-def objects(compiler: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def objects(
+    compiler: list[str], flags: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
     """Object file per instruction set, compiled exactly as setup.py does."""
     folder = tmp_path_factory.mktemp("objects")
     running = {}
-    for isa in ISAS:
+    for isa, own in flags.items():
         path = folder / f"conv2d_{isa}.o"
-        flags = [*setup.CPU, *setup.ISA_FLAGS[isa], "-fopenmp", "-I", str(ROOT / "csrc")]
-        command = [*compiler, *flags, "-c", str(CPU / f"conv2d_{isa}.cpp"), "-o", str(path)]
+        command = [
+            *compiler,
+            *setup.CPU,
+            *own,
+            "-fopenmp",
+            "-I",
+            str(ROOT / "csrc"),
+            "-c",
+            str(CPU / f"conv2d_{isa}.cpp"),
+            "-o",
+            str(path),
+        ]
         running[path] = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     for path, process in running.items():
         assert process.wait() == 0, f"{path.name}: {process.communicate()[1]}"
     return {path.stem.removeprefix("conv2d_"): path for path in running}
+
+
+def compiled(objects: dict[str, Path], isa: str) -> Path:
+    if isa not in objects:
+        pytest.skip(f"the compiler has no {isa}")
+    return objects[isa]
 
 
 # Symbols
@@ -91,7 +110,7 @@ def test_every_instruction_set_has_its_source():
 @pytest.mark.parametrize("isa", ISAS)
 def test_object_exports_its_entry_point_only(isa: str, objects: dict[str, Path]):
     """A weak symbol (an inline function, a template) could be linked into code for older CPUs."""
-    symbols = [line.split() for line in output(tool("nm"), "--defined-only", objects[isa]).splitlines()]
+    symbols = [line.split() for line in output(tool("nm"), "--defined-only", compiled(objects, isa)).splitlines()]
     shared = [(kind, name) for *_, kind, name in symbols if kind.isupper() or kind in "uvw"]
     assert shared == [("T", f"slim_conv2d_f32_{isa}")]
 
@@ -99,7 +118,9 @@ def test_object_exports_its_entry_point_only(isa: str, objects: dict[str, Path])
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", ISAS)
 def test_object_needs_only_c_and_openmp(isa: str, objects: dict[str, Path]):
-    undefined = {line.split()[-1] for line in output(tool("nm"), "--undefined-only", objects[isa]).splitlines()}
+    undefined = {
+        line.split()[-1] for line in output(tool("nm"), "--undefined-only", compiled(objects, isa)).splitlines()
+    }
     allowed = re.compile(r"GOMP_\w+|omp_\w+|_GLOBAL_OFFSET_TABLE_|__stack_chk_fail|__tls_get_addr")
     c = {"malloc", "free", "aligned_alloc", "posix_memalign", "memcpy", "memset", "memmove", "abort"}
     assert {name for name in undefined if not allowed.fullmatch(name)} <= c
@@ -149,7 +170,7 @@ def innermost_loops(code: list[tuple[int, str]]) -> Iterator[list[str]]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("isa", "register"), [("avx2", "ymm"), ("avx512", "zmm")])
 def test_main_loops_use_wide_fma_and_do_not_spill(isa: str, register: str, objects: dict[str, Path]):
-    listing = output(tool("objdump"), "-d", "--no-show-raw-insn", objects[isa])
+    listing = output(tool("objdump"), "-d", "--no-show-raw-insn", compiled(objects, isa))
     fma = re.compile(rf"vfmadd\w+ps .*%{register}")
     loops = [loop for code in functions(listing) for loop in innermost_loops(code) if any(map(fma.match, loop))]
     assert max(sum(bool(fma.match(i)) for i in loop) for loop in loops) >= 8
@@ -159,8 +180,8 @@ def test_main_loops_use_wide_fma_and_do_not_spill(isa: str, register: str, objec
 
 @pytest.mark.slow
 def test_lower_instruction_sets_stay_low(objects: dict[str, Path]):
-    scalar = output(tool("objdump"), "-d", "--no-show-raw-insn", objects["scalar"])
-    avx2 = output(tool("objdump"), "-d", "--no-show-raw-insn", objects["avx2"])
+    scalar = output(tool("objdump"), "-d", "--no-show-raw-insn", compiled(objects, "scalar"))
+    avx2 = output(tool("objdump"), "-d", "--no-show-raw-insn", compiled(objects, "avx2"))
     assert not re.search(r"%[yz]mm", scalar)
     assert not re.search(r"%zmm|%k[1-7]\b|%[xy]mm(1[6-9]|2\d|3[01])\b", avx2)
 
@@ -183,15 +204,17 @@ def build_check(compiler: list[str], folder: Path, sources: dict[str, Path], fla
 
 
 @pytest.mark.slow
-def test_kernels_against_double_precision_under_sanitizers(compiler: list[str], tmp_path: Path):
-    sources = {isa: CPU / f"conv2d_{isa}.cpp" for isa in ISAS if isa_flags(compiler, isa) is not None}
+def test_kernels_against_double_precision_under_sanitizers(
+    compiler: list[str], flags: dict[str, list[str]], tmp_path: Path
+):
+    sources = {isa: CPU / f"conv2d_{isa}.cpp" for isa in flags}
     why = setup.try_compile([*compiler, *SANITIZE], [], "int f() { return 0; }")
     if why is not None:
         pytest.skip(f"the compiler has no sanitizers: {why}")
     check = build_check(compiler, tmp_path, sources, SANITIZE)
     done = subprocess.run([check], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
     assert done.returncode == 0, done.stdout + done.stderr
-    for isa in ISAS:
+    for isa in flags:
         if KERNELS[f"bsr_conv2d_f32__{isa}"].available() is None:
             assert re.search(rf"^{isa} +ok: 400 cases, \d{{6,}} outputs, 0 mismatches", done.stdout, re.M), done.stdout
 

@@ -28,7 +28,14 @@ BLOCK_SHAPES = {
     (128, 32): (256, 64),
     (128, 128): (256, 256),
 }
-SMALL_TILE = {"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 3}
+
+
+def tile(block_shape: tuple[int, int], block_m: int, device: str) -> dict[str, int]:
+    """Tile constants of a case. An interpreted step takes 10 ms whatever its size, so BLOCK_K is long on the CPU."""
+    block_out, block_in = block_shape
+    block_n = next(n for n in (16, 32, 64, 128) if n >= block_out)
+    block_k = 32 if device == "cuda" else 64 if block_in < 16 else 512
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 4, "num_stages": 3}
 
 
 @dataclass(frozen=True)
@@ -45,14 +52,21 @@ class ConvCase:
     cut: tuple[int, int] = (0, 0)
     bias: bool = True
     epilogue: str = "relu"
-    config: dict[str, int] | None = None
+    block_m: int | None = 64
+    index_64: bool = False
+
+    def config(self, block_shape: tuple[int, int], device: str) -> dict[str, int] | None:
+        """Tile constants; None leaves them to the kernel's default_config."""
+        if self.block_m is None:
+            return None
+        return {**tile(block_shape, self.block_m, device), "INDEX_64": int(self.index_64)}
 
 
-# BLOCK_M is at least 16 and at most 64 for images this small, or SMALL_TILE's 32.
 CONV_CASES = {
+    "default_tile": ConvCase(image=(1, 3, 3), sparsity=0.8, block_m=None),
     "m_lt_tile": ConvCase(image=(1, 3, 3)),
-    "m_div_tile": ConvCase(image=(1, 8, 8), config=SMALL_TILE),
-    "m_gt_tile": ConvCase(image=(2, 5, 7), config=SMALL_TILE),
+    "m_div_tile": ConvCase(image=(1, 4, 8), block_m=16),
+    "m_gt_tile": ConvCase(image=(2, 5, 7), block_m=32),
     "ragged_c_in": ConvCase(cut=(0, 1)),
     "ragged_c_out": ConvCase(cut=(1, 0), epilogue="none"),
     "ragged_half_block": ConvCase(cut=(-2, -2)),
@@ -68,9 +82,11 @@ CONV_CASES = {
     "kernel_5x5": ConvCase(image=(1, 4, 4), kernel=(5, 5), padding=(2, 2), sparsity=0.8),
     "kernel_1x3": ConvCase(kernel=(1, 3), padding=(0, 1)),
     "without_border": ConvCase(image=(1, 6, 6), padding=(0, 0)),
-    "index_64": ConvCase(image=(1, 4, 4), config={**SMALL_TILE, "INDEX_64": 1}),
-    "maxpool_odd": ConvCase(image=(1, 5, 7), epilogue="relu_maxpool2", sparsity=0.8),
+    "index_64": ConvCase(image=(1, 4, 4), index_64=True),
+    "maxpool_odd": ConvCase(image=(1, 5, 7), epilogue="relu_maxpool2", sparsity=0.8, block_m=32),
 }
+# One case per kind of code in the kernel; the others differ in geometry alone.
+CORE_CASES = ("m_gt_tile", "ragged_half_block", "zero_block_row", "without_border", "maxpool_odd")
 
 
 @dataclass(frozen=True)
@@ -147,7 +163,7 @@ def run_conv(case: ConvCase, x: Tensor, weight: BSRWeight, bias: Tensor | None, 
         case.padding,
         case.dilation,
         case.epilogue,
-        case.config,
+        case.config(weight.block_shape, device),
     )
 
 

@@ -14,6 +14,7 @@ from triton.runtime import interpreter
 from triton_cases import (
     BLOCK_SHAPES,
     CONV_CASES,
+    CORE_CASES,
     LOW_RANK_CASES,
     ConvCase,
     build,
@@ -37,11 +38,23 @@ shapes = pytest.mark.parametrize("block_shape", BLOCK_SHAPES, ids=lambda s: f"{s
 dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 
 
-@shapes
 @pytest.mark.parametrize("name", CONV_CASES)
+def test_conv(name: str) -> None:
+    check_conv(CONV_CASES[name], (16, 16), torch.float32)
+
+
+@shapes
+@pytest.mark.parametrize("name", CORE_CASES)
 @dtypes
-def test_conv(dtype: torch.dtype, name: str, block_shape: tuple[int, int]) -> None:
+def test_conv_block_shapes(dtype: torch.dtype, name: str, block_shape: tuple[int, int]) -> None:
     check_conv(CONV_CASES[name], block_shape, dtype)
+
+
+@pytest.mark.slow
+@shapes
+@pytest.mark.parametrize("name", [name for name in CONV_CASES if name not in CORE_CASES])
+def test_conv_every_case(name: str, block_shape: tuple[int, int]) -> None:
+    check_conv(CONV_CASES[name], block_shape, torch.float32)
 
 
 @pytest.mark.parametrize("name", ("m_gt_tile", "ragged_half_block", "maxpool_odd"))
@@ -101,11 +114,17 @@ def test_ops_run_the_triton_kernels() -> None:
     assert triton_runtime.available() is None
     case = CONV_CASES["ragged_half_block"]
     x, weight, bias = build(case, (16, 16), torch.float32)
-    parts = (weight.values, weight.crow_indices, weight.col_indices, bias)
     y = ops.bsr_conv2d(
-        x, *parts, [], weight.weight_shape, weight.block_shape, case.stride, case.padding, case.dilation,
-        epilogue=case.epilogue, kernel="bsr_conv2d__triton",
-    )  # fmt: skip
+        x,
+        *(weight.values, weight.crow_indices, weight.col_indices, bias),
+        weight_shape=weight.weight_shape,
+        block_shape=weight.block_shape,
+        stride=case.stride,
+        padding=case.padding,
+        dilation=case.dilation,
+        epilogue=case.epilogue,
+        kernel="bsr_conv2d__triton",
+    )
     assert torch.equal(y, run_conv(case, x, weight, bias))
     for op in ("bsr_conv2d", "bsr_linear", "low_rank_linear"):
         assert KERNELS[f"{op}__triton"].available() is None

@@ -10,8 +10,8 @@
 // Two orders over the taps:
 // - all_taps: the tile's accumulators stay in registers over every tap inside the image. Pixels are classed by the taps they
 //   see (corners, edges, interior), and a tile holds pixels of one class.
-// - tap_by_tap: taps outermost, accumulators kept in y. One tap's weights of all strips stay in L2 and one tap's input of a tile
-//   stays in L1, which is what wide layers on small images need; accumulator traffic is small once a strip has many entries a tap.
+// - tap_by_tap: taps outermost, accumulators kept in y. For a few small images, whose classes hold one to four pixels each: every
+//   tile then takes all pixels that see the tap.
 
 struct Range {
   int64_t begin, end;
@@ -35,13 +35,14 @@ struct Tile {
   // Independent accumulator sets, so that MR * NV * SETS multiply-adds cover the latency (4 cycles, 2 units) on small tiles.
   static constexpr int SETS = MR * NV >= 6 ? 1 : (MR * NV >= 3 ? 2 : 4);
 
-  // x, y: MR pixel pointers each. w: weights of entry 0, `stride` floats an entry. offsets: elements relative to x.
+  // x, y_pixels: MR pixel pointers each; outputs go to y_pixels[m] + channel. w: weights of entry 0, `stride` floats an entry. offsets: elements relative to x.
   // lanes: channels of the strip that exist.
-  static void run(const float* const* x, float* const* y, const float* w, int64_t stride, const int32_t* offsets,
+  static void run(const float* const* x, float* const* y_pixels, int64_t channel, const float* w, int64_t stride, const int32_t* offsets,
                   const Segment* segments, int count, const float* bias, int init, int relu, int lanes) {
     typename V::type acc[SETS][MR][NV];
     const float* px[MR];
-    SLIM_UNROLL for (int m = 0; m < MR; ++m) px[m] = x[m];
+    float* y[MR];
+    SLIM_UNROLL for (int m = 0; m < MR; ++m) px[m] = x[m], y[m] = y_pixels[m] + channel;
 
     const int full = lanes == V::N * NV;
     if (init == INIT_Y && full) {
@@ -109,7 +110,7 @@ struct Tile {
   }
 };
 
-typedef void (*TileFunction)(const float* const*, float* const*, const float*, int64_t, const int32_t*, const Segment*, int,
+typedef void (*TileFunction)(const float* const*, float* const*, int64_t, const float*, int64_t, const int32_t*, const Segment*, int,
                              const float*, int, int, int);
 
 constexpr int MAX_MR = 16;
@@ -190,40 +191,66 @@ struct Plan {
 
 // ---------------------------------------------------------------- one unit
 
-// Pixels of images x rows x columns in order, handed out in tiles of nearly equal size.
+// Pixels of images x rows x columns in order, handed out in tiles of nearly equal size. Pointers advance by additions: with few
+// strips and few entries, address arithmetic per pixel was a third of the time.
 struct PixelCursor {
   const Plan* plan;
   const Destination* to;
   Range rows, columns;
-  int64_t n, p, q, left, tiles;
+  int64_t n, p, left_in_row, left, base_size, larger_tiles;
+  const float* xp;
+  float* yp;
+  int64_t x_step, y_step;
 
   PixelCursor(const Plan& pl, const Destination& d, Range images, Range r, Range c) : plan(&pl), to(&d), rows(r), columns(c) {
     n = images.begin;
     p = r.begin;
-    q = c.begin;
+    x_step = pl.a->stride_w * pl.a->c_in;
+    y_step = d.pixel_stride;
     left = r.end > r.begin && c.end > c.begin ? (images.end - images.begin) * (r.end - r.begin) * (c.end - c.begin) : 0;
-    tiles = ceil_div(left, pl.tiles.mr);
+    const int64_t tiles = ceil_div(left, pl.tiles.mr);
+    base_size = tiles > 0 ? left / tiles : 0;
+    larger_tiles = tiles > 0 ? left % tiles : 0;
+    if (left > 0) start_row();
+  }
+
+  void start_row() {
+    const SlimConv2dF32& a = *plan->a;
+    const int64_t row = p * a.stride_h - a.pad_h, column = columns.begin * a.stride_w - a.pad_w;
+    xp = a.x + ((n * a.h + row) * a.w + column) * a.c_in;
+    yp = to->at(n, p, columns.begin);
+    left_in_row = columns.end - columns.begin;
   }
 
   // Writes the pointers of the next tile, x at tap (0, 0); returns its number of pixels, 0 at the end.
   int next(const float** x, float** y) {
     if (left == 0) return 0;
-    const SlimConv2dF32& a = *plan->a;
-    const int size = (int)ceil_div(left, tiles);
-    for (int m = 0; m < size; ++m) {
-      const int64_t row = p * a.stride_h - a.pad_h, column = q * a.stride_w - a.pad_w;
-      x[m] = a.x + ((n * a.h + row) * a.w + column) * a.c_in;
-      y[m] = to->at(n, p, q);
-      if (++q == columns.end) {
-        q = columns.begin;
+    int size = (int)base_size;
+    if (larger_tiles > 0) {
+      --larger_tiles;
+      ++size;
+    }
+    left -= size;
+    for (int m = 0; m < size;) {
+      const int run = (int)min64(size - m, left_in_row);
+      const float* px = xp;
+      float* py = yp;
+      for (int i = 0; i < run; ++i, px += x_step, py += y_step) {
+        x[m + i] = px;
+        y[m + i] = py;
+      }
+      xp = px;
+      yp = py;
+      m += run;
+      left_in_row -= run;
+      if (left_in_row == 0 && left + size - m > 0) {
         if (++p == rows.end) {
           p = rows.begin;
           ++n;
         }
+        start_row();
       }
     }
-    left -= size;
-    --tiles;
     return size;
   }
 };
@@ -234,27 +261,21 @@ constexpr int64_t WEIGHT_BYTES = 256 * 1024;
 // Tap rows that one call of a microkernel may be given; taller kernels go tap by tap.
 constexpr int MAX_SEGMENTS = 64;
 
-inline int lanes_of(const Plan& plan, int64_t channel) { return (int)min64(plan.tiles.lanes, plan.a->c_out - channel); }
-
-// Runs one tile over the strips, `segments` giving the entries of a strip.
+// Runs one tile over the strips, `segments_of` giving the entries of a strip.
 template <class SegmentsOf>
 inline void run_strips(const Plan& plan, Range strips, const float* const* x, float* const* y, int size, int64_t channel0,
                        int init, int relu, const SegmentsOf& segments_of) {
   const SlimConv2dF32& a = *plan.a;
   const TileFunction run = plan.tiles.run[size];
-  const int parts = a.strip / plan.tiles.lanes;
+  const int width = plan.tiles.lanes;
   Segment segments[MAX_SEGMENTS];
-  float* target[MAX_MR];
   for (int64_t k = strips.begin; k < strips.end; ++k) {
     const int count = segments_of(k, segments);
     if (count == 0 && init == INIT_Y) continue;
-    for (int part = 0; part < parts; ++part) {
-      const int64_t channel = k * a.strip + part * plan.tiles.lanes;
-      if (channel >= a.c_out) break;
-      for (int m = 0; m < size; ++m) target[m] = y[m] + (channel - channel0);
-      run(x, target, a.weights + part * plan.tiles.lanes, a.strip, plan.offsets, segments, count,
-          a.bias == nullptr ? nullptr : a.bias + channel, init, relu, lanes_of(plan, channel));
-    }
+    int64_t channel = k * a.strip;
+    for (int part = 0; part < a.strip && channel < a.c_out; part += width, channel += width)
+      run(x, y, channel - channel0, a.weights + part, a.strip, plan.offsets, segments, count,
+          a.bias == nullptr ? nullptr : a.bias + channel, init, relu, (int)min64(width, a.c_out - channel));
   }
 }
 
@@ -392,8 +413,13 @@ inline void pool_unit(const Plan& plan, const Unit& unit, const Destination& fro
 
 // Multiply-adds a unit should have: about 30 microseconds, so that two threads balance and a parallel region pays.
 constexpr int64_t UNIT_MACS = 1500000;
-// Entries a strip has per tap, on average, from which accumulator traffic in y is small beside the multiply-adds.
-constexpr int64_t TAP_BY_TAP_ENTRIES = 24;
+// Pixels a unit should have: the corner and edge classes of small images fill their tiles only across several images.
+constexpr int64_t UNIT_PIXELS = 384;
+// Strips a unit should have at least, to share each tile's input while it is in L1.
+constexpr int64_t UNIT_STRIPS = 4;
+// Tap by tap wins where the classes of pixels are too small to fill tiles and a strip has enough entries a tap to outweigh the
+// accumulator traffic in y (measured on Zen 3: 1.5x at 1 image of 4x4 and 2x2, even at 16 images).
+constexpr int64_t TAP_BY_TAP_MAX_PIXELS = 48, TAP_BY_TAP_MIN_ENTRIES = 8;
 // Floats of scratch a pooled unit may use: half of a 512 KB L2.
 constexpr int64_t SCRATCH_FLOATS = 64 * 1024;
 
@@ -404,17 +430,20 @@ inline void make_plan(Plan& plan) {
   plan.rows = a.pool ? a.p / 2 * 2 : a.p;
   plan.columns = a.pool ? a.q / 2 * 2 : a.q;
   const int64_t entries = a.tap_ptr[plan.strips * plan.taps];
-  plan.tap_by_tap = plan.taps > 1 && (a.r > MAX_SEGMENTS || entries >= TAP_BY_TAP_ENTRIES * plan.strips * plan.taps);
+  const bool few_pixels = a.n * plan.rows * plan.columns <= TAP_BY_TAP_MAX_PIXELS;
+  const bool many_entries = entries >= TAP_BY_TAP_MIN_ENTRIES * plan.strips * plan.taps;
+  plan.tap_by_tap = plan.taps > 1 && (a.r > MAX_SEGMENTS || (few_pixels && many_entries));
 
-  const int64_t row_macs = max64(1, entries * a.strip * plan.columns);
-  const int64_t image_macs = row_macs * plan.rows, total = image_macs * a.n;
   const int64_t even = a.pool ? 2 : 1;
-  plan.image_step = 1;
+  const int64_t pixels = plan.rows * plan.columns;
+  const int64_t strip_macs = max64(1, entries / plan.strips * a.strip);   // of one pixel
+  plan.image_step = min64(a.n, ceil_div(UNIT_PIXELS, pixels));
   plan.row_step = plan.rows;
-  if (image_macs > UNIT_MACS)
-    plan.row_step = min64(plan.rows, max64(4, ceil_div(UNIT_MACS, row_macs)) / 2 * 2);
-  else
-    plan.image_step = min64(a.n, max64(1, UNIT_MACS / image_macs));
+  if (plan.image_step == 1 && pixels > 2 * UNIT_PIXELS) {
+    const int64_t row_macs = strip_macs * plan.strips * plan.columns;
+    const int64_t row_count = max64(ceil_div(UNIT_PIXELS, plan.columns), ceil_div(UNIT_MACS, row_macs));
+    plan.row_step = min64(plan.rows, ceil_div(row_count, 2) * 2);
+  }
   if (a.pool) {
     const int64_t row_floats = plan.columns * a.c_out;
     plan.row_step = max64(even, min64(plan.row_step, SCRATCH_FLOATS / row_floats / 2 * 2));
@@ -422,11 +451,13 @@ inline void make_plan(Plan& plan) {
   }
   plan.image_units = ceil_div(a.n, plan.image_step);
   plan.row_units = ceil_div(plan.rows, plan.row_step);
-  // Few pixels: split the strips as well.
-  const int64_t wanted = total < UNIT_MACS / 8 ? 1 : 8;
-  plan.strip_step = plan.strips;
-  if (plan.image_units * plan.row_units < wanted)
-    plan.strip_step = ceil_div(plan.strips, min64(plan.strips, ceil_div(wanted, plan.image_units * plan.row_units)));
+  const int64_t unit_strip_macs = strip_macs * plan.image_step * plan.row_step * plan.columns;
+  plan.strip_step = min64(plan.strips, max64(UNIT_STRIPS, ceil_div(UNIT_MACS, unit_strip_macs)));
+  // Few pixels: as many units as keep the threads busy, unless the whole layer is too small to share.
+  const int64_t pixel_units = plan.image_units * plan.row_units;
+  const int64_t wanted_units = unit_strip_macs * plan.strips * pixel_units < UNIT_MACS / 8 ? 1 : 8;
+  if (pixel_units * ceil_div(plan.strips, plan.strip_step) < wanted_units)
+    plan.strip_step = ceil_div(plan.strips, min64(plan.strips, ceil_div(wanted_units, pixel_units)));
   plan.strip_units = ceil_div(plan.strips, plan.strip_step);
 }
 

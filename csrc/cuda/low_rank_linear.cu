@@ -10,8 +10,9 @@ constexpr int COLS = 64;
 constexpr int DEPTH = 32;
 using Product = TileProduct<ROWS, COLS, DEPTH>;
 
+// Two CTAs a multiprocessor: left alone, ptxas 13.0 aims for five (48 registers) on sm_90a and spills for it.
 template <typename T>
-__global__ void __launch_bounds__(256) low_rank_linear_kernel(const SlimCudaLowRankLinear a) {
+__global__ void __launch_bounds__(256, 2) low_rank_linear_kernel(const SlimCudaLowRankLinear a) {
   __shared__ Product::Shared shared;
   extern __shared__ float inner[];  // (rank, ROWS + 1)
 
@@ -31,7 +32,9 @@ __global__ void __launch_bounds__(256) low_rank_linear_kernel(const SlimCudaLowR
         [&](int k) {
           return [&, k](int row) { return first_row + row < a.m ? to_float(x[(first_row + row) * a.in + k]) : 0.0f; };
         },
-        [&](int k) { return [&, k](int col) { return r0 + col < rank ? to_float(v[(r0 + col) * a.in + k]) : 0.0f; }; });
+        [&, r0](int k) {
+          return [&, r0, k](int col) { return r0 + col < rank ? to_float(v[(r0 + col) * a.in + k]) : 0.0f; };
+        });
 #pragma unroll
     for (int i = 0; i < Product::I; ++i) {
 #pragma unroll
@@ -46,7 +49,9 @@ __global__ void __launch_bounds__(256) low_rank_linear_kernel(const SlimCudaLowR
   for (int64_t o0 = 0; o0 < a.out; o0 += COLS) {
     Product::run(
         shared, sum, rank, [&](int k) { return [&, k](int row) { return inner[k * (ROWS + 1) + row]; }; },
-        [&](int k) { return [&, k](int col) { return o0 + col < a.out ? to_float(u[(o0 + col) * a.rank + k]) : 0.0f; }; });
+        [&, o0](int k) {
+          return [&, o0, k](int col) { return o0 + col < a.out ? to_float(u[(o0 + col) * a.rank + k]) : 0.0f; };
+        });
 #pragma unroll
     for (int i = 0; i < Product::I; ++i) {
       const int64_t m = first_row + ty * Product::I + i;

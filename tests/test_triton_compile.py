@@ -1,0 +1,95 @@
+"""The Triton kernels compiled for sm_80, sm_90 and sm_100 without a GPU, and what the artefacts promise.
+
+Compiling happens in a process of its own (triton_compile_check.py): a process with TRITON_INTERPRET=1 cannot compile.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+CHECK = Path(__file__).with_name("triton_compile_check.py")
+# What a block may use: A100, H100/H200, B200.
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+TENSOR_CORE = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+REGISTER_FILE = 64 * 1024
+
+Row = dict[str, Any]
+
+
+def compiled(cache: Path, *flags: str) -> list[Row]:
+    """Rows of triton_compile_check.py, compiled afresh."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(CHECK.parent.parent)}
+    command = [sys.executable, "-W", "ignore", str(CHECK), "--json", *flags]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-8000:]
+    return json.loads(done.stdout)["rows"]
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
+    return compiled(tmp_path_factory.mktemp("triton"))
+
+
+def check_resources(row: Row) -> None:
+    """Fits the device, keeps everything in registers, and runs on the unit it was written for."""
+    target, name, warps = row["target"], row["target"]["name"], row["config"]["num_warps"]
+    assert row["stack"] == row["local"] == 0, f"{name}: spills {row['stack']} + {row['local']} bytes"
+    assert row["shared"] <= SHARED_LIMIT[target["arch"]], f"{name}: {row['shared']} bytes of shared memory"
+    assert row["registers"] * 32 * warps <= REGISTER_FILE, f"{name}: {row['registers']} registers, {warps} warps"
+    if target["dtype"] == "fp32" and target["precision"] == "ieee":
+        assert row["instructions"] == [] and row["fma"], f"{name}: {row['instructions']} would round factors to TF32"
+    elif row["config"]["BLOCK_M"] >= 64:
+        assert row["instructions"] == [TENSOR_CORE[target["arch"]]], f"{name}: {row['instructions']}"
+    else:
+        assert len(row["instructions"]) == 1, f"{name}: {row['instructions']}"  # wgmma and tcgen05 start at 64 rows
+
+
+def check_pipeline(row: Row) -> None:
+    """Both tiles of the tall-block mainloop stay pipelined: buffers, 16-byte copies, no exchange between threads."""
+    target, name, stages = row["target"], row["target"]["name"], row["config"]["num_stages"]
+    expected = stages - 1 if target["arch"] == 80 else stages
+    assert row["buffers"] == [expected] * 2, f"{name}: {row['buffers']} buffers of {stages} stages"
+    assert row["copy_bytes"] == [16], f"{name}: copies of {row['copy_bytes']} bytes"
+    assert row["loop_layout_conversions"] == 0, f"{name}: {row['loop_layout_conversions']} conversions in the mainloop"
+
+
+def is_tall(row: Row) -> bool:
+    """A convolution on tensor cores whose slices are at least 16 bytes."""
+    target = row["target"]
+    shape, tensor_cores = target["shape"], target["dtype"] != "fp32" or target["precision"] == "tf32"
+    return tensor_cores and len(shape) == 2 and shape[1] >= 16
+
+
+def test_default_tiles_of_every_architecture(quick: list[Row]) -> None:
+    assert {(row["target"]["arch"], len(row["target"]["shape"])) for row in quick} == {
+        (arch, kind) for arch in SHARED_LIMIT for kind in (1, 2)
+    }
+    for row in quick:
+        check_resources(row)
+
+
+def test_tall_blocks_keep_their_pipeline(quick: list[Row]) -> None:
+    tall = [row for row in quick if is_tall(row)]
+    assert {row["target"]["arch"] for row in tall} == set(SHARED_LIMIT)
+    for row in tall:
+        check_pipeline(row)
+        assert row["config"]["num_stages"] == 4, row["target"]["name"]
+
+
+@pytest.mark.slow
+def test_every_shape_dtype_and_branch(tmp_path: Path) -> None:
+    rows = compiled(tmp_path, "--all")
+    assert len(rows) > 90
+    for row in rows:
+        check_resources(row)
+        if is_tall(row):
+            check_pipeline(row)
