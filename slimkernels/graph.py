@@ -43,8 +43,11 @@ def copy_model(model: nn.Module, *, share_parameters: bool = False) -> nn.Module
         for value in itertools.chain(vars(module).values(), module._buffers.values()):
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
-        if share_parameters:
-            memo.update((id(p), p) for p in module._parameters.values() if p is not None)
+        for parameter in module._parameters.values():
+            if parameter is not None and share_parameters:
+                memo[id(parameter)] = parameter
+            elif parameter is not None and parameter.layout != torch.strided:
+                memo[id(parameter)] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:

@@ -55,7 +55,7 @@ class _BlockSparse(nn.Module):
 
     The pack exists in eval mode only. It is dropped by ``train()``, when the module is moved or loaded, and it is passed over (the
     op then packs by itself) when ``values`` changed since or wants a gradient. Writing to ``values`` in eval mode is legal; call
-    ``prepack()`` afterwards to be fast again.
+    ``prepack()`` afterwards to be fast again, and always after an in-place write through ``values.data``, which torch does not count.
     """
 
     values: nn.Parameter
@@ -83,17 +83,19 @@ class _BlockSparse(nn.Module):
         self.bias = nn.Parameter(torch.zeros(self.weight_shape[0], device=device, dtype=dtype)) if bias else None
         for name in self._packed_names:
             self.register_buffer(name, None, persistent=False)
-        self._packed_version = -1
+        self._packed_from: tuple[Tensor, int] | None = None
         self.weight_bsr().validate()
 
-    def _assign(self, weight: BSRWeight, bias: Tensor | None, like: nn.Module) -> None:
+    def _assign(self, weight: BSRWeight, like: nn.Conv2d | nn.Linear) -> None:
         """Takes over the values and bias of a dense layer, its training flag and requires_grad."""
+        bias = like.bias
         with torch.no_grad():
             self.values.copy_(weight.values)
             if self.bias is not None and bias is not None:
                 self.bias.copy_(bias)
-        for parameter in self.parameters():
-            parameter.requires_grad_(any(p.requires_grad for p in like.parameters()))
+        self.values.requires_grad_(like.weight.requires_grad)
+        if self.bias is not None and bias is not None:
+            self.bias.requires_grad_(bias.requires_grad)
         self.train(like.training)
 
     def weight_bsr(self) -> BSRWeight:
@@ -123,13 +125,19 @@ class _BlockSparse(nn.Module):
             )  # fmt: skip
         for name, tensor in zip(self._packed_names, packed):
             setattr(self, name, tensor)
-        self._packed_version = _version(values)
+        self._packed_from = values.detach(), _version(values)
 
     def drop_packed(self) -> None:
         """Forgets the prepacked weight."""
         for name in self._packed_names:
             setattr(self, name, None)
-        self._packed_version = -1
+        self._packed_from = None
+
+    def _pack_is_current(self) -> bool:
+        if self._packed_from is None:
+            return False
+        source, version = self._packed_from
+        return _version(self.values) == version and self.values.is_set_to(source)
 
     def _packed(self) -> list[Tensor]:
         buffers = self._buffers
@@ -137,7 +145,7 @@ class _BlockSparse(nn.Module):
         if weights is None:
             return []
         values = self.values
-        if not torch.compiler.is_compiling() and _version(values) != self._packed_version:
+        if not torch.compiler.is_compiling() and not self._pack_is_current():
             return []
         if values.requires_grad and torch.is_grad_enabled():
             return []
@@ -147,7 +155,7 @@ class _BlockSparse(nn.Module):
         super().train(mode)
         if mode:
             self.drop_packed()
-        elif self._packed_version != _version(self.values):
+        elif not self._pack_is_current():
             self.prepack()
         return self
 
@@ -178,16 +186,18 @@ class _BlockSparse(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        if self._packed_version != _version(self.values):
+        if not self._pack_is_current():
             state["_buffers"] = {k: None if k in self._packed_names else v for k, v in self._buffers.items()}
+        state["_packed_from"] = None
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._packed_version = -1 if self._buffers["packed_weights"] is None else _version(self.values)
+        if self._buffers["packed_weights"] is not None:
+            self._packed_from = self.values.detach(), _version(self.values)
 
     def _repr_tail(self) -> str:
-        blocks = self.col_indices.numel()
+        blocks = self.weight_bsr().nnz_blocks
         return (
             f"bias={self.bias is not None}, block_shape={self.block_shape}, blocks={blocks}, "
             f"epilogue={self.epilogue!r}, kernel={self.kernel!r}"
@@ -250,7 +260,7 @@ class BlockSparseConv2d(_BlockSparse):
             conv.bias is not None, block_shape=block_shape, crow_indices=weight.crow_indices, col_indices=weight.col_indices,
             epilogue=epilogue, kernel=kernel, device=conv.weight.device, dtype=conv.weight.dtype,
         )  # fmt: skip
-        module._assign(weight, conv.bias, conv)
+        module._assign(weight, conv)
         return module
 
     def to_dense(self) -> nn.Conv2d:
@@ -321,7 +331,7 @@ class BlockSparseLinear(_BlockSparse):
             crow_indices=weight.crow_indices, col_indices=weight.col_indices, epilogue=epilogue, kernel=kernel,
             device=linear.weight.device, dtype=linear.weight.dtype,
         )  # fmt: skip
-        module._assign(weight, linear.bias, linear)
+        module._assign(weight, linear)
         return module
 
     def to_dense(self) -> nn.Linear:

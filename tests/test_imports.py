@@ -1,0 +1,204 @@
+"""The shape of the package: imports point one way, names do not collide, every public name is documented."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import slimkernels
+
+PACKAGE = Path(slimkernels.__file__).parent
+MAX_LINES = 450
+
+# Imports point only to the right; modules of one entry do not import each other. A package stands for all its modules.
+CHAIN = (
+    "cli", "tables", "demo, bench", "plots, weights, info", "data, models", "compress", "checkpoint", "conversion", "units",
+    "options", "measure, report", "container", "plan", "analysis", "folding", "chains", "layers", "graph", "pattern", "nn",
+    "ops", "kernels", "_extension, formats", "files, timing", "env",
+)  # fmt: skip
+LEVEL = {name: level for level, names in enumerate(CHAIN) for name in names.split(", ")}
+# For tests and benchmarks: nothing else in the package imports them, and they import no more than this.
+TEST_ONLY = {"testing": {"formats"}, "cases": {"testing", "formats", "kernels"}}
+ONLY_CLI_IMPORTS = {"info"}
+# Inside kernels/, by the same rule.
+KERNELS_CHAIN = (
+    "select", "__init__", "native, cuda, reference, triton_bsr_conv2d, triton_low_rank_linear", "triton_runtime", "problems",
+)  # fmt: skip
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def unit(path: Path) -> str:
+    """The entry of the chain that a file belongs to."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> Iterator[tuple[str, int]]:
+    """(dotted name inside the package, line) of every import, those inside functions too; type-only imports excepted."""
+    tree = ast.parse(path.read_text())
+    typing_only = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test)
+        for statement in block.body
+        for node in ast.walk(statement)
+    }
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            if name.split(".")[0] == "slimkernels":
+                yield name.removeprefix("slimkernels").lstrip("."), node.lineno
+
+
+def files_of(names: set[str]) -> set[str]:
+    return {n for n in names if n != "__init__"}
+
+
+def test_every_module_has_its_place_in_the_chain() -> None:
+    found = files_of({unit(p) for p in modules()})
+    listed = set(LEVEL) | set(TEST_ONLY)
+    assert found == listed, f"not in the chain: {sorted(found - listed)}; gone: {sorted(listed - found)}"
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in modules() if unit(p) != "__init__"], ids=lambda p: str(p.relative_to(PACKAGE))
+)
+def test_imports_point_only_to_the_right(path: Path) -> None:
+    own = unit(path)
+    for name, line in imports(path):
+        target = name.split(".")[0]
+        where = f"{path.relative_to(PACKAGE)}:{line}: {own} imports {target or 'slimkernels'}"
+        if target in ("", "__version__", own):
+            continue
+        if own in TEST_ONLY:
+            assert target in TEST_ONLY[own], where
+            continue
+        assert target not in TEST_ONLY, where
+        assert target in LEVEL, f"{where}: no such module"
+        assert LEVEL[own] < LEVEL[target], where
+        assert target not in ONLY_CLI_IMPORTS or own == "cli", where
+
+
+def test_imports_inside_kernels_point_only_to_the_right() -> None:
+    level = {n: i for i, names in enumerate(KERNELS_CHAIN) for n in names.split(", ")}
+    folder = PACKAGE / "kernels"
+    assert {p.stem for p in folder.glob("*.py")} == set(level)
+    for path in folder.glob("*.py"):
+        for name, line in imports(path):
+            parts = name.split(".")
+            if parts[0] == "kernels":
+                target = parts[1] if len(parts) > 1 and parts[1] in level else "__init__"
+                assert level[path.stem] < level[target], f"kernels/{path.name}:{line}: imports {target}"
+
+
+def test_only_the_two_trust_boundaries_hand_out_addresses() -> None:
+    """data_ptr() of a tensor reaches native code in kernels/native.py and kernels/cuda.py alone."""
+    allowed = {"kernels/native.py", "kernels/cuda.py"}
+    calls = {
+        str(path.relative_to(PACKAGE))
+        for path in modules()
+        if "_extension" in {n.split(".")[0] for n, _ in imports(path)} and ".data_ptr()" in path.read_text()
+    }
+    assert calls <= allowed and "kernels/native.py" in calls
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_no_module_is_over_long(path: Path) -> None:
+    lines = len(path.read_text().splitlines())
+    assert lines <= MAX_LINES, f"{path.relative_to(PACKAGE)} has {lines} lines"
+
+
+# torch's own methods, documented there.
+TORCH_METHODS = {"forward", "train", "extra_repr", "get_extra_state", "set_extra_state", "reset_parameters"}
+
+
+def undocumented(node: ast.Module | ast.ClassDef, owner: str) -> Iterator[str]:
+    for child in node.body:
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            if child.name.startswith("_") or child.name in TORCH_METHODS:
+                continue
+            accessor = any(ast.unparse(d).endswith((".setter", "overload")) for d in child.decorator_list)
+            if not ast.get_docstring(child) and not accessor:
+                yield f"{owner}.{child.name}"
+            if isinstance(child, ast.ClassDef):
+                yield from undocumented(child, f"{owner}.{child.name}")
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_every_public_name_has_a_docstring(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    assert ast.get_docstring(tree), f"{path.relative_to(PACKAGE)} has no module docstring"
+    assert list(undocumented(tree, path.stem)) == []
+
+
+EVERYTHING = """
+import importlib, json, pkgutil, types
+import slimkernels
+names = [m.name for m in pkgutil.walk_packages(slimkernels.__path__, "slimkernels.") if m.name != "slimkernels._C"]
+submodules = {n.rsplit(".", 1)[-1] for n in names if n.count(".") == 1}
+collisions = sorted(submodules & set(slimkernels._PUBLIC))
+for name in names:
+    importlib.import_module(name)
+wrong = [n for n in slimkernels._PUBLIC if isinstance(getattr(slimkernels, n), types.ModuleType)]
+missing = [n for n in slimkernels.__all__ if not hasattr(slimkernels, n)]
+print(json.dumps({"collisions": collisions, "wrong": wrong, "missing": missing, "imported": len(names)}))
+"""
+LEAN = """
+import json, sys, warnings
+import torch
+before = set(sys.modules)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import slimkernels
+    slimkernels.ops
+added = {n.split(".")[0] for n in set(sys.modules) - before}
+print(json.dumps({"added": sorted(added), "warnings": [str(w.message) for w in caught],
+                  "cuda": torch.cuda.is_initialized(), "threads": torch.get_num_threads()}))
+"""
+
+
+def run(code: str) -> dict:
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_no_public_name_is_a_submodule_and_all_exist() -> None:
+    """With every submodule imported, each public name is still the function or class it stands for."""
+    found = run(EVERYTHING)
+    assert found["imported"] >= len([p for p in modules() if p.name != "__init__.py"])
+    assert (found["collisions"], found["wrong"], found["missing"]) == ([], [], [])
+
+
+def test_importing_is_free() -> None:
+    found = run(LEAN)
+    heavy = {"triton", "safetensors", "rich", "typer", "torchvision", "matplotlib", "sklearn", "numpy", "onnxruntime"}
+    assert not heavy & set(found["added"]), found["added"]
+    assert found["warnings"] == [] and found["cuda"] is False
+
+
+def test_public_names_are_those_of_the_readme_interface() -> None:
+    expected = {
+        "prune_", "finalize_", "factorize_", "convert", "explain", "save", "load", "distill", "update_pattern", "analyze",
+        "Policy", "ModelPlan", "LayerPlan",
+    }  # fmt: skip
+    assert expected <= set(slimkernels.__all__) and {"nn", "ops"} <= set(slimkernels.__all__)
+    assert set(slimkernels.__all__) <= set(dir(slimkernels))
+    with pytest.raises(AttributeError, match="module 'slimkernels' has no attribute 'no_such_name'"):
+        slimkernels.no_such_name  # noqa: B018
