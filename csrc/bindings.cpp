@@ -23,6 +23,7 @@ T* pointer(uintptr_t address) {
 struct Isa {
   const char* name;
   int (*conv2d_f32)(const SlimConv2dF32*);
+  double (*multiply_adds_f32)(int64_t, int32_t);
   bool supported;
 };
 
@@ -33,15 +34,15 @@ const std::vector<Isa>& compiled_isas() {
     __builtin_cpu_init();  // includes the operating system's consent (XCR0)
 #endif
 #if SLIM_HAVE_AVX512
-    list.push_back({"avx512", slim_conv2d_f32_avx512,
+    list.push_back({"avx512", slim_conv2d_f32_avx512, slim_multiply_adds_f32_avx512,
                     __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("fma")});
 #endif
 #if SLIM_HAVE_AVX2
-    list.push_back({"avx2", slim_conv2d_f32_avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")});
+    list.push_back({"avx2", slim_conv2d_f32_avx2, slim_multiply_adds_f32_avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")});
 #endif
-    list.push_back({"scalar", slim_conv2d_f32_scalar, true});
+    list.push_back({"scalar", slim_conv2d_f32_scalar, slim_multiply_adds_f32_scalar, true});
     return list;
   }();
   return isas;
@@ -85,6 +86,15 @@ PyObject* conv2d_f32(PyObject*, PyObject* const* args, Py_ssize_t count) {
     return PyLong_FromLong(status);
   }
   return PyLong_FromLong(SLIM_ERROR_UNSUPPORTED);
+}
+
+double multiply_adds_f32(const std::string& isa, int64_t iterations, int32_t threads) {
+  for (const Isa& candidate : compiled_isas()) {
+    if (isa != candidate.name || !candidate.supported) continue;
+    py::gil_scoped_release release;
+    return candidate.multiply_adds_f32(iterations, threads);
+  }
+  return 0;
 }
 
 PyMethodDef kFastFunctions[] = {
@@ -141,6 +151,7 @@ int cuda_low_rank_linear(uintptr_t x, uintptr_t y, uintptr_t bias, uintptr_t u, 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of slimkernels; csrc/kernels.h holds every function's preconditions.";
   m.def("isas", &isas, "Instruction sets that are compiled in and supported by this CPU, best first.");
+  m.def("multiply_adds_f32", &multiply_adds_f32, "(isa, iterations, threads) -> FLOPs done; 0 where the isa does not run.");
   m.def("build_info", &build_info, "What this module was compiled with.");
   if (PyModule_AddFunctions(m.ptr(), kFastFunctions) != 0) throw py::error_already_set();
 #if SLIM_HAVE_CUDA

@@ -50,6 +50,11 @@ SLIM_HIDDEN int slim_conv2d_f32_scalar(const SlimConv2dF32* a);
 SLIM_HIDDEN int slim_conv2d_f32_avx2(const SlimConv2dF32* a);
 SLIM_HIDDEN int slim_conv2d_f32_avx512(const SlimConv2dF32* a);
 
+// The multiply-add ceiling: runs that many rounds of independent multiply-adds and returns the FLOPs done; the caller times it.
+SLIM_HIDDEN double slim_multiply_adds_f32_scalar(int64_t iterations, int32_t threads);
+SLIM_HIDDEN double slim_multiply_adds_f32_avx2(int64_t iterations, int32_t threads);
+SLIM_HIDDEN double slim_multiply_adds_f32_avx512(int64_t iterations, int32_t threads);
+
 // _C.conv2d_f32(isa, x, y, bias, weights, channels, tap_ptr, n, h, w, c_in, c_out, p, q, r, s, stride_h, stride_w, pad_h, pad_w,
 //               dil_h, dil_w, strip, relu, pool, threads): the members above in order; pointers as integers, 0 for NULL.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from slimkernels import env
 from slimkernels.chains import FactorChain, find_chains
 from slimkernels.formats import block_grid, weight_shape_4d
-from slimkernels.graph import ModelGraph, parametrized_type, scratch_copy, trace, unique_names
+from slimkernels.graph import Call, ModelGraph, capture, input_sets, parametrized_type, trace, unique_names
 from slimkernels.kernels import KERNELS
 from slimkernels.kernels.problems import ConvProblem, LinearProblem
 from slimkernels.kernels.select import candidates, choose, predicted_dense_seconds, predicted_seconds
@@ -47,19 +47,9 @@ CANDIDATE_BLOCK_SHAPES: tuple[Pair, ...] = (
     (4, 1),
     (1, 1),
 )
-# Sizes at which a layer is judged when no example inputs are given: (images, height = width), and rows of a linear layer.
+# Sizes at which a layer is judged without example inputs: (images, height = width), and rows of a linear layer.
 SHAPELESS_IMAGES = ((1, 2), (1, 8), (1, 32), (16, 4), (16, 16), (128, 2), (128, 8), (16, 56))
 SHAPELESS_ROWS = (1, 16, 128, 1024)
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of a layer: shapes of its input and output, dtype and device of its input."""
-
-    input_shape: tuple[int, ...]
-    output_shape: tuple[int, ...]
-    dtype: torch.dtype
-    device: str
 
 
 @dataclass(frozen=True)
@@ -104,7 +94,7 @@ class LayerStats:
         ranks: inner sizes of a low-rank layer.
         calls: per example input, every call of the layer.
         macs: multiply-adds of the dense layer over all calls of the first example input, padding included.
-        bytes_dense, bytes_stored: of the dense weight, and of the weight as it is or would be stored (values and indices).
+        bytes_dense, bytes_stored: of the dense weight, and of what is or would be stored (values and indices).
     """
 
     name: str
@@ -153,7 +143,7 @@ def analyze(model: nn.Module, example_inputs: Any = None) -> ModelStats:
 
     Args:
         model: any module; masks and parametrizations are applied to the weights looked at.
-        example_inputs: see `input_sets`; None leaves out call shapes and multiply-adds, and predictions use a list of sizes.
+        example_inputs: see `slimkernels.graph.input_sets`; None leaves out call shapes and multiply-adds.
 
     Raises:
         ValueError: the model does not run on the example inputs. TypeError: example inputs of another form.
@@ -245,7 +235,7 @@ def zero_share(weight: Tensor) -> float:
 
 
 def count_blocks(weight: Tensor, block_shape: Pair) -> int:
-    """Number of blocks that hold a non-zero; the sum of `slimkernels.formats.block_mask` without building the blocks."""
+    """Number of blocks that hold a non-zero: the sum of `slimkernels.formats.block_mask`, in less memory."""
     c_out, c_in, r, s = weight_shape_4d(weight.shape)
     block_out, block_in = block_shape
     nonzero = (weight.detach() != 0).reshape(c_out, c_in, r * s)
@@ -303,7 +293,7 @@ def problems(
 
 
 def usable_kernel(problem: ConvProblem | LinearProblem, backend: str = "auto") -> tuple[str | None, str]:
-    """``(kernel, "")``, or ``(None, why)`` where only the reference kernel, which is not asked for, takes the problem."""
+    """``(kernel, "")``, or ``(None, why)`` where only the reference, unasked for, takes the problem."""
     asked = env.backend() if backend == "auto" else backend
     try:
         choice = choose(problem, backend)
@@ -346,74 +336,3 @@ def rank_patterns(
     return sorted(
         found, key=lambda p: (p.kernel is None, sum(p.predicted_s) if p.kernel else p.nbytes, -math.prod(p.block_shape))
     )
-
-
-InputSet = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-def input_sets(example_inputs: Any) -> list[InputSet]:
-    """Example inputs as ``(args, kwargs)`` pairs.
-
-    A tensor is one positional argument, a tuple the positional arguments, a mapping the keyword arguments; a list holds
-    several of these, each an input in its own right.
-
-    Raises:
-        TypeError: anything else. ValueError: an empty list.
-    """
-    if example_inputs is None:
-        return []
-    if isinstance(example_inputs, list):
-        if not example_inputs:
-            raise ValueError("convert: expected at least one example input, got an empty list")
-        return [one for item in example_inputs for one in input_sets(item)]
-    if isinstance(example_inputs, Tensor):
-        return [((example_inputs,), {})]
-    if isinstance(example_inputs, tuple):
-        return [(example_inputs, {})]
-    if isinstance(example_inputs, Mapping):
-        return [((), dict(example_inputs))]
-    raise TypeError(
-        "convert: expected example_inputs to be a tensor, a tuple of arguments, a mapping of keyword arguments, or a list of "
-        f"these, got {type(example_inputs).__name__}"
-    )
-
-
-def capture(
-    model: nn.Module, sets: Sequence[InputSet], names: Sequence[str], *, training: bool = False
-) -> dict[str, tuple[tuple[Call, ...], ...]]:
-    """Runs a scratch copy of the model on every input and records the calls of the named layers.
-
-    Returns:
-        name -> per input, its calls; a layer that was called with anything but one positional tensor is left out.
-
-    Raises:
-        ValueError: the model raised; the message names the input.
-    """
-    if not sets:
-        return {}
-    scratch = scratch_copy(model, training=training)
-    records: dict[str, list[list[Call]]] = {name: [] for name in names}
-    odd: set[str] = set()
-
-    def record(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            if len(args) != 1 or kwargs or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
-                odd.add(name)
-                return
-            x = args[0]
-            records[name][-1].append(Call(tuple(x.shape), tuple(output.shape), x.dtype, x.device.type))
-
-        return hook
-
-    handles = [scratch.get_submodule(name).register_forward_hook(record(name), with_kwargs=True) for name in names]
-    for i, (args, kwargs) in enumerate(sets):
-        for calls in records.values():
-            calls.append([])
-        try:
-            with torch.no_grad():
-                scratch(*args, **kwargs)
-        except Exception as error:
-            raise ValueError(f"convert: the model does not run on example input {i}: {error}") from error
-    for handle in handles:
-        handle.remove()
-    return {name: tuple(map(tuple, calls)) for name, calls in records.items() if name not in odd}

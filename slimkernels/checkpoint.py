@@ -1,4 +1,4 @@
-"""`save` and `load`: a converted model's tensors and plan in one safetensors file, put back into a fresh architecture."""
+"""`save` and `load`: a converted model's tensors and plan in one safetensors file, and back into the architecture."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Raises:
         TypeError: not a module; a tensor or an extra state that the format cannot hold.
-        ValueError: the model was not converted, or a swapped layer was replaced since. OSError: the path cannot be written.
+        ValueError: the model was not converted, or a swapped layer was replaced since.
+        OSError: the path cannot be written.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"save: expected an nn.Module, got {type(model).__name__}")
@@ -54,22 +55,21 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             module = model.get_submodule(layer.name)
             expected = _DROP_IN[layer.format or "", len(layer.weight_shape or ()) == 4]
             if not isinstance(module, expected):
-                raise ValueError(
-                    f"save: expected {layer.name} to be the {expected.__name__} of its plan, got {type(module).__name__}"
-                )
+                got = type(module).__name__
+                raise ValueError(f"save: expected {layer.name} to be the {expected.__name__} of its plan, got {got}")
     container.write(path, plan, model.state_dict())
 
 
 def load(path: str | os.PathLike[str], into: nn.Module | None = None) -> nn.Module:
     """The model of a file, in a copy of ``into``.
 
-    Everything is checked before anything is built: the file's structure and version, a SHA-256 of the plan and of every tensor,
-    shapes, block patterns, and that ``into`` has the layers of the plan. Kernels are those of the present device.
+    Everything is checked before anything is built: the file's structure and version, a SHA-256 of the plan and of every
+    tensor, shapes, block patterns, and that ``into`` has the layers of the plan. Kernels are those of the present device.
 
     Args:
         path: from `save`.
-        into: a model of the architecture that was converted (fresh, trained, masked or converted, on any device); it stays
-            untouched. A model on the meta device is filled on the CPU.
+        into: a model of the architecture that was converted (fresh, trained, masked or converted, on any device); it
+            stays untouched. A model on the meta device is filled on the CPU.
 
     Returns:
         The converted model, in eval mode unless it was converted with ``training=True``.
@@ -84,8 +84,8 @@ def load(path: str | os.PathLike[str], into: nn.Module | None = None) -> nn.Modu
     plan = contents.plan
     if into is None:
         raise ValueError(
-            f"load: expected into=<a model of the architecture that was converted>, such as into=vgg19(); {path} holds weights and "
-            f"a plan of {len(plan.layers)} layers, no code"
+            "load: expected into=<a model of the architecture that was converted>, such as into=vgg19(); "
+            f"{path} holds weights and a plan of {len(plan.layers)} layers, no code"
         )
     tensors = dict(contents.tensors)
     for layer in plan.layers:
@@ -159,11 +159,13 @@ def _check_place(model: nn.Module, layer: LayerPlan) -> None:
         raise ValueError(f"load: expected into to have a {layer.type} at {layer.name!r}, got {kind}")
     weight = getattr(module, "weight", None)
     one_to_one = layer.format == "bsr" or layer.action == "keep"
-    if one_to_one and layer.weight_shape is not None and isinstance(weight, Tensor):
-        if tuple(weight.shape) != layer.weight_shape:
-            raise ValueError(
-                f"load: expected into to have a weight of shape {layer.weight_shape} at {layer.name!r}, got {tuple(weight.shape)}"
-            )
+    if not one_to_one or layer.weight_shape is None or not isinstance(weight, Tensor):
+        return
+    if tuple(weight.shape) != layer.weight_shape:
+        raise ValueError(
+            f"load: expected into to have a weight of shape {layer.weight_shape} at {layer.name!r}, "
+            f"got {tuple(weight.shape)}"
+        )
 
 
 def _replay(
@@ -179,14 +181,18 @@ def _replay(
     else:
         weight = getattr(module, "weight", None)
         if layer.bias and getattr(module, "bias", None) is None and isinstance(weight, Tensor):
-            module.bias = nn.Parameter(torch.zeros(_bias_size(module, weight), dtype=weight.dtype, device=weight.device))
+            module.bias = nn.Parameter(
+                torch.zeros(_bias_size(module, weight), dtype=weight.dtype, device=weight.device)
+            )
         if layer.channels_last and isinstance(weight, nn.Parameter):
             module.weight = nn.Parameter(weight.detach().contiguous(memory_format=torch.channels_last))
         masked = layer.mask_block_shape is not None and not parametrize.is_parametrized(module, "weight")
         if masked and plan.training and isinstance(weight, Tensor) and layer.mask_block_shape is not None:
             grid = block_grid(weight.shape, layer.mask_block_shape)
             mask = torch.ones(grid, dtype=torch.bool, device=weight.device)
-            parametrize.register_parametrization(module, "weight", BlockMask(mask, weight.shape, layer.mask_block_shape))
+            parametrize.register_parametrization(
+                module, "weight", BlockMask(mask, weight.shape, layer.mask_block_shape)
+            )
 
 
 def _bias_size(module: nn.Module, weight: Tensor) -> int:
@@ -202,7 +208,9 @@ def _empty(layer: LayerPlan, tensors: dict[str, Tensor], device: torch.device) -
     geometry = (shape[2:], layer.stride, layer.padding, layer.dilation) if conv else ()
     common = {"device": device, "dtype": dtype}
     if layer.format == "dense":
-        return dense_module(shape, layer.bias, *(geometry[1:] or ((1, 1), (0, 0), (1, 1)))).to(dtype).to_empty(device=device)  # type: ignore[arg-type]
+        module = dense_module(shape, layer.bias, *(geometry[1:] or ((1, 1), (0, 0), (1, 1))))  # type: ignore[arg-type]
+        module = module.to(dtype).to_empty(device=device)
+        return module.to(memory_format=torch.channels_last) if layer.channels_last else module
     kernel = _kernel(layer, dtype, device)
     cls: Any = _DROP_IN[layer.format or "", conv]
     common |= {"epilogue": layer.epilogue, "kernel": kernel}
@@ -241,8 +249,9 @@ def _fill(model: nn.Module, contents: Contents) -> None:
     with torch.no_grad():
         for name, value in contents.tensors.items():
             if tuple(expected[name].shape) != tuple(value.shape):
+                shape = tuple(expected[name].shape)
                 raise ValueError(
-                    f"load: expected tensor {name!r} of shape {tuple(expected[name].shape)} as in into, got {tuple(value.shape)}"
+                    f"load: expected tensor {name!r} of shape {shape} as in into, got {tuple(value.shape)}"
                 )
         _cast(model, contents.tensors)
         model.load_state_dict(got, strict=True)
@@ -257,4 +266,6 @@ def _cast(model: nn.Module, tensors: dict[str, Tensor]) -> None:
                 if value is None or saved is None or saved.dtype == value.dtype:
                     continue
                 cast = value.detach().to(saved.dtype)
-                store[key] = nn.Parameter(cast, requires_grad=value.requires_grad) if store is module._parameters else cast  # type: ignore[assignment]
+                store[key] = (
+                    nn.Parameter(cast, requires_grad=value.requires_grad) if store is module._parameters else cast
+                )  # type: ignore[assignment]

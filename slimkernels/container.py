@@ -1,18 +1,19 @@
 """The ``.slim.safetensors`` file: safetensors whose metadata holds the plan and a SHA-256 of everything else.
 
-Metadata fields: ``format`` (``slimkernels``), ``format_version``, ``plan`` (`ModelPlan.to_json`), ``extra_state`` (JSON: what modules
-keep besides tensors), ``sha256`` (JSON: of ``plan``, of ``extra_state`` and of every tensor as ``tensor:<name>``, over its dtype,
-shape and bytes). No pickle anywhere. Reading checks all of it before anything is used.
+Metadata fields: ``format`` (``slimkernels``), ``format_version``, ``plan`` (`ModelPlan.to_json`), ``extra_state`` (JSON:
+what modules keep besides tensors), ``sha256`` (JSON: of ``plan``, of ``extra_state`` and of every tensor as
+``tensor:<name>``, over its dtype, shape and bytes). No pickle anywhere. Reading checks all of it before it is used.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ def write(path: str | os.PathLike[str], plan: ModelPlan, state: dict[str, Any]) 
         TypeError: a tensor or an extra state that the format cannot hold; named.
         OSError: the folder does not exist or cannot be written.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     tensors, extra = {}, {}
     for name, value in state.items():
@@ -75,7 +76,7 @@ def write(path: str | os.PathLike[str], plan: ModelPlan, state: dict[str, Any]) 
     hashes.update((f"tensor:{name}", _tensor_hash(tensor)) for name, tensor in tensors.items())
     metadata = {"format": FORMAT, "format_version": FORMAT_VERSION, **fields, "sha256": json.dumps(hashes)}
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+        temporary.write_bytes(save(tensors, metadata=metadata))
 
 
 def read(path: str | os.PathLike[str]) -> Contents:
@@ -125,7 +126,7 @@ def read_plan(path: str | os.PathLike[str]) -> tuple[ModelPlan, int]:
     return _metadata(header, str(path))[1], size
 
 
-def _refuse(path: Any, field: str, expected: str, got: Any) -> None:
+def _refuse(path: Any, field: str, expected: str, got: Any) -> NoReturn:
     raise ValueError(f"load: {path}: {field}: expected {expected}, got {got}")
 
 
@@ -202,13 +203,11 @@ def _entry(name: str, entry: Any, path: str) -> tuple[torch.dtype, tuple[int, ..
             _refuse(path, f"{field}: {key}", "non-negative integers", entry[key])
     if len(entry["data_offsets"]) != 2:
         _refuse(path, f"{field}: data_offsets", "2 numbers", entry["data_offsets"])
-    count = 1
-    for size in entry["shape"]:
-        count *= size
+    expected = math.prod(entry["shape"]) * dtype.itemsize
     begin, end = entry["data_offsets"]
-    if end - begin != count * dtype.itemsize:  # type: ignore[union-attr]
-        _refuse(path, f"{field}: data_offsets", f"{count * dtype.itemsize} bytes", end - begin)  # type: ignore[union-attr]
-    return dtype, tuple(entry["shape"]), begin, end  # type: ignore[return-value]
+    if end - begin != expected:
+        _refuse(path, f"{field}: data_offsets", f"{expected} bytes", end - begin)
+    return dtype, tuple(entry["shape"]), begin, end
 
 
 def _text_hash(text: str) -> str:

@@ -1,7 +1,7 @@
 """`convert`: a model's sparse and low-rank layers replaced by drop-in modules where that is faster, batch norm folded.
 
-Steps: copy the model and compute its masked weights; see which layer feeds which; group layers with the batch norm, ReLU and
-pool behind them (`slimkernels.units`); decide each unit (`slimkernels.options`); put the modules in; time the whole.
+Steps: copy the model and compute its masked weights; see which layer feeds which; group layers with the batch norm, ReLU
+and pool behind them (`slimkernels.units`); decide each unit (`slimkernels.options`); put the modules in; time the whole.
 """
 
 from __future__ import annotations
@@ -16,21 +16,18 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from slimkernels import __version__, measure
-from slimkernels.analysis import InputSet, input_sets, weight_layer_names, zero_share
+from slimkernels.analysis import weight_layer_names
 from slimkernels.folding import fold_tensors
-from slimkernels.formats import block_grid
-from slimkernels.graph import copy_model, parametrized_type, replace_module, scratch_copy
-from slimkernels.layers import LOW_RANK_LAYERS, SPARSE_LAYERS, declared_block_shape
-from slimkernels.nn import LowRankConv2d, LowRankLinear
+from slimkernels.graph import InputSet, copy_model, input_sets, parametrized_type, replace_module, scratch_copy
 from slimkernels.options import Decision, Unit, decide
 from slimkernels.plan import COST_MODEL, MEASURED, SHAPELESS, LayerPlan, ModelPlan, Policy, faster_everywhere
 from slimkernels.report import explain
-from slimkernels.units import GUARD_ATTRIBUTE, PLAN_ATTRIBUTE, Survey, survey
+from slimkernels.units import GUARD_ATTRIBUTE, PLAN_ATTRIBUTE, Survey, drop_in_plan, kept_plan, survey, swap_plan
 
 __all__ = ["convert", "explain"]
 
-# RMS of the difference over RMS of the output, between a model and its converted twin: far above what rounding leaves after
-# tens of layers, far below a wrong layer.
+# RMS of the difference over RMS of the output, between a model and its converted twin: far above what rounding leaves
+# after tens of layers, far below a wrong layer.
 _SAME_RMS = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 # The whole model is timed for at most this many times Policy.budget_s.
 _MODEL_BUDGET = 5
@@ -49,23 +46,23 @@ def convert(
     Args:
         model: any module; it stays untouched. Zeros may come from anywhere: `prune_`, `torch.nn.utils.prune`,
             parametrizations, plain zeros; low rank from `factorize_` or from two or three consecutive thin layers.
-        example_inputs: a tensor, a tuple of positional arguments, a mapping of keyword arguments, or a list of these, on
-            the model's device. With them every decision is measured: no slower than dense at any of them. Without, a layer
-            is swapped only where the cost model predicts a gain at every tabulated size.
+        example_inputs: a tensor, a tuple of positional arguments, a mapping of keyword arguments, or a list of these,
+            on the model's device. With them every decision is measured: no slower than dense at any of them. Without, a
+            layer is swapped only where the cost model predicts a gain at every tabulated size.
         policy: see `slimkernels.Policy`.
-        training: keep ``values`` trainable and fold nothing. Otherwise the result is an inference model in eval mode: batch
-            norm folded, ReLU and 2x2 max-pool inside the kernels, replaced parameters without gradient; ``train(True)``
-            warns.
+        training: keep ``values`` trainable and fold nothing. Otherwise the result is an inference model in eval mode:
+            batch norm folded, ReLU and 2x2 max-pool inside the kernels, replaced parameters without gradient;
+            ``train(True)`` warns.
         strict: raise where a layer cannot be taken, instead of keeping it.
 
     Returns:
-        A model of the same class; batch norms, ReLUs and pools that went elsewhere are nn.Identity. `explain` tells what
-        happened.
+        A model of the same class; batch norms, ReLUs and pools that went elsewhere are nn.Identity. `explain` tells
+        what happened.
 
     Raises:
         TypeError: not a module, or one that cannot be copied; example inputs of another form.
-        ValueError: the model does not run on the example inputs; ``Policy.exclude`` names no layer; with ``strict``, the
-            layers that cannot be taken, each with its reason.
+        ValueError: the model does not run on the example inputs; ``Policy.exclude`` names no layer; with ``strict``,
+            the layers that cannot be taken, each with its reason.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert: expected an nn.Module, got {type(model).__name__}")
@@ -156,13 +153,14 @@ def _apply(
         _apply_unit(found, unit, decisions[unit.names[0]], policy, channels_last, changes, plans)
     for bn_name, name in found.foldable.items():
         conv = found.model.get_submodule(name)
-        changes[name] = _refilled(conv, *fold_tensors(conv.weight, conv.bias, found.model.get_submodule(bn_name)))  # type: ignore[arg-type]
+        bn = found.model.get_submodule(bn_name)
+        changes[name] = _refilled(conv, *fold_tensors(conv.weight, conv.bias, bn))  # type: ignore[arg-type]
         changes[bn_name] = nn.Identity()
         plans[bn_name] = LayerPlan(bn_name, "BatchNorm2d", "fold", f"inside {name}", into=name)
     for name in found.obstacles | dict.fromkeys(found.excluded, "excluded by the policy"):
-        plans[name] = _kept_plan(found, name, changes.get(name))
+        plans[name] = kept_plan(found, name, changes.get(name))
     for name in found.converted:
-        plans[name] = _drop_in_plan(name, found.model.get_submodule(name), "it is converted already")
+        plans[name] = drop_in_plan(name, found.model.get_submodule(name), "it is converted already")
     for name, reason in found.batch_norm_reasons.items():
         kind = type(found.model.get_submodule(name)).__name__
         plans.setdefault(name, LayerPlan(name, kind, "keep", f"not folded: {reason}"))
@@ -186,7 +184,7 @@ def _apply_unit(
     into = head if option.format is not None else unit.names[-1]
     if option.format is not None:
         changes[head] = option.modules[0]
-        plans[head] = _swap_plan(found, unit, decision, policy)
+        plans[head] = swap_plan(found, unit, decision, policy)
         for name in unit.names[1:]:
             changes[name] = nn.Identity()
             kind = parametrized_type(found.model.get_submodule(name)).__name__
@@ -198,7 +196,7 @@ def _apply_unit(
             if folded or relaid:
                 changes[name] = module if relaid else _plain_layout(module)
             plans[name] = replace(
-                _kept_plan(found, name, changes.get(name)),
+                kept_plan(found, name, changes.get(name)),
                 reason=decision.reason,
                 supported=True,
                 folded_bn=folded,
@@ -229,100 +227,6 @@ def _refilled(module: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:
     return copied
 
 
-def nbytes(tensors: list[Tensor]) -> int:
-    """Bytes of some tensors."""
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def stored_tensors(module: nn.Module) -> list[Tensor]:
-    """What a module adds to a checkpoint."""
-    return [t for t in module.state_dict().values() if isinstance(t, Tensor) and not isinstance(t, nn.UninitializedParameter)]
-
-
-def _kept_plan(found: Survey, name: str, changed: nn.Module | None) -> LayerPlan:
-    original = found.model.get_submodule(name)
-    module = changed or original
-    weight = getattr(module, "weight", None)
-    readable = type(weight) in (Tensor, nn.Parameter)
-    kind = parametrized_type(original).__name__
-    excluded = name in found.excluded
-    stored = nbytes(stored_tensors(module))
-    if isinstance(original, (*SPARSE_LAYERS, *LOW_RANK_LAYERS)):
-        reason = "excluded by the policy" if excluded else found.obstacles.get(name, "")
-        return replace(_drop_in_plan(name, original, reason), supported=name not in found.obstacles)
-    return LayerPlan(
-        name,
-        kind,
-        "keep",
-        "excluded by the policy" if excluded else found.obstacles.get(name, ""),
-        supported=name not in found.obstacles,
-        weight_shape=tuple(weight.shape) if readable else None,
-        bias=getattr(module, "bias", None) is not None,
-        dtype=str(weight.dtype).removeprefix("torch.") if readable else None,
-        sparsity=zero_share(weight.detach()) if readable and not weight.is_meta else 0.0,
-        bytes_dense=stored,
-        bytes_stored=stored,
-        mask_block_shape=declared_block_shape(module),
-        folded_bn=name in found.foldable.values(),
-    )
-
-
-def _swap_plan(found: Survey, unit: Unit, decision: Decision, policy: Policy) -> LayerPlan:
-    option, weight = decision.option, unit.weight
-    plan = _drop_in_plan(unit.names[0], option.modules[0], decision.reason)
-    originals = [found.model.get_submodule(name) for name in unit.names]
-    bias = 0 if weight.bias is None else weight.bias.numel() * weight.bias.element_size()
-    return replace(
-        plan,
-        type=parametrized_type(originals[0]).__name__,
-        kernel=option.kernel,
-        tied=policy.backend != "auto" and option.kernel is not None,
-        sparsity=zero_share(weight.weight) if option.format != "low_rank" else 0.0,
-        bytes_dense=weight.nbytes + bias,
-        dense_ms=decision.dense_ms,
-        sparse_ms=decision.other_ms,
-        folded_bn=unit.tail.bn is not None,
-    )
-
-
-def _drop_in_plan(name: str, module: nn.Module, reason: str) -> LayerPlan:
-    """The plan entry that rebuilds a drop-in module, or the dense module that a chain was merged into."""
-    stored = nbytes(stored_tensors(module))
-    linear = isinstance(module, nn.Linear | LowRankLinear) or hasattr(module, "in_features")
-    shape = (
-        (module.out_features, module.in_features)
-        if linear
-        else (module.out_channels, module.in_channels, *module.kernel_size)
-    )
-    plan = LayerPlan(
-        name,
-        type(module).__name__,
-        "swap",
-        reason,
-        format="dense",
-        weight_shape=shape,
-        bias=module.bias is not None,
-        stride=None if linear else tuple(module.stride),
-        padding=None if linear else tuple(module.padding),
-        dilation=None if linear else tuple(module.dilation),
-        dtype=str(next(module.parameters()).dtype).removeprefix("torch."),
-        bytes_dense=stored,
-        bytes_stored=stored,
-        channels_last=isinstance(module, nn.Conv2d) and module.weight.is_contiguous(memory_format=torch.channels_last),
-    )
-    if isinstance(module, SPARSE_LAYERS):
-        rows, cols = block_grid(shape, module.block_shape)
-        sparsity = 1 - module.weight_bsr().nnz_blocks / (rows * cols)
-        plan = replace(plan, format="bsr", block_shape=tuple(module.block_shape), block_sparsity=sparsity)
-    elif isinstance(module, LOW_RANK_LAYERS):
-        ranks = tuple(module.ranks) if isinstance(module, LowRankConv2d) else (module.rank,)
-        plan = replace(plan, format="low_rank", kind=getattr(module, "kind", "svd"), ranks=ranks)
-    if plan.format != "dense":
-        kernel = None if module.kernel == "auto" else module.kernel
-        plan = replace(plan, epilogue=module.epilogue, kernel=kernel, tied=kernel is not None, channels_last=False)
-    return plan
-
-
 def _checked(
     found: Survey,
     decisions: Mapping[str, Decision],
@@ -350,9 +254,7 @@ def _checked(
         times.append(measure.typical_seconds(runs, device=found.device, repeats=policy.repeats, budget_s=budget))
     best_dense = [min(t[0], t[1]) for t in times]
     converted = [t[2] for t in times]
-    plan = replace(
-        plan, dense_ms=tuple(1e3 * t for t in best_dense), converted_ms=tuple(1e3 * t for t in converted)
-    )
+    plan = replace(plan, dense_ms=tuple(1e3 * t for t in best_dense), converted_ms=tuple(1e3 * t for t in converted))
     if faster_everywhere(best_dense, converted, min(policy.min_speedup, 1.0)):
         return fast, plan
     worst = max(range(len(sets)), key=lambda i: converted[i] / best_dense[i])
@@ -401,17 +303,18 @@ def _difference(model: nn.Module, fast: nn.Module, sets: list[InputSet]) -> str 
             rms = float((out - ref).square().mean().sqrt())
             allowed = _SAME_RMS.get(a.dtype, 1e-1) * float(ref.square().mean().sqrt())
             if not rms <= allowed:
-                return f"the converted model's output at example input {i} differs: RMS {rms:.3g}, allowed {allowed:.3g}"
+                return (
+                    f"the converted model's output at example input {i} differs: RMS {rms:.3g}, allowed {allowed:.3g}"
+                )
     return None
 
 
 def _unchanged(found: Survey, plan: ModelPlan, problem: str) -> tuple[nn.Module, ModelPlan]:
     """The prepared copy as it is, with every layer kept for one reason."""
     layers = [
-        replace(_kept_plan(found, name, None), reason=found.obstacles.get(name, problem))
+        replace(kept_plan(found, name, None), reason=found.obstacles.get(name, problem))
         for name in weight_layer_names(found.model)
     ]
     return copy_model(found.model, share_parameters=True), replace(
         plan, layers=tuple(layers), notes=(*plan.notes, problem)
     )
-

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -45,7 +46,8 @@ class Entry:
     """One row of the result: a model and the kernels it ran with.
 
     ``accuracy`` is on the 450 test images, in [0, 1]; ``bytes`` counts the file, indices included; ``latency`` maps the
-    batch size to milliseconds (p20, p50, p80, n); ``speedup`` is dense p50 over this p50.
+    batch size to milliseconds (p20, p50, p80, n); ``speedup`` is dense p50 over this p50; ``swapped`` counts the
+    swapped layers by what they became ("dense": low-rank layers merged back, because that was measured faster).
     """
 
     name: str
@@ -55,6 +57,7 @@ class Entry:
     latency: dict[int, dict[str, float | int]]
     speedup: dict[int, float] = field(default_factory=dict)
     max_abs_difference: float | None = None
+    swapped: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -158,8 +161,7 @@ def run_demo(
         ("low-rank, converted", fast["low-rank"], files["low-rank"], differences["low-rank"]),
     ]
     entries = [
-        _entry(name, evaluate(model, test), file, {b: latency[b][name] for b in BATCHES}, latency, difference)
-        for name, model, file, difference in rows
+        _entry(name, model, evaluate(model, test), file, latency, difference) for name, model, file, difference in rows
     ]
     figure = folder / "demo.png"
     result = DemoResult(
@@ -233,12 +235,15 @@ def _latencies(
 
 def _entry(
     name: str,
+    model: nn.Module,
     accuracy: float,
     file: Path,
-    own: Mapping[int, timing.Timing],
     latency: Mapping[int, Mapping[str, timing.Timing]],
     difference: float | None,
 ) -> Entry:
+    own = {batch: measured[name] for batch, measured in latency.items()}
+    plan = getattr(model, "slimkernels_plan", None)
+    formats = [str(plan[layer].format) for layer in plan.swapped] if isinstance(plan, ModelPlan) else []
     return Entry(
         name=name,
         accuracy=accuracy,
@@ -247,6 +252,7 @@ def _entry(
         latency={batch: measured.as_ms() for batch, measured in own.items()},
         speedup={batch: latency[batch]["dense"].p50 / measured.p50 for batch, measured in own.items()},
         max_abs_difference=difference,
+        swapped=dict(Counter(formats)),
     )
 
 

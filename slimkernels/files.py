@@ -21,7 +21,10 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(path)
     temporary = target.with_name(f".{target.name}.tmp{target.suffix}")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what the umask grants; safetensors would leave the file to its owner alone
         yield temporary
+        os.chmod(temporary, mode)
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
         os.replace(temporary, target)

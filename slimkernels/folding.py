@@ -33,7 +33,7 @@ def batch_norm_scale_shift(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
 
 
 def fold_tensors(weight: Tensor, bias: Tensor | None, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Weight ``(C_out, ...)`` and bias ``(C_out,)`` of a layer with the batch norm after it inside, subnormals flushed."""
+    """Weight ``(C_out, ...)`` and bias ``(C_out,)`` of a layer with the batch norm after it, subnormals flushed."""
     scale, shift = batch_norm_scale_shift(bn)
     folded = weight.detach().double() * scale.reshape(-1, *[1] * (weight.dim() - 1))
     if bias is not None:
@@ -78,7 +78,7 @@ def batch_norm_obstacle(bn: nn.Module, channels: int) -> str | None:
 
 
 def is_pool2(module: nn.Module) -> bool:
-    """Whether a module is exactly the max-pool of the ``relu_maxpool2`` epilogue: 2x2, stride 2, no padding, floor mode."""
+    """Whether a module is the max-pool of the ``relu_maxpool2`` epilogue: 2x2, stride 2, no padding, floor mode."""
     if type(module) is not nn.MaxPool2d:
         return False
     pairs = {name: _pair(getattr(module, name)) for name in ("kernel_size", "stride", "padding", "dilation")}

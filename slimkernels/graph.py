@@ -1,4 +1,4 @@
-"""Structure of a model: copies of it, hooks, and which layer feeds which.
+"""Structure of a model: copies of it, hooks, which layer feeds which, and the calls that example inputs make.
 
 The `torch.fx` graph is analysis only: a model is never rebuilt from it. A model that cannot be traced gives a graph
 without followers and the reason why.
@@ -10,7 +10,7 @@ import copy
 import inspect
 import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -234,3 +234,84 @@ def _single_consumer(model: nn.Module, node: fx.Node) -> fx.Node | None:
         if type(model.get_submodule(str(users[0].target))) is not nn.Identity:
             return users[0]
         node = users[0]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a layer: shapes of its input and output, dtype and device of its input."""
+
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: str
+
+
+InputSet = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def input_sets(example_inputs: Any) -> list[InputSet]:
+    """Example inputs as ``(args, kwargs)`` pairs.
+
+    A tensor is one positional argument, a tuple the positional arguments, a mapping the keyword arguments; a list holds
+    several of these, each an input in its own right.
+
+    Raises:
+        TypeError: anything else. ValueError: an empty list.
+    """
+    if example_inputs is None:
+        return []
+    if isinstance(example_inputs, list):
+        if not example_inputs:
+            raise ValueError("convert: expected at least one example input, got an empty list")
+        return [one for item in example_inputs for one in input_sets(item)]
+    if isinstance(example_inputs, Tensor):
+        return [((example_inputs,), {})]
+    if isinstance(example_inputs, tuple):
+        return [(example_inputs, {})]
+    if isinstance(example_inputs, Mapping):
+        return [((), dict(example_inputs))]
+    raise TypeError(
+        "convert: expected example_inputs to be a tensor, a tuple of arguments, a mapping of keyword arguments, or a list "
+        f"of these, got {type(example_inputs).__name__}"
+    )
+
+
+def capture(
+    model: nn.Module, sets: Sequence[InputSet], names: Sequence[str], *, training: bool = False
+) -> dict[str, tuple[tuple[Call, ...], ...]]:
+    """Runs a scratch copy of the model on every input and records the calls of the named layers.
+
+    Returns:
+        name -> per input, its calls; a layer that was called with anything but one positional tensor is left out.
+
+    Raises:
+        ValueError: the model raised; the message names the input.
+    """
+    if not sets:
+        return {}
+    scratch = scratch_copy(model, training=training)
+    records: dict[str, list[list[Call]]] = {name: [] for name in names}
+    odd: set[str] = set()
+
+    def record(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if len(args) != 1 or kwargs or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
+                odd.add(name)
+                return
+            x = args[0]
+            records[name][-1].append(Call(tuple(x.shape), tuple(output.shape), x.dtype, x.device.type))
+
+        return hook
+
+    handles = [scratch.get_submodule(name).register_forward_hook(record(name), with_kwargs=True) for name in names]
+    for i, (args, kwargs) in enumerate(sets):
+        for calls in records.values():
+            calls.append([])
+        try:
+            with torch.no_grad():
+                scratch(*args, **kwargs)
+        except Exception as error:
+            raise ValueError(f"convert: the model does not run on example input {i}: {error}") from error
+    for handle in handles:
+        handle.remove()
+    return {name: tuple(map(tuple, calls)) for name, calls in records.items() if name not in odd}

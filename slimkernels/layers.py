@@ -97,6 +97,10 @@ def type_obstacle(module: nn.Module) -> str | None:
             base, "_conv_forward", None
         ):
             return f"{kind.__name__} has its own forward"
+        own = {*module._parameters, *module._buffers, *module._modules} - {"weight", "bias", "parametrizations"}
+        own -= {f"{name}_{part}" for name in ("weight", "bias") for part in ("orig", "mask", "g", "v", "u")}
+        if own or kind.get_extra_state is not nn.Module.get_extra_state:
+            return f"{kind.__name__} holds more than a weight and a bias"
     if isinstance(module, nn.Conv2d):
         if module.groups != 1:
             return f"groups={module.groups} is not supported"

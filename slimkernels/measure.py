@@ -12,20 +12,18 @@ import torch
 # A reading is repeated calls of at least this long: perf_counter and a CUDA event cost about 0.1 us and 2 us.
 _MIN_READING_S = 100e-6
 _MIN_ROUNDS = 3
-# The other callables have evicted a callable's weights: reading them back, at most some 10 MB, takes about 1 ms, so shorter
-# calls are made once untimed before each reading.
+# The other callables have evicted a callable's weights: reading them back, at most some 10 MB, takes about 1 ms, so
+# shorter calls are made once untimed before each reading.
 _CACHE_SHARE_S = 20e-3
 _MAX_CALLS = 64
 
 
-def typical_seconds(
-    runs: Sequence[Callable[[], Any]], *, device: str, repeats: int, budget_s: float
-) -> list[float]:
+def typical_seconds(runs: Sequence[Callable[[], Any]], *, device: str, repeats: int, budget_s: float) -> list[float]:
     """Seconds of one call of each callable: the median of the faster half of its readings.
 
-    Other work on the machine only ever adds time, and one slow reading of three would decide a plain median. Every callable
-    is called twice first (the first call may pack weights or compile), then all take turns, in an order that rotates, until
-    ``budget_s`` is spent or ``repeats`` rounds are done, and for at least three rounds.
+    Other work on the machine only ever adds time, and one slow reading of three would decide a plain median. Every
+    callable is called twice first (the first call may pack weights or compile), then all take turns, in an order that
+    rotates, until ``budget_s`` is spent or ``repeats`` rounds are done, and for at least three rounds.
 
     Args:
         runs: callables without arguments. device: ``cuda`` times with events, anything else with the clock.

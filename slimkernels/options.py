@@ -1,4 +1,4 @@
-"""The ways to run one unit (a layer, or a chain of thin layers, with the ReLU and max-pool behind it), and the choice."""
+"""The ways to run one unit (a layer or a chain of thin layers, with the ReLU and max-pool behind it), and the choice."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def block_sparse_options(unit: Unit, policy: Policy, sizes: Sequence[Sequence[in
     if not usable:
         return [], ranked[0].reason
     sparse = any(p.nnz_blocks < p.blocks for p in usable)
-    if not sparse and not (policy.dense_layers and (policy.measure and sizes is not None or policy.min_speedup == 0)):
+    if not sparse and not (policy.dense_layers and ((policy.measure and sizes is not None) or policy.min_speedup == 0)):
         share = zero_share(weight.weight)
         return [], f"no zero blocks ({share:.1%} of its weights are 0)" if share else "no zeros"
     options = []
@@ -200,7 +200,9 @@ def dense_twin(weight: LayerWeight) -> nn.Module:
 def decide(unit: Unit, policy: Policy) -> Decision:
     """The fastest way to run a unit that is faster than dense at every example input."""
     sizes = [call.input_shape for calls in unit.calls for call in calls] if unit.calls else None
-    stay = Option({"layer": None, "bsr": "dense", "low_rank": "low_rank"}[unit.source], [*unit.dense, *_rest(unit, "none")])
+    stay = Option(
+        {"layer": None, "bsr": "dense", "low_rank": "low_rank"}[unit.source], [*unit.dense, *_rest(unit, "none")]
+    )
     if unit.calls and not sizes:
         return Decision(stay, stay, "the example inputs do not reach it")
     if unit.chain is not None:

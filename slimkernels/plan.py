@@ -81,8 +81,8 @@ class LayerPlan:
 
     Attributes:
         name, type: of the module in the original model.
-        action: ``swap`` (replaced by a module of ``format``), ``keep`` (a batch norm may be folded into it), ``fold`` (a
-            batch norm or a factor, now inside ``into``), ``fuse`` (a ReLU or max-pool, now in the epilogue of ``into``).
+        action: ``swap`` (replaced by a module of ``format``), ``keep`` (a batch norm may be folded into it), ``fold``
+            (a batch norm or a factor, now inside ``into``), ``fuse`` (a ReLU or max-pool, now in ``into``'s epilogue).
         reason: why.
         format: of a swapped module: ``bsr``, ``low_rank``, or ``dense`` (a merged chain).
         into: the module that took over a folded or fused one.

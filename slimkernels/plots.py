@@ -37,9 +37,9 @@ def _sparsity_panel(axes: Any, result: DemoResult) -> None:
     values = [100 * layer.block_sparsity for layer in result.layers]
     colours = [_PRUNED if layer.action == "swap" else _DENSE for layer in result.layers]
     bars = axes.barh(names, values, color=colours, height=0.7)
-    axes.bar_label(bars, labels=[f"{value:.0f} %" for value in values], padding=3, fontsize=9)
+    axes.bar_label(bars, labels=[f"{value:.1f} %" for value in values], padding=3, fontsize=9)
     axes.invert_yaxis()
-    axes.set_xlim(0, 115)
+    axes.set_xlim(0, 122)
     axes.set_xticks(range(0, 101, 25))
     block = "x".join(str(size) for size in result.settings["block_shape"])
     axes.set_xlabel(f"zero {block} blocks (% of all blocks)")
@@ -65,26 +65,37 @@ def _accuracy_panel(axes: Any, result: DemoResult) -> None:
 
 
 def _latency_panel(axes: Any, result: DemoResult) -> None:
-    batches = list(result.entries[0].latency)
-    width = 0.8 / len(result.entries)
-    for index, entry in enumerate(result.entries):
-        positions = [i - 0.4 + width * (index + 0.5) for i in range(len(batches))]
-        middle = [float(entry.latency[batch]["p50_ms"]) for batch in batches]
-        low = [float(m) - float(entry.latency[b]["p20_ms"]) for m, b in zip(middle, batches, strict=True)]
-        high = [float(entry.latency[b]["p80_ms"]) - float(m) for m, b in zip(middle, batches, strict=True)]
-        bars = axes.bar(positions, middle, width * 0.92, color=_colour(entry.name), label=entry.name)
-        axes.errorbar(positions, middle, yerr=[low, high], fmt="none", ecolor="black", elinewidth=0.8, capsize=2)
-        labels = [f"{entry.speedup[batch]:.1f}x" for batch in batches]
-        axes.bar_label(bars, labels=labels, padding=6, fontsize=9)
-    axes.set_yscale("log")
-    bottom, top = axes.get_ylim()
-    axes.set_ylim(bottom / 1.2, top * 2.2)
-    axes.set_xticks(range(len(batches)), [f"batch {batch}" for batch in batches])
-    axes.set_ylabel("latency (ms, log scale)")
-    axes.set_title("Latency: median, p20 to p80; labels: speed-up over dense")
-    axes.title.set_fontsize(10.5)
-    axes.grid(axis="y", alpha=0.25)
-    axes.legend(fontsize=8, loc="upper left", framealpha=1.0)
+    """One row per batch size and model: median as a dot, p20 to p80 as a line, time and speed-up beside it."""
+    ticks: list[int] = []
+    names: list[str] = []
+    row = 0
+    for batch in result.entries[0].latency:
+        ticks.append(row)
+        names.append(f"batch {batch}")
+        row += 1
+        for entry in result.entries:
+            middle, low, high = (float(entry.latency[batch][key]) for key in ("p50_ms", "p20_ms", "p80_ms"))
+            axes.plot([low, high], [row, row], color=_colour(entry.name), linewidth=2.5, solid_capstyle="round")
+            axes.plot(middle, row, "o", color=_colour(entry.name), markersize=8)
+            text = f"{middle:.3g} ms" if entry.name == "dense" else f"{middle:.3g} ms, {entry.speedup[batch]:.1f}x"
+            axes.annotate(
+                text, (max(high, middle), row), xytext=(8, 0), textcoords="offset points", va="center", fontsize=9
+            )
+            ticks.append(row)
+            names.append(entry.name)
+            row += 1
+    axes.set_yticks(ticks, names)
+    axes.tick_params(axis="y", length=0)
+    for label in axes.get_yticklabels():
+        label.set_fontweight("bold" if label.get_text().startswith("batch") else "normal")
+    axes.set_ylim(row - 0.5, -0.6)
+    axes.set_xscale("log")
+    left, right = axes.get_xlim()
+    axes.set_xlim(left / 1.3, right * (right / left) ** 0.45 * 1.5)  # room for the labels
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel("latency (ms, log scale): median, p20 to p80")
+    axes.set_title("Latency, and speed-up over dense")
+    axes.grid(axis="x", alpha=0.25)
 
 
 def _colour(name: str) -> str:

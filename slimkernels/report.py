@@ -30,10 +30,10 @@ class Report:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """One mapping per layer: name, type, action, format, block_shape, kernel, epilogue, sparsity, block_sparsity, bytes, times."""
+        """One mapping per layer, with the fields of `LayerPlan` that describe it."""
         names = (
-            "name", "type", "action", "format", "into", "block_shape", "kind", "ranks", "kernel", "epilogue", "sparsity",
-            "block_sparsity", "bytes_dense", "bytes_stored", "dense_ms", "sparse_ms", "supported", "reason",
+            "name", "type", "action", "format", "into", "block_shape", "kind", "ranks", "kernel", "epilogue",
+            "sparsity", "block_sparsity", "bytes_dense", "bytes_stored", "dense_ms", "sparse_ms", "supported", "reason",
         )  # fmt: skip
         return [{name: getattr(layer, name) for name in names} for layer in self.plan.layers]
 
@@ -85,8 +85,8 @@ class Report:
         lines = [f"{len(plan.swapped)} layers swapped; decided: {plan.decided} ({plan.device}, {plan.threads} threads)"]
         ratio = self.bytes_dense / max(self.bytes_stored, 1)
         lines.append(
-            f"stored {self.bytes_stored / 1024:.1f} KiB (indices included) instead of {self.bytes_dense / 1024:.1f} KiB: "
-            f"{ratio:.2f}x smaller"
+            f"stored {self.bytes_stored / 1024:.1f} KiB (indices included) instead of "
+            f"{self.bytes_dense / 1024:.1f} KiB: {ratio:.2f}x smaller"
         )
         if self.file_bytes is not None:
             lines.append(f"file: {self.file_bytes} bytes")
@@ -135,7 +135,9 @@ def explain(subject: nn.Module | ModelPlan | str | os.PathLike[str]) -> Report:
     if isinstance(subject, nn.Module):
         plan = getattr(subject, "slimkernels_plan", None)
         if not isinstance(plan, ModelPlan):
-            raise ValueError(f"explain: expected a model from slimkernels.convert, got a plain {type(subject).__name__}")
+            raise ValueError(
+                f"explain: expected a model from slimkernels.convert, got a plain {type(subject).__name__}"
+            )
         return Report(plan)
     if isinstance(subject, (str, os.PathLike)):
         return Report(*read_plan(subject))

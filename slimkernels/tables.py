@@ -27,16 +27,25 @@ def demo_table(result: DemoResult) -> None:
         title=f"{result.settings['data']}; {result.environment['threads']} threads, {result.environment['cpu']}"
     )
     table.add_column("model")
-    for heading in ("accuracy", "on disk", *(f"batch {b}: ms, speed-up" for b in batches), "max difference"):
+    for heading in (
+        "accuracy",
+        "on disk",
+        *(f"batch {b}: ms, speed-up" for b in batches),
+        "swapped layers",
+        "max difference",
+    ):
         table.add_column(heading, justify="right")
     for entry in result.entries:
         times = [f"{entry.latency[b]['p50_ms']:.3f}  {entry.speedup[b]:.2f}x" for b in batches]
         difference = "" if entry.max_abs_difference is None else f"{entry.max_abs_difference:.1e}"
-        table.add_row(entry.name, f"{entry.accuracy:.2%}", f"{entry.bytes / 1e3:,.0f} kB", *times, difference)
+        words = {"bsr": "block-sparse", "low_rank": "low-rank", "dense": "merged"}
+        swapped = ", ".join(f"{count} {words[name]}" for name, count in entry.swapped.items())
+        table.add_row(entry.name, f"{entry.accuracy:.2%}", f"{entry.bytes / 1e3:,.0f} kB", *times, swapped, difference)
     console = _console()
     console.print(table)
     console.print(
         "Latency: median, interleaved. Dense and masked: eager, batch norm folded, the faster memory format. "
+        "Merged: low-rank layers that ran faster as one dense layer at these sizes. "
         "Max difference: of the logits, converted against unconverted.",
         highlight=False,
     )

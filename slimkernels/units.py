@@ -1,4 +1,4 @@
-"""Units of conversion: every layer of a model with the batch norm, ReLU and pool behind it, or why it stays."""
+"""Units of conversion: every layer with the batch norm, ReLU and pool behind it, or why it stays; their plan entries."""
 
 from __future__ import annotations
 
@@ -10,11 +10,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from slimkernels.analysis import InputSet, capture, obstacle_or_weight, weight_layer_names, zero_share
+from slimkernels.analysis import obstacle_or_weight, weight_layer_names, zero_share
 from slimkernels.chains import FactorChain, find_chains
 from slimkernels.folding import Tail, find_tail, fold_chain, fold_weight
-from slimkernels.formats import BlockMask
-from slimkernels.graph import ModelGraph, bake, copy_model, has_hooks, trace, unique_names
+from slimkernels.formats import BlockMask, block_grid
+from slimkernels.graph import (
+    InputSet,
+    ModelGraph,
+    bake,
+    capture,
+    copy_model,
+    has_hooks,
+    parametrized_type,
+    trace,
+    unique_names,
+)
 from slimkernels.layers import (
     LOW_RANK_LAYERS,
     SPARSE_LAYERS,
@@ -22,10 +32,11 @@ from slimkernels.layers import (
     LayerWeight,
     declared_block_shape,
     shared_tensor_layers,
+    weight_obstacle,
 )
 from slimkernels.nn import LowRankConv2d, LowRankLinear
-from slimkernels.options import Unit, dense_twin, low_rank_module
-from slimkernels.plan import Policy
+from slimkernels.options import Decision, Unit, dense_twin, low_rank_module
+from slimkernels.plan import LayerPlan, Policy
 
 # Instance attributes of a converted model; a copy of it drops them.
 PLAN_ATTRIBUTE = "slimkernels_plan"
@@ -73,7 +84,7 @@ class _Structure:
 
 
 def prepare(model: nn.Module, *, training: bool) -> nn.Module:
-    """A copy of the model in the given mode; for inference masks and parametrizations of its layers become plain weights."""
+    """A copy of the model in the given mode; for inference, computed weights of its layers become plain ones."""
     copied = copy_model(model)
     for name in (PLAN_ATTRIBUTE, GUARD_ATTRIBUTE):
         copied.__dict__.pop(name, None)
@@ -137,8 +148,8 @@ def _excluded(names: Iterable[str], exclude: Iterable[str]) -> set[str]:
 def _mask(module: nn.Module) -> Tensor | None:
     if not parametrize.is_parametrized(module, "weight"):
         return None
-    masks = [p.mask for p in module.parametrizations.weight if isinstance(p, BlockMask)]  # type: ignore[union-attr, operator]
-    return masks[0] if masks else None
+    chain: Any = module.parametrizations.weight  # type: ignore[union-attr]
+    return next((p.mask for p in chain if isinstance(p, BlockMask)), None)
 
 
 def _form_units(
@@ -225,3 +236,104 @@ def module_chain(name: str, module: nn.Module, weight: LayerWeight) -> FactorCha
     return FactorChain(
         (name,), kind, factors, weight.bias, weight.stride, weight.padding, weight.dilation, weight.requires_grad
     )
+
+
+def nbytes(tensors: list[Tensor]) -> int:
+    """Bytes of some tensors."""
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def stored_tensors(module: nn.Module) -> list[Tensor]:
+    """What a module adds to a checkpoint."""
+    return [
+        t
+        for t in module.state_dict().values()
+        if isinstance(t, Tensor) and not isinstance(t, nn.UninitializedParameter)
+    ]
+
+
+def kept_plan(found: Survey, name: str, changed: nn.Module | None) -> LayerPlan:
+    """The plan entry of a layer that stays, or of the refilled copy ``changed`` in its place."""
+    original = found.model.get_submodule(name)
+    module = changed or original
+    weight = getattr(module, "weight", None)
+    readable = isinstance(weight, Tensor) and not isinstance(weight, nn.UninitializedParameter)
+    plain = readable and weight_obstacle(weight) is None
+    kind = parametrized_type(original).__name__
+    excluded = name in found.excluded
+    stored = nbytes(stored_tensors(module))
+    if isinstance(original, (*SPARSE_LAYERS, *LOW_RANK_LAYERS)):
+        reason = "excluded by the policy" if excluded else found.obstacles.get(name, "")
+        return replace(drop_in_plan(name, original, reason), supported=name not in found.obstacles)
+    return LayerPlan(
+        name,
+        kind,
+        "keep",
+        "excluded by the policy" if excluded else found.obstacles.get(name, ""),
+        supported=name not in found.obstacles,
+        weight_shape=tuple(weight.shape) if readable else None,
+        bias=getattr(module, "bias", None) is not None,
+        dtype=str(weight.dtype).removeprefix("torch.") if readable else None,
+        sparsity=zero_share(weight.detach()) if plain else 0.0,
+        bytes_dense=stored,
+        bytes_stored=stored,
+        mask_block_shape=declared_block_shape(module),
+        folded_bn=name in found.foldable.values(),
+    )
+
+
+def swap_plan(found: Survey, unit: Unit, decision: Decision, policy: Policy) -> LayerPlan:
+    """The plan entry of a unit's first layer, replaced by what was decided."""
+    option, weight = decision.option, unit.weight
+    plan = drop_in_plan(unit.names[0], option.modules[0], decision.reason)
+    originals = [found.model.get_submodule(name) for name in unit.names]
+    bias = 0 if weight.bias is None else weight.bias.numel() * weight.bias.element_size()
+    return replace(
+        plan,
+        type=parametrized_type(originals[0]).__name__,
+        kernel=option.kernel,
+        tied=policy.backend != "auto" and option.kernel is not None,
+        sparsity=zero_share(weight.weight) if option.format != "low_rank" else 0.0,
+        bytes_dense=weight.nbytes + bias,
+        dense_ms=decision.dense_ms,
+        sparse_ms=decision.other_ms,
+        folded_bn=unit.tail.bn is not None,
+    )
+
+
+def drop_in_plan(name: str, module: nn.Module, reason: str) -> LayerPlan:
+    """The plan entry that rebuilds a drop-in module, or the dense module that a chain was merged into."""
+    stored = nbytes(stored_tensors(module))
+    linear = isinstance(module, nn.Linear | LowRankLinear) or hasattr(module, "in_features")
+    shape = (
+        (module.out_features, module.in_features)
+        if linear
+        else (module.out_channels, module.in_channels, *module.kernel_size)
+    )
+    plan = LayerPlan(
+        name,
+        type(module).__name__,
+        "swap",
+        reason,
+        format="dense",
+        weight_shape=shape,
+        bias=module.bias is not None,
+        stride=None if linear else tuple(module.stride),
+        padding=None if linear else tuple(module.padding),
+        dilation=None if linear else tuple(module.dilation),
+        dtype=str(next(module.parameters()).dtype).removeprefix("torch."),
+        bytes_dense=stored,
+        bytes_stored=stored,
+        channels_last=isinstance(module, nn.Conv2d) and module.weight.is_contiguous(memory_format=torch.channels_last),
+    )
+    if isinstance(module, SPARSE_LAYERS):
+        rows, cols = block_grid(shape, module.block_shape)
+        sparsity = 1 - module.weight_bsr().nnz_blocks / (rows * cols)
+        plan = replace(plan, format="bsr", block_shape=tuple(module.block_shape), block_sparsity=sparsity)
+    elif isinstance(module, LOW_RANK_LAYERS):
+        ranks = tuple(module.ranks) if isinstance(module, LowRankConv2d) else (module.rank,)
+        plan = replace(plan, format="low_rank", kind=getattr(module, "kind", "svd"), ranks=ranks)
+    if plan.format != "dense":
+        kernel = None if module.kernel == "auto" else module.kernel
+        plan = replace(plan, epilogue=module.epilogue, kernel=kernel, tied=kernel is not None, channels_last=False)
+    return plan

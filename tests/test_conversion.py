@@ -22,7 +22,7 @@ from conversion_models import (
     randomize_batch_norm_,
     sparse_tiny,
 )
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune, weight_norm
@@ -35,7 +35,7 @@ from slimkernels.nn import BlockSparseConv2d, BlockSparseLinear, LowRankConv2d, 
 
 
 class Clock:
-    """A stopwatch that reads what it is told: ``dense`` for the first callable of a layer, ``sparse`` for the others."""
+    """A stopwatch that reads what it is told: ``dense`` for the first callable of a layer, else ``sparse``."""
 
     def __init__(
         self, dense: list[float], sparse: list[float], whole: list[float] | None = None, merged: float | None = None
@@ -75,6 +75,7 @@ def test_swaps_folds_and_fuses() -> None:
     assert plan["features.3"].block_sparsity > 0.5 and plan["features.3"].weight_shape == (32, 16, 3, 3)
 
 
+@settings(max_examples=15)
 @given(seed=st.integers(0, 50), size=st.integers(4, 17), n=st.integers(0, 3))
 def test_computes_the_same_on_random_models_and_sizes(seed: int, size: int, n: int) -> None:
     model = sparse_tiny(seed)
@@ -247,8 +248,8 @@ def test_batch_norm_without_statistics_stays() -> None:
 
 def test_batch_norm_behind_a_grouped_or_reflecting_convolution_folds() -> None:
     model = nn.Sequential(
-        nn.Conv2d(4, 8, 3, groups=2, bias=False), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"),
-        nn.BatchNorm2d(8),
+        nn.Conv2d(4, 8, 3, groups=2, bias=False), nn.BatchNorm2d(8),
+        nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"), nn.BatchNorm2d(8),
     )  # fmt: skip
     randomize_batch_norm_(model)
     fast = convert(model, policy=FORCE)
@@ -332,13 +333,13 @@ def test_a_convolution_with_two_consumers_is_not_folded_nor_a_relu_called_twice_
 def test_torchvision_resnet() -> None:
     from torchvision.models.resnet import BasicBlock, ResNet
 
-    model = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=4)
+    model = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=500)
     randomize_batch_norm_(model)
     fast = convert(model, policy=FORCE)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in fast.modules())
     assert fast.layer1[0].conv1.epilogue == "none"  # its block calls one ReLU twice
     assert fast.conv1.epilogue == "relu"
-    assert_same_function(fast, model, images(1, size=32))
+    assert_same_function(fast, model, images(2, size=32))
 
 
 class Branching(nn.Module):
@@ -523,7 +524,7 @@ UNSUPPORTED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "bilinear": (lambda: nn.Bilinear(4, 4, 8), "Bilinear is not supported"),
     "meta": (lambda: nn.Conv2d(4, 8, 3, device="meta"), "meta device"),
     "lazy": (lambda: nn.LazyConv2d(8, 3), "no weights yet"),
-    "frozen_tensor": (lambda: _with_weight(nn.Linear(4, 8), torch.randn(8, 4).to_sparse()), "layout torch.sparse_coo"),
+    "sparse_tensor": (lambda: _with_weight(nn.Linear(4, 8), torch.randn(8, 4).to_sparse()), "layout torch.sparse_coo"),
 }
 
 
@@ -685,7 +686,10 @@ def chains() -> dict[str, tuple[nn.Sequential, Tensor, type[nn.Module], str]]:
             "tai",
         ),
         "tai_bias_without_padding": (
-            nn.Sequential(nn.Conv2d(12, 5, (3, 1)), nn.Conv2d(5, 20, (1, 3), dilation=(1, 2))), image, LowRankConv2d, "tai",
+            nn.Sequential(nn.Conv2d(12, 5, (3, 1)), nn.Conv2d(5, 20, (1, 3), dilation=(1, 2))),
+            image,
+            LowRankConv2d,
+            "tai",
         ),
         "tucker2": (
             nn.Sequential(nn.Conv2d(12, 4, 1, bias=False), nn.Conv2d(4, 5, 3, padding=1), nn.Conv2d(5, 20, 1)),
@@ -712,12 +716,15 @@ def test_a_chain_becomes_one_layer_or_dense(name: str, merge: bool, monkeypatch:
         assert type(fast[len(model) - 1]) is nn.Identity
     assert all(type(fast[i]) is nn.Identity for i in range(1, len(chain)))
     plan = explain(fast).plan
-    assert plan["1"].action == "fold" and plan["1"].into == "0" and "2.00x" in plan["0"].reason or merge
+    assert plan["1"].action == "fold" and plan["1"].into == "0"
+    assert f"{5 if merge else 2}.00x the speed of the chain" in plan["0"].reason
     assert_same_function(fast, model, x)
 
 
 NOT_CHAINS = {
-    "bias_before_padding": nn.Sequential(nn.Conv2d(12, 5, (3, 1), padding=(1, 0)), nn.Conv2d(5, 20, (1, 3), padding=(0, 1))),
+    "bias_before_padding": nn.Sequential(
+        nn.Conv2d(12, 5, (3, 1), padding=(1, 0)), nn.Conv2d(5, 20, (1, 3), padding=(0, 1))
+    ),
     "horizontal_first": nn.Sequential(nn.Conv2d(12, 5, (1, 3), bias=False), nn.Conv2d(5, 20, (3, 1))),
     "not_thin": nn.Sequential(nn.Conv2d(12, 40, 1), nn.Conv2d(40, 20, 1)),
     "two_3x3": nn.Sequential(nn.Conv2d(12, 2, 3), nn.Conv2d(2, 20, 3)),
@@ -792,7 +799,9 @@ def test_a_layer_is_swapped_only_where_it_is_faster_at_every_input(
 
 
 @pytest.mark.skipif(BACKEND == "reference", reason="no native kernel is built")
-@pytest.mark.parametrize(("whole", "swapped"), [([3.0, 2.0, 1.9], True), ([3.0, 2.0, 2.1], False), ([2.0, 3.0, 2.1], False)])
+@pytest.mark.parametrize(
+    ("whole", "swapped"), [([3.0, 2.0, 1.9], True), ([3.0, 2.0, 2.1], False), ([2.0, 3.0, 2.1], False)]
+)
 def test_a_slower_whole_model_stays_dense(whole: list[float], swapped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model = one_layer()
     monkeypatch.setattr(measure, "typical_seconds", Clock([1.0], [0.5], whole))
@@ -968,26 +977,26 @@ def test_measured_training_conversion_times_forward_and_backward() -> None:
 def test_arguments_are_checked() -> None:
     with pytest.raises(TypeError, match=r"^convert: expected an nn\.Module, got int"):
         convert(3)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="^convert: expected a Policy, got dict"):
+    with pytest.raises(TypeError, match=r"^convert: expected a Policy, got dict"):
         convert(nn.Linear(2, 2), policy={})  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="^convert: expected example_inputs to be a tensor.*got int"):
+    with pytest.raises(TypeError, match=r"^convert: expected example_inputs to be a tensor.*got int"):
         convert(nn.Linear(2, 2), 3)
-    with pytest.raises(ValueError, match="^convert: expected at least one example input, got an empty list"):
+    with pytest.raises(ValueError, match=r"^convert: expected at least one example input, got an empty list"):
         convert(nn.Linear(2, 2), [])
-    with pytest.raises(ValueError, match="^convert: the model does not run on example input 1: "):
+    with pytest.raises(ValueError, match=r"^convert: the model does not run on example input 1: "):
         convert(nn.Linear(2, 2), [torch.ones(1, 2), torch.ones(1, 3)])
-    with pytest.raises(ValueError, match="^convert: expected Policy.exclude to name layers of the model, got 'typo'"):
+    with pytest.raises(ValueError, match=r"^convert: expected Policy.exclude to name layers of the model, got 'typo'"):
         convert(nn.Linear(2, 2), policy=Policy(exclude=("typo",)))
     model = nn.Linear(2, 2)
     model.lock = threading.Lock()  # type: ignore[assignment]
-    with pytest.raises(TypeError, match="^convert: expected a model that can be copied, got Linear: "):
+    with pytest.raises(TypeError, match=r"^convert: expected a model that can be copied, got Linear: "):
         convert(model)
 
 
 def test_explain_takes_models_plans_and_paths_only() -> None:
     with pytest.raises(ValueError, match=r"^explain: expected a model from slimkernels\.convert, got a plain Linear"):
         explain(nn.Linear(2, 2))
-    with pytest.raises(TypeError, match="^explain: expected a converted model, a ModelPlan or a path, got int"):
+    with pytest.raises(TypeError, match=r"^explain: expected a converted model, a ModelPlan or a path, got int"):
         explain(3)  # type: ignore[arg-type]
     fast = convert(sparse_tiny(), policy=FORCE)
     report = explain(fast)

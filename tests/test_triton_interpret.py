@@ -1,7 +1,7 @@
 """The Triton kernels run by Triton's interpreter on CPU tensors.
 
-TRITON_INTERPRET is read where @triton.jit decorates, so the tests live in triton_interpret_cases.py and run in a process of
-their own; to see them one by one: `TRITON_INTERPRET=1 pytest tests/triton_interpret_cases.py`.
+TRITON_INTERPRET is read where @triton.jit decorates, so the tests live in triton_interpret_cases.py and run in
+a process of their own; to see them one by one: `TRITON_INTERPRET=1 pytest tests/triton_interpret_cases.py`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from slimkernels.kernels import triton_runtime
 from slimkernels.kernels.problems import LowRankLinearProblem
@@ -46,8 +47,6 @@ def test_interpreter_every_case_of_every_block_shape() -> None:
 
 
 def test_cpu_tensors_are_refused_without_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     problem = LowRankLinearProblem(8, 8, 8, 4, torch.float32, "cpu")
     assert "TRITON_INTERPRET=1" in triton_runtime.shape_reason(problem)

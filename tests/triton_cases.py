@@ -1,4 +1,4 @@
-"""Cases of the Triton kernels, named by tile arithmetic, and their checks: shared by the interpreter and the GPU tests."""
+"""Cases of the Triton kernels, named by tile arithmetic, and their checks: for the interpreter and for a GPU."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Compiles the Triton kernels for GPUs that need not be present, and reads what came out.
 
-Run as a script it prints a Markdown table (`--all` for every kernel, `--json` for machines); tests/test_triton_compile.py
-runs it in a process of its own, because a process with TRITON_INTERPRET=1 cannot compile. Any installed Triton will do:
+As a script it prints a Markdown table (`--all` for every kernel, `--json` for machines); tests/test_triton_compile.py
+runs it in a process of its own, because a process with TRITON_INTERPRET=1 cannot compile. Any Triton will do:
 `PYTHONPATH=<folder holding another Triton> python tests/triton_compile_check.py --all`.
 """
 
@@ -155,7 +155,7 @@ def compile_target(target: Target) -> tuple[Any, dict[str, int]]:
     """Triton's compiled kernel and its tile constants, with the argument hints that a launch derives."""
     kernel, constants, config = _conv(target) if len(target.shape) == 2 else _low_rank(target)
     constants.update({name: config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")})
-    pointers = {name: f"*{target.dtype}" for name in ("x_ptr", "values_ptr", "u_ptr", "v_ptr", "bias_ptr", "y_ptr")}
+    pointers = dict.fromkeys(("x_ptr", "values_ptr", "u_ptr", "v_ptr", "bias_ptr", "y_ptr"), f"*{target.dtype}")
     pointers.update(crow_ptr="*i32", col_ptr="*i32")
     aligned = {"c_out", "in_features", "out_features", "rank"} | ({"c_in"} if target.c_in % 16 == 0 else set())
     signature, hints = {}, {}
@@ -203,14 +203,15 @@ def measure(target: Target) -> dict[str, Any]:
 
 
 def markdown(rows: list[dict[str, Any]]) -> Iterator[str]:
-    yield "| kernel | BLOCK_M x N x K | warps, stages | registers | shared KB | spills | instruction | buffers | copies |"
+    yield "| kernel | M x N x K tile | warps, stages | registers | KB shared | spilled | instruction | buffers | copy |"
     yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
     for row in rows:
         c = row["config"]
         instruction = ", ".join(row["instructions"]) or "fma.rn.f32"
+        tile = f"{c['BLOCK_M']}x{c['BLOCK_N']}x{c['BLOCK_K']} | {c['num_warps']}, {c['num_stages']}"
+        memory = f"{row['shared'] / 1024:.0f} | {row['stack'] + row['local']}"
         yield (
-            f"| {row['target']['name']} | {c['BLOCK_M']}x{c['BLOCK_N']}x{c['BLOCK_K']} | {c['num_warps']}, {c['num_stages']} "
-            f"| {row['registers']} | {row['shared'] / 1024:.0f} | {row['stack'] + row['local']} | {instruction} "
+            f"| {row['target']['name']} | {tile} | {row['registers']} | {memory} | {instruction} "
             f"| {'/'.join(map(str, row['buffers'])) or '-'} | {', '.join(f'{n} B' for n in row['copy_bytes']) or '-'} |"
         )
 

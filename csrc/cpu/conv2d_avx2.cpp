@@ -29,3 +29,7 @@ struct Vec8 {
 extern "C" int slim_conv2d_f32_avx2(const SlimConv2dF32* a) {
   return a->strip == 8 ? conv2d<Vec8>(a, make_tiles<Vec8, 1, 10>()) : conv2d<Vec8>(a, make_tiles<Vec8, 2, 6>());
 }
+
+extern "C" double slim_multiply_adds_f32_avx2(int64_t iterations, int32_t threads) {
+  return multiply_adds<Vec8, 12>(iterations, threads);
+}

@@ -47,3 +47,7 @@ extern "C" int slim_conv2d_f32_avx512(const SlimConv2dF32* a) {
   if (a->strip == 8) return conv2d<Vec8>(a, make_tiles<Vec8, 1, 11>());
   return a->strip == 16 ? conv2d<Vec16>(a, make_tiles<Vec16, 1, 11>()) : conv2d<Vec16>(a, make_tiles<Vec16, 2, 11>());
 }
+
+extern "C" double slim_multiply_adds_f32_avx512(int64_t iterations, int32_t threads) {
+  return multiply_adds<Vec16, 16>(iterations, threads);
+}

@@ -47,3 +47,7 @@ struct Vec4 {
 extern "C" int slim_conv2d_f32_scalar(const SlimConv2dF32* a) {
   return a->strip == 8 ? conv2d<Vec4>(a, make_tiles<Vec4, 2, 4>()) : conv2d<Vec4>(a, make_tiles<Vec4, 4, 2>());
 }
+
+extern "C" double slim_multiply_adds_f32_scalar(int64_t iterations, int32_t threads) {
+  return multiply_adds<Vec4, 6>(iterations, threads);
+}

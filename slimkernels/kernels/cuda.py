@@ -50,13 +50,21 @@ def available() -> str | None:
     return None
 
 
-def _module(op: str, x: Tensor, **tensors: Tensor | None) -> ModuleType:
-    """The extension, after the checks that every launcher shares."""
+def _require(op: str, x: Tensor) -> ModuleType:
+    """The extension, where it can run on x."""
     reason = available()
     if reason is not None:
         raise RuntimeError(f"{op}: the CUDA C++ kernel cannot run: {reason}")
     if not x.is_cuda:
         raise ValueError(f"{op}: expected x on a CUDA device, got {x.device}")
+    module = _extension.load()[0]
+    assert module is not None
+    return module
+
+
+def _module(op: str, x: Tensor, **tensors: Tensor | None) -> ModuleType:
+    """The extension, after the checks that every launcher shares."""
+    module = _require(op, x)
     if x.dtype not in _DTYPES:
         raise TypeError(f"{op}: expected x of float32, float16 or bfloat16, got {x.dtype}")
     for name, tensor in tensors.items():
@@ -67,8 +75,6 @@ def _module(op: str, x: Tensor, **tensors: Tensor | None) -> ModuleType:
         expected = torch.int32 if name in ("crow_indices", "col_indices") else x.dtype
         if tensor.dtype != expected:
             raise TypeError(f"{op}: expected {name} of {expected}, got {tensor.dtype}")
-    module = _extension.load()[0]
-    assert module is not None
     return module
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from functools import lru_cache
 from types import ModuleType
@@ -128,6 +129,30 @@ def launch_bsr_linear(
     unit = (1, 1)
     _run(isa, x, y, bias, packed, m, 1, 1, in_features, out_features, 1, 1, 1, 1, unit, (0, 0), unit, epilogue != "none", False)
     return y
+
+
+def peak_flops(isa: str | None = None, seconds: float = 0.2) -> float:
+    """Measured fp32 multiply-add rate of this CPU at torch's thread count, FLOP/s (2 per multiply-add): the best of several bursts.
+
+    Args:
+        isa: instruction set, by default the highest that runs here.
+        seconds: about how long to measure.
+
+    Raises:
+        ValueError: the native kernels of this instruction set cannot run here.
+    """
+    isa = isa or (_library()[2] or ("scalar",))[0]
+    reason = unavailable_reason(isa)
+    if reason is not None:
+        raise ValueError(f"peak_flops: {reason}")
+    module, threads, best = _library()[0], torch.get_num_threads(), 0.0
+    assert module is not None
+    end = time.perf_counter() + seconds
+    while best == 0.0 or time.perf_counter() < end:
+        start = time.perf_counter()
+        done = module.multiply_adds_f32(isa, 200_000, threads)
+        best = max(best, done / (time.perf_counter() - start))
+    return best
 
 
 def _run(

@@ -323,7 +323,7 @@ def launch(
     Raises: TypeError for another dtype or mixed dtypes; ValueError for an unknown epilogue.
     """
     _check("bsr_conv2d", x, values, bias, epilogue)
-    precision = "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+    precision = "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
     dtype = x.dtype
     compute = interpreted_dtype(dtype)
     y = _launch(

@@ -1,0 +1,83 @@
+"""Layer by layer: every usable block-sparse convolution kernel against torch's dense convolution with the same epilogue.
+
+Each case is checked against the float64 reference before it is timed. Rates count the multiply-adds of stored blocks that lie inside
+the image, two FLOPs each; ``share_of_peak`` divides by the multiply-add rate measured on this machine in this run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from shapes import CPU_BLOCK_SHAPES, GPU_BLOCK_SHAPES, SPARSITIES, VGG19_CIFAR, LayerShape
+from torch.nn import functional as F
+
+from slimkernels import nn
+from slimkernels.cases import ConvCase, assert_matches_reference
+from slimkernels.kernels import KERNELS, native
+from slimkernels.kernels.problems import ConvProblem
+
+DEVICE_TYPE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.bfloat16 if DEVICE_TYPE == "cuda" else torch.float32
+BATCHES = (64, 1024) if DEVICE_TYPE == "cuda" else (1, 16)
+BLOCK_SHAPES = GPU_BLOCK_SHAPES if DEVICE_TYPE == "cuda" else CPU_BLOCK_SHAPES
+FAST = [n for n, s in KERNELS.items() if s.op == "bsr_conv2d" and s.backend != "reference" and s.isa != "scalar"
+        and DEVICE_TYPE in s.devices and s.available() is None]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def peak_flops() -> float | None:
+    """Multiply-add peak of the CPU at torch's thread count, FLOP/s; None on a GPU."""
+    return native.peak_flops() if DEVICE_TYPE == "cpu" else None
+
+
+def cases() -> list[Any]:
+    """Every layer at 87.5% in the natural block shape, and one layer over all block shapes and sparsities."""
+    natural = BLOCK_SHAPES[0]
+    layers = [(layer, natural, 0.0 if layer.c_in < 16 else 0.875) for layer in VGG19_CIFAR]
+    middle = VGG19_CIFAR[5]
+    sweep = [(middle, block, s) for block in BLOCK_SHAPES for s in SPARSITIES if (block, s) != (natural, 0.875)]
+    return [
+        pytest.param(*case, batch, id=f"{case[0].name}.b{batch}-{case[1][0]}x{case[1][1]}-{case[2]:.1%}")
+        for batch in BATCHES for case in layers + sweep
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kernel", FAST)
+@pytest.mark.parametrize(("layer", "block_shape", "sparsity", "batch"), cases())
+def test_bsr_conv2d(
+    race: Any, smoke: bool, peak_flops: float | None, kernel: str, layer: LayerShape, block_shape: tuple[int, int],
+    sparsity: float, batch: int,
+) -> None:  # fmt: skip
+    if smoke and (batch != BATCHES[0] or layer is not VGG19_CIFAR[5]):
+        pytest.skip("not in the smoke run")
+    case = ConvCase(
+        layer.name, batch, layer.c_in, layer.size, layer.size, layer.c_out, block_shape=block_shape, sparsity=sparsity,
+        epilogue="relu", dtype=DTYPE, pattern="all_dense" if sparsity == 0 else "random",
+    )  # fmt: skip
+    reason = KERNELS[kernel].supports(case.problem(DEVICE_TYPE))
+    if reason is not None:
+        pytest.skip(reason)
+    small = ConvCase(**{**case.__dict__, "n": min(batch, 2)})
+    result = assert_matches_reference(kernel, small, DEVICE_TYPE)
+
+    x, weight, bias = case.inputs()
+    x, dense_weight = x.to(DEVICE_TYPE), weight.to_dense().to(DEVICE_TYPE, memory_format=torch.channels_last)
+    conv = torch.nn.Conv2d(layer.c_in, layer.c_out, 3, padding=1, device=DEVICE_TYPE, dtype=DTYPE).eval()
+    with torch.no_grad():
+        conv.weight.copy_(dense_weight)
+        conv.bias.copy_(bias)
+    conv = conv.to(memory_format=torch.channels_last).requires_grad_(False)
+    sparse = nn.BlockSparseConv2d.from_dense(conv, block_shape, weight.mask(), epilogue="relu", kernel=kernel)
+    timings = race.run(lambda: sparse(x), {"eager conv2d + relu_": lambda: F.relu_(conv(x))})
+
+    problem: ConvProblem = case.problem(DEVICE_TYPE)
+    ours, dense = timings["contender"], timings["best"]
+    rate = 2 * problem.macs / ours.p50
+    race.benchmark.extra_info.update(
+        suite="ops", layer=layer.name, batch=batch, block_shape=block_shape, sparsity=sparsity, kernel=kernel, match=True,
+        worst_over_bound=result.worst_over_bound, **ours.as_ms(), dense_p50_ms=dense.p50 * 1e3, speedup=dense.p50 / ours.p50,
+        sparse_flops_per_s=rate, dense_equiv_flops_per_s=2 * problem.macs_dense / ours.p50,
+        share_of_peak=rate / peak_flops if peak_flops else None, threads=torch.get_num_threads(),
+    )  # fmt: skip

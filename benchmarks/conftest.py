@@ -1,0 +1,97 @@
+"""Options and the record of the speed suites.
+
+``pytest benchmarks`` measures; ``pytest benchmarks --smoke`` runs one small case of every suite, to show that they work.
+``--benchmark-json FILE`` (pytest-benchmark's own) writes the record; ``python benchmarks/report.py FILE`` turns it into tables.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+from slimkernels import timing
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--smoke", action="store_true", help="one small case of every suite, hardly timed")
+    parser.addoption("--seconds", type=float, default=3.0, help="time budget per row")
+    parser.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device of the rows")
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    machine_info["slimkernels"] = timing.environment()
+
+
+@dataclass
+class Race:
+    """Times a contender against a baseline, burst by burst in turn, and records the contender with pytest-benchmark.
+
+    Both sides see the same clock rate and neighbours; a burst begins with one untimed call, since the other side has just
+    evicted the caches.
+    """
+
+    benchmark: Any
+    seconds: float
+    smoke: bool
+    samples: list[float] = field(default_factory=list)
+
+    def run(self, contender: Callable[[], Any], baselines: dict[str, Callable[[], Any]]) -> dict[str, timing.Timing]:
+        """Timings by name, the contender's under ``"contender"``; the fastest baseline is what it is measured against."""
+        quick = timing.interleaved(baselines, seconds=0.0 if self.smoke else self.seconds / 4, min_rounds=1 if self.smoke else 2)
+        best = min(quick, key=lambda name: quick[name].p50)
+        with torch.inference_mode():
+            once = self._seconds_of(contender)
+        rounds = 3 if self.smoke else max(7, min(2000, int(self.seconds / 2 / max(once, 1e-6))))
+        burst = max(1, min(20, int(0.02 / max(once, 1e-6))))
+        turn = 0
+
+        def baseline_burst() -> None:
+            nonlocal turn
+            if turn % burst == 0:
+                with torch.inference_mode():
+                    baselines[best]()
+                    self.samples.append(self._seconds_of(baselines[best]))
+                    contender()
+            turn += 1
+
+        with torch.inference_mode():
+            self.benchmark.pedantic(self._synchronised(contender), setup=baseline_burst, rounds=rounds, iterations=1)
+        own = timing.percentiles(list(self.benchmark.stats.stats.data))
+        return {**quick, best: timing.percentiles(self.samples), "contender": own, "best": timing.percentiles(self.samples)}
+
+    @staticmethod
+    def _synchronised(call: Callable[[], Any]) -> Callable[[], Any]:
+        if not torch.cuda.is_available():
+            return call
+
+        def synchronised() -> None:
+            call()
+            torch.cuda.synchronize()
+
+        return synchronised
+
+    def _seconds_of(self, call: Callable[[], Any]) -> float:
+        call = self._synchronised(call)
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+
+@pytest.fixture
+def race(benchmark: Any, request: pytest.FixtureRequest) -> Race:
+    return Race(benchmark, request.config.getoption("--seconds"), request.config.getoption("--smoke"))
+
+
+@pytest.fixture
+def smoke(request: pytest.FixtureRequest) -> bool:
+    return bool(request.config.getoption("--smoke"))
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> str:
+    return str(request.config.getoption("--device"))

@@ -1,0 +1,236 @@
+"""Every command through its options: the flow train -> compress -> convert -> explain, JSON, errors and exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import slimkernels as sk
+from slimkernels import cli
+from slimkernels.bench import run_bench
+from slimkernels.data import digits_loaders
+from slimkernels.models import vgg_digits
+from slimkernels.weights import load_model
+
+COMMANDS = ["demo", "info", "train", "compress", "distill", "convert", "explain", "bench"]
+
+
+def run(*arguments: object, code: int = 0):
+    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
+    return result
+
+
+def run_json(*arguments: object) -> dict:
+    return json.loads(run(*arguments, "--json").stdout)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """Weights of a digits VGG after one epoch."""
+    out = tmp_path_factory.mktemp("cli") / "teacher.safetensors"
+    data = run_json("train", "--out", out, "--epochs", 1, "--lr", 0.02)
+    assert data["file"] == str(out) and data["bytes"] == out.stat().st_size
+    assert data["parameters"] == 1_214_410 and len(data["epochs"]) == 1
+    assert data["accuracy"] == data["epochs"][0]["val_accuracy"] > 0.3
+    return out
+
+
+def test_help_lists_the_commands():
+    text = run("--help").stdout
+    assert all(f" {command} " in text for command in COMMANDS)
+    for command in COMMANDS:
+        assert "--json" in run(command, "--help").stdout
+
+
+def test_version():
+    assert run("--version").stdout == f"slimkernels {sk.__version__}\n"
+
+
+def test_info():
+    data = run_json("info")
+    assert "bsr_conv2d__reference" in data["kernels"]
+    assert "bsr_conv2d__reference" in run("info").stdout
+
+
+def test_trained_weights_are_those_of_the_report(trained):
+    model, name, classes, description = load_model(trained)
+    assert (name, classes) == ("vgg_digits", 10)
+    assert sk.evaluate(model, digits_loaders()[1]) == pytest.approx(description.notes["accuracy"])
+
+
+def test_prune_convert_explain(trained, tmp_path):
+    pruned, fast = tmp_path / "pruned.safetensors", tmp_path / "fast.slim.safetensors"
+    data = run_json("compress", trained, "--sparsity", 0.75, "--out", pruned)
+    model = load_model(pruned)[0]
+    assert data["accuracy"] is None and data["epochs"] == []
+    assert data["nonzero"] == sum(int(p.count_nonzero()) for p in model.parameters()) < 0.4 * data["parameters"]
+    data = run_json("convert", pruned, "--batch", 1, "--batch", 8, "--out", fast)
+    assert data["bytes"] == fast.stat().st_size and data["plan"]["decided"] == "measured"
+    assert len(data["plan"]["layers"][0]["dense_ms"]) == 2
+    x = torch.randn(3, 1, 8, 8)
+    converted = sk.load(fast, into=vgg_digits())
+    with torch.no_grad():
+        torch.testing.assert_close(converted(x), model(x), rtol=1e-3, atol=1e-3)
+    rows = run_json("explain", fast)["rows"]
+    assert {"features.17", "classifier.0"} <= {row["name"] for row in rows}
+    text = run("explain", fast).stdout
+    assert "features.17" in text and "layers swapped" in text
+
+
+def test_default_output_names(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run("compress", trained, "--method", "svd", "--rank", 16, "--layer", "features.17")
+    assert os.listdir(tmp_path) == ["teacher.compressed.safetensors"]
+    text = run("convert", "teacher.compressed.safetensors", "--without-shapes").stdout
+    assert "wrote teacher.slim.safetensors" in text and "without shapes" in text
+    assert "features.17" in run("explain", "teacher.slim.safetensors").stdout
+
+
+def test_factorized_file_rebuilds_its_layers(trained, tmp_path):
+    out = tmp_path / "low.safetensors"
+    run("compress", trained, "--method", "tucker2", "--energy", 0.5, "--exclude", "features.0", "--out", out)
+    model = load_model(out)[0]
+    assert isinstance(model.features[17], sk.nn.LowRankConv2d) and model.features[17].kind == "tucker2"
+    assert isinstance(model.classifier[0], sk.nn.LowRankLinear) and isinstance(model.features[0], torch.nn.Conv2d)
+
+
+@pytest.mark.parametrize("teach", ["--teach", "--no-teach"])
+def test_compress_recovers_accuracy(trained, tmp_path, teach):
+    out = tmp_path / "pruned.safetensors"
+    data = run_json("compress", trained, "--data", "digits", "--epochs", 1, teach, "--out", out)
+    assert data["accuracy"] > 0.3
+    weight = load_model(out)[0].features[17].weight
+    assert 1 - weight.count_nonzero() / weight.numel() == pytest.approx(0.875)
+
+
+def test_distill_prunes_gradually_and_resumes(trained, tmp_path):
+    out, state = tmp_path / "student.safetensors", tmp_path / "run.pt"
+    common = ["--student", "vgg_digits", "--epochs", 1, "--sparsity", 0.5, "--checkpoint", state, "--resume"]
+    first = run_json("distill", trained, *common, "--out", out)
+    assert state.exists()
+    before = out.read_bytes()
+    again = run_json("distill", trained, *common, "--out", out)
+    assert again["epochs"] == first["epochs"] and out.read_bytes() == before
+    weight = load_model(out)[0].features[17].weight
+    assert 1 - weight.count_nonzero() / weight.numel() == pytest.approx(0.5)
+    result = run("distill", trained, *common, "--temperature", 9, code=1)
+    assert "expected temperature=4.0 as in the checkpoint" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--model", "vgg20"], "models.build: expected one of nin_cifar"),
+        (["train", "--data", "nowhere"], "expected a folder, got nowhere"),
+        (["train", "--resume"], "--resume: expected --checkpoint FILE"),
+        (["train", "--model", "nin_cifar"], ""),
+        (["compress", "nowhere.pt"], "nowhere.pt, which does not exist"),
+        (["compress", "TRAINED", "--method", "magic"], "expected method prune, svd, tai or tucker2, got 'magic'"),
+        (["compress", "TRAINED", "--sparsity", 1.5], "prune_: expected sparsity in [0, 1), got 1.5"),
+        (["compress", "TRAINED", "--block-shape", "16"], "--block-shape: expected two positive numbers"),
+        (["compress", "TRAINED", "--block-shape", "0x1"], "--block-shape: expected two positive numbers"),
+        (["compress", "TRAINED", "--method", "svd"], "factorize_: expected either rank or energy"),
+        (["compress", "TRAINED", "--layer", "features.18"], "prune_: expected layers"),
+        (["compress", "TRAINED", "--model", "nin_cifar"], "expected model 'vgg_digits' as"),
+        (["convert", "TRAINED", "--size", "big"], "--size: expected two positive numbers"),
+        (["distill", "TRAINED", "--student", "vgg_digits", "--temperature", 0], "distill: expected temperature > 0"),
+        (["explain", "TRAINED"], "expected"),
+        (["bench", "--sparsity", 2], "run_bench: expected sparsities in [0, 1)"),
+    ],
+)
+def test_errors_are_one_line(arguments, message, trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run(*[trained if argument == "TRAINED" else argument for argument in arguments], code=1)
+    assert result.stdout == ""
+    assert result.stderr.startswith("slimkernels: ") and message in result.stderr
+    assert result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
+
+
+def test_debug_shows_where():
+    result = CliRunner().invoke(cli.app, ["--debug", "train", "--resume"])
+    assert isinstance(result.exception, ValueError)
+
+
+@pytest.mark.parametrize("arguments", [["fly"], ["train", "--epochs", "0"], ["bench", "--batch", "0"], ["explain"]])
+def test_wrong_usage_is_code_2(arguments):
+    assert CliRunner().invoke(cli.app, arguments).exit_code == 2
+
+
+def test_interrupt_is_code_130(monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("slimkernels.info.report", interrupted)
+    assert run("info", code=130).stderr == "slimkernels: interrupted\n"
+
+
+def test_bench_rows():
+    data = run_json(
+        "bench", "--model", "vgg_digits", "--batch", 1, "--batch", 4, "--sparsity", 0.75, "--seconds", 0, "--no-compile"
+    )
+    assert data["weights"] == "random, pruned by magnitude" and data["environment"]["threads"] >= 1
+    assert [(row["batch"], row["sparsity"]) for row in data["rows"]] == [(1, 0.75), (4, 0.75)]
+    for row in data["rows"]:
+        assert row["baseline"] in row["baselines"] and row["dense"]["p50_ms"] == min(row["baselines"].values())
+        assert row["speedup"] == pytest.approx(row["dense"]["p50_ms"] / row["converted"]["p50_ms"])
+        assert row["images_per_s"] == pytest.approx(1e3 * row["batch"] / row["converted"]["p50_ms"])
+
+
+def test_bench_table():
+    text = run("bench", "--model", "vgg_digits", "--batch", 2, "--sparsity", 0.5, "--seconds", 0, "--no-compile").stdout
+    assert "weights random, pruned by magnitude" in text and "50.0%" in text and "eager" in text
+
+
+def test_bench_refuses_a_wrong_conversion(monkeypatch):
+    monkeypatch.setattr(
+        "slimkernels.bench.convert", lambda model, **kwargs: torch.nn.Sequential(model, torch.nn.ReLU())
+    )
+    with pytest.raises(RuntimeError, match=r"converted model at sparsity 0\.5 differs"):
+        run_bench("vgg_digits", sparsities=[0.5], batches=[1], seconds=0, compile=False)
+
+
+def test_demo_table(tmp_path):
+    from slimkernels.demo import DemoResult, Entry
+    from slimkernels.tables import demo_table
+
+    latency = {1: {"p20_ms": 1.0, "p50_ms": 2.0, "p80_ms": 3.0, "n": 9}}
+    entry = Entry("pruned, converted", 0.975, 123_456, "x", latency, {1: 4.5}, 1e-6, {"bsr": 3})
+    result = DemoResult([entry], [], "out", "out/demo.png", "", {"data": "digits"}, {"threads": 2, "cpu": "a CPU"})
+    with pytest.MonkeyPatch.context() as patch:
+        import io
+
+        stream = io.StringIO()
+        patch.setattr(sys, "stdout", stream)
+        demo_table(result)
+    text = stream.getvalue()
+    assert all(part in text for part in ("97.50%", "123 kB", "2.000  4.50x", "3 block-sparse", "1.0e-06", "a CPU"))
+
+
+def test_the_real_command(tmp_path):
+    command = [sys.executable, "-m", "slimkernels.cli"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, "info", "--json"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and json.loads(done.stdout)["kernels"]
+    done = subprocess.run(
+        [*command, "explain", "nowhere.slim.safetensors"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("slimkernels: ") and "nowhere.slim.safetensors" in done.stderr
+
+
+def test_starting_the_command_imports_little():
+    code = """
+import sys
+import slimkernels.cli
+late = {"torchvision", "sklearn", "matplotlib", "safetensors", "triton"} & set(sys.modules)
+assert not late, late
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
