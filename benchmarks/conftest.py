@@ -42,7 +42,9 @@ class Race:
 
     def run(self, contender: Callable[[], Any], baselines: dict[str, Callable[[], Any]]) -> dict[str, timing.Timing]:
         """Timings by name, the contender's under ``"contender"``; the fastest baseline is what it is measured against."""
-        quick = timing.interleaved(baselines, seconds=0.0 if self.smoke else self.seconds / 4, min_rounds=1 if self.smoke else 2)
+        quick = timing.interleaved(
+            baselines, seconds=0.0 if self.smoke else self.seconds / 4, min_rounds=1 if self.smoke else 2
+        )
         best = min(quick, key=lambda name: quick[name].p50)
         with torch.inference_mode():
             once = self._seconds_of(contender)
@@ -62,7 +64,12 @@ class Race:
         with torch.inference_mode():
             self.benchmark.pedantic(self._synchronised(contender), setup=baseline_burst, rounds=rounds, iterations=1)
         own = timing.percentiles(list(self.benchmark.stats.stats.data))
-        return {**quick, best: timing.percentiles(self.samples), "contender": own, "best": timing.percentiles(self.samples)}
+        return {
+            **quick,
+            best: timing.percentiles(self.samples),
+            "contender": own,
+            "best": timing.percentiles(self.samples),
+        }
 
     @staticmethod
     def _synchronised(call: Callable[[], Any]) -> Callable[[], Any]:

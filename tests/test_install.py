@@ -249,16 +249,6 @@ def compiler_without(flag: str, folder: Path) -> str:
     return str(script)
 
 
-@pytest.mark.slow
-def test_compiler_without_avx512_builds_the_rest(tree: Path, tmp_path: Path):
-    env = {"CXX": compiler_without("-mavx512f", tmp_path), "SLIMKERNELS_CUDA": "0"}
-    path, text = wheel(tree, tmp_path, **env)
-    assert "without avx512 kernels:" in text
-    result = answer(INSTALLED, tmp_path, PYTHONPATH=str(unpack(path, tmp_path / "site")))
-    assert "scalar" in result["build"]["isas"] and "avx512" not in result["build"]["isas"]
-    assert "unrecognized option -mavx512f" in result["missing"]["avx512"]
-
-
 # CUDA wishes
 
 
@@ -294,11 +284,18 @@ def test_unknown_cuda_wish_is_an_error(tree: Path, tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_cuda_auto_without_nvcc_says_so_and_goes_on(compiler: None, tree: Path, tmp_path: Path):
-    env = {"SLIMKERNELS_CUDA": "auto", "PATH": path_without_nvcc(tmp_path), "CUDA_HOME": str(tmp_path / "none")}
+def test_without_nvcc_and_avx512_the_rest_is_built(compiler: None, tree: Path, tmp_path: Path):
+    env = {
+        "CXX": compiler_without("-mavx512f", tmp_path),
+        "SLIMKERNELS_CUDA": "auto",
+        "PATH": path_without_nvcc(tmp_path),
+        "CUDA_HOME": str(tmp_path / "none"),
+    }
     path, text = wheel(tree, tmp_path, **env)
-    assert "without CUDA C++ kernels: nvcc not found" in text
+    assert "without avx512 kernels:" in text and "without CUDA C++ kernels: nvcc not found" in text
     result = answer(INSTALLED, tmp_path, PYTHONPATH=str(unpack(path, tmp_path / "site")))
+    assert "scalar" in result["build"]["isas"] and "avx512" not in result["build"]["isas"]
+    assert "unrecognized option -mavx512f" in result["missing"]["avx512"]
     assert result["build"]["cuda"] is False and result["missing"]["cuda"].startswith("nvcc not found")
 
 

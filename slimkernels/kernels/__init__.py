@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 
 from slimkernels.kernels import native, reference
-from slimkernels.kernels.problems import ConvProblem, LinearProblem, LowRankConvProblem, LowRankLinearProblem, Problem, Request
+from slimkernels.kernels.problems import (
+    ConvProblem,
+    LinearProblem,
+    LowRankConvProblem,
+    LowRankLinearProblem,
+    Problem,
+    Request,
+)
 
 OPS = ("bsr_conv2d", "bsr_linear", "low_rank_linear", "low_rank_conv2d")
 EPILOGUES = {

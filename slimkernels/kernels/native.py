@@ -45,7 +45,12 @@ def strip_width(block_out: int, isa: str) -> int:
 
 
 def pack_strips(
-    values: Tensor, crow_indices: Tensor, col_indices: Tensor, weight_shape: Sequence[int], block_shape: Sequence[int], strip: int
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    weight_shape: Sequence[int],
+    block_shape: Sequence[int],
+    strip: int,
 ) -> list[Tensor]:
     """The strip pack of csrc/kernels.h: ``[weights (entries, strip), channels (entries,), tap_ptr (strips * taps + 1,)]``.
 
@@ -127,7 +132,27 @@ def launch_bsr_linear(
     y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype)
     m = x.numel() // in_features
     unit = (1, 1)
-    _run(isa, x, y, bias, packed, m, 1, 1, in_features, out_features, 1, 1, 1, 1, unit, (0, 0), unit, epilogue != "none", False)
+    _run(
+        isa,
+        x,
+        y,
+        bias,
+        packed,
+        m,
+        1,
+        1,
+        in_features,
+        out_features,
+        1,
+        1,
+        1,
+        1,
+        unit,
+        (0, 0),
+        unit,
+        epilogue != "none",
+        False,
+    )
     return y
 
 

@@ -170,7 +170,8 @@ class LowRankConvProblem:
         """Multiply-adds of all factors, padding included."""
         h, w, total = self.h, self.w, 0
         for shape, (stride, padding, dilation) in zip(
-            self.factor_shapes, factor_geometry(self.kind, len(self.factor_shapes), self.stride, self.padding, self.dilation)
+            self.factor_shapes,
+            factor_geometry(self.kind, len(self.factor_shapes), self.stride, self.padding, self.dilation),
         ):
             h = conv_output_size(h, shape[2], stride[0], padding[0], dilation[0])
             w = conv_output_size(w, shape[3], stride[1], padding[1], dilation[1])
@@ -182,7 +183,9 @@ Pair: TypeAlias = tuple[int, int]
 Problem: TypeAlias = Request | ConvProblem | LinearProblem | LowRankLinearProblem | LowRankConvProblem
 
 
-def factor_geometry(kind: str, count: int, stride: Pair, padding: Pair, dilation: Pair) -> list[tuple[Pair, Pair, Pair]]:
+def factor_geometry(
+    kind: str, count: int, stride: Pair, padding: Pair, dilation: Pair
+) -> list[tuple[Pair, Pair, Pair]]:
     """``(stride, padding, dilation)`` of every factor convolution.
 
     ``tai``: the vertical factor carries the row axis, the horizontal one the column axis. ``svd``: the first factor carries both,

@@ -39,7 +39,12 @@ def bsr_conv2d(
 
 
 def _conv2d_stored_columns(
-    x: Tensor, weight: BSRWeight, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+    x: Tensor,
+    weight: BSRWeight,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
 ) -> Tensor:
     c_out, c_in, r, s = weight.weight_shape
     block_out, block_in = weight.block_shape

@@ -237,6 +237,7 @@ def _autocast(device: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 register_autocast("bsr_conv2d", _autocast)
 register_autocast("bsr_linear", _autocast)
+register_autocast("bsr_conv2d_backward", lambda device, args: args)
 
 
 def bsr_conv2d(

@@ -135,9 +135,12 @@ def _conv2d_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, _bias, y, *factors = ctx.saved_tensors
     if y is not None:
         grad = torch.ops.aten.threshold_backward(grad, y, 0)
+    grad = grad.contiguous(memory_format=torch.channels_last)
     inputs = [x]
-    for factor, (stride, padding, dilation) in zip(factors[:-1], ctx.geometry):
-        inputs.append(F.conv2d(inputs[-1], factor, None, stride, padding, dilation))
+    # Saved tensors have the dtype that the forward ran in, which autocast must not change again.
+    with torch.autocast(x.device.type, enabled=False):
+        for factor, (stride, padding, dilation) in zip(factors[:-1], ctx.geometry):
+            inputs.append(F.conv2d(inputs[-1], factor, None, stride, padding, dilation))
     need_x, need_factors, need_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2]
     grad_bias = grad.sum((0, 2, 3)) if need_bias else None
     grad_factors: list[Tensor | None] = [None] * len(factors)
@@ -208,4 +211,6 @@ def low_rank_conv2d(
     Raises:
         ValueError: wrong shapes, devices, kind, epilogue; a kernel that is unknown or cannot run here. TypeError: wrong dtypes.
     """
-    return torch.ops.slimkernels.low_rank_conv2d(x, list(factors), bias, stride, padding, dilation, kind, epilogue, kernel)
+    return torch.ops.slimkernels.low_rank_conv2d(
+        x, list(factors), bias, stride, padding, dilation, kind, epilogue, kernel
+    )

@@ -1,0 +1,14 @@
+"""Drop-in modules: block-sparse and low-rank twins of ``nn.Conv2d`` and ``nn.Linear``."""
+
+from slimkernels.nn.attributes import resolved_padding, unsupported_conv_reason
+from slimkernels.nn.block_sparse import BlockSparseConv2d, BlockSparseLinear
+from slimkernels.nn.low_rank import LowRankConv2d, LowRankLinear
+
+__all__ = [
+    "BlockSparseConv2d",
+    "BlockSparseLinear",
+    "LowRankConv2d",
+    "LowRankLinear",
+    "resolved_padding",
+    "unsupported_conv_reason",
+]

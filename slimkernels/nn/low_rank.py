@@ -1,0 +1,183 @@
+"""Low-rank twins of ``nn.Conv2d`` and ``nn.Linear``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
+
+from slimkernels.formats import LOW_RANK_KINDS, LowRankWeight
+from slimkernels.nn.attributes import check_epilogue
+from slimkernels.ops.library import OPS
+
+
+class LowRankLinear(nn.Module):
+    """Drop-in for ``nn.Linear``: ``y = epilogue((x V^T) U^T + bias)`` with U ``(out, rank)`` and V ``(rank, in)``."""
+
+    def __init__(
+        self, in_features: int, out_features: int, rank: int, bias: bool = True, *, epilogue: str = "none", kernel: str = "auto",
+        device: Any = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if not 1 <= rank <= min(in_features, out_features):
+            raise ValueError(f"LowRankLinear: expected rank in [1, {min(in_features, out_features)}], got {rank}")
+        check_epilogue("LowRankLinear", "low_rank_linear", epilogue)
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.epilogue, self.kernel = epilogue, kernel
+        self.U = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
+        self.V = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        # Kaiming's bound for the product: var(U V x) = rank * var(U) * in * var(V) * var(x).
+        nn.init.normal_(self.U, std=rank**-0.5)
+        nn.init.normal_(self.V, std=in_features**-0.5)
+
+    @classmethod
+    def from_factors(
+        cls, U: Tensor, V: Tensor, bias: Tensor | None = None, epilogue: str = "none", kernel: str = "auto"
+    ) -> LowRankLinear:
+        """The layer with the given factors (copied). Raises ValueError where they do not chain."""
+        LowRankWeight("svd", (V, U)).validate()
+        module = cls(V.shape[1], U.shape[0], U.shape[1], bias is not None, epilogue=epilogue, kernel=kernel,
+                     device=U.device, dtype=U.dtype)  # fmt: skip
+        with torch.no_grad():
+            module.U.copy_(U)
+            module.V.copy_(V)
+            if module.bias is not None and bias is not None:
+                module.bias.copy_(bias)
+        return module
+
+    @classmethod
+    def from_dense(cls, linear: nn.Linear, rank: int) -> LowRankLinear:
+        """The best rank-``rank`` approximation (truncated SVD in float64, singular values split evenly, Eckart-Young)."""
+        if not 1 <= rank <= min(linear.weight.shape):
+            raise ValueError(f"LowRankLinear.from_dense: expected rank in [1, {min(linear.weight.shape)}], got {rank}")
+        u, s, vh = torch.linalg.svd(linear.weight.detach().double(), full_matrices=False)
+        root = s[:rank].sqrt()
+        factors = (u[:, :rank] * root).to(linear.weight), (root[:, None] * vh[:rank]).to(linear.weight)
+        return cls.from_factors(*factors, linear.bias).train(linear.training)
+
+    def to_dense(self) -> nn.Linear:
+        """The merged dense layer; a fused epilogue is not part of it."""
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, self.U.device, self.U.dtype)
+        with torch.no_grad():
+            linear.weight.copy_(self.U @ self.V)
+            if self.bias is not None:
+                linear.bias.copy_(self.bias)
+        return linear.train(self.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return OPS.low_rank_linear.default(x, self.U, self.V, self.bias, self.epilogue, self.kernel)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
+            f"bias={self.bias is not None}, epilogue={self.epilogue!r}, kernel={self.kernel!r}"
+        )
+
+
+class LowRankConv2d(nn.Module):
+    """Drop-in for ``nn.Conv2d`` (groups = 1, zero padding): a chain of factor convolutions, bias after the last.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, bias: of the merged convolution.
+        kind: ``svd`` (RxS then 1x1), ``tai`` (Rx1 then 1xS) or ``tucker2`` (1x1, RxS, 1x1).
+        ranks: ``(rank,)``, for ``tucker2`` ``(rank_in, rank_out)``.
+        epilogue: ``none`` or ``relu``.
+        kernel: a kernel's name, or ``auto``.
+
+    ``factors`` is the ``nn.ParameterList`` of the ordered convolution weights.
+    """
+
+    groups = 1
+    padding_mode = "zeros"
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int], stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0, dilation: int | tuple[int, int] = 1, bias: bool = True, *, kind: str,
+        ranks: Sequence[int], epilogue: str = "none", kernel: str = "auto", device: Any = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if kind not in LOW_RANK_KINDS:
+            raise ValueError(f"LowRankConv2d: expected kind in {LOW_RANK_KINDS}, got {kind!r}")
+        if len(ranks) != (2 if kind == "tucker2" else 1) or min(ranks) < 1:
+            raise ValueError(
+                f"LowRankConv2d: expected {'(rank_in, rank_out)' if kind == 'tucker2' else '(rank,)'}, got {tuple(ranks)}"
+            )
+        check_epilogue("LowRankConv2d", "low_rank_conv2d", epilogue)
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.kernel_size, self.stride = _pair(kernel_size), _pair(stride)
+        self.padding, self.dilation = _pair(padding), _pair(dilation)
+        self.kind, self.ranks, self.epilogue, self.kernel = kind, tuple(int(r) for r in ranks), epilogue, kernel
+        r, s = self.kernel_size
+        shapes = {
+            "svd": [(ranks[0], in_channels, r, s), (out_channels, ranks[0], 1, 1)],
+            "tai": [(ranks[0], in_channels, r, 1), (out_channels, ranks[0], 1, s)],
+            "tucker2": [(ranks[0], in_channels, 1, 1), (ranks[-1], ranks[0], r, s), (out_channels, ranks[-1], 1, 1)],
+        }[kind]
+        self.factors = nn.ParameterList(
+            nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) for shape in shapes
+        )
+        for factor in self.factors:
+            nn.init.normal_(factor, std=factor[0].numel() ** -0.5)
+        self.bias = nn.Parameter(torch.zeros(out_channels, device=device, dtype=dtype)) if bias else None
+
+    @classmethod
+    def from_factors(
+        cls, factors: Sequence[Tensor], bias: Tensor | None = None, *, kind: str, stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0, dilation: int | tuple[int, int] = 1, epilogue: str = "none", kernel: str = "auto",
+    ) -> LowRankConv2d:  # fmt: skip
+        """The layer with the given factors (copied). Raises ValueError where they do not chain or fit ``kind``."""
+        LowRankWeight(kind, tuple(factors)).validate()
+        kernel_size = max(f.shape[2] for f in factors), max(f.shape[3] for f in factors)
+        module = cls(
+            factors[0].shape[1], factors[-1].shape[0], kernel_size, stride, padding, dilation, bias is not None, kind=kind,
+            ranks=[f.shape[0] for f in factors[:-1]], epilogue=epilogue, kernel=kernel, device=factors[0].device,
+            dtype=factors[0].dtype,
+        )  # fmt: skip
+        with torch.no_grad():
+            for parameter, factor in zip(module.factors, factors):
+                parameter.copy_(factor)
+            if module.bias is not None and bias is not None:
+                module.bias.copy_(bias)
+        return module
+
+    def weight_low_rank(self) -> LowRankWeight:
+        """The factors as a `LowRankWeight` that shares this module's parameters."""
+        return LowRankWeight(self.kind, tuple(self.factors))
+
+    def to_dense(self) -> nn.Conv2d:
+        """The merged dense convolution; a fused epilogue is not part of it."""
+        conv = nn.Conv2d(
+            self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation,
+            bias=self.bias is not None, device=self.factors[0].device, dtype=self.factors[0].dtype,
+        )  # fmt: skip
+        with torch.no_grad():
+            conv.weight.copy_(self.weight_low_rank().to_dense())
+            if self.bias is not None and conv.bias is not None:
+                conv.bias.copy_(self.bias)
+        return conv.train(self.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 3:
+            return self.forward(x.unsqueeze(0)).squeeze(0)
+        return OPS.low_rank_conv2d.default(
+            x,
+            list(self.factors),
+            self.bias,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.kind,
+            self.epilogue,
+            self.kernel,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"padding={self.padding}, dilation={self.dilation}, kind={self.kind!r}, ranks={self.ranks}, "
+            f"bias={self.bias is not None}, epilogue={self.epilogue!r}, kernel={self.kernel!r}"
+        )
