@@ -1,7 +1,8 @@
-"""Layer by layer: every usable block-sparse convolution kernel against torch's dense convolution with the same epilogue.
+"""Layer by layer: every usable block-sparse convolution kernel against torch's dense one with the same epilogue.
 
-Each case is checked against the float64 reference before it is timed. Rates count the multiply-adds of stored blocks that lie inside
-the image, two FLOPs each; ``share_of_peak`` divides by the multiply-add rate measured on this machine in this run.
+Each case is checked against the float64 reference before it is timed. Rates count the multiply-adds of stored blocks
+that lie inside the image, two FLOPs each; ``share_of_peak`` divides by the multiply-add rate measured on this machine
+in this run.
 """
 
 from __future__ import annotations
@@ -76,8 +77,9 @@ def test_bsr_conv2d(
     ours, dense = timings["contender"], timings["best"]
     rate = 2 * problem.macs / ours.p50
     race.benchmark.extra_info.update(
-        suite="ops", layer=layer.name, batch=batch, block_shape=block_shape, sparsity=sparsity, kernel=kernel, match=True,
-        worst_over_bound=result.worst_over_bound, **ours.as_ms(), dense_p50_ms=dense.p50 * 1e3, speedup=dense.p50 / ours.p50,
-        sparse_flops_per_s=rate, dense_equiv_flops_per_s=2 * problem.macs_dense / ours.p50,
+        suite="ops", layer=layer.name, batch=batch, block_shape=block_shape, sparsity=sparsity, kernel=kernel,
+        match=True, worst_over_bound=result.worst_over_bound, **ours.as_ms(), dense_p50_ms=dense.p50 * 1e3,
+        speedup=dense.p50 / ours.p50, sparse_flops_per_s=rate,
+        dense_equiv_flops_per_s=2 * problem.macs_dense / ours.p50,
         share_of_peak=rate / peak_flops if peak_flops else None, threads=torch.get_num_threads(),
     )  # fmt: skip

@@ -1,7 +1,8 @@
 """Whole networks: converted VGG-19/CIFAR-10 against the fastest dense one of the same run.
 
-Dense is the best of eager (batch norm folded, channels_last or contiguous) and torch.compile with freezing. Weights are random and
-pruned by magnitude in every convolution but the first: speed depends on which blocks are zero, not on the values kept.
+Dense is the best of eager (batch norm folded, channels_last or contiguous) and torch.compile with freezing. Weights are
+random and pruned by magnitude in every convolution but the first: speed depends on which blocks are zero, not on the
+values kept.
 """
 
 from __future__ import annotations

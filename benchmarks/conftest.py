@@ -1,7 +1,8 @@
 """Options and the record of the speed suites.
 
-``pytest benchmarks`` measures; ``pytest benchmarks --smoke`` runs one small case of every suite, to show that they work.
-``--benchmark-json FILE`` (pytest-benchmark's own) writes the record; ``python benchmarks/report.py FILE`` turns it into tables.
+``pytest benchmarks`` measures; ``pytest benchmarks --smoke`` runs one small case of every suite, to show that they
+work. ``--benchmark-json FILE`` (pytest-benchmark's own) writes the record; ``python benchmarks/report.py FILE`` turns
+it into tables.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 class Race:
     """Times a contender against a baseline, burst by burst in turn, and records the contender with pytest-benchmark.
 
-    Both sides see the same clock rate and neighbours; a burst begins with one untimed call, since the other side has just
-    evicted the caches.
+    Both sides see the same clock rate and neighbours; a burst begins with one untimed call, since the other side has
+    just evicted the caches.
     """
 
     benchmark: Any
@@ -41,7 +42,7 @@ class Race:
     samples: list[float] = field(default_factory=list)
 
     def run(self, contender: Callable[[], Any], baselines: dict[str, Callable[[], Any]]) -> dict[str, timing.Timing]:
-        """Timings by name, the contender's under ``"contender"``; the fastest baseline is what it is measured against."""
+        """Timings by name, the contender's under ``"contender"``; it is measured against the fastest baseline."""
         quick = timing.interleaved(
             baselines, seconds=0.0 if self.smoke else self.seconds / 4, min_rounds=1 if self.smoke else 2
         )

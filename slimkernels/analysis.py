@@ -317,7 +317,7 @@ def rank_patterns(
     backend: str = "auto",
     epilogue: str = "none",
 ) -> list[PatternStats]:
-    """Candidate block shapes of a weight, fastest predicted stored work first, ties to the larger block.
+    """Candidate block shapes of a weight, fastest first by prediction, then least stored, ties to the larger block.
 
     A declared block shape is the only candidate. Shapes that no kernel takes come last, with the reason.
     """
@@ -333,6 +333,9 @@ def rank_patterns(
         nbytes = nnz * (math.prod(block_shape) * weight.weight.element_size() + 4) + 4 * (grid[0] + 1)
         dense = tuple(predicted_dense_seconds(p) for p in sizes)
         found.append(PatternStats(block_shape, nnz, grid[0] * grid[1], nbytes, kernel, reason, predicted, dense))
-    return sorted(
-        found, key=lambda p: (p.kernel is None, sum(p.predicted_s) if p.kernel else p.nbytes, -math.prod(p.block_shape))
-    )
+
+    def order(p: PatternStats) -> tuple[bool, float, int, int]:
+        area = math.prod(p.block_shape)
+        return p.kernel is None, sum(p.predicted_s), p.nnz_blocks * area, -area
+
+    return sorted(found, key=order)

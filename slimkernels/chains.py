@@ -66,7 +66,7 @@ def find_chains(
     for name in weights:
         if name in taken:
             continue
-        following = []
+        following: list[str] = []
         for follower in graph.chain(name):
             if follower not in weights or follower in taken or len(following) == 2:
                 break

@@ -60,11 +60,12 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     container.write(path, plan, model.state_dict())
 
 
+@torch.inference_mode(False)  # as `convert`
 def load(path: str | os.PathLike[str], into: nn.Module | None = None) -> nn.Module:
     """The model of a file, in a copy of ``into``.
 
     Everything is checked before anything is built: the file's structure and version, a SHA-256 of the plan and of every
-    tensor, shapes, block patterns, and that ``into`` has the layers of the plan. Kernels are those of the present device.
+    tensor, shapes, block patterns, and that ``into`` has the layers of the plan. Kernels are those of this device.
 
     Args:
         path: from `save`.

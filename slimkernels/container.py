@@ -1,7 +1,7 @@
 """The ``.slim.safetensors`` file: safetensors whose metadata holds the plan and a SHA-256 of everything else.
 
-Metadata fields: ``format`` (``slimkernels``), ``format_version``, ``plan`` (`ModelPlan.to_json`), ``extra_state`` (JSON:
-what modules keep besides tensors), ``sha256`` (JSON: of ``plan``, of ``extra_state`` and of every tensor as
+Metadata fields: ``format`` (``slimkernels``), ``format_version``, ``plan`` (`ModelPlan.to_json`), ``extra_state``
+(JSON: what modules keep besides tensors), ``sha256`` (JSON: of ``plan``, of ``extra_state`` and of every tensor as
 ``tensor:<name>``, over its dtype, shape and bytes). No pickle anywhere. Reading checks all of it before it is used.
 """
 
@@ -217,5 +217,5 @@ def _text_hash(text: str) -> str:
 def _tensor_hash(tensor: Tensor) -> str:
     digest = hashlib.sha256(f"{_NAMES[tensor.dtype]}{tuple(tensor.shape)}".encode())
     raw = tensor.reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
-    digest.update(memoryview(raw.numpy()))
+    digest.update(raw.numpy().data)
     return digest.hexdigest()

@@ -1,7 +1,8 @@
 """`convert`: a model's sparse and low-rank layers replaced by drop-in modules where that is faster, batch norm folded.
 
-Steps: copy the model and compute its masked weights; see which layer feeds which; group layers with the batch norm, ReLU
-and pool behind them (`slimkernels.units`); decide each unit (`slimkernels.options`); put the modules in; time the whole.
+Steps: copy the model and compute its masked weights; see which layer feeds which; group layers with the batch norm,
+ReLU and pool behind them (`slimkernels.units`); decide each unit (`slimkernels.options`); put the modules in; time the
+whole.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ _SAME_RMS = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 5e-2, torc
 _MODEL_BUDGET = 5
 
 
+@torch.inference_mode(False)  # parameters made in inference mode could never be trained or copied
 def convert(
     model: nn.Module,
     example_inputs: Any = None,
@@ -208,8 +210,7 @@ def _apply_unit(
         changes[tail.bn] = nn.Identity()
         plans[tail.bn] = LayerPlan(tail.bn, "BatchNorm2d", "fold", f"inside {into}", into=into)
     fused = {"none": (), "relu": (tail.relu,), "relu_maxpool2": (tail.relu, tail.pool)}[option.epilogue]
-    for name in fused:
-        assert name is not None
+    for name in filter(None, fused):
         changes[name] = nn.Identity()
         kind = type(found.model.get_submodule(name)).__name__
         plans[name] = LayerPlan(name, kind, "fuse", f"in the epilogue of {into}", into=into)

@@ -32,7 +32,7 @@ def backend() -> str:
 
 
 def isa_cap() -> str | None:
-    """The highest instruction set that ``auto`` may choose; None without a cap. Raises ValueError on an unknown value."""
+    """Highest instruction set that ``auto`` may choose; None without a cap. Raises ValueError on an unknown value."""
     if not os.environ.get("SLIMKERNELS_ISA", "").strip():
         return None
     return _choice("SLIMKERNELS_ISA", "avx512", ISAS)

@@ -1,9 +1,9 @@
 """Weight formats: block-sparse rows (BSR) of a convolution or linear weight, low-rank factors, and the training mask.
 
 A weight ``(C_out, C_in, R, S)`` is stored as BSR of its tap-major, channel-innermost matrix
-``w.permute(0, 2, 3, 1).reshape(C_out, R * S * C_in)``. Each tap is cut into ``G = ceil(C_in / block_in)`` column groups, so a
-block never crosses taps: block column ``j = tap * G + c // block_in`` with ``tap = r * S + s``, block row ``i = o // block_out``.
-A linear weight ``(out, in)`` is the case R = S = 1.
+``w.permute(0, 2, 3, 1).reshape(C_out, R * S * C_in)``. Each tap is cut into ``G = ceil(C_in / block_in)`` column
+groups, so a block never crosses taps: block column ``j = tap * G + c // block_in`` with ``tap = r * S + s``, block row
+``i = o // block_out``. A linear weight ``(out, in)`` is the case R = S = 1.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ LOW_RANK_KINDS = ("svd", "tai", "tucker2")
 
 
 def weight_shape_4d(weight_shape: Sequence[int]) -> tuple[int, int, int, int]:
-    """``(C_out, C_in, R, S)`` of a linear ``(out, in)`` or convolution weight shape. Raises ValueError on any other rank."""
+    """``(C_out, C_in, R, S)`` of a linear ``(out, in)`` or convolution shape. Raises ValueError on any other rank."""
     shape = tuple(int(d) for d in weight_shape)
     if len(shape) == 2:
         shape = (*shape, 1, 1)
     if len(shape) != 4 or min(shape) < 1:
         raise ValueError(
-            f"BSRWeight: expected weight_shape (out, in) or (C_out, C_in, R, S) of positive sizes, got {tuple(weight_shape)}"
+            f"BSRWeight: expected weight_shape (out, in) or (C_out, C_in, R, S) of positive sizes, "
+            f"got {tuple(weight_shape)}"
         )
     return shape  # type: ignore[return-value]
 
@@ -100,8 +101,9 @@ class BSRWeight:
     """A block-sparse weight.
 
     Attributes:
-        values: ``(capacity, block_out, block_in)`` floating point; the first ``crow_indices[-1]`` blocks are stored blocks, in the
-            order of the indices, padded entries exactly 0; blocks past them are spare capacity, exactly 0 and never read.
+        values: ``(capacity, block_out, block_in)`` floating point; the first ``crow_indices[-1]`` blocks are stored
+            blocks, in the order of the indices, padded entries exactly 0; blocks past them are spare capacity, exactly
+            0 and never read.
         crow_indices: ``(block_rows + 1,)`` int32, from 0, non-decreasing.
         col_indices: ``(capacity,)`` int32, strictly increasing within a block row, each in ``[0, block_cols)``.
         weight_shape: ``(C_out, C_in, R, S)``; R = S = 1 for a linear layer.
@@ -140,7 +142,7 @@ class BSRWeight:
         return cls(values, crow, cols.to(torch.int32), shape4d, block)
 
     def to_dense(self) -> Tensor:
-        """The dense weight ``(C_out, C_in, R, S)``; differentiable with respect to ``values``, padded entries excluded."""
+        """The dense weight ``(C_out, C_in, R, S)``; differentiable in ``values``, padded entries excluded."""
         grid = block_grid(self.weight_shape, self.block_shape)
         flat = self.block_rows() * grid[1] + self.col_indices[: self.nnz_blocks].long()
         blocks = self.values.new_zeros(grid[0] * grid[1], *self.block_shape)
@@ -181,7 +183,8 @@ class BSRWeight:
         """Checks every rule of the format. Native kernels trust indices that passed here.
 
         Raises:
-            ValueError: a wrong shape or value. TypeError: a wrong dtype. Both name the field, what was expected and got.
+            ValueError: a wrong shape or value. TypeError: a wrong dtype. Both name the field, what was expected and
+                got.
         """
         rows, cols = block_grid(self.weight_shape, self.block_shape)
         values, crow, col = self.values, self.crow_indices, self.col_indices
@@ -198,8 +201,8 @@ class BSRWeight:
                 )
         if values.dim() != 3 or tuple(values.shape[1:]) != tuple(self.block_shape) or not values.is_contiguous():
             raise ValueError(
-                f"BSRWeight: expected contiguous values of shape (nnz_blocks, {self.block_shape[0]}, {self.block_shape[1]}), "
-                f"got {tuple(values.shape)}"
+                f"BSRWeight: expected contiguous values of shape (nnz_blocks, {self.block_shape[0]}, "
+                f"{self.block_shape[1]}), got {tuple(values.shape)}"
             )
         if crow.numel() != rows + 1:
             raise ValueError(f"BSRWeight: expected crow_indices of length {rows + 1}, got {crow.numel()}")
@@ -230,7 +233,7 @@ def expand_mask_blocks(
     weight_shape: Sequence[int], block_shape: Sequence[int], block_rows: Tensor, block_cols: Tensor
 ) -> Tensor:
     """Entries of the given blocks that lie inside the weight: bool ``(len(block_rows), block_out, block_in)``."""
-    c_out, c_in, r, s = weight_shape_4d(weight_shape)
+    c_out, c_in, _r, _s = weight_shape_4d(weight_shape)
     block_out, block_in = block_shape_2d(block_shape)
     groups = -(-c_in // block_in)
     device = block_rows.device
@@ -243,16 +246,16 @@ def expand_mask_blocks(
 class LowRankWeight:
     """Factors of a low-rank weight, in the order in which they are applied.
 
-    ``kind`` is ``"svd"`` for a linear ``(V (rank, in), U (out, rank))`` or a convolution ``((K, C, R, S), (N, K, 1, 1))``,
-    ``"tai"`` for the separable pair ``((K, C, R, 1), (N, K, 1, S))`` of Tai et al. (arXiv 1511.06067), ``"tucker2"`` for
-    ``((r_in, C, 1, 1), (r_out, r_in, R, S), (N, r_out, 1, 1))``.
+    ``kind`` is ``"svd"`` for a linear ``(V (rank, in), U (out, rank))`` or a convolution
+    ``((K, C, R, S), (N, K, 1, 1))``, ``"tai"`` for the separable pair ``((K, C, R, 1), (N, K, 1, S))`` of Tai et al.
+    (arXiv 1511.06067), ``"tucker2"`` for ``((r_in, C, 1, 1), (r_out, r_in, R, S), (N, r_out, 1, 1))``.
     """
 
     kind: str
     factors: tuple[Tensor, ...]
 
     def validate(self) -> None:
-        """Checks kind, number, rank, dtype and chaining of the factors. Raises ValueError or TypeError naming the factor."""
+        """Checks kind, number, rank, dtype and chaining of the factors; a ValueError or TypeError names the factor."""
         if self.kind not in LOW_RANK_KINDS:
             raise ValueError(f"LowRankWeight: expected kind in {LOW_RANK_KINDS}, got {self.kind!r}")
         count = 3 if self.kind == "tucker2" else 2
@@ -268,7 +271,8 @@ class LowRankWeight:
                 )
             if i and factor.shape[1] != self.factors[i - 1].shape[0]:
                 raise ValueError(
-                    f"LowRankWeight: expected factor {i} to take {self.factors[i - 1].shape[0]} channels, got {self._shapes()}"
+                    f"LowRankWeight: expected factor {i} to take {self.factors[i - 1].shape[0]} channels, "
+                    f"got {self._shapes()}"
                 )
         if dims == {4}:
             kernels = [tuple(f.shape[2:]) for f in self.factors]
@@ -338,7 +342,8 @@ class BlockMask(nn.Module):
         saved = tuple(state["block_shape"]), tuple(state["weight_shape"])
         if saved != (self.block_shape, self.weight_shape):
             raise ValueError(
-                f"BlockMask: expected block_shape {self.block_shape} and weight_shape {self.weight_shape}, got {saved[0]}, {saved[1]}"
+                f"BlockMask: expected block_shape {self.block_shape} and weight_shape {self.weight_shape}, "
+                f"got {saved[0]}, {saved[1]}"
             )
 
     def extra_repr(self) -> str:

@@ -59,8 +59,8 @@ def scratch_copy(model: nn.Module, *, training: bool = False) -> nn.Module:
     scratch = copy_model(model, share_parameters=True)
     for module in scratch.modules():
         for name in _HOOKS:
-            hooks = getattr(module, name, None)
-            for key in [k for k, hook in (hooks or {}).items() if not isinstance(hook, _REPARAMETRIZING_HOOKS)]:
+            hooks = getattr(module, name, None) or {}
+            for key in [k for k, hook in hooks.items() if not isinstance(hook, _REPARAMETRIZING_HOOKS)]:
                 del hooks[key]
     nn.Module.train(scratch, training)
     return scratch
@@ -271,8 +271,8 @@ def input_sets(example_inputs: Any) -> list[InputSet]:
     if isinstance(example_inputs, Mapping):
         return [((), dict(example_inputs))]
     raise TypeError(
-        "convert: expected example_inputs to be a tensor, a tuple of arguments, a mapping of keyword arguments, or a list "
-        f"of these, got {type(example_inputs).__name__}"
+        "convert: expected example_inputs to be a tensor, a tuple of arguments, a mapping of keyword arguments, or a "
+        f"list of these, got {type(example_inputs).__name__}"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -135,9 +136,9 @@ def layer_weight(module: nn.Module) -> LayerWeight:
     """
     declared = declared_block_shape(module)
     trainable = any(p.requires_grad for p in module.parameters(recurse=True))
-    dense = module
+    dense: Any = module
     if isinstance(module, (*SPARSE_LAYERS, *LOW_RANK_LAYERS)):
-        dense = module.to_dense()
+        dense = module.to_dense()  # type: ignore[operator]
     elif computes_weight(module):
         dense = copy_model(module)
         bake(dense)

@@ -1,4 +1,4 @@
-"""The ways to run one unit (a layer or a chain of thin layers, with the ReLU and max-pool behind it), and the choice."""
+"""The ways to run one unit (a layer or a chain of thin layers, with the ReLU and pool behind it), and the choice."""
 
 from __future__ import annotations
 

@@ -403,12 +403,18 @@ def naive_bsr_conv2d(
             y[:, first_o + oo, i, j] += v64[b][oo][cc] * x64[:, first_c + cc, rows[i], columns[j]]
     if bias is not None:
         y += bias.detach().double().reshape(1, -1, 1, 1)
+    return naive_epilogue(y, epilogue)
+
+
+def naive_epilogue(y: Tensor, epilogue: str) -> Tensor:
+    """The epilogue spelt out: negative to 0, the largest of four; NaN stays NaN in both."""
     if epilogue == "none":
         return y
     y = torch.where(y < 0, torch.zeros_like(y), y)
     if epilogue == "relu":
         return y
-    windows = torch.stack([y[:, :, i : p // 2 * 2 : 2, j : q // 2 * 2 : 2] for i in (0, 1) for j in (0, 1)])
+    p, q = y.shape[2] // 2 * 2, y.shape[3] // 2 * 2
+    windows = torch.stack([y[:, :, i:p:2, j:q:2] for i in (0, 1) for j in (0, 1)])
     return torch.where(windows.isnan().any(0), math.nan, windows.amax(0))
 
 

@@ -1,4 +1,4 @@
-"""Units of conversion: every layer with the batch norm, ReLU and pool behind it, or why it stays; their plan entries."""
+"""Units of conversion: every layer with the batch norm, ReLU and pool behind it, or why it stays; plan entries."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from slimkernels.analysis import obstacle_or_weight, weight_layer_names, zero_share
 from slimkernels.chains import FactorChain, find_chains
 from slimkernels.folding import Tail, find_tail, fold_chain, fold_weight
-from slimkernels.formats import BlockMask, block_grid
+from slimkernels.formats import BlockMask, block_grid, block_shape_2d
 from slimkernels.graph import (
     InputSet,
     ModelGraph,
@@ -256,7 +256,7 @@ def kept_plan(found: Survey, name: str, changed: nn.Module | None) -> LayerPlan:
     """The plan entry of a layer that stays, or of the refilled copy ``changed`` in its place."""
     original = found.model.get_submodule(name)
     module = changed or original
-    weight = getattr(module, "weight", None)
+    weight: Any = getattr(module, "weight", None)
     readable = isinstance(weight, Tensor) and not isinstance(weight, nn.UninitializedParameter)
     plain = readable and weight_obstacle(weight) is None
     kind = parametrized_type(original).__name__
@@ -285,7 +285,10 @@ def kept_plan(found: Survey, name: str, changed: nn.Module | None) -> LayerPlan:
 def swap_plan(found: Survey, unit: Unit, decision: Decision, policy: Policy) -> LayerPlan:
     """The plan entry of a unit's first layer, replaced by what was decided."""
     option, weight = decision.option, unit.weight
+    sparsity = zero_share(weight.weight) if option.format != "low_rank" else 0.0
     plan = drop_in_plan(unit.names[0], option.modules[0], decision.reason)
+    if found.training and option.format == "bsr" and sparsity > plan.block_sparsity + 1e-6:
+        plan = replace(plan, reason=f"{plan.reason}; zeros inside its stored blocks become trainable")
     originals = [found.model.get_submodule(name) for name in unit.names]
     bias = 0 if weight.bias is None else weight.bias.numel() * weight.bias.element_size()
     return replace(
@@ -293,7 +296,7 @@ def swap_plan(found: Survey, unit: Unit, decision: Decision, policy: Policy) -> 
         type=parametrized_type(originals[0]).__name__,
         kernel=option.kernel,
         tied=policy.backend != "auto" and option.kernel is not None,
-        sparsity=zero_share(weight.weight) if option.format != "low_rank" else 0.0,
+        sparsity=sparsity,
         bytes_dense=weight.nbytes + bias,
         dense_ms=decision.dense_ms,
         sparse_ms=decision.other_ms,
@@ -301,7 +304,7 @@ def swap_plan(found: Survey, unit: Unit, decision: Decision, policy: Policy) -> 
     )
 
 
-def drop_in_plan(name: str, module: nn.Module, reason: str) -> LayerPlan:
+def drop_in_plan(name: str, module: Any, reason: str) -> LayerPlan:
     """The plan entry that rebuilds a drop-in module, or the dense module that a chain was merged into."""
     stored = nbytes(stored_tensors(module))
     linear = isinstance(module, nn.Linear | LowRankLinear) or hasattr(module, "in_features")
@@ -329,7 +332,7 @@ def drop_in_plan(name: str, module: nn.Module, reason: str) -> LayerPlan:
     if isinstance(module, SPARSE_LAYERS):
         rows, cols = block_grid(shape, module.block_shape)
         sparsity = 1 - module.weight_bsr().nnz_blocks / (rows * cols)
-        plan = replace(plan, format="bsr", block_shape=tuple(module.block_shape), block_sparsity=sparsity)
+        plan = replace(plan, format="bsr", block_shape=block_shape_2d(module.block_shape), block_sparsity=sparsity)
     elif isinstance(module, LOW_RANK_LAYERS):
         ranks = tuple(module.ranks) if isinstance(module, LowRankConv2d) else (module.rank,)
         plan = replace(plan, format="low_rank", kind=getattr(module, "kind", "svd"), ranks=ranks)

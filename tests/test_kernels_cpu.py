@@ -23,7 +23,7 @@ from slimkernels.cases import (
 )
 from slimkernels.kernels import EPILOGUES, KERNELS, OPS
 from slimkernels.kernels.native import pack_strips
-from slimkernels.testing import assert_close, naive_bsr_conv2d, naive_bsr_linear, random_bsr
+from slimkernels.testing import assert_close, naive_bsr_conv2d, naive_bsr_linear, naive_epilogue, random_bsr
 
 # A kernel that this machine cannot run is skipped once, with its reason, in test_kernel_of_the_table.
 LISTED = [name for name, spec in KERNELS.items() if spec.backend in ("reference", "cpu")]
@@ -141,7 +141,7 @@ def test_conv_edge_case(name: str, case: ConvCase, index: int) -> None:
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
 @pytest.mark.parametrize("epilogue", sorted(EPILOGUES["bsr_conv2d"]))
-@pytest.mark.parametrize("block_shape", [(8, 1), (16, 1), (32, 1), (64, 16)])
+@pytest.mark.parametrize("block_shape", [(8, 1), (16, 1), (32, 1)])
 @pytest.mark.parametrize("name", CONV)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_conv_epilogue_bias_threads(name: str, block_shape, epilogue: str, bias: bool, threads: int) -> None:
@@ -248,9 +248,11 @@ def test_inputs_are_left_alone(name: str) -> None:
 
 
 def nan_cases() -> list[ConvCase]:
-    small = ConvCase("nan", n=1, c_in=6, c_out=72, h=6, w=5, sparsity=0.8)
+    small = ConvCase("nan", n=1, c_in=6, c_out=24, h=6, w=5, sparsity=0.8)
     return [
-        replace(small, name=f"{b[0]}x{b[1]}-{e}-{p}", block_shape=b, epilogue=e, pattern=p, seed=i)
+        replace(
+            small, name=f"{b[0]}x{b[1]}-{e}-{p}", block_shape=b, epilogue=e, pattern=p, seed=i, c_out=max(20, b[0] + 8)
+        )
         for i, (b, e, p) in enumerate(
             (b, e, p)
             for b in ((8, 1), (16, 1), (32, 1), (16, 4), (64, 16), (4, 4), (1, 1))
@@ -268,13 +270,14 @@ def nan_cases() -> list[ConvCase]:
 def test_a_non_finite_input_reaches_what_its_stored_blocks_reach(name: str, case: ConvCase) -> None:
     x, weight, bias = case.inputs()
     x[0, 2, 1, 3], x[0, 5, 4, 0], x[0, 1, 0, 0] = math.nan, math.inf, -math.inf
-    expected = naive_bsr_conv2d(x, weight, bias, *case.geometry())
+    before_epilogue = naive_bsr_conv2d(x, weight, bias, *case.geometry()[:3])
+    expected = naive_epilogue(before_epilogue, case.epilogue)
     out = launch(name, case, (x, weight, bias))
     assert torch.equal(out.isnan(), expected.isnan())
     assert torch.equal(out.isposinf(), expected.isposinf()) and torch.equal(out.isneginf(), expected.isneginf())
     ref_x = torch.where(torch.isfinite(x), x, 0.0)
     ref, bound = case.expected(ref_x, weight, bias)
-    clean = torch.isfinite(naive_bsr_conv2d(x, weight, bias, *case.geometry()[:3]))
+    clean = torch.isfinite(before_epilogue)
     assert not clean.all() and clean.any(), "the case must hold both kinds"
     if case.epilogue != "relu_maxpool2":
         assert_close(torch.where(clean, out, ref.float()), ref, **bound)

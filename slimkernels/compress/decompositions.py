@@ -133,6 +133,7 @@ def tucker2(weight: Tensor, rank_out: int, rank_in: int, *, sweeps: int = 5) -> 
 
 
 def float64(op: str, weight: Tensor, dims: int) -> Tensor:
+    """The weight, detached, in float64; raises unless it is floating point, finite, ``dims``-dimensional, not empty."""
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
         raise TypeError(f"{op}: expected a floating-point weight, got {got}")
@@ -145,6 +146,7 @@ def float64(op: str, weight: Tensor, dims: int) -> Tensor:
 
 
 def check_energy(op: str, energy: float) -> None:
+    """Raises TypeError or ValueError, beginning with ``op``, unless energy is a number in (0, 1]."""
     if isinstance(energy, bool) or not isinstance(energy, (int, float)):
         raise TypeError(f"{op}: expected energy to be a number in (0, 1], got {energy!r}")
     if not 0.0 < energy <= 1.0:
@@ -163,6 +165,7 @@ def _split_svd(op: str, matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def energy_rank(matrix: Tensor, energy: float, dtype: torch.dtype) -> int:
+    """`rank_by_energy` of a float64 matrix whose weight was given in ``dtype``, without its checks."""
     s = torch.linalg.svdvals(matrix)
     square = torch.where(s > s[0] * max(matrix.shape) * torch.finfo(dtype).eps, s, 0.0).square()
     tail = square.flip(0).cumsum(0).flip(0)  # tail[r]: what rank r loses
@@ -176,10 +179,12 @@ def tai_matrix(weight: Tensor) -> Tensor:
 
 
 def unfold_out(weight: Tensor) -> Tensor:
+    """``(N, C * kh * kw)``, the output-channel unfolding."""
     return weight.flatten(1)
 
 
 def unfold_in(weight: Tensor) -> Tensor:
+    """``(C, N * kh * kw)``, the input-channel unfolding."""
     return weight.transpose(0, 1).flatten(1)
 
 

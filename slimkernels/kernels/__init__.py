@@ -1,7 +1,7 @@
 """The table of kernels: dispatch, tests and benchmarks iterate over ``KERNELS``; what is not listed cannot run.
 
-A kernel's ``launch`` takes its op's arguments without ``kernel`` and returns the output. It makes no choice and checks nothing that
-the op has checked; `slimkernels.kernels.select` chooses.
+A kernel's ``launch`` takes its op's arguments without ``kernel`` and returns the output. It makes no choice and checks
+nothing that the op has checked; `slimkernels.kernels.select` chooses.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class KernelSpec:
 
 
 def _lazy(module: str, function: str) -> Callable[..., Any]:
-    """A function of a module that is imported at the first call: Triton and CUDA stay unloaded until a kernel of theirs runs."""
+    """A function of a module imported at the first call: Triton and CUDA stay unloaded until their kernels run."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return getattr(importlib.import_module(f"slimkernels.kernels.{module}"), function)(*args, **kwargs)
@@ -110,8 +110,9 @@ def _rows() -> list[KernelSpec]:
         ("low_rank_linear", "triton_low_rank_linear", "launch"),
     ):
         rows.append(
-            KernelSpec(f"{op}__triton", op, "triton", None, half, relu, frozenset({"cuda", "cpu"}), _lazy(module, function),
-                       _lazy("triton_runtime", "available"), _lazy("triton_runtime", "shape_reason"))
+            KernelSpec(f"{op}__triton", op, "triton", None, half, relu, frozenset({"cuda", "cpu"}),
+                       _lazy(module, function), _lazy("triton_runtime", "available"),
+                       _lazy("triton_runtime", "shape_reason"))
         )  # fmt: skip
     for op in OPS:
         rows.append(

@@ -1,4 +1,4 @@
-"""Launchers of the C++ CPU kernels: the only file that hands out CPU addresses, so all that the kernels trust is checked here."""
+"""Launchers of the C++ CPU kernels. Only this file hands out CPU addresses: what the kernels trust is checked here."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def shape_reason(problem: Problem) -> str | None:
 
 
 def strip_width(block_out: int, isa: str) -> int:
-    """Output channels that one microkernel call computes; it divides ``block_out``, so a strip reads one block row only."""
+    """Output channels of one microkernel call; it divides ``block_out``, so a strip reads one block row only."""
     if isa == "avx512" and block_out % 32 == 0:
         return 32
     return 16 if block_out % 16 == 0 else 8
@@ -52,7 +52,7 @@ def pack_strips(
     block_shape: Sequence[int],
     strip: int,
 ) -> list[Tensor]:
-    """The strip pack of csrc/kernels.h: ``[weights (entries, strip), channels (entries,), tap_ptr (strips * taps + 1,)]``.
+    """Strip pack of csrc/kernels.h: ``[weights (entries, strip), channels (entries,), tap_ptr (strips * taps + 1,)]``.
 
     Args:
         values, crow_indices, col_indices: a valid BSR weight on the CPU; its spare capacity is left out.
@@ -94,11 +94,13 @@ def pack_strips(
 
 
 def launch_bsr_conv2d(
-    isa: str, x: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, bias: Tensor | None, packed: Sequence[Tensor],
-    weight_shape: Sequence[int], block_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], epilogue: str,
+    isa: str, x: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, bias: Tensor | None,
+    packed: Sequence[Tensor], weight_shape: Sequence[int], block_shape: Sequence[int], stride: Sequence[int],
+    padding: Sequence[int], dilation: Sequence[int], epilogue: str,
 ) -> Tensor:  # fmt: skip
-    """Block-sparse convolution of a float32 CPU tensor; x channels_last. Without ``packed`` the weight is packed in this call.
+    """Block-sparse convolution of a float32 CPU tensor; x channels_last.
+
+    Without ``packed`` the weight is packed in this call.
 
     Raises:
         RuntimeError: the native kernel failed (out of memory).
@@ -120,8 +122,8 @@ def launch_bsr_conv2d(
 
 
 def launch_bsr_linear(
-    isa: str, x: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, bias: Tensor | None, packed: Sequence[Tensor],
-    weight_shape: Sequence[int], block_shape: Sequence[int], epilogue: str,
+    isa: str, x: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, bias: Tensor | None,
+    packed: Sequence[Tensor], weight_shape: Sequence[int], block_shape: Sequence[int], epilogue: str,
 ) -> Tensor:  # fmt: skip
     """Block-sparse linear layer of a contiguous float32 CPU tensor (..., in): the 1x1 convolution of its rows."""
     out_features, in_features = weight_shape
@@ -157,7 +159,9 @@ def launch_bsr_linear(
 
 
 def peak_flops(isa: str | None = None, seconds: float = 0.2) -> float:
-    """Measured fp32 multiply-add rate of this CPU at torch's thread count, FLOP/s (2 per multiply-add): the best of several bursts.
+    """Measured fp32 multiply-add rate of this CPU at torch's thread count, FLOP/s (2 per multiply-add).
+
+    The best of several bursts.
 
     Args:
         isa: instruction set, by default the highest that runs here.
@@ -181,8 +185,9 @@ def peak_flops(isa: str | None = None, seconds: float = 0.2) -> float:
 
 
 def _run(
-    isa: str, x: Tensor, y: Tensor, bias: Tensor | None, packed: Sequence[Tensor], n: int, h: int, w: int, c_in: int, c_out: int,
-    p: int, q: int, r: int, s: int, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], relu: bool, pool: bool,
+    isa: str, x: Tensor, y: Tensor, bias: Tensor | None, packed: Sequence[Tensor], n: int, h: int, w: int, c_in: int,
+    c_out: int, p: int, q: int, r: int, s: int, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+    relu: bool, pool: bool,
 ) -> None:  # fmt: skip
     weights, channels, tap_ptr = packed
     strip = weights.shape[1]
@@ -192,16 +197,17 @@ def _run(
         raise ValueError("bsr_conv2d: expected images and entry counts below 2**31 elements")
     if tap_ptr.numel() != -(-c_out // strip) * r * s + 1 or channels.numel() != weights.shape[0]:
         raise ValueError(
-            f"bsr_conv2d: expected a strip pack of {-(-c_out // strip)} strips and {r * s} taps, got tap_ptr of length {tap_ptr.numel()}"
+            f"bsr_conv2d: expected a strip pack of {-(-c_out // strip)} strips and {r * s} taps, "
+            f"got tap_ptr of length {tap_ptr.numel()}"
         )
     module = _library()[0]
     assert module is not None
     if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()
     status = module.conv2d_f32(
-        isa, x.data_ptr(), y.data_ptr(), 0 if bias is None else bias.data_ptr(), weights.data_ptr(), channels.data_ptr(),
-        tap_ptr.data_ptr(), n, h, w, c_in, c_out, p, q, r, s, stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1],
-        strip, int(relu), int(pool), torch.get_num_threads(),
+        isa, x.data_ptr(), y.data_ptr(), 0 if bias is None else bias.data_ptr(), weights.data_ptr(),
+        channels.data_ptr(), tap_ptr.data_ptr(), n, h, w, c_in, c_out, p, q, r, s, stride[0], stride[1], padding[0],
+        padding[1], dilation[0], dilation[1], strip, int(relu), int(pool), torch.get_num_threads(),
     )  # fmt: skip
     if status != 0:
         raise RuntimeError(f"bsr_conv2d: native kernel {isa} failed with status {status}")

@@ -180,7 +180,8 @@ class LowRankConvProblem:
 
 
 Pair: TypeAlias = tuple[int, int]
-Problem: TypeAlias = Request | ConvProblem | LinearProblem | LowRankLinearProblem | LowRankConvProblem
+SizedProblem: TypeAlias = ConvProblem | LinearProblem | LowRankLinearProblem | LowRankConvProblem
+Problem: TypeAlias = Request | SizedProblem
 
 
 def factor_geometry(
@@ -188,8 +189,8 @@ def factor_geometry(
 ) -> list[tuple[Pair, Pair, Pair]]:
     """``(stride, padding, dilation)`` of every factor convolution.
 
-    ``tai``: the vertical factor carries the row axis, the horizontal one the column axis. ``svd``: the first factor carries both,
-    ``tucker2``: the middle one.
+    ``tai``: the vertical factor carries the row axis, the horizontal one the column axis. ``svd``: the first factor
+    carries both, ``tucker2``: the middle one.
     """
     unit: tuple[Pair, Pair, Pair] = ((1, 1), (0, 0), (1, 1))
     if kind == "tai":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ def _conv2d_stored_columns(
     columns = F.pad(columns, (0, 0, 0, groups * block_in - c_in)).reshape(x.shape[0], -1, block_in, p * q)
     crow = weight.crow_indices.tolist()
     y = x.new_empty(x.shape[0], c_out, p * q)
-    for i, (begin, end) in enumerate(zip(crow[:-1], crow[1:])):
+    for i, (begin, end) in enumerate(pairwise(crow)):
         rows = weight.values[begin:end].transpose(0, 1).reshape(block_out, -1)[: c_out - i * block_out]
         taken = columns[:, weight.col_indices[begin:end].long()].flatten(1, 2)
         y[:, i * block_out : i * block_out + rows.shape[0]] = rows @ taken
@@ -72,7 +73,8 @@ def bsr_linear(
     """``epilogue(x W^T + bias)`` over the last dimension of x: the 1x1 convolution of its rows."""
     rows = x.reshape(-1, weight_shape[1])[:, :, None, None]
     y = bsr_conv2d(
-        rows, values, crow_indices, col_indices, bias, packed, (*weight_shape, 1, 1), block_shape, (1, 1), (0, 0), (1, 1), epilogue
+        rows, values, crow_indices, col_indices, bias, packed, (*weight_shape, 1, 1), block_shape, (1, 1), (0, 0),
+        (1, 1), epilogue,
     )  # fmt: skip
     return y.reshape(*x.shape[:-1], weight_shape[0])
 

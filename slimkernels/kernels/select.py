@@ -9,7 +9,7 @@ import torch
 
 from slimkernels import env
 from slimkernels.kernels import KERNELS, KernelSpec
-from slimkernels.kernels.problems import ConvProblem, LinearProblem, Problem, Request
+from slimkernels.kernels.problems import ConvProblem, LinearProblem, Problem, Request, SizedProblem
 
 _ISA_ORDER = ("scalar", "avx2", "avx512")
 _BACKEND_ORDER = ("triton", "cuda", "cpu", "reference")
@@ -53,7 +53,7 @@ def _backend(backend: str) -> str:
     return env.backend() if backend == "auto" else backend
 
 
-def candidates(problem: Problem, backend: str = "auto") -> list[Candidate]:
+def candidates(problem: SizedProblem, backend: str = "auto") -> list[Candidate]:
     """Every kernel of the problem's op, kept or rejected with its reason.
 
     Args:
@@ -85,7 +85,7 @@ def _choose(request: Request, backend: str, isa_cap: str | None) -> KernelChoice
     def rank(spec: KernelSpec) -> tuple[int, int]:
         return _BACKEND_ORDER.index(spec.backend), -_ISA_ORDER.index(spec.isa) if spec.isa else 0
 
-    passed_over = []
+    passed_over: list[str] = []
     for spec in sorted(_kernels_of(request), key=rank):
         reason = _rejected(spec, request, backend, isa_cap)
         if reason is None:
@@ -117,8 +117,8 @@ def _explicit(kernel: str, request: Request) -> KernelSpec:
     return spec
 
 
-# GFLOP/s per thread (2 per multiply-add), used where nothing was measured. Share of FMA peak that the kernels and oneDNN's dense
-# convolution reached on VGG-19's layers: see benchmarks/results.
+# GFLOP/s per thread (2 per multiply-add), used where nothing was measured. Share of FMA peak that the kernels and
+# oneDNN's dense convolution reached on VGG-19's layers: see benchmarks/results.
 _DENSE_GFLOPS = {"scalar": 40.0, "avx2": 75.0, "avx512": 95.0}
 _SPARSE_GFLOPS = {"scalar": 6.0, "avx2": 70.0, "avx512": 85.0}
 _CALL_SECONDS = 8e-6
@@ -133,7 +133,7 @@ def machine_isa() -> str:
     return "scalar"
 
 
-def predicted_seconds(spec: KernelSpec, problem: Problem) -> float:
+def predicted_seconds(spec: KernelSpec, problem: SizedProblem) -> float:
     """Predicted time of a kernel on a problem; a crude roofline, only ever compared with other predictions.
 
     On a GPU the gather kernel is bound by L2: ``BM * block_out / (BM + block_out)`` FLOPs a byte with BM = 128 pixels.
@@ -155,7 +155,7 @@ def strip_is_half(spec: KernelSpec, problem: ConvProblem | LinearProblem) -> boo
     return spec.isa is not None and problem.block_shape[0] % 16 != 0
 
 
-def predicted_dense_seconds(problem: Problem) -> float:
+def predicted_dense_seconds(problem: SizedProblem) -> float:
     """Predicted time of the dense layer (torch's own) that a problem replaces."""
     if problem.device == "cpu":
         rate = _DENSE_GFLOPS[machine_isa()] * 1e9 * torch.get_num_threads()

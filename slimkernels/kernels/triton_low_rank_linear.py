@@ -157,7 +157,7 @@ def default_config(
     else:
         block_m, block_n, block_k, warps = 32, 32 if wide <= 128 else 16, 16, 8
     block_m = min(block_m, max(16, next_power_of_2(m_total)))
-    if block_m < 64 and wide <= 128:
+    if tensor_cores and block_m < 64 and wide <= 128:
         warps = 4
     splits = min(cdiv(out_features, block_n), max(1, processors // cdiv(m_total, block_m)))
     stages = 3

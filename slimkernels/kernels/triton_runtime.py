@@ -71,10 +71,12 @@ def interpreted_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def cdiv(a: int, b: int) -> int:
+    """``a / b`` rounded up."""
     return -(-a // b)
 
 
 def next_power_of_2(n: int) -> int:
+    """Smallest power of two that is at least n, and at least 1."""
     return 1 << max(n - 1, 0).bit_length()
 
 

@@ -14,15 +14,16 @@ from slimkernels.kernels import native
 from slimkernels.kernels.problems import Request
 from slimkernels.kernels.select import resolve
 from slimkernels.nn.attributes import check_epilogue, resolved_padding, unsupported_conv_reason
-from slimkernels.ops.library import OPS
+from slimkernels.ops import bsr_conv2d, bsr_linear
 
 
 class _BlockSparse(nn.Module):
     """What the block-sparse modules share: the weight's tensors and the prepacked copy that the CPU kernels read.
 
-    The pack exists in eval mode only. It is dropped by ``train()``, when the module is moved or loaded, and it is passed over (the
-    op then packs by itself) when ``values`` changed since or wants a gradient. Writing to ``values`` in eval mode is legal; call
-    ``prepack()`` afterwards to be fast again, and always after an in-place write through ``values.data``, which torch does not count.
+    The pack exists in eval mode only. It is dropped by ``train()``, when the module is moved or loaded, and it is
+    passed over (the op then packs by itself) when ``values`` changed since or wants a gradient. Writing to ``values``
+    in eval mode is legal; call ``prepack()`` afterwards to be fast again, and always after an in-place write through
+    ``values.data``, which torch does not count.
     """
 
     values: nn.Parameter
@@ -37,8 +38,8 @@ class _BlockSparse(nn.Module):
     _packed_names = ("packed_weights", "packed_channels", "packed_tap_ptr")
 
     def _init_weight(
-        self, weight_shape: Sequence[int], block_shape: Sequence[int], crow_indices: Tensor, col_indices: Tensor, bias: bool,
-        epilogue: str, kernel: str, device: Any, dtype: torch.dtype | None,
+        self, weight_shape: Sequence[int], block_shape: Sequence[int], crow_indices: Tensor, col_indices: Tensor,
+        bias: bool, epilogue: str, kernel: str, device: Any, dtype: torch.dtype | None,
     ) -> None:  # fmt: skip
         self.weight_shape = tuple(int(d) for d in weight_shape)
         self.block_shape = block_shape_2d(block_shape)
@@ -71,7 +72,7 @@ class _BlockSparse(nn.Module):
         return BSRWeight(self.values, self.crow_indices, self.col_indices, (c_out, c_in, r, s), self.block_shape)
 
     def prepack(self) -> None:
-        """Builds the prepacked weight for the present values where a kernel of this machine uses one. Eval mode only."""
+        """Builds the prepacked weight of the present values where a kernel of this machine uses one. Eval mode only."""
         self.drop_packed()
         values = self.values
         if self.training or values.device.type != "cpu" or values.is_meta or type(values.data) is not torch.Tensor:
@@ -139,10 +140,15 @@ class _BlockSparse(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         error_messages = args[-1]
         names = ("values", "crow_indices", "col_indices")
-        incoming = [state_dict.get(prefix + name) for name in names]
-        if all(isinstance(t, Tensor) for t in incoming) and incoming[0].shape == self.values.shape:  # type: ignore[union-attr]
+        values, crow, col = (state_dict.get(prefix + name) for name in names)
+        if (
+            isinstance(values, Tensor)
+            and isinstance(crow, Tensor)
+            and isinstance(col, Tensor)
+            and values.shape == self.values.shape
+        ):
             try:
-                BSRWeight(*incoming, self.weight_bsr().weight_shape, self.block_shape).validate()  # type: ignore[arg-type]
+                BSRWeight(values, crow, col, self.weight_bsr().weight_shape, self.block_shape).validate()
             except (ValueError, TypeError) as error:
                 error_messages.append(f"{prefix.rstrip('.')}: {error}")
                 return
@@ -185,7 +191,8 @@ class BlockSparseConv2d(_BlockSparse):
         epilogue: ``none``, ``relu`` or ``relu_maxpool2``, fused behind the bias.
         kernel: a kernel's name, or ``auto``.
 
-    Parameters ``values (blocks, block_out, block_in)`` and ``bias (out_channels,)``, zero until assigned; `from_dense` fills them.
+    Parameters ``values (blocks, block_out, block_in)`` and ``bias (out_channels,)``, zero until assigned; `from_dense`
+    fills them.
 
     Raises:
         ValueError, TypeError: an invalid pattern, epilogue or block shape.
@@ -196,17 +203,18 @@ class BlockSparseConv2d(_BlockSparse):
     padding_mode = "zeros"
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int], stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] = 0, dilation: int | tuple[int, int] = 1, bias: bool = True, *,
-        block_shape: Sequence[int], crow_indices: Tensor, col_indices: Tensor, epilogue: str = "none", kernel: str = "auto",
-        device: Any = None, dtype: torch.dtype | None = None,
+        self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1, padding: int | tuple[int, int] = 0, dilation: int | tuple[int, int] = 1,
+        bias: bool = True, *, block_shape: Sequence[int], crow_indices: Tensor, col_indices: Tensor,
+        epilogue: str = "none", kernel: str = "auto", device: Any = None, dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.in_channels, self.out_channels = in_channels, out_channels
         self.kernel_size, self.stride = _pair(kernel_size), _pair(stride)
         self.padding, self.dilation = _pair(padding), _pair(dilation)
         self._init_weight(
-            (out_channels, in_channels, *self.kernel_size), block_shape, crow_indices, col_indices, bias, epilogue, kernel, device, dtype
+            (out_channels, in_channels, *self.kernel_size), block_shape, crow_indices, col_indices, bias, epilogue,
+            kernel, device, dtype,
         )  # fmt: skip
 
     @classmethod
@@ -221,7 +229,8 @@ class BlockSparseConv2d(_BlockSparse):
         """The block-sparse twin of a convolution; ``mask`` (block_rows, block_cols) from its zeros if None.
 
         Raises:
-            ValueError: groups, padding_mode or padding without a twin (named with its value), or a mask of the wrong shape.
+            ValueError: groups, padding_mode or padding without a twin (named with its value), or a mask of the wrong
+                shape.
         """
         reason = unsupported_conv_reason(conv)
         if reason is not None:
@@ -229,8 +238,9 @@ class BlockSparseConv2d(_BlockSparse):
         weight = BSRWeight.from_dense(conv.weight, block_shape, mask)
         module = cls(
             conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, resolved_padding(conv), conv.dilation,  # type: ignore[arg-type]
-            conv.bias is not None, block_shape=block_shape, crow_indices=weight.crow_indices, col_indices=weight.col_indices,
-            epilogue=epilogue, kernel=kernel, device=conv.weight.device, dtype=conv.weight.dtype,
+            conv.bias is not None, block_shape=block_shape, crow_indices=weight.crow_indices,
+            col_indices=weight.col_indices, epilogue=epilogue, kernel=kernel, device=conv.weight.device,
+            dtype=conv.weight.dtype,
         )  # fmt: skip
         module._assign(weight, conv)
         return module
@@ -250,9 +260,10 @@ class BlockSparseConv2d(_BlockSparse):
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
-        return OPS.bsr_conv2d.default(
-            x, self.values, self.crow_indices, self.col_indices, self.bias, self._packed(), self.weight_shape, self.block_shape,
-            self.stride, self.padding, self.dilation, self.epilogue, self.kernel,
+        return bsr_conv2d(
+            x, self.values, self.crow_indices, self.col_indices, self.bias, self._packed(),
+            weight_shape=self.weight_shape, block_shape=self.block_shape, stride=self.stride, padding=self.padding,
+            dilation=self.dilation, epilogue=self.epilogue, kernel=self.kernel,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -279,8 +290,9 @@ class BlockSparseLinear(_BlockSparse):
     _op = "bsr_linear"
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool = True, *, block_shape: Sequence[int], crow_indices: Tensor,
-        col_indices: Tensor, epilogue: str = "none", kernel: str = "auto", device: Any = None, dtype: torch.dtype | None = None,
+        self, in_features: int, out_features: int, bias: bool = True, *, block_shape: Sequence[int],
+        crow_indices: Tensor, col_indices: Tensor, epilogue: str = "none", kernel: str = "auto", device: Any = None,
+        dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
@@ -323,9 +335,9 @@ class BlockSparseLinear(_BlockSparse):
         return linear.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        return OPS.bsr_linear.default(
-            x, self.values, self.crow_indices, self.col_indices, self.bias, self._packed(), self.weight_shape, self.block_shape,
-            self.epilogue, self.kernel,
+        return bsr_linear(
+            x, self.values, self.crow_indices, self.col_indices, self.bias, self._packed(),
+            weight_shape=self.weight_shape, block_shape=self.block_shape, epilogue=self.epilogue, kernel=self.kernel,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

@@ -18,8 +18,8 @@ class LowRankLinear(nn.Module):
     """Drop-in for ``nn.Linear``: ``y = epilogue((x V^T) U^T + bias)`` with U ``(out, rank)`` and V ``(rank, in)``."""
 
     def __init__(
-        self, in_features: int, out_features: int, rank: int, bias: bool = True, *, epilogue: str = "none", kernel: str = "auto",
-        device: Any = None, dtype: torch.dtype | None = None,
+        self, in_features: int, out_features: int, rank: int, bias: bool = True, *, epilogue: str = "none",
+        kernel: str = "auto", device: Any = None, dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         if not 1 <= rank <= min(in_features, out_features):
@@ -51,7 +51,7 @@ class LowRankLinear(nn.Module):
 
     @classmethod
     def from_dense(cls, linear: nn.Linear, rank: int) -> LowRankLinear:
-        """The best rank-``rank`` approximation (truncated SVD in float64, singular values split evenly, Eckart-Young)."""
+        """Best rank-``rank`` approximation (truncated SVD in float64, singular values split evenly, Eckart-Young)."""
         if not 1 <= rank <= min(linear.weight.shape):
             raise ValueError(f"LowRankLinear.from_dense: expected rank in [1, {min(linear.weight.shape)}], got {rank}")
         u, s, vh = torch.linalg.svd(linear.weight.detach().double(), full_matrices=False)
@@ -95,16 +95,18 @@ class LowRankConv2d(nn.Module):
     padding_mode = "zeros"
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int], stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] = 0, dilation: int | tuple[int, int] = 1, bias: bool = True, *, kind: str,
-        ranks: Sequence[int], epilogue: str = "none", kernel: str = "auto", device: Any = None, dtype: torch.dtype | None = None,
+        self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1, padding: int | tuple[int, int] = 0, dilation: int | tuple[int, int] = 1,
+        bias: bool = True, *, kind: str, ranks: Sequence[int], epilogue: str = "none", kernel: str = "auto",
+        device: Any = None, dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         if kind not in LOW_RANK_KINDS:
             raise ValueError(f"LowRankConv2d: expected kind in {LOW_RANK_KINDS}, got {kind!r}")
         if len(ranks) != (2 if kind == "tucker2" else 1) or min(ranks) < 1:
             raise ValueError(
-                f"LowRankConv2d: expected {'(rank_in, rank_out)' if kind == 'tucker2' else '(rank,)'}, got {tuple(ranks)}"
+                f"LowRankConv2d: expected {'(rank_in, rank_out)' if kind == 'tucker2' else '(rank,)'}, "
+                f"got {tuple(ranks)}"
             )
         check_epilogue("LowRankConv2d", "low_rank_conv2d", epilogue)
         self.in_channels, self.out_channels = in_channels, out_channels
@@ -127,15 +129,16 @@ class LowRankConv2d(nn.Module):
     @classmethod
     def from_factors(
         cls, factors: Sequence[Tensor], bias: Tensor | None = None, *, kind: str, stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] = 0, dilation: int | tuple[int, int] = 1, epilogue: str = "none", kernel: str = "auto",
+        padding: int | tuple[int, int] = 0, dilation: int | tuple[int, int] = 1, epilogue: str = "none",
+        kernel: str = "auto",
     ) -> LowRankConv2d:  # fmt: skip
         """The layer with the given factors (copied). Raises ValueError where they do not chain or fit ``kind``."""
         LowRankWeight(kind, tuple(factors)).validate()
         kernel_size = max(f.shape[2] for f in factors), max(f.shape[3] for f in factors)
         module = cls(
-            factors[0].shape[1], factors[-1].shape[0], kernel_size, stride, padding, dilation, bias is not None, kind=kind,
-            ranks=[f.shape[0] for f in factors[:-1]], epilogue=epilogue, kernel=kernel, device=factors[0].device,
-            dtype=factors[0].dtype,
+            factors[0].shape[1], factors[-1].shape[0], kernel_size, stride, padding, dilation, bias is not None,
+            kind=kind, ranks=[f.shape[0] for f in factors[:-1]], epilogue=epilogue, kernel=kernel,
+            device=factors[0].device, dtype=factors[0].dtype,
         )  # fmt: skip
         with torch.no_grad():
             for parameter, factor in zip(module.factors, factors):

@@ -1,4 +1,4 @@
-"""The ops of slimkernels, registered with ``torch.library``: schema, CPU and CUDA implementation, fake, autograd, autocast.
+"""Ops of slimkernels, registered with ``torch.library``: schema, CPU and CUDA implementation, fake, autograd, autocast.
 
 Equations (``x`` activations, ``W`` the weight that the stored blocks or factors stand for):
 

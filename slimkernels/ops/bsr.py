@@ -13,6 +13,7 @@ from slimkernels.kernels import KERNELS, reference
 from slimkernels.kernels.problems import Request, conv_output_size
 from slimkernels.kernels.select import resolve
 from slimkernels.ops.library import (
+    OPS,
     cast_floats,
     check_bias,
     check_epilogue,
@@ -20,6 +21,7 @@ from slimkernels.ops.library import (
     check_geometry,
     register,
     register_autocast,
+    runs_plainly,
     with_channels_last_strides,
 )
 
@@ -35,7 +37,8 @@ def _check_weight(
     rows, _ = block_grid(weight_shape, block_shape)
     if values.dim() != 3 or values.shape[1] != block_shape[0] or values.shape[2] != block_shape[1]:
         raise ValueError(
-            f"{op}: expected values of shape (nnz_blocks, {block_shape[0]}, {block_shape[1]}), got {tuple(values.shape)}"
+            f"{op}: expected values of shape (nnz_blocks, {block_shape[0]}, {block_shape[1]}), "
+            f"got {tuple(values.shape)}"
         )
     for name, index, size in (("crow_indices", crow, rows + 1), ("col_indices", col, values.shape[0])):
         if index.dtype != torch.int32:
@@ -73,7 +76,7 @@ def _bsr_conv2d(
 ) -> Tensor:  # fmt: skip
     _conv2d_output_shape(
         x, values, crow_indices, col_indices, bias, weight_shape, block_shape, stride, padding, dilation, epilogue
-    )  # fmt: skip
+    )
     block = (block_shape[0], block_shape[1])
     spec = resolve(kernel, Request("bsr_conv2d", x.dtype, x.device.type, block, epilogue))
     x = x.contiguous(memory_format=_CHANNELS_LAST)
@@ -90,7 +93,7 @@ def _bsr_conv2d_fake(
 ) -> Tensor:  # fmt: skip
     shape = _conv2d_output_shape(
         x, values, crow_indices, col_indices, bias, weight_shape, block_shape, stride, padding, dilation, epilogue
-    )  # fmt: skip
+    )
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_CHANNELS_LAST)
 
 
@@ -104,7 +107,7 @@ def _bsr_conv2d_backward(
     if epilogue == "relu_maxpool2":
         y = reference.bsr_conv2d(
             x, values, crow_indices, col_indices, bias, (), weight_shape, block_shape, stride, padding, dilation, "relu"
-        )  # fmt: skip
+        )
         indices = torch.ops.aten.max_pool2d_with_indices(y, [2, 2], [2, 2])[1]
         grad = torch.ops.aten.max_pool2d_with_indices_backward(
             grad.contiguous(memory_format=_CHANNELS_LAST), y, [2, 2], [2, 2], [0, 0], [1, 1], False, indices
@@ -197,7 +200,7 @@ def _output_mask(ctx: Any) -> list[bool]:
 
 def _bsr_conv2d_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, values, crow, col, bias, y = ctx.saved_tensors
-    grads = torch.ops.slimkernels.bsr_conv2d_backward(
+    grads = OPS.bsr_conv2d_backward(
         grad, x, values, crow, col, bias, y, *ctx.arguments, _output_mask(ctx)
     )
     return _gradients(ctx, grads, 7)
@@ -207,9 +210,9 @@ def _bsr_linear_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, values, crow, col, bias, y = ctx.saved_tensors
     weight_shape, block_shape, epilogue = ctx.arguments
     as_image = [t.reshape(-1, t.shape[-1], 1, 1) for t in (grad, x, y)]
-    grad_x, grad_values, grad_bias = torch.ops.slimkernels.bsr_conv2d_backward(
-        as_image[0], as_image[1], values, crow, col, bias, as_image[2], [*weight_shape, 1, 1], block_shape, [1, 1], [0, 0], [1, 1],
-        epilogue, _output_mask(ctx),
+    grad_x, grad_values, grad_bias = OPS.bsr_conv2d_backward(
+        as_image[0], as_image[1], values, crow, col, bias, as_image[2], [*weight_shape, 1, 1], block_shape, [1, 1],
+        [0, 0], [1, 1], epilogue, _output_mask(ctx),
     )  # fmt: skip
     if ctx.needs_input_grad[0]:
         grad_x = grad_x.reshape(x.shape)
@@ -242,8 +245,9 @@ register_autocast("bsr_conv2d_backward", lambda device, args: args)
 
 def bsr_conv2d(
     x: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, bias: Tensor | None = None,
-    packed: Sequence[Tensor] = (), *, weight_shape: Sequence[int], block_shape: Sequence[int], stride: Sequence[int] = (1, 1),
-    padding: Sequence[int] = (0, 0), dilation: Sequence[int] = (1, 1), epilogue: str = "none", kernel: str = "auto",
+    packed: Sequence[Tensor] = (), *, weight_shape: Sequence[int], block_shape: Sequence[int],
+    stride: Sequence[int] = (1, 1), padding: Sequence[int] = (0, 0), dilation: Sequence[int] = (1, 1),
+    epilogue: str = "none", kernel: str = "auto",
 ) -> Tensor:  # fmt: skip
     """Block-sparse 2-D convolution (cross-correlation, as torch's), groups = 1.
 
@@ -259,15 +263,17 @@ def bsr_conv2d(
         kernel: name of a kernel in `slimkernels.kernels.KERNELS`, or ``auto``.
 
     Returns:
-        ``(N, C_out, P, Q)`` channels_last; P, Q halved by ``relu_maxpool2``. A non-finite input reaches exactly the outputs whose
-        stored blocks read it.
+        ``(N, C_out, P, Q)`` channels_last; P, Q halved by ``relu_maxpool2``. A non-finite input reaches exactly the
+        outputs whose stored blocks read it.
 
     Raises:
-        ValueError: wrong shapes, devices, epilogue; a kernel that is unknown or cannot run here. TypeError: wrong dtypes.
+        ValueError: wrong shapes, devices, epilogue; a kernel that is unknown or cannot run here.
+        TypeError: wrong dtypes.
     """
-    return torch.ops.slimkernels.bsr_conv2d(
-        x, values, crow_indices, col_indices, bias, list(packed), weight_shape, block_shape, stride, padding, dilation, epilogue,
-        kernel,
+    run = _bsr_conv2d if runs_plainly(x, values, bias) else OPS.bsr_conv2d.default
+    return run(
+        x, values, crow_indices, col_indices, bias, list(packed), weight_shape, block_shape, stride, padding, dilation,
+        epilogue, kernel,
     )  # fmt: skip
 
 
@@ -292,8 +298,8 @@ def bsr_linear(
         ``(..., out)`` contiguous.
 
     Raises:
-        ValueError: wrong shapes, devices, epilogue; a kernel that is unknown or cannot run here. TypeError: wrong dtypes.
+        ValueError: wrong shapes, devices, epilogue; a kernel that is unknown or cannot run here.
+        TypeError: wrong dtypes.
     """
-    return torch.ops.slimkernels.bsr_linear(
-        x, values, crow_indices, col_indices, bias, list(packed), weight_shape, block_shape, epilogue, kernel
-    )  # fmt: skip
+    run = _bsr_linear if runs_plainly(x, values, bias) else OPS.bsr_linear.default
+    return run(x, values, crow_indices, col_indices, bias, list(packed), weight_shape, block_shape, epilogue, kernel)

@@ -31,7 +31,8 @@ def _check_linear(x: Tensor, U: Tensor, V: Tensor, bias: Tensor | None, epilogue
     check_floating(op, x, U=U, V=V, bias=bias)
     if U.dim() != 2 or V.dim() != 2 or U.shape[1] != V.shape[0]:
         raise ValueError(
-            f"{op}: expected U of shape (out, rank) and V of shape (rank, in), got {tuple(U.shape)} and {tuple(V.shape)}"
+            f"{op}: expected U of shape (out, rank) and V of shape (rank, in), "
+            f"got {tuple(U.shape)} and {tuple(V.shape)}"
         )
     if x.dim() < 1 or x.shape[-1] != V.shape[1]:
         raise ValueError(f"{op}: expected x of shape (..., {V.shape[1]}), got {tuple(x.shape)}")
@@ -63,7 +64,8 @@ def _conv2d_output_shape(
     check_floating(op, x, **{f"factors[{i}]": f for i, f in enumerate(factors)}, bias=bias)
     if factors[0].dim() != 4 or x.dim() != 4 or x.shape[1] != factors[0].shape[1]:
         raise ValueError(
-            f"{op}: expected x of shape (N, {factors[0].shape[1]}, H, W) and 4-D factors, got {tuple(x.shape)} and {[tuple(f.shape) for f in factors]}"
+            f"{op}: expected x of shape (N, {factors[0].shape[1]}, H, W) and 4-D factors, "
+            f"got {tuple(x.shape)} and {[tuple(f.shape) for f in factors]}"
         )
     check_geometry(op, stride, padding, dilation)
     check_bias(op, bias, factors[-1].shape[0])
@@ -185,7 +187,8 @@ def low_rank_linear(
         ``(..., out)`` contiguous.
 
     Raises:
-        ValueError: wrong shapes, devices, epilogue; a kernel that is unknown or cannot run here. TypeError: wrong dtypes.
+        ValueError: wrong shapes, devices, epilogue; a kernel that is unknown or cannot run here.
+        TypeError: wrong dtypes.
     """
     return torch.ops.slimkernels.low_rank_linear(x, U, V, bias, epilogue, kernel)
 
@@ -209,7 +212,8 @@ def low_rank_conv2d(
         ``(N, C_out, P, Q)`` channels_last.
 
     Raises:
-        ValueError: wrong shapes, devices, kind, epilogue; a kernel that is unknown or cannot run here. TypeError: wrong dtypes.
+        ValueError: wrong shapes, devices, kind, epilogue; a kernel that is unknown or cannot run here.
+        TypeError: wrong dtypes.
     """
     return torch.ops.slimkernels.low_rank_conv2d(
         x, list(factors), bias, stride, padding, dilation, kind, epilogue, kernel

@@ -1,0 +1,173 @@
+"""Turns pytest-benchmark records of the suites into one committed record, Markdown tables and pictures.
+
+python benchmarks/report.py RECORD.json [RECORD.json ...] --out benchmarks/results/<device>
+
+writes ``<commit>.json`` (environment and one flat row per measurement), ``<commit>.md`` and, where the layer sweep is in the record,
+``<commit>-breakeven.png`` and ``<commit>-roofline.png``. Losing rows are printed like any other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from slimkernels.files import atomic_path
+
+
+def rows_of(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The measurements of one pytest-benchmark record, flat; raises ValueError on a row that was not checked for correctness."""
+    rows = []
+    for entry in record["benchmarks"]:
+        info = entry["extra_info"]
+        if info.get("match") is not True:
+            raise ValueError(f"report: row {entry['name']} was not checked against the reference")
+        rows.append({"name": entry["name"], **info})
+    return rows
+
+
+def merged(paths: list[Path]) -> dict[str, Any]:
+    """Several records of one machine and commit as one; raises ValueError where commit or processor differ."""
+    records = [json.loads(path.read_text()) for path in paths]
+    environments = [r["machine_info"]["slimkernels"] for r in records]
+    for key in ("commit", "cpu", "gpu", "torch", "threads"):
+        values = {str(e[key]) for e in environments}
+        if len(values) > 1:
+            raise ValueError(f"report: expected records of one {key}, got {sorted(values)}")
+    return {"environment": environments[0], "rows": [row for r in records for row in rows_of(r)]}
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def block_name(row: dict[str, Any]) -> str:
+    """``16x1``."""
+    return "x".join(str(b) for b in row["block_shape"])
+
+
+def vgg_table(rows: list[dict[str, Any]]) -> str:
+    """Whole networks: dense and converted latency, speed-up, error ratio."""
+    header = ["batch", "sparsity", "blocks", "dense p50 [ms]", "converted p20 / p50 / p80 [ms]", "n", "speed-up", "images/s",
+              "error / dense error"]  # fmt: skip
+    body = [
+        [
+            str(r["batch"]), f"{r['sparsity']:.1%}", block_name(r), f"{r['dense_p50_ms']:.3g}",
+            f"{r['p20_ms']:.3g} / {r['p50_ms']:.3g} / {r['p80_ms']:.3g}", str(r["n"]), f"**{r['speedup']:.2f}x**",
+            f"{r['images_per_s']:.0f}", f"{r['error_ratio']:.2f}",
+        ]
+        for r in sorted(rows, key=lambda r: (block_name(r) != "16x1", r["batch"], r["sparsity"]))
+    ]  # fmt: skip
+    return table(header, body)
+
+
+def ops_table(rows: list[dict[str, Any]]) -> str:
+    """Single layers: latency, rates, share of the measured multiply-add peak."""
+    header = ["layer", "batch", "blocks", "sparsity", "kernel", "dense p50 [ms]", "p50 [ms]", "speed-up", "stored GFLOP/s",
+              "dense-equivalent GFLOP/s", "share of peak"]  # fmt: skip
+    body = [
+        [
+            r["layer"], str(r["batch"]), block_name(r), f"{r['sparsity']:.1%}", r["kernel"], f"{r['dense_p50_ms']:.3g}",
+            f"{r['p50_ms']:.3g}", f"{r['speedup']:.2f}x", f"{r['sparse_flops_per_s'] / 1e9:.0f}",
+            f"{r['dense_equiv_flops_per_s'] / 1e9:.0f}",
+            "" if r["share_of_peak"] is None else f"{r['share_of_peak']:.0%}",
+        ]
+        for r in rows
+    ]  # fmt: skip
+    return table(header, body)
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """The whole report."""
+    env = record["environment"]
+    device = env["gpu"] or env["cpu"]
+    parts = [
+        f"# Measurements on {device}\n",
+        f"Commit {env['commit']}{' with local changes' if env['dirty'] else ''}, torch {env['torch']}, {env['threads']} threads, "
+        f"{env['platform']}. Dense is the best of the baselines of the same run, timed in turn with ours; medians.\n",
+    ]
+    vgg = [r for r in record["rows"] if r["suite"] == "vgg"]
+    if vgg:
+        parts += ["## Converted VGG-19/CIFAR-10 (random weights, pruned by magnitude)\n", vgg_table(vgg)]
+    ops = [r for r in record["rows"] if r["suite"] == "ops"]
+    if ops:
+        parts += ["## Layers\n", ops_table(ops)]
+    return "\n".join(parts)
+
+
+def plot_breakeven(rows: list[dict[str, Any]], path: Path) -> None:
+    """Speed-up over dense against sparsity, one line per block shape, one panel per batch size."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    layer = max({r["layer"] for r in rows}, key=lambda name: len([r for r in rows if r["layer"] == name]))
+    rows = [r for r in rows if r["layer"] == layer and r["sparsity"] > 0]
+    batches = sorted({r["batch"] for r in rows})
+    figure, axes = plt.subplots(1, len(batches), figsize=(5 * len(batches), 4), squeeze=False, sharey=True)
+    for axis, batch in zip(axes[0], batches, strict=True):
+        for block in sorted({tuple(r["block_shape"]) for r in rows}):
+            points = sorted(
+                (r["sparsity"] * 100, r["speedup"]) for r in rows if r["batch"] == batch and tuple(r["block_shape"]) == block
+            )
+            axis.plot(*zip(*points, strict=True), marker="o", label=f"{block[0]}x{block[1]}")
+        axis.axhline(1, color="0.5", linewidth=1)
+        axis.set(title=f"{layer}, batch {batch}", xlabel="block sparsity [%]", ylabel="speed-up over dense")
+        axis.legend(title="block")
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_roofline(rows: list[dict[str, Any]], path: Path) -> None:
+    """Share of the multiply-add peak by layer, natural block shape, one bar per batch size."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [r for r in rows if r["share_of_peak"] is not None and r["sparsity"] in (0.0, 0.875)]
+    natural = rows[0]["block_shape"]
+    rows = [r for r in rows if r["block_shape"] == natural]
+    layers = list(dict.fromkeys(r["layer"] for r in rows))
+    batches = sorted({r["batch"] for r in rows})
+    figure, axis = plt.subplots(figsize=(9, 4))
+    width = 0.8 / len(batches)
+    for i, batch in enumerate(batches):
+        shares = {r["layer"]: r["share_of_peak"] * 100 for r in rows if r["batch"] == batch}
+        axis.bar([j + i * width for j in range(len(layers))], [shares.get(name, 0) for name in layers], width, label=f"batch {batch}")
+    axis.set_xticks([j + width * (len(batches) - 1) / 2 for j in range(len(layers))],
+                    [name.split(".")[1].split("@")[0] for name in layers])  # fmt: skip
+    axis.set(ylabel="share of multiply-add peak [%]", ylim=(0, 100),
+             title=f"VGG-19/CIFAR-10, 87.5% zero {natural[0]}x{natural[1]} blocks (conv1_1 dense), in-image FLOPs")  # fmt: skip
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("records", nargs="+", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    record = merged(arguments.records)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    stem = (record["environment"]["commit"] or "uncommitted")[:12]
+    with atomic_path(arguments.out / f"{stem}.json") as path:
+        path.write_text(json.dumps(record, indent=1) + "\n")
+    with atomic_path(arguments.out / f"{stem}.md") as path:
+        path.write_text(markdown(record))
+    sweep = [r for r in record["rows"] if r["suite"] == "ops"]
+    if sweep:
+        plot_breakeven(sweep, arguments.out / f"{stem}-breakeven.png")
+        plot_roofline(sweep, arguments.out / f"{stem}-roofline.png")
+    print(markdown(record))
+
+
+if __name__ == "__main__":
+    main()
