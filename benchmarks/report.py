@@ -2,8 +2,8 @@
 
 python benchmarks/report.py RECORD.json [RECORD.json ...] --out benchmarks/results/<device>
 
-writes ``<commit>.json`` (environment and one flat row per measurement), ``<commit>.md`` and, where the layer sweep is in the record,
-``<commit>-breakeven.png`` and ``<commit>-roofline.png``. Losing rows are printed like any other.
+writes ``<commit>.json`` (environment and one flat row per measurement), ``<commit>.md`` and, where the layer sweep is
+in the record, ``<commit>-breakeven.png`` and ``<commit>-roofline.png``. Losing rows are printed like any other.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from slimkernels.files import atomic_path
 
 
 def rows_of(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """The measurements of one pytest-benchmark record, flat; raises ValueError on a row that was not checked for correctness."""
+    """The measurements of one pytest-benchmark record, flat; raises ValueError on a row that was not checked."""
     rows = []
     for entry in record["benchmarks"]:
         info = entry["extra_info"]
@@ -51,8 +51,8 @@ def block_name(row: dict[str, Any]) -> str:
 
 def vgg_table(rows: list[dict[str, Any]]) -> str:
     """Whole networks: dense and converted latency, speed-up, error ratio."""
-    header = ["batch", "sparsity", "blocks", "dense p50 [ms]", "converted p20 / p50 / p80 [ms]", "n", "speed-up", "images/s",
-              "error / dense error"]  # fmt: skip
+    header = ["batch", "sparsity", "blocks", "dense p50 [ms]", "converted p20 / p50 / p80 [ms]", "n", "speed-up",
+              "images/s", "error / dense error"]  # fmt: skip
     body = [
         [
             str(r["batch"]), f"{r['sparsity']:.1%}", block_name(r), f"{r['dense_p50_ms']:.3g}",
@@ -66,8 +66,8 @@ def vgg_table(rows: list[dict[str, Any]]) -> str:
 
 def ops_table(rows: list[dict[str, Any]]) -> str:
     """Single layers: latency, rates, share of the measured multiply-add peak."""
-    header = ["layer", "batch", "blocks", "sparsity", "kernel", "dense p50 [ms]", "p50 [ms]", "speed-up", "stored GFLOP/s",
-              "dense-equivalent GFLOP/s", "share of peak"]  # fmt: skip
+    header = ["layer", "batch", "blocks", "sparsity", "kernel", "dense p50 [ms]", "p50 [ms]", "speed-up",
+              "stored GFLOP/s", "dense-equivalent GFLOP/s", "share of peak"]  # fmt: skip
     body = [
         [
             r["layer"], str(r["batch"]), block_name(r), f"{r['sparsity']:.1%}", r["kernel"], f"{r['dense_p50_ms']:.3g}",
@@ -86,8 +86,9 @@ def markdown(record: dict[str, Any]) -> str:
     device = env["gpu"] or env["cpu"]
     parts = [
         f"# Measurements on {device}\n",
-        f"Commit {env['commit']}{' with local changes' if env['dirty'] else ''}, torch {env['torch']}, {env['threads']} threads, "
-        f"{env['platform']}. Dense is the best of the baselines of the same run, timed in turn with ours; medians.\n",
+        f"Commit {env['commit']}{' with local changes' if env['dirty'] else ''}, torch {env['torch']}, "
+        f"{env['threads']} threads, {env['platform']}. Dense is the best of the baselines of the same run, timed in "
+        "turn with ours; medians.\n",
     ]
     vgg = [r for r in record["rows"] if r["suite"] == "vgg"]
     if vgg:
@@ -112,7 +113,9 @@ def plot_breakeven(rows: list[dict[str, Any]], path: Path) -> None:
     for axis, batch in zip(axes[0], batches, strict=True):
         for block in sorted({tuple(r["block_shape"]) for r in rows}):
             points = sorted(
-                (r["sparsity"] * 100, r["speedup"]) for r in rows if r["batch"] == batch and tuple(r["block_shape"]) == block
+                (r["sparsity"] * 100, r["speedup"])
+                for r in rows
+                if r["batch"] == batch and tuple(r["block_shape"]) == block
             )
             axis.plot(*zip(*points, strict=True), marker="o", label=f"{block[0]}x{block[1]}")
         axis.axhline(1, color="0.5", linewidth=1)
@@ -139,11 +142,13 @@ def plot_roofline(rows: list[dict[str, Any]], path: Path) -> None:
     width = 0.8 / len(batches)
     for i, batch in enumerate(batches):
         shares = {r["layer"]: r["share_of_peak"] * 100 for r in rows if r["batch"] == batch}
-        axis.bar([j + i * width for j in range(len(layers))], [shares.get(name, 0) for name in layers], width, label=f"batch {batch}")
+        axis.bar([j + i * width for j in range(len(layers))], [shares.get(name, 0) for name in layers], width,
+                 label=f"batch {batch}")  # fmt: skip
     axis.set_xticks([j + width * (len(batches) - 1) / 2 for j in range(len(layers))],
                     [name.split(".")[1].split("@")[0] for name in layers])  # fmt: skip
     axis.set(ylabel="share of multiply-add peak [%]", ylim=(0, 100),
-             title=f"VGG-19/CIFAR-10, 87.5% zero {natural[0]}x{natural[1]} blocks (conv1_1 dense), in-image FLOPs")  # fmt: skip
+             title=f"VGG-19/CIFAR-10, 87.5% zero {natural[0]}x{natural[1]} blocks (conv1_1 dense), "
+                   "in-image FLOPs")  # fmt: skip
     axis.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=150)

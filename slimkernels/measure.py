@@ -29,20 +29,21 @@ def typical_seconds(runs: Sequence[Callable[[], Any]], *, device: str, repeats: 
         runs: callables without arguments. device: ``cuda`` times with events, anything else with the clock.
     """
     reading = _cuda_reading if device == "cuda" else _cpu_reading
-    calls, warm = [], []
+    first, calls = [], []
     for run in runs:
         run()
-        once = reading(run, 1)
-        calls.append(max(1, min(_MAX_CALLS, int(_MIN_READING_S / max(once, 1e-9)))))
-        warm.append(once < _CACHE_SHARE_S)
-    samples: list[list[float]] = [[] for _ in runs]
+        first.append(reading(run, 1))
+        calls.append(max(1, min(_MAX_CALLS, int(_MIN_READING_S / max(first[-1], 1e-9)))))
+    short = [seconds < _CACHE_SHARE_S for seconds in first]
+    done = 0 if any(short) else 1  # long calls: the first reading is as good as any other
+    samples = [[seconds] if done else [] for seconds in first]
     end = time.perf_counter() + budget_s
-    for round_ in range(max(repeats, _MIN_ROUNDS)):
+    for round_ in range(done, max(repeats, _MIN_ROUNDS)):
         if round_ >= _MIN_ROUNDS and time.perf_counter() >= end:
             break
         for i in range(len(runs)):
             j = (i + round_) % len(runs)
-            if warm[j]:
+            if short[j]:
                 runs[j]()
             samples[j].append(reading(runs[j], calls[j]))
     return [statistics.median(sorted(s)[: (len(s) + 1) // 2]) for s in samples]

@@ -26,7 +26,7 @@ def demo_table(result: DemoResult) -> None:
     table = Table(
         title=f"{result.settings['data']}; {result.environment['threads']} threads, {result.environment['cpu']}"
     )
-    table.add_column("model")
+    table.add_column("model", no_wrap=True)
     for heading in (
         "accuracy",
         "on disk",

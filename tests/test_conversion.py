@@ -242,7 +242,7 @@ def test_eight_threads_with_different_shapes() -> None:
 
 def test_measured_conversion_runs_end_to_end() -> None:
     model = sparse_tiny()
-    fast = convert(model, [images(1), (images(3),)], policy=Policy(repeats=1, budget_s=0))
+    fast = convert(model, [images(1), (images(3),)], policy=Policy(repeats=1, budget_s=0, backend=BACKEND))
     assert_same_function(fast, model, images(1))
     plan = explain(fast).plan
     assert plan.decided == "measured" and len(plan["features.3"].dense_ms) == 2

@@ -10,8 +10,9 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from slimkernels import ops
 from slimkernels.cases import Case, ConvCase, LinearCase, LowRankConvCase, LowRankLinearCase
@@ -164,6 +165,56 @@ def test_python_wrappers_call_the_op(case: Case) -> None:
         geometry = dict(zip(("stride", "padding", "dilation", "kind"), args[3:7], strict=True))
         out = ops.low_rank_conv2d(*args[:3], **geometry)
     assert torch.equal(out, run(case, args))
+
+
+class Watched(Tensor):
+    """A plain tensor that records which ops reach it."""
+
+    seen: list[str] = []  # noqa: RUF012
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        cls.seen.append(str(func))
+        plain = torch.utils._pytree.tree_map_only(Watched, lambda t: t.as_subclass(Tensor), (args, kwargs or {}))
+        return func(*plain[0], **plain[1])
+
+
+class WatchedMode(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_dispatcher_is_bypassed_only_when_nothing_looks() -> None:
+    """Modes, subclasses in any argument, meta tensors and gradients all see the op itself."""
+    plain = conv_call()
+    with WatchedMode() as mode:
+        assert torch.equal(conv_call(), plain)
+    assert mode.seen == ["slimkernels.bsr_conv2d.default"]
+    x, weight, bias = ConvCase(c_in=16, c_out=32).inputs()
+    for name, tensor in (("x", x), ("values", weight.values), ("bias", bias)):
+        Watched.seen.clear()
+        with torch.no_grad():
+            out = conv_call(**{name: torch.Tensor._make_subclass(Watched, tensor)})
+        assert Watched.seen[0] == "slimkernels.bsr_conv2d.default", name
+        assert torch.equal(out.as_subclass(Tensor), plain)
+    out = conv_call(values=weight.values.clone().requires_grad_())
+    assert out.requires_grad and torch.equal(out.detach(), plain)
+    with torch.no_grad():
+        assert torch.equal(conv_call(values=nn.Parameter(weight.values)), plain)
+    on_meta = {
+        "x": x, "values": weight.values, "crow_indices": weight.crow_indices, "col_indices": weight.col_indices,
+        "bias": bias,
+    }  # fmt: skip
+    out = conv_call(**{k: v.to("meta") for k, v in on_meta.items()})
+    assert out.is_meta and out.shape == plain.shape and out.stride() == plain.stride()
+    with FakeTensorMode() as fake:
+        out = conv_call(**{k: fake.from_tensor(v) for k, v in on_meta.items()})
+    assert isinstance(out, FakeTensor) and out.shape == plain.shape
 
 
 def test_linear_takes_any_leading_dimensions() -> None:

@@ -195,7 +195,7 @@ def test_typical_seconds_takes_turns_and_ignores_slow_readings(monkeypatch: pyte
 
     found = measure.typical_seconds([callable_(0, 0.03), callable_(1, 0.06)], device="cpu", repeats=5, budget_s=1e9)
     assert found == pytest.approx([0.03, 0.06])
-    assert order[4:8] == [0, 1, 1, 0]  # after two untimed calls each, the order rotates
+    assert order[4:8] == [1, 0, 0, 1]  # after one untimed call and one reading each, the order rotates
 
 
 def test_typical_seconds_respects_budget_and_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +208,20 @@ def test_typical_seconds_respects_budget_and_rounds(monkeypatch: pytest.MonkeyPa
         now[0] += 1.0
 
     measure.typical_seconds([run], device="cpu", repeats=9, budget_s=0)
-    assert calls[0] == 2 + 3
+    assert calls[0] == 1 + 3
     calls[0] = 0
     measure.typical_seconds([run], device="cpu", repeats=9, budget_s=1e9)
-    assert calls[0] == 2 + 9
+    assert calls[0] == 1 + 9
+
+
+def test_typical_seconds_warms_short_calls_and_repeats_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    calls = [0]
+
+    def run() -> None:
+        calls[0] += 1
+        now[0] += 10e-6
+
+    assert measure.typical_seconds([run], device="cpu", repeats=4, budget_s=1e9) == pytest.approx([10e-6])
+    assert calls[0] == 2 + 4 * (1 + 9) or calls[0] == 2 + 4 * (1 + 10)  # readings of 100 us, one untimed call before

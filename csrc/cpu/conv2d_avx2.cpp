@@ -14,6 +14,12 @@ struct Vec8 {
   static inline type load(const float* p) { return _mm256_loadu_ps(p); }
   static inline type broadcast(const float* p) { return _mm256_broadcast_ss(p); }
   static inline void store(float* p, type v) { _mm256_storeu_ps(p, v); }
+  // Lanes below `count` (any int): all but those read 0 and are not written.
+  static inline __m256i first(int count) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  }
+  static inline type load_part(const float* p, int count) { return _mm256_maskload_ps(p, first(count)); }
+  static inline void store_part(float* p, type v, int count) { _mm256_maskstore_ps(p, first(count), v); }
   static inline type add(type a, type b) { return _mm256_add_ps(a, b); }
   static inline type fma(type a, type b, type c) { return _mm256_fmadd_ps(a, b, c); }
   // vmaxps returns its second operand when one is NaN, so a NaN passes.
@@ -25,9 +31,11 @@ struct Vec8 {
 
 }  // namespace
 
-// 16 vector registers: 12 accumulators, 2 weights, 1 input; 10 pixels of 8 channels leave pixel pointers in registers.
+// 16 vector registers: 12 accumulators, 2 weights, 1 input. 15 general registers, weights, offsets, their end and the current offset
+// among them: with 10 pixel pointers nothing in the loop comes from the stack.
 extern "C" int slim_conv2d_f32_avx2(const SlimConv2dF32* a) {
-  return a->strip == 8 ? conv2d<Vec8>(a, make_tiles<Vec8, 1, 10>()) : conv2d<Vec8>(a, make_tiles<Vec8, 2, 6>());
+  if (a->strip == 8) return conv2d<Vec8>(a, make_tiles<Vec8, 1, 10, 8>());
+  return a->strip == 16 ? conv2d<Vec8>(a, make_tiles<Vec8, 2, 6, 16>()) : conv2d<Vec8>(a, make_tiles<Vec8, 2, 6, 32>());
 }
 
 extern "C" double slim_multiply_adds_f32_avx2(int64_t iterations, int32_t threads) {

@@ -18,6 +18,15 @@ struct Vec4 {
   static inline void store(float* p, const type& v) {
     for (int i = 0; i < 4; ++i) p[i] = v.f[i];
   }
+  // Lanes below `count` (any int): all but those read 0 and are not written.
+  static inline type load_part(const float* p, int count) {
+    type r = zero();
+    for (int i = 0; i < 4 && i < count; ++i) r.f[i] = p[i];
+    return r;
+  }
+  static inline void store_part(float* p, const type& v, int count) {
+    for (int i = 0; i < 4 && i < count; ++i) p[i] = v.f[i];
+  }
   static inline type add(const type& a, const type& b) {
     type r;
     for (int i = 0; i < 4; ++i) r.f[i] = a.f[i] + b.f[i];
@@ -45,7 +54,8 @@ struct Vec4 {
 }  // namespace
 
 extern "C" int slim_conv2d_f32_scalar(const SlimConv2dF32* a) {
-  return a->strip == 8 ? conv2d<Vec4>(a, make_tiles<Vec4, 2, 4>()) : conv2d<Vec4>(a, make_tiles<Vec4, 4, 2>());
+  if (a->strip == 8) return conv2d<Vec4>(a, make_tiles<Vec4, 2, 4, 8>());
+  return a->strip == 16 ? conv2d<Vec4>(a, make_tiles<Vec4, 4, 2, 16>()) : conv2d<Vec4>(a, make_tiles<Vec4, 4, 2, 32>());
 }
 
 extern "C" double slim_multiply_adds_f32_scalar(int64_t iterations, int32_t threads) {

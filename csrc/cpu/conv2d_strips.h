@@ -30,55 +30,47 @@ enum { INIT_BIAS = 0, INIT_Y = 1 };
 // Accumulators live in registers only when every loop over them disappears before the compiler splits the array.
 #define SLIM_UNROLL _Pragma("GCC unroll 16")
 
-template <class V, int NV, int MR>
+// Weights of consecutive entries are STRIDE floats apart, a constant: one register more for pixel pointers.
+template <class V, int NV, int MR, int STRIDE>
 struct Tile {
   // Independent accumulator sets, so that MR * NV * SETS multiply-adds cover the latency (4 cycles, 2 units) on small tiles.
   static constexpr int SETS = MR * NV >= 6 ? 1 : (MR * NV >= 3 ? 2 : 4);
 
-  // x, y_pixels: MR pixel pointers each; outputs go to y_pixels[m] + channel. w: weights of entry 0, `stride` floats an entry. offsets: elements relative to x.
-  // lanes: channels of the strip that exist.
-  static void run(const float* const* x, float* const* y_pixels, int64_t channel, const float* w, int64_t stride, const int32_t* offsets,
+  // x, y_pixels: MR pixel pointers each; outputs go to y_pixels[m] + channel. w: weights of entry 0. offsets: elements relative to
+  // x. lanes: channels of the strip that exist.
+  static void run(const float* const* x, float* const* y_pixels, int64_t channel, const float* w, const int32_t* offsets,
                   const Segment* segments, int count, const float* bias, int init, int relu, int lanes) {
     typename V::type acc[SETS][MR][NV];
     const float* px[MR];
-    float* y[MR];
-    SLIM_UNROLL for (int m = 0; m < MR; ++m) px[m] = x[m], y[m] = y_pixels[m] + channel;
+    SLIM_UNROLL for (int m = 0; m < MR; ++m) px[m] = x[m];
 
-    const int full = lanes == V::N * NV;
-    if (init == INIT_Y && full) {
-      SLIM_UNROLL for (int m = 0; m < MR; ++m)
-        SLIM_UNROLL for (int v = 0; v < NV; ++v) acc[0][m][v] = V::load(y[m] + v * V::N);
-    } else if (init == INIT_Y || bias != nullptr) {
-      float buffer[V::N * NV] = {};
-      SLIM_UNROLL for (int m = 0; m < MR; ++m) {
-        const float* source = init == INIT_Y ? y[m] : bias;
-        if (full) {
-          SLIM_UNROLL for (int v = 0; v < NV; ++v) acc[0][m][v] = V::load(source + v * V::N);
-        } else {
-          for (int i = 0; i < lanes; ++i) buffer[i] = source[i];
-          SLIM_UNROLL for (int v = 0; v < NV; ++v) acc[0][m][v] = V::load(buffer + v * V::N);
+    const bool full = lanes == V::N * NV;
+    SLIM_UNROLL for (int v = 0; v < NV; ++v) {
+      const int present = lanes - v * V::N;
+      if (init == INIT_Y) {
+        SLIM_UNROLL for (int m = 0; m < MR; ++m) {
+          const float* source = y_pixels[m] + channel + v * V::N;
+          acc[0][m][v] = full ? V::load(source) : V::load_part(source, present);
         }
+      } else {
+        const typename V::type start =
+            bias == nullptr ? V::zero() : (full ? V::load(bias + v * V::N) : V::load_part(bias + v * V::N, present));
+        SLIM_UNROLL for (int m = 0; m < MR; ++m) acc[0][m][v] = start;
       }
-    } else {
-      SLIM_UNROLL for (int m = 0; m < MR; ++m)
-        SLIM_UNROLL for (int v = 0; v < NV; ++v) acc[0][m][v] = V::zero();
     }
     SLIM_UNROLL for (int u = 1; u < SETS; ++u)
       SLIM_UNROLL for (int m = 0; m < MR; ++m)
         SLIM_UNROLL for (int v = 0; v < NV; ++v) acc[u][m][v] = V::zero();
 
     for (int i = 0; i < count; ++i) {
-      const float* weight = w + segments[i].begin * stride;
+      const float* weight = w + (int64_t)segments[i].begin * STRIDE;
       const int32_t* o = offsets + segments[i].begin;
       const int32_t* const end = offsets + segments[i].end;
-      for (; end - o >= SETS; o += SETS) {
-        SLIM_UNROLL for (int u = 0; u < SETS; ++u) {
-          step(acc[u], px, weight, o[u]);
-          weight += stride;
-        }
+      for (; end - o >= SETS; o += SETS, weight += SETS * STRIDE) {
+        SLIM_UNROLL for (int u = 0; u < SETS; ++u) step(acc[u], px, weight + u * STRIDE, o[u]);
       }
       if (SETS > 1)
-        for (; o != end; ++o, weight += stride) step(acc[0], px, weight, o[0]);
+        for (; o != end; ++o, weight += STRIDE) step(acc[0], px, weight, o[0]);
     }
 
     SLIM_UNROLL for (int u = 1; u < SETS; ++u)
@@ -87,14 +79,13 @@ struct Tile {
     if (relu)
       SLIM_UNROLL for (int m = 0; m < MR; ++m)
         SLIM_UNROLL for (int v = 0; v < NV; ++v) acc[0][m][v] = V::relu(acc[0][m][v]);
-    if (full) {
-      SLIM_UNROLL for (int m = 0; m < MR; ++m)
-        SLIM_UNROLL for (int v = 0; v < NV; ++v) V::store(y[m] + v * V::N, acc[0][m][v]);
-    } else {
-      float buffer[V::N * NV];
-      SLIM_UNROLL for (int m = 0; m < MR; ++m) {
-        SLIM_UNROLL for (int v = 0; v < NV; ++v) V::store(buffer + v * V::N, acc[0][m][v]);
-        for (int i = 0; i < lanes; ++i) y[m][i] = buffer[i];
+    SLIM_UNROLL for (int m = 0; m < MR; ++m) {
+      float* target = y_pixels[m] + channel;
+      SLIM_UNROLL for (int v = 0; v < NV; ++v) {
+        if (full)
+          V::store(target + v * V::N, acc[0][m][v]);
+        else
+          V::store_part(target + v * V::N, acc[0][m][v], lanes - v * V::N);
       }
     }
   }
@@ -110,29 +101,29 @@ struct Tile {
   }
 };
 
-typedef void (*TileFunction)(const float* const*, float* const*, int64_t, const float*, int64_t, const int32_t*, const Segment*, int,
+typedef void (*TileFunction)(const float* const*, float* const*, int64_t, const float*, const int32_t*, const Segment*, int,
                              const float*, int, int, int);
 
 constexpr int MAX_MR = 16;
 
-template <class V, int NV, int MR>
+template <class V, int NV, int MR, int STRIDE>
 void fill_tiles(TileFunction* table) {
-  if constexpr (MR > 1) fill_tiles<V, NV, MR - 1>(table);
-  table[MR] = Tile<V, NV, MR>::run;
+  if constexpr (MR > 1) fill_tiles<V, NV, MR - 1, STRIDE>(table);
+  table[MR] = Tile<V, NV, MR, STRIDE>::run;
 }
 
-// A strip's tiles: `lanes` channels wide, up to `mr` pixels.
+// The tiles for strips of one width: `lanes` channels at a time, up to `mr` pixels.
 struct TileSet {
   TileFunction run[MAX_MR + 1];
   int mr, lanes;
 };
 
-template <class V, int NV, int MR>
+template <class V, int NV, int MR, int STRIDE>
 TileSet make_tiles() {
-  static_assert(MR <= MAX_MR, "");
+  static_assert(MR <= MAX_MR && STRIDE % (V::N * NV) == 0, "");
   TileSet set;
   set.run[0] = nullptr;
-  fill_tiles<V, NV, MR>(set.run);
+  fill_tiles<V, NV, MR, STRIDE>(set.run);
   set.mr = MR;
   set.lanes = V::N * NV;
   return set;
@@ -274,7 +265,7 @@ inline void run_strips(const Plan& plan, Range strips, const float* const* x, fl
     if (count == 0 && init == INIT_Y) continue;
     int64_t channel = k * a.strip;
     for (int part = 0; part < a.strip && channel < a.c_out; part += width, channel += width)
-      run(x, y, channel - channel0, a.weights + part, a.strip, plan.offsets, segments, count,
+      run(x, y, channel - channel0, a.weights + part, plan.offsets, segments, count,
           a.bias == nullptr ? nullptr : a.bias + channel, init, relu, (int)min64(width, a.c_out - channel));
   }
 }

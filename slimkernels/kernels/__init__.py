@@ -110,7 +110,7 @@ def _rows() -> list[KernelSpec]:
         ("low_rank_linear", "triton_low_rank_linear", "launch"),
     ):
         rows.append(
-            KernelSpec(f"{op}__triton", op, "triton", None, half, relu, frozenset({"cuda", "cpu"}),
+            KernelSpec(f"{op}__triton", op, "triton", None, half, EPILOGUES[op], frozenset({"cuda", "cpu"}),
                        _lazy(module, function), _lazy("triton_runtime", "available"),
                        _lazy("triton_runtime", "shape_reason"))
         )  # fmt: skip

@@ -200,9 +200,7 @@ def _output_mask(ctx: Any) -> list[bool]:
 
 def _bsr_conv2d_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, values, crow, col, bias, y = ctx.saved_tensors
-    grads = OPS.bsr_conv2d_backward(
-        grad, x, values, crow, col, bias, y, *ctx.arguments, _output_mask(ctx)
-    )
+    grads = OPS.bsr_conv2d_backward(grad, x, values, crow, col, bias, y, *ctx.arguments, _output_mask(ctx))
     return _gradients(ctx, grads, 7)
 
 

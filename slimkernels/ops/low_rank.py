@@ -117,7 +117,7 @@ def _linear_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         grad = torch.ops.aten.threshold_backward(grad, y, 0)
     need_x, need_u, need_v, need_bias = ctx.needs_input_grad[:4]
     grad2d, x2d = grad.reshape(-1, U.shape[0]), x.reshape(-1, V.shape[1])
-    grad_z = grad2d @ U if need_x or need_v else None
+    grad_z: Any = grad2d @ U if need_x or need_v else None
     return (
         (grad_z @ V).reshape(x.shape) if need_x else None,
         grad2d.t() @ (x2d @ V.t()) if need_u else None,
