@@ -268,7 +268,7 @@ def bsr_conv2d(
         ValueError: wrong shapes, devices, epilogue; a kernel that is unknown or cannot run here.
         TypeError: wrong dtypes.
     """
-    run = _bsr_conv2d if runs_plainly(x, values, bias) else OPS.bsr_conv2d.default
+    run = _bsr_conv2d if runs_plainly(x, values, crow_indices, col_indices, bias) else OPS.bsr_conv2d.default
     return run(
         x, values, crow_indices, col_indices, bias, list(packed), weight_shape, block_shape, stride, padding, dilation,
         epilogue, kernel,
@@ -299,5 +299,5 @@ def bsr_linear(
         ValueError: wrong shapes, devices, epilogue; a kernel that is unknown or cannot run here.
         TypeError: wrong dtypes.
     """
-    run = _bsr_linear if runs_plainly(x, values, bias) else OPS.bsr_linear.default
+    run = _bsr_linear if runs_plainly(x, values, crow_indices, col_indices, bias) else OPS.bsr_linear.default
     return run(x, values, crow_indices, col_indices, bias, list(packed), weight_shape, block_shape, epilogue, kernel)

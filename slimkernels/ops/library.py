@@ -112,17 +112,21 @@ def with_channels_last_strides(y: Tensor) -> Tensor:
     return y if y.stride() == strides or y.numel() == 0 else y.as_strided(y.shape, strides)
 
 
-def runs_plainly(x: Tensor, *parameters: Tensor | None) -> bool:
+def runs_plainly(x: Tensor, *others: Tensor | None) -> bool:
     """Whether an op on x may call its implementation without torch's dispatcher, nothing being there to see the call.
 
-    True for a plain tensor outside of compilation, tracing, autograd, autocast, torch.func transforms and torch's
-    modes. Python registration costs a dispatch of 5 us a call (Zen 3), which at batch 1 is a tenth of a converted
-    VGG-19's time.
+    True for plain tensors outside of compilation, tracing, autograd, autocast, torch.func transforms and torch's modes.
+    Python registration costs a dispatch of 5 us a call (Zen 3), which at batch 1 is a tenth of a converted VGG-19's
+    time.
     """
-    if type(x) is not Tensor or torch.compiler.is_compiling():
+    if type(x) is not Tensor or torch.compiler.is_compiling() or x.device.type not in ("cpu", "cuda"):
         return False
-    if torch.is_grad_enabled() and (x.requires_grad or any(p is not None and p.requires_grad for p in parameters)):
+    grad = torch.is_grad_enabled()
+    if grad and x.requires_grad:
         return False
+    for other in others:
+        if other is not None and (type(other) not in _PLAIN_TYPES or (grad and other.requires_grad)):
+            return False
     return (
         torch._C._len_torch_dispatch_stack() == 0
         and torch._C._len_torch_function_stack() == 0
@@ -130,3 +134,6 @@ def runs_plainly(x: Tensor, *parameters: Tensor | None) -> bool:
         and torch._C._get_tracing_state() is None
         and not torch.is_autocast_enabled(x.device.type)
     )
+
+
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
