@@ -329,7 +329,7 @@ def scale_low_rank_linear(x: Tensor, U: Tensor, V: Tensor, bias: Tensor | None =
     return scale, V.shape[0] + V.shape[1] + (bias is not None)
 
 
-def _low_rank_steps(kind: str, stride: Size, padding: Size, dilation: Size) -> list[tuple[Size, Size, Size]]:
+def _low_rank_steps(kind: str, stride: Size, padding: Size, dilation: Size) -> Sequence[tuple[Size, Size, Size]]:
     """(stride, padding, dilation) of each factor of a low-rank convolution."""
     (sh, sw), (ph, pw), (dh, dw) = stride, padding, dilation
     whole, unit = ((sh, sw), (ph, pw), (dh, dw)), ((1, 1), (0, 0), (1, 1))

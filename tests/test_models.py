@@ -66,6 +66,14 @@ def test_nin_has_the_paper_s_parameters(meta):
     assert parameters(models.nin_cifar()) == pytest.approx(965_000, rel=0.01)
 
 
+def test_nin_starts_with_every_class_alive():
+    torch.manual_seed(1)
+    model = models.nin_cifar(num_classes=100).eval()
+    with torch.no_grad():
+        logits = model(torch.randn(4, 3, 32, 32))
+    assert (logits > 0).all()  # a class that the last ReLU silences has no gradient
+
+
 def test_digits_width(meta):
     assert parameters(models.vgg_digits(width=32)) < parameters(models.vgg_digits()) / 3
     with pytest.raises(ValueError, match="vgg_digits: expected width >= 1, got 0"):

@@ -303,13 +303,15 @@ def test_state_dict_is_plain_and_loads_into_a_fresh_module() -> None:
 
 
 def test_load_state_dict_after_a_forward_is_not_stale() -> None:
-    module, other = conv_module(seed=0), conv_module(seed=1)
+    module, other = conv_module(seed=0, block_shape=(16, 4)), conv_module(seed=1, block_shape=(16, 4))
     assert module.values.shape == other.values.shape
     module(X)
     module.load_state_dict(other.state_dict())
     assert torch.equal(module.col_indices, other.col_indices)
     assert torch.equal(assert_right(module, X), other(X))
-    module.load_state_dict({k: v.clone() for k, v in conv_module(seed=2).state_dict().items()}, assign=True)
+    module.load_state_dict(
+        {k: v.clone() for k, v in conv_module(seed=2, block_shape=(16, 4)).state_dict().items()}, assign=True
+    )
     assert_right(module, X)
 
 
@@ -325,9 +327,10 @@ def test_a_corrupt_state_dict_is_refused_and_changes_nothing() -> None:
     assert_right(module, X)
 
 
+@pytest.mark.parametrize("block_shape", [(16, 1), (16, 4)])
 @pytest.mark.parametrize("mode", ["train", "eval"])
-def test_an_optimiser_step_after_a_forward_is_not_stale(mode) -> None:
-    module = conv_module().train(mode == "train")
+def test_an_optimiser_step_after_a_forward_is_not_stale(mode, block_shape) -> None:
+    module = conv_module(block_shape=block_shape).train(mode == "train")
     optimiser = torch.optim.SGD(module.parameters(), lr=0.5)
     with torch.no_grad():
         before = module(X)
@@ -362,9 +365,10 @@ def inference_mode(module):
         module.values.mul_(2)
 
 
+@pytest.mark.parametrize("block_shape", [(16, 1), (16, 4)], ids=["pack_is_a_view", "pack_is_a_copy"])
 @pytest.mark.parametrize("edit", [in_place, new_parameter, data_swap, vector_to_parameters, inference_mode])
-def test_edits_of_the_values_in_eval_mode_show(edit) -> None:
-    module = conv_module()
+def test_edits_of_the_values_in_eval_mode_show(edit, block_shape) -> None:
+    module = conv_module(block_shape=block_shape)
     before = module(X)
     edit(module)
     assert not torch.equal(assert_right(module, X), before)
@@ -372,8 +376,19 @@ def test_edits_of_the_values_in_eval_mode_show(edit) -> None:
     assert_right(module, X)
 
 
-def test_functional_call_uses_the_values_it_is_given() -> None:
-    module = conv_module()
+def test_writes_through_data_need_prepack() -> None:
+    """``values.data.mul_()`` bumps no version counter of torch: the documented exception, which prepack() ends."""
+    for block_shape in ((16, 1), (16, 4)):
+        module = conv_module(block_shape=block_shape)
+        module.values.data.mul_(2)
+        module.prepack()
+        assert_right(module, X)
+    assert "prepack()" in type(module).__mro__[1].__doc__ and "values.data" in type(module).__mro__[1].__doc__
+
+
+@pytest.mark.parametrize("block_shape", [(16, 1), (16, 4)])
+def test_functional_call_uses_the_values_it_is_given(block_shape) -> None:
+    module = conv_module(block_shape=block_shape)
     for edits in range(5):
         values = module.values.detach().clone()
         for _ in range(edits):  # whatever version counter the pack was built at, one of these has the same

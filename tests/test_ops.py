@@ -449,7 +449,8 @@ class Net(nn.Module):
         keep = torch.nn.functional.interpolate(random_tensor(1, 6, 3, 3, seed=0), scale_factor=1)[0] > 0
         with torch.no_grad():
             dense.weight.mul_(keep)
-        self.conv = BlockSparseConv2d.from_dense(dense, (8, 1), epilogue="relu_maxpool2")
+        # Two channels a block: the pack is a copy in another order, not a view of the values.
+        self.conv = BlockSparseConv2d.from_dense(dense, (8, 2), epilogue="relu_maxpool2")
         self.factors = LowRankConv2d(16, 8, 3, padding=1, kind="tai", ranks=(4,), epilogue="relu")
         self.linear = BlockSparseLinear.from_dense(nn.Linear(8, 16), (8, 1), epilogue="relu")
         self.head = LowRankLinear(16, 5, 3)
@@ -495,8 +496,14 @@ def test_compiled_eval_model_follows_its_weights() -> None:
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         assert torch.equal(compiled(X), net(X))
+        for layer in (net.conv, net.linear):
+            layer.values.data = layer.values * 2
+            layer.prepack()
+        assert torch.equal(compiled(X), net(X)), "prepack"
+        net.train()
         net.conv.values.mul_(2)
-        assert torch.equal(compiled(X), net(X)), "in-place edit"
+        net.eval()
+        assert torch.equal(compiled(X), net(X)), "train and eval"
         other = Net().eval()
         net.load_state_dict(other.state_dict())
         assert torch.equal(compiled(X), other(X)), "load_state_dict"

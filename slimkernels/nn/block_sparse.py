@@ -23,7 +23,8 @@ class _BlockSparse(nn.Module):
     The pack exists in eval mode only. It is dropped by ``train()``, when the module is moved or loaded, and it is
     passed over (the op then packs by itself) when ``values`` changed since or wants a gradient. Writing to ``values``
     in eval mode is legal; call ``prepack()`` afterwards to be fast again, and always after an in-place write through
-    ``values.data``, which torch does not count.
+    ``values.data``, which torch does not count. A compiled module reads the pack of frozen values only, and sees writes
+    to those after ``prepack()``; an exported program never sees them.
     """
 
     values: nn.Parameter
@@ -113,9 +114,12 @@ class _BlockSparse(nn.Module):
         if weights is None:
             return []
         values = self.values
-        if not torch.compiler.is_compiling() and not self._pack_is_current():
-            return []
-        if values.requires_grad and torch.is_grad_enabled():
+        if torch.compiler.is_compiling():
+            # A compiled graph cannot see later writes, so only frozen values may be read through the pack.
+            usable = not values.requires_grad
+        else:
+            usable = self._pack_is_current() and not (values.requires_grad and torch.is_grad_enabled())
+        if not usable:
             return []
         return [weights, buffers["packed_channels"], buffers["packed_tap_ptr"]]  # type: ignore[list-item]
 
