@@ -401,7 +401,8 @@ def test_functional_call_uses_the_values_it_is_given(block_shape) -> None:
         assert_close(out, reference_bsr_conv2d(*args), scale=scale, terms=terms)
 
 
-def test_packs_live_in_eval_only_and_are_never_saved() -> None:
+def test_packs_live_in_eval_only_and_are_never_saved(monkeypatch) -> None:
+    monkeypatch.delenv("SLIMKERNELS_BACKEND", raising=False)
     module = conv_module()
     native = KERNELS["bsr_conv2d_f32__scalar"].available() is None
     packed = [b for n, b in module.named_buffers() if n.startswith("packed")]

@@ -21,6 +21,12 @@ ISAS = ("scalar", "avx2", "avx512")
 NATIVE = [isa for isa in ISAS if KERNELS[f"bsr_conv2d_f32__{isa}"].available() is None]
 
 
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch) -> None:
+    for name in ("SLIMKERNELS_ISA", "SLIMKERNELS_BACKEND"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_every_kernel_of_the_op_is_kept_or_rejected_with_a_reason(case) -> None:
     for device in ("cpu", "cuda"):
@@ -84,8 +90,6 @@ def test_auto_falls_back_to_the_reference_and_says_so(change, why) -> None:
 
 @pytest.mark.skipif(not NATIVE, reason="native library not built")
 def test_auto_takes_the_highest_instruction_set(monkeypatch) -> None:
-    monkeypatch.delenv("SLIMKERNELS_ISA", raising=False)
-    monkeypatch.delenv("SLIMKERNELS_BACKEND", raising=False)
     assert choose(ConvCase().problem()).name == f"bsr_conv2d_f32__{NATIVE[-1]}"
     for cap in NATIVE:
         monkeypatch.setenv("SLIMKERNELS_ISA", cap)

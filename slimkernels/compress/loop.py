@@ -122,7 +122,7 @@ def run(
                     name, model, loss_fn, train_loader, opt, scheduler, on_step, epoch, epochs * steps, device, advance
                 )
             accuracy = evaluate(model, val_loader) if val_loader is not None else None
-            rate = scheduler.get_last_lr()[0]
+            rate = float(scheduler.get_last_lr()[0])
             history.append(EpochStats(epoch + 1, mean_loss, rate, accuracy, time.perf_counter() - started))
             if checkpoint is not None:
                 _save(Path(checkpoint), recipe, model, opt, scheduler, train_loader, history)
@@ -218,7 +218,7 @@ def epoch_seed(seed: int, epoch: int, device: torch.device) -> Iterator[None]:
 def set_epoch(loader: Any, epoch: int) -> None:
     """Tells a loader or its sampler which epoch begins, if it asks for that."""
     for target in (loader, getattr(loader, "sampler", None)):
-        if hasattr(target, "set_epoch"):
+        if target is not None and hasattr(target, "set_epoch"):
             target.set_epoch(epoch)
 
 
