@@ -15,6 +15,8 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -151,6 +153,19 @@ def cuda_wish() -> str:
     return wish
 
 
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keeps two builds out of one folder: together they corrupt Ninja's dependency log, and all is built anew."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 class NinjaFile:
     """The text of one build.ninja."""
 
@@ -223,20 +238,25 @@ class BuildNative(build_ext):
                 raise SystemExit(f"slimkernels: SLIMKERNELS_CUDA=1, but {error}") from None
             missing["cuda"] = str(error)
             say(f"without CUDA C++ kernels: {error}")
-        output = self.ninja(cxx, isas, "openmp" not in missing, cuda)
-        if output is None and cuda is not None and wish == "auto":
-            output = self.ninja(cxx, isas, "openmp" not in missing, None)
-            if output is not None:
-                missing["cuda"] = f"nvcc {cuda['version']} failed on csrc/cuda (SLIMKERNELS_CUDA=1 makes this an error)"
-                say(f"without CUDA C++ kernels: {missing['cuda']}")
-        if output is None:
-            raise SystemExit("slimkernels: compiling the kernels failed, see above")
-        shutil.copyfile(output, target)
+        folder = self.build_folder()
+        with alone(folder):
+            output = self.ninja(folder, cxx, isas, "openmp" not in missing, cuda)
+            if output is None and cuda is not None and wish == "auto":
+                output = self.ninja(folder, cxx, isas, "openmp" not in missing, None)
+                if output is not None:
+                    missing["cuda"] = (
+                        f"nvcc {cuda['version']} failed on csrc/cuda (SLIMKERNELS_CUDA=1 makes this an error)"
+                    )
+                    say(f"without CUDA C++ kernels: {missing['cuda']}")
+            if output is None:
+                raise SystemExit("slimkernels: compiling the kernels failed, see above")
+            shutil.copyfile(output, target)
         self.write_report(target, missing)
 
-    def ninja(self, cxx: list[str], isas: list[str], openmp: bool, cuda: dict[str, str] | None) -> Path | None:
-        """Compile in the persistent build folder; the module's path, or None when a compiler failed."""
-        folder = self.build_folder()
+    def ninja(
+        self, folder: Path, cxx: list[str], isas: list[str], openmp: bool, cuda: dict[str, str] | None
+    ) -> Path | None:
+        """Compile in the build folder, locked by the caller; the module's path, or None when a compiler failed."""
         self.write_config(folder / "slim_build_config.h", isas, openmp, cuda)
         try:
             import pybind11
@@ -313,9 +333,12 @@ class BuildNative(build_ext):
         build_py = self.get_finalized_command("build_py")
         for ext in self.extensions:
             inplace, built = (Path(path) for path in self._get_inplace_equivalent(build_py, ext))
-            inplace.unlink(missing_ok=True)  # an older module must not survive a build that leaves it out
             if built.exists():
-                shutil.copyfile(built, inplace)
+                fresh = inplace.with_suffix(".so.new")
+                shutil.copyfile(built, fresh)
+                os.replace(fresh, inplace)  # processes that run the old module keep it
+            else:
+                inplace.unlink(missing_ok=True)  # an older module must not survive a build that leaves it out
             shutil.copyfile(built.parent / "_build.json", inplace.parent / "_build.json")
 
 

@@ -146,8 +146,8 @@ def _apply(
     found: Survey, decisions: Mapping[str, Decision], policy: Policy, *, channels_last: bool | None = None
 ) -> tuple[nn.Module, list[LayerPlan]]:
     """A model with the decisions put in, and its plan's layers. ``channels_last``: of kept convolutions."""
-    if channels_last is None:  # beside block-sparse convolutions, whose activations are channels_last
-        swapped = any(d.option.format == "bsr" for d in decisions.values())
+    if channels_last is None:  # beside swapped layers, whose activations (or merged weights) are channels_last
+        swapped = any(d.option.format is not None for d in decisions.values())
         channels_last = swapped and not found.training
     changes: dict[str, nn.Module] = {}
     plans: dict[str, LayerPlan] = {}

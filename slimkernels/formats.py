@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -242,6 +243,31 @@ def expand_mask_blocks(
     return out[:, :, None] & inside[:, None, :]
 
 
+@lru_cache(maxsize=1024)
+def factor_obstacle(kind: str, shapes: tuple[tuple[int, ...], ...]) -> str | None:
+    """Why factors of these shapes are no low-rank weight of this kind, None when they are; cached for the ops."""
+    if kind not in LOW_RANK_KINDS:
+        return f"expected kind in {LOW_RANK_KINDS}, got {kind!r}"
+    count = 3 if kind == "tucker2" else 2
+    if len(shapes) != count:
+        return f"expected {count} factors for kind {kind!r}, got {len(shapes)}"
+    dims = {len(s) for s in shapes}
+    if dims not in ({4}, {2}) or (dims == {2} and kind != "svd"):
+        return f"expected 4-D factors (2-D for a linear svd), got shapes {list(shapes)}"
+    for i in range(1, count):
+        if shapes[i][1] != shapes[i - 1][0]:
+            return f"expected factor {i} to take {shapes[i - 1][0]} channels, got {list(shapes)}"
+    if dims == {2}:
+        return None
+    kernels = [s[2:] for s in shapes]
+    fits = {
+        "svd": kernels[-1] == (1, 1),
+        "tai": kernels[0][1] == 1 and kernels[-1][0] == 1,
+        "tucker2": kernels[0] == (1, 1) and kernels[-1] == (1, 1),
+    }[kind]
+    return None if fits else f"kernel sizes {kernels} are not those of kind {kind!r}"
+
+
 @dataclass(frozen=True)
 class LowRankWeight:
     """Factors of a low-rank weight, in the order in which they are applied.
@@ -255,37 +281,15 @@ class LowRankWeight:
     factors: tuple[Tensor, ...]
 
     def validate(self) -> None:
-        """Checks kind, number, rank, dtype and chaining of the factors; a ValueError or TypeError names the factor."""
-        if self.kind not in LOW_RANK_KINDS:
-            raise ValueError(f"LowRankWeight: expected kind in {LOW_RANK_KINDS}, got {self.kind!r}")
-        count = 3 if self.kind == "tucker2" else 2
-        if len(self.factors) != count:
-            raise ValueError(f"LowRankWeight: expected {count} factors for kind {self.kind!r}, got {len(self.factors)}")
-        dims = {f.dim() for f in self.factors}
-        if dims not in ({4}, {2}) or (dims == {2} and self.kind != "svd"):
-            raise ValueError(f"LowRankWeight: expected 4-D factors (2-D for a linear svd), got shapes {self._shapes()}")
+        """Checks kind, number, shapes and dtypes of the factors. Raises ValueError or TypeError naming the factor."""
+        obstacle = factor_obstacle(self.kind, tuple(tuple(f.shape) for f in self.factors))
+        if obstacle is not None:
+            raise ValueError(f"LowRankWeight: {obstacle}")
         for i, factor in enumerate(self.factors):
             if not factor.is_floating_point() or factor.dtype != self.factors[0].dtype:
                 raise TypeError(
                     f"LowRankWeight: expected floating-point factors of one dtype, got {factor.dtype} at {i}"
                 )
-            if i and factor.shape[1] != self.factors[i - 1].shape[0]:
-                raise ValueError(
-                    f"LowRankWeight: expected factor {i} to take {self.factors[i - 1].shape[0]} channels, "
-                    f"got {self._shapes()}"
-                )
-        if dims == {4}:
-            kernels = [tuple(f.shape[2:]) for f in self.factors]
-            ok = {
-                "svd": kernels[-1] == (1, 1),
-                "tai": kernels[0][1] == 1 and kernels[-1][0] == 1,
-                "tucker2": kernels[0] == (1, 1) and kernels[-1] == (1, 1),
-            }[self.kind]
-            if not ok:
-                raise ValueError(f"LowRankWeight: kernel sizes {kernels} are not those of kind {self.kind!r}")
-
-    def _shapes(self) -> list[tuple[int, ...]]:
-        return [tuple(f.shape) for f in self.factors]
 
     def to_dense(self) -> Tensor:
         """The product of the factors: ``(out, in)`` for a linear, ``(C_out, C_in, R, S)`` for a convolution."""

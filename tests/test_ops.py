@@ -46,6 +46,7 @@ CASES: list[Case] = [
     replace(CONV, epilogue="relu", bias=False),
     replace(CONV, epilogue="relu_maxpool2", stride=(1, 1), block_shape=(5, 3)),
     replace(CONV, n=1, h=1, w=1, kernel_size=(1, 1), stride=(1, 1), padding=(0, 0)),
+    replace(CONV, c_in=3, kernel_size=(1, 1), stride=(2, 3), padding=(0, 0)),
     LinearCase(m=3, in_features=10, out_features=16, block_shape=(8, 1)),
     LinearCase(m=3, in_features=10, out_features=13, block_shape=(5, 3), epilogue="relu", bias=False),
     LowRankLinearCase(m=3, in_features=7, out_features=9, rank=4),

@@ -408,3 +408,13 @@ def test_finalize_refuses_a_stacked_parametrization_and_changes_nothing():
     with pytest.raises(ValueError, match=r"finalize_: expected no parametrization but a BlockMask .* '4', got"):
         finalize_(net)
     assert set(masks(net)) == {"2", "4", "7"} and isinstance(net[2].parametrizations.weight[0], BlockMask)
+
+
+def test_finalizing_a_copy_leaves_the_original_masked():
+    model = nn.Sequential(nn.Conv2d(4, 16, 3), nn.Conv2d(16, 32, 3))
+    prune_(model, sparsity=0.5, block_shape=(16, 1))
+    copied = finalize_(copy.deepcopy(model))
+    assert masks(model) and not masks(copied)
+    assert torch.equal(model[1].weight, copied[1].weight)
+    finalize_(model)
+    assert type(model[1]) is nn.Conv2d and torch.equal(model[1].weight, copied[1].weight)

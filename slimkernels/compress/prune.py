@@ -142,7 +142,11 @@ def finalize_(model: nn.Module) -> nn.Module:
     for name, mask in found.items():
         module: Any = model.get_submodule(name)
         _zero_masked(module.parametrizations.weight.original, mask)
-        parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+        original = module.parametrizations.weight.original
+        # Not torch's remove_parametrizations: it deletes the property from a class that copies of the module share.
+        module.__class__ = parametrize.type_before_parametrizations(module)
+        del module._modules["parametrizations"]
+        module._parameters["weight"] = original
     return model
 
 

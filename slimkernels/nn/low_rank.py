@@ -11,7 +11,7 @@ from torch.nn.modules.utils import _pair
 
 from slimkernels.formats import LOW_RANK_KINDS, LowRankWeight
 from slimkernels.nn.attributes import check_epilogue
-from slimkernels.ops.library import OPS
+from slimkernels.ops import low_rank_conv2d, low_rank_linear
 
 
 class LowRankLinear(nn.Module):
@@ -69,7 +69,7 @@ class LowRankLinear(nn.Module):
         return linear.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        return OPS.low_rank_linear.default(x, self.U, self.V, self.bias, self.epilogue, self.kernel)
+        return low_rank_linear(x, self.U, self.V, self.bias, epilogue=self.epilogue, kernel=self.kernel)
 
     def extra_repr(self) -> str:
         return (
@@ -88,7 +88,7 @@ class LowRankConv2d(nn.Module):
         epilogue: ``none`` or ``relu``.
         kernel: a kernel's name, or ``auto``.
 
-    ``factors`` is the ``nn.ParameterList`` of the ordered convolution weights.
+    ``factors`` is the ``nn.ParameterList`` of the ordered convolution weights, channels_last like the activations.
     """
 
     groups = 1
@@ -120,7 +120,8 @@ class LowRankConv2d(nn.Module):
             "tucker2": [(ranks[0], in_channels, 1, 1), (ranks[-1], ranks[0], r, s), (out_channels, ranks[-1], 1, 1)],
         }[kind]
         self.factors = nn.ParameterList(
-            nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) for shape in shapes
+            nn.Parameter(torch.empty(shape, device=device, dtype=dtype, memory_format=torch.channels_last))
+            for shape in shapes
         )
         for factor in self.factors:
             nn.init.normal_(factor, std=factor[0].numel() ** -0.5)
@@ -166,17 +167,10 @@ class LowRankConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
-        return OPS.low_rank_conv2d.default(
-            x,
-            list(self.factors),
-            self.bias,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.kind,
-            self.epilogue,
-            self.kernel,
-        )
+        return low_rank_conv2d(
+            x, self.factors, self.bias, kind=self.kind, stride=self.stride, padding=self.padding,
+            dilation=self.dilation, epilogue=self.epilogue, kernel=self.kernel,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         return (

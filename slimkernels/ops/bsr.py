@@ -115,10 +115,19 @@ def _bsr_conv2d_backward(
     if epilogue != "none":
         grad = torch.ops.aten.threshold_backward(grad, y, 0)
     need_x, need_values, need_bias = output_mask
+    # A 1x1 convolution reads every stride-th pixel only. Said so to oneDNN (torch 2.15) with 2, 3, 5 or 7 channels_last
+    # input channels, its weight gradient writes past its buffers, so those pixels are taken first.
+    pointwise = max(weight_shape[2:]) == 1 and max(padding) == 0 and max(stride) > 1
+    taken = x[:, :, :: stride[0], :: stride[1]].contiguous(memory_format=_CHANNELS_LAST) if pointwise else x
     grad_x, grad_w, grad_b = torch.ops.aten.convolution_backward(
-        grad.contiguous(memory_format=_CHANNELS_LAST), x, weight.to_dense(), [weight_shape[0]] if need_bias else None,
-        list(stride), list(padding), list(dilation), False, [0, 0], 1, [need_x, need_values, need_bias],
+        grad.contiguous(memory_format=_CHANNELS_LAST), taken, weight.to_dense(),
+        [weight_shape[0]] if need_bias else None, [1, 1] if pointwise else list(stride), list(padding), list(dilation),
+        False, [0, 0], 1, [need_x, need_values, need_bias],
     )  # fmt: skip
+    if pointwise and need_x:
+        spread = torch.zeros_like(x)
+        spread[:, :, :: stride[0], :: stride[1]] = grad_x
+        grad_x = spread
     empty = x.new_empty(0)
     grad_values = empty
     if need_values:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from slimkernels.formats import LowRankWeight
+from slimkernels.formats import factor_obstacle
 from slimkernels.kernels import KERNELS
 from slimkernels.kernels.problems import Request, conv_output_size, factor_geometry
 from slimkernels.kernels.select import resolve
 from slimkernels.ops.library import (
+    OPS,
     cast_floats,
     check_bias,
     check_epilogue,
@@ -21,6 +22,7 @@ from slimkernels.ops.library import (
     check_geometry,
     register,
     register_autocast,
+    runs_plainly,
     with_channels_last_strides,
 )
 
@@ -57,10 +59,9 @@ def _conv2d_output_shape(
     """The checked output shape of `low_rank_conv2d`."""
     op = "low_rank_conv2d"
     check_epilogue(op, epilogue)
-    try:
-        LowRankWeight(kind, tuple(factors)).validate()
-    except (ValueError, TypeError) as error:
-        raise type(error)(f"{op}: {error}") from None
+    obstacle = factor_obstacle(kind, tuple(tuple(f.shape) for f in factors))
+    if obstacle is not None:
+        raise ValueError(f"{op}: {obstacle}")
     check_floating(op, x, **{f"factors[{i}]": f for i, f in enumerate(factors)}, bias=bias)
     if factors[0].dim() != 4 or x.dim() != 4 or x.shape[1] != factors[0].shape[1]:
         raise ValueError(
@@ -190,7 +191,8 @@ def low_rank_linear(
         ValueError: wrong shapes, devices, epilogue; a kernel that is unknown or cannot run here.
         TypeError: wrong dtypes.
     """
-    return torch.ops.slimkernels.low_rank_linear(x, U, V, bias, epilogue, kernel)
+    run = _low_rank_linear if runs_plainly(x, U, V, bias) else OPS.low_rank_linear.default
+    return run(x, U, V, bias, epilogue, kernel)
 
 
 def low_rank_conv2d(
@@ -215,6 +217,6 @@ def low_rank_conv2d(
         ValueError: wrong shapes, devices, kind, epilogue; a kernel that is unknown or cannot run here.
         TypeError: wrong dtypes.
     """
-    return torch.ops.slimkernels.low_rank_conv2d(
-        x, list(factors), bias, stride, padding, dilation, kind, epilogue, kernel
-    )
+    factors = list(factors)
+    run = _low_rank_conv2d if runs_plainly(x, *factors, bias) else OPS.low_rank_conv2d.default
+    return run(x, factors, bias, stride, padding, dilation, kind, epilogue, kernel)
