@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -243,9 +242,8 @@ def expand_mask_blocks(
     return out[:, :, None] & inside[:, None, :]
 
 
-@lru_cache(maxsize=1024)
 def factor_obstacle(kind: str, shapes: tuple[tuple[int, ...], ...]) -> str | None:
-    """Why factors of these shapes are no low-rank weight of this kind, None when they are; cached for the ops."""
+    """Why factors of these shapes are no low-rank weight of this kind; None when they are."""
     if kind not in LOW_RANK_KINDS:
         return f"expected kind in {LOW_RANK_KINDS}, got {kind!r}"
     count = 3 if kind == "tucker2" else 2

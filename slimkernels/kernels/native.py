@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from slimkernels import _extension
-from slimkernels.kernels.problems import Problem, conv_output_size
+from slimkernels.kernels.problems import Problem
 
 
 @lru_cache(maxsize=1)
@@ -93,6 +93,105 @@ def pack_strips(
     return [weights.contiguous(), channels.to(torch.int32), tap_ptr]
 
 
+class PackedConv2d:
+    """A packed weight with its geometry: a native convolution that only waits for its input.
+
+    Immutable; holds the pack's tensors, so any number of threads may call it.
+
+    Args:
+        isa: instruction set of the kernel.
+        packed: what `pack_strips` returned.
+        weight_shape: ``(C_out, C_in, R, S)``.
+        stride, padding, dilation: two ints each.
+        epilogue: ``none``, ``relu`` or ``relu_maxpool2``.
+
+    Raises:
+        ValueError: a pack of another weight shape, or 2**31 entries and more.
+    """
+
+    __slots__ = ("_conv2d", "_geometry", "_isa", "_packed", "_pool", "_tail", "c_in", "c_out", "limit")
+
+    def __init__(
+        self, isa: str, packed: Sequence[Tensor], weight_shape: Sequence[int], stride: Sequence[int],
+        padding: Sequence[int], dilation: Sequence[int], epilogue: str,
+    ) -> None:  # fmt: skip
+        self.c_out, self.c_in, r, s = weight_shape
+        weights, channels, tap_ptr = packed
+        strip = weights.shape[1]
+        strips = -(-self.c_out // strip)
+        if tap_ptr.numel() != strips * r * s + 1 or channels.numel() != weights.shape[0]:
+            raise ValueError(
+                f"bsr_conv2d: expected a strip pack of {strips} strips and {r * s} taps, "
+                f"got tap_ptr of length {tap_ptr.numel()}"
+            )
+        if weights.shape[0] >= 2**31:
+            raise ValueError("bsr_conv2d: expected fewer than 2**31 entries")
+        module = _library()[0]
+        assert module is not None
+        self._conv2d, self._isa, self._packed = module.conv2d_f32, isa, tuple(packed)
+        self._geometry = (r, s, stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1])
+        self._pool = epilogue == "relu_maxpool2"
+        self._tail = (strip, int(epilogue != "none"), int(self._pool))
+        self.limit = (2**31 - 1) // max(self.c_in, self.c_out)
+
+    def output_size(self, h: int, w: int) -> tuple[int, int]:
+        """Height and width of the output, before pooling, for an input of this height and width."""
+        r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w = self._geometry
+        return (h + 2 * pad_h - dil_h * (r - 1) - 1) // stride_h + 1, (
+            w + 2 * pad_w - dil_w * (s - 1) - 1
+        ) // stride_w + 1
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether x is a non-empty float32 CPU image batch of the right channels that leaves an output to compute."""
+        if x.dim() != 4 or x.dtype is not torch.float32 or x.device.type != "cpu":
+            return False
+        n, c, h, w = x.shape
+        p, q = self.output_size(h, w)
+        return n > 0 and c == self.c_in and min(p, q) > self._pool and max(h * w, p * q) <= self.limit
+
+    def takes_rows(self, x: Tensor) -> bool:
+        """Whether x holds float32 CPU rows of the right length."""
+        return x.dtype is torch.float32 and x.device.type == "cpu" and x.shape[-1:] == (self.c_in,)
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The output for a float32 CPU image batch that fits; x channels_last.
+
+        Raises:
+            ValueError: an image of 2**31 elements or more. RuntimeError: the native kernel failed (out of memory).
+        """
+        n, _, h, w = x.shape
+        p, q = self.output_size(h, w)
+        size = (n, self.c_out, p // 2, q // 2) if self._pool else (n, self.c_out, p, q)
+        y = torch.empty(size, memory_format=torch.channels_last, dtype=torch.float32)
+        self._run(x, y, bias, n, h, w, p, q)
+        return y
+
+    def rows(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The output for contiguous float32 CPU rows ``(..., in)``, the weight being that of a linear layer."""
+        y = torch.empty((*x.shape[:-1], self.c_out), dtype=torch.float32)
+        self._run(x, y, bias, x.numel() // self.c_in, 1, 1, 1, 1)
+        return y
+
+    def _run(self, x: Tensor, y: Tensor, bias: Tensor | None, n: int, h: int, w: int, p: int, q: int) -> None:
+        if n == 0:
+            return
+        if max(h * w, p * q) > self.limit:
+            raise ValueError("bsr_conv2d: expected images of fewer than 2**31 elements")
+        if bias is not None and not bias.is_contiguous():
+            bias = bias.contiguous()
+        weights, channels, tap_ptr = self._packed
+        status = self._conv2d(
+            self._isa, x.data_ptr(), y.data_ptr(), 0 if bias is None else bias.data_ptr(), weights.data_ptr(),
+            channels.data_ptr(), tap_ptr.data_ptr(), n, h, w, self.c_in, self.c_out, p, q, *self._geometry, *self._tail,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        if status != 0:
+            raise RuntimeError(f"bsr_conv2d: native kernel {self._isa} failed with status {status}")
+
+
+_UNIT = (1, 1)
+
+
 def launch_bsr_conv2d(
     isa: str, x: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, bias: Tensor | None,
     packed: Sequence[Tensor], weight_shape: Sequence[int], block_shape: Sequence[int], stride: Sequence[int],
@@ -105,20 +204,9 @@ def launch_bsr_conv2d(
     Raises:
         RuntimeError: the native kernel failed (out of memory).
     """
-    c_out, c_in, r, s = weight_shape
-    if not packed:
-        packed = pack_strips(
-            values, crow_indices, col_indices, weight_shape, block_shape, strip_width(block_shape[0], isa)
-        )
-    n, _, h, w = x.shape
-    p = conv_output_size(h, r, stride[0], padding[0], dilation[0])
-    q = conv_output_size(w, s, stride[1], padding[1], dilation[1])
-    pool = epilogue == "relu_maxpool2"
-    y = torch.empty(
-        (n, c_out, p // 2, q // 2) if pool else (n, c_out, p, q), dtype=x.dtype, memory_format=torch.channels_last
-    )
-    _run(isa, x, y, bias, packed, n, h, w, c_in, c_out, p, q, r, s, stride, padding, dilation, epilogue != "none", pool)
-    return y
+    strip = strip_width(block_shape[0], isa)
+    packed = packed or pack_strips(values, crow_indices, col_indices, weight_shape, block_shape, strip)
+    return PackedConv2d(isa, packed, weight_shape, stride, padding, dilation, epilogue)(x, bias)
 
 
 def launch_bsr_linear(
@@ -126,36 +214,9 @@ def launch_bsr_linear(
     packed: Sequence[Tensor], weight_shape: Sequence[int], block_shape: Sequence[int], epilogue: str,
 ) -> Tensor:  # fmt: skip
     """Block-sparse linear layer of a contiguous float32 CPU tensor (..., in): the 1x1 convolution of its rows."""
-    out_features, in_features = weight_shape
-    if not packed:
-        packed = pack_strips(
-            values, crow_indices, col_indices, (*weight_shape, 1, 1), block_shape, strip_width(block_shape[0], isa)
-        )
-    y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype)
-    m = x.numel() // in_features
-    unit = (1, 1)
-    _run(
-        isa,
-        x,
-        y,
-        bias,
-        packed,
-        m,
-        1,
-        1,
-        in_features,
-        out_features,
-        1,
-        1,
-        1,
-        1,
-        unit,
-        (0, 0),
-        unit,
-        epilogue != "none",
-        False,
-    )
-    return y
+    shape, strip = (*weight_shape, 1, 1), strip_width(block_shape[0], isa)
+    packed = packed or pack_strips(values, crow_indices, col_indices, shape, block_shape, strip)
+    return PackedConv2d(isa, packed, shape, _UNIT, (0, 0), _UNIT, epilogue).rows(x, bias)
 
 
 def peak_flops(isa: str | None = None, seconds: float = 0.2) -> float:
@@ -182,32 +243,3 @@ def peak_flops(isa: str | None = None, seconds: float = 0.2) -> float:
         done = module.multiply_adds_f32(isa, 200_000, threads)
         best = max(best, done / (time.perf_counter() - start))
     return best
-
-
-def _run(
-    isa: str, x: Tensor, y: Tensor, bias: Tensor | None, packed: Sequence[Tensor], n: int, h: int, w: int, c_in: int,
-    c_out: int, p: int, q: int, r: int, s: int, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
-    relu: bool, pool: bool,
-) -> None:  # fmt: skip
-    weights, channels, tap_ptr = packed
-    strip = weights.shape[1]
-    if y.numel() == 0:
-        return
-    if max(h * w * c_in, p * q * c_out, weights.shape[0]) >= 2**31:
-        raise ValueError("bsr_conv2d: expected images and entry counts below 2**31 elements")
-    if tap_ptr.numel() != -(-c_out // strip) * r * s + 1 or channels.numel() != weights.shape[0]:
-        raise ValueError(
-            f"bsr_conv2d: expected a strip pack of {-(-c_out // strip)} strips and {r * s} taps, "
-            f"got tap_ptr of length {tap_ptr.numel()}"
-        )
-    module = _library()[0]
-    assert module is not None
-    if bias is not None and not bias.is_contiguous():
-        bias = bias.contiguous()
-    status = module.conv2d_f32(
-        isa, x.data_ptr(), y.data_ptr(), 0 if bias is None else bias.data_ptr(), weights.data_ptr(),
-        channels.data_ptr(), tap_ptr.data_ptr(), n, h, w, c_in, c_out, p, q, r, s, stride[0], stride[1], padding[0],
-        padding[1], dilation[0], dilation[1], strip, int(relu), int(pool), torch.get_num_threads(),
-    )  # fmt: skip
-    if status != 0:
-        raise RuntimeError(f"bsr_conv2d: native kernel {isa} failed with status {status}")
