@@ -194,7 +194,7 @@ def test_bench_refuses_a_wrong_conversion(monkeypatch):
     monkeypatch.setattr(
         "slimkernels.bench.convert", lambda model, **kwargs: torch.nn.Sequential(model, torch.nn.ReLU())
     )
-    with pytest.raises(RuntimeError, match=r"converted model at sparsity 0\.5 differs"):
+    with pytest.raises(RuntimeError, match=r"at sparsity 0\.5 the converted model"):
         run_bench("vgg_digits", sparsities=[0.5], batches=[1], seconds=0, compile=False)
 
 
