@@ -117,8 +117,8 @@ def _explicit(kernel: str, request: Request) -> KernelSpec:
     return spec
 
 
-# GFLOP/s per thread (2 per multiply-add), used where nothing was measured. Share of FMA peak that the kernels and
-# oneDNN's dense convolution reached on VGG-19's layers: see benchmarks/results.
+# GFLOP/s per thread (2 per multiply-add), used where nothing was timed. Set by hand, not fitted: avx2 near what Zen 3
+# reaches alone on VGG-19's layers; scalar and avx512 are guesses. The GPU's rates are leads, never measured by us.
 _DENSE_GFLOPS = {"scalar": 40.0, "avx2": 75.0, "avx512": 95.0}
 _SPARSE_GFLOPS = {"scalar": 6.0, "avx2": 70.0, "avx512": 85.0}
 _CALL_SECONDS = 8e-6

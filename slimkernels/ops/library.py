@@ -116,8 +116,7 @@ def runs_plainly(x: Tensor, *others: Tensor | None) -> bool:
     """Whether an op on x may call its implementation without torch's dispatcher, nothing being there to see the call.
 
     True for plain tensors outside of compilation, tracing, autograd, autocast, torch.func transforms and torch's modes.
-    Python registration costs a dispatch of 5 us a call (Zen 3), which at batch 1 is a tenth of a converted VGG-19's
-    time.
+    On a 2.4 GHz Zen 3 a call of the op took 95 to 104 us where its implementation alone took 38 to 44 us.
     """
     if type(x) is not Tensor or torch.compiler.is_compiling() or x.device.type not in ("cpu", "cuda"):
         return False
