@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import nn
 
-from slimkernels import bench, timing
+from slimkernels import timing
+from slimkernels.cli import bench
 from slimkernels.compress.prune import finalize_, prune_
 from slimkernels.conversion import convert
 from slimkernels.models import vgg19_cifar

@@ -21,10 +21,10 @@ _PUBLIC = {
     "BSRWeight": "formats",
     "BlockMask": "formats",
     "LowRankWeight": "formats",
-    "ModelPlan": "plan",
-    "LayerPlan": "plan",
-    "Policy": "plan",
-    "analyze": "analysis",
+    "ModelPlan": "conversion.plan",
+    "LayerPlan": "conversion.plan",
+    "Policy": "conversion.plan",
+    "analyze": "conversion.analysis",
     "convert": "conversion",
     "distill": "compress.distill",
     "evaluate": "compress.train",
@@ -44,16 +44,16 @@ __all__ = [*_PUBLIC, *_SUBMODULES, "__version__", "ops"]
 
 if TYPE_CHECKING:
     from slimkernels import compress, formats, kernels, models, nn
-    from slimkernels.analysis import analyze
     from slimkernels.checkpoint import load, save
     from slimkernels.compress.distill import distill
     from slimkernels.compress.factorize import factorize_
     from slimkernels.compress.prune import finalize_, masks, prune_
     from slimkernels.compress.train import evaluate, fine_tune
     from slimkernels.conversion import convert, explain
+    from slimkernels.conversion.analysis import analyze
+    from slimkernels.conversion.plan import LayerPlan, ModelPlan, Policy
     from slimkernels.formats import BlockMask, BSRWeight, LowRankWeight
     from slimkernels.pattern import update_pattern
-    from slimkernels.plan import LayerPlan, ModelPlan, Policy
 
 
 def __getattr__(name: str) -> Any:

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from slimkernels import container
-from slimkernels.container import Contents
-from slimkernels.conversion import finish
+from slimkernels.conversion import container
+from slimkernels.conversion.container import Contents
+from slimkernels.conversion.convert_model import finish
+from slimkernels.conversion.graph import parametrized_type, replace_module
+from slimkernels.conversion.layers import dense_module
+from slimkernels.conversion.plan import LayerPlan, ModelPlan
+from slimkernels.conversion.units import PLAN_ATTRIBUTE, prepare
 from slimkernels.formats import BlockMask, BSRWeight, LowRankWeight, block_grid, weight_shape_4d
-from slimkernels.graph import parametrized_type, replace_module
 from slimkernels.kernels.problems import Request
 from slimkernels.kernels.select import resolve
-from slimkernels.layers import dense_module
 from slimkernels.nn import BlockSparseConv2d, BlockSparseLinear, LowRankConv2d, LowRankLinear
-from slimkernels.plan import LayerPlan, ModelPlan
-from slimkernels.units import PLAN_ATTRIBUTE, prepare
 
 _DROP_IN = {
     ("bsr", True): BlockSparseConv2d,

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 from slimkernels import analyze
-from slimkernels.analysis import CANDIDATE_BLOCK_SHAPES, count_blocks, input_sets, problems, rank_patterns
+from slimkernels.conversion.analysis import CANDIDATE_BLOCK_SHAPES, count_blocks, input_sets, problems, rank_patterns
+from slimkernels.conversion.graph import bake, copy_model, trace
+from slimkernels.conversion.layers import LayerWeight
 from slimkernels.formats import BlockMask, BSRWeight, block_mask
-from slimkernels.graph import bake, copy_model, trace
 from slimkernels.kernels import native
-from slimkernels.layers import LayerWeight
 from slimkernels.nn import BlockSparseConv2d, LowRankConv2d, LowRankLinear
 
 native_only = pytest.mark.skipif(native.unavailable_reason("scalar") is not None, reason="no native kernel is built")

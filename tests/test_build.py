@@ -13,7 +13,8 @@ from types import ModuleType
 
 import pytest
 
-from slimkernels import _extension, info
+from slimkernels import _extension
+from slimkernels.cli import info
 from slimkernels.kernels import KERNELS
 
 ROOT = Path(__file__).resolve().parent.parent

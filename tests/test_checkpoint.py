@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
-from slimkernels import Policy, container, convert, explain, load, measure, save
+from slimkernels import Policy, convert, explain, load, save
+from slimkernels.conversion import container, measure
 from slimkernels.formats import BlockMask, block_mask
 from slimkernels.nn import BlockSparseConv2d, LowRankConv2d, LowRankLinear
 

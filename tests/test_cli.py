@@ -13,11 +13,11 @@ import torch
 from typer.testing import CliRunner
 
 import slimkernels as sk
-from slimkernels import cli
-from slimkernels.bench import run_bench
+from slimkernels.cli import app as cli
+from slimkernels.cli.bench import run_bench
+from slimkernels.cli.weights import load_model
 from slimkernels.data import digits_loaders
 from slimkernels.models import vgg_digits
-from slimkernels.weights import load_model
 
 COMMANDS = ["demo", "info", "train", "compress", "distill", "convert", "explain", "bench"]
 
@@ -169,7 +169,7 @@ def test_interrupt_is_code_130(monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("slimkernels.info.report", interrupted)
+    monkeypatch.setattr("slimkernels.cli.info.report", interrupted)
     assert run("info", code=130).stderr == "slimkernels: interrupted\n"
 
 
@@ -192,15 +192,15 @@ def test_bench_table():
 
 def test_bench_refuses_a_wrong_conversion(monkeypatch):
     monkeypatch.setattr(
-        "slimkernels.bench.convert", lambda model, **kwargs: torch.nn.Sequential(model, torch.nn.ReLU())
+        "slimkernels.cli.bench.convert", lambda model, **kwargs: torch.nn.Sequential(model, torch.nn.ReLU())
     )
     with pytest.raises(RuntimeError, match=r"at sparsity 0\.5 the converted model"):
         run_bench("vgg_digits", sparsities=[0.5], batches=[1], seconds=0, compile=False)
 
 
 def test_demo_table(tmp_path):
-    from slimkernels.demo import DemoResult, Entry
-    from slimkernels.tables import demo_table
+    from slimkernels.cli.demo import DemoResult, Entry
+    from slimkernels.cli.tables import demo_table
 
     latency = {1: {"p20_ms": 1.0, "p50_ms": 2.0, "p80_ms": 3.0, "n": 9}}
     entry = Entry("pruned, converted", 0.975, 123_456, "x", latency, {1: 4.5}, 1e-6, {"bsr": 3})

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import slimkernels as sk
+from slimkernels.cli.demo import BATCHES, SPARSITY, _same, run_demo
 from slimkernels.data import digits_loaders
-from slimkernels.demo import BATCHES, SPARSITY, _same, run_demo
 from slimkernels.models import vgg_digits
 
 

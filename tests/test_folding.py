@@ -15,7 +15,7 @@ from conversion_models import (
 from torch import nn
 
 from slimkernels import convert, explain
-from slimkernels.folding import flush_subnormals, fold_tensors, is_pool2
+from slimkernels.conversion.folding import flush_subnormals, fold_tensors, is_pool2
 
 
 @pytest.mark.parametrize("affine", [True, False])

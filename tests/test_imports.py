@@ -18,19 +18,22 @@ MAX_LINES = 450
 
 # Imports point only to the right; modules of one entry do not import each other. A package stands for all its modules.
 CHAIN = (
-    "cli", "tables", "demo, bench", "plots, weights, info", "data, models", "compress", "checkpoint", "conversion",
-    "units", "options", "measure, report", "container", "plan", "analysis", "folding", "chains", "layers", "graph",
-    "pattern", "nn", "ops", "kernels", "_extension, formats", "files, timing", "env",
+    "cli", "data, models", "compress", "checkpoint", "conversion", "pattern", "nn", "ops", "kernels",
+    "_extension, formats", "files, timing", "env",
 )  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(CHAIN) for name in names.split(", ")}
 # For tests and benchmarks: nothing else in the package imports them, and they import no more than this.
 TEST_ONLY = {"testing": {"formats"}, "cases": {"testing", "formats", "kernels"}}
-ONLY_CLI_IMPORTS = {"info"}
-# Inside kernels/, by the same rule.
-KERNELS_CHAIN = (
-    "select", "__init__", "native, cuda, reference, triton_bsr_conv2d, triton_low_rank_linear", "triton_runtime",
-    "problems",
-)  # fmt: skip
+# Inside a package, by the same rule; a package in it stands for all its modules.
+PACKAGES = {
+    "cli": ("__main__", "__init__", "app", "tables", "demo, bench", "plots, weights, info"),
+    "conversion": (
+        "__init__", "convert_model", "units", "options", "measure, report", "container", "plan", "analysis", "folding",
+        "chains", "layers", "graph",
+    ),
+    "kernels": ("select", "__init__", "native, cuda, reference, triton", "problems"),
+    "kernels/triton": ("bsr_conv2d, low_rank_linear", "runtime", "__init__"),
+}  # fmt: skip
 
 
 def modules() -> list[Path]:
@@ -95,19 +98,22 @@ def test_imports_point_only_to_the_right(path: Path) -> None:
         assert target not in TEST_ONLY, where
         assert target in LEVEL, f"{where}: no such module"
         assert LEVEL[own] < LEVEL[target], where
-        assert target not in ONLY_CLI_IMPORTS or own == "cli", where
 
 
-def test_imports_inside_kernels_point_only_to_the_right() -> None:
-    level = {n: i for i, names in enumerate(KERNELS_CHAIN) for n in names.split(", ")}
-    folder = PACKAGE / "kernels"
-    assert {p.stem for p in folder.glob("*.py")} == set(level)
-    for path in folder.glob("*.py"):
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_inside_a_package_point_only_to_the_right(package: str) -> None:
+    level = {n: i for i, names in enumerate(PACKAGES[package]) for n in names.split(", ")}
+    folder, prefix = PACKAGE / package, package.replace("/", ".")
+    found = {p.relative_to(folder).parts[0].removesuffix(".py") for p in folder.rglob("*.py")}
+    assert found == set(level)
+    for path in folder.rglob("*.py"):
+        own = path.relative_to(folder).parts[0].removesuffix(".py")
         for name, line in imports(path):
-            parts = name.split(".")
-            if parts[0] == "kernels":
-                target = parts[1] if len(parts) > 1 and parts[1] in level else "__init__"
-                assert level[path.stem] < level[target], f"kernels/{path.name}:{line}: imports {target}"
+            if name != prefix and not name.startswith(f"{prefix}."):
+                continue
+            target = name.removeprefix(prefix).lstrip(".").split(".")[0]
+            target = target if target in level else "__init__"
+            assert own == target or level[own] < level[target], f"{path.relative_to(PACKAGE)}:{line}: imports {target}"
 
 
 def test_only_the_two_trust_boundaries_hand_out_addresses() -> None:

@@ -19,7 +19,8 @@ from conversion_models import (
 )
 from torch import Tensor, nn
 
-from slimkernels import Policy, convert, explain, measure
+from slimkernels import Policy, convert, explain
+from slimkernels.conversion import measure
 from slimkernels.nn import BlockSparseConv2d, LowRankConv2d, LowRankLinear
 
 

@@ -12,8 +12,9 @@ from conversion_models import FORCE, sparse_tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slimkernels import LayerPlan, ModelPlan, Policy, convert, explain, measure
-from slimkernels.plan import faster_everywhere
+from slimkernels import LayerPlan, ModelPlan, Policy, convert, explain
+from slimkernels.conversion import measure
+from slimkernels.conversion.plan import faster_everywhere
 
 SWAP = LayerPlan(
     "conv", "Conv2d", "swap", "why", format="bsr", weight_shape=(32, 16, 3, 3), block_shape=(16, 1), bias=True,

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from slimkernels.kernels import triton_runtime
 from slimkernels.kernels.problems import LowRankLinearProblem
+from slimkernels.kernels.triton import runtime as triton_runtime
 
 pytest.importorskip("triton")
 CASES = Path(__file__).with_name("triton_interpret_cases.py")

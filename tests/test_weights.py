@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from slimkernels.cli.weights import load_model, read_weights, write_weights
 from slimkernels.compress.factorize import factorize_
 from slimkernels.compress.prune import finalize_, prune_
 from slimkernels.files import atomic_path
 from slimkernels.models import vgg_digits
-from slimkernels.weights import load_model, read_weights, write_weights
 
 
 def equal(a: nn.Module, b: nn.Module) -> bool:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from slimkernels import testing
 from slimkernels.formats import BSRWeight
-from slimkernels.kernels import triton_bsr_conv2d, triton_low_rank_linear
+from slimkernels.kernels.triton import bsr_conv2d as triton_bsr_conv2d
+from slimkernels.kernels.triton import low_rank_linear as triton_low_rank_linear
 
 # Block shapes and the (C_out, C_in) of a layer of two block rows and two column groups; narrow blocks get a few more.
 BLOCK_SHAPES = {

@@ -22,8 +22,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from slimkernels.kernels import triton_bsr_conv2d, triton_low_rank_linear
-from slimkernels.kernels.triton_runtime import cdiv, power_of_2_divisor
+from slimkernels.kernels.triton import bsr_conv2d as triton_bsr_conv2d
+from slimkernels.kernels.triton import low_rank_linear as triton_low_rank_linear
+from slimkernels.kernels.triton.runtime import cdiv, power_of_2_divisor
 
 # Shared memory a block may use (bytes) and processors of A100, H100/H200 and B200.
 LIMITS = {80: (163 * 1024, 108), 90: (227 * 1024, 132), 100: (227 * 1024, 148)}

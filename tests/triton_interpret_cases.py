@@ -29,7 +29,10 @@ from triton_cases import (
 )
 
 from slimkernels import ops, testing
-from slimkernels.kernels import KERNELS, triton_bsr_conv2d, triton_low_rank_linear, triton_runtime
+from slimkernels.kernels import KERNELS
+from slimkernels.kernels.triton import bsr_conv2d as triton_bsr_conv2d
+from slimkernels.kernels.triton import low_rank_linear as triton_low_rank_linear
+from slimkernels.kernels.triton import runtime as triton_runtime
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.exit("triton_interpret_cases.py needs TRITON_INTERPRET=1 before the kernels are decorated", returncode=2)

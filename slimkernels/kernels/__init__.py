@@ -105,14 +105,14 @@ def _rows() -> list[KernelSpec]:
     half = frozenset({torch.float32, torch.bfloat16, torch.float16})
     relu = frozenset({"none", "relu"})
     for op, module, function in (
-        ("bsr_conv2d", "triton_bsr_conv2d", "launch"),
-        ("bsr_linear", "triton_bsr_conv2d", "launch_linear"),
-        ("low_rank_linear", "triton_low_rank_linear", "launch"),
+        ("bsr_conv2d", "triton.bsr_conv2d", "launch"),
+        ("bsr_linear", "triton.bsr_conv2d", "launch_linear"),
+        ("low_rank_linear", "triton.low_rank_linear", "launch"),
     ):
         rows.append(
             KernelSpec(f"{op}__triton", op, "triton", None, half, EPILOGUES[op], frozenset({"cuda", "cpu"}),
-                       _lazy(module, function), _lazy("triton_runtime", "available"),
-                       _lazy("triton_runtime", "shape_reason"))
+                       _lazy(module, function), _lazy("triton.runtime", "available"),
+                       _lazy("triton.runtime", "shape_reason"))
         )  # fmt: skip
     for op in OPS:
         rows.append(

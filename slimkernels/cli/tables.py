@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from slimkernels.bench import BenchResult
-    from slimkernels.demo import DemoResult
+    from slimkernels.cli.bench import BenchResult
+    from slimkernels.cli.demo import DemoResult
 
 
 def _console() -> Any:

@@ -18,8 +18,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from slimkernels.conversion.plan import ModelPlan
 from slimkernels.files import atomic_path
-from slimkernels.plan import ModelPlan
 
 FORMAT, FORMAT_VERSION = "slimkernels", "1"
 _FIELDS = ("format", "format_version", "plan", "extra_state", "sha256")

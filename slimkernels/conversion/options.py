@@ -9,16 +9,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from slimkernels import measure
-from slimkernels.analysis import Call, PatternStats, problems, rank_patterns, usable_kernel, zero_share
-from slimkernels.chains import FactorChain
-from slimkernels.folding import Tail
+from slimkernels.conversion import measure
+from slimkernels.conversion.analysis import Call, PatternStats, problems, rank_patterns, usable_kernel, zero_share
+from slimkernels.conversion.chains import FactorChain
+from slimkernels.conversion.folding import Tail
+from slimkernels.conversion.layers import LayerWeight
+from slimkernels.conversion.plan import Policy, faster_everywhere
 from slimkernels.formats import block_mask
 from slimkernels.kernels.problems import LowRankConvProblem, LowRankLinearProblem, Problem
 from slimkernels.kernels.select import choose
-from slimkernels.layers import LayerWeight
 from slimkernels.nn import BlockSparseConv2d, BlockSparseLinear, LowRankConv2d, LowRankLinear
-from slimkernels.plan import Policy, faster_everywhere
 
 
 @dataclass

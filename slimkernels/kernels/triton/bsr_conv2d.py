@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from slimkernels.kernels.triton_runtime import (
+from slimkernels.kernels.triton.runtime import (
     DTYPES,
     INT32_MAX,
     SHARED_MEMORY_SM80,

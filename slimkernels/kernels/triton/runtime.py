@@ -1,6 +1,6 @@
 """Whether the Triton kernels can run here, and the few launch-time facts they share.
 
-Importing this module does not import Triton; `triton_bsr_conv2d` and `triton_low_rank_linear` do.
+Importing this module does not import Triton; `bsr_conv2d` and `low_rank_linear` do.
 """
 
 from __future__ import annotations

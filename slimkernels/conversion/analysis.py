@@ -12,13 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from slimkernels import env
-from slimkernels.chains import FactorChain, find_chains
-from slimkernels.formats import block_grid, weight_shape_4d
-from slimkernels.graph import Call, ModelGraph, capture, input_sets, parametrized_type, trace, unique_names
-from slimkernels.kernels import KERNELS
-from slimkernels.kernels.problems import ConvProblem, LinearProblem
-from slimkernels.kernels.select import candidates, choose, predicted_dense_seconds, predicted_seconds
-from slimkernels.layers import (
+from slimkernels.conversion.chains import FactorChain, find_chains
+from slimkernels.conversion.graph import Call, ModelGraph, capture, input_sets, parametrized_type, trace, unique_names
+from slimkernels.conversion.layers import (
     LOW_RANK_LAYERS,
     SPARSE_LAYERS,
     WEIGHT_LAYERS,
@@ -31,6 +27,10 @@ from slimkernels.layers import (
     type_obstacle,
     weight_obstacle,
 )
+from slimkernels.formats import block_grid, weight_shape_4d
+from slimkernels.kernels import KERNELS
+from slimkernels.kernels.problems import ConvProblem, LinearProblem
+from slimkernels.kernels.select import candidates, choose, predicted_dense_seconds, predicted_seconds
 
 CANDIDATE_BLOCK_SHAPES: tuple[Pair, ...] = (
     (128, 16),
@@ -143,7 +143,7 @@ def analyze(model: nn.Module, example_inputs: Any = None) -> ModelStats:
 
     Args:
         model: any module; masks and parametrizations are applied to the weights looked at.
-        example_inputs: see `slimkernels.graph.input_sets`; None leaves out call shapes and multiply-adds.
+        example_inputs: see `slimkernels.conversion.graph.input_sets`; None leaves out call shapes and multiply-adds.
 
     Raises:
         ValueError: the model does not run on the example inputs. TypeError: example inputs of another form.

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from slimkernels.analysis import obstacle_or_weight, weight_layer_names, zero_share
-from slimkernels.chains import FactorChain, find_chains
-from slimkernels.folding import Tail, find_tail, fold_chain, fold_weight
-from slimkernels.formats import BlockMask, block_grid, block_shape_2d
-from slimkernels.graph import (
+from slimkernels.conversion.analysis import obstacle_or_weight, weight_layer_names, zero_share
+from slimkernels.conversion.chains import FactorChain, find_chains
+from slimkernels.conversion.folding import Tail, find_tail, fold_chain, fold_weight
+from slimkernels.conversion.graph import (
     InputSet,
     ModelGraph,
     bake,
@@ -25,7 +24,7 @@ from slimkernels.graph import (
     trace,
     unique_names,
 )
-from slimkernels.layers import (
+from slimkernels.conversion.layers import (
     LOW_RANK_LAYERS,
     SPARSE_LAYERS,
     WEIGHT_LAYERS,
@@ -34,9 +33,10 @@ from slimkernels.layers import (
     shared_tensor_layers,
     weight_obstacle,
 )
+from slimkernels.conversion.options import Decision, Unit, dense_twin, low_rank_module
+from slimkernels.conversion.plan import LayerPlan, Policy
+from slimkernels.formats import BlockMask, block_grid, block_shape_2d
 from slimkernels.nn import LowRankConv2d, LowRankLinear
-from slimkernels.options import Decision, Unit, dense_twin, low_rank_module
-from slimkernels.plan import LayerPlan, Policy
 
 # Instance attributes of a converted model; a copy of it drops them.
 PLAN_ATTRIBUTE = "slimkernels_plan"

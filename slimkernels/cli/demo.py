@@ -24,11 +24,11 @@ from slimkernels.compress.factorize import factorize_
 from slimkernels.compress.prune import finalize_
 from slimkernels.compress.train import GradualPruning, evaluate, fine_tune
 from slimkernels.conversion import convert, explain
+from slimkernels.conversion.plan import ModelPlan
 from slimkernels.data import digits_loaders
 from slimkernels.files import atomic_path
 from slimkernels.formats import block_mask
 from slimkernels.models import vgg_digits
-from slimkernels.plan import ModelPlan
 
 BLOCK_SHAPE = (16, 1)
 SPARSITY = 0.875
@@ -182,7 +182,7 @@ def run_demo(
         },
         environment=timing.environment(),
     )
-    from slimkernels.plots import demo_figure
+    from slimkernels.cli.plots import demo_figure
 
     demo_figure(result, figure)
     with atomic_path(folder / "demo.json") as temporary:

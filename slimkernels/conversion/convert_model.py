@@ -1,7 +1,7 @@
 """`convert`: a model's sparse and low-rank layers replaced by drop-in modules where that is faster, batch norm folded.
 
 Steps: copy the model and compute its masked weights; see which layer feeds which; group layers with the batch norm,
-ReLU and pool behind them (`slimkernels.units`); decide each unit (`slimkernels.options`); put the modules in; time the
+ReLU and pool behind them (`units`); decide each unit (`options`); put the modules in; time the
 whole.
 """
 
@@ -16,16 +16,31 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from slimkernels import __version__, measure
-from slimkernels.analysis import weight_layer_names
-from slimkernels.folding import fold_tensors
-from slimkernels.graph import InputSet, copy_model, input_sets, parametrized_type, replace_module, scratch_copy
-from slimkernels.options import Decision, Unit, decide
-from slimkernels.plan import COST_MODEL, MEASURED, SHAPELESS, LayerPlan, ModelPlan, Policy, faster_everywhere
-from slimkernels.report import explain
-from slimkernels.units import GUARD_ATTRIBUTE, PLAN_ATTRIBUTE, Survey, drop_in_plan, kept_plan, survey, swap_plan
+from slimkernels import __version__
+from slimkernels.conversion import measure
+from slimkernels.conversion.analysis import weight_layer_names
+from slimkernels.conversion.folding import fold_tensors
+from slimkernels.conversion.graph import (
+    InputSet,
+    copy_model,
+    input_sets,
+    parametrized_type,
+    replace_module,
+    scratch_copy,
+)
+from slimkernels.conversion.options import Decision, Unit, decide
+from slimkernels.conversion.plan import COST_MODEL, MEASURED, SHAPELESS, LayerPlan, ModelPlan, Policy, faster_everywhere
+from slimkernels.conversion.units import (
+    GUARD_ATTRIBUTE,
+    PLAN_ATTRIBUTE,
+    Survey,
+    drop_in_plan,
+    kept_plan,
+    survey,
+    swap_plan,
+)
 
-__all__ = ["convert", "explain"]
+__all__ = ["convert"]
 
 # RMS of the difference over RMS of the output, between a model and its converted twin: far above what rounding leaves
 # after tens of layers, far below a wrong layer.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from slimkernels import models
-from slimkernels.container import FORMAT as CONVERTED_FORMAT
+from slimkernels.conversion.container import FORMAT as CONVERTED_FORMAT
 from slimkernels.files import atomic_path
 from slimkernels.nn import LowRankConv2d, LowRankLinear, resolved_padding
 

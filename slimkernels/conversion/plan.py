@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
 from slimkernels import env
-from slimkernels.analysis import CANDIDATE_BLOCK_SHAPES
+from slimkernels.conversion.analysis import CANDIDATE_BLOCK_SHAPES
 from slimkernels.formats import LOW_RANK_KINDS, block_shape_2d
 from slimkernels.kernels import EPILOGUES
 

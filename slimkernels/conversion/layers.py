@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 from torch.nn.utils import parametrize
 
+from slimkernels.conversion.graph import ModelGraph, bake, copy_model, has_hooks, opaque_ancestor, parametrized_type
 from slimkernels.formats import BlockMask
-from slimkernels.graph import ModelGraph, bake, copy_model, has_hooks, opaque_ancestor, parametrized_type
 from slimkernels.nn import BlockSparseConv2d, BlockSparseLinear, LowRankConv2d, LowRankLinear, resolved_padding
 
 WEIGHT_LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear)
@@ -164,7 +164,7 @@ def structure_obstacle(
 ) -> str | None:
     """Why the place of a layer in its model forbids to replace it; None when nothing does.
 
-    ``uniques`` and ``shared`` are `slimkernels.graph.unique_names` and `shared_tensor_layers` of the model.
+    ``uniques`` and ``shared`` are `slimkernels.conversion.graph.unique_names` and `shared_tensor_layers` of the model.
     """
     if not name:
         return "it is the model itself: put it into an nn.Sequential"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from slimkernels import models, timing
 from slimkernels.compress.prune import finalize_, prune_
 from slimkernels.conversion import convert
-from slimkernels.plan import ModelPlan, Policy
+from slimkernels.conversion.plan import ModelPlan, Policy
 
 # A converted network may be at most twice as far from float64 as torch's dense network in the same dtype.
 _MAX_ERROR_RATIO = 2.0

@@ -63,11 +63,6 @@ Model = Annotated[str | None, typer.Option(help="Name of the model, where the fi
 Classes = Annotated[int | None, typer.Option(min=1, help="Number of classes, where the file does not carry it.")]
 
 
-def main() -> None:
-    """Entry point of the ``slimkernels`` command."""
-    app()
-
-
 def _version(wanted: bool) -> None:
     if wanted:
         from slimkernels import __version__
@@ -96,8 +91,8 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Train, prune, factorize, distil, convert and time a small VGG on real digits; no network needed."""
-    from slimkernels.demo import run_demo
-    from slimkernels.tables import demo_table
+    from slimkernels.cli.demo import run_demo
+    from slimkernels.cli.tables import demo_table
 
     result = run_demo(
         out, epochs=epochs, seconds=seconds, width=width, seed=seed, progress=not as_json, say=_say(as_json)
@@ -111,7 +106,7 @@ def demo(
 @app.command()
 def info(as_json: Json = False) -> None:
     """Versions, build, processor, GPUs, and which kernels can run here and why others cannot."""
-    from slimkernels.info import render, report
+    from slimkernels.cli.info import render, report
 
     data = report()
     typer.echo(json.dumps(data, indent=2) if as_json else render(data))
@@ -182,10 +177,10 @@ def distill(
     import torch
 
     from slimkernels import models
+    from slimkernels.cli.weights import load_model
     from slimkernels.compress.distill import distill as run_distill
     from slimkernels.compress.prune import finalize_
     from slimkernels.compress.train import GradualPruning
-    from slimkernels.weights import load_model
 
     _check_resume(resume, checkpoint)
     shape = _block_shape(block_shape)
@@ -235,11 +230,11 @@ def compress(
     """Prune or factorize a trained model, recover its accuracy if --data is given, and write its weights."""
     import copy
 
+    from slimkernels.cli.weights import load_model
     from slimkernels.compress.distill import distill as run_distill
     from slimkernels.compress.factorize import factorize_
     from slimkernels.compress.prune import finalize_, prune_
     from slimkernels.compress.train import fine_tune
-    from slimkernels.weights import load_model
 
     _check_resume(resume, checkpoint)
     if method not in ("prune", "svd", "tai", "tucker2"):
@@ -289,9 +284,9 @@ def convert(
 
     from slimkernels import models
     from slimkernels.checkpoint import save
+    from slimkernels.cli.weights import load_model
     from slimkernels.conversion import convert as run_convert
     from slimkernels.conversion import explain as run_explain
-    from slimkernels.weights import load_model
 
     dense, name, classes, _ = load_model(weights, model, num_classes)
     channels, height, width = models.input_shape(name)
@@ -341,8 +336,8 @@ def bench(
     """Time a network with random weights, dense against pruned and converted."""
     import torch
 
-    from slimkernels.bench import run_bench
-    from slimkernels.tables import bench_table
+    from slimkernels.cli.bench import run_bench
+    from slimkernels.cli.tables import bench_table
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -403,7 +398,7 @@ def _finish_training(
     classes: int | None = None,
 ) -> None:
     """Writes the weights and says how good they are."""
-    from slimkernels.weights import write_weights
+    from slimkernels.cli.weights import write_weights
 
     count = classes if loader is None else len(loader.classes)
     assert count is not None
@@ -432,7 +427,3 @@ def _finish_training(
     typer.echo(
         f"wrote {out} ({out.stat().st_size / 1e6:.2f} MB, {nonzero:,} of {parameters:,} parameters are not zero)"
     )
-
-
-if __name__ == "__main__":
-    main()

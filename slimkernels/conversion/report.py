@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from slimkernels.container import read_plan
-from slimkernels.plan import LayerPlan, ModelPlan
+from slimkernels.conversion.container import read_plan
+from slimkernels.conversion.plan import LayerPlan, ModelPlan
 
 _COLUMNS = ("layer", "type", "action", "stored as", "kernel", "zeros", "KiB", "dense ms", "ms", "reason")
 _RIGHT = {"zeros", "KiB", "dense ms", "ms"}

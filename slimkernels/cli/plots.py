@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from slimkernels.files import atomic_path
 
 if TYPE_CHECKING:
-    from slimkernels.demo import DemoResult
+    from slimkernels.cli.demo import DemoResult
 
 # Okabe and Ito's palette: told apart by colour-blind readers and in grey.
 _DENSE, _MASKED, _PRUNED, _LOW_RANK = "#7f7f7f", "#56b4e9", "#0072b2", "#e69f00"

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from slimkernels.conversion.graph import ModelGraph
+from slimkernels.conversion.layers import LayerWeight, Pair
 from slimkernels.formats import LowRankWeight
-from slimkernels.graph import ModelGraph
-from slimkernels.layers import LayerWeight, Pair
 
 
 @dataclass(frozen=True)

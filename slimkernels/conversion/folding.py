@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from slimkernels.chains import FactorChain
-from slimkernels.graph import ModelGraph, ancestors, has_hooks
-from slimkernels.layers import LayerWeight
+from slimkernels.conversion.chains import FactorChain
+from slimkernels.conversion.graph import ModelGraph, ancestors, has_hooks
+from slimkernels.conversion.layers import LayerWeight
 
 
 def flush_subnormals(tensor: Tensor) -> Tensor:

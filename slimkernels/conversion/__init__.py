@@ -1,0 +1,11 @@
+"""Conversion: a compressed model's layers replaced by drop-in modules where that is faster, and the account of it.
+
+In the order of the work: `analysis` finds patterns; `graph`, `layers` and `chains` see what feeds what; `units` groups
+each layer with what follows it; `options` decides; `folding` and `measure` serve it; `convert_model` puts the modules
+in; `plan`, `report` and `container` record, print and store what was done.
+"""
+
+from slimkernels.conversion.convert_model import convert
+from slimkernels.conversion.report import explain
+
+__all__ = ["convert", "explain"]
