@@ -1,15 +1,18 @@
 """Options and the record of the speed suites.
 
 ``pytest benchmarks`` measures; ``pytest benchmarks --smoke`` runs one small case of every suite, to show that they
-work. ``--benchmark-json FILE`` (pytest-benchmark's own) writes the record; ``python benchmarks/report.py FILE`` turns
-it into tables.
+work. ``--rows FILE`` appends every row to a file as soon as it is measured, so that a run that is killed leaves what it
+had; ``--benchmark-json FILE`` (pytest-benchmark's own) writes the record at the end. ``python benchmarks/report.py
+FILE`` turns either into tables.
 """
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +23,8 @@ from slimkernels import timing
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--smoke", action="store_true", help="one small case of every suite, hardly timed")
+    parser.addoption("--rows", type=Path, default=None, help="append every measured row to this JSON-lines file")
+    parser.addoption("--compile", default=None, help="mode of torch.compile for dense baselines on a GPU")
     parser.addoption("--seconds", type=float, default=3.0, help="time budget per row")
     parser.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device of the rows")
 
@@ -91,7 +96,22 @@ class Race:
 
 
 @pytest.fixture
-def race(benchmark: Any, request: pytest.FixtureRequest) -> Race:
+def record(benchmark: Any, request: pytest.FixtureRequest) -> Iterator[None]:
+    """Appends the row that the test leaves in ``benchmark.extra_info`` to ``--rows``, flushed."""
+    yield
+    path = request.config.getoption("--rows")
+    if path is None or "match" not in benchmark.extra_info:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [{"name": request.node.name, **benchmark.extra_info}]
+    if not path.exists():
+        lines.insert(0, {"environment": timing.environment()})
+    with open(path, "a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+@pytest.fixture
+def race(benchmark: Any, record: None, request: pytest.FixtureRequest) -> Race:
     return Race(benchmark, request.config.getoption("--seconds"), request.config.getoption("--smoke"))
 
 

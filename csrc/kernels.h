@@ -23,7 +23,7 @@ enum { SLIM_OK = 0, SLIM_ERROR_NO_MEMORY = 1, SLIM_ERROR_UNSUPPORTED = 2, SLIM_E
 // Block-sparse 2-D convolution, fp32, channels-last:
 //   y[n,p,q,o] = epilogue(bias[o] + sum over stored (tap,c) of weight[o,tap,c] * x[n, p*stride_h - pad_h + r*dil_h, ..., c])
 //
-// The weight is a *strip pack*: output channels are cut into ceil(c_out / strip) strips of `strip` (8, 16 or 32) channels; for strip i
+// The weight is a *strip pack*: output channels are cut into ceil(c_out / strip) strips of `strip` (8, 16, 24 or 32) channels; for strip i
 // and tap t the entries tap_ptr[i*taps + t] .. tap_ptr[i*taps + t + 1] each hold an input channel and `strip` weights (zero where
 // the pattern stores nothing or the channel lies beyond c_out). taps = r*s, tap = row*s + column. Entries of one (strip, tap)
 // are sorted by channel.
@@ -40,7 +40,7 @@ typedef struct SlimConv2dF32 {
   const int32_t* tap_ptr;    // (ceil(c_out/strip) * r*s + 1)
   int64_t n, h, w, c_in, c_out, p, q;
   int32_t r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w;
-  int32_t strip;             // 8, 16 or 32
+  int32_t strip;             // 8, 16, 24 or 32
   int32_t relu;              // 0 or 1: y = max(y, 0), NaN kept
   int32_t pool;              // 0 or 1: 2x2 stride-2 max-pool (floor) after the ReLU, NaN kept
   int32_t threads;           // >= 1; with 1 no parallel region is entered

@@ -32,11 +32,13 @@ _PUBLIC = {
     "factorize_": "compress.factorize",
     "finalize_": "compress.prune",
     "fine_tune": "compress.train",
+    "graphed": "inference",
     "load": "checkpoint",
     "masks": "compress.prune",
     "prune_": "compress.prune",
     "save": "checkpoint",
     "update_pattern": "pattern",
+    "warm_up": "inference",
 }
 _SUBMODULES = ("compress", "formats", "kernels", "models", "nn")
 
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     from slimkernels.conversion.analysis import analyze
     from slimkernels.conversion.plan import LayerPlan, ModelPlan, Policy
     from slimkernels.formats import BlockMask, BSRWeight, LowRankWeight
+    from slimkernels.inference import graphed, warm_up
     from slimkernels.pattern import update_pattern
 
 

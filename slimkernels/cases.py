@@ -156,7 +156,7 @@ class LowRankLinearCase:
 
     def launch_args(self, x: Tensor, U: Tensor, V: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
         """Arguments of a `KernelSpec.launch` of this op."""
-        return x, U, V, bias, self.epilogue
+        return x, U, V, bias, [], self.epilogue
 
     def expected(self, x: Tensor, U: Tensor, V: Tensor, bias: Tensor | None) -> tuple[Tensor, dict[str, Any]]:
         """The float64 reference and the keyword arguments of `testing.assert_close` for it."""
@@ -214,7 +214,8 @@ class LowRankConvCase:
 
     def launch_args(self, x: Tensor, factors: list[Tensor], bias: Tensor | None) -> tuple[Any, ...]:
         """Arguments of a `KernelSpec.launch` of this op."""
-        return x, factors, bias, list(self.stride), list(self.padding), list(self.dilation), self.kind, self.epilogue
+        geometry = list(self.stride), list(self.padding), list(self.dilation)
+        return x, factors, bias, [], *geometry, self.kind, self.epilogue
 
     def expected(self, x: Tensor, factors: list[Tensor], bias: Tensor | None) -> tuple[Tensor, dict[str, Any]]:
         """The float64 reference and the keyword arguments of `testing.assert_close` for it."""

@@ -68,9 +68,7 @@ def update_pattern(
         module.crow_indices[1:] = mask.sum(dim=1).cumsum(0)
         module.col_indices.zero_()
         module.col_indices[: source.numel()] = mask.nonzero()[:, 1]
-    module.drop_packed()
-    if not module.training:
-        module.prepack()
+    module.pattern_changed()
 
 
 def _agreed_mask(module: BlockSparseConv2d | BlockSparseLinear, mask: Tensor) -> Tensor:

@@ -313,7 +313,7 @@ def test_low_rank_linear_refuses(device: Device):
         ((x, U, V, bias[1:]), r"expected bias of shape \(40,\)"),
     ):
         with pytest.raises(ValueError, match=f"^low_rank_linear: {message}"):
-            cuda.launch_low_rank_linear(*arguments, "none")
+            cuda.launch_low_rank_linear(*arguments, [], "none")
 
 
 def test_device_and_stream_are_those_of_the_tensor(device: Device, monkeypatch: pytest.MonkeyPatch):

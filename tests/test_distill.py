@@ -1,168 +1,365 @@
-"""Distillation: the loss against its closed form, and students that learn from teachers."""
+"""Distillation: what the step computes, and students that learn from teachers."""
 
 from __future__ import annotations
 
 import copy
-import math
+import dataclasses
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from slimkernels.compress.distill import distill, kd_loss
+from slimkernels import convert
+from slimkernels.compress.distill import DistillationStep, distill
+from slimkernels.compress.factorize import factorize_
+from slimkernels.compress.gradual import GradualPruning
+from slimkernels.compress.losses import attention_transfer_loss, decoupled_kd_loss, hint_loss, kd_loss
 from slimkernels.compress.prune import masks, prune_
-from slimkernels.compress.train import GradualPruning, evaluate, fine_tune
+from slimkernels.compress.terms import KD, AttentionTransfer, DecoupledKD, Hint, Signals, Term
+from slimkernels.compress.train import TrainConfig, evaluate, fine_tune
 from slimkernels.data import TensorLoader
+from slimkernels.nn import BlockSparseConv2d, LowRankConv2d
 
 
-def blobs(n: int = 256, batch_size: int = 32, classes: int = 4, seed: int = 0) -> TensorLoader:
+def blobs(n: int = 256, batch_size: int = 32, classes: int = 4, seed: int = 0, **options) -> TensorLoader:
     """Four well separated Gaussian clusters as 1x4x4 images."""
     generator = torch.Generator().manual_seed(seed)
     centres = torch.randn(classes, 1, 4, 4, generator=torch.Generator().manual_seed(99))
     labels = torch.randint(classes, (n,), generator=generator)
     images = centres[labels] + 0.5 * torch.randn(n, 1, 4, 4, generator=generator)
-    return TensorLoader(images, labels, batch_size=batch_size, shuffle=True)
+    return TensorLoader(images, labels, batch_size=batch_size, shuffle=True, **options)
+
+
+class Indexed:
+    """Batches with indices, in a new order every epoch; the teacher's view of a sample never changes."""
+
+    def __init__(self, n: int = 96, batch_size: int = 32) -> None:
+        loader = blobs(n, n)
+        self.images, self.labels = loader.images, loader.labels
+        self.batch_size, self.epoch = batch_size, 0
+
+    def __len__(self) -> int:
+        return len(self.images) // self.batch_size
+
+    def __iter__(self):
+        order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(self.epoch))
+        self.epoch += 1
+        for index in order.split(self.batch_size):
+            yield self.images[index], self.labels[index], index
 
 
 def net(classes: int = 4, width: int = 32) -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(1, width, 3, padding=1),
         nn.BatchNorm2d(width),
-        nn.ReLU(),
+        nn.ReLU(inplace=True),
         nn.Conv2d(width, width, 3, padding=1),
-        nn.ReLU(),
+        nn.ReLU(inplace=True),
         nn.Dropout(0.1),
         nn.Flatten(),
         nn.Linear(width * 16, classes),
     )
 
 
-def softmax(row):
-    top = max(row)
-    weights = [math.exp(value - top) for value in row]
-    return [w / sum(weights) for w in weights]
-
-
-@pytest.mark.parametrize("temperature", [1.0, 4.0, 20.0])
-@pytest.mark.parametrize("soft_weight", [0.0, 0.7, 1.0])
-def test_kd_loss_is_the_written_out_sum(temperature, soft_weight):
+@pytest.fixture(scope="module")
+def trained() -> nn.Module:
     torch.manual_seed(0)
-    z, v = torch.randn(5, 7, dtype=torch.float64) * 3, torch.randn(5, 7, dtype=torch.float64) * 3
-    target = torch.randint(7, (5,))
-    expected = 0.0
-    for zi, vi, label in zip(z.tolist(), v.tolist(), target.tolist(), strict=True):
-        p, q = softmax([a / temperature for a in zi]), softmax([a / temperature for a in vi])
-        soft = sum(qk * math.log(qk / pk) for qk, pk in zip(q, p, strict=True))
-        expected += (soft_weight * temperature**2 * soft - (1 - soft_weight) * math.log(softmax(zi)[label])) / 5
-    assert float(kd_loss(z, v, target, temperature, soft_weight)) == pytest.approx(expected, rel=1e-12)
+    teacher = net()
+    fine_tune(teacher, blobs(), epochs=3, progress=False)
+    return teacher.eval()
 
 
-@pytest.mark.parametrize("temperature", [1.0, 4.0])
-@pytest.mark.parametrize("soft_weight", [0.0, 0.7, 1.0])
-def test_kd_loss_gradient_is_the_closed_form(temperature, soft_weight):
-    torch.manual_seed(1)
-    z = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
-    v = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
-    target = torch.randint(5, (6,))
-    kd_loss(z, v, target, temperature, soft_weight).backward()
-    soft = temperature * ((z / temperature).softmax(1) - (v / temperature).softmax(1))
-    hard = z.softmax(1) - F.one_hot(target, 5)
-    torch.testing.assert_close(z.grad, (soft_weight * soft + (1 - soft_weight) * hard) / 6, rtol=1e-12, atol=1e-14)
-    assert v.grad is None
+@pytest.fixture
+def teacher(trained) -> nn.Module:
+    return copy.deepcopy(trained)
 
 
-def test_kd_loss_gradient_keeps_its_size_at_high_temperature():
-    # Hinton: at high T the soft gradient tends to (z - v) / (N classes) for zero-mean logits.
-    z = torch.tensor([[0.5, -0.5, 1.0, -1.0]], dtype=torch.float64, requires_grad=True)
-    v = torch.tensor([[1.0, 0.5, -1.5, 0.0]], dtype=torch.float64)
-    kd_loss(z, v, torch.tensor([0]), temperature=1e4, soft_weight=1.0).backward()
-    torch.testing.assert_close(z.grad, (z.detach() - v) / 4, rtol=1e-3, atol=1e-4)
+# ---- the step
 
 
-def test_kd_loss_of_half_precision_is_that_of_its_float32_copy():
+def pair() -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
     torch.manual_seed(0)
-    z, v, target = torch.randn(4, 9).bfloat16(), torch.randn(4, 9).bfloat16(), torch.randint(9, (4,))
-    out = kd_loss(z, v, target)
-    assert out.dtype == torch.float32 and torch.equal(out, kd_loss(z.float(), v.float(), target))
+    return net(width=16).eval(), net().eval(), torch.randn(6, 1, 4, 4), torch.randint(4, (6,))
 
 
 @pytest.mark.parametrize(
-    ("teacher_shape", "kwargs", "message"),
+    ("term", "expected"),
     [
-        ((3, 5), {"temperature": 0.0}, "kd_loss: expected temperature > 0"),
-        ((3, 5), {"temperature": -1.0}, "temperature > 0"),
-        ((3, 5), {"temperature": math.inf}, "finite"),
-        ((3, 5), {"temperature": math.nan}, "temperature > 0"),
-        ((3, 5), {"soft_weight": 1.1}, r"soft_weight in \[0, 1\], got 1.1"),
-        ((3, 5), {"soft_weight": -0.1}, r"soft_weight in \[0, 1\]"),
-        ((3, 6), {}, r"student \(3, 5\) and teacher \(3, 6\)"),
-        ((1, 5), {}, r"student \(3, 5\) and teacher \(1, 5\)"),
+        (KD(), lambda z, v, y: kd_loss(z, v, y, 3.0, 0.6)),
+        (
+            KD(temperature=7.0, weight=0.5),
+            lambda z, v, y: (
+                0.4 * F.cross_entropy(z, y) + 0.5 * kd_loss(z, v, y, 7.0, 0.6) - 0.2 * F.cross_entropy(z, y)
+            ),
+        ),
+        (
+            DecoupledKD(2.0, 3.0),
+            lambda z, v, y: 0.4 * F.cross_entropy(z, y) + 0.6 * decoupled_kd_loss(z, v, y, 3.0, 2.0, 3.0),
+        ),
     ],
 )
-def test_kd_loss_refuses(teacher_shape, kwargs, message):
-    with pytest.raises(ValueError, match=message):
-        kd_loss(torch.zeros(3, 5), torch.zeros(teacher_shape), torch.zeros(3, dtype=torch.int64), **kwargs)
+def test_step_mixes_soft_and_hard_losses(term, expected):
+    student, teacher, x, y = pair()
+    step = DistillationStep(student, teacher, [term], x[:2], temperature=3.0, soft_weight=0.6)
+    torch.testing.assert_close(step(x, y), expected(student(x), teacher(x), y), rtol=1e-5, atol=1e-6)
 
 
-def test_student_without_labels_reaches_its_teacher():
+def test_step_matches_the_named_layers_of_both_models():
+    student, teacher, x, y = pair()
+    terms = [Hint({"0": "3"}, weight=2.0), AttentionTransfer("3", weight=5.0)]
+    step = DistillationStep(student, teacher, terms, x[:2], soft_weight=0.25)
+    regressor = step.matchers[0][0]
+    assert (regressor.in_channels, regressor.out_channels, regressor.kernel_size) == (16, 32, (1, 1))
+    with step.attached():
+        loss = step(x, y)
+    first, second = student[0](x), student[:4](x)  # what the in-place ReLUs see, before they act
+    wanted = teacher[:4](x)
+    soft = 2.0 * hint_loss(regressor(first), wanted) + 5.0 * attention_transfer_loss(second, wanted)
+    torch.testing.assert_close(loss, 0.75 * F.cross_entropy(student(x), y) + 0.25 * soft, rtol=1e-5, atol=1e-6)
+    loss.backward()
+    assert bool(regressor.weight.grad.any()) and all(p.grad is None for p in teacher.parameters())
+    assert not student[0]._forward_hooks and not teacher[3]._forward_hooks
+
+
+def test_maps_of_different_sizes_are_pooled_to_the_smaller():
     torch.manual_seed(0)
-    teacher, student, train, test = net(), net(width=16), blobs(), blobs(seed=1)
-    fine_tune(teacher, train, epochs=3, progress=False)
+    student = nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.Flatten(), nn.Linear(48, 2))
+    teacher = nn.Sequential(nn.Conv2d(1, 5, 3, stride=2, padding=1), nn.Flatten(), nn.Linear(20, 2))
+    x, y = torch.randn(3, 1, 4, 4), torch.tensor([0, 1, 0])
+    step = DistillationStep(student, teacher, [AttentionTransfer("0")], x, soft_weight=1.0)
+    with step.attached():
+        expected = attention_transfer_loss(F.avg_pool2d(student[0](x), 2), teacher[0](x))
+        torch.testing.assert_close(step(x, y), expected)
+
+
+def test_teacher_is_no_part_of_the_step():
+    student, teacher, x, _ = pair()
+    step = DistillationStep(student, teacher, [KD(), Hint("0")], x)
+    owned = {id(t) for t in [*step.parameters(), *step.buffers()]}
+    assert not owned & {id(t) for t in [*teacher.parameters(), *teacher.buffers()]}
+    assert {name.split(".")[0] for name in step.state_dict()} == {"model", "matchers"}
+    assert step.train() is step and not teacher.training
+
+
+def test_teacher_follows_the_autocast_of_the_student():
+    student, teacher, x, y = pair()
+    seen = []
+    teacher[7].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    step = DistillationStep(student, teacher, [KD()], x)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = step(x, y)
+    assert seen == [torch.float32, torch.bfloat16] and loss.dtype == torch.float32
+
+
+@dataclasses.dataclass(frozen=True)
+class LogitDifference(Term):
+    """A term from outside."""
+
+    def loss(self, signals: Signals, matcher: nn.Module | None) -> Tensor:
+        return F.mse_loss(signals.student_logits, signals.teacher_logits)
+
+
+def test_a_term_of_ones_own():
+    student, teacher, x, y = pair()
+    step = DistillationStep(student, teacher, [LogitDifference(weight=3.0)], x, soft_weight=1.0)
+    torch.testing.assert_close(step(x, y), 3.0 * F.mse_loss(student(x), teacher(x)))
+    assert step.recipe() == {"terms": ["LogitDifference(weight=3.0)"], "temperature": 4.0, "soft_weight": 1.0}
+
+
+# ---- runs
+
+
+def test_student_without_labels_reaches_its_teacher(teacher):
+    torch.manual_seed(1)
+    student, test = net(width=16), blobs(seed=1)
     before = copy.deepcopy(teacher.state_dict())
-    untrained = evaluate(student, test)
     teacher.train()
-    history = distill(student, teacher, train, test, epochs=4, soft_weight=1.0, progress=False)
-    assert evaluate(teacher, test) > 0.95
-    assert history[-1].val_accuracy == evaluate(student, test) > 0.95 > untrained
-    assert teacher.training
-    for name, value in teacher.state_dict().items():
-        assert torch.equal(value, before[name]), name
-    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in teacher.parameters())
+    history = distill(student, teacher, blobs(), test, epochs=4, soft_weight=1.0, progress=False)
+    assert len(history) == 4 and history[-1].loss < history[0].loss
+    assert history[-1].val_accuracy > 0.9
+    assert teacher.training and all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    assert all(p.grad is None for p in teacher.parameters())
 
 
-def test_pruned_student_keeps_its_zeros():
-    torch.manual_seed(0)
-    teacher, train = net(), blobs()
-    fine_tune(teacher, train, epochs=3, progress=False)
+def test_config_and_keywords_are_the_same_run(teacher):
+    def weights(*args, **kwargs) -> Tensor:
+        torch.manual_seed(2)
+        student = net(width=16)
+        distill(student, teacher, blobs(64), None, *args, progress=False, **kwargs)
+        return student[7].weight.detach()
+
+    config = TrainConfig(epochs=1, lr=0.02, schedule="constant")
+    assert torch.equal(weights(config), weights(epochs=1, lr=0.02, schedule="constant"))
+    assert not torch.equal(weights(config), weights(config, temperature=20.0))
+    assert not torch.equal(weights(config), weights(config, loss="dkd"))
+    with pytest.raises(TypeError, match=r"distill: expected settings among epochs, .*, got epoch"):
+        weights(config, epoch=3)
+
+
+@pytest.mark.parametrize("loss", ["dkd", (KD(), Hint({"2": "2"}), AttentionTransfer({"4": "4"}, weight=10.0))])
+def test_other_losses_train(teacher, loss):
+    torch.manual_seed(3)
+    student = net(width=16)
+    distill(student, teacher, blobs(), epochs=3, lr=0.02, loss=loss, progress=False)
+    assert evaluate(student, blobs(seed=1)) > 0.9
+    assert not any(module._forward_hooks for module in [*student.modules(), *teacher.modules()])
+
+
+def test_hints_resume_with_their_regressors(teacher, tmp_path):
+    def run(epochs: int, resume: bool, stop: bool = False) -> nn.Module:
+        torch.manual_seed(4)
+        student = net(width=16)
+        options = {"loss": Hint({"2": "2"}), "checkpoint": tmp_path / "run.pt", "resume": resume, "progress": False}
+
+        class Stop(GradualPruning):
+            def on_epoch_end(self, epoch, model):
+                if stop and epoch == 1:
+                    raise KeyboardInterrupt
+
+        callbacks = [Stop(0.5, (16, 1))]
+        try:
+            distill(student, teacher, blobs(96), epochs=epochs, callbacks=callbacks, **options)
+        except KeyboardInterrupt:
+            assert stop
+        return student
+
+    whole = run(3, resume=False)
+    (tmp_path / "run.pt").unlink()
+    run(3, resume=False, stop=True)
+    resumed = run(3, resume=True)
+    tensors = [[*model.parameters(), *model.buffers()] for model in (whole, resumed)]
+    assert all(torch.equal(a, b) for a, b in zip(*tensors, strict=True))
+
+
+def test_masks_survive_distillation(teacher):
     student = prune_(copy.deepcopy(teacher), 0.75, (16, 1))
     grid = masks(student)["3"].mask.clone()
-    distill(student, teacher, train, epochs=2, progress=False)
+    distill(student, teacher, blobs(), epochs=2, progress=False)
     assert torch.equal(masks(student)["3"].mask, grid)
     blocks = student[3].weight.detach().unflatten(0, (-1, 16)).abs().sum(1).permute(0, 2, 3, 1).reshape(grid.shape)
     assert torch.equal(blocks != 0, grid)
     assert evaluate(student, blobs(seed=1)) > 0.9
 
 
-def test_gradual_pruning_while_distilling():
-    torch.manual_seed(0)
-    teacher, train = net(), blobs()
-    fine_tune(teacher, train, epochs=3, progress=False)
+def test_gradual_pruning_and_factorization_in_one_run(teacher):
     student = copy.deepcopy(teacher)
-    distill(student, teacher, train, epochs=3, progress=False, on_step=GradualPruning(0.75, (16, 1)))
+    factorize_(student, "tai", rank={"0": 3})
+    pruning = GradualPruning(0.75, (16, 1), layers=["3"])
+    distill(student, teacher, blobs(), epochs=3, progress=False, callbacks=[pruning])
+    assert isinstance(student[0], LowRankConv2d)
     assert 1 - masks(student)["3"].mask.float().mean() == pytest.approx(0.75)
     assert evaluate(student, blobs(seed=1)) > 0.9
 
 
+def test_sparse_kernels_train_under_distillation(teacher):
+    pruned = prune_(copy.deepcopy(teacher), 0.75, (16, 1), layers=["3"])
+    student = convert(pruned, training=True)
+    layer = student[3]
+    assert isinstance(layer, BlockSparseConv2d)
+    before = layer.values.detach().clone()
+    pattern = layer.crow_indices.clone(), layer.col_indices.clone()
+    history = distill(student, teacher, blobs(), epochs=2, lr=0.02, progress=False)
+    assert history[-1].loss < history[0].loss and student[3] is layer
+    assert not torch.equal(layer.values, before)
+    assert torch.equal(layer.crow_indices, pattern[0]) and torch.equal(layer.col_indices, pattern[1])
+    dense = layer.to_dense().weight.detach()
+    stored = masks(pruned)["3"](torch.ones_like(dense)) != 0
+    assert not bool(dense[~stored].any()) and evaluate(student, blobs(seed=1)) > 0.9
+
+
+class Counting(nn.Module):
+    """Counts the samples that a model sees."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.samples = model, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.samples += len(x)
+        return self.model(x)
+
+
+def test_cached_logits_are_the_live_ones_and_cost_one_pass(teacher):
+    students, seen = [], []
+    for cache in (False, True):
+        torch.manual_seed(5)
+        student, counting = net(width=16), Counting(teacher)
+        distill(student, counting, Indexed(), epochs=3, lr=0.02, cache_logits=cache, progress=False)
+        students.append(student)
+        seen.append(counting.samples - 2)  # two for the check of the logits
+    assert seen == [3 * 96, 96]
+    for a, b in zip(students[0].parameters(), students[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_cache_refuses_what_it_cannot_hold(teacher):
+    run = {"epochs": 1, "cache_logits": True, "progress": False}
+    with pytest.raises(ValueError, match="without augmentation with cache_logits=True, got flip=True"):
+        distill(net(), teacher, blobs(64, flip=True), **run)
+    with pytest.raises(ValueError, match="terms of logits alone with cache_logits=True, got Hint"):
+        distill(net(), teacher, Indexed(), loss=Hint("0"), **run)
+    with pytest.raises(ValueError, match="with cache_logits=True, got no indices; a TensorLoader gives them"):
+        distill(net(), teacher, blobs(64), **run)
+
+
+# ---- bad input
+
+
 @pytest.mark.parametrize(
-    ("kwargs", "message"),
+    ("kwargs", "error", "message"),
     [
-        ({"temperature": 0}, "distill: expected temperature > 0"),
-        ({"soft_weight": 2}, "distill: expected soft_weight in"),
-        ({"epochs": 0}, "distill: expected epochs >= 1"),
-        ({"schedule": "step"}, "schedule 'onecycle', 'cosine' or 'constant', got 'step'"),
+        ({"temperature": 0}, ValueError, "distill: expected temperature > 0"),
+        ({"soft_weight": 2}, ValueError, r"distill: expected soft_weight in \[0, 1\], got 2"),
+        ({"epochs": 0}, ValueError, "expected epochs >= 1"),
+        ({"loss": "hinton"}, ValueError, r"distill: expected loss in \['dkd', 'kd'\] or terms, got 'hinton'"),
+        ({"loss": []}, ValueError, "distill: expected at least one term in loss, got none"),
+        ({"loss": [kd_loss]}, TypeError, "distill: expected loss to hold terms"),
+        ({"loss": Hint("conv")}, ValueError, "distill: expected a layer of the student, got 'conv'; near matches: 0"),
+        ({"loss": Hint({"3": "33"})}, ValueError, "expected a layer of the teacher, got '33'; near matches: 3"),
+        ({"loss": Hint({"0": "7"})}, ValueError, r"Hint: .* \(2, 16, 4, 4\) from the student's '0' and \(2, 4\)"),
+        ({"loss": AttentionTransfer("7")}, ValueError, r"AttentionTransfer: expected features \(N, C, H, W\)"),
     ],
 )
-def test_distill_refuses_arguments(kwargs, message):
-    with pytest.raises(ValueError, match=message):
-        distill(net(), net(), blobs(32), progress=False, **{"epochs": 1, **kwargs})
+def test_distill_refuses_arguments(kwargs, error, message):
+    with pytest.raises(error, match=message):
+        distill(net(width=16), net(), blobs(32), progress=False, **{"epochs": 1, **kwargs})
 
 
-def test_distill_refuses_models_that_do_not_fit():
+def test_terms_refuse_arguments():
+    with pytest.raises(ValueError, match="KD: expected weight >= 0 and finite, got -1"):
+        KD(weight=-1)
+    with pytest.raises(ValueError, match="KD: expected temperature > 0 and finite, got 0"):
+        KD(0)
+    with pytest.raises(ValueError, match=r"DecoupledKD: expected alpha and beta >= 0, got alpha=1.0, beta=-2"):
+        DecoupledKD(beta=-2)
+    with pytest.raises(TypeError, match="Hint: expected layers to hold names of layers, got 3"):
+        Hint([3])
+    with pytest.raises(ValueError, match="AttentionTransfer: expected at least one layer, got none"):
+        AttentionTransfer({})
+
+
+def test_distill_refuses_models_that_do_not_fit_and_changes_nothing():
     student = net()
     before = copy.deepcopy(student.state_dict())
-    with pytest.raises(ValueError, match=r"got teacher logits \(32, 5\) and student logits \(32, 4\)"):
+    with pytest.raises(ValueError, match="same number of classes, got 5 of the teacher and 4 of the student"):
         distill(student, net(classes=5), blobs(32), epochs=1, progress=False)
-    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items() if "weight" in name)
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
     with pytest.raises(ValueError, match="the same object as student and teacher"):
         distill(student, student, blobs(32), epochs=1, progress=False)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="distill: expected optimizer to be None with a Hint"):
+        distill(student, net(), blobs(32), epochs=1, loss=Hint("0"), optimizer=optimizer, progress=False)
+
+
+def test_a_named_layer_that_does_not_run_is_an_error():
+    class Detour(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.unused = net(), nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x)
+
+    with pytest.raises(ValueError, match="expected layer 'unused' of the student to run in its forward pass"):
+        distill(Detour(), net(), blobs(32), epochs=1, loss=Hint({"unused": "0"}), progress=False)

@@ -18,7 +18,7 @@ MAX_LINES = 450
 
 # Imports point only to the right; modules of one entry do not import each other. A package stands for all its modules.
 CHAIN = (
-    "cli", "data, models", "compress", "checkpoint", "conversion", "pattern", "nn", "ops", "kernels",
+    "cli", "recipes", "data, models", "compress", "checkpoint, inference", "conversion, tuning", "pattern", "nn", "ops", "kernels",
     "_extension, formats", "files, timing", "env",
 )  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(CHAIN) for name in names.split(", ")}
@@ -26,13 +26,24 @@ LEVEL = {name: level for level, names in enumerate(CHAIN) for name in names.spli
 TEST_ONLY = {"testing": {"formats"}, "cases": {"testing", "formats", "kernels"}}
 # Inside a package, by the same rule; a package in it stands for all its modules.
 PACKAGES = {
-    "cli": ("__main__", "__init__", "app", "tables", "demo, bench", "plots, weights, info"),
+    "cli": (
+        "__main__", "__init__", "app", "training, compression, experiments", "options, tables", "demo, bench, tune",
+        "plots, weights, info",
+    ),
+    "recipes": (
+        "runner", "measurement, report", "rows, figures, summary", "store, schema, sources", "__init__",
+    ),
     "conversion": (
         "__init__", "convert_model", "units", "options", "measure, report", "container", "plan", "analysis", "folding",
         "chains", "layers", "graph",
     ),
-    "kernels": ("select", "__init__", "native, cuda, reference, triton", "problems"),
-    "kernels/triton": ("bsr_conv2d, low_rank_linear", "runtime", "__init__"),
+    "kernels": (
+        "select", "__init__", "native_low_rank", "native, cuda, reference, triton", "tables", "break_even, cost_model, devices", "problems, transposed"
+    ),
+    "kernels/triton": (
+        "bsr_conv2d, low_rank_linear", "bsr_conv2d_shared, bsr_conv2d_kernel, bsr_conv2d_split",
+        "bsr_conv2d_geometry, bsr_conv2d_config", "bsr_conv2d_index, tiles, launcher", "runtime", "__init__",
+    ),
 }  # fmt: skip
 
 

@@ -33,12 +33,13 @@ OPS = torch.ops.slimkernels
 SCHEMAS = {
     "bsr_conv2d": "(Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, Tensor? bias, Tensor[] packed, "
     "SymInt[4] weight_shape, SymInt[2] block_shape, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, "
-    "str epilogue, str kernel) -> Tensor",
+    "str epilogue, str kernel, Tensor? transposed=None) -> Tensor",
     "bsr_linear": "(Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, Tensor? bias, Tensor[] packed, "
-    "SymInt[2] weight_shape, SymInt[2] block_shape, str epilogue, str kernel) -> Tensor",
-    "low_rank_linear": "(Tensor x, Tensor U, Tensor V, Tensor? bias, str epilogue, str kernel) -> Tensor",
-    "low_rank_conv2d": "(Tensor x, Tensor[] factors, Tensor? bias, SymInt[2] stride, SymInt[2] padding, "
-    "SymInt[2] dilation, str kind, str epilogue, str kernel) -> Tensor",
+    "SymInt[2] weight_shape, SymInt[2] block_shape, str epilogue, str kernel, Tensor? transposed=None) -> Tensor",
+    "low_rank_linear": "(Tensor x, Tensor U, Tensor V, Tensor? bias, Tensor[] packed, str epilogue, "
+    "str kernel) -> Tensor",
+    "low_rank_conv2d": "(Tensor x, Tensor[] factors, Tensor? bias, Tensor[] packed, SymInt[2] stride, "
+    "SymInt[2] padding, SymInt[2] dilation, str kind, str epilogue, str kernel) -> Tensor",
 }
 CONV = ConvCase(n=2, c_in=6, h=7, w=6, c_out=16, block_shape=(8, 2), sparsity=0.5, stride=(2, 1), padding=(1, 2))
 CASES: list[Case] = [
@@ -163,7 +164,7 @@ def test_python_wrappers_call_the_op(case: Case) -> None:
     elif case.op == "low_rank_linear":
         out = ops.low_rank_linear(*args[:4])
     else:
-        geometry = dict(zip(("stride", "padding", "dilation", "kind"), args[3:7], strict=True))
+        geometry = dict(zip(("stride", "padding", "dilation", "kind"), args[4:8], strict=True))
         out = ops.low_rank_conv2d(*args[:3], **geometry)
     assert torch.equal(out, run(case, args))
 

@@ -15,7 +15,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils import prune as torch_prune
 
-from slimkernels.compress.prune import cubic_schedule, finalize_, linear_schedule, masks, prune_
+from slimkernels.compress.granularity import GRANULARITIES, Units, zero_masked_
+from slimkernels.compress.prune import cubic_schedule, finalize_, mask_sparsity, masks, prune_
 from slimkernels.formats import BlockMask, block_grid, block_mask, block_norms, expand_mask
 
 
@@ -308,17 +309,6 @@ def test_gradual_schedule_composes():
     assert counts[-1] == blocks * 7 // 8
 
 
-def test_schedules_are_the_published_formula():
-    assert cubic_schedule(0, final=0.8, begin=10, end=20, initial=0.2) == pytest.approx(0.2)
-    assert cubic_schedule(15, final=0.8, begin=10, end=20, initial=0.2) == pytest.approx(0.8 - 0.6 * 0.5**3)
-    assert cubic_schedule(99, final=0.8, begin=10, end=20, initial=0.2) == pytest.approx(0.8)
-    assert linear_schedule(15, final=0.8, begin=10, end=20, initial=0.2) == pytest.approx(0.5)
-    with pytest.raises(ValueError, match=r"cubic_schedule: expected end > begin, got begin=5, end=5"):
-        cubic_schedule(0, final=0.5, begin=5, end=5)
-    with pytest.raises(ValueError, match=r"linear_schedule: expected final in \[0, 1\), got 1.0"):
-        linear_schedule(0, final=1.0, end=5)
-
-
 def test_shared_module_is_pruned_once_under_either_name():
     conv = seeded(nn.Conv2d(8, 8, 3, padding=1))
     net = nn.ModuleDict({"a": conv, "b": conv})
@@ -338,7 +328,19 @@ def test_shared_module_is_pruned_once_under_either_name():
         ({"sparsity": {"2": 0.5}, "layers": ["2"]}, ValueError, r"either layers or a sparsity dict"),
         ({"sparsity": {"2": 0.5}, "scope": "global"}, ValueError, r"one sparsity for scope='global', got a dict"),
         ({"scope": "net"}, ValueError, r"prune_: expected scope 'layer' or 'global', got 'net'"),
-        ({"importance": "taylor"}, ValueError, r"prune_: expected importance .*, got 'taylor'"),
+        ({"importance": "fisher"}, ValueError, r"prune_: expected importance 'magnitude', .*, got 'fisher'"),
+        ({"importance": "taylor"}, ValueError, r"expected a gradient on the weight of layer '2' for importance 'tay"),
+        (
+            {"importance": {"2": torch.ones(2, 144)}},
+            ValueError,
+            r"expected importance scores for layer '4', got .* '2'",
+        ),
+        ({"importance": {"22": torch.ones(1)}}, ValueError, r"expected importance to match .* '22'; near matches: 2"),
+        ({"importance": 3}, ValueError, r"prune_: expected importance .* a callable.* or a dict of scores .*, got 3"),
+        ({"granularity": "row"}, ValueError, r"prune_: expected granularity 'block', .*, got 'row'"),
+        ({"sparsity": {"22": 0.5}}, ValueError, r"prune_: expected sparsity to match .*, got '22'; near matches: 2"),
+        ({"block_shape": {"2": (8, 1)}}, ValueError, r"expected block_shape to have an entry for layer '4', got '2'"),
+        ({"block_shape": {"44": (8, 1)}}, ValueError, r"expected block_shape to match .*, got '44'; near matches: 4"),
         ({"importance": lambda w, b: w}, ValueError, r"importance scores of shape \(2, 144\) for layer '2', got \(32"),
         ({"layers": ["22"]}, ValueError, r"prune_: expected layers to match .*, got '22'; near matches: 2"),
         (
@@ -418,3 +420,150 @@ def test_finalizing_a_copy_leaves_the_original_masked():
     assert torch.equal(model[1].weight, copied[1].weight)
     finalize_(model)
     assert type(model[1]) is nn.Conv2d and torch.equal(model[1].weight, copied[1].weight)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    c_out=st.integers(1, 20),
+    c_in=st.integers(1, 12),
+    kernel=st.sampled_from([None, (1, 1), (3, 3), (2, 3)]),
+    block=st.tuples(st.sampled_from([1, 3, 8, 64]), st.sampled_from([1, 2, 5, 16])),
+    granularity=st.sampled_from(GRANULARITIES),
+    seed=st.integers(0, 2**16),
+)
+def test_units_cover_each_weight_once_and_agree_with_their_mask(c_out, c_in, kernel, block, granularity, seed):
+    """sums() against a mask of a single unit, for every unit: what the mask keeps is what the sum adds."""
+    shape = (c_out, c_in) if kernel is None else (c_out, c_in, *kernel)
+    units = Units.of(shape, block, granularity)
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(shape, generator=generator, dtype=torch.float64)
+    sums, sizes = units.sums(weight), units.sizes()
+    assert tuple(sums.shape) == units.shape and int(sizes.sum()) == weight.numel()
+    for index in torch.randint(math.prod(units.shape), (3,), generator=generator).tolist():
+        one = torch.zeros(math.prod(units.shape), dtype=torch.bool)
+        one[index] = True
+        one = one.view(units.shape)
+        keep = expand_mask(units.to_blocks(one), shape, units.block_shape)
+        assert torch.equal(units.from_blocks(units.to_blocks(one)), one)
+        assert int(keep.sum()) == int(sizes[one])
+        torch.testing.assert_close(weight[keep].sum(), sums[one].sum(), rtol=1e-12, atol=1e-12)
+        copied = weight.clone()
+        zero_masked_(copied, BlockMask(units.to_blocks(one), shape, units.block_shape))
+        assert torch.equal(copied, torch.where(keep, weight, 0.0))
+        zero_masked_(weight := weight.clone(), BlockMask(units.to_blocks(one), shape, units.block_shape), finite=True)
+        assert torch.equal(copied, weight)
+        weight = torch.randn(shape, generator=generator, dtype=torch.float64)
+        sums = units.sums(weight)
+
+
+def test_shared_taps_share_one_mask_that_keeps_the_strongest_positions():
+    conv = seeded(nn.Conv2d(12, 32, 3, bias=False))
+    dense = conv.weight.detach().clone()
+    prune_(conv, 0.75, (16, 4), granularity="block_shared_taps", skip_first=False)
+    mask = masks(conv)[""].mask.view(2, 9, 3)
+    assert torch.equal(mask, mask[:, :1].expand_as(mask)) and int(mask[:, 0].sum()) == 2
+    norms = dense.view(2, 16, 3, 4, 9).square().sum((1, 3, 4))
+    assert torch.equal(mask[:, 0], norms >= norms.flatten().topk(2).values[-1])
+
+
+def test_shared_taps_with_equal_scores_never_empty_a_layer():
+    conv = nn.Conv2d(4, 8, 3, bias=False)
+    nn.init.constant_(conv.weight, 0.5)
+    prune_(conv, 0.99, (8, 1), granularity="block_shared_taps", skip_first=False)
+    mask = masks(conv)[""].mask.view(9, 4)
+    assert mask.tolist() == [[False, False, False, True]] * 9
+
+
+def test_channels_are_whole_filters_and_rows():
+    net = seeded(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3), nn.Flatten(), nn.Linear(64, 64)))
+    prune_(net, 0.25, granularity="channel", layers=["0", "1", "3"])
+    for layer, count in ((net[0], 2), (net[1], 4), (net[3], 16)):
+        dense = original(layer).flatten(1)
+        dead = (dense == 0).all(1)
+        assert int(dead.sum()) == count and bool((dense[~dead] != 0).all())
+    prune_(net, 0.5, granularity="channel", layers=["1"])
+    assert int((net[1].weight.flatten(1) == 0).all(1).sum()) == 8
+    assert finalize_(net)[1].weight.eq(0).float().mean() == 0.5
+
+
+def test_elements_are_the_smallest_weights_whatever_the_block_shape():
+    net = small_net()
+    dense = net[2].weight.detach().clone()
+    prune_(net, 0.4, (16, 1), granularity="element")
+    found = masks(net)["2"]
+    assert found.block_shape == (1, 1)
+    threshold = dense.abs().flatten().sort().values[math.floor(0.4 * dense.numel() + 1e-9) - 1]
+    assert torch.equal(net[2].weight == 0, dense.abs() <= threshold)
+
+
+@pytest.mark.parametrize(
+    ("asked", "given"), [((128, 16), (32, 16)), ((24, 1), (24, 1)), ((128, 128), (32, 16)), ((40, 1), (32, 1))]
+)
+def test_a_block_larger_than_the_layer_is_cut_to_cover_it(asked, given):
+    conv = seeded(nn.Conv2d(10, 30, 3))
+    prune_(conv, 0.5, asked, skip_first=False)
+    mask = masks(conv)[""]
+    assert mask.block_shape == given
+    blocks = math.prod(block_grid(conv.weight.shape, asked))
+    assert mask.mask.numel() == blocks and int((~mask.mask).sum()) == blocks // 2
+    prune_(conv, 0.75, asked, skip_first=False)  # the shape asked for again names the same mask
+    assert int((~masks(conv)[""].mask).sum()) == math.floor(0.75 * blocks)
+
+
+def test_block_shapes_by_layer_and_sparsity_in_weights():
+    net = small_net()
+    prune_(net, 0.5, {"*": (16, 1), "4": (8, 2)})
+    assert {name: mask.block_shape for name, mask in masks(net).items()} == {"2": (16, 1), "4": (8, 2), "7": (16, 1)}
+    zeros = sum(int((net.get_submodule(name).weight == 0).sum()) for name in masks(net))
+    total = sum(net.get_submodule(name).weight.numel() for name in masks(net))
+    assert mask_sparsity(net) == pytest.approx(zeros / total)
+    assert mask_sparsity(nn.Linear(2, 2)) == 0.0
+
+
+def test_scores_given_by_layer_decide():
+    net = small_net()
+    scores = {name: torch.rand(Units.of(net[int(name)].weight.shape, (8, 1), "block").shape) for name in ("2", "4")}
+    prune_(net, 0.5, (8, 1), layers=["2", "4"], importance=scores)
+    for name, score in scores.items():
+        kept = masks(net)[name].mask
+        assert score[kept].min() >= score[~kept].max()
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_every_granularity_converts_and_keeps_the_outputs(granularity, tmp_path):
+    import slimkernels as sk
+
+    net = small_net().eval()
+    prune_(net, 0.5, (16, 1), granularity=granularity)
+    x = torch.randn(2, 3, 8, 8)
+    expected = net(x)
+    fast = sk.convert(net, x, policy=sk.Policy(measure=False, min_speedup=0, backend="reference", check_model=False))
+    torch.testing.assert_close(fast(x), expected, rtol=1e-4, atol=1e-3)
+    assert "2" in fast.slimkernels_plan.swapped
+    sk.save(fast, tmp_path / "net.slim.safetensors")
+    again = sk.load(tmp_path / "net.slim.safetensors", into=small_net())
+    torch.testing.assert_close(again(x), expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vgg11"])
+def test_torchvision_models_prune_train_and_finalize(name):
+    import torchvision
+
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        net = getattr(torchvision.models, name)(num_classes=10)
+    if name == "vgg11":
+        net.avgpool, net.classifier = nn.AdaptiveAvgPool2d(1), nn.Sequential(nn.Flatten(), nn.Linear(512, 10))
+    net.to_empty(device="cpu")
+    for module in net.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    prune_(net, 0.75, (32, 4), granularity="block_shared_taps")
+    convs = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
+    assert len(masks(net)) == len(convs) - 1
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+    nn.functional.cross_entropy(net(torch.randn(2, 3, 32, 32)), torch.arange(2)).backward()
+    optimizer.step()
+    finalize_(net)
+    zeros = sum(int((conv.weight == 0).sum()) for conv in convs[1:])
+    assert zeros == pytest.approx(0.75 * sum(conv.weight.numel() for conv in convs[1:]), rel=0.01)

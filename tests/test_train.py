@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import errno
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from slimkernels.compress.loop import _optimizer, device_of, mode_of
+from slimkernels.compress.callbacks import Callback
+from slimkernels.compress.evaluation import device_of, mode_of
+from slimkernels.compress.gradual import GradualPruning
 from slimkernels.compress.prune import masks, prune_
-from slimkernels.compress.train import GradualPruning, evaluate, fine_tune
+from slimkernels.compress.train import evaluate, fine_tune
+from slimkernels.compress.training_config import TrainConfig, build_optimizer
 from slimkernels.data import TensorLoader, digits_loaders
 from slimkernels.models import vgg_digits
 
@@ -55,18 +61,19 @@ def same(a: nn.Module, b: nn.Module) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in tensors)
 
 
-def stop_at(step: int, inner=None):
-    """A step hook that ends the run as Ctrl-C does, after passing the step on to ``inner``."""
+class StopAt(Callback):
+    """Ends the run as Ctrl-C does."""
 
-    def hook(now, total, model):
-        if now == step:
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, step, total_steps, model):
+        if step == self.step:
             raise KeyboardInterrupt
-        if inner is not None:
-            inner(now, total, model)
 
-    if inner is not None:
-        hook.prepare = inner.prepare
-    return hook
+
+class Never(Callback):
+    """In the place of a `StopAt` when the run goes on."""
 
 
 def test_small_vgg_learns_the_digits():
@@ -80,31 +87,35 @@ def test_small_vgg_learns_the_digits():
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@pytest.mark.parametrize("schedule", ["onecycle", "cosine", "constant"])
+@pytest.mark.parametrize("schedule", ["onecycle", "cosine", "step", "constant"])
 def test_every_optimizer_and_schedule_learns_and_resumes_bitwise(tmp_path, optimizer, schedule):
-    recipe = {"epochs": 4, "lr": 0.02 if optimizer == "sgd" else 0.002, "optimizer": optimizer, "schedule": schedule}
+    recipe = {"epochs": 4, "lr": 0.02 if optimizer == "sgd" else 0.002, "optimizer": optimizer, "schedule": schedule,
+              "lr_step_epochs": 2}  # fmt: skip
     whole = net()
     history = fine_tune(whole, loader(), progress=False, **recipe)
     assert history[-1].loss < history[0].loss and evaluate(whole, loader()) > 0.9
     path = tmp_path / "run.pt"
     with pytest.raises(KeyboardInterrupt):
-        fine_tune(net(), loader(), progress=False, checkpoint=path, on_step=stop_at(15), **recipe)
+        fine_tune(net(), loader(), progress=False, checkpoint=path, callbacks=[StopAt(15)], **recipe)
     resumed = net(seed=1)
-    again = fine_tune(resumed, loader(), progress=False, checkpoint=path, resume=True, **recipe)
+    again = fine_tune(resumed, loader(), progress=False, checkpoint=path, resume=True, callbacks=[Never()], **recipe)
     assert same(whole, resumed)
     assert [(s.epoch, s.loss, s.lr) for s in again] == [(s.epoch, s.loss, s.lr) for s in history]
 
 
-def test_gradual_pruning_resumes_bitwise(tmp_path):
-    def hook():
-        return GradualPruning(0.75, (16, 1), times=10)
+@pytest.mark.parametrize("importance", ["magnitude", "movement"])
+def test_gradual_pruning_resumes_bitwise(tmp_path, importance):
+    def callbacks(*more):
+        return [*more, GradualPruning(0.75, (16, 1), times=10, importance=importance)]
 
     whole, path = net(), tmp_path / "run.pt"
-    fine_tune(whole, loader(), epochs=4, progress=False, on_step=hook())
+    fine_tune(whole, loader(), epochs=4, progress=False, callbacks=callbacks())
     with pytest.raises(KeyboardInterrupt):
-        fine_tune(net(), loader(), epochs=4, progress=False, checkpoint=path, on_step=stop_at(14, hook()))
+        fine_tune(net(), loader(), epochs=4, progress=False, checkpoint=path, callbacks=callbacks(StopAt(14)))
     resumed = net(seed=1)
-    fine_tune(resumed, loader(), epochs=4, progress=False, checkpoint=path, resume=True, on_step=hook())
+    with pytest.raises(ValueError, match="expected 2 callbacks as in the checkpoint .*, got 1"):
+        fine_tune(net(), loader(), epochs=4, progress=False, checkpoint=path, resume=True, callbacks=callbacks())
+    fine_tune(resumed, loader(), epochs=4, progress=False, checkpoint=path, resume=True, callbacks=callbacks(Never()))
     assert 1 - masks(whole)["3"].mask.float().mean() == 0.75
     assert same(whole, resumed)
 
@@ -122,9 +133,27 @@ def test_shuffling_dataloader_resumes_bitwise(tmp_path):
         whole, resumed = net(), net()
         fine_tune(whole, fresh(), epochs=3, progress=False)
         with pytest.raises(KeyboardInterrupt):
-            fine_tune(net(), fresh(), epochs=3, progress=False, checkpoint=path, on_step=stop_at(13))
-        fine_tune(resumed, fresh(seed=8), epochs=3, progress=False, checkpoint=path, resume=True)
+            fine_tune(net(), fresh(), epochs=3, progress=False, checkpoint=path, callbacks=[StopAt(13)])
+        fine_tune(resumed, fresh(seed=8), epochs=3, progress=False, checkpoint=path, resume=True, callbacks=[Never()])
         assert same(whole, resumed)
+
+
+class Slow(Callback):
+    """Time for a signal to arrive between two epochs."""
+
+    def on_step_begin(self, step, total_steps, model):
+        time.sleep(0.03)
+
+
+def killed_run(path: str, callbacks: list[Callback], resume: bool = False) -> nn.Module:
+    """A run with everything that has state: pruning by movement, an average, accumulation, a schedule with warm-up."""
+    model = net(seed=int(resume))
+    fine_tune(
+        model, loader(crop_padding=1), epochs=6, ema_decay=0.9, accumulate=2, schedule="cosine", warmup_epochs=1,
+        clip_norm=1.0, deterministic=True, progress=False, checkpoint=path, resume=resume,
+        callbacks=[*callbacks, GradualPruning(0.75, (16, 1), times=6, importance="movement")],
+    )  # fmt: skip
+    return model
 
 
 KILLED = """
@@ -132,10 +161,8 @@ KILLED = """
     sys.path.insert(0, {tests!r})
     import torch
     torch.set_num_threads(1)
-    from test_train import loader, net
-    from slimkernels.compress.train import fine_tune
-    fine_tune(net(), loader(), epochs=6, progress=False, checkpoint={path!r},
-              on_step=lambda step, total, model: time.sleep(0.03))
+    from test_train import Slow, killed_run
+    killed_run({path!r}, [Slow()])
 """
 
 
@@ -154,29 +181,64 @@ def test_killed_run_resumes_bitwise(tmp_path):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        whole, resumed = net(), net(seed=1)
-        fine_tune(whole, loader(), epochs=6, progress=False)
+        whole = killed_run(str(tmp_path / "whole.pt"), [Never()])
         done = len(torch.load(path, weights_only=True)["history"])
-        fine_tune(resumed, loader(), epochs=6, progress=False, checkpoint=path, resume=True)
+        resumed = killed_run(str(path), [Never()], resume=True)
     finally:
         torch.set_num_threads(threads)
     assert 1 <= done < 6
     assert same(whole, resumed)
 
 
-def test_failed_checkpoint_leaves_the_previous_one(tmp_path, monkeypatch):
-    path = tmp_path / "run.pt"
-    fine_tune(net(), loader(), epochs=1, progress=False, checkpoint=path)
-    before = path.read_bytes()
+@pytest.fixture
+def small_files():
+    """Files may not grow beyond 4 KiB: writing more fails as on a full disk, in the middle of the file."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
-    def half_written(state, file):
+    @contextmanager
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    yield limited
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint_and_the_run_can_be_resumed(tmp_path, small_files):
+    path, whole = tmp_path / "run.pt", net()
+    fine_tune(whole, loader(), epochs=3, progress=False, callbacks=[Never()])
+
+    class DiskFills(Callback):
+        def on_epoch_end(self, epoch, model):
+            if epoch == 1:
+                stack.enter_context(small_files())
+
+    with (
+        contextlib.ExitStack() as stack,
+        pytest.raises(OSError, match=r"fine_tune: expected to write the checkpoint of epoch 2, got .*still holds"),
+    ):
+        fine_tune(net(), loader(), epochs=3, progress=False, checkpoint=path, callbacks=[DiskFills()])
+    assert os.listdir(tmp_path) == ["run.pt"]
+    assert len(torch.load(path, weights_only=True)["history"]) == 1
+    resumed = net(seed=1)
+    fine_tune(resumed, loader(), epochs=3, progress=False, checkpoint=path, resume=True, callbacks=[Never()])
+    assert same(whole, resumed)
+
+
+def test_a_failed_first_checkpoint_says_that_there_is_none(tmp_path, monkeypatch):
+    def no_space(state, file):
         file.write_bytes(b"half")
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", half_written)
-    with pytest.raises(OSError, match="disk full"):
-        fine_tune(net(), loader(), epochs=1, progress=False, checkpoint=path)
-    assert path.read_bytes() == before and os.listdir(tmp_path) == ["run.pt"]
+    monkeypatch.setattr(torch, "save", no_space)
+    with pytest.raises(OSError, match="No space left on device; there is no earlier one") as caught:
+        fine_tune(net(), loader(), epochs=1, progress=False, checkpoint=tmp_path / "run.pt")
+    assert caught.value.errno == errno.ENOSPC and os.listdir(tmp_path) == []
 
 
 def test_finished_run_resumes_to_itself(tmp_path):
@@ -204,7 +266,7 @@ def test_resume_refuses_what_does_not_belong(tmp_path):
     with pytest.raises(ValueError, match="unreadable file"):
         fine_tune(net(), loader(), epochs=1, progress=False, checkpoint=path, resume=True)
     torch.save({"format": 99}, path)
-    with pytest.raises(ValueError, match="training checkpoint of format 1"):
+    with pytest.raises(ValueError, match="training checkpoint of format 2"):
         fine_tune(net(), loader(), epochs=1, progress=False, checkpoint=path, resume=True)
     with pytest.raises(ValueError, match="a checkpoint path with resume=True"):
         fine_tune(net(), loader(), epochs=1, progress=False, resume=True)
@@ -227,7 +289,7 @@ def test_modes_are_restored_per_module():
     evaluate(model, loader())
     assert model.training and not model[1].training and model[3].training
     with pytest.raises(KeyboardInterrupt):
-        fine_tune(model.eval(), loader(), epochs=1, progress=False, on_step=stop_at(2))
+        fine_tune(model.eval(), loader(), epochs=1, progress=False, callbacks=[StopAt(2)])
     assert not any(module.training for module in model.modules())
 
 
@@ -269,50 +331,24 @@ def test_no_weight_decay_on_vectors_and_users_optimizers_are_used():
     assert torch.equal(model[3].weight, frozen) and torch.equal(model[0].bias, bias)
     assert user.state_dict()["param_groups"][0]["lr"] < 1e-3
 
-    matrices, vectors = _optimizer("fine_tune", net(), "sgd", 0.1, 0.9, 1e-2).param_groups
+    matrices, vectors = build_optimizer("fine_tune", net(), TrainConfig(1, weight_decay=1e-2)).param_groups
     assert matrices["weight_decay"] == 1e-2 and vectors["weight_decay"] == 0
     assert all(p.dim() >= 2 for p in matrices["params"]) and all(p.dim() < 2 for p in vectors["params"])
-
-
-@pytest.mark.parametrize("total", [1, 2, 3, 10, 100, 101])
-@pytest.mark.parametrize(("begin", "end"), [(0.0, 0.7), (0.2, 1.0), (0.5, 0.51), (0.98, 1.0)])
-def test_gradual_pruning_rises_to_its_target(total, begin, end, monkeypatch):
-    seen: list[tuple[int, float]] = []
-    hook = GradualPruning(0.9, (16, 1), begin=begin, end=end, times=20)
-    monkeypatch.setattr(
-        "slimkernels.compress.train.prune_", lambda model, sparsity, *args, **kwargs: seen.append((now, sparsity))
-    )
-    for now in range(total):
-        hook(now, total, nn.Identity())
-    steps, values = zip(*seen, strict=True)
-    assert values[-1] == 0.9 and list(values) == sorted(values)
-    assert len(seen) <= 22 and min(steps) >= int(begin * total)
-    assert max(steps) <= max(int(end * total), int(begin * total))
-
-
-def test_gradual_pruning_by_layer_and_bad_shares():
-    model = net()
-    hook = GradualPruning({"3": 0.5}, (16, 1))
-    hook.prepare(model)
-    assert masks(model)["3"].mask.all()
-    fine_tune(model, loader(), epochs=1, on_step=hook, progress=False)
-    assert 1 - masks(model)["3"].mask.float().mean() == 0.5
-    with pytest.raises(ValueError, match="0 <= begin < end <= 1"):
-        GradualPruning(begin=0.5, end=0.5)
 
 
 def test_nan_loss_names_epoch_and_step():
     images, labels = samples(32)
     model = net()
 
-    def poison(step, total, model):
-        if step == 3:
-            with torch.no_grad():
-                model[7].bias.fill_(float("nan"))
+    class Poison(Callback):
+        def on_step_begin(self, step, total_steps, model):
+            if step == 3:
+                with torch.no_grad():
+                    model[7].bias.fill_(float("nan"))
 
     bad = TensorLoader(images, labels, batch_size=16)
     with pytest.raises(FloatingPointError, match=r"fine_tune: loss is nan at epoch 2, step 2 of 2"):
-        fine_tune(model, bad, epochs=3, on_step=poison, progress=False)
+        fine_tune(model, bad, epochs=3, callbacks=[Poison()], progress=False)
 
 
 class Batches(list):
@@ -343,8 +379,14 @@ def batches(*labels, claimed=None):
         (batches([0, 1]), {"epochs": 0}, "epochs >= 1"),
         (batches([0, 1]), {"lr": 0.0}, "lr > 0"),
         (batches([0, 1]), {"lr": float("nan")}, "lr > 0"),
-        (batches([0, 1]), {"optimizer": "lion"}, "optimizer 'sgd', 'adamw' or a torch optimizer, got 'lion'"),
-        (batches([0, 1]), {"schedule": "step"}, "schedule 'onecycle'"),
+        (batches([0, 1]), {"optimizer": "lion"}, "optimizer to be one of 'sgd', 'adamw', got 'lion'"),
+        (batches([0, 1]), {"schedule": "linear"}, "schedule to be one of 'onecycle', .* got 'linear'"),
+        (batches([0, 1]), {"precision": "fp8"}, "precision to be one of 'fp32', 'bf16', 'fp16', got 'fp8'"),
+        (batches([0, 1]), {"precision": "fp16"}, "precision 'fp32' or 'bf16' for a model on the CPU, got 'fp16'"),
+        (batches([0, 1]), {"accumulate": 0}, r"accumulate in \[1, inf\), got 0"),
+        (batches([0, 1]), {"ema_decay": 1.0}, r"ema_decay in \(0, 1\) or None, got 1.0"),
+        (batches([0, 1]), {"warmup_epochs": 1}, r"warmup_epochs in \[0, epochs\), got 1"),
+        (batches([0, 1]), {"label_smoothing": 1.0}, r"label_smoothing in \[0, 1\), got 1.0"),
     ],
 )
 def test_fine_tune_refuses(data, kwargs, message):

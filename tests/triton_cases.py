@@ -197,7 +197,7 @@ def check_low_rank(case: LowRankCase, dtype: torch.dtype, device: str = "cpu", p
     bias = testing.random_tensor(out_features, seed=4, dtype=dtype) if case.bias else None
     moved = [None if t is None else t.to(device) for t in (x, u, v, bias)]
     with fp32_precision(precision):
-        y = triton_low_rank_linear.launch(*moved, case.epilogue, case.config)
+        y = triton_low_rank_linear.launch(*moved, [], case.epilogue, case.config)
     # The tensor cores drop the low 13 bits of float32 factors instead of rounding them: 2^-10 a factor.
     u_mul = 2.0**-10 if precision == "tf32" else testing.UNIT_ROUNDOFF[dtype]
     scale, terms = testing.scale_low_rank_linear(x, u, v, bias)

@@ -11,9 +11,10 @@ import argparse
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from slimkernels.kernels.problems import ConvProblem
 from slimkernels.kernels.triton import bsr_conv2d as triton_bsr_conv2d
+from slimkernels.kernels.triton import bsr_conv2d_shared
 from slimkernels.kernels.triton import low_rank_linear as triton_low_rank_linear
-from slimkernels.kernels.triton.runtime import cdiv, power_of_2_divisor
+from slimkernels.kernels.triton.bsr_conv2d_config import configs
+from slimkernels.kernels.triton.bsr_conv2d_geometry import Geometry
+from slimkernels.kernels.triton.bsr_conv2d_index import rows_sharing_input
+from slimkernels.kernels.triton.launcher import Launch
+from slimkernels.kernels.triton.runtime import cdiv
 
 # Shared memory a block may use (bytes) and processors of A100, H100/H200 and B200.
 LIMITS = {80: (163 * 1024, 108), 90: (227 * 1024, 132), 100: (227 * 1024, 148)}
@@ -34,7 +41,10 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Target:
-    """One kernel to compile. shape: the block shape of a convolution, or (rank,) of a low-rank linear layer."""
+    """One kernel to compile. shape: the block shape of a convolution, or (rank,) of a low-rank linear layer.
+
+    choice: which of the configurations listed for the convolution; None: the launcher's default.
+    """
 
     arch: int
     dtype: str
@@ -45,13 +55,18 @@ class Target:
     border: bool = True
     index_64: bool = False
     c_in: int = 256
+    variant: str = "pixels_on_m"
+    choice: int | None = None
+    taps: int = 3
 
     @property
     def name(self) -> str:
         kind = f"conv {self.shape[0]}x{self.shape[1]}" if len(self.shape) == 2 else f"low_rank r={self.shape[0]}"
         extras = [self.precision] if self.dtype == "fp32" else []
+        extras += [] if self.variant == "pixels_on_m" else [self.variant]
         extras += [] if self.epilogue == "relu" else [self.epilogue]
         extras += [] if self.border else ["no border"]
+        extras += [] if self.taps == 3 else [f"{self.taps}x{self.taps} taps"]
         extras += ["64-bit"] if self.index_64 else []
         extras += [] if self.c_in == 256 else [f"c_in={self.c_in}"]
         extras += [] if self.m_total == 65536 else [f"M={self.m_total}"]
@@ -61,28 +76,56 @@ class Target:
     def tensor_cores(self) -> bool:
         return self.dtype != "fp32" or self.precision == "tf32"
 
+    @property
+    def problem(self) -> ConvProblem:
+        """A layer of 256 output channels and M pixels in 2x2 or 32x32 images, at 87.5% sparsity."""
+        side = 32 if self.m_total >= 4096 else 2
+        c_out, pad = max(256, self.shape[0]), self.taps // 2 if self.border else 0
+        side += 0 if self.border else self.taps - 1
+        blocks = cdiv(c_out * self.c_in * self.taps**2, 8 * self.shape[0] * self.shape[1])
+        pixels = side - 2 * (self.taps // 2) + 2 * pad
+        return ConvProblem(
+            self.m_total // pixels**2, self.c_in, side, side, c_out, self.taps, self.taps, (1, 1), (pad, pad), (1, 1),
+            self.shape, blocks, DTYPES[self.dtype], "cuda", self.epilogue,
+        )  # fmt: skip
+
+    def listed(self) -> list[dict[str, int]]:
+        """The configurations that the tuner would try."""
+        shared_memory, processors = LIMITS[self.arch]
+        return configs(
+            self.problem, self.variant, tensor_cores=self.tensor_cores, shared_memory=shared_memory,
+            processors=processors,
+        )  # fmt: skip
+
 
 def quick() -> list[Target]:
-    """The kernels of the default test run: both tall blocks and the low-rank layer on every architecture."""
-    targets = []
-    for arch in LIMITS:
-        targets += [Target(arch, "bf16", (128, 16)), Target(arch, "fp16", (64, 16)), Target(arch, "bf16", (64,))]
+    """The kernels of the default test run: both tall blocks, the variants and the low-rank layer."""
+    targets = [Target(arch, "bf16", (128, 16)) for arch in LIMITS]
     return [
         *targets,
+        *(Target(arch, "bf16", (64,)) for arch in LIMITS),
+        Target(80, "fp16", (64, 16), m_total=64),
         Target(90, "bf16", (16, 1)),
-        Target(90, "fp32", (64, 16)),
         Target(80, "fp32", (128, 16), precision="tf32"),
-        Target(80, "fp32", (256,)),
+        Target(90, "fp32", (64, 16)),
         Target(90, "bf16", (128, 16), epilogue="relu_maxpool2", index_64=True, c_in=200),
+        Target(90, "bf16", (64, 16), variant="weights_on_m", m_total=16),
+        Target(90, "bf16", (128, 16), variant="taps_together"),
+        Target(90, "bf16", (32, 32), variant="shared_input"),
     ]
 
 
+SHAPES = (
+    (1, 1), (8, 1), (16, 1), (16, 16), (24, 24), (32, 16), (32, 32), (64, 16), (64, 32), (64, 64), (128, 16),
+    (128, 32), (128, 64), (128, 128), (256, 16),
+)  # fmt: skip
+
+
 def everything() -> list[Target]:
-    """Every block shape, rank, dtype and compile-time branch on every architecture."""
+    """The default configuration of every block shape, rank, dtype, variant and compile-time branch, on every GPU."""
     targets = []
     for arch in LIMITS:
-        shapes = [(1, 1), (8, 1), (16, 1), (16, 16), (32, 32), (64, 16), (64, 64), (128, 16), (128, 32), (128, 128)]
-        targets += [Target(arch, "bf16", shape) for shape in shapes]
+        targets += [Target(arch, "bf16", shape) for shape in SHAPES]
         targets += [Target(arch, "fp16", shape) for shape in ((64, 16), (128, 16))]
         targets += [Target(arch, "fp32", shape) for shape in ((1, 1), (16, 1), (16, 16), (64, 16), (128, 128))]
         targets += [Target(arch, "fp32", shape, precision="tf32") for shape in ((16, 1), (16, 16), (128, 16))]
@@ -90,43 +133,91 @@ def everything() -> list[Target]:
         targets += [Target(arch, "bf16", (128, 16), border=False), Target(arch, "bf16", (128, 16), index_64=True)]
         targets += [Target(arch, "bf16", (128, 16), epilogue="relu_maxpool2", index_64=True, c_in=200)]
         targets += [Target(arch, "bf16", (128, 16), m_total=64), Target(arch, "bf16", (24, 24), c_in=48)]
+        targets += [Target(arch, "bf16", (128, 16), taps=7)]
+        for shape in ((16, 1), (32, 32), (64, 16), (128, 16), (256, 16)):
+            targets += [Target(arch, "bf16", shape, variant="weights_on_m", m_total=m) for m in (16, 64, 65536)]
+        targets += [Target(arch, "bf16", shape, variant="taps_together") for shape in ((16, 1), (64, 16), (128, 16))]
+        targets += [Target(arch, "bf16", s, variant="shared_input") for s in ((16, 1), (16, 16), (32, 32), (64, 16))]
+        for variant in ("weights_on_m", "taps_together", "shared_input"):
+            targets += [Target(arch, "fp32", (64, 16), variant=variant, precision=p) for p in ("ieee", "tf32")]
         targets += [Target(arch, "bf16", (rank,)) for rank in (16, 64, 128, 256, 512)]
         targets += [Target(arch, "fp32", (rank,)) for rank in (64, 256, 512)]
         targets += [Target(arch, "fp32", (256,), precision="tf32"), Target(arch, "bf16", (64,), m_total=32)]
     return targets
 
 
-def _conv(target: Target) -> tuple[Any, dict[str, Any], dict[str, int]]:
-    block_out, block_in = target.shape
-    shared_memory, processors = LIMITS[target.arch]
-    config = triton_bsr_conv2d.default_config(
-        target.m_total,
-        cdiv(256, block_out),
-        (block_out, block_in),
-        target.c_in,
-        DTYPES[target.dtype],
-        tensor_cores=target.tensor_cores,
-        shared_memory=shared_memory,
-        processors=processors,
-    )
-    pad = 1 if target.border else 0
-    constants = {
-        **dict.fromkeys(("stride_h", "stride_w", "dil_h", "dil_w"), 1),
-        **dict.fromkeys(("pad_h", "pad_w"), pad),
-        "S": 3,
-        "GROUPS": cdiv(target.c_in, block_in),
-        "BSR_OUT": block_out,
-        "BSR_IN": block_in,
-        "SLICE": min(power_of_2_divisor(n, config["BLOCK_K"]) for n in (block_in, target.c_in)),
-        "HAS_BORDER": target.border,
-        "RAGGED_IN": target.c_in % block_in != 0,
-        "HAS_BIAS": True,
-        "RELU": target.epilogue != "none",
-        "POOL": target.epilogue == "relu_maxpool2",
-        "INDEX_64": target.index_64,
-        "PRECISION": target.precision,
-    }
-    return triton_bsr_conv2d.bsr_conv2d_fwd_kernel, constants, config
+def listed(arch: int) -> list[Target]:
+    """Every other configuration that the tuner may try on a GPU, one for each compiled kernel that differs.
+
+    Block shapes with the same tile and the same slice width compile to the same code but for constants: the tall
+    shapes stand for the squares of their height.
+    """
+    targets = []
+    shapes = ((16, 1), (16, 16), (32, 32), (64, 16), (128, 16))
+    bases = [Target(arch, "bf16", shape, m_total=m) for shape in shapes for m in (64, 65536)]
+    bases += [Target(arch, "fp32", shape, precision="tf32") for shape in ((32, 32), (128, 16))]
+    bases += [Target(arch, "fp32", (64, 16)), Target(arch, "bf16", (128, 16), epilogue="relu_maxpool2")]
+    bases += [Target(arch, "bf16", (s, 16), variant="weights_on_m", m_total=m) for s in (64, 128) for m in (64, 65536)]
+    bases += [
+        Target(arch, "bf16", (64, 16), variant="shared_input"),
+        Target(arch, "bf16", (32, 32), variant="shared_input"),
+    ]
+    bases += [Target(arch, "bf16", (128, 16), variant="taps_together")]
+    for base in bases:
+        seen = set()
+        for i, config in enumerate(base.listed()):
+            key = tuple(sorted((k, v) for k, v in config.items() if k not in ("GROUP_M", "SPLITS")))
+            if key not in seen and i > 0:
+                targets.append(replace(base, choice=i))
+            seen.add(key)
+    return targets
+
+
+def conv_launch(target: Target) -> tuple[Launch, dict[str, int]]:
+    """The launch, as the op makes it, of a convolution, and its configuration."""
+    problem, limits = target.problem, LIMITS[target.arch]
+    config = target.listed()[target.choice or 0]
+    if target.index_64:
+        config = {**config, "INDEX_64": 1}
+    geometry = Geometry(
+        (problem.n, problem.c_in, problem.h, problem.w), (problem.c_out, problem.c_in, problem.r, problem.s),
+        problem.block_shape, problem.stride, problem.padding, problem.dilation, problem.epilogue, target.precision,
+        problem.dtype, problem.nnz_blocks, True,
+    )  # fmt: skip
+    items = tuple(config.items())
+    if target.variant == "shared_input":
+        groups = cdiv(geometry.block_rows, rows_sharing_input(problem.block_shape[0]))
+        return bsr_conv2d_shared._plan(geometry, groups, items, limits), config
+    variants = target.variant == "taps_together", target.variant == "weights_on_m"
+    return triton_bsr_conv2d._plan(geometry, True, *variants, items, limits).forward, config
+
+
+def compile_launch(launch: Launch, pointers: list[str], arch: int) -> Any:
+    """Triton's compiled kernel of a launch whose pointers have these types and are aligned."""
+    signature: dict[str, str] = {}
+    constants = dict(launch.constants)
+    hints: dict[tuple[int, ...], Any] = {}
+    for i, name in enumerate(launch.kernel.arg_names):
+        if i < len(pointers):
+            signature[name], hints[(i,)] = pointers[i], [["tt.divisibility", 16]]
+        elif i < len(pointers) + len(launch.integers):
+            value = launch.integers[i - len(pointers)]
+            signature[name] = "constexpr" if value == 1 else "i32" if value < 2**31 else "i64"
+            if value == 1:
+                constants[name] = 1
+            elif value % 16 == 0:
+                hints[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "constexpr"
+    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=hints)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(launch.options))
+
+
+def _conv(target: Target) -> tuple[Any, dict[str, int]]:
+    launch, config = conv_launch(target)
+    pointer = f"*{target.dtype}"
+    y = "*fp32" if launch.constants.get("SPLITS", 1) > 1 else pointer
+    return compile_launch(launch, [pointer, pointer, "*i32", "*i32", pointer, y], target.arch), config
 
 
 def _low_rank(target: Target) -> tuple[Any, dict[str, Any], dict[str, int]]:
@@ -154,15 +245,15 @@ def _low_rank(target: Target) -> tuple[Any, dict[str, Any], dict[str, int]]:
 
 def compile_target(target: Target) -> tuple[Any, dict[str, int]]:
     """Triton's compiled kernel and its tile constants, with the argument hints that a launch derives."""
-    kernel, constants, config = _conv(target) if len(target.shape) == 2 else _low_rank(target)
+    if len(target.shape) == 2:
+        return _conv(target)
+    kernel, constants, config = _low_rank(target)
     constants.update({name: config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")})
-    pointers = dict.fromkeys(("x_ptr", "values_ptr", "u_ptr", "v_ptr", "bias_ptr", "y_ptr"), f"*{target.dtype}")
-    pointers.update(crow_ptr="*i32", col_ptr="*i32")
-    aligned = {"c_out", "in_features", "out_features", "rank"} | ({"c_in"} if target.c_in % 16 == 0 else set())
+    pointers = dict.fromkeys(("x_ptr", "u_ptr", "v_ptr", "bias_ptr", "y_ptr"), f"*{target.dtype}")
     signature, hints = {}, {}
     for i, name in enumerate(kernel.arg_names):
         signature[name] = "constexpr" if name in constants else pointers.get(name, "i32")
-        if name not in constants and (name in pointers or name in aligned):
+        if name not in constants and (name in pointers or name in ("in_features", "out_features", "rank")):
             hints[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=hints)
     options = {"num_warps": config["num_warps"], "num_stages": config["num_stages"]}
@@ -220,9 +311,16 @@ def markdown(rows: list[dict[str, Any]]) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--all", action="store_true", help="every kernel, not only those of the default test run")
+    parser.add_argument(
+        "--listed", type=int, metavar="ARCH", help="every configuration the tuner may try on 80, 90 or 100"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON list instead of a Markdown table")
     arguments = parser.parse_args()
-    rows = [measure(target) for target in (everything() if arguments.all else quick())]
+    targets = listed(arguments.listed) if arguments.listed else everything() if arguments.all else quick()
+    rows = []
+    for target in targets:
+        rows.append(measure(target))
+        print(target.name, file=sys.stderr, flush=True)
     print(json.dumps({"triton": triton.__version__, "rows": rows}) if arguments.json else "\n".join(markdown(rows)))
 
 

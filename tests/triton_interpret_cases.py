@@ -152,8 +152,8 @@ def test_refusals_name_what_was_expected() -> None:
             "relu_maxpool2",
         )  # fmt: skip
     with pytest.raises(ValueError, match=r"^low_rank_linear: expected epilogue in .*, got 'relu_maxpool2'"):
-        triton_low_rank_linear.launch(torch.ones(2, 3), u, v, None, "relu_maxpool2")
+        triton_low_rank_linear.launch(torch.ones(2, 3), u, v, None, [], "relu_maxpool2")
     with pytest.raises(TypeError, match=r"^low_rank_linear: expected U of x's dtype torch\.float32"):
-        triton_low_rank_linear.launch(torch.ones(2, 3), u.half(), v, None, "none")
+        triton_low_rank_linear.launch(torch.ones(2, 3), u.half(), v, None, [], "none")
     with pytest.raises(TypeError, match=r"^low_rank_linear: expected x of dtype"):
-        triton_low_rank_linear.launch(torch.ones(2, 3).double(), u.double(), v.double(), None, "none")
+        triton_low_rank_linear.launch(torch.ones(2, 3).double(), u.double(), v.double(), None, [], "none")

@@ -40,6 +40,7 @@ struct Vec16 {
 // strip of 32 needs 13 for 20.
 extern "C" int slim_conv2d_f32_avx512(const SlimConv2dF32* a) {
   if (a->strip == 8) return conv2d<Vec8>(a, make_tiles<Vec8, 1, 10, 8>());
+  if (a->strip == 24) return conv2d<Vec8>(a, make_tiles<Vec8, 3, 8, 24>());
   return a->strip == 16 ? conv2d<Vec16>(a, make_tiles<Vec16, 1, 10, 16>()) : conv2d<Vec16>(a, make_tiles<Vec16, 2, 10, 32>());
 }
 

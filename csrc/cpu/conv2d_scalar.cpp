@@ -55,6 +55,7 @@ struct Vec4 {
 
 extern "C" int slim_conv2d_f32_scalar(const SlimConv2dF32* a) {
   if (a->strip == 8) return conv2d<Vec4>(a, make_tiles<Vec4, 2, 4, 8>());
+  if (a->strip == 24) return conv2d<Vec4>(a, make_tiles<Vec4, 3, 3, 24>());
   return a->strip == 16 ? conv2d<Vec4>(a, make_tiles<Vec4, 4, 2, 16>()) : conv2d<Vec4>(a, make_tiles<Vec4, 4, 2, 32>());
 }
 

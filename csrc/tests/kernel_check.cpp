@@ -169,7 +169,7 @@ void run_case(const Isa& isa, long number, int max_threads, Tally* tally) {
   Rng rng{uint64_t(number) * 0x632be59bd9b4e019u + 1};
   static const int64_t kSizes[] = {1, 1, 2, 2, 3, 4, 4, 5, 6, 7, 8, 8, 9, 13, 16, 17};
   static const int64_t kKernels[] = {1, 1, 2, 3, 3, 3, 3, 5};
-  static const int64_t kStrips[] = {8, 16, 32};
+  static const int64_t kStrips[] = {8, 16, 24, 32};
   static const int64_t kChannels[] = {1, 2, 3, 7, 8, 9, 16, 24, 31, 32, 33, 64, 96};
   SlimConv2dF32 a;
   memset(&a, 0, sizeof a);

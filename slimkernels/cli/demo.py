@@ -21,8 +21,9 @@ from slimkernels import timing
 from slimkernels.checkpoint import load, save
 from slimkernels.compress.distill import distill
 from slimkernels.compress.factorize import factorize_
+from slimkernels.compress.gradual import GradualPruning
 from slimkernels.compress.prune import finalize_
-from slimkernels.compress.train import GradualPruning, evaluate, fine_tune
+from slimkernels.compress.train import evaluate, fine_tune
 from slimkernels.conversion import convert, explain
 from slimkernels.conversion.plan import ModelPlan
 from slimkernels.data import digits_loaders
@@ -128,7 +129,7 @@ def run_demo(
 
     say(f"2/5 pruning {SPARSITY:.1%} of its {BLOCK_SHAPE[0]}x{BLOCK_SHAPE[1]} blocks while distilling")
     pruned = copy.deepcopy(teacher)
-    distill(pruned, teacher, train, on_step=GradualPruning(SPARSITY, BLOCK_SHAPE, end=0.6), **recipe)
+    distill(pruned, teacher, train, callbacks=[GradualPruning(SPARSITY, BLOCK_SHAPE, end=0.6)], **recipe)
     finalize_(pruned)
 
     say(f"3/5 factorizing the wide layers to {ENERGY:.0%} of their energy, then distilling")

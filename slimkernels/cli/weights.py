@@ -31,23 +31,30 @@ class Description:
     num_classes: int | None = None
     low_rank: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def write_weights(
-    model: nn.Module, path: str | Path, *, name: str, num_classes: int, notes: Mapping[str, Any] | None = None
+    model: nn.Module,
+    path: str | Path,
+    *,
+    name: str,
+    num_classes: int,
+    options: Mapping[str, Any] | None = None,
+    notes: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes the model's state_dict as safetensors, atomically, with its description in the header.
 
     Args:
         model: masks must have been baked in (`finalize_`).
-        name: of the model, as `models.build` takes it.
+        name, options: of the model, as `models.build` takes them.
         notes: further JSON-able facts, such as the accuracy.
 
     Raises:
         ValueError: a state that is not tensors alone.
         OSError: the file cannot be written.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     state = model.state_dict()
     foreign = [key for key, value in state.items() if not isinstance(value, Tensor)]
@@ -59,9 +66,11 @@ def write_weights(
         if isinstance(module, (LowRankConv2d, LowRankLinear))
     }
     header = {"model": name, "num_classes": num_classes, "low_rank": low_rank, "notes": dict(notes or {})}
+    header["options"] = dict(options or {})
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
     with atomic_path(path) as temporary:
-        save_file(tensors, str(temporary), metadata={_HEADER_KEY: json.dumps(header)})
+        # Not save_file, whose failures on a full disk are no OSError.
+        temporary.write_bytes(save(tensors, metadata={_HEADER_KEY: json.dumps(header)}))
 
 
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], Description]:
@@ -104,19 +113,24 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Description]:
     try:
         header = json.loads(metadata.get(_HEADER_KEY, "{}"))
         low_rank = {name: (kind, tuple(ranks)) for name, (kind, ranks) in header.get("low_rank", {}).items()}
-        return state, Description(header.get("model"), header.get("num_classes"), low_rank, header.get("notes", {}))
+        facts = (dict(header.get(key, {})) for key in ("notes", "options"))
+        return state, Description(header.get("model"), header.get("num_classes"), low_rank, *facts)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"read_weights: expected JSON under {_HEADER_KEY!r} in {path}, got {_first(error)}") from error
 
 
 def load_model(
-    path: str | Path, name: str | None = None, num_classes: int | None = None
+    path: str | Path,
+    name: str | None = None,
+    num_classes: int | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> tuple[nn.Module, str, int, Description]:
     """The model whose weights lie in ``path``, in eval mode on the CPU, with its name, number of classes, description.
 
     Args:
         name: needed where the file does not say; else it must agree.
         num_classes: likewise; without either, 10 for this package's models and 1000 for torchvision's.
+        options: keywords of the model, where the file does not carry them; else they must agree.
 
     Raises:
         FileNotFoundError, ValueError: as `read_weights`, and where name, classes or tensors do not fit.
@@ -128,10 +142,14 @@ def load_model(
         raise ValueError(f"load_model: expected model {description.model!r} as {path} says, got {name!r}")
     if num_classes is not None and description.num_classes not in (None, num_classes):
         raise ValueError(f"load_model: expected {description.num_classes} classes as {path} says, got {num_classes}")
+    if options and description.options and dict(options) != dict(description.options):
+        raise ValueError(
+            f"load_model: expected options {dict(description.options)} as {path} says, got {dict(options)}"
+        )
     name = name or description.model
     assert name is not None
     classes = num_classes or description.num_classes or models.default_classes(name)
-    model = models.build(name, num_classes=classes)
+    model = models.build(name, num_classes=classes, **(description.options or options or {}))
     for layer, (kind, ranks) in description.low_rank.items():
         _make_low_rank(model, layer, kind, ranks, path)
     _check_fit(model, state, name, path)

@@ -30,23 +30,6 @@ def truncated_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return u.to(weight.dtype), v.to(weight.dtype)
 
 
-def rank_by_energy(weight: Tensor, energy: float = 0.95) -> int:
-    """Smallest rank whose truncated SVD keeps at least the share ``energy`` of the squared Frobenius norm.
-
-    Singular values below ``max(out, in) * eps(dtype)`` of the largest count as zero, so ``energy=1`` gives the
-    numerical rank. At least 1, for a zero matrix too.
-
-    Args:
-        weight: ``(out, in)``, floating point.
-        energy: in (0, 1].
-
-    Raises:
-        ValueError: not a finite matrix, or energy out of range. TypeError: not floating point.
-    """
-    check_energy("rank_by_energy", energy)
-    return energy_rank(float64("rank_by_energy", weight, 2), energy, weight.dtype)
-
-
 def tai(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Separable pair whose composition is the best approximation of a convolution weight of that form.
 
@@ -145,14 +128,6 @@ def float64(op: str, weight: Tensor, dims: int) -> Tensor:
     return out
 
 
-def check_energy(op: str, energy: float) -> None:
-    """Raises TypeError or ValueError, beginning with ``op``, unless energy is a number in (0, 1]."""
-    if isinstance(energy, bool) or not isinstance(energy, (int, float)):
-        raise TypeError(f"{op}: expected energy to be a number in (0, 1], got {energy!r}")
-    if not 0.0 < energy <= 1.0:
-        raise ValueError(f"{op}: expected energy in (0, 1], got {energy}")
-
-
 def _split_svd(op: str, matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     limit = min(matrix.shape)
     if isinstance(rank, bool) or not isinstance(rank, int):
@@ -162,14 +137,6 @@ def _split_svd(op: str, matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     root = s[:rank].sqrt()
     return (u[:, :rank] * root).contiguous(), (root[:, None] * vh[:rank]).contiguous()
-
-
-def energy_rank(matrix: Tensor, energy: float, dtype: torch.dtype) -> int:
-    """`rank_by_energy` of a float64 matrix whose weight was given in ``dtype``, without its checks."""
-    s = torch.linalg.svdvals(matrix)
-    square = torch.where(s > s[0] * max(matrix.shape) * torch.finfo(dtype).eps, s, 0.0).square()
-    tail = square.flip(0).cumsum(0).flip(0)  # tail[r]: what rank r loses
-    return max(1, int((tail > (1.0 - energy) * tail[0]).sum()))
 
 
 def tai_matrix(weight: Tensor) -> Tensor:

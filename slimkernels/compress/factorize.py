@@ -1,12 +1,13 @@
 """Low-rank factorization of a model: Linear and Conv2d layers become two or three thin layers.
 
-The arithmetic is in `decompositions`; this module decides layer by layer, carries the layer's arguments over and
-keeps the record that `factorization_report` returns.
+The arithmetic is in `decompositions` and `whitening`, the choice of ranks in `layer_ranks`; this module goes through
+the model, carries the layers' arguments over and keeps the record that `factorization_report` returns.
 """
 
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,26 +16,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from slimkernels.compress.decompositions import (
-    check_energy,
-    energy_rank,
-    float64,
-    rank_by_energy,
-    svd_conv,
-    tai,
-    tai_matrix,
-    truncated_svd,
-    tucker2,
-    unfold_in,
-    unfold_out,
-)
+from slimkernels.compress.decompositions import svd_conv, tai, truncated_svd, tucker2
+from slimkernels.compress.layer_costs import Budget, factor_params
+from slimkernels.compress.layer_ranks import FactorizableLayer, asked_ranks, ranks_within
+from slimkernels.compress.ranks import check_energy, lost_shares, rank_by_energy
 from slimkernels.compress.selection import SelectedLayer, select_layers
+from slimkernels.compress.whitening import match_batch_norms, output_moments, whitened_svd
 from slimkernels.formats import LOW_RANK_KINDS, LowRankWeight
 from slimkernels.nn import LowRankConv2d, LowRankLinear, resolved_padding, unsupported_conv_reason
 
 Rank = int | Sequence[int]
 
 __all__ = [
+    "Budget",
     "LayerFactorization",
     "factorization_report",
     "factorize_",
@@ -53,7 +47,9 @@ class LayerFactorization:
     """What `factorize_` did to one layer; ``kind`` is None where it was left dense, for ``reason``.
 
     ``ranks`` is ``(rank,)``, or ``(rank_out, rank_in)`` for "tucker2"; ``relative_error`` is the Frobenius norm of
-    the weight's change over that of the weight; parameters count the weight, not the bias.
+    the weight's change over that of the weight; parameters count the weight, not the bias. ``output_error`` is the same
+    of the layer's outputs (without bias) on the calibration data, None where those did not count; ``batch_norm`` says
+    that one was put behind the layer.
     """
 
     name: str
@@ -63,16 +59,24 @@ class LayerFactorization:
     params_before: int
     params_after: int
     reason: str
+    output_error: float | None = None
+    batch_norm: bool = False
 
 
 def factorize_(
     model: nn.Module,
     method: str = "svd",
     *,
-    rank: int | Mapping[str, Rank] | None = None,
+    rank: int | str | Mapping[str, Rank] | None = None,
     energy: float | None = None,
+    budget: Budget | Mapping[str, Any] | None = None,
     layers: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
+    multiple: int | None = None,
+    batch_norm: bool = False,
+    calibration: Iterable[Any] | None = None,
+    calibration_batches: int | None = None,
+    example_inputs: Any = None,
 ) -> nn.Module:
     """Replaces Linear and Conv2d layers in place by `nn.LowRankLinear` and `nn.LowRankConv2d` with trainable factors.
 
@@ -85,31 +89,53 @@ def factorize_(
     parametrizations, or shares its weight. A layer given by its exact name is factorized even where it does not
     shrink; where it cannot be, the call raises.
 
+    Ranks come from exactly one of ``rank``, ``energy`` and ``budget``. A rank that is named is taken as it is; one that
+    is chosen is rounded up to what the kernels like, wherever that stays smaller than dense.
+
     Args:
         model: any module holding nn.Linear or nn.Conv2d below itself.
-        method: "svd", "tai" or "tucker2".
+        method: "svd" (kxk then 1x1), "tai" (kx1 then 1xk) or "tucker2" (1x1, kxk, 1x1).
         rank: one rank for all layers, capped for "tucker2" at the channel counts; or a dict from layer name or
             fnmatch pattern to a rank, ``(rank_out, rank_in)`` allowed for "tucker2", which then also says which
-            layers are factorized.
-        energy: instead of a rank, the share of each weight's squared norm to keep, in (0, 1]; the rank is the
-            smallest that does (for "tucker2" each of the two modes may lose half of the rest, which keeps at least
-            this share).
+            layers are factorized; or "vbmf", see `ranks.vbmf_rank`.
+        energy: the share of each weight's squared norm to keep, in (0, 1]; the rank is the smallest that does (for
+            "tucker2" each of the two modes may lose half of the rest, which keeps at least this share).
+        budget: what the whole model may cost at most: ``{"bytes": 2_000_000}``, ``{"parameters": 0.4}``,
+            ``{"flops": 0.5}``, ``{"latency": 0.6}``, see `layer_costs.Budget`. Ranks are spread over the layers by
+            energy kept per cost, see `ranks.rank_for_budget`; a layer may stay dense.
         layers: exact names or patterns; exclude: names or patterns left alone.
+        multiple: chosen ranks are multiples of it; by default 8 on the CPU and 16 on a GPU. 1 does not round.
+        batch_norm: puts a BatchNorm2d behind every factorized convolution that has none there yet, as SlimNets and Tai
+            et al. do; the layer becomes a Sequential of ``low_rank`` and ``batch_norm``. It starts as the identity on
+            the calibration data, or without them with mean 0 and variance 1.
+        calibration: batches of images, or sequences that begin with them, such as a loader. Layers split by the SVD
+            then change their outputs on these data, rather than their weights, by as little as possible at their rank
+            (`whitening`), and energy means that of the outputs.
+        calibration_batches: uses so many batches only.
+        example_inputs: tensor, or tuple of arguments, whose sizes count for budgets of FLOPs and time.
 
     Returns:
         The model itself.
 
     Raises:
-        ValueError: neither or both of rank and energy, a rank or energy out of range, an unknown name (near matches
-            are listed), or a named layer that cannot be factorized. Nothing is changed then.
+        ValueError: not exactly one of rank, energy and budget, one of them out of range, an unknown name (near matches
+            are listed), a named layer that cannot be factorized, or calibration data that do not reach a layer. Nothing
+            is changed then.
         TypeError: an argument of the wrong type.
     """
     if method not in LOW_RANK_KINDS:
         raise ValueError(f"factorize_: expected method in {LOW_RANK_KINDS}, got {method!r}")
-    if (rank is None) == (energy is None):
-        raise ValueError(f"factorize_: expected either rank or energy, got rank={rank}, energy={energy}")
+    if sum(way is not None for way in (rank, energy, budget)) != 1:
+        raise ValueError(
+            f"factorize_: expected either rank or energy or budget, got rank={rank}, energy={energy}, budget={budget}"
+        )
     if energy is not None:
         check_energy("factorize_", energy)
+    if isinstance(rank, str) and rank != "vbmf":
+        raise ValueError(f"factorize_: expected rank to be numbers or 'vbmf', got {rank!r}")
+    if multiple is not None and (isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1):
+        raise ValueError(f"factorize_: expected multiple to be a positive int, got {multiple!r}")
+    allowed = None if budget is None else Budget.of(budget)
     types = (nn.Linear, nn.Conv2d)
     if isinstance(rank, Mapping):
         if layers is not None:
@@ -121,31 +147,67 @@ def factorize_(
         picked = select_layers("factorize_", model, types, layers, exclude)
 
     records: dict[str, LayerFactorization] = {}
-    twins: dict[int, nn.Module] = {}
+    todo: dict[str, FactorizableLayer] = {}
+    keys = {layer.name: layer.key for layer in picked}
     shared = _shared_parameters(model)
     for layer in picked:
         refusal = _refusal(layer, model, shared)
-        if refusal is not None:
-            if layer.explicit or layer.module is model:
-                raise ValueError(f"factorize_: layer {layer.name!r}: {refusal}")
-            records[layer.name] = _kept(layer, refusal)
+        if refusal is None:
+            todo[layer.name] = FactorizableLayer(
+                layer.name, layer.module, _kind(layer.module, method), layer.explicit, asked_multiple=multiple
+            )
             continue
-        asked = rank[layer.key] if isinstance(rank, Mapping) else rank  # type: ignore[index]
-        record, twin = _factorize_layer(layer, method, asked, energy)
-        records[layer.name] = record
+        if layer.explicit or layer.module is model:
+            raise ValueError(f"factorize_: layer {layer.name!r}: {refusal}")
+        records[layer.name] = _kept(layer.name, layer.module, refusal)
+    if calibration is not None:
+        split = {name: layer.module for name, layer in todo.items() if layer.kind == "svd"}
+        moments = output_moments("factorize_", model, split, calibration, calibration_batches) if split else {}
+        for name, moment in moments.items():
+            todo[name].moment = moment
+    normed = _without_batch_norm(model, todo.values()) if batch_norm else set()
+
+    chosen: dict[str, tuple[int, ...] | None] = {}
+    if allowed is not None:
+        extra = {name: _batch_norm_size(todo[name].module) for name in normed}
+        chosen = ranks_within(model, list(todo.values()), allowed, example_inputs, _twin, extra)
+    twins: dict[str, nn.Module] = {}
+    for name, layer in todo.items():
+        if allowed is not None:
+            ranks = chosen[name]
+        elif energy is not None:
+            ranks = layer.by_energy(energy)
+        elif rank == "vbmf":
+            ranks = layer.by_vbmf()
+        else:
+            ranks = asked_ranks(layer, rank[keys[name]] if isinstance(rank, Mapping) else rank)  # type: ignore[index]
+        records[name], twin = _factorize_layer(layer, method, ranks, name in normed)
         if twin is not None:
-            twins[id(layer.module)] = twin
-    for parent in list(model.modules()):
-        for child_name, child in list(parent._modules.items()):
-            if child is not None and id(child) in twins:
-                setattr(parent, child_name, twins[id(child)])
-    object.__setattr__(model, _REPORT, {**getattr(model, _REPORT, {}), **records})
+            twins[name] = twin
+    _replace(model, {id(todo[name].module): twin for name, twin in twins.items()})
+    if calibration is not None and normed & set(twins):
+        norms = {name: twins[name].batch_norm for name in twins if name in normed}
+        match_batch_norms("factorize_", model, norms, calibration, calibration_batches)  # type: ignore[arg-type]
+    in_order = {layer.name: records[layer.name] for layer in picked}
+    object.__setattr__(model, _REPORT, {**getattr(model, _REPORT, {}), **in_order})
     return model
 
 
 def factorization_report(model: nn.Module) -> tuple[LayerFactorization, ...]:
     """What `factorize_` did to each layer it looked at; empty where it was never called on this model."""
     return tuple(getattr(model, _REPORT, {}).values())
+
+
+def _kind(module: nn.Module, method: str) -> str:
+    return method if isinstance(module, nn.Conv2d) and math.prod(module.kernel_size) > 1 else "svd"
+
+
+def _replace(model: nn.Module, twins: Mapping[int, nn.Module]) -> None:
+    """Puts twins in the place of modules, wherever these are registered."""
+    for parent in list(model.modules()):
+        for child_name, child in list(parent._modules.items()):
+            if child is not None and id(child) in twins:
+                setattr(parent, child_name, twins[id(child)])
 
 
 def _shared_parameters(model: nn.Module) -> set[int]:
@@ -159,10 +221,9 @@ def _shared_parameters(model: nn.Module) -> set[int]:
     return shared
 
 
-def _kept(layer: SelectedLayer, reason: str) -> LayerFactorization:
-    module: Any = layer.module
+def _kept(name: str, module: Any, reason: str) -> LayerFactorization:
     count = math.prod(module.weight.shape)
-    return LayerFactorization(layer.name, None, (), 0.0, count, count, reason)
+    return LayerFactorization(name, None, (), 0.0, count, count, reason)
 
 
 def _refusal(layer: SelectedLayer, model: nn.Module, shared: set[int]) -> str | None:
@@ -185,87 +246,54 @@ def _refusal(layer: SelectedLayer, model: nn.Module, shared: set[int]) -> str | 
 
 
 def _factorize_layer(
-    layer: SelectedLayer, method: str, rank: Rank | None, energy: float | None
+    layer: FactorizableLayer, method: str, ranks: tuple[int, ...] | None, batch_norm: bool
 ) -> tuple[LayerFactorization, nn.Module | None]:
-    module: Any = layer.module
+    module, kind, op = layer.module, layer.kind, f"factorize_: layer {layer.name!r}"
     weight = module.weight.detach()
-    op = f"factorize_: layer {layer.name!r}"
-    kind = method if isinstance(module, nn.Conv2d) and math.prod(module.kernel_size) > 1 else "svd"
-    dense = float64(op, weight, weight.dim())
-    if energy is not None:
-        ranks = _ranks_by_energy(dense, kind, energy, weight.dtype)
-    else:
-        ranks = _ranks_asked(op, weight, kind, rank)
-    limit = min((tai_matrix(weight) if kind == "tai" else weight.flatten(1)).shape)
-    if kind != "tucker2" and ranks[0] > limit:
+    if ranks is None:
+        return _kept(layer.name, module, "the budget has room for it as it is"), None
+    if kind != "tucker2" and ranks[0] > layer.full_rank:
         if layer.explicit:
-            raise ValueError(f"{op}: expected rank in [1, {limit}] for a weight {tuple(weight.shape)}, got {ranks[0]}")
-        return _kept(layer, f"rank {ranks[0]} exceeds the full rank {limit}"), None
-    after = _factor_params(weight, kind, ranks)
+            raise ValueError(
+                f"{op}: expected rank in [1, {layer.full_rank}] for a weight {tuple(weight.shape)}, got {ranks[0]}"
+            )
+        return _kept(layer.name, module, f"rank {ranks[0]} exceeds the full rank {layer.full_rank}"), None
+    after = factor_params(layer.shape, kind, ranks)
     if after >= weight.numel() and not layer.explicit:
-        return _kept(layer, f"rank {ranks} needs {after} parameters, the dense weight {weight.numel()}"), None
+        reason = f"rank {ranks} needs {after} parameters, the dense weight {weight.numel()}"
+        return _kept(layer.name, module, reason), None
 
-    factors = _decompose(weight, kind, ranks)
+    factors = _decompose(layer, ranks)
     double = LowRankWeight(kind, tuple(f.double() for f in factors)).to_dense()
-    norm = float(torch.linalg.vector_norm(dense))
-    error = float(torch.linalg.vector_norm(dense - double)) / norm if norm > 0 else 0.0
+    norm = float(torch.linalg.vector_norm(layer.dense))
+    error = float(torch.linalg.vector_norm(layer.dense - double)) / norm if norm > 0 else 0.0
+    of_outputs = None if layer.moment is None else float(lost_shares(layer.spectra[0])[ranks[0]]) ** 0.5
     twin = _build(module, factors, kind)
+    if batch_norm:
+        twin = _with_batch_norm(twin, module)
     reason = f"svd instead of {method}: one tap" if kind != method else ""
-    return LayerFactorization(layer.name, kind, ranks, error, weight.numel(), after, reason), twin
+    record = LayerFactorization(layer.name, kind, ranks, error, weight.numel(), after, reason, of_outputs, batch_norm)
+    return record, twin
 
 
-def _ranks_by_energy(weight: Tensor, kind: str, energy: float, dtype: torch.dtype) -> tuple[int, ...]:
-    if kind == "tai":
-        return (energy_rank(tai_matrix(weight), energy, dtype),)
-    if kind == "svd":
-        return (energy_rank(weight.flatten(1), energy, dtype),)
-    per_mode = 0.5 * (1.0 + energy)  # the squared error of the HOSVD is at most the sum of what the modes lose
-    pair = energy_rank(unfold_out(weight), per_mode, dtype), energy_rank(unfold_in(weight), per_mode, dtype)
-    return _feasible(weight, *pair)
-
-
-def _ranks_asked(op: str, weight: Tensor, kind: str, rank: Rank | None) -> tuple[int, ...]:
-    rank = tuple(rank) if isinstance(rank, list) else rank
-    pair: Any = rank if isinstance(rank, tuple) else (rank, rank)
-    if len(pair) != 2 or any(isinstance(r, bool) or not isinstance(r, int) for r in pair):
-        raise TypeError(f"{op}: expected rank to be an int or, for 'tucker2', (rank_out, rank_in), got {rank!r}")
-    if min(pair) < 1:
-        raise ValueError(f"{op}: expected rank of at least 1, got {rank}")
-    if kind == "tucker2":
-        return pair if isinstance(rank, tuple) else _feasible(weight, *pair)
-    if isinstance(rank, tuple):
-        raise ValueError(f"{op}: expected one rank for {kind!r}, got {rank}")
-    return pair[:1]
-
-
-def _feasible(weight: Tensor, rank_out: int, rank_in: int) -> tuple[int, int]:
-    """Ranks capped at the channels, and at the rank that the other mode leaves; that loses nothing."""
-    n, c, kh, kw = weight.shape
-    rank_out, rank_in = min(rank_out, n), min(rank_in, c)
-    rank_out = min(rank_out, rank_in * kh * kw)
-    return rank_out, min(rank_in, rank_out * kh * kw)
-
-
-def _factor_params(weight: Tensor, kind: str, ranks: tuple[int, ...]) -> int:
-    if weight.dim() == 2:
-        return ranks[0] * sum(weight.shape)
-    n, c, kh, kw = weight.shape
-    if kind == "tai":
-        return ranks[0] * (c * kh + n * kw)
-    if kind == "svd":
-        return ranks[0] * (c * kh * kw + n)
-    rank_out, rank_in = ranks
-    return rank_in * c + rank_out * rank_in * kh * kw + n * rank_out
-
-
-def _decompose(weight: Tensor, kind: str, ranks: tuple[int, ...]) -> tuple[Tensor, ...]:
+def _decompose(layer: FactorizableLayer, ranks: tuple[int, ...]) -> tuple[Tensor, ...]:
     """Factors in the order of `formats.LowRankWeight`."""
-    if weight.dim() == 2:
-        u, v = truncated_svd(weight, *ranks)
-        return v, u
+    weight, kind = layer.module.weight.detach(), layer.kind
     if kind == "tucker2":
         return tucker2(weight, *ranks)
-    return tai(weight, *ranks) if kind == "tai" else svd_conv(weight, *ranks)
+    if kind == "tai":
+        return tai(weight, *ranks)
+    if layer.moment is not None:
+        u, v = whitened_svd(weight.flatten(1), *ranks, layer.moment)
+    elif weight.dim() == 2:
+        u, v = truncated_svd(weight, *ranks)
+    else:
+        return svd_conv(weight, *ranks)
+    return (v, u) if weight.dim() == 2 else (v.reshape(-1, *weight.shape[1:]), u.reshape(*u.shape, 1, 1))
+
+
+def _twin(layer: FactorizableLayer, ranks: tuple[int, ...]) -> nn.Module:
+    return _build(layer.module, _decompose(layer, ranks), layer.kind)
 
 
 def _build(module: Any, factors: tuple[Tensor, ...], kind: str) -> nn.Module:
@@ -285,3 +313,28 @@ def _build(module: Any, factors: tuple[Tensor, ...], kind: str) -> nn.Module:
     for name, parameter in twin.named_parameters():
         parameter.requires_grad_((module.bias if name == "bias" else module.weight).requires_grad)
     return twin.train(module.training)
+
+
+def _without_batch_norm(model: nn.Module, layers: Iterable[FactorizableLayer]) -> set[str]:
+    """Convolutions that no BatchNorm2d follows directly; all of them where the model cannot be traced."""
+    from slimkernels.conversion.graph import trace
+
+    graph = trace(model)
+    found = set()
+    for layer in layers:
+        if isinstance(layer.module, nn.Conv2d):
+            follower = next(iter(graph.chain(layer.name)), None)
+            if follower is None or not isinstance(model.get_submodule(follower), nn.BatchNorm2d):
+                found.add(layer.name)
+    return found
+
+
+def _batch_norm_size(conv: nn.Conv2d) -> tuple[int, int]:
+    """Parameters and bytes of a batch norm behind a convolution."""
+    return 2 * conv.out_channels, 4 * conv.out_channels * conv.weight.element_size() + 8
+
+
+def _with_batch_norm(twin: nn.Module, conv: nn.Conv2d) -> nn.Module:
+    norm = nn.BatchNorm2d(conv.out_channels, device=conv.weight.device, dtype=conv.weight.dtype)
+    norm.requires_grad_(conv.weight.requires_grad)
+    return nn.Sequential(OrderedDict(low_rank=twin, batch_norm=norm)).train(conv.training)

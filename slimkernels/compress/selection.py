@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+
+from slimkernels.formats import BlockMask, block_shape_2d
+
+PRUNABLE = (nn.Conv2d, nn.Linear)
+MIN_LINEAR_FEATURES = 64  # a default call leaves smaller Linears dense: they hold few weights and few whole blocks
 
 
 @dataclass(frozen=True)
@@ -104,3 +112,94 @@ def select_layers(
         if previous is None or (layer.explicit and not previous.explicit):
             selected[id(module)] = layer
     return list(selected.values())
+
+
+def prunable_layers(
+    op: str,
+    model: nn.Module,
+    layers: str | Iterable[str] | None,
+    exclude: str | Iterable[str] | None,
+    skip_first: bool,
+    layers_argument: str = "layers",
+) -> list[SelectedLayer]:
+    """The layers that a pruning call touches, by the rules that `slimkernels.prune_` states.
+
+    Raises:
+        ValueError: an entry matches nothing, or names a layer with groups != 1.
+    """
+    picked = select_layers(op, model, PRUNABLE, layers, exclude, layers_argument)
+    every = [module for module in model.modules() if isinstance(module, PRUNABLE)]
+    first = next((module for module in every if isinstance(module, nn.Conv2d)), None)
+    out = []
+    for layer in picked:
+        module = layer.module
+        if isinstance(module, nn.Conv2d) and module.groups != 1:
+            if layer.explicit:
+                raise ValueError(f"{op}: expected groups=1 in layer {layer.name!r}, got groups={module.groups}")
+            continue
+        if not layer.explicit:
+            if skip_first and module is first:
+                continue
+            if layers is None and isinstance(module, nn.Linear):
+                narrow = min(module.in_features, module.out_features) < MIN_LINEAR_FEATURES
+                if narrow or (module is every[-1] and len(every) > 1):
+                    continue
+        out.append(layer)
+    return out
+
+
+def block_shapes_of(
+    op: str,
+    model: nn.Module,
+    layers: Sequence[SelectedLayer],
+    block_shape: Sequence[int] | Mapping[str, Sequence[int]],
+) -> dict[str, tuple[int, int]]:
+    """The block shape of each layer: one for all, or a dict by name or pattern (a name beats a pattern).
+
+    Raises:
+        ValueError: a bad shape, a key that matches no layer, or a layer without an entry.
+    """
+    if not isinstance(block_shape, Mapping):
+        return {layer.name: block_shape_2d(block_shape) for layer in layers}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    matched = match_layers(op, "block_shape", as_patterns(op, "block_shape", block_shape), modules, PRUNABLE)
+    missing = [layer.name for layer in layers if layer.name not in matched]
+    if missing:
+        near = difflib.get_close_matches(missing[0], list(block_shape), n=3, cutoff=0.3) or list(block_shape)[:3]
+        raise ValueError(
+            f"{op}: expected block_shape to have an entry for layer {missing[0]!r}, got {', '.join(map(repr, near))}"
+        )
+    return {layer.name: block_shape_2d(block_shape[matched[layer.name]]) for layer in layers}
+
+
+def lone_mask(op: str, name: str, module: Any) -> BlockMask | None:
+    """The BlockMask on the weight of a layer, None where it is not parametrized at all.
+
+    Raises:
+        ValueError: it carries another parametrization.
+    """
+    if not parametrize.is_parametrized(module, "weight"):
+        return None
+    chain = list(module.parametrizations.weight)
+    if len(chain) == 1 and isinstance(chain[0], BlockMask):
+        return chain[0]
+    raise ValueError(
+        f"{op}: expected no parametrization but a BlockMask on the weight of layer {name!r}, "
+        f"got {[type(p).__name__ for p in chain]}; remove the others first"
+    )
+
+
+def readable_weight(op: str, name: str, module: Any) -> nn.Parameter:
+    """The Parameter behind the weight of a layer: under its mask, where it has one.
+
+    Raises:
+        ValueError: another parametrization, a computed or an uninitialised weight.
+    """
+    masked = lone_mask(op, name, module) is not None
+    weight = module.parametrizations.weight.original if masked else module._parameters.get("weight")
+    if not isinstance(weight, nn.Parameter) or is_lazy(weight):
+        raise ValueError(
+            f"{op}: expected the weight of layer {name!r} to be a Parameter, got one that is "
+            "computed (torch.nn.utils.prune?) or not initialised yet; remove that first or exclude the layer"
+        )
+    return weight

@@ -31,6 +31,7 @@ from slimkernels.formats import block_grid, weight_shape_4d
 from slimkernels.kernels import KERNELS
 from slimkernels.kernels.problems import ConvProblem, LinearProblem
 from slimkernels.kernels.select import candidates, choose, predicted_dense_seconds, predicted_seconds
+from slimkernels.kernels.tables import layer_curves
 
 CANDIDATE_BLOCK_SHAPES: tuple[Pair, ...] = (
     (128, 16),
@@ -332,10 +333,32 @@ def rank_patterns(
         predicted = tuple(predicted_seconds(KERNELS[kernel], p) for p in sizes) if kernel is not None else ()
         nbytes = nnz * (math.prod(block_shape) * weight.weight.element_size() + 4) + 4 * (grid[0] + 1)
         dense = tuple(predicted_dense_seconds(p) for p in sizes)
+        tuned = None if input_shapes is not None or kernel is None else _tuned(weight, block_shape, kernel, nnz)
+        if tuned is not None:
+            predicted, dense = tuned
         found.append(PatternStats(block_shape, nnz, grid[0] * grid[1], nbytes, kernel, reason, predicted, dense))
 
     def order(p: PatternStats) -> tuple[bool, float, int, int]:
         area = math.prod(p.block_shape)
-        return p.kernel is None, sum(p.predicted_s), p.nnz_blocks * area, -area
+        return p.kernel is None, sum(p.predicted_s) / sum(p.dense_s), p.nnz_blocks * area, -area
 
     return sorted(found, key=order)
+
+
+def _tuned(
+    weight: LayerWeight, block_shape: Pair, kernel: str, nnz_blocks: int
+) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """``(sparse, dense)`` seconds at every size that this device's tuned table holds for a layer like this one.
+
+    None where it holds none, for strided and dilated convolutions, and where kernels of another backend were measured.
+    """
+    if weight.is_conv and (max(weight.stride) > 1 or max(weight.dilation) > 1):
+        return None
+    shape = tuple(weight.weight.shape)
+    curves = layer_curves(shape, block_shape, weight.weight.dtype, weight.weight.device.type)
+    specs, own = [KERNELS[c.kernel] for c in curves if c.kernel in KERNELS], KERNELS[kernel]
+    if not curves or len(specs) < len(curves) or any((s.backend, s.isa) != (own.backend, own.isa) for s in specs):
+        return None
+    rows, columns = block_grid(shape, block_shape)
+    sparsity = 1.0 - nnz_blocks / (rows * columns)
+    return tuple(c.seconds(sparsity) for c in curves), tuple(c.dense_s for c in curves)

@@ -278,11 +278,15 @@ def _checked(
         f"the whole model is not faster with swapped layers: {1e3 * converted[worst]:.3g} ms against "
         f"{1e3 * best_dense[worst]:.3g} ms dense at example input {worst}"
     )
+    relaid = all(t[1] <= t[0] for t in times)
+    # A layer that came low-rank stays so where the model as it was beat its merged twin.
+    low_rank = set() if relaid else {u.names[0] for u in found.units if u.source == "low_rank"}
     staying = {
-        name: replace(d, option=d.stay, reason=text if d.option is not d.stay else d.reason)
+        name: d
+        if d.option is d.stay or (name in low_rank and d.option.format == "low_rank")
+        else replace(d, option=d.stay, reason=text)
         for name, d in decisions.items()
     }
-    relaid = all(t[1] <= t[0] for t in times)
     fast, layers = _apply(found, staying, policy, channels_last=relaid)
     notes = (*plan.notes, text)
     return fast, replace(plan, layers=tuple(layers), notes=notes, converted_ms=())

@@ -212,6 +212,22 @@ def trace(model: nn.Module, *, training: bool = False) -> ModelGraph:
     )
 
 
+def fx_graph(model: nn.Module) -> fx.Graph:
+    """The `torch.fx` graph of the eval-mode forward, optional arguments at their defaults; layers are its leaves.
+
+    Raises:
+        ValueError: the model cannot be traced.
+    """
+    scratch = scratch_copy(model)
+    parameters = list(inspect.signature(type(scratch).forward).parameters.values())[1:]
+    defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+    try:
+        return _Tracer().trace(scratch, concrete_args=defaults or None)
+    except Exception as error:  # user code runs under the tracer and may raise anything
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
+        raise ValueError(f"torch.fx cannot trace it ({type(error).__name__}: {first_line})") from error
+
+
 def _structure(model: nn.Module, graph: fx.Graph) -> ModelGraph:
     calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
     reads = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}

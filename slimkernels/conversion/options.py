@@ -16,8 +16,9 @@ from slimkernels.conversion.folding import Tail
 from slimkernels.conversion.layers import LayerWeight
 from slimkernels.conversion.plan import Policy, faster_everywhere
 from slimkernels.formats import block_mask
-from slimkernels.kernels.problems import LowRankConvProblem, LowRankLinearProblem, Problem
-from slimkernels.kernels.select import choose
+from slimkernels.kernels import KERNELS
+from slimkernels.kernels.problems import LowRankConvProblem, LowRankLinearProblem, SizedProblem
+from slimkernels.kernels.select import choose, predicted_dense_seconds, predicted_seconds
 from slimkernels.nn import BlockSparseConv2d, BlockSparseLinear, LowRankConv2d, LowRankLinear
 
 
@@ -138,22 +139,37 @@ def _block_sparse_option(unit: Unit, policy: Policy, pattern: PatternStats, epil
     return Option("bsr", [module, *_rest(unit, epilogue)], epilogue, kernel, pattern)
 
 
-def low_rank_options(unit: Unit, policy: Policy) -> tuple[list[Option], str]:
-    """The chain as one low-rank module and merged to dense."""
+def low_rank_options(unit: Unit, policy: Policy) -> tuple[list[Option], Option | None, str]:
+    """``(as one low-rank module, merged to dense, why there is no low-rank option)``.
+
+    A low-rank module is also tried on torch's layers, factor by factor; a chain of layers is that already. Merged is
+    None while training and where the policy keeps the rank, and with it the size on disk.
+    """
     chain = unit.chain
     assert chain is not None
     epilogue = "relu" if "relu" in _epilogues(unit, policy) else "none"
+    options, reason = [], ""
     try:
-        kernel = choose(low_rank_problem(unit, epilogue), policy.backend).name
+        problem = low_rank_problem(unit, epilogue)
+        chosen = choose(problem, policy.backend).name
     except ValueError as error:
-        options, reason = [], str(error)
+        reason = str(error)
     else:
-        asked = "auto" if policy.backend == "auto" else kernel
-        module = low_rank_module(chain, epilogue, asked).train(unit.training)
-        options, reason = [Option("low_rank", [module, *_rest(unit, epilogue)], epilogue, kernel)], ""
+        reference = f"{problem.op}__reference"
+        asked = ["auto" if policy.backend == "auto" else chosen]
+        if unit.source == "low_rank" and policy.backend == "auto" and policy.measure and unit.calls:
+            asked.append(reference)
+        for kernel in asked:
+            module = low_rank_module(chain, epilogue, kernel).train(unit.training)
+            runs = chosen if kernel == "auto" else kernel
+            if KERNELS[runs].isa is not None and kernel == "auto" and not module.prepacked:
+                runs = reference
+            if all(option.kernel != runs for option in options):
+                options.append(Option("low_rank", [module, *_rest(unit, epilogue)], epilogue, runs))
+    merged = None
     if policy.merge_low_rank and not unit.training:
-        options.append(Option("dense", [dense_twin(unit.weight), *_rest(unit, "none")]))
-    return options, reason
+        merged = Option("dense", [dense_twin(unit.weight), *_rest(unit, "none")])
+    return options, merged, reason
 
 
 def low_rank_module(chain: FactorChain, epilogue: str, kernel: str) -> LowRankConv2d | LowRankLinear:
@@ -169,12 +185,13 @@ def low_rank_module(chain: FactorChain, epilogue: str, kernel: str) -> LowRankCo
     return module.requires_grad_(chain.requires_grad)
 
 
-def low_rank_problem(unit: Unit, epilogue: str) -> Problem:
-    """The problem of a chain at its first call, or at one small image or row."""
+def low_rank_problem(unit: Unit, epilogue: str, call: Call | None = None) -> SizedProblem:
+    """The problem of a chain at a call, by default its first one, or at one small image or row."""
     chain = unit.chain
     assert chain is not None
     first = chain.factors[0]
-    shape = next((c.input_shape for calls in unit.calls for c in calls), None)
+    call = call or next((c for calls in unit.calls for c in calls), None)
+    shape = None if call is None else call.input_shape
     dtype, device = first.dtype, first.device.type
     if first.dim() == 2:
         rows = 1 if shape is None else math.prod(shape[:-1])
@@ -206,13 +223,15 @@ def decide(unit: Unit, policy: Policy) -> Decision:
     if unit.calls and not sizes:
         return Decision(stay, stay, "the example inputs do not reach it")
     if unit.chain is not None:
-        if not policy.merge_low_rank and unit.source != "low_rank":
-            return Decision(stay, stay, "chains stay (merge_low_rank is off)")
-        options, why = low_rank_options(unit, policy)
-        if unit.source == "low_rank":
-            if len(options) < 2:
-                return Decision(options[0] if options else stay, stay, why or "stays low-rank")
-            stay = options.pop()  # compared with the dense layer that it stands for
+        options, merged, why = low_rank_options(unit, policy)
+        if unit.source != "low_rank":
+            options += [merged] if merged is not None else []
+        elif merged is not None and options:
+            stay = merged  # compared with the dense layer that it stands for
+        elif len(options) < 2:
+            return Decision(options[0] if options else stay, stay, why or "stays low-rank")
+        else:
+            stay = options.pop()
     else:
         options, why = block_sparse_options(unit, policy, sizes)
     if not options:
@@ -244,40 +263,71 @@ def _by_measurement(unit: Unit, stay: Option, options: list[Option], policy: Pol
     dense_ms = tuple(1e3 * s for s in stay.seconds)
     if passing:
         taken = min(passing, key=share)
-        text = f"measured {1 / max(share(taken) / len(stay.seconds), 1e-12):.2f}x the speed of {_baseline(unit)}"
+        text = f"measured {1 / max(share(taken) / len(stay.seconds), 1e-12):.2f}x the speed of {_baseline(unit, stay)}"
         if taken.pattern is not None and taken.pattern.nnz_blocks == taken.pattern.blocks:
             text += ", with every block stored"
         return Decision(taken, stay, text, dense_ms, tuple(1e3 * s for s in taken.seconds))
     worst = max(range(len(stay.seconds)), key=lambda i: best.seconds[i] / stay.seconds[i])
     text = (
-        f"{_baseline(unit)} is as fast or faster: {1e3 * stay.seconds[worst]:.3g} ms against "
+        f"{_baseline(unit, stay)} is as fast or faster: {1e3 * stay.seconds[worst]:.3g} ms against "
         f"{1e3 * best.seconds[worst]:.3g} ms"
     )
     return Decision(stay, stay, text, dense_ms, tuple(1e3 * s for s in best.seconds))
 
 
-def _baseline(unit: Unit) -> str:
+def _baseline(unit: Unit, stay: Option) -> str:
     if unit.chain is None:
         return "dense"
-    return "the merged dense layer" if unit.source == "low_rank" else "the chain of layers"
+    if unit.source == "low_rank":
+        return "torch's layers, factor by factor" if stay.format == "low_rank" else "the merged dense layer"
+    return "the chain of layers"
 
 
 def _by_cost_model(unit: Unit, stay: Option, options: list[Option], policy: Policy, shapeless: bool) -> Decision:
     how = "decided without shapes" if shapeless else "by the cost model"
     best = options[0]
-    if best.format == "low_rank" and unit.source == "low_rank":
-        return Decision(best, stay, f"stays low-rank, {how}")
     if best.pattern is None:
-        swap = best.format == "low_rank" and policy.min_speedup == 0
-        return Decision(
-            best if swap else stay, stay, f"{how}: a chain is fused or merged only where that is measured faster"
-        )
+        return _low_rank_by_cost_model(unit, stay, options, policy, how if shapeless else None)
     dense, sparse = best.pattern.dense_s, best.pattern.predicted_s
     ratios = [d / max(s, 1e-12) for d, s in zip(dense, sparse, strict=True)]
     sparsity = f"{best.pattern.block_sparsity:.1%} of its {best.pattern.block_shape} blocks are zero"
     if faster_everywhere(dense, sparse, policy.min_speedup):
         return Decision(best, stay, f"{how}: predicted {min(ratios):.2f}x or more faster at every size; {sparsity}")
     return Decision(stay, stay, f"{how}: predicted {min(ratios):.2f}x at the least favourable size; {sparsity}")
+
+
+def _low_rank_by_cost_model(
+    unit: Unit, stay: Option, options: list[Option], policy: Policy, shapeless: str | None
+) -> Decision:
+    """A chain or low-rank module by predicted times, stay's at first; without shapes nothing but its rank is known."""
+    if shapeless is not None:
+        if unit.source == "low_rank":
+            taken = options[0] if options[0].format == "low_rank" else stay
+            return Decision(taken, stay, f"stays low-rank, {shapeless}")
+        swap = policy.min_speedup == 0
+        text = f"{shapeless}: a chain is fused or merged only where that is faster at known shapes"
+        return Decision(options[0] if swap else stay, stay, text)
+    calls = [call for calls in unit.calls for call in calls]
+
+    def seconds(option: Option) -> list[float]:
+        found = []
+        for call in calls:
+            problem = low_rank_problem(unit, option.epilogue, call)
+            reference = KERNELS[f"{problem.op}__reference"]
+            spec = reference if option.kernel is None else KERNELS[option.kernel]
+            dense = option.format == "dense"
+            found.append(predicted_dense_seconds(problem) if dense else predicted_seconds(spec, problem))
+        return found
+
+    before, times = seconds(stay), [seconds(option) for option in options]
+    best = min(range(len(options)), key=lambda i: sum(times[i]))
+    ratio = min(b / max(t, 1e-12) for b, t in zip(before, times[best], strict=True))
+    needed = min(policy.min_speedup, 1.0) if unit.source == "low_rank" else policy.min_speedup
+    taken = options[best] if faster_everywhere(before, times[best], needed) else stay
+    text = (
+        f"by the cost model: predicted {ratio:.2f}x the speed of {_baseline(unit, stay)} at the least favourable size"
+    )
+    return Decision(taken, stay, text)
 
 
 def example_input(call: Call, weight: Tensor) -> Tensor:

@@ -36,7 +36,8 @@ class Policy:
         repeats: most timed rounds per layer. budget_s: most seconds per layer and example input, at least three rounds.
         fold_bn: fold batch norm into its convolution. fuse_relu, fuse_pool: run ReLU, 2x2 max-pool in the kernel.
         dense_layers: also try layers without a zero block (their whole weight is then stored as blocks).
-        merge_low_rank: take chains of thin layers and low-rank layers: fuse them, or merge them to dense.
+        merge_low_rank: chains of thin layers and low-rank layers may be merged to dense where that is faster. Off, they
+            keep their rank, and the size on disk that goes with it; they are then fused where that is faster.
         exclude: names of layers that stay as they are.
         check_model: with example inputs, also time the whole model, and keep it dense where it is not faster.
 

@@ -295,7 +295,6 @@ def swap_plan(found: Survey, unit: Unit, decision: Decision, policy: Policy) -> 
         plan,
         type=parametrized_type(originals[0]).__name__,
         kernel=option.kernel,
-        tied=policy.backend != "auto" and option.kernel is not None,
         sparsity=sparsity,
         bytes_dense=weight.nbytes + bias,
         dense_ms=decision.dense_ms,

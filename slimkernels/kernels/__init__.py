@@ -7,7 +7,7 @@ nothing that the op has checked; `slimkernels.kernels.select` chooses.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimkernels.kernels import native, reference
+from slimkernels.kernels import native, native_low_rank, reference
 from slimkernels.kernels.problems import (
     ConvProblem,
     LinearProblem,
@@ -23,16 +23,24 @@ from slimkernels.kernels.problems import (
     LowRankLinearProblem,
     Problem,
     Request,
+    SizedProblem,
 )
 
 OPS = ("bsr_conv2d", "bsr_linear", "low_rank_linear", "low_rank_conv2d")
+# What the gradient of the block-sparse ops is made of; a linear layer is the convolution of single pixels.
+GRADIENT_OPS = ("bsr_conv2d_dgrad", "bsr_conv2d_wgrad", "relu_maxpool2_backward")
 EPILOGUES = {
     "bsr_conv2d": frozenset({"none", "relu", "relu_maxpool2"}),
     "bsr_linear": frozenset({"none", "relu"}),
     "low_rank_linear": frozenset({"none", "relu"}),
     "low_rank_conv2d": frozenset({"none", "relu"}),
+    **{op: frozenset({"none"}) for op in GRADIENT_OPS},
 }
 ALL_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
+
+
+def _one_config(problem: SizedProblem) -> Sequence[Mapping[str, int]]:
+    return ({},)
 
 
 @dataclass(frozen=True)
@@ -41,15 +49,17 @@ class KernelSpec:
 
     Attributes:
         name: key in ``KERNELS``, ``<op>[_<dtype>]__<backend or isa>``.
-        op: the op it implements, one of ``OPS``.
+        op: the op it implements, one of ``OPS`` or ``GRADIENT_OPS``.
         backend: ``reference``, ``cpu``, ``triton`` or ``cuda``.
         isa: CPU instruction set it needs, None elsewhere.
         dtypes: dtypes of activations and weights.
         epilogues: epilogues it fuses.
         devices: device types of its tensors.
-        launch: the op's arguments without ``kernel`` -> output tensor.
+        launch: the op's arguments without ``kernel`` -> output tensor; takes ``config=`` where ``configs`` gives any.
         available: None when this machine can run it, else why not.
         shape_reason: None when it takes the problem's block shape, else why not.
+        configs: launch configurations worth trying on a problem, the likeliest first; ``{}`` is the launcher's default.
+        explicit_only: its speed hangs on the pattern, which a problem does not hold, so ``auto`` never takes it.
     """
 
     name: str
@@ -62,6 +72,8 @@ class KernelSpec:
     launch: Callable[..., Tensor]
     available: Callable[[], str | None]
     shape_reason: Callable[[Problem], str | None] = lambda problem: None
+    configs: Callable[[SizedProblem], Sequence[Mapping[str, int]]] = _one_config
+    explicit_only: bool = False
 
     def supports(self, problem: Problem) -> str | None:
         """None when the kernel takes this problem, else the reason why not."""
@@ -89,25 +101,35 @@ def _always() -> None:
     return None
 
 
+def _no_reason(problem: Problem) -> None:
+    return None
+
+
 def _rows() -> list[KernelSpec]:
     rows = [
         KernelSpec(f"{op}__reference", op, "reference", None, ALL_DTYPES, EPILOGUES[op], frozenset({"cpu", "cuda"}),
                    getattr(reference, op), _always)
-        for op in OPS
+        for op in OPS + GRADIENT_OPS
     ]  # fmt: skip
     for isa in ("avx512", "avx2", "scalar"):
-        for op, launch in (("bsr_conv2d", native.launch_bsr_conv2d), ("bsr_linear", native.launch_bsr_linear)):
+        for op, launch, takes in (
+            ("bsr_conv2d", native.launch_bsr_conv2d, native.shape_reason),
+            ("bsr_linear", native.launch_bsr_linear, native.shape_reason),
+            ("low_rank_linear", native_low_rank.launch_low_rank_linear, _no_reason),
+            ("low_rank_conv2d", native_low_rank.launch_low_rank_conv2d, _no_reason),
+        ):
             rows.append(
                 KernelSpec(f"{op}_f32__{isa}", op, "cpu", isa, frozenset({torch.float32}), EPILOGUES[op],
-                           frozenset({"cpu"}), partial(launch, isa), partial(native.unavailable_reason, isa),
-                           native.shape_reason)
+                           frozenset({"cpu"}), partial(launch, isa), partial(native.unavailable_reason, isa), takes)
             )  # fmt: skip
     half = frozenset({torch.float32, torch.bfloat16, torch.float16})
+    rows += _triton_forward_rows(half)
     relu = frozenset({"none", "relu"})
     for op, module, function in (
-        ("bsr_conv2d", "triton.bsr_conv2d", "launch"),
-        ("bsr_linear", "triton.bsr_conv2d", "launch_linear"),
         ("low_rank_linear", "triton.low_rank_linear", "launch"),
+        ("bsr_conv2d_dgrad", "triton.bsr_conv2d_backward_x", "launch"),
+        ("bsr_conv2d_wgrad", "triton.bsr_conv2d_backward_w", "launch"),
+        ("relu_maxpool2_backward", "triton.relu_maxpool2_backward", "launch"),
     ):
         rows.append(
             KernelSpec(f"{op}__triton", op, "triton", None, half, EPILOGUES[op], frozenset({"cuda", "cpu"}),
@@ -122,10 +144,34 @@ def _rows() -> list[KernelSpec]:
     return rows
 
 
+def _triton_forward_rows(dtypes: frozenset[torch.dtype]) -> list[KernelSpec]:
+    """The four kernels of `triton.bsr_conv2d`; the first is the one that a call without sizes gets."""
+    rows = []
+    for variant, reason in (
+        ("pixels_on_m", "triton.runtime.shape_reason"),
+        ("weights_on_m", "triton.runtime.shape_reason"),
+        ("taps_together", "triton.bsr_conv2d_config.taps_together_reason"),
+        ("shared_input", "triton.bsr_conv2d_config.shared_input_reason"),
+    ):
+        for op, function in (("bsr_conv2d", "launch"), ("bsr_linear", "launch_linear")):
+            if (op, variant) == ("bsr_linear", "taps_together"):
+                continue
+            name = f"{op}__triton" + ("" if variant == "pixels_on_m" else f"_{variant}")
+            rows.append(
+                KernelSpec(name, op, "triton", None, dtypes, EPILOGUES[op], frozenset({"cuda", "cpu"}),
+                           partial(_lazy("triton.bsr_conv2d", function), variant=variant),
+                           _lazy("triton.runtime", "available"), _lazy(*reason.rsplit(".", 1)),
+                           partial(_lazy("triton.bsr_conv2d_config", "device_configs"), variant),
+                           explicit_only=variant == "shared_input")
+            )  # fmt: skip
+    return rows
+
+
 KERNELS: dict[str, KernelSpec] = {spec.name: spec for spec in _rows()}
 
 __all__ = [
     "EPILOGUES",
+    "GRADIENT_OPS",
     "KERNELS",
     "OPS",
     "ConvProblem",

@@ -215,7 +215,9 @@ def _full_pattern(taps: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return crow, torch.arange(taps, dtype=torch.int32, device=device)
 
 
-def launch_low_rank_linear(x: Tensor, U: Tensor, V: Tensor, bias: Tensor | None, epilogue: str) -> Tensor:
+def launch_low_rank_linear(
+    x: Tensor, U: Tensor, V: Tensor, bias: Tensor | None, packed: Sequence[Tensor], epilogue: str
+) -> Tensor:
     """``epilogue((x V^T) U^T + bias)`` in one launch; above rank 640, which shared memory cannot hold, in two.
 
     Args:
@@ -223,6 +225,7 @@ def launch_low_rank_linear(x: Tensor, U: Tensor, V: Tensor, bias: Tensor | None,
         U: ``(out, rank)``.
         V: ``(rank, in)``.
         bias: ``(out,)`` or None.
+        packed: not used.
         epilogue: ``none`` or ``relu``.
 
     Raises:
@@ -257,8 +260,8 @@ def launch_low_rank_linear(x: Tensor, U: Tensor, V: Tensor, bias: Tensor | None,
 
 
 def launch_low_rank_conv2d(
-    x: Tensor, factors: Sequence[Tensor], bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], kind: str, epilogue: str,
+    x: Tensor, factors: Sequence[Tensor], bias: Tensor | None, packed: Sequence[Tensor], stride: Sequence[int],
+    padding: Sequence[int], dilation: Sequence[int], kind: str, epilogue: str,
 ) -> Tensor:  # fmt: skip
     """The factor convolutions one after the other, each through the block-sparse kernel with one full block per tap.
 
@@ -266,6 +269,7 @@ def launch_low_rank_conv2d(
         x: ``(N, C_in, H, W)``, float32, float16 or bfloat16 on the GPU.
         factors: convolution weights in the order they are applied.
         bias: ``(C_out,)`` or None, added after the last factor, as is the epilogue.
+        packed: not used.
         stride, padding, dilation: of the convolution that the factors replace.
         kind: ``svd``, ``tai`` or ``tucker2``.
         epilogue: ``none`` or ``relu``.

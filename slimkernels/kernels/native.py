@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,28 +105,30 @@ class PackedConv2d:
         weight_shape: ``(C_out, C_in, R, S)``.
         stride, padding, dilation: two ints each.
         epilogue: ``none``, ``relu`` or ``relu_maxpool2``.
+        op: named in errors.
 
     Raises:
         ValueError: a pack of another weight shape, or 2**31 entries and more.
     """
 
-    __slots__ = ("_conv2d", "_geometry", "_isa", "_packed", "_pool", "_tail", "c_in", "c_out", "limit")
+    __slots__ = ("_conv2d", "_geometry", "_isa", "_op", "_packed", "_pool", "_tail", "c_in", "c_out", "limit")
 
     def __init__(
         self, isa: str, packed: Sequence[Tensor], weight_shape: Sequence[int], stride: Sequence[int],
-        padding: Sequence[int], dilation: Sequence[int], epilogue: str,
+        padding: Sequence[int], dilation: Sequence[int], epilogue: str, op: str = "bsr_conv2d",
     ) -> None:  # fmt: skip
         self.c_out, self.c_in, r, s = weight_shape
+        self._op = op
         weights, channels, tap_ptr = packed
         strip = weights.shape[1]
         strips = -(-self.c_out // strip)
         if tap_ptr.numel() != strips * r * s + 1 or channels.numel() != weights.shape[0]:
             raise ValueError(
-                f"bsr_conv2d: expected a strip pack of {strips} strips and {r * s} taps, "
+                f"{op}: expected a strip pack of {strips} strips and {r * s} taps, "
                 f"got tap_ptr of length {tap_ptr.numel()}"
             )
         if weights.shape[0] >= 2**31:
-            raise ValueError("bsr_conv2d: expected fewer than 2**31 entries")
+            raise ValueError(f"{op}: expected fewer than 2**31 entries")
         module = _library()[0]
         assert module is not None
         self._conv2d, self._isa, self._packed = module.conv2d_f32, isa, tuple(packed)
@@ -176,7 +179,7 @@ class PackedConv2d:
         if n == 0:
             return
         if max(h * w, p * q) > self.limit:
-            raise ValueError("bsr_conv2d: expected images of fewer than 2**31 elements")
+            raise ValueError(f"{self._op}: expected images of fewer than 2**31 elements")
         if bias is not None and not bias.is_contiguous():
             bias = bias.contiguous()
         weights, channels, tap_ptr = self._packed
@@ -186,7 +189,45 @@ class PackedConv2d:
             torch.get_num_threads(),
         )  # fmt: skip
         if status != 0:
-            raise RuntimeError(f"bsr_conv2d: native kernel {self._isa} failed with status {status}")
+            raise RuntimeError(f"{self._op}: native kernel {self._isa} failed with status {status}")
+
+    def bind(self, x: Tensor, y: Tensor, bias: Tensor | None) -> Callable[[], None]:
+        """The convolution of x into y as a call without arguments, which keeps every tensor it touches alive.
+
+        Args:
+            x: float32 CPU images, channels_last, or contiguous rows ``(..., in)`` where the weight is a linear layer's.
+            y: the output, in the same layout; it does not overlap x.
+
+        Raises:
+            ValueError: tensors of another shape or layout.
+        """
+        images = x.dim() == 4 and self.takes(x)
+        if images:
+            (n, _, h, w), layout = x.shape, torch.channels_last
+            p, q = self.output_size(h, w)
+            size: tuple[int, ...] = (n, self.c_out, p >> self._pool, q >> self._pool)
+        else:
+            n, h, w, p, q, layout = x.numel() // self.c_in, 1, 1, 1, 1, torch.contiguous_format
+            size = (*x.shape[:-1], self.c_out)
+        fits = (images or (self.takes_rows(x) and n > 0)) and y.shape == size and y.dtype is torch.float32
+        if not (fits and x.is_contiguous(memory_format=layout) and y.is_contiguous(memory_format=layout)):
+            raise ValueError(
+                f"{self._op}: expected x and y in {layout} that fit this weight, got {tuple(x.shape)} and {tuple(y.shape)}"
+            )
+        bias = None if bias is None else bias.contiguous()
+        weights, channels, tap_ptr = self._packed
+        run, threads = self._conv2d, torch.get_num_threads
+        arguments = (
+            self._isa, x.data_ptr(), y.data_ptr(), 0 if bias is None else bias.data_ptr(), weights.data_ptr(),
+            channels.data_ptr(), tap_ptr.data_ptr(), n, h, w, self.c_in, self.c_out, p, q, *self._geometry, *self._tail,
+        )  # fmt: skip
+
+        def call(_alive: tuple[Any, ...] = (x, y, bias, self)) -> None:
+            status = run(*arguments, threads())
+            if status != 0:
+                raise RuntimeError(f"{self._op}: native kernel failed with status {status}")
+
+        return call
 
 
 _UNIT = (1, 1)

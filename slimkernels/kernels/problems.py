@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, TypeAlias
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 
@@ -27,6 +28,11 @@ class Request(NamedTuple):
     device: str
     block_shape: tuple[int, int]
     epilogue: str
+
+    @classmethod
+    def of(cls, problem: SizedProblem) -> Request:
+        """The request of a sized problem."""
+        return cls(problem.op, problem.dtype, problem.device, problem.block_shape, problem.epilogue)
 
 
 @dataclass(frozen=True)
@@ -200,3 +206,25 @@ def factor_geometry(
         ]
     carrier = 1 if kind == "tucker2" else 0
     return [(stride, padding, dilation) if i == carrier else unit for i in range(count)]
+
+
+PROBLEM_TYPES = {cls.op: cls for cls in (ConvProblem, LinearProblem, LowRankLinearProblem, LowRankConvProblem)}
+
+
+def problem_json(problem: SizedProblem) -> dict[str, Any]:
+    """A problem as plain data, its op with it."""
+    return {"op": problem.op, **asdict(problem), "dtype": str(problem.dtype).removeprefix("torch.")}
+
+
+def problem_from_json(data: Mapping[str, Any]) -> SizedProblem:
+    """The problem of plain data; raises ValueError or TypeError where a field is wrong."""
+
+    def tupled(value: Any) -> Any:
+        return tuple(map(tupled, value)) if isinstance(value, list) else value
+
+    values = {k: tupled(v) for k, v in data.items()}
+    cls = PROBLEM_TYPES.get(values.pop("op", None))
+    if cls is None:
+        raise ValueError(f"expected op in {', '.join(PROBLEM_TYPES)}, got {data.get('op')!r}")
+    values["dtype"] = getattr(torch, values["dtype"])
+    return cls(**values)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from slimkernels.formats import BSRWeight
+from slimkernels.formats import BSRWeight, _to_blocks
 from slimkernels.kernels.problems import factor_geometry
 
 
@@ -79,14 +79,80 @@ def bsr_linear(
     return y.reshape(*x.shape[:-1], weight_shape[0])
 
 
-def low_rank_linear(x: Tensor, U: Tensor, V: Tensor, bias: Tensor | None, epilogue: str) -> Tensor:
+def _dense_weight(
+    values: Tensor, crow: Tensor, col: Tensor, weight_shape: Sequence[int], block_shape: Sequence[int]
+) -> Tensor:
+    return BSRWeight(values.detach(), crow, col, tuple(weight_shape), tuple(block_shape)).to_dense()  # type: ignore[arg-type]
+
+
+def bsr_conv2d_dgrad(
+    grad: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, transposed: Tensor | None,
+    image: Sequence[int], weight_shape: Sequence[int], block_shape: Sequence[int], stride: Sequence[int],
+    padding: Sequence[int], dilation: Sequence[int],
+) -> Tensor:  # fmt: skip
+    """The gradient of `bsr_conv2d`'s input of size ``image`` (H, W), through the dense weight; ``transposed`` is unused."""
+    dense = _dense_weight(values, crow_indices, col_indices, weight_shape, block_shape)
+    x = grad.new_empty((grad.shape[0], weight_shape[1], *image)).contiguous(memory_format=torch.channels_last)
+    pointwise = _is_strided_pointwise(weight_shape, stride, padding)
+    taken = x[:, :, :: stride[0], :: stride[1]].contiguous(memory_format=torch.channels_last) if pointwise else x
+    step = [1, 1] if pointwise else list(stride)
+    grad_x = torch.ops.aten.convolution_backward(
+        grad.contiguous(memory_format=torch.channels_last), taken, dense, None, step, list(padding), list(dilation),
+        False, [0, 0], 1, [True, False, False],
+    )[0]  # fmt: skip
+    if pointwise:
+        x = torch.zeros_like(x)
+        x[:, :, :: stride[0], :: stride[1]] = grad_x
+        grad_x = x
+    return grad_x.contiguous(memory_format=torch.channels_last)
+
+
+def _is_strided_pointwise(weight_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> bool:
+    """Whether a convolution reads every stride-th pixel only: 1x1 without padding.
+
+    Said so to oneDNN (torch 2.15) with 2, 3, 5 or 7 channels_last input channels, its weight gradient writes past its
+    buffers, so those pixels are taken first.
+    """
+    return max(weight_shape[2:]) == 1 and max(padding) == 0 and max(stride) > 1
+
+
+def bsr_conv2d_wgrad(
+    grad: Tensor, x: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, weight_shape: Sequence[int],
+    block_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+) -> Tensor:  # fmt: skip
+    """The gradient of `bsr_conv2d`'s values, cut out of the dense weight's gradient; spare blocks get 0."""
+    if _is_strided_pointwise(weight_shape, stride, padding):
+        x, stride = x[:, :, :: stride[0], :: stride[1]].contiguous(memory_format=torch.channels_last), (1, 1)
+    grad_w = torch.ops.aten.convolution_backward(
+        grad.contiguous(memory_format=torch.channels_last), x, x.new_empty(tuple(weight_shape)), None, list(stride),
+        list(padding), list(dilation), False, [0, 0], 1, [False, True, False],
+    )[1]  # fmt: skip
+    weight = BSRWeight(values, crow_indices, col_indices, tuple(weight_shape), tuple(block_shape))  # type: ignore[arg-type]
+    grad_values = torch.zeros_like(values, memory_format=torch.contiguous_format)
+    rows, cols = weight.block_rows(), col_indices[: weight.nnz_blocks].long()
+    grad_values[: weight.nnz_blocks] = _to_blocks(grad_w, block_shape)[rows, cols]
+    return grad_values
+
+
+def relu_maxpool2_backward(grad: Tensor, y: Tensor) -> Tensor:
+    """The gradient of the epilogue ``relu_maxpool2`` for the convolution's output ``y`` after its ReLU."""
+    indices = torch.ops.aten.max_pool2d_with_indices(y, [2, 2], [2, 2])[1]
+    grad = torch.ops.aten.max_pool2d_with_indices_backward(
+        grad.contiguous(memory_format=torch.channels_last), y, [2, 2], [2, 2], [0, 0], [1, 1], False, indices
+    )
+    return torch.ops.aten.threshold_backward(grad, y, 0)
+
+
+def low_rank_linear(
+    x: Tensor, U: Tensor, V: Tensor, bias: Tensor | None, packed: Sequence[Tensor], epilogue: str
+) -> Tensor:
     """``epilogue((x V^T) U^T + bias)``; U (out, rank), V (rank, in)."""
     return apply_epilogue(F.linear(F.linear(x, V), U, bias), epilogue)
 
 
 def low_rank_conv2d(
-    x: Tensor, factors: Sequence[Tensor], bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], kind: str, epilogue: str,
+    x: Tensor, factors: Sequence[Tensor], bias: Tensor | None, packed: Sequence[Tensor], stride: Sequence[int],
+    padding: Sequence[int], dilation: Sequence[int], kind: str, epilogue: str,
 ) -> Tensor:  # fmt: skip
     """The chain of factor convolutions, bias after the last."""
     geometry = factor_geometry(kind, len(factors), tuple(stride), tuple(padding), tuple(dilation))  # type: ignore[arg-type]

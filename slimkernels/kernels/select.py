@@ -1,15 +1,23 @@
-"""Choice of a kernel: problem -> candidates, each kept or rejected with a reason -> predicted time -> choice."""
+"""Choice of a kernel: problem -> candidates, each kept or rejected with a reason -> tuned entry or cost -> choice.
+
+An op asks `launcher`; the answer, a launch function with its configuration bound, is remembered for each problem.
+Nothing is measured here: `slimkernels tune` measures, and leaves a table that `slimkernels.kernels.tables` reads.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from slimkernels import env
-from slimkernels.kernels import KERNELS, KernelSpec
-from slimkernels.kernels.problems import ConvProblem, LinearProblem, Problem, Request, SizedProblem
+from slimkernels.kernels import KERNELS, KernelSpec, cost_model, tables
+from slimkernels.kernels.problems import Problem, Request, SizedProblem
 
 _ISA_ORDER = ("scalar", "avx2", "avx512")
 _BACKEND_ORDER = ("triton", "cuda", "cpu", "reference")
@@ -26,10 +34,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class KernelChoice:
-    """The kernel to run, its tile parameters, and why."""
+    """The kernel to run, its launch configuration, and why."""
 
     name: str
-    config: dict[str, int] = field(default_factory=dict)
+    config: Mapping[str, int] = field(default_factory=dict)
     reason: str = ""
 
 
@@ -40,6 +48,8 @@ def _rejected(spec: KernelSpec, problem: Problem, backend: str, isa_cap: str | N
         return "Triton's interpreter runs on explicit request only"
     if spec.isa is not None and isa_cap is not None and _ISA_ORDER.index(spec.isa) > _ISA_ORDER.index(isa_cap):
         return f"SLIMKERNELS_ISA caps the instruction set at {isa_cap}"
+    if spec.explicit_only:
+        return "its speed hangs on the pattern: it runs on explicit request only"
     return spec.supports(problem) or spec.available()
 
 
@@ -70,39 +80,173 @@ def candidates(problem: SizedProblem, backend: str = "auto") -> list[Candidate]:
     ]
 
 
-def choose(problem: Problem, backend: str = "auto") -> KernelChoice:
-    """The kept kernel of the fastest backend: Triton, CUDA C++, CPU (highest instruction set), reference.
+def choose(problem: Problem, backend: str = "auto", index: int = -1) -> KernelChoice:
+    """The kernel for a problem, by the tuned table or the cost model where several compete.
+
+    A `Request` (no sizes) gets the kept kernel of the fastest backend: Triton, CUDA C++, CPU (highest instruction set),
+    reference. So does a sized problem that leaves one kernel and one configuration: block-sparse kernels always come
+    before the reference, which multiplies the zeros, and a higher instruction set before a lower one.
+
+    Args:
+        index: of the CUDA device, whose table and ceilings count; -1 is the current one.
 
     Raises:
         ValueError: no kernel takes the problem on the backend asked for; the message lists every rejection.
     """
-    return _choose(Request(problem.op, problem.dtype, problem.device, problem.block_shape, problem.epilogue),
-                   _backend(backend), env.isa_cap())  # fmt: skip
+    return _choose(problem, _backend(backend), env.isa_cap(), index)
 
 
-@lru_cache(maxsize=1024)
-def _choose(request: Request, backend: str, isa_cap: str | None) -> KernelChoice:
+@lru_cache(maxsize=4096)
+def _choose(problem: Problem, backend: str, isa_cap: str | None, index: int) -> KernelChoice:
     def rank(spec: KernelSpec) -> tuple[int, int]:
         return _BACKEND_ORDER.index(spec.backend), -_ISA_ORDER.index(spec.isa) if spec.isa else 0
 
     passed_over: list[str] = []
-    for spec in sorted(_kernels_of(request), key=rank):
-        reason = _rejected(spec, request, backend, isa_cap)
+    kept: list[KernelSpec] = []
+    for spec in sorted(_kernels_of(problem), key=rank):
+        reason = _rejected(spec, problem, backend, isa_cap)
         if reason is None:
-            return KernelChoice(spec.name, {}, "; ".join(passed_over) or "first choice")
-        passed_over.append(f"{spec.name}: {reason}")
-    raise ValueError(f"{request.op}: no kernel takes this problem ({'; '.join(passed_over)})")
+            kept.append(spec)
+        elif not kept:
+            passed_over.append(f"{spec.name}: {reason}")
+    if not kept:
+        raise ValueError(f"{problem.op}: no kernel takes this problem ({'; '.join(passed_over)})")
+    first = KernelChoice(kept[0].name, {}, "; ".join(passed_over) or "first choice")
+    return first if isinstance(problem, Request) else _compared(problem, _contenders(kept), first, index)
+
+
+def _contenders(kept: list[KernelSpec]) -> list[KernelSpec]:
+    """Of the kept kernels, best backend first, those that may be the fastest."""
+    isa = next((s.isa for s in kept if s.isa is not None), None)
+    # A native kernel goes before the reference: that multiplies zeros, or runs low-rank factors by torch's layers, which
+    # won on no convolution of a low-rank VGG-19.
+    sparse = kept[0].op.startswith("bsr") or kept[0].isa is not None
+    return [
+        s for s in kept if s.isa == isa or (s.isa is None and (s is kept[0] or s.backend != "reference" or not sparse))
+    ]
+
+
+def _compared(problem: SizedProblem, specs: list[KernelSpec], first: KernelChoice, index: int) -> KernelChoice:
+    ways = list(configurations(problem, specs))
+    if len(ways) == 1:
+        return KernelChoice(first.name, ways[0][1], first.reason)
+    found = tables.nearest(problem, index)
+    if found is not None:
+        entry, away = found
+        config = dict(entry.config)
+        if any(spec.name == entry.kernel and (config in (dict(c), {})) for spec, c in ways):
+            how = "tuned on this shape" if away == 0 else f"tuned on a shape {away:.1f} doublings away"
+            return KernelChoice(entry.kernel, config, f"{how}: {1e6 * entry.seconds:.3g} us")
+    times = [(predicted_seconds(spec, problem, config, index), i) for i, (spec, config) in enumerate(ways)]
+    (best, i), *others = sorted(times)
+    text = f"cost model: {1e6 * best:.3g} us"
+    other = next((t for t, j in others if ways[j][0] is not ways[i][0]), None)
+    text += "" if other is None else f", the next kernel {1e6 * other:.3g} us"
+    return KernelChoice(ways[i][0].name, ways[i][1], text)
+
+
+def configurations(
+    problem: SizedProblem, specs: list[KernelSpec] | None = None, backend: str = "auto"
+) -> Iterator[tuple[KernelSpec, dict[str, int]]]:
+    """Every kept kernel of a problem with every launch configuration: what a choice is made from, and `tune` times.
+
+    Args:
+        specs: the kernels; by default all that are kept and may be the fastest.
+
+    Raises:
+        ValueError: no kernel takes the problem.
+    """
+    if specs is None:
+        rejections = {s.name: _rejected(s, problem, _backend(backend), env.isa_cap()) for s in _kernels_of(problem)}
+        kept = [s for s in _kernels_of(problem) if rejections[s.name] is None]
+        if not kept:
+            raise ValueError(f"{problem.op}: no kernel takes this problem ({rejections})")
+        kept.sort(key=lambda s: (_BACKEND_ORDER.index(s.backend), -_ISA_ORDER.index(s.isa) if s.isa else 0))
+        specs = _contenders(kept)
+    for spec in specs:
+        for config in spec.configs(problem):
+            yield spec, dict(config)
 
 
 def resolve(kernel: str, request: Request) -> KernelSpec:
-    """The KernelSpec that an op call runs: an explicit name as it is, or the choice for ``auto``.
+    """The KernelSpec that a call without sizes would run: an explicit name as it is, or the choice for ``auto``.
 
     Raises:
         ValueError: unknown name, or an explicit kernel that cannot run; explicit requests never fall back.
     """
     if kernel == "auto":
-        return KERNELS[_choose(request, env.backend(), env.isa_cap()).name]
+        return KERNELS[_choose(request, env.backend(), env.isa_cap(), -1).name]
     return _explicit(kernel, request)
+
+
+def launcher(kernel: str, index: int, problem_type: type[SizedProblem], *sizes: Any) -> Callable[..., Tensor]:
+    """The launch function that an op call runs, its configuration bound; remembered per arguments.
+
+    Args:
+        kernel: an explicit name, which keeps its name and gets the best of its configurations, or ``auto``.
+        index: of x's CUDA device, -1 on the CPU (``x.get_device()``).
+        problem_type, sizes: the problem, taken apart because a cache looks up a tuple faster than a dataclass.
+
+    Raises:
+        ValueError: unknown name, or an explicit kernel that cannot run; explicit requests never fall back.
+    """
+    if _FORCED:
+        return _bound(_FORCED[-1])
+    return _launcher(kernel, env.backend(), env.isa_cap(), index, problem_type, sizes)
+
+
+_FORCED: list[KernelChoice] = []
+
+
+@contextmanager
+def forced(choice: KernelChoice) -> Iterator[None]:
+    """Every op call inside, of whatever problem, runs this choice: for measuring one configuration after another."""
+    _FORCED.append(choice)
+    try:
+        yield
+    finally:
+        _FORCED.pop()
+
+
+def _bound(choice: KernelChoice) -> Callable[..., Tensor]:
+    launch = KERNELS[choice.name].launch
+    return partial(launch, config=choice.config) if choice.config else launch
+
+
+@lru_cache(maxsize=4096)
+def _launcher(
+    kernel: str, backend: str, isa_cap: str | None, index: int, problem_type: type[SizedProblem], sizes: tuple[Any, ...]
+) -> Callable[..., Tensor]:
+    problem = problem_type(*sizes)
+    if kernel == "auto":
+        choice = _choose(problem, backend, isa_cap, index)
+    else:
+        spec = _explicit(kernel, Request.of(problem))
+        choice = _compared(problem, [spec], KernelChoice(kernel), index)
+    return _bound(choice)
+
+
+def forget() -> None:
+    """Drops every remembered choice and loaded table: for a table that was written meanwhile."""
+    _choose.cache_clear()
+    _launcher.cache_clear()
+    tables.forget()
+
+
+def resolve_gradient(kernel: str, request: Request) -> KernelSpec:
+    """The KernelSpec of a gradient op for a layer whose forward runs ``kernel``: of the same backend.
+
+    A backend without a kernel of its own for this gradient (CUDA C++; C++ CPU kernels that do not take the shape)
+    leaves the choice to ``auto``. An explicit Triton or reference forward keeps its backend.
+
+    Raises:
+        ValueError: an unknown kernel, or no kernel of that backend takes the gradient.
+    """
+    if kernel != "auto" and kernel not in KERNELS:
+        raise ValueError(f"{request.op}: expected 'auto' or a listed kernel, got {kernel!r}")
+    backend = env.backend() if kernel == "auto" else KERNELS[kernel].backend
+    backend = backend if backend in ("triton", "reference") else "auto"
+    return KERNELS[_choose(request, backend, env.isa_cap(), -1).name]
 
 
 @lru_cache(maxsize=1024)
@@ -117,14 +261,6 @@ def _explicit(kernel: str, request: Request) -> KernelSpec:
     return spec
 
 
-# GFLOP/s per thread (2 per multiply-add), used where nothing was timed. Set by hand, not fitted: avx2 near what Zen 3
-# reaches alone on VGG-19's layers; scalar and avx512 are guesses. The GPU's rates are leads, never measured by us.
-_DENSE_GFLOPS = {"scalar": 40.0, "avx2": 75.0, "avx512": 95.0}
-_SPARSE_GFLOPS = {"scalar": 6.0, "avx2": 70.0, "avx512": 85.0}
-_CALL_SECONDS = 8e-6
-_GPU_DENSE_TFLOPS, _GPU_L2_TBYTES = 600.0, 5.5
-
-
 def machine_isa() -> str:
     """The highest instruction set whose native kernels run here; ``scalar`` when there are none."""
     for isa in reversed(_ISA_ORDER):
@@ -133,31 +269,20 @@ def machine_isa() -> str:
     return "scalar"
 
 
-def predicted_seconds(spec: KernelSpec, problem: SizedProblem) -> float:
-    """Predicted time of a kernel on a problem; a crude roofline, only ever compared with other predictions.
-
-    On a GPU the gather kernel is bound by L2: ``BM * block_out / (BM + block_out)`` FLOPs a byte with BM = 128 pixels.
-    """
-    if spec.backend == "reference":
-        return predicted_dense_seconds(problem)
+def predicted_seconds(
+    spec: KernelSpec, problem: SizedProblem, config: Mapping[str, int] | None = None, index: int = -1
+) -> float:
+    """Predicted time of a kernel on a problem, only ever compared with other predictions (see `cost_model`)."""
     if problem.device == "cpu":
-        rate = _SPARSE_GFLOPS[spec.isa or "scalar"] * 1e9 * torch.get_num_threads()
-        if isinstance(problem, ConvProblem | LinearProblem) and strip_is_half(spec, problem):
-            rate *= 0.75
-        return 2 * problem.macs / rate + _CALL_SECONDS
-    block_out = problem.block_shape[0] if isinstance(problem, ConvProblem | LinearProblem) else 128
-    intensity = 128 * block_out / (128 + block_out)
-    return 2 * problem.macs / (min(_GPU_DENSE_TFLOPS, intensity * _GPU_L2_TBYTES) * 1e12) + _CALL_SECONDS
+        threads = torch.get_num_threads()
+        if spec.backend == "reference" or spec.isa is None:
+            return cost_model.cpu_reference_seconds(problem, tables.cpu_rates(machine_isa()), threads)
+        return cost_model.cpu_seconds(problem, tables.cpu_rates(spec.isa), threads)
+    return cost_model.predict_gpu(spec.backend, problem, config or {}, tables.gpu_rates(index)).seconds
 
 
-def strip_is_half(spec: KernelSpec, problem: ConvProblem | LinearProblem) -> bool:
-    """Whether the block shape leaves strips of 8 channels: half a register on AVX-512, fewer FMAs a load on AVX2."""
-    return spec.isa is not None and problem.block_shape[0] % 16 != 0
-
-
-def predicted_dense_seconds(problem: SizedProblem) -> float:
+def predicted_dense_seconds(problem: SizedProblem, index: int = -1) -> float:
     """Predicted time of the dense layer (torch's own) that a problem replaces."""
     if problem.device == "cpu":
-        rate = _DENSE_GFLOPS[machine_isa()] * 1e9 * torch.get_num_threads()
-        return 2 * problem.macs_dense / rate + _CALL_SECONDS
-    return 2 * problem.macs_dense / (_GPU_DENSE_TFLOPS * 1e12) + _CALL_SECONDS
+        return cost_model.cpu_dense_seconds(problem, tables.cpu_rates(machine_isa()), torch.get_num_threads())
+    return cost_model.gpu_dense(problem, tables.gpu_rates(index)).seconds

@@ -13,13 +13,19 @@ from slimkernels.formats import BSRWeight, block_shape_2d
 from slimkernels.kernels import native
 from slimkernels.kernels.problems import Request
 from slimkernels.kernels.select import resolve
+from slimkernels.kernels.transposed import transpose_index
+from slimkernels.kernels.triton.bsr_conv2d_index import forward_order
 from slimkernels.nn.attributes import check_epilogue, resolved_padding, unsupported_conv_reason
 from slimkernels.ops import bsr_conv2d, bsr_linear
 from slimkernels.ops.library import runs_plainly
 
 
 class _BlockSparse(nn.Module):
-    """What the block-sparse modules share: the weight's tensors and the prepacked copy that the CPU kernels read.
+    """What the block-sparse modules share: the weight's tensors, their transposed index, and the CPU kernels' pack.
+
+    The transposed index (`slimkernels.kernels.transposed`) serves the gradient of the input. It follows the pattern
+    alone, is a buffer outside of the state dict, and is rewritten in place when the pattern changes. So is the order in
+    which the Triton kernels take block rows and blocks (`forward_order`).
 
     The pack exists in eval mode only. It is dropped by ``train()``, when the module is moved or loaded, and it is
     passed over (the op then packs by itself) when ``values`` changed since or wants a gradient. Writing to ``values``
@@ -32,6 +38,8 @@ class _BlockSparse(nn.Module):
     bias: nn.Parameter | None
     crow_indices: Tensor
     col_indices: Tensor
+    transposed: Tensor
+    order: Tensor
     weight_shape: tuple[int, ...]
     block_shape: tuple[int, int]
     epilogue: str
@@ -57,6 +65,27 @@ class _BlockSparse(nn.Module):
         self._packed_from: tuple[Tensor, int] | None = None
         self._prepared: tuple[str, native.PackedConv2d] | None = None
         self.weight_bsr().validate()
+        self.register_buffer("transposed", self._transposed_index(), persistent=False)
+        self.register_buffer("order", self._order(), persistent=False)
+
+    def _transposed_index(self) -> Tensor:
+        weight_shape, stride, _, dilation = self._call_geometry()
+        return transpose_index(self.crow_indices, self.col_indices, weight_shape, self.block_shape, stride, dilation)
+
+    def _order(self) -> Tensor:
+        return forward_order(self.crow_indices, self.col_indices, self._call_geometry()[0], self.block_shape)
+
+    def pattern_changed(self) -> None:
+        """To be called when ``crow_indices`` or ``col_indices`` were written to: renews what follows from them."""
+        self.drop_packed()
+        self.transposed.copy_(self._transposed_index())
+        self.order.copy_(self._order())
+        if not self.training:
+            self.prepack()
+
+    def _index_for_gradients(self) -> Tensor | None:
+        """The transposed index where a backward may follow; an exported program does not carry it."""
+        return self.transposed if torch.is_grad_enabled() and not torch.compiler.is_exporting() else None
 
     def _assign(self, weight: BSRWeight, like: nn.Conv2d | nn.Linear) -> None:
         """Takes over the values and bias of a dense layer, its training flag and requires_grad."""
@@ -144,7 +173,7 @@ class _BlockSparse(nn.Module):
         buffers = self._buffers
         weights = buffers["packed_weights"]
         if weights is None:
-            return []
+            return [self.order] if self.values.is_cuda and not torch.compiler.is_exporting() else []
         values = self.values
         if torch.compiler.is_compiling():
             # A compiled graph cannot see later writes, so only frozen values may be read through the pack.
@@ -190,8 +219,10 @@ class _BlockSparse(nn.Module):
                 return
         self.drop_packed()
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if not self.training:
-            self.prepack()
+        if not self.crow_indices.is_meta:
+            if self.transposed.device != self.crow_indices.device:  # loaded with assign=True
+                self.transposed, self.order = self._transposed_index(), self._order()
+            self.pattern_changed()
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
@@ -308,7 +339,7 @@ class BlockSparseConv2d(_BlockSparse):
         return bsr_conv2d(
             x, self.values, self.crow_indices, self.col_indices, self.bias, self._packed(),
             weight_shape=self.weight_shape, block_shape=self.block_shape, stride=self.stride, padding=self.padding,
-            dilation=self.dilation, epilogue=self.epilogue, kernel=self.kernel,
+            dilation=self.dilation, epilogue=self.epilogue, kernel=self.kernel, transposed=self._index_for_gradients(),
         )  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -394,6 +425,7 @@ class BlockSparseLinear(_BlockSparse):
         return bsr_linear(
             x, self.values, self.crow_indices, self.col_indices, self.bias, self._packed(),
             weight_shape=self.weight_shape, block_shape=self.block_shape, epilogue=self.epilogue, kernel=self.kernel,
+            transposed=self._index_for_gradients(),
         )  # fmt: skip
 
     def extra_repr(self) -> str:

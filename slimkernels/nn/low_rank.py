@@ -10,12 +10,19 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
 from slimkernels.formats import LOW_RANK_KINDS, LowRankWeight
+from slimkernels.kernels.native_low_rank import PackedLowRank, prepare_conv2d, prepare_linear
 from slimkernels.nn.attributes import check_epilogue
+from slimkernels.nn.prepacked import PrepackedFactors
 from slimkernels.ops import low_rank_conv2d, low_rank_linear
 
 
-class LowRankLinear(nn.Module):
+class LowRankLinear(PrepackedFactors):
     """Drop-in for ``nn.Linear``: ``y = epilogue((x V^T) U^T + bias)`` with U ``(out, rank)`` and V ``(rank, in)``."""
+
+    _op = "low_rank_linear"
+    # Below, torch's two products are done before two native calls have started (Zen 3, 1 to 256 rows: 65 000 weights
+    # at 0.5 to 0.8 times torch's speed, 370 000 at 0.9 to 1.5 times).
+    _least_weights = 2**18
 
     def __init__(
         self, in_features: int, out_features: int, rank: int, bias: bool = True, *, epilogue: str = "none",
@@ -33,6 +40,14 @@ class LowRankLinear(nn.Module):
         # Kaiming's bound for the product: var(U V x) = rank * var(U) * in * var(V) * var(x).
         nn.init.normal_(self.U, std=rank**-0.5)
         nn.init.normal_(self.V, std=in_features**-0.5)
+        self._init_packed(2)
+
+    def _factors(self) -> list[Tensor]:
+        parameters = self._parameters
+        return [parameters["V"], parameters["U"]]  # type: ignore[list-item]
+
+    def _prepare(self, isa: str, packed: Sequence[Tensor]) -> PackedLowRank:
+        return prepare_linear(isa, packed, self.U, self.V, self.epilogue)
 
     @classmethod
     def from_factors(
@@ -69,7 +84,10 @@ class LowRankLinear(nn.Module):
         return linear.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        return low_rank_linear(x, self.U, self.V, self.bias, epilogue=self.epilogue, kernel=self.kernel)
+        ready = self._ready(x)
+        if ready is not None and ready.takes_rows(x):
+            return ready.rows(x.contiguous(), self._parameters["bias"])
+        return low_rank_linear(x, self.U, self.V, self.bias, self._packed(), epilogue=self.epilogue, kernel=self.kernel)
 
     def extra_repr(self) -> str:
         return (
@@ -78,7 +96,7 @@ class LowRankLinear(nn.Module):
         )
 
 
-class LowRankConv2d(nn.Module):
+class LowRankConv2d(PrepackedFactors):
     """Drop-in for ``nn.Conv2d`` (groups = 1, zero padding): a chain of factor convolutions, bias after the last.
 
     Args:
@@ -91,6 +109,7 @@ class LowRankConv2d(nn.Module):
     ``factors`` is the ``nn.ParameterList`` of the ordered convolution weights, channels_last like the activations.
     """
 
+    _op = "low_rank_conv2d"
     groups = 1
     padding_mode = "zeros"
 
@@ -126,6 +145,14 @@ class LowRankConv2d(nn.Module):
         for factor in self.factors:
             nn.init.normal_(factor, std=factor[0].numel() ** -0.5)
         self.bias = nn.Parameter(torch.zeros(out_channels, device=device, dtype=dtype)) if bias else None
+        self._init_packed(len(shapes))
+
+    def _factors(self) -> list[Tensor]:
+        return list(self._modules["factors"]._parameters.values())  # type: ignore[union-attr]
+
+    def _prepare(self, isa: str, packed: Sequence[Tensor]) -> PackedLowRank:
+        geometry = self.stride, self.padding, self.dilation
+        return prepare_conv2d(isa, packed, self._factors(), *geometry, self.kind, self.epilogue)  # type: ignore[arg-type]
 
     @classmethod
     def from_factors(
@@ -165,10 +192,13 @@ class LowRankConv2d(nn.Module):
         return conv.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
+        ready = self._ready(x)
+        if ready is not None and ready.takes(x):
+            return ready(x.contiguous(memory_format=torch.channels_last), self._parameters["bias"])
         if x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
         return low_rank_conv2d(
-            x, self.factors, self.bias, kind=self.kind, stride=self.stride, padding=self.padding,
+            x, self.factors, self.bias, self._packed(), kind=self.kind, stride=self.stride, padding=self.padding,
             dilation=self.dilation, epilogue=self.epilogue, kernel=self.kernel,
         )  # fmt: skip
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from slimkernels.formats import BSRWeight, _to_blocks, block_grid
-from slimkernels.kernels import KERNELS, reference
-from slimkernels.kernels.problems import Request, conv_output_size
-from slimkernels.kernels.select import resolve
+from slimkernels.formats import block_grid
+from slimkernels.kernels import KERNELS
+from slimkernels.kernels.problems import ConvProblem, LinearProblem, Request, conv_output_size
+from slimkernels.kernels.select import launcher, resolve_gradient
+from slimkernels.kernels.transposed import pack_size
 from slimkernels.ops.library import (
     OPS,
     cast_floats,
@@ -30,7 +32,7 @@ _CHANNELS_LAST = torch.channels_last
 
 def _check_weight(
     op: str, x: Tensor, values: Tensor, crow: Tensor, col: Tensor, bias: Tensor | None, weight_shape: Sequence[int],
-    block_shape: Sequence[int], epilogue: str,
+    block_shape: Sequence[int], epilogue: str, transposed: Tensor | None, stride: Sequence[int] = (1, 1),
 ) -> None:  # fmt: skip
     check_epilogue(op, epilogue)
     check_floating(op, x, values=values, bias=bias)
@@ -40,7 +42,11 @@ def _check_weight(
             f"{op}: expected values of shape (nnz_blocks, {block_shape[0]}, {block_shape[1]}), "
             f"got {tuple(values.shape)}"
         )
-    for name, index, size in (("crow_indices", crow, rows + 1), ("col_indices", col, values.shape[0])):
+    indices = [("crow_indices", crow, rows + 1), ("col_indices", col, values.shape[0])]
+    if transposed is not None:
+        shape = (*weight_shape, 1, 1)[:4]
+        indices.append(("transposed", transposed, pack_size(values.shape[0], shape, block_shape, stride)))
+    for name, index, size in indices:
         if index.dtype != torch.int32:
             raise TypeError(f"{op}: expected {name} of dtype torch.int32, got {index.dtype}")
         if index.dim() != 1 or index.shape[0] != size:
@@ -53,13 +59,14 @@ def _check_weight(
 def _conv2d_output_shape(
     x: Tensor, values: Tensor, crow: Tensor, col: Tensor, bias: Tensor | None, weight_shape: Sequence[int],
     block_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], epilogue: str,
+    transposed: Tensor | None,
 ) -> tuple[int, int, int, int]:  # fmt: skip
     """The checked output shape of `bsr_conv2d`."""
     op = "bsr_conv2d"
     if x.dim() != 4 or x.shape[1] != weight_shape[1]:
         raise ValueError(f"{op}: expected x of shape (N, {weight_shape[1]}, H, W), got {tuple(x.shape)}")
-    _check_weight(op, x, values, crow, col, bias, weight_shape, block_shape, epilogue)
     check_geometry(op, stride, padding, dilation)
+    _check_weight(op, x, values, crow, col, bias, weight_shape, block_shape, epilogue, transposed, stride)
     p = conv_output_size(x.shape[2], weight_shape[2], stride[0], padding[0], dilation[0])
     q = conv_output_size(x.shape[3], weight_shape[3], stride[1], padding[1], dilation[1])
     if epilogue == "relu_maxpool2":
@@ -72,15 +79,20 @@ def _conv2d_output_shape(
 def _bsr_conv2d(
     x: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, bias: Tensor | None, packed: Sequence[Tensor],
     weight_shape: Sequence[int], block_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], epilogue: str, kernel: str,
+    dilation: Sequence[int], epilogue: str, kernel: str, transposed: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     _conv2d_output_shape(
-        x, values, crow_indices, col_indices, bias, weight_shape, block_shape, stride, padding, dilation, epilogue
-    )
+        x, values, crow_indices, col_indices, bias, weight_shape, block_shape, stride, padding, dilation, epilogue,
+        transposed,
+    )  # fmt: skip
     block = (block_shape[0], block_shape[1])
-    spec = resolve(kernel, Request("bsr_conv2d", x.dtype, x.device.type, block, epilogue))
+    launch = launcher(
+        kernel, x.get_device(), ConvProblem, x.shape[0], x.shape[1], x.shape[2], x.shape[3], weight_shape[0],
+        weight_shape[2], weight_shape[3], tuple(stride), tuple(padding), tuple(dilation), block, values.shape[0],
+        x.dtype, x.device.type, epilogue,
+    )  # fmt: skip
     x = x.contiguous(memory_format=_CHANNELS_LAST)
-    y = spec.launch(
+    y = launch(
         x, values, crow_indices, col_indices, bias, packed, weight_shape, block, stride, padding, dilation, epilogue
     )
     return with_channels_last_strides(y)
@@ -89,66 +101,66 @@ def _bsr_conv2d(
 def _bsr_conv2d_fake(
     x: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, bias: Tensor | None, packed: Sequence[Tensor],
     weight_shape: Sequence[int], block_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], epilogue: str, kernel: str,
+    dilation: Sequence[int], epilogue: str, kernel: str, transposed: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     shape = _conv2d_output_shape(
-        x, values, crow_indices, col_indices, bias, weight_shape, block_shape, stride, padding, dilation, epilogue
-    )
+        x, values, crow_indices, col_indices, bias, weight_shape, block_shape, stride, padding, dilation, epilogue,
+        transposed,
+    )  # fmt: skip
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_CHANNELS_LAST)
 
 
 def _bsr_conv2d_backward(
-    grad: Tensor, x: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, bias: Tensor | None, y: Tensor,
-    weight_shape: Sequence[int], block_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], epilogue: str, output_mask: Sequence[bool],
+    grad: Tensor, x: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, bias: Tensor | None,
+    y: Tensor | None, transposed: Tensor | None, weight_shape: Sequence[int], block_shape: Sequence[int],
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], epilogue: str, kernel: str,
+    output_mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, values and bias through dense reference math; an empty tensor where ``output_mask`` is False."""
-    weight = BSRWeight(values.detach(), crow_indices, col_indices, tuple(weight_shape), tuple(block_shape))  # type: ignore[arg-type]
-    if epilogue == "relu_maxpool2":
-        y = reference.bsr_conv2d(
-            x, values, crow_indices, col_indices, bias, (), weight_shape, block_shape, stride, padding, dilation, "relu"
-        )
-        indices = torch.ops.aten.max_pool2d_with_indices(y, [2, 2], [2, 2])[1]
-        grad = torch.ops.aten.max_pool2d_with_indices_backward(
-            grad.contiguous(memory_format=_CHANNELS_LAST), y, [2, 2], [2, 2], [0, 0], [1, 1], False, indices
-        )
-    if epilogue != "none":
+    """Gradients of x, values and bias; an empty tensor where ``output_mask`` is False.
+
+    Both gradient kernels read every element of ``grad`` many times, so the epilogue's mask is applied once before them
+    rather than in their main loops. ``relu_maxpool2`` kept no output: it is computed again and overwritten with the
+    gradient. The bias gradient is torch's sum: one deterministic pass, and block rows without stored blocks have one.
+    """
+    block = (block_shape[0], block_shape[1])
+
+    def launch(op: str, *args: Any) -> Tensor:
+        return resolve_gradient(kernel, Request(op, x.dtype, x.device.type, block, "none")).launch(*args)
+
+    grad = grad.contiguous(memory_format=_CHANNELS_LAST)
+    if epilogue == "relu":
         grad = torch.ops.aten.threshold_backward(grad, y, 0)
+    elif epilogue == "relu_maxpool2":
+        y = _bsr_conv2d(
+            x, values, crow_indices, col_indices, bias, (), weight_shape, block_shape, stride, padding, dilation,
+            "relu", kernel,
+        )  # fmt: skip
+        grad = launch("relu_maxpool2_backward", grad, y)
     need_x, need_values, need_bias = output_mask
-    # A 1x1 convolution reads every stride-th pixel only. Said so to oneDNN (torch 2.15) with 2, 3, 5 or 7 channels_last
-    # input channels, its weight gradient writes past its buffers, so those pixels are taken first.
-    pointwise = max(weight_shape[2:]) == 1 and max(padding) == 0 and max(stride) > 1
-    taken = x[:, :, :: stride[0], :: stride[1]].contiguous(memory_format=_CHANNELS_LAST) if pointwise else x
-    grad_x, grad_w, grad_b = torch.ops.aten.convolution_backward(
-        grad.contiguous(memory_format=_CHANNELS_LAST), taken, weight.to_dense(),
-        [weight_shape[0]] if need_bias else None, [1, 1] if pointwise else list(stride), list(padding), list(dilation),
-        False, [0, 0], 1, [need_x, need_values, need_bias],
-    )  # fmt: skip
-    if pointwise and need_x:
-        spread = torch.zeros_like(x)
-        spread[:, :, :: stride[0], :: stride[1]] = grad_x
-        grad_x = spread
-    empty = x.new_empty(0)
-    grad_values = empty
+    weight = (values, crow_indices, col_indices)
+    geometry = (weight_shape, block, stride, padding, dilation)
+    grad_x, grad_values = x.new_empty(0), x.new_empty(0)
+    if need_x:
+        grad_x = with_channels_last_strides(
+            launch("bsr_conv2d_dgrad", grad, *weight, transposed, tuple(x.shape[2:]), *geometry)
+        )
     if need_values:
-        grad_values = torch.zeros_like(values)
-        rows, cols = weight.block_rows(), col_indices[: weight.nnz_blocks].long()
-        grad_values[: weight.nnz_blocks] = _to_blocks(grad_w, block_shape)[rows, cols]
-    return (
-        grad_x.contiguous(memory_format=_CHANNELS_LAST) if need_x else empty,
-        grad_values,
-        grad_b if need_bias else empty.clone(),
-    )
+        x = x.contiguous(memory_format=_CHANNELS_LAST)
+        grad_values = launch("bsr_conv2d_wgrad", grad, x, *weight, *geometry)
+    return grad_x, grad_values, grad.sum((0, 2, 3)) if need_bias else x.new_empty(0)
 
 
 def _bsr_conv2d_backward_fake(
-    grad: Tensor, x: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, bias: Tensor | None, y: Tensor,
-    weight_shape: Sequence[int], block_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], epilogue: str, output_mask: Sequence[bool],
+    grad: Tensor, x: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, bias: Tensor | None,
+    y: Tensor | None, transposed: Tensor | None, weight_shape: Sequence[int], block_shape: Sequence[int],
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], epilogue: str, kernel: str,
+    output_mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     need_x, need_values, need_bias = output_mask
     return (
-        torch.empty_like(x, memory_format=_CHANNELS_LAST) if need_x else x.new_empty(0),
+        torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=_CHANNELS_LAST)
+        if need_x
+        else x.new_empty(0),
         torch.empty_like(values, memory_format=torch.contiguous_format) if need_values else x.new_empty(0),
         x.new_empty(weight_shape[0] if need_bias else 0),
     )
@@ -157,29 +169,35 @@ def _bsr_conv2d_backward_fake(
 def _bsr_linear(
     x: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, bias: Tensor | None, packed: Sequence[Tensor],
     weight_shape: Sequence[int], block_shape: Sequence[int], epilogue: str, kernel: str,
+    transposed: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    _check_linear(x, values, crow_indices, col_indices, bias, weight_shape, block_shape, epilogue)
+    _check_linear(x, values, crow_indices, col_indices, bias, weight_shape, block_shape, epilogue, transposed)
     block = (block_shape[0], block_shape[1])
-    spec = resolve(kernel, Request("bsr_linear", x.dtype, x.device.type, block, epilogue))
-    return spec.launch(
+    rows = x.numel() // max(weight_shape[1], 1)
+    launch = launcher(
+        kernel, x.get_device(), LinearProblem, rows, weight_shape[1], weight_shape[0], block, values.shape[0], x.dtype,
+        x.device.type, epilogue,
+    )  # fmt: skip
+    return launch(
         x.contiguous(), values, crow_indices, col_indices, bias, packed, weight_shape, block, epilogue
     ).contiguous()
 
 
 def _check_linear(
     x: Tensor, values: Tensor, crow: Tensor, col: Tensor, bias: Tensor | None, weight_shape: Sequence[int],
-    block_shape: Sequence[int], epilogue: str,
+    block_shape: Sequence[int], epilogue: str, transposed: Tensor | None,
 ) -> None:  # fmt: skip
     if x.dim() < 1 or x.shape[-1] != weight_shape[1]:
         raise ValueError(f"bsr_linear: expected x of shape (..., {weight_shape[1]}), got {tuple(x.shape)}")
-    _check_weight("bsr_linear", x, values, crow, col, bias, weight_shape, block_shape, epilogue)
+    _check_weight("bsr_linear", x, values, crow, col, bias, weight_shape, block_shape, epilogue, transposed)
 
 
 def _bsr_linear_fake(
     x: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, bias: Tensor | None, packed: Sequence[Tensor],
     weight_shape: Sequence[int], block_shape: Sequence[int], epilogue: str, kernel: str,
+    transposed: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    _check_linear(x, values, crow_indices, col_indices, bias, weight_shape, block_shape, epilogue)
+    _check_linear(x, values, crow_indices, col_indices, bias, weight_shape, block_shape, epilogue, transposed)
     return x.new_empty((*x.shape[:-1], weight_shape[0]))
 
 
@@ -189,9 +207,10 @@ register("bsr_linear", _bsr_linear, _bsr_linear_fake)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, crow, col, bias, packed, *rest = inputs
-    ctx.save_for_backward(x, values, crow, col, bias, output)
-    ctx.arguments, ctx.packed_count = rest[:-1], len(packed)
+    x, values, crow, col, bias, packed, *arguments, transposed = inputs
+    epilogue = arguments[-2]
+    ctx.save_for_backward(x, values, crow, col, bias, output if epilogue == "relu" else None, transposed)
+    ctx.arguments, ctx.packed_count = arguments, len(packed)
 
 
 def _gradients(ctx: Any, grads: tuple[Tensor, Tensor, Tensor], arguments_after_packed: int) -> tuple[Any, ...]:
@@ -208,34 +227,33 @@ def _output_mask(ctx: Any) -> list[bool]:
 
 
 def _bsr_conv2d_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, values, crow, col, bias, y = ctx.saved_tensors
-    grads = OPS.bsr_conv2d_backward(grad, x, values, crow, col, bias, y, *ctx.arguments, _output_mask(ctx))
-    return _gradients(ctx, grads, 7)
+    grads = OPS.bsr_conv2d_backward(grad, *ctx.saved_tensors, *ctx.arguments, _output_mask(ctx))
+    return _gradients(ctx, grads, 8)
 
 
 def _bsr_linear_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, values, crow, col, bias, y = ctx.saved_tensors
-    weight_shape, block_shape, epilogue = ctx.arguments
-    as_image = [t.reshape(-1, t.shape[-1], 1, 1) for t in (grad, x, y)]
+    x, *weight, y, transposed = ctx.saved_tensors
+    weight_shape, block_shape, epilogue, kernel = ctx.arguments
+    grad, rows, y = (None if t is None else t.reshape(-1, t.shape[-1], 1, 1) for t in (grad, x, y))
     grad_x, grad_values, grad_bias = OPS.bsr_conv2d_backward(
-        as_image[0], as_image[1], values, crow, col, bias, as_image[2], [*weight_shape, 1, 1], block_shape, [1, 1],
-        [0, 0], [1, 1], epilogue, _output_mask(ctx),
+        grad, rows, *weight, y, transposed, [*weight_shape, 1, 1], block_shape, [1, 1], [0, 0], [1, 1], epilogue,
+        kernel, _output_mask(ctx),
     )  # fmt: skip
     if ctx.needs_input_grad[0]:
         grad_x = grad_x.reshape(x.shape)
-    return _gradients(ctx, (grad_x, grad_values, grad_bias), 4)
+    return _gradients(ctx, (grad_x, grad_values, grad_bias), 5)
 
 
 torch.library.register_autograd("slimkernels::bsr_conv2d", _bsr_conv2d_autograd, setup_context=_setup_context)
 torch.library.register_autograd("slimkernels::bsr_linear", _bsr_linear_autograd, setup_context=_setup_context)
 
 
-def _autocast(device: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def _autocast(kernel_at: int, device: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """On CUDA, cast to the autocast dtype unless an explicit kernel does not take it; elsewhere keep float32.
 
     The CPU kernels are float32: casting down would trade them for the reference.
     """
-    kernel = args[-1]
+    kernel = args[kernel_at]
     dtype = torch.get_autocast_dtype(device) if device == "cuda" else torch.float32
     if kernel in KERNELS and dtype not in KERNELS[kernel].dtypes:
         dtype = torch.float32
@@ -245,8 +263,8 @@ def _autocast(device: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return cast_floats((*args[:5], packed, *args[6:]), dtype)
 
 
-register_autocast("bsr_conv2d", _autocast)
-register_autocast("bsr_linear", _autocast)
+register_autocast("bsr_conv2d", partial(_autocast, 12))
+register_autocast("bsr_linear", partial(_autocast, 9))
 register_autocast("bsr_conv2d_backward", lambda device, args: args)
 
 
@@ -254,7 +272,7 @@ def bsr_conv2d(
     x: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, bias: Tensor | None = None,
     packed: Sequence[Tensor] = (), *, weight_shape: Sequence[int], block_shape: Sequence[int],
     stride: Sequence[int] = (1, 1), padding: Sequence[int] = (0, 0), dilation: Sequence[int] = (1, 1),
-    epilogue: str = "none", kernel: str = "auto",
+    epilogue: str = "none", kernel: str = "auto", transposed: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Block-sparse 2-D convolution (cross-correlation, as torch's), groups = 1.
 
@@ -267,7 +285,9 @@ def bsr_conv2d(
         block_shape: ``(block_out, block_in)``.
         stride, padding, dilation: two ints each (rows, columns).
         epilogue: ``none``, ``relu``, or ``relu_maxpool2`` (ReLU, then 2x2 max-pool of stride 2, floor mode).
-        kernel: name of a kernel in `slimkernels.kernels.KERNELS`, or ``auto``.
+        kernel: name of a kernel in `slimkernels.kernels.KERNELS`, or ``auto``; the gradients run on the same backend.
+        transposed: `slimkernels.kernels.transposed.transpose_index` of the pattern at this stride and dilation, for the
+            gradient of x; None has it built in each backward that needs it.
 
     Returns:
         ``(N, C_out, P, Q)`` channels_last; P, Q halved by ``relu_maxpool2``. A non-finite input reaches exactly the
@@ -280,14 +300,14 @@ def bsr_conv2d(
     run = _bsr_conv2d if runs_plainly(x, values, crow_indices, col_indices, bias) else OPS.bsr_conv2d.default
     return run(
         x, values, crow_indices, col_indices, bias, list(packed), weight_shape, block_shape, stride, padding, dilation,
-        epilogue, kernel,
+        epilogue, kernel, transposed,
     )  # fmt: skip
 
 
 def bsr_linear(
     x: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, bias: Tensor | None = None,
     packed: Sequence[Tensor] = (), *, weight_shape: Sequence[int], block_shape: Sequence[int], epilogue: str = "none",
-    kernel: str = "auto",
+    kernel: str = "auto", transposed: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Block-sparse linear layer ``epilogue(x W^T + bias)``.
 
@@ -299,7 +319,8 @@ def bsr_linear(
         weight_shape: ``(out, in)``.
         block_shape: ``(block_out, block_in)``.
         epilogue: ``none`` or ``relu``.
-        kernel: name of a kernel in `slimkernels.kernels.KERNELS`, or ``auto``.
+        kernel: name of a kernel in `slimkernels.kernels.KERNELS`, or ``auto``; the gradients run on the same backend.
+        transposed: `slimkernels.kernels.transposed.transpose_index` of the pattern, or None.
 
     Returns:
         ``(..., out)`` contiguous.
@@ -309,4 +330,7 @@ def bsr_linear(
         TypeError: wrong dtypes.
     """
     run = _bsr_linear if runs_plainly(x, values, crow_indices, col_indices, bias) else OPS.bsr_linear.default
-    return run(x, values, crow_indices, col_indices, bias, list(packed), weight_shape, block_shape, epilogue, kernel)
+    return run(
+        x, values, crow_indices, col_indices, bias, list(packed), weight_shape, block_shape, epilogue, kernel,
+        transposed,
+    )  # fmt: skip

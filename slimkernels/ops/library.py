@@ -16,15 +16,15 @@ OPS = torch.ops.slimkernels
 _SCHEMAS = (
     "bsr_conv2d(Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, Tensor? bias, Tensor[] packed, "
     "int[4] weight_shape, int[2] block_shape, int[2] stride, int[2] padding, int[2] dilation, str epilogue, "
-    "str kernel) -> Tensor",
+    "str kernel, Tensor? transposed=None) -> Tensor",
     "bsr_conv2d_backward(Tensor grad, Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, Tensor? bias, "
-    "Tensor y, int[4] weight_shape, int[2] block_shape, int[2] stride, int[2] padding, int[2] dilation, str epilogue, "
-    "bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
+    "Tensor? y, Tensor? transposed, int[4] weight_shape, int[2] block_shape, int[2] stride, int[2] padding, "
+    "int[2] dilation, str epilogue, str kernel, bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
     "bsr_linear(Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, Tensor? bias, Tensor[] packed, "
-    "int[2] weight_shape, int[2] block_shape, str epilogue, str kernel) -> Tensor",
-    "low_rank_linear(Tensor x, Tensor U, Tensor V, Tensor? bias, str epilogue, str kernel) -> Tensor",
-    "low_rank_conv2d(Tensor x, Tensor[] factors, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, "
-    "str kind, str epilogue, str kernel) -> Tensor",
+    "int[2] weight_shape, int[2] block_shape, str epilogue, str kernel, Tensor? transposed=None) -> Tensor",
+    "low_rank_linear(Tensor x, Tensor U, Tensor V, Tensor? bias, Tensor[] packed, str epilogue, str kernel) -> Tensor",
+    "low_rank_conv2d(Tensor x, Tensor[] factors, Tensor? bias, Tensor[] packed, int[2] stride, int[2] padding, "
+    "int[2] dilation, str kind, str epilogue, str kernel) -> Tensor",
 )
 for _schema in _SCHEMAS:
     LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from slimkernels import env
 from slimkernels.formats import factor_obstacle
 from slimkernels.kernels import KERNELS
-from slimkernels.kernels.problems import Request, conv_output_size, factor_geometry
-from slimkernels.kernels.select import resolve
+from slimkernels.kernels.problems import LowRankConvProblem, LowRankLinearProblem, conv_output_size, factor_geometry
+from slimkernels.kernels.select import launcher
 from slimkernels.ops.library import (
     OPS,
     cast_floats,
@@ -41,13 +43,28 @@ def _check_linear(x: Tensor, U: Tensor, V: Tensor, bias: Tensor | None, epilogue
     check_bias(op, bias, U.shape[0])
 
 
-def _low_rank_linear(x: Tensor, U: Tensor, V: Tensor, bias: Tensor | None, epilogue: str, kernel: str) -> Tensor:
+def _without_pack(kernel: str, op: str, x: Tensor, packed: Sequence[Tensor]) -> str:
+    """``kernel``, or torch's layers where ``auto`` would choose a CPU kernel and pack the weight in every call."""
+    if kernel == "auto" and not packed and x.device.type == "cpu" and env.backend() == "auto":
+        return f"{op}__reference"
+    return kernel
+
+
+def _low_rank_linear(
+    x: Tensor, U: Tensor, V: Tensor, bias: Tensor | None, packed: Sequence[Tensor], epilogue: str, kernel: str
+) -> Tensor:
     _check_linear(x, U, V, bias, epilogue)
-    spec = resolve(kernel, Request("low_rank_linear", x.dtype, x.device.type, (1, 1), epilogue))
-    return spec.launch(x.contiguous(), U.contiguous(), V.contiguous(), bias, epilogue).contiguous()
+    rank, in_features = V.shape
+    launch = launcher(
+        _without_pack(kernel, "low_rank_linear", x, packed), x.get_device(), LowRankLinearProblem,
+        x.numel() // max(in_features, 1), in_features, U.shape[0], rank, x.dtype, x.device.type, epilogue,
+    )  # fmt: skip
+    return launch(x.contiguous(), U.contiguous(), V.contiguous(), bias, packed, epilogue).contiguous()
 
 
-def _low_rank_linear_fake(x: Tensor, U: Tensor, V: Tensor, bias: Tensor | None, epilogue: str, kernel: str) -> Tensor:
+def _low_rank_linear_fake(
+    x: Tensor, U: Tensor, V: Tensor, bias: Tensor | None, packed: Sequence[Tensor], epilogue: str, kernel: str
+) -> Tensor:
     _check_linear(x, U, V, bias, epilogue)
     return x.new_empty((*x.shape[:-1], U.shape[0]))
 
@@ -86,18 +103,22 @@ def _geometry(
 
 
 def _low_rank_conv2d(
-    x: Tensor, factors: Sequence[Tensor], bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], kind: str, epilogue: str, kernel: str,
+    x: Tensor, factors: Sequence[Tensor], bias: Tensor | None, packed: Sequence[Tensor], stride: Sequence[int],
+    padding: Sequence[int], dilation: Sequence[int], kind: str, epilogue: str, kernel: str,
 ) -> Tensor:  # fmt: skip
     _conv2d_output_shape(x, factors, bias, stride, padding, dilation, kind, epilogue)
-    spec = resolve(kernel, Request("low_rank_conv2d", x.dtype, x.device.type, (1, 1), epilogue))
+    shapes = tuple(tuple(f.shape) for f in factors)
+    launch = launcher(
+        _without_pack(kernel, "low_rank_conv2d", x, packed), x.get_device(), LowRankConvProblem, x.shape[0],
+        *x.shape[2:], kind, shapes, tuple(stride), tuple(padding), tuple(dilation), x.dtype, x.device.type, epilogue,
+    )  # fmt: skip
     x = x.contiguous(memory_format=torch.channels_last)
-    return with_channels_last_strides(spec.launch(x, factors, bias, stride, padding, dilation, kind, epilogue))
+    return with_channels_last_strides(launch(x, factors, bias, packed, stride, padding, dilation, kind, epilogue))
 
 
 def _low_rank_conv2d_fake(
-    x: Tensor, factors: Sequence[Tensor], bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], kind: str, epilogue: str, kernel: str,
+    x: Tensor, factors: Sequence[Tensor], bias: Tensor | None, packed: Sequence[Tensor], stride: Sequence[int],
+    padding: Sequence[int], dilation: Sequence[int], kind: str, epilogue: str, kernel: str,
 ) -> Tensor:  # fmt: skip
     shape = _conv2d_output_shape(x, factors, bias, stride, padding, dilation, kind, epilogue)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
@@ -108,8 +129,9 @@ register("low_rank_conv2d", _low_rank_conv2d, _low_rank_conv2d_fake)
 
 
 def _linear_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, U, V, bias, epilogue, _ = inputs
+    x, U, V, bias, packed, epilogue, _ = inputs
     ctx.save_for_backward(x, U, V, bias, output if epilogue == "relu" else None)
+    ctx.packed_count = len(packed)
 
 
 def _linear_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -124,13 +146,14 @@ def _linear_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         grad2d.t() @ (x2d @ V.t()) if need_u else None,
         grad_z.t() @ x2d if need_v else None,
         grad2d.sum(0) if need_bias else None,
-        None, None,
+        [None] * ctx.packed_count, None, None,
     )  # fmt: skip
 
 
 def _conv2d_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, factors, bias, stride, padding, dilation, kind, epilogue, _ = inputs
+    x, factors, bias, packed, stride, padding, dilation, kind, epilogue, _ = inputs
     ctx.save_for_backward(x, bias, output if epilogue == "relu" else None, *factors)
+    ctx.packed_count = len(packed)
     ctx.geometry = _geometry(factors, stride, padding, dilation, kind)
 
 
@@ -154,33 +177,36 @@ def _conv2d_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
             grad, inputs[i], factors[i], None, list(stride), list(padding), list(dilation), False, [0, 0], 1,
             [need_input, bool(need_factors), False],
         )  # fmt: skip
-    return grad if need_x else None, grad_factors, grad_bias, None, None, None, None, None, None
+    return grad if need_x else None, grad_factors, grad_bias, [None] * ctx.packed_count, *[None] * 6
 
 
 torch.library.register_autograd("slimkernels::low_rank_linear", _linear_autograd, setup_context=_linear_setup_context)
 torch.library.register_autograd("slimkernels::low_rank_conv2d", _conv2d_autograd, setup_context=_conv2d_setup_context)
 
 
-def _autocast(device: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Cast to the autocast dtype, or to float32 where an explicit kernel does not take that."""
-    kernel, dtype = args[-1], torch.get_autocast_dtype(device)
-    if kernel in KERNELS and dtype not in KERNELS[kernel].dtypes:
+def _autocast(device: str, args: tuple[Any, ...], packed_at: int) -> tuple[Any, ...]:
+    """Cast to the autocast dtype, or to float32 where a pack or an explicit kernel does not take that."""
+    kernel, packed, dtype = args[-1], list(args[packed_at]), torch.get_autocast_dtype(device)
+    if packed or (kernel in KERNELS and dtype not in KERNELS[kernel].dtypes):
         dtype = torch.float32
-    return cast_floats(args, dtype)
+    return (*cast_floats(args[:packed_at], dtype), packed, *args[packed_at + 1 :])
 
 
-register_autocast("low_rank_linear", _autocast)
-register_autocast("low_rank_conv2d", _autocast)
+register_autocast("low_rank_linear", partial(_autocast, packed_at=4))
+register_autocast("low_rank_conv2d", partial(_autocast, packed_at=3))
 
 
 def low_rank_linear(
-    x: Tensor, U: Tensor, V: Tensor, bias: Tensor | None = None, *, epilogue: str = "none", kernel: str = "auto"
-) -> Tensor:
+    x: Tensor, U: Tensor, V: Tensor, bias: Tensor | None = None, packed: Sequence[Tensor] = (), *,
+    epilogue: str = "none", kernel: str = "auto",
+) -> Tensor:  # fmt: skip
     """Low-rank linear layer ``epilogue((x V^T) U^T + bias)``.
 
     Args:
         x: ``(..., in)`` floating point.
         U: ``(out, rank)``; V: ``(rank, in)``; bias: ``(out,)`` or None; all in x's dtype, on x's device.
+        packed: prepacked factors (`slimkernels.nn.LowRankLinear` keeps them), or empty. On a CPU ``auto`` runs torch's
+            layers without them.
         epilogue: ``none`` or ``relu``.
         kernel: name of a kernel in `slimkernels.kernels.KERNELS`, or ``auto``.
 
@@ -192,12 +218,13 @@ def low_rank_linear(
         TypeError: wrong dtypes.
     """
     run = _low_rank_linear if runs_plainly(x, U, V, bias) else OPS.low_rank_linear.default
-    return run(x, U, V, bias, epilogue, kernel)
+    return run(x, U, V, bias, list(packed), epilogue, kernel)
 
 
 def low_rank_conv2d(
-    x: Tensor, factors: Sequence[Tensor], bias: Tensor | None = None, *, kind: str, stride: Sequence[int] = (1, 1),
-    padding: Sequence[int] = (0, 0), dilation: Sequence[int] = (1, 1), epilogue: str = "none", kernel: str = "auto",
+    x: Tensor, factors: Sequence[Tensor], bias: Tensor | None = None, packed: Sequence[Tensor] = (), *, kind: str,
+    stride: Sequence[int] = (1, 1), padding: Sequence[int] = (0, 0), dilation: Sequence[int] = (1, 1),
+    epilogue: str = "none", kernel: str = "auto",
 ) -> Tensor:  # fmt: skip
     """Low-rank 2-D convolution: the chain of its factor convolutions, bias and epilogue after the last.
 
@@ -205,6 +232,8 @@ def low_rank_conv2d(
         x: ``(N, C_in, H, W)`` floating point, any strides.
         factors: the ordered convolution weights of `slimkernels.formats.LowRankWeight` for ``kind``.
         bias: ``(C_out,)`` or None.
+        packed: prepacked factors (`slimkernels.nn.LowRankConv2d` keeps them), or empty. On a CPU ``auto`` runs torch's
+            convolutions without them.
         kind: ``svd`` (RxS then 1x1), ``tai`` (Rx1 then 1xS, arXiv 1511.06067) or ``tucker2`` (1x1, RxS, 1x1).
         stride, padding, dilation: of the merged convolution, two ints each.
         epilogue: ``none`` or ``relu``.
@@ -219,4 +248,4 @@ def low_rank_conv2d(
     """
     factors = list(factors)
     run = _low_rank_conv2d if runs_plainly(x, *factors, bias) else OPS.low_rank_conv2d.default
-    return run(x, factors, bias, stride, padding, dilation, kind, epilogue, kernel)
+    return run(x, factors, bias, list(packed), stride, padding, dilation, kind, epilogue, kernel)

@@ -1,1 +1,1 @@
-"""Triton kernels, a file an op and direction; importing this package imports no Triton, importing its modules does."""
+"""Triton kernels, a file an op and direction; importing the package, a config or an index imports no Triton."""

@@ -13,7 +13,7 @@ recomputed for every BLOCK_N outputs: correct, but two GEMMs, compute-bound at s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import triton
@@ -179,6 +179,7 @@ def launch(
     U: Tensor,
     V: Tensor,
     bias: Tensor | None,
+    packed: Sequence[Tensor],
     epilogue: str,
     config: Mapping[str, int] | None = None,
 ) -> Tensor:
@@ -186,7 +187,7 @@ def launch(
 
     Args:
         x: (..., in) float32 | float16 | bfloat16. U: (out, rank), V: (rank, in), bias: (out,) or None, in x's dtype.
-        epilogue: "none" or "relu".
+        packed: not used. epilogue: "none" or "relu".
         config: BLOCK_M, BLOCK_N, BLOCK_K, RANK, SPLITS, num_warps, num_stages; None takes `default_config`. INDEX_64=1
             forces 64-bit addresses, which are otherwise used from 2^31 elements on.
 

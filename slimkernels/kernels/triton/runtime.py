@@ -58,7 +58,9 @@ def device_limits(x: Tensor) -> dict[str, int]:
 
 def device_guard(x: Tensor) -> AbstractContextManager[object]:
     """Make x's device current, so that Triton launches on that device's current stream."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    if not x.is_cuda or torch.cuda.current_device() == x.get_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(x.device)
 
 
 def interpreted_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -68,6 +70,15 @@ def interpreted_dtype(dtype: torch.dtype) -> torch.dtype:
     are exact in float32, so float32 in and one rounding at the end is the compiled kernel's arithmetic.
     """
     return torch.float32 if env.triton_interpret() and dtype == torch.bfloat16 else dtype
+
+
+def gradient_precision(sizes: tuple[int, int, int, int]) -> str:
+    """``ieee`` or ``tf32``: what torch's switches say of the float32 gradients of a convolution of (R, S, H, W).
+
+    A linear layer arrives as the convolution of single pixels and follows the switch of matrix products.
+    """
+    switch = torch.backends.cuda.matmul if max(sizes) == 1 else torch.backends.cudnn.conv
+    return "tf32" if switch.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
 
 
 def cdiv(a: int, b: int) -> int:

@@ -1,0 +1,163 @@
+"""Dense baselines of the whole-network suite beyond `slimkernels.timing.best_dense`.
+
+CPU: ONNX Runtime and OpenVINO, where they are installed. GPU: everything captured in CUDA graphs, because at small
+batches launches decide; cuDNN channels_last eager, and torch.compile.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimkernels import timing
+from slimkernels.inference import graphed
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error, with its type."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
+
+
+def openvino(model: nn.Module, x: Tensor) -> Callable[[], Any]:
+    """The model compiled by OpenVINO in float32 at torch's thread count, its input already in OpenVINO's memory."""
+    import openvino as ov
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        graph = ov.convert_model(model, example_input=x)
+    options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+               "PERFORMANCE_HINT": "LATENCY"}  # fmt: skip
+    graph.reshape({graph.inputs[0]: list(x.shape)})
+    request = ov.compile_model(graph, "CPU", options).create_infer_request()
+    request.set_input_tensor(ov.Tensor(x.contiguous().numpy()))
+    return request.infer
+
+
+def onnx_runtime(model: nn.Module, x: Tensor) -> Callable[[], Any]:
+    """The model in ONNX Runtime at torch's thread count; exporting to ONNX needs the package onnx."""
+    import onnxruntime
+
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(model, (x,), buffer, dynamo=False, input_names=["x"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
+    session = onnxruntime.InferenceSession(buffer.getvalue(), options, providers=["CPUExecutionProvider"])
+    feed = {"x": x.contiguous().numpy()}
+    return lambda: session.run(None, feed)
+
+
+def cpu_peers(model: nn.Module, x: Tensor, note: Callable[[str], None]) -> dict[str, Callable[[], Any]]:
+    """OpenVINO and ONNX Runtime on a folded model; left out, with a note, where one cannot run or computes wrongly."""
+    folded = timing.fold_batch_norm(model)
+    with torch.no_grad():
+        expected = folded(x)
+    found: dict[str, Callable[[], Any]] = {}
+    for name, make in (("OpenVINO", openvino), ("ONNX Runtime", onnx_runtime)):
+        try:
+            call = make(folded, x)
+            out = torch.as_tensor(next(iter(call().values())) if name == "OpenVINO" else call()[0])
+            torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+        except Exception as error:  # optional packages fail in their own ways
+            note(f"{name} left out: {first_line(error)}")
+        else:
+            found[name] = call
+    return found
+
+
+class _ReluFused(nn.Module):
+    """A convolution with the ReLU behind it as one cuDNN call."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv = self.conv
+        return torch.cudnn_convolution_relu(
+            x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups
+        )
+
+
+def with_fused_relu(model: nn.Module) -> nn.Module:
+    """A copy of a model of sequentials in which every Conv2d followed by a ReLU is one cuDNN call."""
+    import copy
+
+    copied = copy.deepcopy(model)
+    for container in [m for m in copied.modules() if isinstance(m, nn.Sequential)]:
+        children = [(n, m) for n, m in container.named_children() if not isinstance(m, nn.Identity)]
+        for (name, module), (after, relu) in itertools.pairwise(children):
+            if isinstance(module, nn.Conv2d) and isinstance(relu, nn.ReLU) and module.bias is not None:
+                setattr(container, name, _ReluFused(module))
+                setattr(container, after, nn.Identity())
+    return copied
+
+
+def gpu_dense(
+    model: nn.Module, x: Tensor, note: Callable[[str], None], *, compile: str | None = "max-autotune-no-cudagraphs"
+) -> dict[str, Callable[[], Any]]:
+    """Dense baselines on CUDA, batch norm folded, channels_last, each replayed from a CUDA graph.
+
+    Args:
+        compile: mode of torch.compile, None to leave it out (autotuning a VGG takes minutes).
+    """
+    torch.backends.cudnn.benchmark = True
+    folded = timing.fold_batch_norm(model).to(memory_format=torch.channels_last)
+    x = x.contiguous(memory_format=torch.channels_last)
+    found: dict[str, Callable[[], Any]] = {}
+
+    def add(name: str, make: Callable[[], Callable[[], Any]]) -> None:
+        try:
+            found[name] = make()
+        except Exception as error:  # compilers and cuDNN raise whatever they like
+            note(f"{name} left out: {first_line(error)}")
+
+    def replayed(module: nn.Module) -> Callable[[], Any]:
+        captured = graphed(module, x, copy_outputs=False)
+        return lambda: captured(x)
+
+    def compiled() -> Callable[[], Any]:
+        import torch._inductor.config as inductor
+
+        with inductor.patch(freezing=True), torch.no_grad():
+            run = torch.compile(folded, dynamic=False, mode=compile)
+            run(x)
+        return replayed(_Compiled(run))
+
+    add("eager channels_last", lambda: lambda: folded(x))
+    add("CUDA graph, channels_last", lambda: replayed(folded))
+    add("CUDA graph, ReLU fused by cuDNN", lambda: replayed(with_fused_relu(folded)))
+    if compile is not None:
+        add(f"CUDA graph, torch.compile {compile}", compiled)
+    return found
+
+
+class _Compiled(nn.Module):
+    """A compiled function as a module without parameters of its own."""
+
+    def __init__(self, run: Any) -> None:
+        super().__init__()
+        self.run = [run]
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run[0](x)
+
+
+def kernel_count(call: Callable[[], Any]) -> int:
+    """CUDA kernels (copies included) of one call, counted by torch's profiler."""
+    from torch.profiler import ProfilerActivity, profile
+
+    call()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        call()
+        torch.cuda.synchronize()
+    return sum(1 for event in recorded.events() if event.device_type == torch.autograd.DeviceType.CUDA)

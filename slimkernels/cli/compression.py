@@ -1,0 +1,152 @@
+"""``slimkernels compress``, ``convert`` and ``explain``: from trained weights to a fast file, and what it holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from slimkernels.cli import options as o
+
+if TYPE_CHECKING:
+    from slimkernels.compress.train import EpochStats
+
+_METHODS = ("prune", "svd", "tai", "tucker2")
+
+
+def compress(
+    weights: Annotated[Path, typer.Argument(help="Weights: .safetensors, or torch's .pt without pickled code.")],
+    model: o.Model = None,
+    option: o.ModelOption = None,
+    num_classes: o.Classes = None,
+    method: Annotated[str, typer.Option(help="prune, svd, tai or tucker2.")] = "prune",
+    sparsity: Annotated[float, typer.Option(help="Share of blocks to prune.")] = 0.875,
+    block_shape: o.BlockShape = "16x1",
+    granularity: Annotated[str, typer.Option(help="block, element, channel or block_shared_taps.")] = "block",
+    importance: Annotated[
+        str, typer.Option(help="magnitude or magnitude_l1; with --gradual also taylor, movement.")
+    ] = ("magnitude"),
+    scope: Annotated[str, typer.Option(help="layer or global: where blocks are ranked against each other.")] = "layer",
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank of every factorized layer.")] = None,
+    energy: Annotated[float | None, typer.Option(help="Or the share of each weight's energy to keep.")] = None,
+    layer: Annotated[list[str] | None, typer.Option(help="Only these layers (name or pattern; repeatable).")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Not these layers (name or pattern; repeatable).")] = None,
+    gradual: Annotated[
+        bool, typer.Option("--gradual/--one-shot", help="With --data: prune along the cubic schedule, or at once.")
+    ] = False,
+    data: Annotated[str | None, typer.Option(help="Data to recover accuracy on, as in train; none by default.")] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Of the recovery.")] = 8,
+    lr: Annotated[float, typer.Option(help="Peak learning rate of the recovery.")] = 0.02,
+    teach: Annotated[bool, typer.Option(help="Recover by distilling from the uncompressed model.")] = True,
+    batch_size: o.BatchSize = 64,
+    precision: o.Precision = "fp32",
+    seed: o.Seed = 0,
+    device: o.Device = "cpu",
+    checkpoint: o.Checkpoint = None,
+    resume: o.Resume = False,
+    log_dir: o.LogDir = None,
+    out: Annotated[Path | None, typer.Option(help="Weights to write; NAME.compressed.safetensors by default.")] = None,
+    as_json: o.Json = False,
+) -> None:
+    """Prune or factorize a trained model, recover its accuracy if --data is given, and write its weights."""
+    import copy
+
+    from slimkernels.cli.weights import load_model
+    from slimkernels.compress.distill import distill as run_distill
+    from slimkernels.compress.factorize import factorize_
+    from slimkernels.compress.gradual import GradualPruning
+    from slimkernels.compress.prune import finalize_, prune_
+    from slimkernels.compress.train import TrainConfig, fine_tune
+
+    o.check_resume(resume, checkpoint)
+    if method not in _METHODS:
+        raise ValueError(f"compress: expected method prune, svd, tai or tucker2, got {method!r}")
+    if gradual and (method != "prune" or data is None):
+        raise ValueError("compress: expected --method prune and --data with --gradual, which prunes while training")
+    shape = o.pair("--block-shape", block_shape)
+    dense, name, classes, description = load_model(weights, model, num_classes, options=o.model_options(option))
+    network = copy.deepcopy(dense)
+    which: dict[str, Any] = {"layers": layer or None, "exclude": exclude or None}
+    how: dict[str, Any] = {"granularity": granularity, "importance": importance, "scope": scope, **which}
+    callbacks = []
+    if gradual:
+        callbacks = [GradualPruning(sparsity, shape, **how)]
+    elif method == "prune":
+        prune_(network, sparsity, shape, **how)
+    else:
+        factorize_(network, method, rank=rank, energy=energy, **which)
+    history: list[EpochStats] = []
+    if data is not None:
+        config = TrainConfig(epochs, lr, precision=precision, seed=seed)
+        device = o.training_device(device)
+        loader, test_loader = o.data_loaders(data, batch_size, seed, device)
+        common: dict[str, Any] = {
+            "callbacks": callbacks, "progress": o.progress(as_json), "checkpoint": checkpoint, "resume": resume,
+            "log_dir": log_dir,
+        }  # fmt: skip
+        network = network.to(device)
+        if teach:
+            history = run_distill(network, dense.to(device), loader, test_loader, config, **common)
+        else:
+            history = fine_tune(network, loader, test_loader, config, **common)
+    target = out or Path(f"{weights.stem}.compressed.safetensors")
+    o.finish_training(finalize_(network), name, target, history, as_json, classes, description.options)
+
+
+def convert(
+    weights: Annotated[Path, typer.Argument(help="Weights of a pruned or factorized model.")],
+    model: o.Model = None,
+    option: o.ModelOption = None,
+    num_classes: o.Classes = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Batch size to decide for (repeatable); 1 and 16 by default.")
+    ] = None,
+    size: Annotated[str | None, typer.Option(help="Image height and width, as in 32x32.")] = None,
+    without_shapes: Annotated[
+        bool, typer.Option("--without-shapes", help="Let the cost model decide instead of the stopwatch.")
+    ] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail where a layer cannot be taken.")] = False,
+    device: o.Device = "cpu",
+    out: Annotated[Path | None, typer.Option(help="File to write; NAME.slim.safetensors by default.")] = None,
+    as_json: o.Json = False,
+) -> None:
+    """Swap in the sparse and low-rank kernels where they are faster, and write a .slim.safetensors file."""
+    import torch
+
+    from slimkernels import models
+    from slimkernels.checkpoint import save
+    from slimkernels.cli.weights import load_model
+    from slimkernels.conversion import convert as run_convert
+    from slimkernels.conversion import explain as run_explain
+
+    device = o.training_device(device)
+    dense, name, classes, _ = load_model(weights, model, num_classes, options=o.model_options(option))
+    channels, height, width = models.input_shape(name)
+    if size is not None:
+        height, width = o.pair("--size", size)
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.randn(n, channels, height, width, generator=generator).to(device) for n in batch or (1, 16)]
+    fast = run_convert(dense.to(device), None if without_shapes else [(x,) for x in images], strict=strict)
+    out = out or Path(f"{weights.name.split('.')[0]}.slim.safetensors")
+    save(fast, out)
+    if as_json:
+        plan = json.loads(fast.slimkernels_plan.to_json())
+        o.print_json(
+            {"file": str(out), "bytes": out.stat().st_size, "model": name, "num_classes": classes, "plan": plan}
+        )
+        return
+    o.echo(str(run_explain(fast)))
+    o.echo(f"wrote {out} ({out.stat().st_size / 1e6:.2f} MB); the weights were {weights.stat().st_size / 1e6:.2f} MB")
+
+
+def explain(
+    file: Annotated[Path, typer.Argument(help="A .slim.safetensors file.")],
+    as_json: o.Json = False,
+) -> None:
+    """Show what conversion did to every layer of a .slim.safetensors file, and why."""
+    from slimkernels.conversion import explain as run_explain
+
+    report = run_explain(file)
+    o.echo(report.to_json() if as_json else str(report))

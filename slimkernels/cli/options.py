@@ -1,0 +1,178 @@
+"""What the commands share: their options, how they read them, and how they print (under torchrun rank 0 alone)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from slimkernels.compress.train import EpochStats
+    from slimkernels.data import TensorLoader
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
+Data = Annotated[
+    str,
+    typer.Option(
+        help="'digits', cifar10:DIR, cifar100:DIR, or a folder or .tar with {train,test}/<class>/* inside.",
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Of initialisation, batch order and dropout.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images a batch, over all processes.")]
+BlockShape = Annotated[str, typer.Option(help="Rows and columns of a block, as in 16x1.")]
+Checkpoint = Annotated[Path | None, typer.Option(help="Training state, rewritten after every epoch.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue from --checkpoint if it exists.")]
+LogDir = Annotated[Path | None, typer.Option(help="Folder for epochs.csv, steps.csv and TensorBoard's files.")]
+Model = Annotated[str | None, typer.Option(help="Name of the model, where the file does not carry it.")]
+Classes = Annotated[int | None, typer.Option(min=1, help="Number of classes, where the file does not carry it.")]
+ModelOption = Annotated[
+    list[str] | None, typer.Option("--option", help="The model's own keyword, as in width=0.5 (repeatable).")
+]
+Epochs = Annotated[int, typer.Option(min=1, help="Length of the whole run, a resumed part included.")]
+Optimizer = Annotated[str, typer.Option(help="sgd or adamw.")]
+Schedule = Annotated[str, typer.Option(help="onecycle, cosine, step or constant.")]
+Warmup = Annotated[float, typer.Option(min=0.0, help="Epochs over which the learning rate rises from 0.")]
+WeightDecay = Annotated[float, typer.Option(min=0.0, help="Of tensors with two or more dimensions.")]
+LabelSmoothing = Annotated[float, typer.Option(help="In [0, 1).")]
+ClipNorm = Annotated[float | None, typer.Option(help="Largest norm of the gradients.")]
+Accumulate = Annotated[int, typer.Option(min=1, help="Batches per optimiser step.")]
+Precision = Annotated[str, typer.Option(help="fp32, bf16 or fp16.")]
+Ema = Annotated[float | None, typer.Option(help="Decay of an exponential average of the weights, such as 0.999.")]
+Compile = Annotated[bool, typer.Option("--compile", help="Run the training step through torch.compile.")]
+Deterministic = Annotated[bool, typer.Option("--deterministic", help="Deterministic algorithms alone.")]
+
+
+def rank() -> int:
+    """This process's number under torchrun; 0 without it."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def echo(text: str) -> None:
+    """Prints a line of results on stdout, on rank 0."""
+    if rank() == 0:
+        typer.echo(text)
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    """Prints one JSON object on stdout, on rank 0."""
+    echo(json.dumps(value, indent=2))
+
+
+def say(as_json: bool) -> Callable[[str], None]:
+    """A function for lines of progress: stderr, so that stdout holds the result alone; silent for machines."""
+    if as_json or rank() > 0:
+        return lambda line: None
+    return lambda line: typer.echo(line, err=True)
+
+
+def progress(as_json: bool) -> bool:
+    """Whether bars may be shown: for people, by one process."""
+    return not as_json and rank() == 0
+
+
+def pair(option: str, text: str) -> tuple[int, int]:
+    """Two positive numbers from ``16x1``. Raises ValueError that begins with the option's name."""
+    parts = text.lower().replace(",", "x").split("x")
+    if len(parts) != 2 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        raise ValueError(f"{option}: expected two positive numbers as in 16x1, got {text!r}")
+    return int(parts[0]), int(parts[1])
+
+
+def model_options(values: Sequence[str] | None) -> dict[str, Any]:
+    """``["width=0.5"]`` as keywords; values are read as JSON, and as text where they are none.
+
+    Raises:
+        ValueError: an entry without "=".
+    """
+    options: dict[str, Any] = {}
+    for entry in values or ():
+        name, equals, text = entry.partition("=")
+        if not equals or not name.strip().isidentifier():
+            raise ValueError(f"--option: expected NAME=VALUE as in width=0.5, got {entry!r}")
+        try:
+            options[name.strip()] = json.loads(text)
+        except ValueError:
+            options[name.strip()] = text
+    return options
+
+
+def training_device(device: str) -> str:
+    """The device as given; under torchrun ``cuda`` becomes this process's own GPU.
+
+    Raises:
+        ValueError: ``cuda`` where torch sees none, or another name.
+    """
+    import torch
+
+    if device.split(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"--device: expected cpu or cuda, got {device!r}")
+    if device.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise ValueError("--device cuda: torch sees no CUDA device")
+        if device == "cuda" and "LOCAL_RANK" in os.environ:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    return device
+
+
+def check_resume(resume: bool, checkpoint: Path | None) -> None:
+    """Raises ValueError for --resume without --checkpoint."""
+    if resume and checkpoint is None:
+        raise ValueError("--resume: expected --checkpoint FILE with it")
+
+
+def data_loaders(data: str, batch_size: int, seed: int, device: str) -> tuple[TensorLoader, TensorLoader]:
+    """Training and test loader of ``--data``."""
+    from slimkernels.recipes.sources import open_data
+
+    return open_data(data, batch_size, seed, device=device, progress=rank() == 0)
+
+
+def finish_training(
+    network: nn.Module,
+    name: str,
+    out: Path,
+    history: Sequence[EpochStats],
+    as_json: bool,
+    classes: int,
+    options: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes the weights and says how good they are; on rank 0 alone."""
+    from slimkernels.cli.weights import write_weights
+
+    if rank() > 0:
+        return
+    accuracy = None
+    if history:
+        averaged = history[-1].ema_val_accuracy
+        accuracy = history[-1].val_accuracy if averaged is None else averaged
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_weights(network, out, name=name, num_classes=classes, options=options, notes={"accuracy": accuracy})
+    parameters = sum(p.numel() for p in network.parameters())
+    nonzero = sum(int(p.count_nonzero()) for p in network.parameters())
+    if as_json:
+        print_json(
+            {
+                "file": str(out),
+                "bytes": out.stat().st_size,
+                "model": name,
+                "num_classes": classes,
+                "parameters": parameters,
+                "nonzero": nonzero,
+                "accuracy": accuracy,
+                "epochs": [asdict(stats) for stats in history],
+            }
+        )
+        return
+    for stats in history:
+        shown = "" if stats.val_accuracy is None else f", accuracy {stats.val_accuracy:.2%}"
+        shown += "" if stats.ema_val_accuracy is None else f" (average {stats.ema_val_accuracy:.2%})"
+        echo(f"epoch {stats.epoch}: loss {stats.loss:.4f}{shown} ({stats.seconds:.1f} s)")
+    echo(f"wrote {out} ({out.stat().st_size / 1e6:.2f} MB, {nonzero:,} of {parameters:,} parameters are not zero)")

@@ -1,0 +1,159 @@
+"""The settings of a training run, and the optimiser and learning-rate schedule they stand for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+OPTIMIZERS = ("sgd", "adamw")
+SCHEDULES = ("onecycle", "cosine", "step", "constant")
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything a run and its resumed continuation have to share.
+
+    Args:
+        epochs: length of the whole run, a resumed part included.
+        lr: peak learning rate.
+        optimizer: "sgd" (with Nesterov momentum) or "adamw".
+        momentum: of SGD; the first beta of AdamW.
+        weight_decay: applied to tensors of two or more dimensions only (no biases, no batch norm).
+        schedule: "onecycle" (arXiv 1708.07120), "cosine" (arXiv 1608.03983, one period), "step" (multiplied by
+            ``lr_gamma`` every ``lr_step_epochs`` epochs, as in SlimNets) or "constant".
+        warmup_epochs: the learning rate rises linearly from 0 over so many epochs; with "onecycle" it is the rising
+            part of the cycle (0: 30% of the run).
+        label_smoothing: in [0, 1), of the cross-entropy.
+        clip_norm: gradients are scaled down to this total L2 norm when above it.
+        accumulate: micro-batches (batches of the loader) per optimiser step; the last step of an epoch takes what is
+            left.
+        precision: "fp32", "bf16" or "fp16": autocast, the last with loss scaling and on a GPU only.
+        ema_decay: keeps an exponential moving average of the weights with this decay (see `ema`); it is evaluated
+            beside the weights, and the model holds it when the run is over.
+        compile: runs the step (model and loss) through torch.compile.
+        deterministic: only deterministic algorithms; an op that has none raises.
+        seed: of shuffling and dropout.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    epochs: int
+    lr: float = 0.05
+    optimizer: str = "sgd"
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    schedule: str = "onecycle"
+    lr_step_epochs: int = 30
+    lr_gamma: float = 0.5
+    warmup_epochs: float = 0.0
+    label_smoothing: float = 0.0
+    clip_norm: float | None = None
+    accumulate: int = 1
+    precision: str = "fp32"
+    ema_decay: float | None = None
+    compile: bool = False
+    deterministic: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or not 0 < self.lr < math.inf:
+            raise ValueError(f"TrainConfig: expected epochs >= 1 and lr > 0, got epochs={self.epochs}, lr={self.lr}")
+        for field, allowed in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("precision", PRECISIONS)):
+            if getattr(self, field) not in allowed:
+                names = ", ".join(repr(name) for name in allowed)
+                raise ValueError(f"TrainConfig: expected {field} to be one of {names}, got {getattr(self, field)!r}")
+        ranges = {
+            "momentum": 0 <= self.momentum < 1,
+            "weight_decay": 0 <= self.weight_decay < math.inf,
+            "lr_step_epochs": self.lr_step_epochs >= 1,
+            "lr_gamma": 0 < self.lr_gamma <= 1,
+            "warmup_epochs": 0 <= self.warmup_epochs < self.epochs,
+            "label_smoothing": 0 <= self.label_smoothing < 1,
+            "clip_norm": self.clip_norm is None or 0 < self.clip_norm < math.inf,
+            "accumulate": self.accumulate >= 1,
+            "ema_decay": self.ema_decay is None or 0 < self.ema_decay < 1,
+        }
+        for field, fits in ranges.items():
+            if not fits:
+                raise ValueError(f"TrainConfig: expected {field} in {_RANGES[field]}, got {getattr(self, field)}")
+
+
+_RANGES = {
+    "momentum": "[0, 1)",
+    "weight_decay": "[0, inf)",
+    "lr_step_epochs": "[1, inf)",
+    "lr_gamma": "(0, 1]",
+    "warmup_epochs": "[0, epochs)",
+    "label_smoothing": "[0, 1)",
+    "clip_norm": "(0, inf) or None",
+    "accumulate": "[1, inf)",
+    "ema_decay": "(0, 1) or None",
+}
+
+
+@dataclass(frozen=True)
+class EpochStats:
+    """One epoch: 1-based number, mean training loss, last learning rate, validation accuracy in [0, 1], seconds, and
+    the accuracy of the averaged weights where an average is kept."""
+
+    epoch: int
+    loss: float
+    lr: float
+    val_accuracy: float | None
+    seconds: float
+    ema_val_accuracy: float | None = None
+
+
+def build_optimizer(name: str, module: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """The configured optimiser over all trainable parameters, weight decay on tensors of two or more dimensions only.
+
+    Raises:
+        ValueError: nothing to train; the message begins with ``name``.
+    """
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    if not trainable:
+        raise ValueError(f"{name}: expected a model with trainable parameters, got none")
+    groups = [
+        {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999))
+
+
+def build_scheduler(
+    optimizer: torch.optim.Optimizer, config: TrainConfig, steps_per_epoch: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """The configured schedule, to be advanced once an optimiser step.
+
+    "onecycle" sets the optimiser's learning rate from ``config.lr``; the others scale the rates it has.
+    """
+    total = config.epochs * steps_per_epoch
+    warmup = round(config.warmup_epochs * steps_per_epoch)
+    if config.schedule == "onecycle":
+        # Momentum stays put: cycling it as well changes the meaning of `momentum`.
+        return torch.optim.lr_scheduler.OneCycleLR(
+            optimizer,
+            max_lr=config.lr,
+            total_steps=total + 1,
+            pct_start=warmup / total if warmup else 0.3,
+            cycle_momentum=False,
+        )
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        if config.schedule == "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+        if config.schedule == "step":
+            return config.lr_gamma ** (step // steps_per_epoch // config.lr_step_epochs)
+        return 1.0
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

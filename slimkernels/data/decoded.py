@@ -1,0 +1,261 @@
+"""Images of a folder or an archive as one tensor per split, decoded once and kept in a cache file.
+
+The cache is a safetensors file in `env.cache_dir`, found again by a fingerprint of the source: every image's name, size
+and time of change, or those of the archive. Nothing in it is executed when it is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import torch
+from torch import Tensor
+
+from slimkernels import env
+from slimkernels.files import atomic_path
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+ARCHIVE_SUFFIXES = (".tar", ".tar.xz", ".txz", ".tar.gz", ".tgz", ".tar.bz2")
+_TEST_SPLITS = ("test", "val")
+_CACHE_FORMAT = "2"
+
+
+@dataclass(frozen=True)
+class Split:
+    """``images`` uint8 ``(N, 3, H, W)``, channels_last; ``labels`` int64 ``(N,)``; ordered by class and file name."""
+
+    images: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """The two splits of a data set and the names of its classes."""
+
+    train: Split
+    test: Split
+    classes: tuple[str, ...]
+
+
+def decode(
+    op: str, source: Path, *, size: int | None = None, threads: int = 4, cache: bool = True, progress: bool = True
+) -> Decoded:
+    """Every image of ``{train,test}/<class>/*`` (or ``val``) in a folder or a tar archive.
+
+    Args:
+        op: begins every message.
+        source: the folder, or an archive with these folders at any depth.
+        size: scales the shorter side to so many pixels and crops the centre; None: all images have one size.
+        threads: decode at the same time.
+        cache: read and write the cache file.
+        progress: a bar on stderr while decoding, if that is a terminal.
+
+    Raises:
+        FileNotFoundError: a missing source or split, or a split without images.
+        ValueError: a file that is not an image or has another size (it is named), classes of the splits that differ.
+    """
+    if not source.exists():
+        raise FileNotFoundError(f"{op}: expected a folder or an archive, got {source}, which does not exist")
+    archive = source.is_file()
+    if archive and not source.name.endswith(ARCHIVE_SUFFIXES):
+        raise ValueError(f"{op}: expected a folder or one of {', '.join(ARCHIVE_SUFFIXES)}, got {source}")
+    files = None if archive else _folder_files(op, source)
+    print_of = _fingerprint(source, files, size)
+    path = env.cache_dir() / "data" / f"{print_of}.safetensors"
+    if cache and (found := _read_cache(path, print_of)) is not None:
+        return found
+    names, read = (
+        _archive_names(op, source)
+        if files is None
+        else ([name for name, _ in files], _folder_reader(source, [name for name, _ in files]))
+    )
+    decoded = _decode(op, source, names, read, size, threads, progress)
+    if cache:
+        _write_cache(path, print_of, decoded)
+    return decoded
+
+
+def _folder_files(op: str, root: Path) -> list[tuple[str, os.stat_result]]:
+    """(path below ``root``, stat) of every image, sorted."""
+    test = next((name for name in _TEST_SPLITS if (root / name).is_dir()), _TEST_SPLITS[-1])
+    found: list[tuple[str, os.stat_result]] = []
+    for split in ("train", test):
+        if not (root / split).is_dir():
+            raise FileNotFoundError(
+                f"{op}: expected folders 'train' and 'test' (or 'val') in {root}, found no {split!r}"
+            )
+        with os.scandir(root / split) as classes:
+            folders = sorted(entry.name for entry in classes if entry.is_dir())
+        for folder in folders:
+            found += sorted(_below(root / split / folder, f"{split}/{folder}"), key=lambda item: item[0])
+    return found
+
+
+def _below(folder: Path, prefix: str) -> Iterator[tuple[str, os.stat_result]]:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            name = f"{prefix}/{entry.name}"
+            if entry.is_dir():
+                yield from _below(folder / entry.name, name)
+            elif entry.name.lower().endswith(IMAGE_SUFFIXES):
+                yield name, entry.stat()
+
+
+def _fingerprint(source: Path, files: Iterable[tuple[str, os.stat_result]] | None, size: int | None) -> str:
+    digest = hashlib.sha256(f"{_CACHE_FORMAT} {size} {source.resolve()}\n".encode())
+    for name, stat in files if files is not None else [("", source.stat())]:
+        digest.update(f"{name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:32]
+
+
+def _folder_reader(root: Path, names: Sequence[str]) -> Iterator[tuple[str, bytes | Path]]:
+    return ((name, root / name) for name in names)
+
+
+def _archive_names(op: str, source: Path) -> tuple[list[str], Iterator[tuple[str, bytes | Path]]]:
+    """Names of the images as ``split/class/file``, and an iterator over names and contents, in the same order."""
+    import tarfile
+
+    contents: dict[str, bytes] = {}
+    try:
+        with tarfile.open(source) as tar:
+            for member in tar:
+                parts = PurePosixPath(member.name).parts
+                at = next((i for i, part in enumerate(parts) if part in ("train", *_TEST_SPLITS)), None)
+                if at is None or len(parts) < at + 3 or not member.isfile():
+                    continue
+                if parts[-1].lower().endswith(IMAGE_SUFFIXES):
+                    file = tar.extractfile(member)
+                    assert file is not None  # a regular file
+                    contents["/".join(parts[at:])] = file.read()
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise ValueError(f"{op}: expected a tar archive, got an unreadable file {source} ({error})") from error
+    names = sorted(contents, key=lambda name: (name.split("/")[1], name))
+    return names, ((name, contents[name]) for name in names)
+
+
+def _decode(
+    op: str,
+    source: Path,
+    names: Sequence[str],
+    read: Iterator[tuple[str, bytes | Path]],
+    size: int | None,
+    threads: int,
+    progress: bool,
+) -> Decoded:
+    test_name = next((split for split in _TEST_SPLITS if any(n.startswith(f"{split}/") for n in names)), "test")
+    classes = {
+        split: sorted({name.split("/")[1] for name in names if name.startswith(f"{split}/")})
+        for split in ("train", test_name)
+    }
+    for split, found in classes.items():
+        if not found:
+            raise FileNotFoundError(f"{op}: expected images in {split}/<class>/ of {source}, found none")
+    if classes["train"] != classes[test_name]:
+        differing = sorted(set(classes["train"]) ^ set(classes[test_name]))
+        raise ValueError(f"{op}: expected the same classes in train and {test_name}, got a difference: {differing}")
+    index = {name: label for label, name in enumerate(classes["train"])}
+    images: dict[str, list[Tensor]] = {"train": [], test_name: []}
+    labels: dict[str, list[int]] = {"train": [], test_name: []}
+    expected: tuple[int, ...] | None = None
+    with ThreadPoolExecutor(max_workers=threads) as pool, _bar(progress, len(names)) as advance:
+        for name, image in pool.map(lambda item: (item[0], _pixels(op, source, *item, size)), read):
+            expected = expected or tuple(image.shape)
+            if tuple(image.shape) != expected:
+                got, wanted = (f"{shape[1]}x{shape[0]}" for shape in (image.shape, expected))
+                raise ValueError(
+                    f"{op}: expected images of {wanted} pixels, or size=... to scale them, got {got} in {source / name}"
+                )
+            split, label = name.split("/")[:2]
+            images[split].append(image)
+            labels[split].append(index[label])
+            advance()
+    train, test = (Split(torch.stack(images[split]), torch.tensor(labels[split])) for split in ("train", test_name))
+    return Decoded(train, test, tuple(classes["train"]))
+
+
+def _pixels(op: str, source: Path, name: str, content: bytes | Path, size: int | None) -> Tensor:
+    """One image as uint8 (H, W, 3)."""
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
+            colour = image.convert("RGB")
+            if size is not None:
+                colour = ImageOps.fit(colour, (size, size), method=Image.Resampling.BILINEAR)
+            pixels = np.array(colour)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow raises all of these
+        raise ValueError(f"{op}: expected an image, got an unreadable file {source / name} ({error})") from error
+    return torch.from_numpy(pixels)
+
+
+def _read_cache(path: Path, fingerprint: str) -> Decoded | None:
+    """The cached data set; None if there is none or it is damaged, which decoding again repairs."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("fingerprint") != fingerprint:
+                return None
+            parts = [
+                Split(file.get_tensor(f"{split}.images").permute(0, 3, 1, 2), file.get_tensor(f"{split}.labels").long())
+                for split in ("train", "test")
+            ]
+            classes = tuple(json.loads(metadata["classes"]))
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return None
+    whole = all(
+        part.images.dtype == torch.uint8 and part.images.dim() == 4 and len(part.images) == len(part.labels)
+        for part in parts
+    )
+    return Decoded(*parts, classes) if whole else None
+
+
+def _write_cache(path: Path, fingerprint: str, decoded: Decoded) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    tensors = {
+        "train.images": decoded.train.images.permute(0, 2, 3, 1),
+        "train.labels": decoded.train.labels,
+        "test.images": decoded.test.images.permute(0, 2, 3, 1),
+        "test.labels": decoded.test.labels,
+    }
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as temporary:
+            save_file(
+                tensors, str(temporary), metadata={"fingerprint": fingerprint, "classes": json.dumps(decoded.classes)}
+            )
+    except (OSError, SafetensorError) as error:
+        warnings.warn(
+            f"slimkernels: the decoded images could not be cached in {path} ({error}); the next call decodes again",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+@contextmanager
+def _bar(enabled: bool, total: int) -> Iterator[Callable[[], None]]:
+    if not enabled or not sys.stderr.isatty():
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("decoding images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda: bar.update(task, advance=1)

@@ -1,0 +1,77 @@
+"""The transposed index of a block-sparse weight: for each input-channel group, the stored blocks that read it.
+
+The input gradient of a convolution reads the same ``values`` in another order, so only an index is transposed, never
+the weights. With stride s an input row h receives from tap r only where ``(h + padding - r * dilation)`` is a multiple
+of s: the rows (and columns) of the input fall into ``s_h * s_w`` classes ``(h + padding) mod s``, and each class meets
+only the taps with ``r * dilation mod s`` of the same value. Within its class a convolution of any stride is one of
+stride 1, so the entries of one (group, class) are stored together and no work is spent on zeros between pixels.
+
+Layout, one int32 tensor (`pack_size`): ``crow_t (groups * classes + 1)``, where the entries of group g and class k are
+``crow_t[g * classes + k] .. crow_t[g * classes + k + 1]``; ``block_t (capacity)``, the block of ``values``; ``col_t
+(capacity)``, ``tap * block_rows + block_row``. Entries of one list are ordered by tap, then block row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def _sizes(weight_shape: Sequence[int], block_shape: Sequence[int], stride: Sequence[int]) -> tuple[int, int, int, int]:
+    """``(block_rows, groups, taps, classes)``."""
+    c_out, c_in, r, s = weight_shape
+    return -(-c_out // block_shape[0]), -(-c_in // block_shape[1]), r * s, stride[0] * stride[1]
+
+
+def pack_size(
+    capacity: int, weight_shape: Sequence[int], block_shape: Sequence[int], stride: Sequence[int] = (1, 1)
+) -> int:
+    """Length of the transposed index of a weight with room for ``capacity`` blocks."""
+    _, groups, _, classes = _sizes(weight_shape, block_shape, stride)
+    return groups * classes + 1 + 2 * capacity
+
+
+def transpose_index(
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    weight_shape: Sequence[int],
+    block_shape: Sequence[int],
+    stride: Sequence[int] = (1, 1),
+    dilation: Sequence[int] = (1, 1),
+) -> Tensor:
+    """The transposed index, ``(pack_size,)`` int32 on the indices' device; reads nothing back from the device.
+
+    Args:
+        crow_indices, col_indices: int32 pattern (`slimkernels.formats.BSRWeight`), spare capacity included.
+        weight_shape: ``(C_out, C_in, R, S)``. block_shape: ``(block_out, block_in)``.
+        stride, dilation: of the convolution; ``(1, 1)`` for a linear layer.
+    """
+    rows, groups, taps, classes = _sizes(weight_shape, block_shape, stride)
+    device, capacity = col_indices.device, col_indices.shape[0]
+    block = torch.arange(capacity, device=device)
+    crow = crow_indices.long()
+    stored = block < crow[-1]
+    row = torch.searchsorted(crow, block, right=True) - 1
+    col = col_indices.long()
+    tap, group = col // groups, col % groups
+    tap_h, tap_w = tap // weight_shape[3], tap % weight_shape[3]
+    kind = tap_h * dilation[0] % stride[0] * stride[1] + tap_w * dilation[1] % stride[1]
+    column = group * classes + kind
+    key = torch.where(stored, (column * taps + tap) * rows + row, groups * classes * taps * rows)
+    order = torch.argsort(key, stable=True)
+    counts = torch.zeros(groups * classes + 1, dtype=torch.int64, device=device)
+    # Spare slots count into the last entry, which is the end of the lists and not counted itself.
+    counts.index_add_(0, torch.where(stored, column, groups * classes), torch.ones_like(block))
+    ends = counts[:-1].cumsum(0)
+    entry = torch.where(stored, tap * rows + row, 0)[order]
+    return torch.cat([ends.new_zeros(1), ends, order, entry]).to(torch.int32)
+
+
+def split_index(
+    transposed: Tensor, capacity: int, weight_shape: Sequence[int], block_shape: Sequence[int], stride: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(crow_t, block_t, col_t)`` as views of a transposed index."""
+    head = pack_size(0, weight_shape, block_shape, stride)
+    return transposed[:head], transposed[head : head + capacity], transposed[head + capacity :]

@@ -1,0 +1,298 @@
+"""Weight gradient of the block-sparse convolution, for the stored blocks only (a sampled dense-dense product).
+
+    dvalues[b, o, c] = sum over output pixels (n, p, q) of
+                       dy[n, p, q, i*block_out + o] *
+                       x[n, p*stride - pad + r*dil, q*stride - pad + s*dil, g*block_in + c]
+
+for every stored block b = (i, tap (r, s), g). GEMM view: M = columns of one block row, its stored blocks side by side,
+``flat = (b - first block of the row) * block_in + c``; N = the block row's output channels; K = output pixels. One
+program computes BLOCK_M such columns, so one tile of dy serves BLOCK_M / block_in blocks and the arithmetic intensity
+is that of the forward direction.
+
+The pixels are cut into SPLITS ranges; each writes its partial sums to its own slice of a float32 workspace, which
+torch's sum then reduces: a fixed order, no atomics. The grid depends on the capacity of ``values`` and the number of
+block rows alone, never on the pattern, and each program finds its block row from ``crow_indices``: nothing is read back
+from the device, and a captured CUDA graph stays right when the pattern changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from slimkernels.kernels.triton.runtime import (
+    INT32_MAX,
+    SHARED_MEMORY_SM80,
+    cdiv,
+    device_guard,
+    device_limits,
+    gradient_precision,
+    interpreted_dtype,
+    next_power_of_2,
+    power_of_2_divisor,
+)
+
+# The workspace holds at most this many float32 copies of the values, and each copy sums at least this many K steps.
+MAX_SPLITS, MIN_STEPS = 64, 8
+
+
+@triton.jit
+def bsr_conv2d_bwd_w_kernel(
+    dy_ptr,
+    x_ptr,
+    crow_ptr,
+    col_ptr,
+    out_ptr,
+    m_total,
+    split_pixels,
+    out_stride,
+    c_in,
+    h,
+    w,
+    c_out,
+    p,
+    q,
+    stride_h,
+    stride_w,
+    pad_h,
+    pad_w,
+    dil_h,
+    dil_w,
+    step_n,
+    step_p,
+    step_q,
+    block_rows,
+    column_tiles,
+    S: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BSR_OUT: tl.constexpr,
+    BSR_IN: tl.constexpr,
+    SLICE: tl.constexpr,
+    ALIGN_OUT: tl.constexpr,
+    HAS_BORDER: tl.constexpr,
+    RAGGED_IN: tl.constexpr,
+    INDEX_64: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ROWS_TILE: tl.constexpr,
+):
+    SUB_TILES: tl.constexpr = (BSR_OUT + BLOCK_N - 1) // BLOCK_N
+    index_type: tl.constexpr = tl.int64 if INDEX_64 else tl.int32
+    # Programs of one range of pixels are neighbours: they share dy and x in L2.
+    tile = tl.program_id(0) % column_tiles
+    tile_n = tl.program_id(0) // column_tiles % SUB_TILES
+    split = tl.program_id(0) // column_tiles // SUB_TILES
+
+    # The block row of this tile of columns: rows before it hold `before` tiles.
+    row = 0
+    before = 0
+    seen = 0
+    for start in range(0, block_rows, ROWS_TILE):
+        rows = start + tl.arange(0, ROWS_TILE)
+        inside = rows < block_rows
+        stored = tl.load(crow_ptr + rows + 1, mask=inside, other=0) - tl.load(crow_ptr + rows, mask=inside, other=0)
+        tiles = (stored * BSR_IN + BLOCK_M - 1) // BLOCK_M
+        passed = (seen + tl.cumsum(tiles, 0) <= tile) & inside
+        row += tl.sum(passed.to(tl.int32), 0)
+        before += tl.sum(tl.where(passed, tiles, 0), 0)
+        seen += tl.sum(tiles, 0)
+    if row >= block_rows:
+        return
+
+    first = tl.load(crow_ptr + row)
+    count = (tl.load(crow_ptr + row + 1) - first) * BSR_IN
+    flat = (tile - before) * BLOCK_M + tl.arange(0, BLOCK_M)
+    stored_m = flat < count
+    column = tl.load(col_ptr + first + flat // BSR_IN, mask=stored_m, other=0)
+    tap = column // GROUPS
+    channel = (column - tap * GROUPS) * BSR_IN + flat % BSR_IN
+    tap_h = tap // S * dil_h
+    tap_w = (tap - tap // S * S) * dil_w
+    if RAGGED_IN:
+        stored_m = stored_m & (channel < c_in)
+    stored_m = tl.max_constancy(stored_m, SLICE)
+    offs_x = (tap_h.to(index_type) * w + tap_w) * c_in + channel
+    offs_x = tl.multiple_of(tl.max_contiguous(offs_x, SLICE), SLICE)
+
+    offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    out_channel = row * BSR_OUT + offs_n
+    out_channel = tl.multiple_of(tl.max_contiguous(out_channel, ALIGN_OUT), ALIGN_OUT)
+    mask_n = tl.max_constancy((offs_n < BSR_OUT) & (out_channel < c_out), ALIGN_OUT)
+
+    # Pixel k is (image, out_h, out_w); a step adds (step_n, step_p, step_q) with carries instead of dividing again.
+    begin = split.to(index_type) * split_pixels
+    end = tl.minimum(begin + split_pixels, m_total)
+    pixel = begin + tl.arange(0, BLOCK_K)
+    out_w = (pixel % q).to(tl.int32)
+    out_h = (pixel // q % p).to(tl.int32)
+    image = pixel // q // p
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for _ in range(begin, end, BLOCK_K):
+        in_h = out_h * stride_h - pad_h
+        in_w = out_w * stride_w - pad_w
+        offs_k = tl.multiple_of(((image * h + in_h) * w + in_w) * c_in, SLICE)
+        mask_k = pixel < end
+        mask_x = stored_m[:, None] & mask_k[None, :]
+        if HAS_BORDER:
+            row_inside = (tap_h[:, None] + in_h[None, :]).to(tl.uint32) < h
+            mask_x = mask_x & row_inside & ((tap_w[:, None] + in_w[None, :]).to(tl.uint32) < w)
+        mask_x = tl.max_constancy(mask_x, [SLICE, 1])
+        x_tile = tl.load(x_ptr + offs_x[:, None] + offs_k[None, :], mask=mask_x, other=0.0)
+        offs_y = tl.multiple_of(pixel * c_out, ALIGN_OUT)
+        mask_y = tl.max_constancy(mask_k[:, None] & mask_n[None, :], [1, ALIGN_OUT])
+        dy_tile = tl.load(dy_ptr + offs_y[:, None] + out_channel[None, :], mask=mask_y, other=0.0)
+
+        out_w += step_q
+        carry = out_w >= q
+        out_w = tl.where(carry, out_w - q, out_w)
+        out_h += step_p + carry.to(tl.int32)
+        carry = out_h >= p
+        out_h = tl.where(carry, out_h - p, out_h)
+        image += step_n + carry.to(tl.int32)
+        pixel += BLOCK_K
+        acc = tl.dot(x_tile, dy_tile, acc, input_precision=PRECISION)
+
+    offs_v = (first + flat // BSR_IN).to(tl.int64) * (BSR_OUT * BSR_IN) + flat % BSR_IN
+    out_tile = out_ptr + split.to(tl.int64) * out_stride + offs_v[:, None] + (offs_n * BSR_IN)[None, :]
+    mask = (flat < count)[:, None] & (offs_n < BSR_OUT)[None, :]
+    tl.store(out_tile, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def default_config(
+    m_total: int,
+    capacity: int,
+    block_rows: int,
+    block_shape: Sequence[int],
+    channels: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    tensor_cores: bool = True,
+    shared_memory: int = SHARED_MEMORY_SM80,
+    processors: int = 108,
+) -> dict[str, int]:
+    """Tile constants for one weight gradient, by arithmetic (nothing here is measured on a GPU).
+
+    Args: m_total output pixels; capacity blocks of ``values``; channels (C_out, C_in); tensor_cores False for IEEE
+    float32; shared_memory bytes one block may use; processors the number of SMs to keep busy, about twice over.
+    Returns: BLOCK_M, BLOCK_N, BLOCK_K, SPLITS, num_warps, num_stages.
+    """
+    block_out, block_in = block_shape
+    block_m = min(128, max(16, next_power_of_2(cdiv(capacity, block_rows) * block_in)))
+    block_n = min(max(next_power_of_2(block_out), 16), 128)
+    block_k, stages = (64 if dtype.itemsize == 2 else 32), 4
+    slice_bytes = min(power_of_2_divisor(channels[1], 16), power_of_2_divisor(block_in, 16)) * dtype.itemsize
+    if not tensor_cores:
+        block_m, block_n, block_k, stages = min(block_m, 64), min(block_n, 64), 16, 3
+    elif slice_bytes < 16:
+        # Slices below 16 bytes are gathered element by element into registers.
+        block_m, block_n, block_k, stages = min(block_m, 64), min(block_n, 64), 32, 3
+    warps = 8 if block_m * block_n == 128 * 128 else 4
+    tiles = (cdiv(capacity * block_in, block_m) + block_rows) * cdiv(block_out, block_n)
+    splits = max(1, min(cdiv(2 * processors, tiles), MAX_SPLITS, cdiv(m_total, MIN_STEPS * block_k)))
+    while stages > 2 and stages * (block_m + block_n) * block_k * dtype.itemsize > shared_memory:
+        stages -= 1
+    return {
+        "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "SPLITS": splits, "num_warps": warps,
+        "num_stages": stages,
+    }  # fmt: skip
+
+
+def launch(
+    grad: Tensor,
+    x: Tensor,
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    weight_shape: Sequence[int],
+    block_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    config: Mapping[str, int] | None = None,
+) -> Tensor:
+    """The gradient of ``values`` (spare blocks and padded entries exactly 0) before the epilogue, summed in float32.
+
+    Args:
+        grad: (N, C_out, P, Q) float32 | float16 | bfloat16. x: (N, C_in, H, W) of that dtype. Both are read as
+            channels_last (converted when they are not).
+        values: gives its shape and dtype alone. crow_indices, col_indices: int32.
+        weight_shape: (C_out, C_in, R, S).
+        config: BLOCK_M, BLOCK_N, BLOCK_K, SPLITS, num_warps, num_stages; None takes `default_config`. INDEX_64=1 forces
+            64-bit addresses, which are otherwise used from 2^31 elements on.
+
+    Deterministic: every split sums in a fixed order, and so does the reduction. float32 multiplies in IEEE precision
+    unless torch's switch says "tf32" (that of convolutions; that of matrix products for a linear layer).
+    """
+    n, c_out, p, q = grad.shape
+    _, c_in, h, w = x.shape
+    r, s = weight_shape[2:]
+    block_out, block_in = block_shape
+    capacity = values.shape[0]
+    m_total = n * p * q
+    if m_total == 0 or capacity == 0:
+        return torch.zeros_like(values, memory_format=torch.contiguous_format)
+    compute = interpreted_dtype(grad.dtype)
+    grad = grad.to(compute).contiguous(memory_format=torch.channels_last)
+    x = x.to(compute).contiguous(memory_format=torch.channels_last)
+    precision = gradient_precision((r, s, h, w))
+    block_rows = cdiv(c_out, block_out)
+    if config is None:
+        config = default_config(
+            m_total, capacity, block_rows, block_shape, (c_out, c_in), compute,
+            tensor_cores=compute != torch.float32 or precision == "tf32", **device_limits(grad),
+        )  # fmt: skip
+    block_m, block_n, block_k, splits = (config[key] for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLITS"))
+    split_pixels = cdiv(cdiv(m_total, splits), block_k) * block_k
+    splits = cdiv(m_total, split_pixels)
+    # Zeroed, because spare blocks belong to no program.
+    sums = torch.zeros((splits, *values.shape), dtype=torch.float32 if splits > 1 else compute, device=x.device)
+    column_tiles = cdiv(capacity * block_in, block_m) + block_rows
+    largest = max(grad.numel(), x.numel()) + (block_k + block_m) * max(c_out, c_in) + (h * w + r * s * w) * c_in
+    with device_guard(x):
+        bsr_conv2d_bwd_w_kernel[(column_tiles * cdiv(block_out, block_n) * splits,)](
+            grad,
+            x,
+            crow_indices,
+            col_indices,
+            sums,
+            m_total,
+            split_pixels,
+            values.numel(),
+            c_in,
+            h,
+            w,
+            c_out,
+            p,
+            q,
+            *stride,
+            *padding,
+            *dilation,
+            block_k // (p * q),
+            block_k % (p * q) // q,
+            block_k % q,
+            block_rows,
+            column_tiles,
+            S=s,
+            GROUPS=cdiv(c_in, block_in),
+            BSR_OUT=block_out,
+            BSR_IN=block_in,
+            SLICE=min(power_of_2_divisor(block_in, block_m), power_of_2_divisor(c_in, block_m)),
+            ALIGN_OUT=min(power_of_2_divisor(block_out, block_n), power_of_2_divisor(c_out, block_n)),
+            HAS_BORDER=padding[0] > 0 or padding[1] > 0,
+            RAGGED_IN=c_in % block_in != 0,
+            INDEX_64=largest > INT32_MAX or bool(config.get("INDEX_64", False)),
+            PRECISION=precision,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            BLOCK_K=block_k,
+            ROWS_TILE=min(next_power_of_2(block_rows), 1024),
+            num_warps=config["num_warps"],
+            num_stages=config["num_stages"],
+        )
+    return (sums[0] if splits == 1 else sums.sum(0)).to(values.dtype)

@@ -1,0 +1,131 @@
+"""Index packs of the forward convolution: orders of the stored blocks that the kernels read, from the pattern alone.
+
+Importing this module imports no Triton.
+
+All are int32 on the pattern's device, valid as long as `crow_indices` and `col_indices` keep their contents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from slimkernels.kernels.triton.runtime import cdiv
+
+
+def _block_rows(crow_indices: Tensor, capacity: int) -> Tensor:
+    """Block row of every slot of `values`; slots past the stored blocks get the last row."""
+    slots = torch.arange(capacity, device=crow_indices.device, dtype=crow_indices.dtype)
+    return torch.searchsorted(crow_indices[1:].contiguous(), slots, right=True).clamp_(max=crow_indices.numel() - 2)
+
+
+def row_table(crow_indices: Tensor) -> Tensor:
+    """(block_rows, 4): block row, its first block, its number of blocks, 0; the longest row first.
+
+    A program of a long row that starts last runs alone at the end. Nothing waits for the device.
+    """
+    counts = crow_indices[1:] - crow_indices[:-1]
+    order = torch.argsort(counts, descending=True, stable=True)
+    table = torch.stack([order.to(torch.int32), crow_indices[:-1][order], counts[order], torch.zeros_like(counts)], 1)
+    return table.contiguous()
+
+
+def taps_together(crow_indices: Tensor, col_indices: Tensor, groups: int) -> Tensor:
+    """(capacity, 2): block column and slot in `values`, within a row by channel group and then tap.
+
+    groups: column groups a tap. The taps of a channel group read nearly the same pixels one after the other.
+    Slots past the stored blocks come last, as they are. Nothing waits for the device.
+    """
+    capacity = col_indices.numel()
+    rows = _block_rows(crow_indices, capacity).long()
+    taps, channel_groups = col_indices.long() // groups, col_indices.long() % groups
+    stored = torch.arange(capacity, device=col_indices.device) < crow_indices[-1]
+    key = torch.where(stored, (rows * groups + channel_groups) * 2**24 + taps, torch.iinfo(torch.int64).max)
+    order = torch.argsort(key, stable=True)
+    return torch.stack([col_indices[order], order.to(torch.int32)], 1).contiguous()
+
+
+def rows_sharing_input(block_out: int) -> int:
+    """Block rows a program of the input-sharing kernel computes: 4, or 2 where four would pass 128 channels."""
+    return 4 if block_out <= 32 else 2
+
+
+def shared_input(crow_indices: Tensor, col_indices: Tensor, rows: int) -> list[Tensor]:
+    """[table (n, rows + 2), entries (columns, rows + 1)]: groups of `rows` block rows that share input columns.
+
+    table: the group's block rows (-1: none), its first entry, its number of entries; the longest group first. entries:
+    block column, then per row of the group the slot in `values`, -1 where the row does not store that column.
+    Rows are taken greedily: the longest free row, then the free rows that add the fewest columns to the union.
+    Runs on the host, and waits for the device.
+    """
+    crow, col = crow_indices.tolist(), col_indices.long().cpu()
+    columns = int(col.max()) + 1 if crow[-1] else 0
+    slots = torch.full((len(crow) - 1, columns), -1, dtype=torch.int32)
+    for i, (begin, end) in enumerate(pairwise(crow)):
+        slots[i, col[begin:end]] = torch.arange(begin, end, dtype=torch.int32)
+    stored = slots >= 0
+    free = torch.argsort(stored.sum(1), descending=True, stable=True).tolist()
+    groups = []
+    while free:
+        members = [free.pop(0)]
+        union = stored[members[0]].clone()
+        while free and len(members) < rows:
+            members.append(free.pop(int((stored[free] & ~union).sum(1).argmin())))
+            union |= stored[members[-1]]
+        groups.append((members, union.nonzero().flatten()))
+    groups.sort(key=lambda group: -len(group[1]))
+    table = torch.full((len(groups), rows + 2), -1, dtype=torch.int32)
+    entries = torch.full((sum(len(union) for _, union in groups), rows + 1), -1, dtype=torch.int32)
+    first = 0
+    for i, (members, union) in enumerate(groups):
+        table[i, : len(members)] = torch.tensor(members, dtype=torch.int32)
+        table[i, rows], table[i, rows + 1] = first, len(union)
+        part = entries[first : first + len(union)]
+        part[:, 0] = union
+        part[:, 1 : 1 + len(members)] = slots[members][:, union].T
+        first += len(union)
+    return [table.to(crow_indices.device), entries.to(crow_indices.device)]
+
+
+def multiplied_share(crow_indices: Tensor, col_indices: Tensor, block_out: int) -> float:
+    """Blocks the input-sharing kernel multiplies, over stored blocks: 1 where the rows of every group agree."""
+    rows = rows_sharing_input(block_out)
+    _, entries = shared_input(crow_indices, col_indices, rows)
+    return entries.shape[0] * rows / max(int(crow_indices[-1]), 1)
+
+
+def column_groups(weight_shape: Sequence[int], block_shape: Sequence[int]) -> int:
+    """Column groups a tap: ceil(C_in / block_in)."""
+    return cdiv(weight_shape[1], block_shape[1])
+
+
+def forward_order(
+    crow_indices: Tensor, col_indices: Tensor, weight_shape: Sequence[int], block_shape: Sequence[int]
+) -> Tensor:
+    """What the launches take as `packed[0]`: `row_table` and `taps_together`, one after the other in one tensor.
+
+    Its size, 4 block_rows + 2 capacity, does not change with the pattern. Launches also run without, in storage order.
+    """
+    entries = taps_together(crow_indices, col_indices, column_groups(weight_shape, block_shape))
+    return torch.cat([row_table(crow_indices).flatten(), entries.flatten()])
+
+
+_SHARED = WeakIdKeyDictionary()
+
+
+def remembered_shared_input(crow_indices: Tensor, col_indices: Tensor, rows: int) -> list[Tensor]:
+    """`shared_input`, built once for a `col_indices` tensor that lives on unchanged."""
+    state = (rows, crow_indices.data_ptr(), _version(crow_indices), col_indices.data_ptr(), _version(col_indices))
+    known = _SHARED.get(col_indices)
+    if known is None or known[0] != state:
+        known = state, shared_input(crow_indices, col_indices, rows)
+        _SHARED[col_indices] = known
+    return known[1]
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version

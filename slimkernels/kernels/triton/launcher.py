@@ -1,0 +1,58 @@
+"""Launches of one jitted kernel without Triton's per-call work on arguments.
+
+Triton binds, specialises and hashes every argument of every call to find the compiled kernel. All of that follows
+from the constants, the integers and the pointers' alignment; whoever keeps the first two fixed (a `Launch` is made once
+a problem) needs to look at the pointers only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from slimkernels import env
+from slimkernels.kernels.triton.runtime import device_guard
+
+
+class Launch:
+    """A kernel with its grid, integers, constants and options fixed; called with the pointers.
+
+    The kernel's parameters must be ordered pointers, integers, constants.
+
+    Args:
+        kernel: the jitted function. grid: three ints. integers: its integer arguments. constants: its constexpr
+        arguments by name, in its order. options: num_warps, num_stages.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, int, int],
+        integers: Sequence[int],
+        constants: Mapping[str, Any],
+        options: Mapping[str, int],
+    ) -> None:
+        self.kernel, self.grid = kernel, grid
+        self.integers, self.constants, self.options = tuple(integers), dict(constants), dict(options)
+        self._tail = (*self.integers, *self.constants.values())
+        self._compiled: dict[tuple[int, int], Any] = {}
+
+    def __call__(self, *tensors: Tensor) -> None:
+        """Launches on the first tensor's device and on that device's current stream."""
+        x = tensors[0]
+        if not x.is_cuda or env.triton_interpret():
+            self.kernel[self.grid](*tensors, *self.integers, **self.constants, **self.options)
+            return
+        aligned = 0
+        for i, tensor in enumerate(tensors):
+            aligned |= (tensor.data_ptr() % 16 == 0) << i
+        with device_guard(x):
+            compiled = self._compiled.get((x.get_device(), aligned))
+            if compiled is None:
+                self._compiled[x.get_device(), aligned] = self.kernel[self.grid](
+                    *tensors, *self.integers, **self.constants, **self.options
+                )
+            else:
+                compiled[self.grid](*tensors, *self._tail)

@@ -1,0 +1,162 @@
+"""Pictures of a run, drawn without a display: sparsity and loss over steps, accuracy against size and latency."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from slimkernels.files import atomic_path
+from slimkernels.recipes.schema import Recipe
+
+# Okabe and Ito's palette: told apart by colour-blind readers and in grey.
+_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000", "#7f7f7f")
+_SMOOTHED_SHARE = 0.04  # of a run's steps under one point of a loss curve
+
+
+def write_figures(out: Path, report: Mapping[str, Any], recipe: Recipe) -> list[dict[str, str]]:
+    """Writes the pictures that the finished rows allow into ``out``; their files and titles."""
+    figures: list[dict[str, str]] = []
+    curves = _curves(out, recipe)
+    gradual = {name: curve for name, curve in curves.items() if _group(recipe, name) == "gradual pruning"}
+    if gradual:
+        title = "Sparsity over steps, gradual pruning"
+        _draw(out / "sparsity.png", lambda figure: _lines(figure, gradual, recipe, "sparsity", title))
+        figures.append({"file": "sparsity.png", "title": title})
+    pruned = {name: curve for name, curve in curves.items() if "pruning" in _group(recipe, name)}
+    if pruned:
+        title = "Training loss over steps, gradual (solid) and one-shot (dashed)"
+        _draw(out / "loss.png", lambda figure: _lines(figure, pruned, recipe, "loss", title))
+        figures.append({"file": "loss.png", "title": title})
+    measured = [row for row in report["rows"] if (row["measurement"] or {}).get("latency")]
+    if measured:
+        _draw(
+            out / "pareto.png",
+            lambda figure: _pareto(figure, measured, report),
+            width=6.2 * (1 + len(report["batches"])),
+        )
+        figures.append(
+            {"file": "pareto.png", "title": "Accuracy against size and latency; the line is the Pareto front"}
+        )
+    return figures
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices, by cost, of the points ``(cost, value)`` that none beats: no cheaper one is as good."""
+    front: list[int] = []
+    best = float("-inf")
+    for index in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
+        if points[index][1] > best:
+            front.append(index)
+            best = points[index][1]
+    return front
+
+
+def _draw(path: Path, paint: Any, width: float = 9.0) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, 5.0), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    paint(figure)
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+        axes.set_axisbelow(True)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def _group(recipe: Recipe, name: str) -> str:
+    return next((row.group for row in recipe.rows if row.name == name), "")
+
+
+def _curves(out: Path, recipe: Recipe) -> dict[str, list[dict[str, float]]]:
+    """Steps of the first seed's last training, by row."""
+    found = {}
+    for row in recipe.rows:
+        logs = sorted((out / "rows" / row.slug / "seed0").glob("*-log/steps.csv"))
+        if logs and (steps := _read_steps(logs[-1])):
+            found[row.name] = steps
+    return found
+
+
+def _read_steps(path: Path) -> list[dict[str, float]]:
+    with open(path, newline="") as file:
+        return [{key: float(value) for key, value in line.items() if value} for line in csv.DictReader(file)]
+
+
+def _lines(
+    figure: Any, curves: Mapping[str, list[dict[str, float]]], recipe: Recipe, quantity: str, title: str
+) -> None:
+    """One panel per block shape for the loss, one in all for the sparsity."""
+    rows = {row.name: row for row in recipe.rows}
+    blocks = list(dict.fromkeys(str(rows[name].labels.get("block")) for name in curves))
+    panels = blocks if quantity == "loss" else blocks[:1]
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    levels = sorted({float(rows[name].labels.get("sparsity", 0)) for name in curves})
+    for panel, block in zip(axes, panels, strict=True):
+        for name, steps in curves.items():
+            row = rows[name]
+            if str(row.labels.get("block")) != block:
+                continue
+            level = levels.index(float(row.labels.get("sparsity", 0)))
+            values = [step.get(quantity, 0.0) for step in steps]
+            values = _smoothed(values) if quantity == "loss" else [100 * value for value in values]
+            panel.plot(
+                [step["step"] for step in steps],
+                values,
+                color=_COLOURS[level % len(_COLOURS)],
+                linestyle="--" if row.group.startswith("one-shot") else "-",
+                linewidth=1.6,
+                label=f"{levels[level]:.1%}" if not row.group.startswith("one-shot") else None,
+            )
+        panel.set_xlabel("step")
+        panel.set_title(f"{block} blocks", fontsize=10)
+    axes[0].set_ylabel("training loss (running mean)" if quantity == "loss" else "zero weights of pruned layers (%)")
+    axes[0].legend(title="final sparsity", fontsize=8, title_fontsize=8)
+    figure.suptitle(title, fontsize=11)
+
+
+def _smoothed(values: Sequence[float]) -> list[float]:
+    """Running mean over a share of the run."""
+    window = max(1, int(len(values) * _SMOOTHED_SHARE))
+    out, total = [], 0.0
+    for index, value in enumerate(values):
+        total += value - (values[index - window] if index >= window else 0.0)
+        out.append(total / min(index + 1, window))
+    return out
+
+
+def _pareto(figure: Any, rows: Sequence[Mapping[str, Any]], report: Mapping[str, Any]) -> None:
+    """Accuracy against bytes on disk, and against the converted latency at every batch size."""
+    panels = figure.subplots(1, 1 + len(report["batches"]), sharey=True, squeeze=False)[0]
+    groups = list(dict.fromkeys(row["group"] for row in rows))
+    costs = [("size of the file (MB, log scale)", [row["measurement"]["bytes"] / 1e6 for row in rows])]
+    for batch in report["batches"]:
+        times = [row["measurement"]["latency"][str(batch)]["converted"]["p50_ms"] for row in rows]
+        costs.append((f"latency at batch {batch} (ms, log scale)", times))
+    accuracies = [100 * row["accuracy"]["mean"] for row in rows]
+    for panel, (label, cost) in zip(panels, costs, strict=True):
+        for group in groups:
+            own = [i for i, row in enumerate(rows) if row["group"] == group]
+            colour = _COLOURS[groups.index(group) % len(_COLOURS)]
+            panel.scatter(
+                [cost[i] for i in own], [accuracies[i] for i in own], color=colour, label=group, s=34, zorder=3
+            )
+        front = pareto_front(list(zip(cost, accuracies, strict=True)))
+        panel.step(
+            [cost[i] for i in front], [accuracies[i] for i in front], where="post", color="#7f7f7f", linewidth=1.2
+        )
+        for i in front:
+            panel.annotate(
+                rows[i]["name"], (cost[i], accuracies[i]), xytext=(5, -9), textcoords="offset points", fontsize=7
+            )
+        panel.set_xscale("log")
+        panel.set_xlabel(label)
+    teacher = 100 * report["rows"][0]["accuracy"]["mean"]
+    for panel in panels:
+        panel.axhline(98.0 / 100.0 * teacher, color="#7f7f7f", linestyle=":", linewidth=1.0)
+    panels[0].set_ylabel("test accuracy (%); dotted: 98% of the teacher's")
+    panels[0].legend(fontsize=7, loc="lower right")

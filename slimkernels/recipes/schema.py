@@ -1,0 +1,311 @@
+"""Recipes as data: a YAML file of presets and rows becomes a validated `Recipe`.
+
+A row is one line of the report: where its network comes from (``model``: a fresh one, ``from``: the finished network of
+an earlier row) and the steps that make it, in order. ``{name}`` in any text stands for a variable of the chosen preset
+or of the row's ``each`` (lists whose combinations become one row each); text that is nothing but ``{name}`` takes the
+variable's own type, other text is formatted as by `str.format`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+VERBS = ("train", "distill", "prune", "factorize", "finalize", "convert")
+TRAINING_VERBS = ("train", "distill")
+# Numbers of the paper that a row may quote beside its own.
+PAPER_KEYS = ("accuracy", "compression", "speedup", "row")
+
+_RECIPE_KEYS = ("name", "title", "presets", "rows")
+_PRESET_KEYS = ("data", "batch_size", "batches", "seconds", "variables", "note", "leave_out", "policy")
+_ROW_KEYS = ("name", "group", "each", "model", "from", "steps", "paper", "note")
+_STEP_COMPANIONS = {
+    "train": ("prune",),
+    "distill": ("prune", "teacher", "loss", "temperature", "soft_weight", "cache_logits"),
+}
+# Beside TrainConfig's fields: a mapping to start from, the batch size, how many of the training images are used.
+_TRAINING_EXTRAS = ("use", "batch_size", "images")
+_PLACEHOLDER = re.compile(r"^\{(\w+)\}$")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step: its verb, its settings, and the keys beside the verb (``prune``, ``teacher``, ...)."""
+
+    verb: str
+    settings: Mapping[str, Any]
+    companions: Mapping[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able values; equal steps give equal ones."""
+        return {"verb": self.verb, "settings": dict(self.settings), "companions": dict(self.companions)}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the report.
+
+    ``model`` (name and options for `models.build`) or ``source`` (an earlier row) is where the network comes from;
+    ``paper`` quotes the paper's own numbers; ``group`` gathers rows in tables and pictures; ``labels`` are the values
+    of the row's ``each``.
+    """
+
+    name: str
+    group: str
+    steps: tuple[Step, ...]
+    model: Mapping[str, Any] | None = None
+    source: str | None = None
+    paper: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
+    labels: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def slug(self) -> str:
+        """The row's name as the name of a folder."""
+        return re.sub(r"[^A-Za-z0-9.]+", "-", self.name).strip("-").lower()
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Names of the rows that must be finished before this one."""
+        teachers = [str(step.companions.get("teacher", "teacher")) for step in self.steps if step.verb == "distill"]
+        return tuple(dict.fromkeys([*([self.source] if self.source else []), *teachers]))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe under one preset: rows in order, and how they are trained and measured.
+
+    ``data`` is the data set that the preset brings itself (None: the caller names one); ``batches`` and ``seconds`` are
+    the batch sizes and the timing budget per network of the measurement, ``policy`` the `Policy` of its conversions.
+    """
+
+    name: str
+    title: str
+    preset: str
+    rows: tuple[Row, ...]
+    data: str | None
+    batch_size: int
+    batches: tuple[int, ...]
+    seconds: float
+    note: str = ""
+    policy: Mapping[str, Any] = field(default_factory=dict)
+
+    def row(self, name: str) -> Row:
+        """The row of that name. Raises ValueError naming near misses."""
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise ValueError(_unknown(f"recipe {self.name!r}: expected a row", name, [row.name for row in self.rows]))
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    folder = resources.files("slimkernels.recipes")
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_recipe(name: str | Path, preset: str) -> Recipe:
+    """A recipe of the package by name, or of a ``.yaml`` file by path, under one of its presets.
+
+    Raises:
+        ValueError: no such recipe or preset, text that is not YAML, an unknown key (near misses are named), a missing
+            key, a variable that is not defined, or a row that needs one that does not come before it.
+        TypeError: a value of the wrong type.
+    """
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise ValueError(f"load_recipe: expected a file, got {path}, which does not exist")
+        return parse_recipe(path.read_text(encoding="utf-8"), preset, str(path))
+    if str(name) not in recipe_names():
+        raise ValueError(_unknown("load_recipe: expected a recipe", str(name), recipe_names()))
+    text = resources.files("slimkernels.recipes").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+    return parse_recipe(text, preset, f"{name}.yaml")
+
+
+def parse_recipe(text: str, preset: str, where: str = "recipe") -> Recipe:
+    """The recipe in a YAML text; errors as `load_recipe`, beginning with ``where``."""
+    import yaml
+
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        line = " ".join(str(error).split())
+        raise ValueError(f"{where}: expected YAML, got {line}") from error
+    data = _mapping(data, where, _RECIPE_KEYS, required=("name", "presets", "rows"))
+    presets = _mapping(data["presets"], f"{where}: presets", None)
+    if preset not in presets:
+        raise ValueError(_unknown(f"{where}: expected a preset", preset, presets))
+    chosen = _mapping(presets[preset], f"{where}: preset {preset}", _PRESET_KEYS, required=("batch_size",))
+    variables = _mapping(chosen.get("variables") or {}, f"{where}: variables of preset {preset}", None)
+    if not isinstance(data["rows"], list) or not data["rows"]:
+        raise ValueError(f"{where}: expected rows to be a list, got {type(data['rows']).__name__}")
+    rows: list[Row] = []
+    for index, entry in enumerate(data["rows"]):
+        rows += _rows(entry, variables, f"{where}: rows[{index}]")
+    rows = _without(rows, chosen.get("leave_out") or [], where)
+    _check_order(rows, where)
+    return Recipe(
+        name=str(data["name"]),
+        title=str(data.get("title", data["name"])),
+        preset=preset,
+        rows=tuple(rows),
+        data=chosen.get("data"),
+        batch_size=_positive(chosen["batch_size"], f"{where}: batch_size"),
+        batches=tuple(_positive(b, f"{where}: batches") for b in chosen.get("batches", (1, 128))),
+        seconds=float(chosen.get("seconds", 1.0)),
+        note=str(chosen.get("note", "")),
+        policy=_mapping(chosen.get("policy") or {}, f"{where}: policy of preset {preset}", _settings_of("convert")),
+    )
+
+
+def _rows(entry: Any, variables: Mapping[str, Any], where: str) -> list[Row]:
+    """The rows that one entry of the file stands for."""
+    entry = _mapping(entry, where, _ROW_KEYS, required=("name", "group", "steps"))
+    each = _mapping(_filled(entry.get("each") or {}, variables, where), f"{where}: each", None)
+    axes: list[list[dict[str, Any]]] = []
+    for name, values in each.items():
+        if not isinstance(values, list) or not values:
+            raise ValueError(f"{where}: expected each.{name} to be a list, got {values!r}")
+        axes.append([dict(value) if isinstance(value, Mapping) else {name: value} for value in values])
+    rows = []
+    for combination in itertools.product(*axes):
+        own = {key: value for part in combination for key, value in part.items()}
+        bound = {**variables, **own}
+        rows.append(_row({k: _filled(v, bound, where) for k, v in entry.items() if k != "each"}, own, where))
+    return rows
+
+
+def _row(entry: Mapping[str, Any], labels: Mapping[str, Any], where: str) -> Row:
+    name = str(entry["name"])
+    where = f"{where} ({name})"
+    if ("model" in entry) == ("from" in entry):
+        raise ValueError(f"{where}: expected either model or from, got {'both' if 'model' in entry else 'neither'}")
+    model = _mapping(entry["model"], f"{where}: model", None, required=("name",)) if "model" in entry else None
+    if not isinstance(entry["steps"], list):
+        raise ValueError(f"{where}: expected steps to be a list, got {entry['steps']!r}")
+    steps = tuple(_step(step, f"{where}: steps[{i}]") for i, step in enumerate(entry["steps"]))
+    paper = _mapping(entry.get("paper") or {}, f"{where}: paper", PAPER_KEYS)
+    return Row(name, str(entry["group"]), steps, model, entry.get("from"), paper, str(entry.get("note", "")), labels)
+
+
+def _step(entry: Any, where: str) -> Step:
+    entry = _mapping({entry: {}} if isinstance(entry, str) else entry, where, None)
+    verbs = [key for key in entry if key in TRAINING_VERBS] or [key for key in entry if key in VERBS]
+    if len(verbs) != 1:
+        if not verbs and entry:
+            raise ValueError(_unknown(f"{where}: expected a step", str(next(iter(entry))), VERBS))
+        raise ValueError(f"{where}: expected one step among {', '.join(VERBS)}, got {', '.join(map(str, entry))}")
+    verb = verbs[0]
+    companions = {key: value for key, value in entry.items() if key != verb}
+    _mapping(companions, f"{where} ({verb})", _STEP_COMPANIONS.get(verb, ()))
+    settings = _mapping(entry[verb] or {}, f"{where}: {verb}", None)
+    if verb in TRAINING_VERBS:
+        settings = {**_mapping(settings.get("use") or {}, f"{where}: use", None), **settings}
+        settings.pop("use", None)
+    _mapping(settings, f"{where}: {verb}", _settings_of(verb))
+    if "prune" in companions:
+        _mapping(companions["prune"], f"{where}: prune", _settings_of("gradual"))
+    return Step(verb, settings, companions)
+
+
+def _settings_of(verb: str) -> Collection[str]:
+    """The keys that a step takes: the keywords of the function that it calls."""
+    import dataclasses
+    import inspect
+
+    if verb in TRAINING_VERBS:
+        from slimkernels.compress.train import TrainConfig
+
+        return {f.name for f in dataclasses.fields(TrainConfig)} - {"seed"} | set(_TRAINING_EXTRAS)
+    if verb == "convert":
+        from slimkernels.conversion.plan import Policy
+
+        return {f.name for f in dataclasses.fields(Policy)}
+    if verb == "finalize":
+        return ()
+    from slimkernels.compress.factorize import factorize_
+    from slimkernels.compress.gradual import GradualPruning
+    from slimkernels.compress.prune import prune_
+
+    function: Any = {"prune": prune_, "factorize": factorize_, "gradual": GradualPruning.__init__}[verb]
+    keys = set(inspect.signature(function).parameters) - {"model", "self", "options"}
+    return keys | (_settings_of("prune") if verb == "gradual" else set())  # type: ignore[operator]
+
+
+def _filled(value: Any, variables: Mapping[str, Any], where: str) -> Any:
+    """The value with every placeholder replaced, at any depth."""
+    if isinstance(value, Mapping):
+        return {key: _filled(item, variables, where) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_filled(item, variables, where) for item in value]
+    if not isinstance(value, str) or "{" not in value:
+        return value
+    alone = _PLACEHOLDER.match(value)
+    try:
+        if alone:
+            return _filled(variables[alone[1]], variables, where)
+        return value.format_map(variables)
+    except KeyError as error:
+        raise ValueError(_unknown(f"{where}: expected a variable", str(error.args[0]), variables)) from None
+    except (ValueError, IndexError, TypeError, AttributeError) as error:
+        raise ValueError(f"{where}: expected text with {{variables}}, got {value!r}: {error}") from error
+    except RecursionError:
+        raise ValueError(f"{where}: variable {value!r} stands for itself") from None
+
+
+def _without(rows: list[Row], patterns: list[str], where: str) -> list[Row]:
+    from fnmatch import fnmatchcase
+
+    for pattern in patterns:
+        if not any(fnmatchcase(row.name, pattern) for row in rows):
+            raise ValueError(_unknown(f"{where}: leave_out: expected a row", pattern, [row.name for row in rows]))
+    return [row for row in rows if not any(fnmatchcase(row.name, pattern) for pattern in patterns)]
+
+
+def _check_order(rows: list[Row], where: str) -> None:
+    names: list[str] = []
+    slugs: set[str] = set()
+    for row in rows:
+        if row.slug in slugs:
+            raise ValueError(f"{where}: expected rows of different names, got {row.name!r} twice")
+        for needed in row.needs:
+            if needed not in names:
+                raise ValueError(_unknown(f"{where}: row {row.name!r}: expected an earlier row", needed, names))
+        names.append(row.name)
+        slugs.add(row.slug)
+
+
+def _mapping(value: Any, where: str, allowed: Collection[str] | None, required: Collection[str] = ()) -> dict[str, Any]:
+    """A dict whose keys are text, all of them ``allowed`` (None: any), none of ``required`` missing."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{where}: expected a mapping, got {type(value).__name__} {value!r}")
+    for key in value:
+        if not isinstance(key, str):
+            raise TypeError(f"{where}: expected text as key, got {key!r}")
+        if allowed is not None and key not in allowed:
+            raise ValueError(_unknown(f"{where}: expected a key", key, allowed))
+    for key in required:
+        if key not in value:
+            raise ValueError(f"{where}: expected key {key!r}, got {', '.join(value) or 'none'}")
+    return dict(value)
+
+
+def _unknown(what: str, got: str, known: Collection[str]) -> str:
+    """A message for a name that does not exist, with the names that are near."""
+    near = difflib.get_close_matches(got, list(known), n=3, cutoff=0.5)
+    among = f"; did you mean {' or '.join(near)}?" if near else ""
+    listed = ", ".join(itertools.islice(known, 20)) or "none"
+    return f"{what} among {listed}, got {got!r}{among}"
+
+
+def _positive(value: Any, where: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{where}: expected a positive int, got {value!r}")
+    return value
