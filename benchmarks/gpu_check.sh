@@ -1,36 +1,83 @@
 #!/usr/bin/env bash
-# Everything a machine with a CUDA GPU should show, in one call: build, GPU tests, sanitizers on a small subset, benchmarks.
-# Results go under $OUT (default: ./gpu-results). Nothing is downloaded; torch, triton, nvcc, ninja and pybind11 must be there.
+# What a machine with a CUDA GPU should show, in one call of about ten minutes, the most valuable first: ceilings, quick
+# correctness, whole networks, all GPU tests, layers, backward, low rank, tuning, sanitizers. The extension is built meanwhile.
+#
+#   benchmarks/gpu_check.sh [STEP...]     only these steps (names below), such as: tune sanitizer
+#
+# LIMIT: seconds for everything (default 570); each step has its own limit too. OUT: folder of the results (default
+# ./gpu-results): log.txt, steps.txt, rows.jsonl (written row by row), the tuned table, report/. They survive a kill.
+# Nothing is downloaded; torch, triton, pytest, pytest-benchmark and, for the CUDA C++ kernels, nvcc and ninja must be there.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-$PWD/gpu-results}
+LIMIT=${LIMIT:-570}
 mkdir -p "$OUT"
-export PYTHONUNBUFFERED=1
+export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} TRITON_DEFAULT_FP_FUSION=1
+wanted=" $* "
+python=${PYTHON:-python3}
 failures=0
+: >"$OUT/log.txt"
+: >"$OUT/steps.txt"
+
+left() { echo $((LIMIT - SECONDS)); }
 
 step() { # name, seconds, command...
-  local name=$1 limit=$2
+  local name=$1 limit=$2 from=$SECONDS status=0
   shift 2
-  echo "==> $name"
-  timeout "$limit" "$@" >"$OUT/$name.log" 2>&1
-  local status=$?
-  tail -n 15 "$OUT/$name.log"
-  [ $status -eq 0 ] || { echo "FAILED: $name (status $status)"; failures=$((failures + 1)); }
+  [[ $wanted == "  " || $wanted == *" $name "* ]] || return 0
+  [ "$limit" -le "$(left)" ] || limit=$(left)
+  if [ "$limit" -lt 10 ]; then
+    echo "no time  $name" | tee -a "$OUT/steps.txt"
+    return 0
+  fi
+  printf '\n==> %s (at most %d s)\n' "$name" "$limit" >>"$OUT/log.txt"
+  timeout --kill-after=5 "$limit" "$@" >"$OUT/.step" 2>&1 || status=$?
+  cat "$OUT/.step" >>"$OUT/log.txt"
+  [ $status -eq 0 ] || failures=$((failures + 1))
+  printf '%4d s  %s  %s\n' $((SECONDS - from)) "$name" "$([ $status -eq 0 ] || echo "FAILED with status $status")" | tee -a "$OUT/steps.txt"
+  tail -n 12 "$OUT/.step" | cut -c 1-200
+  rm -f "$OUT/.step"
 }
 
-nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.max.sm,power.limit --format=csv || failures=$((failures + 1))
-step build 240 env SLIMKERNELS_CUDA=1 python3 -m pip install -e . --no-build-isolation --no-deps
-step info 60 python3 -m slimkernels.cli info --json
-step pytest-gpu 240 python3 -m pytest -m gpu -q -p no:cacheprovider
+report() {
+  [ -s "$OUT/rows.jsonl" ] && "$python" benchmarks/report.py "$OUT/rows.jsonl" --out "$OUT/report" 2>&1 | tail -n 80
+  cat "$OUT/steps.txt"
+}
+trap 'report; exit 143' TERM INT
+
+bench() { "$python" -m pytest -q -p no:cacheprovider --benchmark-disable-gc --benchmark-columns=median --rows "$OUT/rows.jsonl" "$@"; }
+export -f bench
+export OUT python
+suite() { bash -c 'bench "$@"' bench "$@"; }
+export -f suite
+
+nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.max.sm,power.limit --format=csv | tee -a "$OUT/log.txt"
+(env SLIMKERNELS_CUDA=1 timeout 300 "$python" -m pip install -e . --no-build-isolation --no-deps >"$OUT/.build" 2>&1; echo "build: status $?" >>"$OUT/.build") &
+build=$!
+
+step ceilings 60 bash -c 'suite benchmarks/bench_ceilings.py'
+step quick 100 "$python" -m pytest tests/test_triton_gpu.py -m gpu -q -x -p no:cacheprovider -k "bfloat16 and (test_conv_block_shapes or default_tiles)"
+wait "$build"
+{ printf '\n==> build\n'; cat "$OUT/.build"; } >>"$OUT/log.txt"
+tail -n 1 "$OUT/.build" | tee -a "$OUT/steps.txt"
+rm -f "$OUT/.build"
+step info 30 "$python" -m slimkernels.cli info
+step vgg 170 bash -c 'suite benchmarks/bench_vgg.py -k test_vgg_gpu --seconds 0.5'
+parallel=()
+"$python" -c 'import xdist' 2>/dev/null && parallel=(-n 8) # most of a GPU test is compiling its kernel
+step pytest 200 "$python" -m pytest -m "gpu and not slow" -q -p no:cacheprovider --durations=10 "${parallel[@]}"
+step backward 60 bash -c 'suite benchmarks/bench_backward.py --seconds 0.3'
+step ops 100 bash -c 'suite benchmarks/bench_ops.py --seconds 0.2'
+step low_rank 60 bash -c 'suite benchmarks/bench_low_rank.py --seconds 0.2'
+step tune 120 "$python" -m slimkernels.cli tune --device cuda --op bsr_conv2d --batch 1024 --batch 16 --limit 100 --out "$OUT/nvidia.json"
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do
-    step "sanitizer-$tool" 120 compute-sanitizer --tool "$tool" --error-exitcode 9 python3 -m pytest tests/test_cuda.py -m gpu -q -x \
-      -p no:cacheprovider -k "test_bsr_linear or any_strides or keep_leading"
+    step sanitizer 60 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -m pytest tests/test_triton_gpu.py tests/test_cuda.py \
+      -m gpu -q -x -p no:cacheprovider -k "test_bsr_linear or (test_linear and 64x16)"
   done
 else
-  echo "compute-sanitizer is not on this machine"
+  echo "compute-sanitizer is not on this machine" | tee -a "$OUT/steps.txt"
 fi
-step bench-ops 240 python3 -m pytest benchmarks/bench_ops.py -q -p no:cacheprovider --seconds 0.3 --benchmark-json "$OUT/ops.json"
-python3 benchmarks/report.py "$OUT/ops.json" --out "$OUT/report" | head -60
-echo "$failures step(s) failed"
+report
+echo "$failures step(s) failed, $SECONDS s"
 exit "$failures"

@@ -1,6 +1,6 @@
-"""Turns pytest-benchmark records of the suites into one committed record, Markdown tables and pictures.
+"""Turns records of the suites (pytest-benchmark's, or ``--rows`` files) into one record, Markdown tables and pictures.
 
-python benchmarks/report.py RECORD.json [RECORD.json ...] --out benchmarks/results/<device>
+python benchmarks/report.py RECORD.json|ROWS.jsonl [...] --out benchmarks/results/<device>
 
 writes ``<commit>.json`` (environment and one flat row per measurement), ``<commit>.md`` and, where the layer sweep is
 in the record, ``<commit>-breakeven.png`` and ``<commit>-roofline.png``. Losing rows are printed like any other.
@@ -27,9 +27,20 @@ def rows_of(record: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def read(path: Path) -> dict[str, Any]:
+    """A pytest-benchmark record, or a ``--rows`` file in the same form; of equal rows the last one stays."""
+    if path.suffix != ".jsonl":
+        return json.loads(path.read_text())
+    lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    environment = next(line["environment"] for line in lines if "environment" in line)
+    rows = {line["name"]: line for line in lines if "environment" not in line}
+    entries = [{"name": n, "extra_info": {k: v for k, v in r.items() if k != "name"}} for n, r in rows.items()]
+    return {"machine_info": {"slimkernels": environment}, "benchmarks": entries}
+
+
 def merged(paths: list[Path]) -> dict[str, Any]:
     """Several records of one machine and commit as one; raises ValueError where commit or processor differ."""
-    records = [json.loads(path.read_text()) for path in paths]
+    records = [read(path) for path in paths]
     environments = [r["machine_info"]["slimkernels"] for r in records]
     for key in ("commit", "cpu", "gpu", "torch", "threads"):
         values = {str(e[key]) for e in environments}
@@ -49,15 +60,29 @@ def block_name(row: dict[str, Any]) -> str:
     return "x".join(str(b) for b in row["block_shape"])
 
 
+def milliseconds(row: dict[str, Any], key: str) -> str:
+    """A time of a row to three digits; empty where the row has none."""
+    return f"{row[key]:.3g}" if row.get(key) is not None else ""
+
+
+def best_baseline(row: dict[str, Any]) -> str:
+    """Name of the fastest dense baseline of a row; empty where the row does not list them."""
+    found = row.get("baselines_p50_ms") or {}
+    return min(found, key=lambda name: found[name]) if found else ""
+
+
 def vgg_table(rows: list[dict[str, Any]]) -> str:
-    """Whole networks: dense and converted latency, speed-up, error ratio."""
-    header = ["batch", "sparsity", "blocks", "dense p50 [ms]", "converted p20 / p50 / p80 [ms]", "n", "speed-up",
-              "images/s", "error / dense error"]  # fmt: skip
+    """Whole networks: dense and converted latency, speed-up, error ratio, and the prediction for swapped layers."""
+    header = ["network", "batch", "sparsity", "blocks", "best dense", "dense p50 [ms]", "ours p20 / p50 / p80 [ms]",
+              "n", "speed-up", "images/s", "predicted, swapped layers [ms]", "the same dense [ms]", "kernels, dense",
+              "error / dense error"]  # fmt: skip
     body = [
         [
-            str(r["batch"]), f"{r['sparsity']:.1%}", block_name(r), f"{r['dense_p50_ms']:.3g}",
-            f"{r['p20_ms']:.3g} / {r['p50_ms']:.3g} / {r['p80_ms']:.3g}", str(r["n"]), f"**{r['speedup']:.2f}x**",
-            f"{r['images_per_s']:.0f}", f"{r['error_ratio']:.2f}",
+            r["network"], str(r["batch"]), f"{r['sparsity']:.1%}", block_name(r), best_baseline(r),
+            f"{r['dense_p50_ms']:.3g}", f"{r['p20_ms']:.3g} / {r['p50_ms']:.3g} / {r['p80_ms']:.3g}", str(r["n"]),
+            f"**{r['speedup']:.2f}x**", f"{r['images_per_s']:.0f}", milliseconds(r, "predicted_ms"),
+            milliseconds(r, "predicted_dense_ms"),
+            f"{r['kernels']}, {r['dense_kernels']}" if r.get("kernels") is not None else "", f"{r['error_ratio']:.2f}",
         ]
         for r in sorted(rows, key=lambda r: (block_name(r) != "16x1", r["batch"], r["sparsity"]))
     ]  # fmt: skip
@@ -66,18 +91,60 @@ def vgg_table(rows: list[dict[str, Any]]) -> str:
 
 def ops_table(rows: list[dict[str, Any]]) -> str:
     """Single layers: latency, rates, share of the measured multiply-add peak."""
-    header = ["layer", "batch", "blocks", "sparsity", "kernel", "dense p50 [ms]", "p50 [ms]", "speed-up",
-              "stored GFLOP/s", "dense-equivalent GFLOP/s", "share of peak"]  # fmt: skip
+    header = ["layer", "batch", "blocks", "sparsity", "kernel", "dense p50 [ms]", "p50 [ms]", "predicted [ms]",
+              "speed-up", "stored GFLOP/s", "dense-equivalent GFLOP/s", "share of peak"]  # fmt: skip
     body = [
         [
             r["layer"], str(r["batch"]), block_name(r), f"{r['sparsity']:.1%}", r["kernel"], f"{r['dense_p50_ms']:.3g}",
-            f"{r['p50_ms']:.3g}", f"{r['speedup']:.2f}x", f"{r['sparse_flops_per_s'] / 1e9:.0f}",
-            f"{r['dense_equiv_flops_per_s'] / 1e9:.0f}",
+            f"{r['p50_ms']:.3g}", milliseconds(r, "predicted_ms"), f"{r['speedup']:.2f}x",
+            f"{r['sparse_flops_per_s'] / 1e9:.0f}", f"{r['dense_equiv_flops_per_s'] / 1e9:.0f}",
             "" if r["share_of_peak"] is None else f"{r['share_of_peak']:.0%}",
         ]
         for r in rows
     ]  # fmt: skip
     return table(header, body)
+
+
+def ceilings_table(rows: list[dict[str, Any]]) -> str:
+    """Measured ceilings beside those that the cost model divides by."""
+    header = ["ceiling", "measured", "cost model", "unit", "p50 [ms]"]
+
+    def rate(value: float | None) -> str:
+        return "" if value is None else f"{value / 1e12:.3g} T" if value >= 1e12 else f"{value / 1e9:.3g} G"
+
+    body = [[r["what"], rate(r["rate"]), rate(r.get("predicted_rate")), r["unit"], f"{r['p50_ms']:.3g}"] for r in rows]
+    return table(header, body)
+
+
+def backward_table(rows: list[dict[str, Any]]) -> str:
+    """Training: forward and backward, or a whole step, against masked dense."""
+    header = ["layer", "batch", "blocks", "sparsity", "masked dense p50 [ms]", "p50 [ms]", "speed-up"]
+    body = [
+        [r["layer"], str(r["batch"]), block_name(r), f"{r['sparsity']:.1%}", f"{r['dense_p50_ms']:.3g}",
+         f"{r['p50_ms']:.3g}", f"{r['speedup']:.2f}x"]
+        for r in rows
+    ]  # fmt: skip
+    return table(header, body)
+
+
+def low_rank_table(rows: list[dict[str, Any]]) -> str:
+    """Low-rank layers against the factors one after the other and the merged layer."""
+    header = ["layer", "kernel", "faster of both", "its p50 [ms]", "p50 [ms]", "predicted [ms]", "speed-up"]
+    body = [
+        [r["layer"], r["kernel"], best_baseline(r), f"{r['dense_p50_ms']:.3g}", f"{r['p50_ms']:.3g}",
+         milliseconds(r, "predicted_ms"), f"{r['speedup']:.2f}x"]
+        for r in rows
+    ]  # fmt: skip
+    return table(header, body)
+
+
+SECTIONS = (
+    ("ceilings", "Ceilings", ceilings_table),
+    ("vgg", "Converted networks (random weights, pruned by magnitude)", vgg_table),
+    ("ops", "Layers", ops_table),
+    ("backward", "Training", backward_table),
+    ("low_rank", "Low-rank layers", low_rank_table),
+)
 
 
 def markdown(record: dict[str, Any]) -> str:
@@ -90,12 +157,10 @@ def markdown(record: dict[str, Any]) -> str:
         f"{env['threads']} threads, {env['platform']}. Dense is the best of the baselines of the same run, timed in "
         "turn with ours; medians.\n",
     ]
-    vgg = [r for r in record["rows"] if r["suite"] == "vgg"]
-    if vgg:
-        parts += ["## Converted VGG-19/CIFAR-10 (random weights, pruned by magnitude)\n", vgg_table(vgg)]
-    ops = [r for r in record["rows"] if r["suite"] == "ops"]
-    if ops:
-        parts += ["## Layers\n", ops_table(ops)]
+    for suite, title, make in SECTIONS:
+        rows = [r for r in record["rows"] if r["suite"] == suite]
+        if rows:
+            parts += [f"## {title}\n", make(rows)]
     return "\n".join(parts)
 
 
@@ -134,6 +199,8 @@ def plot_roofline(rows: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     rows = [r for r in rows if r["share_of_peak"] is not None and r["sparsity"] in (0.0, 0.875)]
+    if not rows:
+        return
     natural = rows[0]["block_shape"]
     rows = [r for r in rows if r["block_shape"] == natural]
     layers = list(dict.fromkeys(r["layer"] for r in rows))

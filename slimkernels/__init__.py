@@ -23,6 +23,7 @@ _PUBLIC = {
     "LowRankWeight": "formats",
     "ModelPlan": "conversion.plan",
     "LayerPlan": "conversion.plan",
+    "GradualPruning": "compress.gradual",
     "Policy": "conversion.plan",
     "analyze": "conversion.analysis",
     "convert": "conversion",
@@ -33,10 +34,13 @@ _PUBLIC = {
     "finalize_": "compress.prune",
     "fine_tune": "compress.train",
     "graphed": "inference",
+    "latency_budget": "compress.budget",
     "load": "checkpoint",
     "masks": "compress.prune",
     "prune_": "compress.prune",
     "save": "checkpoint",
+    "sensitivity_scan": "compress.sensitivity",
+    "shrink_": "compress.shrink",
     "update_pattern": "pattern",
     "warm_up": "inference",
 }
@@ -47,9 +51,13 @@ __all__ = [*_PUBLIC, *_SUBMODULES, "__version__", "ops"]
 if TYPE_CHECKING:
     from slimkernels import compress, formats, kernels, models, nn
     from slimkernels.checkpoint import load, save
+    from slimkernels.compress.budget import latency_budget
     from slimkernels.compress.distill import distill
     from slimkernels.compress.factorize import factorize_
+    from slimkernels.compress.gradual import GradualPruning
     from slimkernels.compress.prune import finalize_, masks, prune_
+    from slimkernels.compress.sensitivity import sensitivity_scan
+    from slimkernels.compress.shrink import shrink_
     from slimkernels.compress.train import evaluate, fine_tune
     from slimkernels.conversion import convert, explain
     from slimkernels.conversion.analysis import analyze

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from slimkernels import ops
 from slimkernels.kernels.native import PackedConv2d, pack_strips, strip_width
 from slimkernels.kernels.problems import Request
 from slimkernels.kernels.select import resolve
@@ -72,16 +71,20 @@ class Replay:
             raise ValueError(f"Replay: expected {len(self._inputs)} inputs, got {len(inputs)}")
         for i, (given, recorded) in enumerate(zip(inputs, self._inputs)):
             if given.shape != recorded.shape:
-                raise ValueError(f"Replay: expected input {i} of shape {tuple(recorded.shape)}, got {tuple(given.shape)}")
+                raise ValueError(
+                    f"Replay: expected input {i} of shape {tuple(recorded.shape)}, got {tuple(given.shape)}"
+                )
             if given.dtype != recorded.dtype or given.device != recorded.device:
-                got, expected = (f"{t.dtype} on {t.device}" for t in (given, recorded))
-                raise TypeError(f"Replay: expected input {i} of {expected}, got {got}")
+                found, wanted = (f"{t.dtype} on {t.device}" for t in (given, recorded))
+                raise TypeError(f"Replay: expected input {i} of {wanted}, got {found}")
         with self._lock:
             for given, recorded in zip(inputs, self._inputs):
                 recorded.copy_(given)
             for step in self._steps:
                 step()
-            return _pytree.tree_unflatten([o.clone() if isinstance(o, Tensor) else o for o in self._outputs], self._spec)
+            return _pytree.tree_unflatten(
+                [o.clone() if isinstance(o, Tensor) else o for o in self._outputs], self._spec
+            )
 
     def __repr__(self) -> str:
         shapes = ", ".join(str(tuple(x.shape)) for x in self._inputs)
@@ -113,7 +116,9 @@ def _capture(model: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
     signature = program.graph_signature
     changed = {**signature.buffers_to_mutate, **signature.user_inputs_to_mutate}
     if changed:
-        raise ValueError(f"Replay: expected a model that changes nothing, got one that writes to {sorted(changed.values())}")
+        raise ValueError(
+            f"Replay: expected a model that changes nothing, got one that writes to {sorted(changed.values())}"
+        )
     return program
 
 
@@ -127,7 +132,9 @@ def _compare(expected: Any, got: Any) -> None:
         else:
             same = torch.equal(a, b)
         if not same:
-            raise ValueError("Replay: expected outputs that can be reproduced, got others (does the model draw random numbers?)")
+            raise ValueError(
+                "Replay: expected outputs that can be reproduced, got others (does the model draw random numbers?)"
+            )
 
 
 @dataclass
@@ -145,7 +152,7 @@ class _Recording:
 
     def __init__(self, program: Any, inputs: tuple[Tensor, ...]) -> None:
         self.steps: list[Step] = []
-        self.nodes = [n for n in program.graph.nodes]
+        self.nodes = list(program.graph.nodes)
         self.constants = self._constants(program)
         self.user_inputs = dict(zip(program.graph_signature.user_inputs, inputs, strict=True))
         self.output_spec = program.call_spec.out_spec
@@ -160,7 +167,11 @@ class _Recording:
     def _constants(self, program: Any) -> dict[str, Any]:
         signature = program.graph_signature
         values = dict(program.state_dict) | dict(program.constants)
-        sources = (signature.inputs_to_parameters, signature.inputs_to_buffers, signature.inputs_to_lifted_tensor_constants)
+        sources = (
+            signature.inputs_to_parameters,
+            signature.inputs_to_buffers,
+            signature.inputs_to_lifted_tensor_constants,
+        )
         return {name: values[target].detach() for source in sources for name, target in source.items()}
 
     def _sample(self) -> dict[torch.fx.Node, Any]:
@@ -228,14 +239,11 @@ class _Recording:
         return node.op == "placeholder" and node.name not in self.user_inputs
 
     def _owner(self, node: torch.fx.Node, value: Any, samples: dict[torch.fx.Node, Any]) -> torch.fx.Node:
-        """The node whose memory the value lies in: an input's, where the op only made a view."""
-        if node.op != "call_function" or not isinstance(value, Tensor):
-            return node
-        storage = value.untyped_storage().data_ptr()
-        for source in node.all_input_nodes:
-            given = samples.get(source)
-            for tensor in _pytree.tree_leaves(given):
-                if isinstance(tensor, Tensor) and tensor.numel() and tensor.untyped_storage().data_ptr() == storage:
+        """The node whose memory the value lies in: an input's, where the op only made views."""
+        addresses = {t.untyped_storage().data_ptr() for t in _tensors(value) if t.numel()}
+        if node.op == "call_function" and len(addresses) == 1:
+            for source in node.all_input_nodes:
+                if addresses <= {t.untyped_storage().data_ptr() for t in _tensors(samples.get(source))}:
                     return self.root[source]
         return node
 
@@ -264,18 +272,17 @@ class _Recording:
                 values[node] = self._place(node, samples[node])
                 values[node].copy_(samples[node])
                 self.inputs.append(values[node])
-            elif node.target is operator.getitem or not isinstance(samples[node], Tensor):
-                args, kwargs = self._arguments(node, values)
-                values[node] = node.target(*args, **kwargs)
-                if node.target is not operator.getitem and _holds_tensor(samples[node]):
-                    raise ValueError(f"Replay: expected ops with one output, got {node.target}")
-            elif self.root[node] is not node:  # a view: bound once, it follows the memory
-                args, kwargs = self._arguments(node, values)
-                values[node] = node.target(*args, **kwargs)
             else:
-                values[node] = self._place(node, samples[node])
                 args, kwargs = self._arguments(node, values)
-                self._append(node, args, kwargs, values[node])
+                sample = samples[node]
+                if node.target is operator.getitem or self.root[node] is not node or not _tensors(sample):
+                    values[node] = node.target(*args, **kwargs)  # views: bound once, they follow the memory
+                elif isinstance(sample, Tensor):
+                    values[node] = self._place(node, sample)
+                    self._append(node, args, kwargs, values[node])
+                else:
+                    values[node] = _pytree.tree_map_only(Tensor, torch.empty_like, sample)
+                    self._append_many(node.target, args, kwargs, _tensors(values[node]))
         del self.packs
 
     def _place(self, node: torch.fx.Node, sample: Tensor) -> Tensor:
@@ -302,6 +309,14 @@ class _Recording:
         self.steps.append(step)
         step()
 
+    def _append_many(self, target: Any, args: Any, kwargs: Any, outs: list[Tensor]) -> None:
+        def step() -> None:
+            for out, value in zip(outs, _tensors(target(*args, **kwargs)), strict=True):
+                out.copy_(value)
+
+        self.steps.append(step)
+        step()
+
 
 def _op_step(target: Any, args: Any, kwargs: Any, out: Tensor) -> Step:
     """A call of any other op into ``out``: through its out= overload where it has one that fits, else by copying."""
@@ -315,15 +330,11 @@ def _op_step(target: Any, args: Any, kwargs: Any, out: Tensor) -> Step:
         else:
             if out.data_ptr() == address:
                 return lambda: into(*args, **kwargs, out=out)
-    name = getattr(target, "_opname", "")
-    if getattr(target, "namespace", "") == "slimkernels" and hasattr(ops, name):
-        op = getattr(torch.ops.slimkernels, name).default
-        return lambda: out.copy_(op(*args, **kwargs))
     return lambda: out.copy_(target(*args, **kwargs))
 
 
-def _holds_tensor(value: Any) -> bool:
-    return any(isinstance(leaf, Tensor) for leaf in _pytree.tree_leaves(value))
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in _pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def _rounded(nbytes: int) -> int:

@@ -196,7 +196,8 @@ def _block_sparse(
     mask[chosen] = True
     cls: Any = BlockSparseConv2d if isinstance(problem, ConvProblem) else BlockSparseLinear
     layer = cls.from_dense(dense, problem.block_shape, mask.reshape(rows, columns), problem.epilogue)
-    return layer.eval().requires_grad_(False), _channels_last(dense), _channels_last(x)
+    layer = layer.eval().requires_grad_(False)
+    return layer, _channels_last(layer.to_dense().requires_grad_(False)), _channels_last(x)
 
 
 def _dense_call(dense: nn.Module, x: Tensor, epilogue: str) -> Callable[[], Tensor]:
@@ -217,8 +218,8 @@ def _forced_call(layer: nn.Module, x: Tensor, choice: KernelChoice) -> Callable[
     return call
 
 
-def _on_device(call: Callable[[], Tensor], device: str) -> Callable[[], Any]:
-    """On CUDA, the call captured in a graph: what is compared is kernels, not Python."""
+def captured(call: Callable[[], Any], device: str) -> Callable[[], Any]:
+    """On CUDA, a call captured in a CUDA graph: what is compared then is kernels, not Python. Elsewhere the call."""
     if device != "cuda":
         return call
     side = torch.cuda.Stream()
@@ -256,12 +257,12 @@ def measure_family(family: Family, seconds: float = 0.05) -> list[Entry]:
         for i, problem in enumerate(family.problems):
             layer, dense, x = build(problem)
             if i == 0:
-                calls["dense"] = _on_device(_dense_call(dense, x, problem.epilogue), problem.device)
+                calls["dense"] = captured(_dense_call(dense, x, problem.epilogue), problem.device)
             for spec, config in _ways(problem):
                 key = f"{i} {spec.name} {sorted(config.items())}"
                 choice = KernelChoice(spec.name, config)
                 own = _with_kernel(layer, spec)
-                calls[key] = _on_device(_forced_call(own, x, choice), problem.device)
+                calls[key] = captured(_forced_call(own, x, choice), problem.device)
                 ways[key] = problem, choice
     times = timing.interleaved(calls, seconds=seconds, min_rounds=3)
     # Another process on the machine only ever adds time, so the faster fifth stands for a call.

@@ -15,11 +15,11 @@ from typer.testing import CliRunner
 import slimkernels as sk
 from slimkernels.cli import app as cli
 from slimkernels.cli.bench import run_bench
-from slimkernels.cli.weights import load_model
+from slimkernels.cli.weights import load_model, write_weights
 from slimkernels.data import digits_loaders
 from slimkernels.models import vgg_digits
 
-COMMANDS = ["demo", "info", "train", "compress", "distill", "convert", "explain", "bench"]
+COMMANDS = ["demo", "info", "train", "compress", "distill", "convert", "explain", "tune", "bench", "reproduce"]
 
 
 def run(*arguments: object, code: int = 0):
@@ -129,8 +129,8 @@ def test_distill_prunes_gradually_and_resumes(trained, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "--model", "vgg20"], "models.build: expected one of nin_cifar"),
-        (["train", "--data", "nowhere"], "expected a folder, got nowhere"),
+        (["train", "--model", "vgg20"], "models.build: expected one of "),
+        (["train", "--data", "nowhere"], "got nowhere, which does not exist"),
         (["train", "--resume"], "--resume: expected --checkpoint FILE"),
         (["train", "--model", "nin_cifar"], "to have 3 channels, but got 1"),
         (["compress", "nowhere.pt"], "nowhere.pt, which does not exist"),
@@ -138,8 +138,25 @@ def test_distill_prunes_gradually_and_resumes(trained, tmp_path):
         (["compress", "TRAINED", "--sparsity", 1.5], "prune_: expected sparsity in [0, 1), got 1.5"),
         (["compress", "TRAINED", "--block-shape", "16"], "--block-shape: expected two positive numbers"),
         (["compress", "TRAINED", "--block-shape", "0x1"], "--block-shape: expected two positive numbers"),
-        (["compress", "TRAINED", "--method", "svd"], "factorize_: expected either rank or energy"),
+        (["compress", "TRAINED", "--method", "svd"], "factorize_: expected one of rank, energy"),
         (["compress", "TRAINED", "--layer", "features.18"], "prune_: expected layers"),
+        (["compress", "TRAINED", "--layer", "features.71"], "near matches: features.7, features.17"),
+        (["compress", "TRAINED", "--method", "svd", "--rank", 999, "--layer", "features.17"], "expected rank in [1, "),
+        (["compress", "TRAINED", "--gradual"], "expected --method prune and --data with --gradual"),
+        (["compress", "TRAINED", "--option", "width"], "--option: expected NAME=VALUE"),
+        (["train", "--option", "widht=8"], "models.build: expected options of vgg_digits among"),
+        (["train", "--precision", "fp64"], "TrainConfig: expected precision to be one of"),
+        (["train", "--precision", "fp16"], "fp16"),
+        (["train", "--ema", 1.5], "TrainConfig: expected ema_decay in (0, 1)"),
+        (["train", "--device", "tpu"], "--device: expected cpu or cuda, got 'tpu'"),
+        (["train", "--data", "cifar10:"], "--data: expected a folder as in cifar10:DIR"),
+        (["train", "--data", "BROKEN"], "cat/1.png"),
+        (["distill", "TRAINED", "--student", "vgg_digits", "--student-weights", "FIVE"], "same number of classes"),
+        (["distill", "FIVE", "--student", "vgg_digits"], "expected labels in [0, 5)"),
+        (["reproduce", "slimnet"], "expected a recipe among slimnets, got 'slimnet'; did you mean slimnets"),
+        (["reproduce", "--preset", "papers"], "did you mean paper"),
+        (["reproduce", "--preset", "cpu"], "expected data for preset 'cpu'"),
+        (["reproduce", "--preset", "smoke", "--only", "teecher"], "near matches: teacher"),
         (["compress", "TRAINED", "--model", "nin_cifar"], "expected model 'vgg_digits' as"),
         (["convert", "TRAINED", "--size", "big"], "--size: expected two positive numbers"),
         (["distill", "TRAINED", "--student", "vgg_digits", "--temperature", 0], "distill: expected temperature > 0"),
@@ -149,10 +166,58 @@ def test_distill_prunes_gradually_and_resumes(trained, tmp_path):
 )
 def test_errors_are_one_line(arguments, message, trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    result = run(*[trained if argument == "TRAINED" else argument for argument in arguments], code=1)
+    if "FIVE" in arguments:
+        write_weights(vgg_digits(5), "five.safetensors", name="vgg_digits", num_classes=5)
+    if "BROKEN" in arguments:
+        for file in ("train/cat/1.png", "test/cat/1.png"):
+            Path("broken", file).parent.mkdir(parents=True)
+            Path("broken", file).write_bytes(b"no image")
+    files = {"TRAINED": trained, "FIVE": "five.safetensors", "BROKEN": "broken"}
+    result = run(*[files.get(argument, argument) for argument in arguments], code=1)
     assert result.stdout == ""
     assert result.stderr.startswith("slimkernels: ") and message in result.stderr
     assert result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="file size limits are POSIX")
+@pytest.mark.parametrize("command", ["compress", "train"])
+def test_a_full_disk_loses_nothing(command, trained, tmp_path):
+    """Writing fails beyond 50 kB: one line, exit code 1, and the file that was there is whole."""
+    import resource
+
+    out, state = tmp_path / "out.safetensors", tmp_path / "run.pt"
+    out.write_bytes(b"before")
+    arguments = ["compress", trained, "--out", out]
+    if command == "train":
+        arguments = ["train", "--epochs", 1, "--option", "width=16", "--out", out, "--checkpoint", state]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        result = run(*arguments, code=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert result.stderr.startswith("slimkernels: ") and result.stderr.count("\n") == 1
+    assert "too large" in result.stderr.lower() or "write" in result.stderr
+    assert os.listdir(tmp_path) == ["out.safetensors"] and out.read_bytes() == b"before"
+
+
+def test_model_options_travel_with_the_weights(tmp_path):
+    out, small = tmp_path / "narrow.safetensors", ["--option", "width=8", "--epochs", 1, "--batch-size", 256]
+    data = run_json("train", *small, "--log-dir", tmp_path / "log", "--ema", 0.9, "--out", out)
+    assert data["accuracy"] == data["epochs"][-1]["ema_val_accuracy"]
+    assert (tmp_path / "log" / "epochs.csv").exists() and (tmp_path / "log" / "steps.csv").exists()
+    model, _, _, description = load_model(out)
+    assert description.options == {"width": 8} and model.features[0].out_channels == 8
+    pruned = tmp_path / "pruned.safetensors"
+    run("compress", out, "--sparsity", 0.5, "--block-shape", "8x1", "--out", pruned)
+    assert load_model(pruned)[0].features[0].out_channels == 8
+    assert run("compress", out, "--option", "width=16", code=1).stderr.startswith("slimkernels: load_model: expected")
+
+
+def test_other_ranks_stay_silent(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert run("info").stdout == ""
+    assert run("train", "--resume", code=1).stderr.startswith("slimkernels: rank 1: --resume")
 
 
 def test_debug_shows_where():

@@ -31,24 +31,6 @@ def blobs(n: int = 256, batch_size: int = 32, classes: int = 4, seed: int = 0, *
     return TensorLoader(images, labels, batch_size=batch_size, shuffle=True, **options)
 
 
-class Indexed:
-    """Batches with indices, in a new order every epoch; the teacher's view of a sample never changes."""
-
-    def __init__(self, n: int = 96, batch_size: int = 32) -> None:
-        loader = blobs(n, n)
-        self.images, self.labels = loader.images, loader.labels
-        self.batch_size, self.epoch = batch_size, 0
-
-    def __len__(self) -> int:
-        return len(self.images) // self.batch_size
-
-    def __iter__(self):
-        order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(self.epoch))
-        self.epoch += 1
-        for index in order.split(self.batch_size):
-            yield self.images[index], self.labels[index], index
-
-
 def net(classes: int = 4, width: int = 32) -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(1, width, 3, padding=1),
@@ -285,7 +267,7 @@ def test_cached_logits_are_the_live_ones_and_cost_one_pass(teacher):
     for cache in (False, True):
         torch.manual_seed(5)
         student, counting = net(width=16), Counting(teacher)
-        distill(student, counting, Indexed(), epochs=3, lr=0.02, cache_logits=cache, progress=False)
+        distill(student, counting, blobs(96, with_indices=True), epochs=3, lr=0.02, cache_logits=cache, progress=False)
         students.append(student)
         seen.append(counting.samples - 2)  # two for the check of the logits
     assert seen == [3 * 96, 96]
@@ -298,7 +280,7 @@ def test_cache_refuses_what_it_cannot_hold(teacher):
     with pytest.raises(ValueError, match="without augmentation with cache_logits=True, got flip=True"):
         distill(net(), teacher, blobs(64, flip=True), **run)
     with pytest.raises(ValueError, match="terms of logits alone with cache_logits=True, got Hint"):
-        distill(net(), teacher, Indexed(), loss=Hint("0"), **run)
+        distill(net(), teacher, blobs(64, with_indices=True), loss=Hint("0"), **run)
     with pytest.raises(ValueError, match="with cache_logits=True, got no indices; a TensorLoader gives them"):
         distill(net(), teacher, blobs(64), **run)
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import io
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from slimkernels.compress import gradual
 from slimkernels.compress.gradual import GradualPruning
 from slimkernels.compress.prune import apply_masks_, finalize_, mask_sparsity, masks, prune_
 from slimkernels.compress.schedules import cubic_schedule
@@ -229,6 +231,25 @@ def test_taylor_prunes_what_the_gathered_gradients_say():
     lowest = expected.argsort()[:8]
     filters = hidden(model[3]).flatten(1)
     assert bool(filters[lowest].all()) and int(filters.all(1).sum()) == 8 and int(filters.any(1).sum()) == 8
+
+
+def test_ranks_take_the_masks_of_rank_0(monkeypatch):
+    model, sent = net(), []
+
+    def broadcast(flat, src):
+        sent.append((flat.numel(), src))
+        flat.copy_(torch.arange(flat.numel()) % 2)
+
+    fake = SimpleNamespace(
+        is_available=lambda: True, is_initialized=lambda: True, get_world_size=lambda: 2, broadcast=broadcast
+    )
+    monkeypatch.setattr(gradual, "distributed", fake)
+    callback = GradualPruning(0.5, (8, 1), schedule="one_shot", begin=0.0)
+    callback.prepare(model, 2)
+    callback.on_step_begin(0, 2, model)
+    mask = masks(model)["3"].mask
+    assert sent == [(mask.numel(), 0)] and mask.flatten().tolist() == [i % 2 == 1 for i in range(mask.numel())]
+    assert bool((model[3].parametrizations.weight.original[hidden(model[3])] == 0).all())
 
 
 def test_a_dict_of_sparsities_and_block_shapes_follows_the_curve_by_layer():

@@ -38,10 +38,12 @@ PACKAGES = {
         "chains", "layers", "graph",
     ),
     "kernels": (
-        "select", "__init__", "native_low_rank", "native, cuda, reference, triton", "tables", "break_even, cost_model, devices", "problems, transposed"
+        "select", "__init__", "cpu_gradients, native_low_rank", "native, cuda, reference, triton", "tables", "break_even, cost_model, devices", "problems, transposed"
     ),
     "kernels/triton": (
-        "bsr_conv2d, low_rank_linear", "bsr_conv2d_shared, bsr_conv2d_kernel, bsr_conv2d_split",
+        "bsr_conv2d, bsr_conv2d_backward_w, bsr_conv2d_backward_x, low_rank_linear, low_rank_conv2d, "
+        "relu_maxpool2_backward",
+        "bsr_conv2d_shared, bsr_conv2d_kernel, bsr_conv2d_split",
         "bsr_conv2d_geometry, bsr_conv2d_config", "bsr_conv2d_index, tiles, launcher", "runtime", "__init__",
     ),
 }  # fmt: skip

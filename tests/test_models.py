@@ -23,11 +23,10 @@ STUDENTS = {
 ALL = [*CIFAR_VGGS, "nin_cifar", "vgg_digits", "snn_cifar", "cnn_cifar", "alexnet_cifar"]
 
 
-@pytest.fixture
-def meta():
-    """Models without storage: initialising 20 million weights costs a second."""
+def unfilled(name: str, **options) -> nn.Module:
+    """A model without storage: initialising 20 million weights costs a second."""
     with torch.device("meta"):
-        yield
+        return models.build(name, **options)
 
 
 def parameters(model: nn.Module) -> int:
@@ -52,8 +51,8 @@ def test_forward_shape_and_fx(name):
 
 
 @pytest.mark.parametrize(("name", "convs"), CIFAR_VGGS.items())
-def test_cifar_vgg_layers(name, convs, meta):
-    model = models.build(name)
+def test_cifar_vgg_layers(name, convs):
+    model = unfilled(name)
     found = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     assert len(found) == convs
     assert all(c.kernel_size == (3, 3) and c.padding == (1, 1) for c in found)
@@ -65,18 +64,18 @@ def test_cifar_vgg_layers(name, convs, meta):
     assert sum(isinstance(m, nn.Dropout) for m in model.modules()) == 2
 
 
-def test_vgg19_size_is_that_of_the_paper(meta):
+def test_vgg19_size_is_that_of_the_paper():
     # SlimNets, table 1: 78.4 MB (of 2^20 bytes) in float32, without batch norm.
-    assert parameters(models.vgg19_cifar(batch_norm=False)) * 4 / 2**20 == pytest.approx(78.4, abs=0.05)
+    assert parameters(unfilled("vgg19_cifar", batch_norm=False)) * 4 / 2**20 == pytest.approx(78.4, abs=0.05)
 
 
-def test_batch_norm_is_optional(meta):
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in models.vgg11_cifar(batch_norm=False).modules())
-    assert sum(isinstance(m, nn.BatchNorm2d) for m in models.vgg11_cifar().modules()) == 8
+def test_batch_norm_is_optional():
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in unfilled("vgg11_cifar", batch_norm=False).modules())
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in unfilled("vgg11_cifar").modules()) == 8
 
 
-def test_nin_has_the_paper_s_parameters(meta):
-    assert parameters(models.nin_cifar()) == pytest.approx(965_000, rel=0.01)
+def test_nin_has_the_paper_s_parameters():
+    assert parameters(unfilled("nin_cifar")) == pytest.approx(965_000, rel=0.01)
 
 
 def test_nin_starts_with_every_class_alive():
@@ -88,32 +87,32 @@ def test_nin_starts_with_every_class_alive():
 
 
 @pytest.mark.parametrize(("student", "count"), STUDENTS.items())
-def test_students_have_the_paper_s_parameters(student, count, meta):
+def test_students_have_the_paper_s_parameters(student, count):
     name, hidden = student
-    assert parameters(models.build(name, **({} if hidden is None else {"hidden": hidden}))) == count
+    assert parameters(unfilled(name, **({} if hidden is None else {"hidden": hidden}))) == count
 
 
-def test_digits_width(meta):
-    assert parameters(models.vgg_digits(width=32)) < parameters(models.vgg_digits()) / 3
+def test_digits_width():
+    assert parameters(unfilled("vgg_digits", width=32)) < parameters(unfilled("vgg_digits")) / 3
     with pytest.raises(ValueError, match=r"vgg_digits: expected width >= 4 channels, or a factor .* got 0"):
         models.vgg_digits(width=0)
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_width_scales_every_stage(name, meta):
-    full, half, same = (channels(models.build(name, **kw)) for kw in ({}, {"width": 0.5}, {"width": 1.0}))
+def test_width_scales_every_stage(name):
+    full, half, same = (channels(unfilled(name, **kw)) for kw in ({}, {"width": 0.5}, {"width": 1.0}))
     logits = 1 if name == "nin_cifar" else 0  # its last convolution holds the classes
     assert half[: len(half) - logits] == [c // 2 for c in full[: len(full) - logits]] and same == full
 
 
-def test_width_factor_keeps_multiples_of_eight(meta):
-    assert set(channels(models.vgg19_cifar(width=0.3))) == {16, 40, 80, 152}  # 19.2, 38.4, 76.8, 153.6
-    assert [m.out_features for m in models.vgg19_cifar(width=0.3).classifier if isinstance(m, nn.Linear)] == [
+def test_width_factor_keeps_multiples_of_eight():
+    assert set(channels(unfilled("vgg19_cifar", width=0.3))) == {16, 40, 80, 152}  # 19.2, 38.4, 76.8, 153.6
+    assert [m.out_features for m in unfilled("vgg19_cifar", width=0.3).classifier if isinstance(m, nn.Linear)] == [
         152,
         152,
         10,
     ]
-    assert channels(models.vgg19_cifar(width=0.01))[0] == 8 and channels(models.snn_cifar(width=0.5)) == [3, 8]
+    assert channels(unfilled("vgg19_cifar", width=0.01))[0] == 8 and channels(models.snn_cifar(width=0.5)) == [3, 8]
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def test_an_interrupted_scan_goes_on_where_it_stopped(tmp_path):
 
 
 def report(losses: dict[str, tuple[float, ...]], weights: dict[str, int]) -> SensitivityReport:
-    return SensitivityReport(0.9, 1.0, (0.25, 0.5, 0.75), {n: (0.9,) * 3 for n in weights}, losses, weights)
+    return SensitivityReport(0.9, 1.0, (0.25, 0.5, 0.75), dict.fromkeys(weights, (0.9,) * 3), losses, weights)
 
 
 def test_the_budget_takes_the_cheapest_layers_and_reaches_the_target():

@@ -79,11 +79,11 @@ class Never(Callback):
 def test_small_vgg_learns_the_digits():
     train, test = digits_loaders()
     torch.manual_seed(0)
-    model = vgg_digits(width=32)
-    history = fine_tune(model, train, test, epochs=4, progress=False)
-    assert history[-1].val_accuracy >= 0.97
-    assert [stats.epoch for stats in history] == [1, 2, 3, 4]
-    assert history[-1].loss < history[0].loss / 10
+    model = vgg_digits(width=16)
+    history = fine_tune(model, train, test, epochs=3, progress=False)
+    assert history[-1].val_accuracy >= 0.95
+    assert [stats.epoch for stats in history] == [1, 2, 3]
+    assert history[-1].loss < history[0].loss / 4
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -113,7 +113,7 @@ def test_gradual_pruning_resumes_bitwise(tmp_path, importance):
     with pytest.raises(KeyboardInterrupt):
         fine_tune(net(), loader(), epochs=4, progress=False, checkpoint=path, callbacks=callbacks(StopAt(14)))
     resumed = net(seed=1)
-    with pytest.raises(ValueError, match="expected 2 callbacks as in the checkpoint .*, got 1"):
+    with pytest.raises(ValueError, match=r"expected 2 callbacks as in the checkpoint .*, got 1"):
         fine_tune(net(), loader(), epochs=4, progress=False, checkpoint=path, resume=True, callbacks=callbacks())
     fine_tune(resumed, loader(), epochs=4, progress=False, checkpoint=path, resume=True, callbacks=callbacks(Never()))
     assert 1 - masks(whole)["3"].mask.float().mean() == 0.75
@@ -171,7 +171,7 @@ def test_killed_run_resumes_bitwise(tmp_path):
     path = tmp_path / "run.pt"
     code = textwrap.dedent(KILLED).format(tests=os.path.dirname(__file__), path=str(path))
     process = subprocess.Popen([sys.executable, "-c", code])
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not path.exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)

@@ -47,18 +47,28 @@ def check_resources(row: Row) -> None:
     assert row["registers"] * 32 * warps <= REGISTER_FILE, f"{name}: {row['registers']} registers, {warps} warps"
     if target["dtype"] == "fp32" and target["precision"] == "ieee":
         assert row["instructions"] == [] and row["fma"], f"{name}: {row['instructions']} would round factors to TF32"
-    elif row["config"]["BLOCK_M"] >= 64:
+    elif mma_rows(row) >= 64:
         assert row["instructions"] == [TENSOR_CORE[target["arch"]]], f"{name}: {row['instructions']}"
     else:
         assert len(row["instructions"]) == 1, f"{name}: {row['instructions']}"  # wgmma and tcgen05 start at 64 rows
 
 
+def mma_rows(row: Row) -> int:
+    """Rows of the matrix product: pixels, or output channels where weights are on M."""
+    return row["config"]["BLOCK_N" if row["target"]["variant"] == "weights_on_m" else "BLOCK_M"]
+
+
 def check_pipeline(row: Row) -> None:
-    """Both tiles of the tall-block mainloop stay pipelined: buffers, 16-byte copies, no exchange between threads."""
+    """Every tile of the mainloop stays pipelined: buffers, 16-byte copies, no exchange between threads."""
     target, name, stages = row["target"], row["target"]["name"], row["config"]["num_stages"]
-    expected = stages - 1 if target["arch"] == 80 else stages
-    assert row["buffers"] == [expected] * 2, f"{name}: {row['buffers']} buffers of {stages} stages"
-    assert row["copy_bytes"] == [16], f"{name}: copies of {row['copy_bytes']} bytes"
+    tiles = 2 if target["variant"] != "shared_input" else 5 if target["shape"][0] <= 32 else 3
+    expected = stages if row["instructions"] != ["mma.sync"] else stages - 1
+    assert row["buffers"] == [expected] * tiles, f"{name}: {row['buffers']} buffers of {stages} stages"
+    # A tile of fewer than 16 bytes a thread is copied in smaller pieces.
+    itemsize, threads = 4 if target["dtype"] == "fp32" else 2, 32 * row["config"]["num_warps"]
+    elements = [row["config"][side] * row["config"]["BLOCK_K"] for side in ("BLOCK_M", "BLOCK_N")]
+    pieces = sorted({min(16, n * itemsize // threads) for n in elements})
+    assert row["copy_bytes"] == pieces, f"{name}: copies of {row['copy_bytes']} bytes, not {pieces}"
     assert row["loop_layout_conversions"] == 0, f"{name}: {row['loop_layout_conversions']} conversions in the mainloop"
 
 
@@ -69,10 +79,10 @@ def is_tall(row: Row) -> bool:
     return tensor_cores and len(shape) == 2 and shape[1] >= 16
 
 
-def test_default_tiles_of_every_architecture(quick: list[Row]) -> None:
-    assert {(row["target"]["arch"], len(row["target"]["shape"])) for row in quick} == {
-        (arch, kind) for arch in SHARED_LIMIT for kind in (1, 2)
-    }
+def test_default_tiles_of_every_architecture_and_kernel(quick: list[Row]) -> None:
+    conv = {(row["target"]["arch"], row["target"]["variant"]) for row in quick if len(row["target"]["shape"]) == 2}
+    variants = {"pixels_on_m", "weights_on_m", "taps_together", "shared_input"}
+    assert {arch for arch, _ in conv} == set(SHARED_LIMIT) and {variant for _, variant in conv} == variants
     for row in quick:
         check_resources(row)
 
@@ -88,7 +98,18 @@ def test_tall_blocks_keep_their_pipeline(quick: list[Row]) -> None:
 @pytest.mark.slow
 def test_every_shape_dtype_and_branch(tmp_path: Path) -> None:
     rows = compiled(tmp_path, "--all")
-    assert len(rows) > 90
+    assert len(rows) > 200
+    for row in rows:
+        check_resources(row)
+        if is_tall(row):
+            check_pipeline(row)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", SHARED_LIMIT)
+def test_every_configuration_the_tuner_may_try(arch: int, tmp_path: Path) -> None:
+    rows = compiled(tmp_path, "--listed", str(arch))
+    assert len(rows) > 60
     for row in rows:
         check_resources(row)
         if is_tall(row):

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
 from triton_cases import (
-    BLOCK_SHAPES,
     CONV_CASES,
     CORE_CASES,
     LOW_RANK_CASES,
+    MORE_BLOCK_SHAPES,
+    SPLIT_CASES,
+    VARIANT_CASES,
+    VARIANTS,
     ConvCase,
     build,
     check_conv,
@@ -24,33 +29,66 @@ from triton_cases import (
 )
 
 from slimkernels import testing
+from slimkernels.kernels.problems import ConvProblem
+from slimkernels.kernels.triton.bsr_conv2d_config import device_configs
 
 pytestmark = pytest.mark.gpu
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-shapes = pytest.mark.parametrize("block_shape", BLOCK_SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
+shapes = pytest.mark.parametrize("block_shape", MORE_BLOCK_SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
 dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 
 
-@pytest.mark.parametrize("name", CONV_CASES)
+@pytest.mark.parametrize("name", [*CONV_CASES, *SPLIT_CASES])
 @dtypes
 def test_conv(dtype: torch.dtype, name: str) -> None:
-    check_conv(CONV_CASES[name], (16, 16), dtype, "cuda")
+    check_conv((CONV_CASES | SPLIT_CASES)[name], (16, 16), dtype, "cuda")
 
 
 @shapes
 @pytest.mark.parametrize("name", CORE_CASES)
+def test_conv_block_shapes(name: str, block_shape: tuple[int, int]) -> None:
+    for dtype in DTYPES.values():
+        check_conv(CONV_CASES[name], block_shape, dtype, "cuda")
+
+
+@shapes
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_conv_variants(variant: str, block_shape: tuple[int, int]) -> None:
+    """The other kernels of the op, with small tiles and with their default for a large image."""
+    if variant == "shared_input" and block_shape[0] > 64:
+        pytest.skip("block rows of more than 64 outputs do not share input")
+    for name in VARIANT_CASES:
+        for dtype in DTYPES.values():
+            check_conv(replace(CONV_CASES[name], variant=variant), block_shape, dtype, "cuda")
+    large = ConvCase(image=(9, 45, 47), sparsity=0.875, block_m=None, variant=variant)
+    check_conv(large, block_shape, torch.bfloat16, "cuda")
+
+
+@pytest.mark.parametrize("image", ((1, 4, 4), (8, 32, 32)), ids=("small", "large"))
+@pytest.mark.parametrize("variant", ("pixels_on_m", *VARIANTS))
 @dtypes
-def test_conv_block_shapes(dtype: torch.dtype, name: str, block_shape: tuple[int, int]) -> None:
-    check_conv(CONV_CASES[name], block_shape, dtype, "cuda")
+def test_every_configuration_the_tuner_may_try(dtype: torch.dtype, variant: str, image: tuple[int, int, int]) -> None:
+    block_shape = (64, 16)
+    case = ConvCase(image=image, sparsity=0.7, variant=variant)
+    x, weight, bias = build(case, block_shape, dtype)
+    n, c_in, h, w = x.shape
+    c_out, _, r, s = weight.weight_shape
+    geometry = n, c_in, h, w, c_out, r, s, case.stride, case.padding, case.dilation
+    problem = ConvProblem(*geometry, block_shape, weight.nnz_blocks, dtype, "cuda", case.epilogue)
+    for config in device_configs(variant, problem):
+        with fp32_precision("ieee"):
+            y = run_conv(case, x, weight, bias, "cuda", config)
+        result = compare_conv(y, case, x, weight, bias)
+        assert result.passed, f"{config}: {result.message}"
 
 
 @shapes
 @dtypes
-@pytest.mark.parametrize("epilogue", ("relu", "relu_maxpool2"))
-def test_conv_default_tiles_of_a_large_image(epilogue: str, dtype: torch.dtype, block_shape: tuple[int, int]) -> None:
+def test_conv_default_tiles_of_a_large_image(dtype: torch.dtype, block_shape: tuple[int, int]) -> None:
     """Enough pixels for the largest tile and several waves; the last tile is ragged."""
-    case = ConvCase(image=(9, 45, 47), sparsity=0.875, epilogue=epilogue, block_m=None)
-    check_conv(case, block_shape, dtype, "cuda")
+    for epilogue in ("relu", "relu_maxpool2"):
+        case = ConvCase(image=(9, 45, 47), sparsity=0.875, epilogue=epilogue, block_m=None)
+        check_conv(case, block_shape, dtype, "cuda")
 
 
 @shapes
@@ -66,9 +104,10 @@ def test_conv_tf32(block_shape: tuple[int, int]) -> None:
 
 
 @shapes
-@dtypes
-def test_linear(dtype: torch.dtype, block_shape: tuple[int, int]) -> None:
-    check_linear(block_shape, dtype, "cuda")
+def test_linear(block_shape: tuple[int, int]) -> None:
+    for variant in ("pixels_on_m", "weights_on_m", "shared_input"):
+        for dtype in DTYPES.values() if variant != "shared_input" or block_shape[0] <= 64 else ():
+            check_linear(block_shape, dtype, "cuda", variant)
 
 
 @pytest.mark.parametrize("name", LOW_RANK_CASES)
@@ -121,3 +160,40 @@ def test_launch_follows_the_current_stream() -> None:
     side.synchronize()
     result = compare_conv(y, case, x, weight, bias)
     assert result.passed, result.message
+
+
+@pytest.mark.parametrize("case", (ConvCase(block_m=None), SPLIT_CASES["splits"]), ids=("whole", "split"))
+def test_launch_follows_the_device_of_x(case: ConvCase) -> None:
+    """Called with another device current; twice, because the second launch takes the remembered kernel."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA GPUs")
+    x, weight, bias = build(case, (64, 16), torch.float16)
+    with torch.cuda.device(0):
+        for device in ("cuda:1", "cuda:0", "cuda:1", "cuda:0"):
+            y = run_conv(case, x, weight, bias, device)
+            result = compare_conv(y, case, x, weight, bias)
+            assert y.device == torch.device(device) and result.passed, result.message
+
+
+@pytest.mark.parametrize("variant", ("pixels_on_m", *VARIANTS))
+def test_split_and_unsplit_kernels_repeat_bit_for_bit(variant: str) -> None:
+    case = replace(SPLIT_CASES["splits"], variant=variant)
+    x, weight, bias = build(case, (64, 16), torch.float32)
+    first = run_conv(case, x, weight, bias, "cuda")
+    assert all(torch.equal(run_conv(case, x, weight, bias, "cuda"), first) for _ in range(5))
+
+
+@pytest.mark.parametrize("variant", ("pixels_on_m", *VARIANTS))
+def test_captured_in_a_graph(variant: str) -> None:
+    case = replace(SPLIT_CASES["splits"], variant=variant)
+    x, weight, bias = build(case, (64, 16), torch.float16)
+    x, bias = x.cuda(), bias.cuda()
+    parts = (t.cuda() for t in (weight.values, weight.crow_indices, weight.col_indices))
+    weight = type(weight)(*parts, weight.weight_shape, weight.block_shape)
+    warm = run_conv(case, x, weight, bias, "cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = run_conv(case, x, weight, bias, "cuda")
+    x.mul_(2)
+    graph.replay()
+    assert torch.equal(y, run_conv(case, x, weight, bias, "cuda")) and not torch.equal(y, warm)

@@ -1,4 +1,4 @@
-"""Cases of the Triton gradient kernels, named by tile arithmetic, and their checks: for the interpreter and for a GPU."""
+"""Cases of the Triton gradient kernels, named by tile arithmetic, and their checks, for the interpreter and a GPU."""
 
 from __future__ import annotations
 

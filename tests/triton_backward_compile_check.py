@@ -102,14 +102,13 @@ def _dgrad(target: Target) -> tuple[Any, dict[str, Any], dict[str, int]]:
     constants = {
         **dict.fromkeys(("dil_h", "dil_w", "pad_h", "pad_w"), 1),
         **dict.fromkeys(("STRIDE_H", "STRIDE_W"), target.stride),
-        "R": 3,
-        "S": 3,
+        **dict.fromkeys(("R", "S"), 3 if target.border else 1),
         "BLOCK_ROWS": cdiv(target.channels, block_out),
         "BSR_OUT": block_out,
         "BSR_IN": block_in,
         "SLICE": min(power_of_2_divisor(n, config["BLOCK_K"]) for n in (block_out, target.channels)),
         "ALIGN_IN": power_of_2_divisor(block_in, 16),
-        "HAS_BORDER": target.border,
+        "TAP_BITS": target.border,
         "RAGGED_OUT": target.channels % block_out != 0,
     }
     return bsr_conv2d_backward_x.bsr_conv2d_bwd_x_kernel, constants, config

@@ -6,8 +6,18 @@ import os
 
 import pytest
 import torch
-from triton_backward_cases import CORE_CASES, GRADIENT_CASES, GradientCase, build, check, check_pool, compare, mutants
-from triton_backward_cases import references, run  # fmt: skip
+from triton_backward_cases import (  # fmt: skip
+    CORE_CASES,
+    GRADIENT_CASES,
+    GradientCase,
+    build,
+    check,
+    check_pool,
+    compare,
+    mutants,
+    references,
+    run,
+)
 from triton_cases import BLOCK_SHAPES, fp32_precision
 
 from slimkernels import ops, testing
@@ -173,8 +183,13 @@ def test_opcheck_with_the_transposed_index() -> None:
     torch.library.opcheck(torch.ops.slimkernels.bsr_conv2d.default, (x, *weight, *tail))
     with pytest.raises(ValueError, match=r"bsr_conv2d: expected transposed of shape \(\d+,\), got \(3,\)"):
         ops.bsr_conv2d(
-            x, *weight, weight_shape=module.weight_shape, block_shape=(16, 16), stride=module.stride, transposed=index[:3]
-        )  # fmt: skip
+            x,
+            *weight,
+            weight_shape=module.weight_shape,
+            block_shape=(16, 16),
+            stride=module.stride,
+            transposed=index[:3],
+        )
 
 
 def test_compile_fullgraph_forward_and_backward() -> None:

@@ -14,6 +14,7 @@ from slimkernels import testing
 from slimkernels.formats import BSRWeight
 from slimkernels.kernels.triton import bsr_conv2d as triton_bsr_conv2d
 from slimkernels.kernels.triton import low_rank_linear as triton_low_rank_linear
+from slimkernels.kernels.triton.bsr_conv2d_index import forward_order
 
 # Block shapes and the (C_out, C_in) of a layer of two block rows and two column groups; narrow blocks get a few more.
 BLOCK_SHAPES = {
@@ -28,6 +29,14 @@ BLOCK_SHAPES = {
     (128, 16): (256, 32),
     (128, 32): (256, 64),
     (128, 128): (256, 256),
+}
+# The shapes between, for the slow run.
+MORE_BLOCK_SHAPES = {
+    **BLOCK_SHAPES,
+    (32, 16): (64, 32),
+    (64, 32): (128, 64),
+    (128, 64): (256, 128),
+    (256, 16): (512, 32),
 }
 
 
@@ -54,13 +63,20 @@ class ConvCase:
     bias: bool = True
     epilogue: str = "relu"
     block_m: int | None = 64
+    block_k: int | None = None
     index_64: bool = False
+    variant: str = "pixels_on_m"
+    splits: int = 1
+    group_m: int = 0
+    ordered: bool = True
 
     def config(self, block_shape: tuple[int, int], device: str) -> dict[str, int] | None:
         """Tile constants; None leaves them to the kernel's default_config."""
         if self.block_m is None:
             return None
-        return {**tile(block_shape, self.block_m, device), "INDEX_64": int(self.index_64)}
+        config = {**tile(block_shape, self.block_m, device), "INDEX_64": int(self.index_64), "SPLITS": self.splits}
+        config |= {"BLOCK_K": self.block_k} if self.block_k else {}
+        return config | ({"GROUP_M": self.group_m} if self.group_m else {})
 
 
 CONV_CASES = {
@@ -68,6 +84,8 @@ CONV_CASES = {
     "m_lt_tile": ConvCase(image=(1, 3, 3)),
     "m_div_tile": ConvCase(image=(1, 4, 8), block_m=16),
     "m_gt_tile": ConvCase(image=(2, 5, 7), block_m=32),
+    "storage_order": ConvCase(ordered=False),
+    "group_of_tiles": ConvCase(image=(2, 5, 7), block_m=16, group_m=2),
     "ragged_c_in": ConvCase(cut=(0, 1)),
     "ragged_c_out": ConvCase(cut=(1, 0), epilogue="none"),
     "ragged_half_block": ConvCase(cut=(-2, -2)),
@@ -81,11 +99,22 @@ CONV_CASES = {
     "padding_exceeds_image": ConvCase(image=(1, 2, 2), padding=(4, 3)),
     "kernel_1x1": ConvCase(kernel=(1, 1), padding=(0, 0), sparsity=0.3),
     "kernel_5x5": ConvCase(image=(1, 4, 4), kernel=(5, 5), padding=(2, 2), sparsity=0.8),
+    "kernel_7x7": ConvCase(image=(1, 4, 4), kernel=(7, 7), padding=(3, 3), sparsity=0.9),
     "kernel_1x3": ConvCase(kernel=(1, 3), padding=(0, 1)),
     "without_border": ConvCase(image=(1, 6, 6), padding=(0, 0)),
     "index_64": ConvCase(image=(1, 4, 4), index_64=True),
     "maxpool_odd": ConvCase(image=(1, 5, 7), epilogue="relu_maxpool2", sparsity=0.8, block_m=32),
 }
+# The stored blocks of a tile shared out: unevenly, to more programs than there are stages, and with a pooled sum.
+SPLIT_CASES = {
+    "splits": ConvCase(image=(2, 5, 7), splits=3, block_k=16),
+    "splits_of_no_blocks": ConvCase(pattern="zero_block_row", splits=2, bias=False, epilogue="none"),
+    "more_splits_than_stages": ConvCase(image=(1, 3, 3), splits=16, sparsity=0.9, block_k=32),
+    "splits_ragged_maxpool": ConvCase(image=(1, 5, 7), cut=(-2, -2), epilogue="relu_maxpool2", splits=2, block_k=32),
+}
+# Every kernel of the op beside the first, on the kinds of code that they do not share.
+VARIANTS = ("weights_on_m", "taps_together", "shared_input")
+VARIANT_CASES = ("m_gt_tile", "ragged_half_block", "zero_block_row", "maxpool_odd")
 # One case per kind of code in the kernel; the others differ in geometry alone.
 CORE_CASES = ("m_gt_tile", "ragged_half_block", "zero_block_row", "without_border", "maxpool_odd")
 
@@ -140,7 +169,7 @@ def fp32_precision(value: str) -> Iterator[None]:
 
 def build(case: ConvCase, block_shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, BSRWeight, Tensor | None]:
     """x (channels_last), the block-sparse weight and the bias of a case."""
-    c_out, c_in = BLOCK_SHAPES[block_shape]
+    c_out, c_in = MORE_BLOCK_SHAPES[block_shape]
     cut_out, cut_in = (b // 2 if c == -2 else c for b, c in zip(block_shape, case.cut))
     shape = (c_out - cut_out, c_in - cut_in, *case.kernel)
     weight = testing.random_bsr(shape, block_shape, case.sparsity, seed=1, dtype=dtype, pattern=case.pattern)
@@ -149,22 +178,30 @@ def build(case: ConvCase, block_shape: tuple[int, int], dtype: torch.dtype) -> t
     return x, weight, testing.random_tensor(shape[0], seed=3, dtype=dtype) if case.bias else None
 
 
-def run_conv(case: ConvCase, x: Tensor, weight: BSRWeight, bias: Tensor | None, device: str = "cpu") -> Tensor:
-    """The Triton convolution of a case."""
+def run_conv(
+    case: ConvCase,
+    x: Tensor,
+    weight: BSRWeight,
+    bias: Tensor | None,
+    device: str = "cpu",
+    config: dict[str, int] | None = None,
+) -> Tensor:
+    """The Triton convolution of a case, with another configuration than the case's where one is given."""
+    index = weight.crow_indices.to(device), weight.col_indices.to(device)
     return triton_bsr_conv2d.launch(
         x.to(device),
         weight.values.to(device),
-        weight.crow_indices.to(device),
-        weight.col_indices.to(device),
+        *index,
         None if bias is None else bias.to(device),
-        [],
+        [forward_order(*index, weight.weight_shape, weight.block_shape)] if case.ordered else [],
         weight.weight_shape,
         weight.block_shape,
         case.stride,
         case.padding,
         case.dilation,
         case.epilogue,
-        case.config(weight.block_shape, device),
+        config or case.config(weight.block_shape, device),
+        case.variant,
     )
 
 
@@ -206,16 +243,25 @@ def check_low_rank(case: LowRankCase, dtype: torch.dtype, device: str = "cpu", p
     assert y.dtype == dtype and y.is_contiguous() and y.shape == (*case.lead, out_features)
 
 
-def check_linear(block_shape: tuple[int, int], dtype: torch.dtype, device: str = "cpu") -> None:
-    """The linear layer through the convolution kernel: leading dimensions, ragged blocks, an empty batch."""
-    c_out, c_in = (size - max(1, b // 2) for size, b in zip(BLOCK_SHAPES[block_shape], block_shape))
+def check_linear(
+    block_shape: tuple[int, int],
+    dtype: torch.dtype,
+    device: str = "cpu",
+    variant: str = "pixels_on_m",
+    config: dict[str, int] | None = None,
+) -> None:
+    """The linear layer through the convolution kernels: leading dimensions, ragged blocks, an empty batch."""
+    c_out, c_in = (size - max(1, b // 2) for size, b in zip(MORE_BLOCK_SHAPES[block_shape], block_shape))
     weight = testing.random_bsr((c_out, c_in), block_shape, 0.4, seed=5, dtype=dtype)
     bias = testing.random_tensor(c_out, seed=6, dtype=dtype)
     parts = [t.to(device) for t in (weight.values, weight.crow_indices, weight.col_indices, bias)]
+    order = forward_order(parts[1], parts[2], (c_out, c_in, 1, 1), block_shape)
     for lead in ((3, 7), (0,), ()):
         x = testing.random_tensor(*lead, c_in, seed=7, dtype=dtype)
         with fp32_precision("ieee"):
-            y = triton_bsr_conv2d.launch_linear(x.to(device), *parts, [], (c_out, c_in), block_shape, "relu")
+            y = triton_bsr_conv2d.launch_linear(
+                x.to(device), *parts, [order], (c_out, c_in), block_shape, "relu", config, variant
+            )
         scale, terms = testing.scale_bsr_linear(x, weight, bias)
         testing.assert_close(y, testing.reference_bsr_linear(x, weight, bias, "relu"), scale=scale, terms=terms)
         assert y.dtype == dtype and y.is_contiguous()

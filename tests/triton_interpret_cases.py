@@ -7,16 +7,20 @@ GPU (tests/test_triton_gpu.py).
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
 import torch
 from triton.runtime import interpreter
 from triton_cases import (
-    BLOCK_SHAPES,
     CONV_CASES,
     CORE_CASES,
     LOW_RANK_CASES,
+    MORE_BLOCK_SHAPES,
+    SPLIT_CASES,
+    VARIANT_CASES,
+    VARIANTS,
     ConvCase,
     build,
     check_conv,
@@ -26,6 +30,7 @@ from triton_cases import (
     compare_conv,
     fp32_precision,
     run_conv,
+    tile,
 )
 
 from slimkernels import ops, testing
@@ -38,57 +43,138 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.exit("triton_interpret_cases.py needs TRITON_INTERPRET=1 before the kernels are decorated", returncode=2)
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
-shapes = pytest.mark.parametrize("block_shape", BLOCK_SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
+
+
+def named(shapes: Iterable[tuple[int, int]]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("block_shape", list(shapes), ids=lambda s: f"{s[0]}x{s[1]}")
+
+
+# A vector, narrow and odd blocks, both tall ones: one for every way the kernel's constants differ.
+shapes = named(((1, 1), (16, 1), (24, 24), (64, 16), (128, 32)))
+every_shape = named(MORE_BLOCK_SHAPES)
 dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+variants = pytest.mark.parametrize("variant", VARIANTS)
 
 
-@pytest.mark.parametrize("name", CONV_CASES)
+def height_shared(block_shape: tuple[int, int], variant: str) -> bool:
+    """Whether the variant takes blocks of this height."""
+    return variant != "shared_input" or block_shape[0] <= 64
+
+
+@pytest.mark.parametrize("name", [*CONV_CASES, *SPLIT_CASES])
 def test_conv(name: str) -> None:
-    check_conv(CONV_CASES[name], (16, 16), torch.float32)
+    check_conv((CONV_CASES | SPLIT_CASES)[name], (16, 16), torch.float32)
 
 
 @shapes
-@pytest.mark.parametrize("name", CORE_CASES)
-@dtypes
-def test_conv_block_shapes(dtype: torch.dtype, name: str, block_shape: tuple[int, int]) -> None:
-    check_conv(CONV_CASES[name], block_shape, dtype)
+@pytest.mark.parametrize("name", ("m_gt_tile", "ragged_half_block"))
+def test_conv_block_shapes(name: str, block_shape: tuple[int, int]) -> None:
+    check_conv(CONV_CASES[name], block_shape, torch.float32)
+
+
+@named(((16, 1), (64, 16)))
+def test_conv_float16(block_shape: tuple[int, int]) -> None:
+    check_conv(CONV_CASES["ragged_half_block"], block_shape, torch.float16)
+
+
+@variants
+@pytest.mark.parametrize("name", VARIANT_CASES)
+def test_conv_variants(name: str, variant: str) -> None:
+    check_conv(replace(CONV_CASES[name], variant=variant), (16, 16), torch.float32)
+
+
+@variants
+def test_conv_variants_narrow_and_default(variant: str) -> None:
+    check_conv(replace(CONV_CASES["ragged_c_in"], variant=variant, block_m=None), (16, 1), torch.float16)
+    check_conv(replace(CONV_CASES["storage_order"], variant=variant), (24, 24), torch.float32)
+    if variant != "shared_input":
+        check_conv(replace(SPLIT_CASES["splits_ragged_maxpool"], variant=variant), (16, 16), torch.float32)
 
 
 @pytest.mark.slow
 @shapes
-@pytest.mark.parametrize("name", [name for name in CONV_CASES if name not in CORE_CASES])
+@pytest.mark.parametrize("name", [*CONV_CASES, *SPLIT_CASES])
 def test_conv_every_case(name: str, block_shape: tuple[int, int]) -> None:
-    check_conv(CONV_CASES[name], block_shape, torch.float32)
+    check_conv((CONV_CASES | SPLIT_CASES)[name], block_shape, torch.float32)
 
 
-@pytest.mark.parametrize("name", ("m_gt_tile", "ragged_half_block", "maxpool_odd"))
+@pytest.mark.slow
+@every_shape
+@pytest.mark.parametrize("name", CORE_CASES)
+def test_conv_every_shape(name: str, block_shape: tuple[int, int]) -> None:
+    check_conv(CONV_CASES[name], block_shape, torch.float16 if name == "ragged_half_block" else torch.float32)
+
+
+@pytest.mark.slow
+@every_shape
+@variants
+def test_conv_variants_every_shape(variant: str, block_shape: tuple[int, int]) -> None:
+    for name in VARIANT_CASES if height_shared(block_shape, variant) else ():
+        check_conv(replace(CONV_CASES[name], variant=variant), block_shape, torch.float32)
+    if variant != "shared_input":
+        check_conv(replace(SPLIT_CASES["splits"], variant=variant), block_shape, torch.float16)
+
+
+@pytest.mark.parametrize("name", ("m_gt_tile", "maxpool_odd"))
 def test_conv_bfloat16(name: str) -> None:
     check_conv(CONV_CASES[name], (16, 16), torch.bfloat16)
 
 
 @shapes
+def test_linear(block_shape: tuple[int, int]) -> None:
+    check_linear(block_shape, torch.float32)
+
+
+@pytest.mark.parametrize("variant", ("weights_on_m", "shared_input"))
+def test_linear_variants(variant: str) -> None:
+    check_linear((64, 16), torch.float16, variant=variant)
+    if variant == "weights_on_m":
+        check_linear((64, 16), torch.float32, "cpu", variant, tile((64, 16), 16, "cpu") | {"BLOCK_K": 16, "SPLITS": 2})
+
+
+@pytest.mark.slow
+@every_shape
 @dtypes
-def test_linear(dtype: torch.dtype, block_shape: tuple[int, int]) -> None:
-    check_linear(block_shape, dtype)
+def test_linear_every_shape(dtype: torch.dtype, block_shape: tuple[int, int]) -> None:
+    for variant in ("pixels_on_m", "weights_on_m", "shared_input"):
+        if height_shared(block_shape, variant):
+            check_linear(block_shape, dtype, variant=variant)
+
+
+def test_launching_shared_input_again_regroups_a_changed_pattern() -> None:
+    """The groups of rows are remembered for the index tensor, until it is written to."""
+    case = replace(CONV_CASES["m_lt_tile"], variant="shared_input")
+    x, weight, bias = build(case, (16, 16), torch.float32)
+    moved = testing.wrong_block(weight)
+    assert not torch.equal(moved.col_indices, weight.col_indices)
+    assert compare_conv(run_conv(case, x, weight, bias), case, x, weight, bias).passed
+    weight.col_indices.copy_(moved.col_indices)
+    assert compare_conv(run_conv(case, x, weight, bias), case, x, moved, bias).passed
 
 
 @pytest.mark.parametrize("name", LOW_RANK_CASES)
-@pytest.mark.parametrize("dtype", [*DTYPES.values(), torch.bfloat16], ids=[*DTYPES, "bfloat16"])
-def test_low_rank(dtype: torch.dtype, name: str) -> None:
+def test_low_rank(name: str) -> None:
+    check_low_rank(LOW_RANK_CASES[name], torch.float32)
+
+
+@pytest.mark.parametrize("name", ("m_gt_tile", "rank_ragged", "splits"))
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=("float16", "bfloat16"))
+def test_low_rank_16_bit(dtype: torch.dtype, name: str) -> None:
     check_low_rank(LOW_RANK_CASES[name], dtype)
 
 
-@pytest.mark.parametrize("epilogue", ("none", "relu", "relu_maxpool2"))
-@pytest.mark.parametrize("block_shape", ((1, 1), (8, 1), (16, 16)), ids=lambda s: f"{s[0]}x{s[1]}")
+@pytest.mark.parametrize("epilogue", ("none", "relu_maxpool2"))
+@named(((8, 1), (16, 16)))
 def test_nonfinite_inputs_reach_what_reads_them(block_shape: tuple[int, int], epilogue: str) -> None:
     check_nonfinite(block_shape, epilogue)
 
 
-@shapes
+@named(((16, 1), (64, 16)))
 @dtypes
-def test_a_dropped_block_or_term_is_seen(dtype: torch.dtype, block_shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("variant", ("pixels_on_m", *VARIANTS))
+def test_a_dropped_block_or_term_is_seen(variant: str, dtype: torch.dtype, block_shape: tuple[int, int]) -> None:
     """The bound is tight enough: the right result fails against a reference that lacks one term or moves one block."""
-    case = ConvCase(epilogue="none")
+    case = ConvCase(image=(1, 4, 4), epilogue="none", variant=variant)
     x, weight, bias = build(case, block_shape, dtype)
     with fp32_precision("ieee"):
         y = run_conv(case, x, weight, bias)

@@ -122,6 +122,7 @@ class DistillationStep(TrainingStep):
             return teacher(images.to(device_of(teacher), non_blocking=True)), features
 
     def recipe(self) -> dict[str, Any]:
+        """Terms, temperature and soft weight."""
         return {
             "terms": [repr(term) for term in self._terms],
             "temperature": self._temperature,

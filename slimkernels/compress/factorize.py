@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from slimkernels.compress.layer_costs import Budget, factor_params
 from slimkernels.compress.layer_ranks import FactorizableLayer, asked_ranks, ranks_within
 from slimkernels.compress.ranks import check_energy, lost_shares, rank_by_energy
 from slimkernels.compress.selection import SelectedLayer, select_layers
-from slimkernels.compress.whitening import match_batch_norms, output_moments, whitened_svd
+from slimkernels.compress.whitening import match_batch_norms, output_moments, refit_last_factors, whitened_svd
 from slimkernels.formats import LOW_RANK_KINDS, LowRankWeight
 from slimkernels.nn import LowRankConv2d, LowRankLinear, resolved_padding, unsupported_conv_reason
 
@@ -108,9 +108,10 @@ def factorize_(
         batch_norm: puts a BatchNorm2d behind every factorized convolution that has none there yet, as SlimNets and Tai
             et al. do; the layer becomes a Sequential of ``low_rank`` and ``batch_norm``. It starts as the identity on
             the calibration data, or without them with mean 0 and variance 1.
-        calibration: batches of images, or sequences that begin with them, such as a loader. Layers split by the SVD
-            then change their outputs on these data, rather than their weights, by as little as possible at their rank
-            (`whitening`), and energy means that of the outputs.
+        calibration: batches of images, or sequences that begin with them, such as a loader, which has to be iterable
+            more than once. Layers split by the SVD then change their outputs on these data, rather than their weights,
+            by as little as possible at their rank, and energy means that of their outputs; of "tai" and "tucker2" the
+            last factor is fitted to the data (see `whitening`).
         calibration_batches: uses so many batches only.
         example_inputs: tensor, or tuple of arguments, whose sizes count for budgets of FLOPs and time.
 
@@ -127,7 +128,7 @@ def factorize_(
         raise ValueError(f"factorize_: expected method in {LOW_RANK_KINDS}, got {method!r}")
     if sum(way is not None for way in (rank, energy, budget)) != 1:
         raise ValueError(
-            f"factorize_: expected either rank or energy or budget, got rank={rank}, energy={energy}, budget={budget}"
+            f"factorize_: expected one of rank, energy and budget, got rank={rank}, energy={energy}, budget={budget}"
         )
     if energy is not None:
         check_energy("factorize_", energy)
@@ -150,16 +151,16 @@ def factorize_(
     todo: dict[str, FactorizableLayer] = {}
     keys = {layer.name: layer.key for layer in picked}
     shared = _shared_parameters(model)
-    for layer in picked:
-        refusal = _refusal(layer, model, shared)
+    for selected in picked:
+        name, module, explicit = selected.name, selected.module, selected.explicit
+        refusal = _refusal(selected, model, shared)
         if refusal is None:
-            todo[layer.name] = FactorizableLayer(
-                layer.name, layer.module, _kind(layer.module, method), layer.explicit, asked_multiple=multiple
-            )
+            todo[name] = FactorizableLayer(name, module, _kind(module, method), explicit, asked_multiple=multiple)
+            todo[name].check_finite()
             continue
-        if layer.explicit or layer.module is model:
-            raise ValueError(f"factorize_: layer {layer.name!r}: {refusal}")
-        records[layer.name] = _kept(layer.name, layer.module, refusal)
+        if explicit or module is model:
+            raise ValueError(f"factorize_: layer {name!r}: {refusal}")
+        records[name] = _kept(name, module, refusal)
     if calibration is not None:
         split = {name: layer.module for name, layer in todo.items() if layer.kind == "svd"}
         moments = output_moments("factorize_", model, split, calibration, calibration_batches) if split else {}
@@ -180,10 +181,18 @@ def factorize_(
         elif rank == "vbmf":
             ranks = layer.by_vbmf()
         else:
-            ranks = asked_ranks(layer, rank[keys[name]] if isinstance(rank, Mapping) else rank)  # type: ignore[index]
+            ranks = asked_ranks(layer, rank[keys[name] or name] if isinstance(rank, Mapping) else rank)
         records[name], twin = _factorize_layer(layer, method, ranks, name in normed)
         if twin is not None:
             twins[name] = twin
+    if calibration is not None:
+        chains = {
+            name: (todo[name].module, _low_rank(twin)) for name, twin in twins.items() if records[name].kind != "svd"
+        }
+        errors = refit_last_factors("factorize_", model, chains, calibration, calibration_batches) if chains else {}
+        for name, error in errors.items():
+            change = _relative_error(todo[name].dense, chains[name][1].factors, todo[name].kind)
+            records[name] = replace(records[name], relative_error=change, output_error=error)
     _replace(model, {id(todo[name].module): twin for name, twin in twins.items()})
     if calibration is not None and normed & set(twins):
         norms = {name: twins[name].batch_norm for name in twins if name in normed}
@@ -264,9 +273,7 @@ def _factorize_layer(
         return _kept(layer.name, module, reason), None
 
     factors = _decompose(layer, ranks)
-    double = LowRankWeight(kind, tuple(f.double() for f in factors)).to_dense()
-    norm = float(torch.linalg.vector_norm(layer.dense))
-    error = float(torch.linalg.vector_norm(layer.dense - double)) / norm if norm > 0 else 0.0
+    error = _relative_error(layer.dense, factors, kind)
     of_outputs = None if layer.moment is None else float(lost_shares(layer.spectra[0])[ranks[0]]) ** 0.5
     twin = _build(module, factors, kind)
     if batch_norm:
@@ -274,6 +281,18 @@ def _factorize_layer(
     reason = f"svd instead of {method}: one tap" if kind != method else ""
     record = LayerFactorization(layer.name, kind, ranks, error, weight.numel(), after, reason, of_outputs, batch_norm)
     return record, twin
+
+
+def _relative_error(dense: Tensor, factors: Iterable[Tensor], kind: str) -> float:
+    """Frobenius norm of what the factors change of a float64 weight, over that of the weight."""
+    norm = float(torch.linalg.vector_norm(dense))
+    product = LowRankWeight(kind, tuple(f.detach().double() for f in factors)).to_dense()
+    return float(torch.linalg.vector_norm(dense - product)) / norm if norm > 0 else 0.0
+
+
+def _low_rank(twin: Any) -> Any:
+    """The low-rank layer of a twin, in front of its batch norm where it has one."""
+    return twin.low_rank if isinstance(twin, nn.Sequential) else twin
 
 
 def _decompose(layer: FactorizableLayer, ranks: tuple[int, ...]) -> tuple[Tensor, ...]:
@@ -284,7 +303,7 @@ def _decompose(layer: FactorizableLayer, ranks: tuple[int, ...]) -> tuple[Tensor
     if kind == "tai":
         return tai(weight, *ranks)
     if layer.moment is not None:
-        u, v = whitened_svd(weight.flatten(1), *ranks, layer.moment)
+        u, v = whitened_svd(weight.flatten(1), ranks[0], layer.moment)
     elif weight.dim() == 2:
         u, v = truncated_svd(weight, *ranks)
     else:

@@ -53,7 +53,8 @@ class FeatureTap:
     @contextmanager
     def recording(self) -> Iterator[dict[str, Tensor]]:
         """Layer name -> its output in the forward pass run inside the block."""
-        self._recorded = recorded = {}
+        recorded: dict[str, Tensor] = {}
+        self._recorded = recorded
         try:
             yield recorded
         finally:

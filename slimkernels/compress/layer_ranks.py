@@ -58,10 +58,14 @@ class FactorizableLayer:
     moment: Tensor | None = field(default=None, repr=False)
     asked_multiple: int | None = None
 
-    @cached_property
+    @property
     def dense(self) -> Tensor:
-        """The weight in float64. Raises ValueError where it is not finite."""
-        return float64(f"factorize_: layer {self.name!r}", self.module.weight, self.module.weight.dim())
+        """The weight in float64."""
+        return self.module.weight.detach().double()
+
+    def check_finite(self) -> None:
+        """Raises ValueError, naming the layer, unless every weight is finite."""
+        float64(f"factorize_: layer {self.name!r}", self.module.weight, self.module.weight.dim())
 
     @property
     def shape(self) -> tuple[int, ...]:

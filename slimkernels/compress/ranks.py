@@ -5,6 +5,7 @@ Everything here works on spectra and costs; `factorize` brings the layers.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -179,13 +180,14 @@ def rank_for_budget(options: Mapping[str, Sequence[RankOption]], budget: float) 
             f"rank_for_budget: expected a budget of at least {budget - left:.6g}, what the smallest ranks cost, "
             f"got {budget:.6g}"
         )
-    steps = [
-        ((a.lost - b.lost) / (b.cost - a.cost), name, b)
-        for name, hull in hulls.items()
-        for a, b in zip(hull, hull[1:], strict=False)
-    ]
+    steps: list[tuple[float, str, RankOption]] = []
+    for name, hull in hulls.items():
+        rate = math.inf
+        for a, b in itertools.pairwise(hull):
+            rate = min(rate, (a.lost - b.lost) / (b.cost - a.cost))  # rounding must not put a later step first
+            steps.append((rate, name, b))
     blocked: set[str] = set()
-    for _, name, option in sorted(steps, key=lambda step: -step[0]):  # stable: a hull's steps stay in order
+    for _, name, option in sorted(steps, key=lambda step: -step[0]):  # stable: equal rates stay in order
         extra = option.cost - taken[name].cost
         if name in blocked or extra > left:
             blocked.add(name)
@@ -213,7 +215,8 @@ def _lower_hull(choices: Sequence[RankOption]) -> list[RankOption]:
             continue  # no cheaper and no better
         while len(hull) >= 2:
             (a, b), c = hull[-2:], option
-            if (a.lost - b.lost) * (c.cost - b.cost) > (b.lost - c.lost) * (b.cost - a.cost):
+            gain, next_gain = (a.lost - b.lost) * (c.cost - b.cost), (b.lost - c.lost) * (b.cost - a.cost)
+            if gain >= next_gain * (1 - 1e-9):  # points on a line stay: small steps waste less of a budget
                 break
             hull.pop()
         hull.append(option)

@@ -11,8 +11,7 @@ import copy
 import hashlib
 import itertools
 import json
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +24,14 @@ from torch.nn import functional as F
 from slimkernels.compress.evaluation import Loader, checked_logits, device_of, mode_of
 from slimkernels.compress.granularity import check_granularity
 from slimkernels.compress.importance import Importance, check_importance
+from slimkernels.compress.progress import counting_bar
 from slimkernels.compress.prune import finalize_, prune_
 from slimkernels.compress.schedules import check_sparsity
 from slimkernels.compress.selection import block_shapes_of, prunable_layers, readable_weight
 from slimkernels.files import atomic_path
 
 SCAN_VERSION = 1
+_UNPRUNED = "(none)"  # no layer can be called that
 DEFAULT_SPARSITIES = (0.5, 0.75, 0.875, 0.9375)
 
 
@@ -119,9 +120,9 @@ class SensitivityReport:
         }
 
     def __str__(self) -> str:
-        width = max(map(len, [*self.weights, "layer"]))
+        width = max(map(len, [*self.weights, _UNPRUNED]))
         head = "  ".join(f"{s:>7.1%}" for s in self.sparsities)
-        lines = [f"{'layer':<{width}}  {head}", f"{'(none)':<{width}}  {self.accuracy:>7.2%}"]
+        lines = [f"{'layer':<{width}}  {head}", f"{_UNPRUNED:<{width}}  {self.accuracy:>7.2%}"]
         for name, values in self.accuracies.items():
             lines.append(f"{name:<{width}}  " + "  ".join(f"{value:>7.2%}" for value in values))
         return "\n".join(lines)
@@ -190,14 +191,14 @@ def sensitivity_scan(
         with _pruned(probe, name, share, blocks[name], options):
             return _measure(op, probe, loader)
 
-    with _bar(progress, 1 + len(weights) * len(tried)) as advance:
-        for name in ("", *weights):  # "" is the unpruned model
+    with counting_bar(progress, "sensitivity", 1 + len(weights) * len(tried)) as advance:
+        for name in (_UNPRUNED, *weights):
             if name not in found:
-                found[name] = [measured(name, share) for share in (tried if name else (None,))]
+                found[name] = [measured(name, share) for share in (tried if name != _UNPRUNED else (None,))]
                 if path is not None:
                     _write(Path(path), key, found)
             advance(len(found[name]), name)
-    (loss, accuracy) = found.pop("")[0]
+    (loss, accuracy) = found.pop(_UNPRUNED)[0]
     return SensitivityReport(
         accuracy,
         loss,
@@ -251,7 +252,8 @@ def _key(model: nn.Module, tried: Any, blocks: Any, granularity: str, importance
     digest = hashlib.sha256(repr((tried, blocks, granularity)).encode())
     named = importance if isinstance(importance, str) else getattr(importance, "__qualname__", "scores")
     digest.update(str(named).encode())
-    for name, tensor in model.state_dict().items():
+    scores = importance if isinstance(importance, Mapping) else {}
+    for name, tensor in (*model.state_dict().items(), *scores.items()):
         if isinstance(tensor, Tensor):
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -274,18 +276,3 @@ def _write(path: Path, key: str, found: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps({"version": SCAN_VERSION, "key": key, "layers": found}, indent=1))
-
-
-@contextmanager
-def _bar(enabled: bool, total: int) -> Iterator[Callable[[int, str], None]]:
-    """A function ``advance(steps, layer)``; it does nothing without a terminal."""
-    if not enabled or not sys.stderr.isatty():
-        yield lambda steps, name: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("sensitivity", total=total)
-        yield lambda steps, name: bar.update(task, advance=steps, description=f"sensitivity {name}")

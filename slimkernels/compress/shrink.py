@@ -134,7 +134,7 @@ def shrink_(model: nn.Module, example_inputs: Any = None, *, fold_borders: bool 
 
 def _shrink(model: nn.Module, graph: fx.Graph, fold_borders: bool) -> ShrinkReport:
     finalize_(model)
-    before = sum(p.numel() for p in model.parameters())
+    parameters = sum(p.numel() for p in model.parameters())
     structure = trace(model)
     uniques, shared = unique_names(model), shared_tensor_layers(model)
 
@@ -172,7 +172,12 @@ def _shrink(model: nn.Module, graph: fx.Graph, fold_borders: bool) -> ShrinkRepo
                 continue
             found = reason
         kept[name] = found
-    widths = {name: model.get_submodule(name).weight.shape[0] for name in paths}  # type: ignore[union-attr, index]
+
+    def width(name: str) -> int:
+        module: Any = model.get_submodule(name)
+        return int(module.weight.shape[0])
+
+    widths = {name: width(name) for name in paths}
     changed = True
     while changed:  # a filter may become all zeros, or unread, when a neighbour loses channels
         changed = False
@@ -184,9 +189,8 @@ def _shrink(model: nn.Module, graph: fx.Graph, fold_borders: bool) -> ShrinkRepo
             if not bool(keep.all()):
                 _narrow(model, name, path, keep)
                 changed = True
-    after = {name: model.get_submodule(name).weight.shape[0] for name in paths}  # type: ignore[union-attr, index]
-    channels = {name: (widths[name], after[name]) for name in paths if widths[name] != after[name]}
-    return ShrinkReport(channels, kept, (before, sum(p.numel() for p in model.parameters())))
+    channels = {name: (before, width(name)) for name, before in widths.items() if before != width(name)}
+    return ShrinkReport(channels, kept, (parameters, sum(p.numel() for p in model.parameters())))
 
 
 def _follow(model: nn.Module, node: fx.Node) -> _Path | str:

@@ -5,6 +5,9 @@ With X the rows that reach a layer (of a convolution: its patches), the truncate
 S cancel: the minimiser is ``W' = U U^T W`` with U the leading eigenvectors of ``W S W^T``, the second moment of the
 layer's outputs without bias, and the squared error is the sum of the dropped eigenvalues. That matrix is ``(out, out)``
 where S of a 3x3 convolution has 81 times as many entries as there are pairs of input channels.
+
+The separable and the Tucker-2 form have no such closed form. There the last factor alone is fitted to the outputs by
+linear least squares, which cannot make them worse than the plain decomposition does.
 """
 
 from __future__ import annotations
@@ -15,9 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from slimkernels.compress.decompositions import float64
 from slimkernels.compress.evaluation import device_of, mode_of
+from slimkernels.kernels.problems import factor_geometry
+from slimkernels.nn import LowRankConv2d
 
 
 def whitened_svd(weight: Tensor, rank: int, output_moment: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,7 +97,7 @@ def output_moments(
     """
     moments: dict[str, Tensor] = {}
 
-    def add(name: str, layer: Any, output: Tensor) -> None:
+    def add(name: str, layer: Any, output: Tensor, x: Tensor) -> None:
         y = output.detach().double()
         dim = 1 if isinstance(layer, nn.Conv2d) else y.dim() - 1
         y = y.movedim(dim, -1 if y.dim() > 1 else 0).reshape(-1, y.shape[dim])
@@ -111,17 +117,17 @@ def run_with_outputs(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     loader: Iterable[Any],
-    take: Callable[[str, nn.Module, Tensor], None],
+    take: Callable[[str, nn.Module, Tensor, Tensor], None],
     max_batches: int | None = None,
 ) -> None:
-    """Runs the model over a loader in eval mode, handing every output of the layers to ``take(name, layer, output)``.
+    """Runs the model over a loader in eval mode and calls ``take(name, layer, output, input)`` at every layer's call.
 
     Raises:
         ValueError: an empty loader.
     """
 
     def hook_of(name: str) -> Callable[..., None]:
-        return lambda module, inputs, output: take(name, module, output)
+        return lambda module, inputs, output: take(name, module, output, inputs[0])
 
     device, done = device_of(model), 0
     with ExitStack() as stack, torch.no_grad(), mode_of(model, training=False):
@@ -137,6 +143,65 @@ def run_with_outputs(
         raise ValueError(f"{op}: expected at least one calibration batch, got none")
 
 
+def refit_last_factors(
+    op: str,
+    model: nn.Module,
+    chains: Mapping[str, tuple[nn.Module, LowRankConv2d]],
+    loader: Iterable[Any],
+    max_batches: int | None = None,
+) -> dict[str, float]:
+    """Fits the last factor of every low-rank convolution, in place, to the outputs of the dense one it stands for.
+
+    With P what the last factor reads for one output pixel, ``(columns, pixels)``, and Y the dense outputs without bias,
+    H' minimises ``||Y - H' P||^2 + e ||H' - H||^2``, H the factor before, e 1e-9 of the mean eigenvalue of P P^T. The
+    error is at most that of H, and directions that no data reach stay as they are.
+
+    Args:
+        chains: name -> the dense convolution inside the model, and its twin outside.
+
+    Returns:
+        Of every layer ``||Y - H' P|| / ||Y||``, 0 where Y is.
+
+    Raises:
+        ValueError: an empty loader, or a layer that the data do not reach.
+    """
+    sums: dict[str, list[Tensor]] = {}
+
+    def add(name: str, layer: Any, output: Tensor, x: Tensor) -> None:
+        twin = chains[name][1]
+        *first, last = [factor.detach() for factor in twin.factors]
+        *geometry, (stride, padding, dilation) = factor_geometry(
+            twin.kind, len(twin.factors), twin.stride, twin.padding, twin.dilation
+        )
+        for factor, (s, p, d) in zip(first, geometry, strict=True):
+            x = F.conv2d(x, factor, None, s, p, d)
+        patches = (
+            F.unfold(x, tuple(last.shape[2:]), dilation, padding, stride).movedim(1, -1).reshape(-1, last[0].numel())
+        )
+        y = output if layer.bias is None else output - layer.bias.reshape(-1, 1, 1)
+        y, patches = y.movedim(1, -1).reshape(-1, y.shape[1]).double(), patches.double()
+        parts = [patches.t() @ patches, y.t() @ patches, y.square().sum()]
+        sums[name] = [a + b for a, b in zip(sums[name], parts, strict=True)] if name in sums else parts
+
+    run_with_outputs(op, model, {name: layer for name, (layer, _) in chains.items()}, loader, add, max_batches)
+    errors = {}
+    for name, (_, twin) in chains.items():
+        if name not in sums:
+            raise ValueError(f"{op}: expected the calibration data to reach layer {name!r}, they do not")
+        gram, cross, whole = sums[name]
+        last = twin.factors[-1]
+        before = last.detach().double().flatten(1)
+        ridge = 1e-9 * float(gram.trace()) / len(gram)
+        if ridge > 0:
+            system = gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+            before = before + torch.linalg.solve(system, (cross - before @ gram).t()).t()
+            with torch.no_grad():
+                last.copy_(before.reshape(last.shape))
+        left = float(whole - 2 * (cross * before).sum() + ((before @ gram) * before).sum())
+        errors[name] = (max(left, 0.0) / float(whole)) ** 0.5 if float(whole) > 0 else 0.0
+    return errors
+
+
 def match_batch_norms(
     op: str, model: nn.Module, norms: Mapping[str, nn.BatchNorm2d], loader: Iterable[Any], max_batches: int | None
 ) -> None:
@@ -147,7 +212,7 @@ def match_batch_norms(
     """
     sums: dict[str, list[Tensor]] = {}
 
-    def add(name: str, layer: nn.Module, output: Tensor) -> None:
+    def add(name: str, layer: nn.Module, output: Tensor, x: Tensor) -> None:
         y = output.detach().double()  # a fresh norm's output is its input / sqrt(1 + eps)
         parts = [y.sum((0, 2, 3)), y.square().sum((0, 2, 3)), y.new_tensor(y.numel() // y.shape[1])]
         sums[name] = [a + b for a, b in zip(sums[name], parts, strict=True)] if name in sums else parts

@@ -180,7 +180,10 @@ def _decode(
             images[split].append(image)
             labels[split].append(index[label])
             advance()
-    train, test = (Split(torch.stack(images[split]), torch.tensor(labels[split])) for split in ("train", test_name))
+    train, test = (
+        Split(torch.stack(images[split]).permute(0, 3, 1, 2), torch.tensor(labels[split]))
+        for split in ("train", test_name)
+    )
     return Decoded(train, test, tuple(classes["train"]))
 
 

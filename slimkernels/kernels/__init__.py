@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimkernels.kernels import native, native_low_rank, reference
+from slimkernels.kernels import cpu_gradients, native, native_low_rank, reference
 from slimkernels.kernels.problems import (
     ConvProblem,
     LinearProblem,
@@ -27,8 +27,8 @@ from slimkernels.kernels.problems import (
 )
 
 OPS = ("bsr_conv2d", "bsr_linear", "low_rank_linear", "low_rank_conv2d")
-# What the gradient of the block-sparse ops is made of; a linear layer is the convolution of single pixels.
-GRADIENT_OPS = ("bsr_conv2d_dgrad", "bsr_conv2d_wgrad", "relu_maxpool2_backward")
+# What gradients are made of; a block-sparse linear layer is the convolution of single pixels.
+GRADIENT_OPS = ("bsr_conv2d_dgrad", "bsr_conv2d_wgrad", "relu_maxpool2_backward", "low_rank_linear_dgrad")
 EPILOGUES = {
     "bsr_conv2d": frozenset({"none", "relu", "relu_maxpool2"}),
     "bsr_linear": frozenset({"none", "relu"}),
@@ -122,11 +122,24 @@ def _rows() -> list[KernelSpec]:
                 KernelSpec(f"{op}_f32__{isa}", op, "cpu", isa, frozenset({torch.float32}), EPILOGUES[op],
                            frozenset({"cpu"}), partial(launch, isa), partial(native.unavailable_reason, isa), takes)
             )  # fmt: skip
+    fp32, cpu = frozenset({torch.float32}), frozenset({"cpu"})
+    for isa in ("avx512", "avx2", "scalar"):
+        op, launch = "bsr_conv2d_dgrad", partial(cpu_gradients.launch_dgrad, isa)
+        rows.append(
+            KernelSpec(f"{op}_f32__{isa}", op, "cpu", isa, fp32, EPILOGUES[op], cpu, launch,
+                       partial(native.unavailable_reason, isa))
+        )  # fmt: skip
+    op = "bsr_conv2d_wgrad"
+    rows.append(
+        KernelSpec(f"{op}_f32__cpu", op, "cpu", None, fp32, EPILOGUES[op], cpu, cpu_gradients.launch_wgrad, _always)
+    )
     half = frozenset({torch.float32, torch.bfloat16, torch.float16})
     rows += _triton_forward_rows(half)
     relu = frozenset({"none", "relu"})
     for op, module, function in (
         ("low_rank_linear", "triton.low_rank_linear", "launch"),
+        ("low_rank_conv2d", "triton.low_rank_conv2d", "launch"),
+        ("low_rank_linear_dgrad", "triton.low_rank_linear", "launch_dgrad"),
         ("bsr_conv2d_dgrad", "triton.bsr_conv2d_backward_x", "launch"),
         ("bsr_conv2d_wgrad", "triton.bsr_conv2d_backward_w", "launch"),
         ("relu_maxpool2_backward", "triton.relu_maxpool2_backward", "launch"),
@@ -134,7 +147,8 @@ def _rows() -> list[KernelSpec]:
         rows.append(
             KernelSpec(f"{op}__triton", op, "triton", None, half, EPILOGUES[op], frozenset({"cuda", "cpu"}),
                        _lazy(module, function), _lazy("triton.runtime", "available"),
-                       _lazy("triton.runtime", "shape_reason"))
+                       _lazy("triton.runtime", "shape_reason"),
+                       _lazy(module, "device_configs") if op == "low_rank_linear" else _one_config)
         )  # fmt: skip
     for op in OPS:
         rows.append(

@@ -165,13 +165,13 @@ def gpu_block_sparse(problem: ConvProblem | LinearProblem, config: Config, rates
     """A Triton kernel over the stored blocks: tiles of ``BLOCK_M`` pixels x ``BLOCK_N`` channels of one block row.
 
     Args:
-        config: ``BLOCK_M``, ``BLOCK_N`` and ``SPLIT_K`` are read; by default 128 pixels x at most 128 channels, whole.
+        config: ``BLOCK_M``, ``BLOCK_N`` and ``SPLITS`` are read; by default 128 pixels x at most 128 channels, whole.
     """
     block_out, block_in = problem.block_shape
     c_out = problem.c_out if isinstance(problem, ConvProblem) else problem.out_features
     block_m = config.get("BLOCK_M", 128)
     block_n = config.get("BLOCK_N", max(16, min(128, 1 << (block_out - 1).bit_length())))
-    split = config.get("SPLIT_K", 1)
+    split = config.get("SPLITS", 1)
     rows, block_rows, item = _rows(problem), _ceil(c_out, block_out), problem.dtype.itemsize
     matrix, _ = _matrix_flops(problem.dtype, rates)
     # Columns past block_out and pixels past the last are multiplied too; every row of blocks is taken as average.
@@ -186,7 +186,7 @@ def gpu_block_sparse(problem: ConvProblem | LinearProblem, config: Config, rates
     workspace = 4 * rows * c_out * (2 if split > 1 else 0) * split
     return Prediction(
         exact / matrix,
-        tiles * tile_bytes / waste / rates.l2_bytes_s,
+        tiles * tile_bytes / max(waste, 1.0) / rates.l2_bytes_s,
         (memory + workspace) / rates.memory_bytes_s,
         rates.launch_s * (2 if split > 1 else 1),
         busiest * waste,
@@ -243,31 +243,76 @@ def gpu_factors(problem: LowRankLinearProblem | LowRankConvProblem, rates: GpuRa
 
 
 def gpu_low_rank(problem: LowRankLinearProblem | LowRankConvProblem, config: Config, rates: GpuRates) -> Prediction:
-    """A fused kernel with the rank-r intermediate on chip, computed once for each of ``SPLITS`` parts of the outputs.
+    """A Triton kernel: of a linear layer one launch, the rank-r intermediate computed again for each of ``SPLITS``.
 
-    Of a convolution the chain's multiply-adds are taken as they are, and its input and output cross memory once.
+    Of a convolution, svd and the last two factors of tucker2 are one launch whose intermediate stays on chip, every
+    other factor is one of its own; an RxS factor gathers its pixels, which bounds it by L2 as the block-sparse kernel.
+    Triton's products are taken to run at the vendor's dense rate, not at the ceiling.
     """
-    matrix, _ = _matrix_flops(problem.dtype, rates)
+    if isinstance(problem, LowRankConvProblem):
+        return _gpu_low_rank_conv(problem, config, rates)
+    _, dense = _matrix_flops(problem.dtype, rates)
     size = problem.dtype.itemsize
     block_m, splits = config.get("BLOCK_M", 128), config.get("SPLITS", 1)
-    if isinstance(problem, LowRankConvProblem):
-        dense = gpu_dense(problem, rates)
-        return replace(dense, matrix_s=2 * problem.macs / matrix, launch_s=rates.launch_s)
     m, k, n, rank = problem.m, problem.in_features, problem.out_features, problem.rank
     tiles_m = _ceil(m, block_m)
     tiles = tiles_m * splits
     wide = config.get("RANK", 1 << max(rank - 1, 15).bit_length())
-    flops = 2.0 * tiles_m * block_m * (k * wide * splits + n * wide)
-    l2 = tiles_m * splits * (block_m + wide) * k * size + tiles_m * wide * n * size
+    # A rank above the tile is computed again for every tile of outputs.
+    times, padded = (splits, wide) if rank <= wide else (_ceil(n, config.get("BLOCK_N", 64)), _ceil(rank, wide) * wide)
+    flops = 2.0 * tiles_m * block_m * padded * (k * times + n)
+    l2 = tiles_m * times * (block_m + padded) * k * size + tiles_m * padded * n * size
     memory = (m * (k + n) + rank * (k + n)) * size / rates.memory_bytes_s
     busiest = _ceil(tiles, rates.processors) * rates.processors / tiles if tiles else 1.0
-    return Prediction(flops / matrix, l2 / rates.l2_bytes_s, memory, rates.launch_s, busiest, tiles)
+    return Prediction(flops / dense, l2 / rates.l2_bytes_s, memory, rates.launch_s, busiest, tiles)
+
+
+def _gpu_low_rank_conv(problem: LowRankConvProblem, config: Config, rates: GpuRates) -> Prediction:
+    factors = gpu_factors(problem, rates)
+    steps = [replace(factors, passes=()), *factors.passes]
+    _, dense = _matrix_flops(problem.dtype, rates)
+    for i, (out, _, r, s) in enumerate(problem.factor_shapes):
+        if r * s > 1:
+            tile = min(128, 1 << (out - 1).bit_length())
+            gather = gather_flops(config.get("BLOCK_M", 128), tile, problem.dtype.itemsize, rates)
+            steps[i] = replace(steps[i], l2_s=steps[i].matrix_s * dense / gather)
+    if problem.kind != "tai" and problem.factor_shapes[-2][0] <= 256:
+        last, before = steps.pop(), steps.pop()
+        inner = problem.factor_shapes[-2][0] / (problem.factor_shapes[-2][0] + problem.factor_shapes[-1][0])
+        # The 1x1 factor reads (inner) and writes (outer) pixels of equal number: its reads stay on chip, as do the
+        # writes of the factor before it.
+        kept = last.memory_s * inner
+        steps.append(
+            Prediction(
+                before.matrix_s + last.matrix_s, before.l2_s, before.memory_s + last.memory_s - 2 * kept, rates.launch_s
+            )
+        )
+    return replace(steps[0], passes=tuple(steps[1:]))
+
+
+def _relu_pass(problem: LowRankLinearProblem | LowRankConvProblem, rates: GpuRates) -> tuple[Prediction, ...]:
+    """The ReLU behind torch's layers: the output is read and written once more."""
+    if problem.epilogue == "none":
+        return ()
+    if isinstance(problem, LowRankLinearProblem):
+        outputs = problem.m * problem.out_features
+    else:
+        shape, kernel = problem.factor_shapes, problem.kernel_size
+        outputs = problem.macs_dense // (shape[0][1] * kernel[0] * kernel[1])
+    return (Prediction(0.0, 0.0, 2 * outputs * problem.dtype.itemsize / rates.memory_bytes_s, rates.launch_s),)
 
 
 def predict_gpu(backend: str, problem: SizedProblem, config: Config, rates: GpuRates) -> Prediction:
     """A kernel of a backend (``triton``, ``cuda``, ``reference``) on a GPU problem."""
     if isinstance(problem, LowRankLinearProblem | LowRankConvProblem):
-        return gpu_low_rank(problem, config, rates) if backend == "triton" else gpu_factors(problem, rates)
+        if backend == "triton":
+            return gpu_low_rank(problem, config, rates)
+        factors = gpu_factors(problem, rates)
+        if backend == "cuda":  # sums on the plain cores; ReLU fused
+            slower = rates.matrix_flops / rates.fma_flops
+            passes = tuple(replace(step, matrix_s=step.matrix_s * slower) for step in factors.passes)
+            return replace(factors, matrix_s=factors.matrix_s * slower, passes=passes)
+        return replace(factors, passes=(*factors.passes, *_relu_pass(problem, rates)))
     if backend == "reference":  # writes the dense weight, reads it back, and multiplies zeros
         return replace(gpu_dense(problem, rates), launch_s=4 * rates.launch_s)
     sparse = gpu_block_sparse(problem, config, rates)

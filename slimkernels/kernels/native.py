@@ -211,9 +211,8 @@ class PackedConv2d:
             size = (*x.shape[:-1], self.c_out)
         fits = (images or (self.takes_rows(x) and n > 0)) and y.shape == size and y.dtype is torch.float32
         if not (fits and x.is_contiguous(memory_format=layout) and y.is_contiguous(memory_format=layout)):
-            raise ValueError(
-                f"{self._op}: expected x and y in {layout} that fit this weight, got {tuple(x.shape)} and {tuple(y.shape)}"
-            )
+            got = f"{tuple(x.shape)} and {tuple(y.shape)}"
+            raise ValueError(f"{self._op}: expected x and y in {layout} that fit this weight, got {got}")
         bias = None if bias is None else bias.contiguous()
         weights, channels, tap_ptr = self._packed
         run, threads = self._conv2d, torch.get_num_threads

@@ -90,7 +90,7 @@ def bsr_conv2d_dgrad(
     image: Sequence[int], weight_shape: Sequence[int], block_shape: Sequence[int], stride: Sequence[int],
     padding: Sequence[int], dilation: Sequence[int],
 ) -> Tensor:  # fmt: skip
-    """The gradient of `bsr_conv2d`'s input of size ``image`` (H, W), through the dense weight; ``transposed`` is unused."""
+    """The gradient of `bsr_conv2d`'s input, ``image`` (H, W), through the dense weight; ``transposed`` is unused."""
     dense = _dense_weight(values, crow_indices, col_indices, weight_shape, block_shape)
     x = grad.new_empty((grad.shape[0], weight_shape[1], *image)).contiguous(memory_format=torch.channels_last)
     pointwise = _is_strided_pointwise(weight_shape, stride, padding)
@@ -148,6 +148,12 @@ def low_rank_linear(
 ) -> Tensor:
     """``epilogue((x V^T) U^T + bias)``; U (out, rank), V (rank, in)."""
     return apply_epilogue(F.linear(F.linear(x, V), U, bias), epilogue)
+
+
+def low_rank_linear_dgrad(grad: Tensor, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+    """``(grad_x, grad_z)`` of a low-rank linear layer, z = x V^T; grad (..., out), U (out, rank), V (rank, in)."""
+    grad_z = grad @ U
+    return grad_z @ V, grad_z
 
 
 def low_rank_conv2d(

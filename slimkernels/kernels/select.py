@@ -6,7 +6,7 @@ Nothing is measured here: `slimkernels tune` measures, and leaves a table that `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -118,8 +118,8 @@ def _choose(problem: Problem, backend: str, isa_cap: str | None, index: int) -> 
 def _contenders(kept: list[KernelSpec]) -> list[KernelSpec]:
     """Of the kept kernels, best backend first, those that may be the fastest."""
     isa = next((s.isa for s in kept if s.isa is not None), None)
-    # A native kernel goes before the reference: that multiplies zeros, or runs low-rank factors by torch's layers, which
-    # won on no convolution of a low-rank VGG-19.
+    # A native kernel goes before the reference: that multiplies zeros, or runs low-rank factors by torch's layers,
+    # which won on no convolution of a low-rank VGG-19.
     sparse = kept[0].op.startswith("bsr") or kept[0].isa is not None
     return [
         s for s in kept if s.isa == isa or (s.isa is None and (s is kept[0] or s.backend != "reference" or not sparse))
@@ -233,20 +233,25 @@ def forget() -> None:
     tables.forget()
 
 
-def resolve_gradient(kernel: str, request: Request) -> KernelSpec:
+def resolve_gradient(kernel: str, request: Request, stride: Sequence[int] = (1, 1)) -> KernelSpec:
     """The KernelSpec of a gradient op for a layer whose forward runs ``kernel``: of the same backend.
 
-    A backend without a kernel of its own for this gradient (CUDA C++; C++ CPU kernels that do not take the shape)
-    leaves the choice to ``auto``. An explicit Triton or reference forward keeps its backend.
+    A Triton or reference forward keeps its backend, a C++ CPU one at most its instruction set. CUDA C++ has no gradient
+    kernels, which leaves the choice to ``auto``. The CPU's input gradient takes stride 1; the reference has the others.
 
     Raises:
         ValueError: an unknown kernel, or no kernel of that backend takes the gradient.
     """
     if kernel != "auto" and kernel not in KERNELS:
         raise ValueError(f"{request.op}: expected 'auto' or a listed kernel, got {kernel!r}")
-    backend = env.backend() if kernel == "auto" else KERNELS[kernel].backend
+    forward = None if kernel == "auto" else KERNELS[kernel]
+    backend = env.backend() if forward is None else forward.backend
     backend = backend if backend in ("triton", "reference") else "auto"
-    return KERNELS[_choose(request, backend, env.isa_cap(), -1).name]
+    cap = env.isa_cap() if forward is None or forward.isa is None else forward.isa
+    spec = KERNELS[_choose(request, backend, cap, -1).name]
+    if spec.op == "bsr_conv2d_dgrad" and spec.backend == "cpu" and max(stride) > 1:
+        return KERNELS[f"{spec.op}__reference"]
+    return spec
 
 
 @lru_cache(maxsize=1024)

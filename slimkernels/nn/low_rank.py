@@ -86,7 +86,7 @@ class LowRankLinear(PrepackedFactors):
     def forward(self, x: Tensor) -> Tensor:
         ready = self._ready(x)
         if ready is not None and ready.takes_rows(x):
-            return ready.rows(x.contiguous(), self._parameters["bias"])
+            return ready.rows(x.contiguous(), self._parameters.get("bias"))
         return low_rank_linear(x, self.U, self.V, self.bias, self._packed(), epilogue=self.epilogue, kernel=self.kernel)
 
     def extra_repr(self) -> str:
@@ -194,7 +194,7 @@ class LowRankConv2d(PrepackedFactors):
     def forward(self, x: Tensor) -> Tensor:
         ready = self._ready(x)
         if ready is not None and ready.takes(x):
-            return ready(x.contiguous(memory_format=torch.channels_last), self._parameters["bias"])
+            return ready(x.contiguous(memory_format=torch.channels_last), self._parameters.get("bias"))
         if x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
         return low_rank_conv2d(

@@ -105,7 +105,7 @@ class PrepackedFactors(nn.Module):
         """The prepared call, where nothing watches the op, and pack and kernel are those it was made for."""
         if self._prepared is None or self._prepared[0] != self.kernel:
             return None
-        if not runs_plainly(x, *self._factors(), self._parameters["bias"]) or not self._pack_is_current():
+        if not runs_plainly(x, *self._factors(), self._parameters.get("bias")) or not self._pack_is_current():
             return None
         return self._prepared[1]
 

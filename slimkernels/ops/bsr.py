@@ -125,7 +125,7 @@ def _bsr_conv2d_backward(
     block = (block_shape[0], block_shape[1])
 
     def launch(op: str, *args: Any) -> Tensor:
-        return resolve_gradient(kernel, Request(op, x.dtype, x.device.type, block, "none")).launch(*args)
+        return resolve_gradient(kernel, Request(op, x.dtype, x.device.type, block, "none"), stride).launch(*args)
 
     grad = grad.contiguous(memory_format=_CHANNELS_LAST)
     if epilogue == "relu":
@@ -244,8 +244,13 @@ def _bsr_linear_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return _gradients(ctx, (grad_x, grad_values, grad_bias), 5)
 
 
+def _second_derivative(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    raise NotImplementedError("bsr_conv2d: expected to be differentiated once, got a second derivative")
+
+
 torch.library.register_autograd("slimkernels::bsr_conv2d", _bsr_conv2d_autograd, setup_context=_setup_context)
 torch.library.register_autograd("slimkernels::bsr_linear", _bsr_linear_autograd, setup_context=_setup_context)
+torch.library.register_autograd("slimkernels::bsr_conv2d_backward", _second_derivative)
 
 
 def _autocast(kernel_at: int, device: str, args: tuple[Any, ...]) -> tuple[Any, ...]:

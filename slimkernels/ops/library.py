@@ -23,6 +23,7 @@ _SCHEMAS = (
     "bsr_linear(Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, Tensor? bias, Tensor[] packed, "
     "int[2] weight_shape, int[2] block_shape, str epilogue, str kernel, Tensor? transposed=None) -> Tensor",
     "low_rank_linear(Tensor x, Tensor U, Tensor V, Tensor? bias, Tensor[] packed, str epilogue, str kernel) -> Tensor",
+    "low_rank_linear_dgrad(Tensor grad, Tensor U, Tensor V, str kernel) -> (Tensor, Tensor)",
     "low_rank_conv2d(Tensor x, Tensor[] factors, Tensor? bias, Tensor[] packed, int[2] stride, int[2] padding, "
     "int[2] dilation, str kind, str epilogue, str kernel) -> Tensor",
 )

@@ -13,8 +13,14 @@ from torch.nn import functional as F
 from slimkernels import env
 from slimkernels.formats import factor_obstacle
 from slimkernels.kernels import KERNELS
-from slimkernels.kernels.problems import LowRankConvProblem, LowRankLinearProblem, conv_output_size, factor_geometry
-from slimkernels.kernels.select import launcher
+from slimkernels.kernels.problems import (
+    LowRankConvProblem,
+    LowRankLinearProblem,
+    Request,
+    conv_output_size,
+    factor_geometry,
+)
+from slimkernels.kernels.select import choose, launcher, resolve_gradient
 from slimkernels.ops.library import (
     OPS,
     cast_floats,
@@ -124,14 +130,31 @@ def _low_rank_conv2d_fake(
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
+def _low_rank_linear_dgrad(grad: Tensor, U: Tensor, V: Tensor, kernel: str) -> tuple[Tensor, Tensor]:
+    """``(grad_x, grad_z)``, z = x V^T: the low-rank layer of grad with the factors' roles swapped, chosen as one."""
+    (out_features, rank), in_features = U.shape, V.shape[1]
+    if kernel == "auto":
+        rows = grad.numel() // max(out_features, 1)
+        swapped = LowRankLinearProblem(rows, out_features, in_features, rank, grad.dtype, grad.device.type)
+        kernel = choose(swapped, index=grad.get_device()).name
+    spec = resolve_gradient(kernel, Request("low_rank_linear_dgrad", grad.dtype, grad.device.type, (1, 1), "none"))
+    grad_x, grad_z = spec.launch(grad.contiguous(), U.contiguous(), V.contiguous())
+    return grad_x, grad_z
+
+
+def _low_rank_linear_dgrad_fake(grad: Tensor, U: Tensor, V: Tensor, kernel: str) -> tuple[Tensor, Tensor]:
+    return grad.new_empty((*grad.shape[:-1], V.shape[1])), grad.new_empty((*grad.shape[:-1], V.shape[0]))
+
+
 register("low_rank_linear", _low_rank_linear, _low_rank_linear_fake)
+register("low_rank_linear_dgrad", _low_rank_linear_dgrad, _low_rank_linear_dgrad_fake)
 register("low_rank_conv2d", _low_rank_conv2d, _low_rank_conv2d_fake)
 
 
 def _linear_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, U, V, bias, packed, epilogue, _ = inputs
+    x, U, V, bias, packed, epilogue, kernel = inputs
     ctx.save_for_backward(x, U, V, bias, output if epilogue == "relu" else None)
-    ctx.packed_count = len(packed)
+    ctx.packed_count, ctx.kernel = len(packed), kernel
 
 
 def _linear_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -140,14 +163,34 @@ def _linear_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         grad = torch.ops.aten.threshold_backward(grad, y, 0)
     need_x, need_u, need_v, need_bias = ctx.needs_input_grad[:4]
     grad2d, x2d = grad.reshape(-1, U.shape[0]), x.reshape(-1, V.shape[1])
-    grad_z: Any = grad2d @ U if need_x or need_v else None
+    grad_x: Any = None
+    grad_z: Any = None
+    if need_x:
+        grad_x, grad_z = OPS.low_rank_linear_dgrad(grad2d, U, V, ctx.kernel)
+        grad_x = grad_x.reshape(x.shape)
+    elif need_v:
+        grad_z = grad2d @ U
+    # z = x V^T is computed again: (rows, rank) values less to keep, for a fifth of the backward's multiply-adds.
     return (
-        (grad_z @ V).reshape(x.shape) if need_x else None,
+        grad_x,
         grad2d.t() @ (x2d @ V.t()) if need_u else None,
         grad_z.t() @ x2d if need_v else None,
         grad2d.sum(0) if need_bias else None,
         [None] * ctx.packed_count, None, None,
     )  # fmt: skip
+
+
+def _dgrad_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    grad, U, V, _ = inputs
+    ctx.save_for_backward(grad, U, V, output[1])
+
+
+def _dgrad_autograd(ctx: Any, grad_grad_x: Tensor, grad_grad_z: Tensor) -> tuple[Any, ...]:
+    grad, U, V, grad_z = (t.reshape(-1, t.shape[-1]) for t in ctx.saved_tensors)
+    over_x, over_z = (t.reshape(-1, t.shape[-1]) for t in (grad_grad_x, grad_grad_z))
+    inner = over_x @ V.t() + over_z
+    shape = (*grad_grad_x.shape[:-1], U.shape[0])
+    return (inner @ U.t()).reshape(shape), grad.t() @ inner, grad_z.t() @ over_x, None
 
 
 def _conv2d_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -181,6 +224,9 @@ def _conv2d_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 torch.library.register_autograd("slimkernels::low_rank_linear", _linear_autograd, setup_context=_linear_setup_context)
+torch.library.register_autograd(
+    "slimkernels::low_rank_linear_dgrad", _dgrad_autograd, setup_context=_dgrad_setup_context
+)
 torch.library.register_autograd("slimkernels::low_rank_conv2d", _conv2d_autograd, setup_context=_conv2d_setup_context)
 
 
@@ -192,6 +238,7 @@ def _autocast(device: str, args: tuple[Any, ...], packed_at: int) -> tuple[Any, 
     return (*cast_floats(args[:packed_at], dtype), packed, *args[packed_at + 1 :])
 
 
+register_autocast("low_rank_linear_dgrad", lambda device, args: args)
 register_autocast("low_rank_linear", partial(_autocast, packed_at=4))
 register_autocast("low_rank_conv2d", partial(_autocast, packed_at=3))
 

@@ -110,12 +110,13 @@ def _lines(
                 color=_COLOURS[level % len(_COLOURS)],
                 linestyle="--" if row.group.startswith("one-shot") else "-",
                 linewidth=1.6,
-                label=f"{levels[level]:.1%}" if not row.group.startswith("one-shot") else None,
+                label=f"{levels[level]:.1%}",
             )
         panel.set_xlabel("step")
         panel.set_title(f"{block} blocks", fontsize=10)
     axes[0].set_ylabel("training loss (running mean)" if quantity == "loss" else "zero weights of pruned layers (%)")
-    axes[0].legend(title="final sparsity", fontsize=8, title_fontsize=8)
+    named = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))  # one entry per level
+    axes[0].legend(named.values(), named.keys(), title="final sparsity", fontsize=8, title_fontsize=8)
     figure.suptitle(title, fontsize=11)
 
 

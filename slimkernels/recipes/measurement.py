@@ -59,14 +59,15 @@ def measure(place: Workplace, rows: Sequence[Row], *, seed: int = 0, compile: bo
     measured: dict[str, dict[str, Any]] = {}
     for start in range(0, len(rows), _AT_ONCE):
         group = rows[start : start + _AT_ONCE]
-        converted: dict[str, nn.Module] = {}
+        pairs: dict[str, tuple[nn.Module, nn.Module]] = {}
         for row in group:
             place.say(f"    measuring {row.name}")
-            measured[row.name], fast = _convert(place, row, seed, images)
+            model = place.network(row.name, seed)
+            measured[row.name], fast = _convert(place, row, model, seed, images)
             if fast is not None:
-                converted[row.name] = fast
+                pairs[row.name] = model, fast
         for batch, x in images.items():
-            _time_group(place, batch, x, baselines[batch], converted, seed, measured)
+            _time_group(batch, x, baselines[batch], pairs, recipe.seconds, measured)
     result = {
         "seed": seed,
         "batches": list(recipe.batches),
@@ -112,10 +113,9 @@ def _first(loader: Any, count: int) -> list[Any]:
 
 
 def _convert(
-    place: Workplace, row: Row, seed: int, images: Mapping[int, Tensor]
+    place: Workplace, row: Row, model: nn.Module, seed: int, images: Mapping[int, Tensor]
 ) -> tuple[dict[str, Any], nn.Module | None]:
     """Files and facts of one network, and its converted twin; None where that computes something else."""
-    model = place.network(row.name, seed)
     settings: dict[str, Any] = dict(place.recipe.policy)
     for step in row.steps:
         if step.verb == "convert":
@@ -158,25 +158,24 @@ def _deviation(model: nn.Module, fast: nn.Module, x: Tensor) -> tuple[float, flo
 
 
 def _time_group(
-    place: Workplace,
     batch: int,
     x: Tensor,
     baselines: Mapping[str, Callable[[], Any]],
-    converted: Mapping[str, nn.Module],
-    seed: int,
+    pairs: Mapping[str, tuple[nn.Module, nn.Module]],
+    seconds: float,
     measured: dict[str, dict[str, Any]],
 ) -> None:
-    """Times a group of networks beside the teacher and adds the result to ``measured``."""
-    if not converted:
+    """Times compressed and converted networks beside the teacher and adds the result to ``measured``."""
+    if not pairs:
         return
     callables: dict[tuple[str, str], Callable[[], Any]] = {("teacher", name): run for name, run in baselines.items()}
-    for name, fast in converted.items():
-        masked = timing.best_dense(place.network(name, seed), x, compile=False)
+    for name, (model, fast) in pairs.items():
+        masked = timing.best_dense(model, x, compile=False)
         callables["masked", name] = masked["eager channels_last"]
         callables["converted", name] = lambda fast=fast: fast(x)
-    found = timing.interleaved(callables, seconds=place.recipe.seconds)  # type: ignore[type-var, arg-type]
+    found = timing.interleaved(callables, seconds=seconds)  # type: ignore[type-var, arg-type]
     best = min((key for key in found if key[0] == "teacher"), key=lambda key: found[key].p50)
-    for name in converted:
+    for name in pairs:
         own, masked_time = found["converted", name], found["masked", name]
         measured[name]["latency"][str(batch)] = {
             "teacher": {"baseline": best[1], **found[best].as_ms()},

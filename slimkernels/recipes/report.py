@@ -36,7 +36,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     lines += ["## At a glance", "", *_glance(report), ""]
     for figure in report["figures"]:
         lines += [f"![{figure['title']}]({figure['file']})", ""]
-    lines += ["## Rows", "", *_legend(report), ""]
+    lines += ["## Rows", "", *_legend(), ""]
     for group, rows in groupby(report["rows"], key=lambda row: row["group"]):
         lines += [f"### {group.capitalize()}", "", *_table(list(rows), report), ""]
     lines += ["## Beside the paper", "", *_paper_table(report["rows"]), ""]
@@ -81,15 +81,16 @@ def _glance(report: Mapping[str, Any]) -> list[str]:
     return lines + [f"- **{'Yes' if verdict['holds'] else 'No'}.** {verdict['text']}" for verdict in report["verdicts"]]
 
 
-def _legend(report: Mapping[str, Any]) -> list[str]:
+def _legend() -> list[str]:
     return [
-        "*Against teacher*: accuracy in points. *On disk*: the file of `slimkernels.save` whose speed is in this row, "
-        "values and indices, and how much smaller than the teacher's dense safetensors file that is; in brackets the "
-        "same network with every block pattern and low-rank factor stored as such, whether or not that is faster. "
-        "*Zeros*: of all weights of convolutions and linear layers. Times are medians in ms of interleaved runs: *as "
-        "it is* is the compressed network in eager channels_last with batch norm folded, *converted* is `slimkernels.convert` of it; the "
-        "factors are over the best dense baseline of the teacher in the same run (eager in two memory formats, "
-        "torch.compile with freezing). *Difference*: largest absolute one of a logit, converted against compressed.",
+        "*Against teacher*: accuracy in points. *On disk*: the file of `slimkernels.save` whose speed is in this "
+        "row, values and indices, and how much smaller than the teacher's dense safetensors file that is; in "
+        "brackets the same network with every block pattern and low-rank factor stored as such, whether or not "
+        "that is faster. *Zeros*: of all weights of convolutions and linear layers. Times are medians in ms of "
+        "interleaved runs: *as it is* is the compressed network in eager channels_last with batch norm folded, "
+        "*converted* is `slimkernels.convert` of it; the factors are over the best dense baseline of the teacher "
+        "in the same run (eager in two memory formats, torch.compile with freezing). *Difference*: largest "
+        "absolute one of a logit, converted against compressed.",
     ]
 
 

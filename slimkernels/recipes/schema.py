@@ -51,7 +51,8 @@ class Step:
 class Row:
     """One line of the report.
 
-    ``model`` (name and options for `models.build`) or ``source`` (an earlier row) is where the network comes from;
+    ``model`` (name and options for `models.build`) or ``source`` (an earlier row) is where the network comes from; a
+    source is taken finalized: its zeros are there, but only a ``prune`` of this row keeps them while it trains.
     ``paper`` quotes the paper's own numbers; ``group`` gathers rows in tables and pictures; ``labels`` are the values
     of the row's ``each``.
     """

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,8 +27,8 @@ class _Plan(NamedTuple):
     """Launches of a geometry with one configuration, and the workspace's shape where it is split."""
 
     forward: Launch
-    reduce: Launch | None
-    partial_shape: tuple[int, int, int] | None
+    reduce: Launch | None = None
+    partial_shape: tuple[int, int, int] | None = None
 
 
 @lru_cache
@@ -75,7 +75,7 @@ def _plan(
         {name: config[name] for name in ("num_warps", "num_stages")},
     )
     if splits == 1:
-        return _Plan(forward, None, None)
+        return _Plan(forward)
     y_rows = m_total // 4 if constants["POOL"] else m_total
     reduce = Launch(
         bsr_conv2d_reduce_kernel,
@@ -91,11 +91,16 @@ def _plan(
     return _Plan(forward, reduce, (splits, m_total, c_out))
 
 
+@lru_cache(maxsize=4096)
+def _output_shape(geometry: Geometry) -> tuple[int, int, int, int]:
+    return geometry.x_shape[0], geometry.weight_shape[0], *geometry.output[1:]
+
+
 def _order(packed: Sequence[Tensor], geometry: Geometry) -> Tensor | None:
     """The `forward_order` in `packed`; other kernels' packs come the same way and are passed over."""
-    size = 4 * geometry.block_rows + 2 * geometry.capacity
-    found = len(packed) == 1 and packed[0].dtype == torch.int32 and packed[0].shape == (size,)
-    return packed[0] if found else None
+    if len(packed) != 1 or packed[0].dtype != torch.int32:
+        return None
+    return packed[0] if packed[0].numel() == 4 * geometry.block_rows + 2 * geometry.capacity else None
 
 
 def _run(
@@ -109,9 +114,14 @@ def _run(
     variant: str,
     config: Mapping[str, int] | None,
 ) -> Tensor:
-    _, p, q = geometry.output
-    size = (x.shape[0], geometry.weight_shape[0], p, q)
-    y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    dtype = geometry.dtype
+    compute = interpreted_dtype(dtype)
+    if compute != dtype:
+        x, values, bias = (None if t is None else t.to(compute) for t in (x, values, bias))  # type: ignore[assignment]
+        geometry = geometry._replace(dtype=compute)
+        return _run(x, values, crow_indices, col_indices, bias, packed, geometry, variant, config).to(dtype)
+    values, bias = values.contiguous(), bias if bias is None else bias.contiguous()
+    y = torch.empty(_output_shape(geometry), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if y.numel() == 0:
         return y
     limits = _limits(x.get_device())
@@ -168,18 +178,17 @@ def launch(
     Raises: TypeError for another dtype or mixed dtypes; ValueError for an unknown epilogue.
     """
     check("bsr_conv2d", x, values, bias, epilogue)
-    precision = "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
-    dtype = x.dtype
-    compute = interpreted_dtype(dtype)
     geometry = Geometry(
         tuple(x.shape), tuple(weight_shape), tuple(block_shape), tuple(stride), tuple(padding), tuple(dilation),
-        epilogue, precision, compute, values.shape[0], bias is not None,
+        epilogue, _precision(x, torch.backends.cudnn.conv), x.dtype, values.shape[0], bias is not None,
     )  # type: ignore[arg-type]  # fmt: skip
-    y = _run(
-        x.to(compute).contiguous(memory_format=torch.channels_last), values.to(compute).contiguous(), crow_indices,
-        col_indices, None if bias is None else bias.to(compute).contiguous(), packed, geometry, variant, config,
-    )  # fmt: skip
-    return y.to(dtype)
+    x = x.contiguous(memory_format=torch.channels_last)
+    return _run(x, values, crow_indices, col_indices, bias, packed, geometry, variant, config)
+
+
+def _precision(x: Tensor, switch: Any) -> str:
+    """How float32 is multiplied, by torch's switch; asking it takes 3 us, so other dtypes do not."""
+    return "tf32" if x.dtype == torch.float32 and switch.fp32_precision == "tf32" else "ieee"
 
 
 def launch_linear(
@@ -206,17 +215,11 @@ def launch_linear(
     check("bsr_linear", x, values, bias, epilogue)
     if epilogue == "relu_maxpool2":
         raise ValueError("bsr_linear: expected epilogue in ('none', 'relu'), got 'relu_maxpool2'")
-    precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-    dtype = x.dtype
-    compute = interpreted_dtype(dtype)
     out_features, in_features = weight_shape[:2]
-    rows = x.to(compute).reshape(-1, in_features, 1, 1).contiguous()
+    rows = x.reshape(-1, in_features, 1, 1).contiguous()
     geometry = Geometry(
         tuple(rows.shape), (out_features, in_features, 1, 1), tuple(block_shape), (1, 1), (0, 0), (1, 1), epilogue,
-        precision, compute, values.shape[0], bias is not None,
+        _precision(x, torch.backends.cuda.matmul), x.dtype, values.shape[0], bias is not None,
     )  # type: ignore[arg-type]  # fmt: skip
-    y = _run(
-        rows, values.to(compute).contiguous(), crow_indices, col_indices,
-        None if bias is None else bias.to(compute).contiguous(), packed, geometry, variant, config,
-    )  # fmt: skip
-    return y.reshape(*x.shape[:-1], out_features).to(dtype)
+    y = _run(rows, values, crow_indices, col_indices, bias, packed, geometry, variant, config)
+    return y.reshape(*x.shape[:-1], out_features)

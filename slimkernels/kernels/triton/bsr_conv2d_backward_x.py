@@ -34,6 +34,9 @@ from slimkernels.kernels.triton.runtime import (
     power_of_2_divisor,
 )
 
+# A pixel's taps inside the output are the bits of one int32.
+MAX_TAP_BITS = 31
+
 
 @triton.jit
 def bsr_conv2d_bwd_x_kernel(
@@ -58,13 +61,14 @@ def bsr_conv2d_bwd_x_kernel(
     m_tiles,
     STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr,
+    R: tl.constexpr,
     S: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BSR_OUT: tl.constexpr,
     BSR_IN: tl.constexpr,
     SLICE: tl.constexpr,
     ALIGN_IN: tl.constexpr,
-    HAS_BORDER: tl.constexpr,
+    TAP_BITS: tl.constexpr,
     RAGGED_OUT: tl.constexpr,
     INDEX_64: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -99,6 +103,15 @@ def bsr_conv2d_bwd_x_kernel(
     out_w = m_w + (first_w + pad_w) // STRIDE_W
     offs_m = tl.multiple_of(((image * p + out_h) * q + out_w) * c_out, SLICE)
 
+    # Bit r * S + s of a pixel: tap (r, s) leads to an output inside the image. A 1x1 weight's only output always does.
+    if TAP_BITS:
+        bits = tl.zeros((BLOCK_M,), dtype=tl.int32)
+        bits_w = tl.zeros((BLOCK_M,), dtype=tl.int32)
+        for s in tl.static_range(S):
+            bits_w |= tl.where((out_w - s * dil_w // STRIDE_W).to(tl.uint32) < q, 1 << s, 0)
+        for r in tl.static_range(R):
+            bits |= tl.where((out_h - r * dil_h // STRIDE_H).to(tl.uint32) < p, bits_w << (r * S), 0)
+
     list_index = group * (STRIDE_H * STRIDE_W) + kind
     first = tl.load(crow_ptr + list_index)
     count = (tl.load(crow_ptr + list_index + 1) - first) * BSR_OUT
@@ -122,11 +135,15 @@ def bsr_conv2d_bwd_x_kernel(
         stored = column >= 0
         if RAGGED_OUT:
             stored = stored & (channel < c_out)
-        mask_y = tl.max_constancy(stored, SLICE)[None, :]
-        if HAS_BORDER:
-            row_inside = (out_h[:, None] - back_h[None, :]).to(tl.uint32) < p
-            mask_y = mask_y & row_inside & ((out_w[:, None] - back_w[None, :]).to(tl.uint32) < q)
-            mask_y = tl.max_constancy(mask_y, [1, SLICE])
+        if TAP_BITS:
+            tap_bit = tl.max_constancy(tl.where(stored, 1 << tap, 0), SLICE)
+            mask_y = tl.max_constancy((bits[:, None] & tap_bit[None, :]) != 0, [1, SLICE])
+        else:
+            mask_y = tl.max_constancy(stored, SLICE)[None, :]
+            if R * S > 1:
+                row_inside = (out_h[:, None] - back_h[None, :]).to(tl.uint32) < p
+                mask_y = mask_y & row_inside & ((out_w[:, None] - back_w[None, :]).to(tl.uint32) < q)
+                mask_y = tl.max_constancy(mask_y, [1, SLICE])
         dy_tile = tl.load(dy_ptr + offs_m[:, None] + offs_y[None, :], mask=mask_y, other=0.0)
 
         offs_w = tl.multiple_of(block.to(index_type) * (BSR_OUT * BSR_IN) + in_block * BSR_IN, ALIGN_IN)
@@ -264,13 +281,14 @@ def launch(
             m_tiles,
             STRIDE_H=stride[0],
             STRIDE_W=stride[1],
+            R=r,
             S=s,
             BLOCK_ROWS=block_rows,
             BSR_OUT=block_out,
             BSR_IN=block_in,
             SLICE=min(power_of_2_divisor(block_out, block_k), power_of_2_divisor(c_out, block_k)),
             ALIGN_IN=power_of_2_divisor(block_in, 16),
-            HAS_BORDER=(r, s) != (1, 1),  # the one output that a pixel feeds through a 1x1 weight always exists
+            TAP_BITS=1 < r * s <= MAX_TAP_BITS,
             RAGGED_OUT=c_out % block_out != 0,
             INDEX_64=largest > INT32_MAX or bool(config.get("INDEX_64", False)),
             PRECISION=precision,

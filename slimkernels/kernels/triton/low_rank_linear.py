@@ -1,4 +1,4 @@
-"""Fused low-rank linear layer, forward.
+"""Fused low-rank linear layer: forward, and the gradient of its input.
 
     y = epilogue((x V^T) U^T + bias),   x (M, in), V (rank, in), U (out, rank), y (M, out)
 
@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from slimkernels.kernels.problems import LowRankLinearProblem
 from slimkernels.kernels.triton.runtime import (
     DTYPES,
     INT32_MAX,
@@ -73,6 +74,7 @@ def low_rank_linear_fwd_kernel(
     v_ptr,
     bias_ptr,
     y_ptr,
+    h_ptr,
     m_total,
     in_features,
     out_features,
@@ -82,6 +84,7 @@ def low_rank_linear_fwd_kernel(
     EVEN_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     RELU: tl.constexpr,
+    STORE_INNER: tl.constexpr,
     INDEX_64: tl.constexpr,
     PRECISION: tl.constexpr,
     RANK: tl.constexpr,
@@ -99,6 +102,10 @@ def low_rank_linear_fwd_kernel(
     x_row_ptr = x_ptr + offs_m[:, None] * in_features
     if ONE_TILE:
         h = _project(x_row_ptr, v_ptr, mask_m, offs_r, in_features, rank, EVEN_K, PRECISION, RANK, BLOCK_M, BLOCK_K)
+        if STORE_INNER:
+            if split == 0:
+                h_tile = h_ptr + offs_m[:, None] * rank + offs_r[None, :]
+                tl.store(h_tile, h, mask=mask_m[:, None] & (offs_r < rank)[None, :])
 
     for first in range(split * BLOCK_N, out_features, splits * BLOCK_N):
         offs_n = (first + tl.arange(0, BLOCK_N)).to(index_type)
@@ -174,6 +181,22 @@ def default_config(
     }
 
 
+def device_configs(problem: LowRankLinearProblem) -> list[dict[str, int]]:
+    """Launch configurations worth trying: the default within the limits of the current GPU, then fewer splits.
+
+    Of an A100 where there is no GPU; on the CPU the default alone.
+    """
+    if problem.device == "cpu":
+        return [{}]
+    limits = device_limits(torch.empty(0, device="cuda")) if torch.cuda.is_available() else {}
+    tensor_cores = problem.dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision == "tf32"
+    default = default_config(
+        problem.m, problem.out_features, problem.rank, problem.dtype, tensor_cores=tensor_cores, **limits
+    )
+    splits = {default["SPLITS"]: 0, max(1, default["SPLITS"] // 2): 0, 1: 0}
+    return [{**default, "SPLITS": count} for count in splits]
+
+
 def launch(
     x: Tensor,
     U: Tensor,
@@ -204,6 +227,43 @@ def launch(
             raise TypeError(f"low_rank_linear: expected {name} of x's dtype {x.dtype}, got {tensor.dtype}")
     if epilogue not in EPILOGUES:
         raise ValueError(f"low_rank_linear: expected epilogue in {EPILOGUES}, got {epilogue!r}")
+    return _run(x, U, V, bias, epilogue, config)[0]
+
+
+def launch_dgrad(grad: Tensor, U: Tensor, V: Tensor, config: Mapping[str, int] | None = None) -> tuple[Tensor, Tensor]:
+    """The gradients of x and of z = x V^T: the forward kernel with the factors' roles swapped.
+
+        grad_z = grad U,   grad_x = grad_z V
+
+    grad_z is written once on its way and never read back; grad_x is made of its rounded values, as the unfused pair
+    of products is. Above RANK_TILE, where the kernel would compute grad_z again for every tile of grad_x, torch's two
+    products run.
+
+    Args:
+        grad: (..., out) float32 | float16 | bfloat16. U: (out, rank), V: (rank, in), in grad's dtype.
+        config: as `launch`, for the swapped layer.
+
+    Returns: grad_x (..., in), grad_z (..., rank), both contiguous and in grad's dtype.
+    """
+    rank = V.shape[0]
+    if rank > (RANK_TILE if config is None else config["RANK"]):
+        grad_z = torch.matmul(grad, U)
+        return torch.matmul(grad_z, V), grad_z
+    grad_x, grad_z = _run(grad, V.t(), U.t(), None, "none", config, store_inner=True)
+    assert grad_z is not None
+    return grad_x, grad_z
+
+
+def _run(
+    x: Tensor,
+    U: Tensor,
+    V: Tensor,
+    bias: Tensor | None,
+    epilogue: str,
+    config: Mapping[str, int] | None,
+    store_inner: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """``(y, x V^T if store_inner)``."""
     out_features, rank = U.shape
     in_features = V.shape[1]
     dtype = x.dtype
@@ -211,6 +271,7 @@ def launch(
     rows = x.to(compute).reshape(-1, in_features).contiguous()
     m_total = rows.shape[0]
     y = torch.empty((m_total, out_features), dtype=compute, device=x.device)
+    h = torch.empty((m_total, rank), dtype=compute, device=x.device) if store_inner else y
     if y.numel() > 0:
         precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
         if config is None:
@@ -225,6 +286,7 @@ def launch(
                 *factors,
                 bias.to(compute).contiguous() if bias is not None else factors[0],
                 y,
+                h,
                 m_total,
                 in_features,
                 out_features,
@@ -234,6 +296,7 @@ def launch(
                 EVEN_K=in_features % block_k == 0,
                 HAS_BIAS=bias is not None,
                 RELU=epilogue == "relu",
+                STORE_INNER=store_inner,
                 INDEX_64=index_64,
                 PRECISION=precision,
                 RANK=config["RANK"],
@@ -243,4 +306,5 @@ def launch(
                 num_warps=config["num_warps"],
                 num_stages=config["num_stages"],
             )
-    return y.reshape(*x.shape[:-1], out_features).to(dtype)
+    inner = h.reshape(*x.shape[:-1], rank).to(dtype) if store_inner else None
+    return y.reshape(*x.shape[:-1], out_features).to(dtype), inner

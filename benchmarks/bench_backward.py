@@ -1,0 +1,125 @@
+"""Training: forward and backward of one layer, and a whole step, through the sparse kernels against masked dense ones.
+
+Masked dense is what pruning with masks costs: the same zeros, multiplied. Gradients are checked before timing: those of
+the stored blocks agree with the dense ones.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from shapes import VGG19_CIFAR, LayerShape
+from torch import Tensor
+from torch.nn import functional as F
+
+from slimkernels import nn
+from slimkernels.cases import ConvCase
+from slimkernels.cli import bench
+from slimkernels.compress.prune import finalize_, prune_
+from slimkernels.conversion import convert
+from slimkernels.conversion.plan import Policy
+from slimkernels.models import vgg19_cifar
+
+DEVICE_TYPE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.bfloat16 if DEVICE_TYPE == "cuda" else torch.float32
+BLOCK_SHAPES = ((128, 16), (64, 16), (32, 32)) if DEVICE_TYPE == "cuda" else ((16, 1), (16, 16))
+BATCH = 512 if DEVICE_TYPE == "cuda" else 8
+LAYERS = (VGG19_CIFAR[3], VGG19_CIFAR[5], VGG19_CIFAR[7])
+# A gradient's RMS difference from the dense one: rounding of sums over some 10^4 to 10^5 products.
+GRADIENT_RMS = {torch.float32: 1e-3, torch.bfloat16: 3e-2}
+
+
+def _off(got: Tensor, expected: Tensor) -> float:
+    got, expected = got.double(), expected.double()
+    return float((got - expected).square().mean().sqrt() / expected.square().mean().sqrt())
+
+
+@pytest.mark.parametrize("block_shape", BLOCK_SHAPES)
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.name)
+def test_layer(race: Any, smoke: bool, layer: LayerShape, block_shape: tuple[int, int]) -> None:
+    """Forward, input gradient and weight gradient of one convolution at 87.5% zero blocks."""
+    if smoke and (layer is not LAYERS[1] or block_shape != BLOCK_SHAPES[0]):
+        pytest.skip("not in the smoke run")
+    case = ConvCase(layer.name, 2 if smoke else BATCH, layer.c_in, layer.size, layer.size, layer.c_out,
+                    block_shape=block_shape, sparsity=0.875, dtype=DTYPE)  # fmt: skip
+    x, weight, bias = case.inputs()
+    conv = torch.nn.Conv2d(layer.c_in, layer.c_out, 3, padding=1, device=DEVICE_TYPE, dtype=DTYPE)
+    with torch.no_grad():
+        conv.weight.copy_(weight.to_dense())
+        conv.bias.copy_(bias)
+    conv = conv.to(memory_format=torch.channels_last)
+    sparse = nn.BlockSparseConv2d.from_dense(conv, block_shape, weight.mask())
+    x = x.to(DEVICE_TYPE).contiguous(memory_format=torch.channels_last).requires_grad_(True)
+    grad = torch.randn_like(conv(x))
+
+    def step(module: torch.nn.Module) -> tuple[Tensor, ...]:
+        with torch.inference_mode(False), torch.enable_grad():
+            return torch.autograd.grad(module(x), [x, *module.parameters()], grad)
+
+    ours, dense = step(sparse), step(conv)
+    kept = nn.BlockSparseConv2d.from_dense(_with_weight(conv, dense[1]), block_shape, weight.mask()).values
+    found = {"x": _off(ours[0], dense[0]), "values": _off(ours[1], kept.detach()), "bias": _off(ours[2], dense[2])}
+    assert all(off < GRADIENT_RMS[DTYPE] for off in found.values()), found
+    timings = race.run(lambda: step(sparse), {"masked dense": lambda: step(conv)})
+    best, own = timings["best"], timings["contender"]
+    race.benchmark.extra_info.update(
+        suite="backward", layer=layer.name, batch=case.n, block_shape=block_shape, sparsity=0.875, match=True,
+        gradient_rms=found, **own.as_ms(), dense_p50_ms=best.p50 * 1e3, speedup=best.p50 / own.p50,
+        threads=torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _with_weight(conv: torch.nn.Conv2d, weight: Tensor) -> torch.nn.Conv2d:
+    other = copy.deepcopy(conv)
+    with torch.no_grad():
+        other.weight.copy_(weight)
+    return other
+
+
+@pytest.mark.parametrize("block_shape", BLOCK_SHAPES[:1])
+def test_training_step(race: Any, smoke: bool, block_shape: tuple[int, int]) -> None:
+    """One SGD step of VGG-19 at 87.5%, batch norm in training mode, against the step with masks."""
+    torch.manual_seed(0)
+    dense = vgg19_cifar().to(DEVICE_TYPE)
+    images = torch.randn(2 if smoke else BATCH, 3, 32, 32, device=DEVICE_TYPE)
+    images = images.contiguous(memory_format=torch.channels_last)
+    labels = torch.arange(len(images), device=DEVICE_TYPE) % 10
+    names: dict[tuple[int, int], list[str]] = {}
+    convs = [(n, m) for n, m in dense.named_modules() if isinstance(m, torch.nn.Conv2d)]
+    for name, conv in convs[1:]:
+        names.setdefault((min(block_shape[0], conv.out_channels), block_shape[1]), []).append(name)
+    for shape, layers in names.items():
+        prune_(dense, 0.875, shape, layers=layers)
+    masked = copy.deepcopy(dense).to(memory_format=torch.channels_last).train()
+    policy = Policy(measure=False, min_speedup=0.0, dense_layers=False, block_shapes=tuple(names))
+    pruned = bench.calibrated(finalize_(dense), images[:2]).train()
+    sparse = convert(pruned, policy=policy, training=True).train()
+    assert len(sparse.slimkernels_plan.swapped) == len(convs) - 1
+
+    def steps(model: torch.nn.Module) -> Callable[[], float]:
+        optimiser = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+
+        def step() -> Any:
+            with torch.inference_mode(False), torch.enable_grad():
+                optimiser.zero_grad(set_to_none=True)
+                with torch.autocast(DEVICE_TYPE, torch.bfloat16, enabled=DEVICE_TYPE == "cuda"):
+                    loss = F.cross_entropy(model(images), labels)
+                loss.backward()
+                optimiser.step()
+                return loss
+
+        return step
+
+    ours, other = steps(sparse), steps(masked)
+    assert bool(torch.isfinite(ours()).all() & torch.isfinite(other()).all())
+    timings = race.run(ours, {"masked dense": other})
+    best, own = timings["best"], timings["contender"]
+    race.benchmark.extra_info.update(
+        suite="backward", layer="vgg19 training step", batch=len(images), block_shape=block_shape, sparsity=0.875,
+        match=True, **own.as_ms(), dense_p50_ms=best.p50 * 1e3, speedup=best.p50 / own.p50,
+        threads=torch.get_num_threads(),
+    )  # fmt: skip

@@ -1,0 +1,137 @@
+"""The cost model against numbers worked out by hand: intensity bounds, whole networks, waves, memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from slimkernels.kernels import cost_model
+from slimkernels.kernels.cost_model import H200, CpuRates, gather_flops, gpu_block_sparse, gpu_dense
+from slimkernels.kernels.problems import ConvProblem, LinearProblem, LowRankConvProblem, LowRankLinearProblem
+
+# VGG-19 on CIFAR-10: (input channels, output channels, image size, layers).
+VGG19 = ((3, 64, 32, 1), (64, 64, 32, 1), (64, 128, 16, 1), (128, 128, 16, 1), (128, 256, 8, 1), (256, 256, 8, 3),
+         (256, 512, 4, 1), (512, 512, 4, 3), (512, 512, 2, 4))  # fmt: skip
+RATES = CpuRates("avx2", 50e9, 10e-6, 1e10, 40e9, 20e9, 5e-6)
+
+
+def conv(c_in: int, c_out: int, size: int, nnz: int, block: tuple[int, int], n: int = 1024, **changes) -> ConvProblem:
+    problem = ConvProblem(
+        n, c_in, size, size, c_out, 3, 3, (1, 1), (1, 1), (1, 1), block, nnz, torch.bfloat16, "cuda", "relu"
+    )
+    return replace(problem, **changes)
+
+
+@pytest.mark.parametrize(
+    ("block_m", "block_n", "tflops"), [(128, 32, 141), (128, 64, 235), (128, 128, 352), (256, 128, 469)]
+)
+def test_intensity_bounds_the_gather(block_m, block_n, tflops) -> None:
+    """BM * BN / (BM + BN) FLOPs a byte at 5.5 TB/s; four-byte elements halve it; never above the matrix rate."""
+    assert gather_flops(block_m, block_n, 2, H200) / 1e12 == pytest.approx(tflops, abs=0.5)
+    assert gather_flops(block_m, block_n, 4, H200) == pytest.approx(gather_flops(block_m, block_n, 2, H200) / 2)
+    assert gather_flops(4096, 4096, 2, H200) == H200.matrix_flops
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "speedups"),
+    [
+        (0.5, (1.0, 1.0, 1.15, 1.5)),
+        (0.75, (1.0, 1.5, 2.2, 2.8)),
+        (0.875, (1.8, 2.8, 3.75, 4.4)),
+        (0.95, (3.75, 4.9, 5.4, 5.6)),
+    ],
+)
+def test_whole_network_speedups_without_waves(sparsity, speedups) -> None:
+    """VGG-19/CIFAR-10, batch 1024, the first convolution dense, tiles 128x32, 128x64, 128x128, 256x128."""
+    for (block_m, block_n), expected in zip(((128, 32), (128, 64), (128, 128), (256, 128)), speedups, strict=True):
+        dense = ours = 0.0
+        for c_in, c_out, size, layers in VGG19:
+            # Fractions of blocks are fine here: the arithmetic knows no blocks, only stored weights.
+            stored: float = (1 - sparsity) * 9 * c_in * c_out / (16 * block_n)
+            problem = conv(c_in, c_out, size, stored, (block_n, 16))  # type: ignore[arg-type]
+            alone = gpu_dense(problem, H200).ideal_s
+            sparse = gpu_block_sparse(problem, {"BLOCK_M": block_m, "BLOCK_N": block_n}, H200).ideal_s
+            dense += layers * alone
+            ours += layers * (alone if c_in == 3 else min(alone, sparse))
+        assert dense == pytest.approx(1.386e-3, rel=1e-3)
+        assert dense / ours == pytest.approx(expected, abs=0.06), (block_m, block_n)
+
+
+def test_three_limits_of_one_layer() -> None:
+    """256 -> 256 channels, 8x8, batch 1024, 72 of 576 (64, 16) blocks: each limit by hand."""
+    found = gpu_block_sparse(conv(256, 256, 8, 72, (64, 16)), {"BLOCK_M": 128, "BLOCK_N": 64}, H200)
+    pixels, products = 1024 * 64, 72 * 64 * 16
+    assert found.tiles == 512 * 4
+    assert found.matrix_s == pytest.approx(2 * pixels * products / 790e12)
+    assert found.l2_s == pytest.approx(2048 * (128 + 64) * (72 * 16 / 4) * 2 / 5.5e12)
+    assert found.memory_s == pytest.approx((2 * pixels * 256 * 2 + 72 * (64 * 16 * 2 + 4)) / 4.3e12)
+    assert found.imbalance == pytest.approx(16 * 132 / 2048)
+    assert found.bound == "l2"
+    assert found.seconds == pytest.approx(found.l2_s * 16 * 132 / 2048 + H200.launch_s)
+
+
+def test_padding_of_tiles_counts_as_work() -> None:
+    """A block 48 high in a 64-wide tile, and one pixel in a tile of 128, cost what whole tiles cost."""
+    ragged = gpu_block_sparse(conv(64, 48, 8, 36, (48, 16)), {"BLOCK_M": 128, "BLOCK_N": 64}, H200)
+    whole = gpu_block_sparse(conv(64, 64, 8, 36, (64, 16)), {"BLOCK_M": 128, "BLOCK_N": 64}, H200)
+    assert ragged.matrix_s * ragged.imbalance == pytest.approx(whole.matrix_s * whole.imbalance)
+    assert ragged.matrix_s == pytest.approx(0.75 * whole.matrix_s)
+    one = gpu_block_sparse(conv(64, 64, 1, 36, (64, 16), n=1), {"BLOCK_M": 128, "BLOCK_N": 64}, H200)
+    assert one.tiles == 1 and one.imbalance == pytest.approx(132 * 128)
+
+
+def test_splitting_the_depth_fills_processors_for_a_second_launch() -> None:
+    problem = conv(512, 512, 2, 288, (64, 16), n=16)
+    plain = gpu_block_sparse(problem, {"BLOCK_M": 64, "BLOCK_N": 64}, H200)
+    split = gpu_block_sparse(problem, {"BLOCK_M": 64, "BLOCK_N": 64, "SPLITS": 8}, H200)
+    assert (plain.tiles, split.tiles) == (8, 64) and split.imbalance < plain.imbalance / 7
+    assert split.launch_s == 2 * plain.launch_s and split.matrix_s == pytest.approx(plain.matrix_s)
+
+
+def test_the_fused_pool_saves_a_pass() -> None:
+    """Dense writes the whole image, reads it again and writes a quarter; ours writes the quarter."""
+    problem = conv(64, 64, 32, 36, (64, 16), epilogue="relu_maxpool2")
+    image = 1024 * 32 * 32 * 64 * 2
+    dense, ours = gpu_dense(problem, H200), gpu_block_sparse(problem, {}, H200)
+    assert dense.memory_s + dense.passes[0].memory_s == pytest.approx((3.25 * image + 64 * 64 * 9 * 2) / 4.3e12)
+    assert ours.memory_s == pytest.approx(1.25 * image / 4.3e12, rel=1e-3)
+    assert len(dense.passes) == 1 and not gpu_dense(replace(problem, epilogue="relu"), H200).passes
+
+
+def test_low_rank_fused_reads_the_input_once_a_split() -> None:
+    problem = LowRankLinearProblem(1024, 512, 512, 64, torch.bfloat16, "cuda")
+    fused = cost_model.gpu_low_rank(problem, {"BLOCK_M": 128, "RANK": 64, "SPLITS": 4}, H200)
+    assert fused.tiles == 32
+    assert fused.matrix_s == pytest.approx(2 * 1024 * 64 * (4 * 512 + 512) / 600e12)
+    assert fused.l2_s == pytest.approx((32 * (128 + 64) * 512 + 8 * 64 * 512) * 2 / 5.5e12)
+    two = cost_model.gpu_factors(problem, H200)
+    assert two.seconds == pytest.approx(
+        sum(max(2 * 1024 * 512 * 64 / 600e12, (1024 * 512 + 512 * 64 + 1024 * 64) * 2 / 4.3e12) + 2e-6 for _ in "12")
+    )
+
+
+def test_low_rank_convolution_counts_every_factor() -> None:
+    factors = ((16, 32, 3, 1), (48, 16, 1, 3))
+    problem = LowRankConvProblem(4, 8, 8, "tai", factors, (1, 1), (1, 1), (1, 1), torch.bfloat16, "cuda")
+    steps = cost_model.gpu_factors(problem, replace(H200, memory_bytes_s=1e30, launch_s=0.0))
+    assert steps.seconds == pytest.approx(2 * problem.macs / 600e12)
+
+
+def test_cpu_rates_divide_the_work_inside_the_image() -> None:
+    problem = conv(64, 64, 8, 288, (16, 1), n=2, dtype=torch.float32, device="cpu")
+    inside = 2 * 64 * 64 * (3 * 8 - 2) ** 2  # multiply-adds of the dense layer whose tap lies in the image
+    assert cost_model.cpu_seconds(problem, RATES, 2) == pytest.approx(5e-6 + 2 * inside * 0.125 / (2 * 40e9))
+    narrow = replace(problem, block_shape=(8, 1), nnz_blocks=576)
+    assert cost_model.cpu_seconds(narrow, RATES, 1) == pytest.approx(5e-6 + 2 * inside * 0.125 / 20e9)
+    weights = 9 * 64 * 64
+    dense = 10e-6 + 2 * 2 * 64 * weights / (2 * 50e9) + 4 * weights / 1e10
+    assert cost_model.cpu_dense_seconds(problem, RATES, 2) == pytest.approx(dense)
+    linear = LinearProblem(3, 32, 64, (16, 1), 64, torch.float32, "cpu")
+    assert cost_model.cpu_dense_seconds(linear, RATES, 1) == pytest.approx(10e-6 + 2 * 3 * 2048 / 50e9 + 8192 / 1e10)
+
+
+def test_an_empty_batch_costs_a_launch() -> None:
+    empty = gpu_block_sparse(conv(64, 64, 8, 36, (64, 16), n=0), {}, H200)
+    assert empty.tiles == 0 and 0 < empty.seconds < 2 * H200.launch_s

@@ -1,0 +1,214 @@
+"""Recipes as data: what a file may say, how placeholders are filled, and errors that name what was meant."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from slimkernels.compress.train import TrainConfig
+from slimkernels.recipes import rows, sources, store
+from slimkernels.recipes.figures import pareto_front
+from slimkernels.recipes.schema import load_recipe, parse_recipe, recipe_names
+
+MINIMAL = {
+    "name": "small",
+    "presets": {
+        "a": {
+            "data": "digits",
+            "batch_size": 32,
+            "variables": {"net": {"name": "vgg_digits", "width": 8}, "short": {"epochs": 2, "lr": 0.1}},
+        },
+        "b": {"batch_size": 64, "variables": {"net": {"name": "vgg_digits"}, "short": {"epochs": 3}}},
+    },
+    "rows": [
+        {"name": "teacher", "group": "teacher", "model": "{net}", "steps": [{"train": "{short}"}]},
+        {
+            "name": "{how} {sparsity:.1%}",
+            "group": "pruning",
+            "each": {"how": ["cubic", "one_shot"], "level": [{"sparsity": 0.4}, {"sparsity": 0.875}]},
+            "from": "teacher",
+            "steps": [
+                {
+                    "train": {"use": "{short}", "lr": 0.02},
+                    "prune": {"sparsity": "{sparsity}", "block_shape": "16x1", "schedule": "{how}"},
+                },
+                "finalize",
+            ],
+        },
+    ],
+}
+
+
+def parse(change=None, preset="a"):
+    data = copy.deepcopy(MINIMAL)
+    if change is not None:
+        change(data)
+    return parse_recipe(yaml.safe_dump(data), preset, "small.yaml")
+
+
+def test_rows_of_a_grid():
+    recipe = parse()
+    names = [row.name for row in recipe.rows]
+    assert names == ["teacher", "cubic 40.0%", "cubic 87.5%", "one_shot 40.0%", "one_shot 87.5%"]
+    row = recipe.rows[2]
+    assert row.labels == {"how": "cubic", "sparsity": 0.875} and row.needs == ("teacher",)
+    train, finalize = row.steps
+    assert train.settings == {"epochs": 2, "lr": 0.02} and finalize.verb == "finalize"
+    assert train.companions["prune"] == {"sparsity": 0.875, "block_shape": "16x1", "schedule": "cubic"}
+    assert recipe.rows[0].model == {"name": "vgg_digits", "width": 8} and recipe.batch_size == 32
+    assert parse(preset="b").rows[1].steps[0].settings == {"epochs": 3, "lr": 0.02}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.update(row=1), "expected a key among .*, got 'row'; did you mean rows"),
+        (lambda d: d["rows"][0].update(grup=1), "got 'grup'; did you mean group"),
+        (lambda d: d["rows"][0]["steps"][0].update(prun=1), r"steps\[0\] \(train\): .*'prun'; did you mean prune"),
+        (lambda d: d["rows"][1]["steps"][0]["train"].update(epoch=1), "train: .*'epoch'; did you mean epochs"),
+        (lambda d: d["rows"][1]["steps"][0]["prune"].update(sparsty=1), "prune: .*'sparsty'; did you mean sparsity"),
+        (lambda d: d["rows"][0].update(steps=[{"trian": {}}]), "expected a step .*'trian'; did you mean train"),
+        (lambda d: d["rows"][0].update(steps=[{"prune": {}, "finalize": {}}]), "expected one step among"),
+        (lambda d: d["rows"][1].update({"from": "teachr"}), "expected an earlier row .*'teachr'; did you mean teacher"),
+        (lambda d: d["rows"].reverse(), "expected an earlier row among none, got 'teacher'"),
+        (lambda d: d["rows"][0].update(model="{nett}"), "expected a variable .*'nett'; did you mean net"),
+        (lambda d: d["rows"][0].update({"from": "teacher"}), "expected either model or from, got both"),
+        (lambda d: d["rows"][0].pop("group"), "expected key 'group'"),
+        (lambda d: d["rows"].append(d["rows"][0]), "expected rows of different names, got 'teacher' twice"),
+        (lambda d: d["presets"]["a"].update(batch_size=0), "batch_size: expected a positive int, got 0"),
+        (lambda d: d["presets"]["a"].update(leave_out=["cubik*"]), "leave_out: expected a row"),
+        (lambda d: d["presets"]["a"]["variables"].update(net="{net}"), "stands for itself"),
+    ],
+)
+def test_a_bad_recipe_says_what_was_meant(change, message):
+    with pytest.raises(ValueError, match="small.yaml.*" + message):
+        parse(change)
+
+
+def test_other_bad_files(tmp_path):
+    with pytest.raises(ValueError, match=r"expected a preset among a, b, got 'c'"):
+        parse(preset="c")
+    with pytest.raises(ValueError, match="expected YAML"):
+        parse_recipe("a: [", "a")
+    with pytest.raises(TypeError, match="expected a mapping, got list"):
+        parse_recipe("[]", "a")
+    with pytest.raises(ValueError, match="expected a recipe among slimnets, got 'slimnet'; did you mean slimnets"):
+        load_recipe("slimnet", "cpu")
+    with pytest.raises(ValueError, match=r"nowhere\.yaml, which does not exist"):
+        load_recipe(tmp_path / "nowhere.yaml", "cpu")
+
+
+def test_the_paper_is_the_paper():
+    """Sparsities, ranks, networks and quoted numbers of arXiv 1808.00496 in the preset `paper`."""
+    assert recipe_names() == ["slimnets"]
+    recipe = load_recipe("slimnets", "paper")
+    found = {row.name: row for row in recipe.rows}
+    assert found["teacher"].model == {"name": "vgg19_cifar"} and found["teacher"].paper["accuracy"] == 92.4
+    ranks = found["low rank"].steps[0].settings
+    assert ranks["rank"] == [5, 24, 48, 48, 64, 128, 128, 160, 192, 256, 320, 320, 320, 320, 320, 320]
+    assert ranks["method"] == "tai" and ranks["batch_norm"] is True
+    quoted = {name: row.paper.get("accuracy") for name, row in found.items()}
+    for block in ("1x1", "16x1", "32x32", "128x16"):
+        gradual = [quoted[f"gradual {block} {share}"] for share in ("40.0%", "75.0%", "87.5%")]
+        one_shot = [quoted[f"one-shot {block} {share}"] for share in ("40.0%", "75.0%", "87.5%")]
+        assert gradual == [92.22, 91.57, 88.82] and one_shot == [89.69, 89.13, 86.16]
+    assert [quoted[f"NIN distilled, gradual 16x1 {s}"] for s in ("40.0%", "75.0%", "87.5%")] == [89.29, 88.69, 85.44]
+    assert (quoted["NIN distilled"], quoted["NIN alone"]) == (90.57, 88.88)
+    assert found["slim, 16x1 94.5%"].source == "slim, dense"
+
+
+@pytest.mark.parametrize("preset", ["paper", "cpu", "smoke"])
+def test_every_training_step_of_the_package_is_valid(preset):
+    """Settings make a TrainConfig, and what prunes while training a GradualPruning."""
+    recipe = load_recipe("slimnets", preset)
+    steps = [step for row in recipe.rows for step in row.steps if step.verb in ("train", "distill")]
+    assert len(steps) == len(recipe.rows)
+    for step in steps:
+        TrainConfig(**{key: value for key, value in step.settings.items() if key not in ("images", "batch_size")})
+        if "prune" in step.companions:
+            callback = rows.pruning(step.companions["prune"])
+            assert 0 < callback.sparsity < 1 and len(callback.block_shape) == 2
+    models = {str(row.model) for row in recipe.rows if row.model}
+    assert len(models) >= 4
+
+
+def test_the_low_rank_row_fits_the_teacher_of_every_small_preset():
+    for preset in ("cpu", "smoke"):
+        recipe = load_recipe("slimnets", preset)
+        model = rows.build(recipe.row("teacher").model, 10, 0)
+        step = recipe.row("low rank").steps[0]
+        found = rows._change(model, step)["layers"]
+        assert sum(layer["kind"] == "tai" for layer in found) == len(step.settings["rank"])
+
+
+def test_conv_ranks_counts():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 2))
+    assert rows.conv_ranks(net, [2, 4]) == {"0": 2, "1": 4}
+    with pytest.raises(ValueError, match="expected one rank for each of 2 convolutions, got 1"):
+        rows.conv_ranks(net, [2])
+
+
+@pytest.mark.parametrize("value", ["16x1", [16, 1], (16, 1), "16X1"])
+def test_block_shapes(value):
+    assert rows.block_shape(value) == (16, 1)
+
+
+@pytest.mark.parametrize("value", ["16", "16x0", [1, 2, 3], 16, "ax1"])
+def test_bad_block_shapes(value):
+    with pytest.raises(ValueError, match="expected block_shape"):
+        rows.block_shape(value)
+
+
+def test_dropout_of_a_recipe_model():
+    model = rows.build({"name": "vgg_digits", "width": 8, "dropout": 0.125}, 10, 0)
+    assert {m.p for m in model.modules() if isinstance(m, nn.Dropout)} == {0.125}
+    again = rows.build({"name": "vgg_digits", "width": 8}, 10, 0)
+    assert torch.equal(model.features[0].weight, again.features[0].weight)
+    with pytest.raises(ValueError, match=re.escape("expected dropout in [0, 1), got 1.0")):
+        rows.build({"name": "vgg_digits", "dropout": 1.0}, 10, 0)
+
+
+def test_stratified_subset():
+    labels = torch.tensor([0] * 60 + [1] * 30 + [2] * 10)
+    chosen = rows.stratified(labels, 20)
+    assert labels[chosen].bincount().tolist() == [12, 6, 2]
+    assert torch.equal(chosen, rows.stratified(labels, 20)) and len(set(chosen.tolist())) == 20
+    assert set(rows.stratified(labels, 10).tolist()) <= set(chosen.tolist())
+
+
+def test_keys_see_every_part():
+    base = {"step": {"verb": "train"}, "seed": 0}
+    assert store.key_of(**base) == store.key_of(seed=0, step={"verb": "train"})
+    assert len({store.key_of(**base), store.key_of(**base, x=1), store.key_of(step={}, seed=0)}) == 3
+
+
+def test_a_finished_step_needs_its_key_and_its_state(tmp_path):
+    state, result = tmp_path / "1.pt", tmp_path / "1.json"
+    state.write_bytes(b"weights")
+    store.write_json(result, {"key": "k", "state_sha256": store.file_sha256(state)})
+    assert store.finished(result, "k", state) is not None
+    assert store.finished(result, "other", state) is None
+    state.write_bytes(b"weightt")
+    assert store.finished(result, "k", state) is None
+    result.write_text("{")
+    assert store.finished(result, "k") is None
+
+
+def test_pareto_front():
+    points = [(1.0, 0.5), (2.0, 0.9), (1.5, 0.4), (3.0, 0.9), (1.0, 0.6)]
+    assert pareto_front(points) == [4, 1]
+    assert pareto_front([]) == []
+
+
+def test_data_by_name(tmp_path):
+    train, test = sources.open_data("digits", 32)
+    assert train.batch_size == 32 and sources.data_title("digits", (train, test)) == "scikit-learn digits"
+    with pytest.raises(ValueError, match="expected a folder as in cifar10:DIR"):
+        sources.open_data("cifar10:", 32)
+    with pytest.raises(OSError, match="nowhere"):
+        sources.open_data(str(tmp_path / "nowhere"), 32)

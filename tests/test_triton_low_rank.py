@@ -1,0 +1,118 @@
+"""The Triton low-rank kernels without a GPU: by Triton's interpreter, and compiled for sm_80, sm_90 and sm_100.
+
+Both happen in processes of their own, because TRITON_INTERPRET is read where @triton.jit decorates; to see the cases
+one by one: `TRITON_INTERPRET=1 pytest tests/triton_low_rank_interpret_cases.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from test_triton_compile import check_resources
+from test_triton_interpret import passed
+
+from slimkernels.kernels import KERNELS, cost_model
+from slimkernels.kernels.cost_model import H200
+from slimkernels.kernels.problems import LowRankConvProblem, LowRankLinearProblem
+from slimkernels.kernels.select import predicted_seconds
+from slimkernels.kernels.triton.low_rank_linear import RANK_TILE, default_config, device_configs
+
+CASES = Path(__file__).with_name("triton_low_rank_interpret_cases.py")
+CHECK = Path(__file__).with_name("triton_low_rank_compile_check.py")
+
+
+def test_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", str(CASES), "-q", "-p", "no:cacheprovider", "--tb=short"]
+    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, cwd=CASES.parent.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-8000:]
+    summary = done.stdout.strip().splitlines()[-1]
+    assert "skipped" not in summary and "xfailed" not in summary, summary
+    assert passed(summary) > 70
+
+
+def compiled(cache: Path, *flags: str) -> list[dict[str, Any]]:
+    """Rows of triton_low_rank_compile_check.py, compiled afresh."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(CHECK.parent.parent)}
+    command = [sys.executable, "-W", "ignore", str(CHECK), "--json", *flags]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-8000:]
+    return json.loads(done.stdout)["rows"]
+
+
+def test_default_kernels_fit_every_architecture(tmp_path: Path) -> None:
+    rows = compiled(tmp_path)
+    assert {row["target"]["arch"] for row in rows} == {80, 90, 100}
+    assert {row["target"]["kind"] for row in rows} == {"fused", "alone", "dgrad"}
+    for row in rows:
+        check_resources(row)
+
+
+@pytest.mark.slow
+def test_every_rank_dtype_and_branch(tmp_path: Path) -> None:
+    rows = compiled(tmp_path, "--all")
+    assert len(rows) > 100
+    for row in rows:
+        check_resources(row)
+
+
+# Choice on a GPU, from the ceilings of an H200
+def seconds(problem: LowRankLinearProblem | LowRankConvProblem) -> dict[str, float]:
+    """The least predicted time by backend."""
+    found = {}
+    for backend in ("triton", "reference"):
+        spec = KERNELS[f"{problem.op}__{backend}"]
+        found[backend] = min(predicted_seconds(spec, problem, config) for config in spec.configs(problem))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("m", "in_features", "out_features", "rank", "fused"),
+    [
+        (1, 512, 512, 64, True),  # two launches and a ReLU against one
+        (65536, 512, 512, 64, True),  # bound by memory: the intermediate and the ReLU's pass are saved
+        (1024, 4096, 4096, 128, False),  # 8 row tiles leave the processors idle, or compute h again in each split
+        (65536, 4096, 4096, 512, False),  # above the rank tile h is computed again for every tile of outputs
+    ],
+)
+def test_two_products_win_where_the_intermediate_is_computed_again(
+    m: int, in_features: int, out_features: int, rank: int, fused: bool
+) -> None:
+    times = seconds(LowRankLinearProblem(m, in_features, out_features, rank, torch.bfloat16, "cuda", "relu"))
+    assert (times["triton"] < times["reference"]) == fused, times
+
+
+def test_a_fused_convolution_saves_its_intermediate() -> None:
+    shapes = ((64, 256, 3, 3), (256, 64, 1, 1))
+    common = ((1, 1), (1, 1), (1, 1), torch.bfloat16, "cuda")
+    problem = LowRankConvProblem(32, 8, 8, "svd", shapes, *common)
+    fused, factors = cost_model.gpu_low_rank(problem, {}, H200), cost_model.gpu_factors(problem, H200)
+    intermediate = 2 * 32 * 64 * 64 * 2  # 32 images of 8x8 pixels and 64 channels in bf16, written and read
+    memory = factors.memory_s + factors.passes[0].memory_s
+    assert memory - fused.memory_s == pytest.approx(intermediate / H200.memory_bytes_s) and not fused.passes
+    wide = LowRankConvProblem(32, 8, 8, "svd", ((512, 256, 3, 3), (256, 512, 1, 1)), *common)
+    tai = LowRankConvProblem(32, 8, 8, "tai", ((64, 256, 3, 1), (256, 64, 1, 3)), *common)
+    assert (
+        len(cost_model.gpu_low_rank(wide, {}, H200).passes) == len(cost_model.gpu_low_rank(tai, {}, H200).passes) == 1
+    )
+
+
+def test_configurations_keep_the_rank_in_one_tile() -> None:
+    problem = LowRankLinearProblem(64, 512, 512, 200, torch.bfloat16, "cuda")
+    listed = device_configs(problem)
+    assert listed[0]["SPLITS"] > 1 and listed[-1]["SPLITS"] == 1
+    assert all(c["RANK"] == RANK_TILE for c in listed)
+    assert len({tuple(c.items()) for c in listed}) == len(listed)
+    assert device_configs(LowRankLinearProblem(64, 512, 512, 200, torch.float32, "cpu")) == [{}]
+    assert default_config(64, 512, 200, torch.bfloat16, processors=1)["SPLITS"] == 1

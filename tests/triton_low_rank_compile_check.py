@@ -1,0 +1,139 @@
+"""Compiles the Triton low-rank convolution, and the linear layer's gradient, for GPUs that need not be present.
+
+As a script it prints a Markdown table (`--all` for every kernel, `--json` for machines); tests/test_triton_low_rank.py
+runs it in a process of its own, because a process with TRITON_INTERPRET=1 cannot compile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton_compile_check import DTYPES, LIMITS, TENSOR_CORE, markdown, resource_usage
+
+from slimkernels.kernels.triton import low_rank_conv2d as triton_low_rank_conv2d
+from slimkernels.kernels.triton import low_rank_linear as triton_low_rank_linear
+
+
+@dataclass(frozen=True)
+class Target:
+    """One kernel to compile. kind: ``fused`` (RxS and 1x1), ``alone`` (one factor) or ``dgrad`` of the linear layer."""
+
+    arch: int
+    dtype: str
+    kind: str
+    rank: int
+    precision: str = "ieee"
+    m_total: int = 65536
+    c_in: int = 256
+    index_64: bool = False
+
+    @property
+    def name(self) -> str:
+        extras = [self.precision] if self.dtype == "fp32" else []
+        extras += ["64-bit"] if self.index_64 else []
+        extras += [] if self.c_in == 256 else [f"c_in={self.c_in}"]
+        extras += [] if self.m_total == 65536 else [f"M={self.m_total}"]
+        return f"sm_{self.arch} {self.dtype} {', '.join([f'low_rank {self.kind} r={self.rank}', *extras])}"
+
+    @property
+    def tensor_cores(self) -> bool:
+        return self.dtype != "fp32" or self.precision == "tf32"
+
+
+def quick() -> list[Target]:
+    """The kernels of the default test run."""
+    return [
+        *(Target(arch, "bf16", kind, 64) for arch, kind in zip(LIMITS, ("alone", "fused", "dgrad"))),
+        Target(90, "fp32", "fused", 64),
+    ]
+
+
+def everything() -> list[Target]:
+    """Every kind of kernel, dtype and compile-time branch, on every GPU."""
+    targets = []
+    for arch in LIMITS:
+        for kind in ("fused", "alone", "dgrad"):
+            targets += [Target(arch, "bf16", kind, rank) for rank in (16, 64, 128, 256)]
+            targets += [Target(arch, "fp16", kind, 64), Target(arch, "bf16", kind, 64, m_total=32)]
+            targets += [Target(arch, "fp32", kind, rank) for rank in (16, 64, 256)]
+            targets += [Target(arch, "fp32", kind, rank, precision="tf32") for rank in (64, 256)]
+            targets += [Target(arch, "bf16", kind, 64, index_64=True), Target(arch, "bf16", kind, 48, c_in=200)]
+    return targets
+
+
+def compile_target(target: Target) -> tuple[Any, dict[str, int]]:
+    """Triton's compiled kernel and its tile constants, with the argument hints that a launch derives."""
+    shared_memory, processors = LIMITS[target.arch]
+    limits = {
+        "tensor_cores": target.tensor_cores, "shared_memory": shared_memory, "processors": processors,
+    }  # fmt: skip
+    dtype: torch.dtype = DTYPES[target.dtype]
+    common = {"HAS_BIAS": target.kind != "dgrad", "RELU": target.kind != "dgrad", "INDEX_64": target.index_64}
+    if target.kind == "dgrad":
+        kernel = triton_low_rank_linear.low_rank_linear_fwd_kernel
+        config = triton_low_rank_linear.default_config(target.m_total, 1024, target.rank, dtype, **limits)
+        constants = {**common, "ONE_TILE": True, "STORE_INNER": True}
+    else:
+        kernel = triton_low_rank_conv2d.low_rank_conv2d_fwd_kernel
+        outer = 256 if target.kind == "fused" else None
+        config = triton_low_rank_conv2d.default_config(target.m_total, target.rank, outer, dtype, **limits)
+        taps = {"R": 3, "S": 3, "PAD_H": 1, "PAD_W": 1}
+        taps |= dict.fromkeys(("STRIDE_H", "STRIDE_W", "DIL_H", "DIL_W"), 1)
+        constants = {**common, **taps, "FUSED": target.kind == "fused"}
+    constants |= {name: config[name] for name in ("RANK", "BLOCK_M", "BLOCK_N", "BLOCK_K")}
+    constants |= {"PRECISION": target.precision, "EVEN_K": target.c_in % config["BLOCK_K"] == 0}
+    pointers = {name: f"*{target.dtype}" for name in kernel.arg_names if name.endswith("_ptr")}
+    # in_features is the only size of the linear kernel that follows c_in; others are multiples of 16 here.
+    ragged = {"rank", "inner"} if target.rank % 16 else set()
+    ragged |= {"c_in", "in_features"} if target.c_in % 16 else set()
+    aligned = {*pointers, "in_features", "out_features", "rank", "c_in", "inner", "c_out"} - ragged
+    signature, hints = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        signature[name] = "constexpr" if name in constants else pointers.get(name, "i32")
+        if name in aligned and name not in constants:
+            hints[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=hints)
+    options = {"num_warps": config["num_warps"], "num_stages": config["num_stages"]}
+    return triton.compile(source, target=GPUTarget("cuda", target.arch, 32), options=options), config
+
+
+def measure(target: Target) -> dict[str, Any]:
+    """Compiles one target; what the artefacts say, as plain data."""
+    kernel, config = compile_target(target)
+    usage, ptx = resource_usage(kernel.asm["cubin"]), kernel.asm["ptx"]
+    return {
+        "target": {**asdict(target), "name": target.name},
+        "config": config,
+        "registers": usage["REG"],
+        "stack": usage["STACK"],
+        "local": usage["LOCAL"],
+        "shared": kernel.metadata.shared + usage["SHARED"],
+        "instructions": [name for name in TENSOR_CORE.values() if name in ptx],
+        "fma": "fma.rn.f32" in ptx,
+        "buffers": [],
+        "copy_bytes": [16] if "cp.async" in ptx and ", 0x10" in ptx else [],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--all", action="store_true", help="every kernel, not only those of the default test run")
+    parser.add_argument("--json", action="store_true", help="one JSON list instead of a Markdown table")
+    arguments = parser.parse_args()
+    rows = []
+    for target in everything() if arguments.all else quick():
+        rows.append(measure(target))
+        print(target.name, file=sys.stderr, flush=True)
+    print(json.dumps({"triton": triton.__version__, "rows": rows}) if arguments.json else "\n".join(markdown(rows)))
+
+
+if __name__ == "__main__":
+    main()
