@@ -31,6 +31,10 @@ ALLOCATORS = (
     (torch.Tensor, "new_empty"),
     (torch.Tensor, "new_empty_strided"),
 )
+# ``with torch.device("meta")`` knows these functions by identity, from its first use on. First used while they are
+# patched it would never act, and every VGG would initialise 124 million weights of a classifier that it throws away.
+with torch.device("meta"):
+    torch.empty(0)
 # 256 floats: beyond any vector store of a tile's tail, and a multiple of a cache line, so alignment stays as it was.
 BORDER = 256
 SENTINEL = -7.0123456e11

@@ -277,7 +277,7 @@ def _factorize_layer(
     of_outputs = None if layer.moment is None else float(lost_shares(layer.spectra[0])[ranks[0]]) ** 0.5
     twin = _build(module, factors, kind)
     if batch_norm:
-        twin = _with_batch_norm(twin, module)
+        twin = with_batch_norm(twin, module)
     reason = f"svd instead of {method}: one tap" if kind != method else ""
     record = LayerFactorization(layer.name, kind, ranks, error, weight.numel(), after, reason, of_outputs, batch_norm)
     return record, twin
@@ -353,7 +353,8 @@ def _batch_norm_size(conv: nn.Conv2d) -> tuple[int, int]:
     return 2 * conv.out_channels, 4 * conv.out_channels * conv.weight.element_size() + 8
 
 
-def _with_batch_norm(twin: nn.Module, conv: nn.Conv2d) -> nn.Module:
+def with_batch_norm(twin: nn.Module, conv: nn.Conv2d) -> nn.Sequential:
+    """A low-rank convolution as ``low_rank`` with a fresh ``batch_norm`` behind it, in the mode of the dense one."""
     norm = nn.BatchNorm2d(conv.out_channels, device=conv.weight.device, dtype=conv.weight.dtype)
     norm.requires_grad_(conv.weight.requires_grad)
     return nn.Sequential(OrderedDict(low_rank=twin, batch_norm=norm)).train(conv.training)

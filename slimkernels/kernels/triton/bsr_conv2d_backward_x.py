@@ -103,7 +103,8 @@ def bsr_conv2d_bwd_x_kernel(
     out_w = m_w + (first_w + pad_w) // STRIDE_W
     offs_m = tl.multiple_of(((image * p + out_h) * q + out_w) * c_out, SLICE)
 
-    # Bit r * S + s of a pixel: tap (r, s) leads to an output inside the image. A 1x1 weight's only output always does.
+    # Bit r * S + s of a pixel: tap (r, s) leads to an output inside the image. With one bit a tap the mainloop has 176
+    # instructions, with comparisons 240 (sm_90, 128 x 32 x 64). The only output of a 1x1 weight is always inside.
     if TAP_BITS:
         bits = tl.zeros((BLOCK_M,), dtype=tl.int32)
         bits_w = tl.zeros((BLOCK_M,), dtype=tl.int32)

@@ -28,7 +28,8 @@ from slimkernels.kernels.triton.runtime import (
 
 # Input that one group of pixel tiles may read: below each half of A100's (20 MB) and H100's (25 MB) L2.
 L2_BYTES = 16 * 2**20
-# A second launch costs about 2 us in a CUDA graph, a K stage of 64 x 128 tiles 0.2 to 0.6 us (5.5 TB/s over 132 SMs).
+# Leads: a second launch costs about 2 us in a CUDA graph, a K stage of 64 x 128 tiles 0.2 to 0.6 us (5.5 TB/s of L2
+# over 132 processors at best, one processor's own port at worst).
 MIN_STAGES_SAVED = 8
 MIN_STAGES_A_SPLIT = 4
 

@@ -19,8 +19,9 @@ Three kernels are this one with other constants:
   images) fill wgmma's 64 rows with the channels of a tall block instead.
 * KEEP_IN_L1: a row's blocks are visited by channel group and then tap, and the copies of x go through L1. The taps of
   one group read the same pixels but for a shift, so with a mask shared by all taps eight of nine reads can hit L1.
-  Triton has no view of shared memory at an offset that is not a multiple of its swizzle, and no gather from shared
-  memory into MMA operands wider than one element a lane, so the halo tile itself cannot be kept there.
+  Triton cannot keep the halo tile itself and shift it: it has no view of shared memory at an odd offset, and a
+  `tl.gather` of 128 pixels x 16 channels out of 256 becomes 256 shuffles a tap and spills (2296 bytes on sm_80, 232 on
+  sm_90; 4 warps, compiled), where two 16-byte copies a thread fetch the same from L1.
 
 SPLITS > 1 gives a tile's stored blocks to several programs; each writes its float32 partial sums to a workspace of its
 own, which `bsr_conv2d_split` adds in a fixed order. Backward is not here.
