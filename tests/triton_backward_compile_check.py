@@ -96,6 +96,7 @@ def _dgrad(target: Target) -> tuple[Any, dict[str, Any], dict[str, int]]:
         target.channels,
         DTYPES[target.dtype],
         tensor_cores=target.tensor_cores,
+        index_64=target.index_64,
         shared_memory=shared_memory,
         processors=processors,
     )

@@ -73,12 +73,11 @@ def test_a_dropped_term_pixel_or_block_is_seen(block_shape: tuple[int, int]) -> 
         assert not compare(got, refs)[which].passed, name
 
 
-CONV = {"image": (2, 7, 6), "stride": (2, 1), "padding": (1, 2)}
+STRIDE, PADDING = (2, 1), (1, 2)
 
 
 def conv_module(block_shape: tuple[int, int], epilogue: str, bias: bool = True) -> BlockSparseConv2d:
-    case = GradientCase(**CONV)
-    dense = torch.nn.Conv2d(30, 31, 3, case.stride, case.padding, bias=bias)
+    dense = torch.nn.Conv2d(30, 31, 3, STRIDE, PADDING, bias=bias)
     weight = testing.random_bsr(dense.weight.shape, block_shape, 0.5, seed=4)
     with torch.no_grad():
         dense.weight.copy_(testing.densify(weight))

@@ -43,7 +43,7 @@ MORE_BLOCK_SHAPES = {
 def tile(block_shape: tuple[int, int], block_m: int, device: str) -> dict[str, int]:
     """Tile constants of a case. An interpreted step takes 10 ms whatever its size, so BLOCK_K is long on the CPU."""
     block_out, block_in = block_shape
-    block_n = next(n for n in (16, 32, 64, 128) if n >= block_out)
+    block_n = next(n for n in (16, 32, 64, 128) if n >= min(block_out, 128))
     block_k = 32 if device == "cuda" else 64 if block_in < 16 else 512
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 4, "num_stages": 3}
 

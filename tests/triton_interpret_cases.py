@@ -49,8 +49,8 @@ def named(shapes: Iterable[tuple[int, int]]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("block_shape", list(shapes), ids=lambda s: f"{s[0]}x{s[1]}")
 
 
-# A vector, narrow and odd blocks, both tall ones: one for every way the kernel's constants differ.
-shapes = named(((1, 1), (16, 1), (24, 24), (64, 16), (128, 32)))
+# A vector, narrow, odd and tall blocks, one of two tiles: one for every way the kernel's constants differ.
+shapes = named(((1, 1), (16, 1), (24, 24), (64, 16), (256, 16)))
 every_shape = named(MORE_BLOCK_SHAPES)
 dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 variants = pytest.mark.parametrize("variant", VARIANTS)

@@ -36,6 +36,7 @@ from slimkernels.kernels.triton.runtime import (
 
 # A pixel's taps inside the output are the bits of one int32.
 MAX_TAP_BITS = 31
+MAX_BLOCK_M = 128
 
 
 @triton.jit
@@ -177,13 +178,14 @@ def default_config(
     dtype: torch.dtype,
     *,
     tensor_cores: bool = True,
+    index_64: bool = False,
     shared_memory: int = SHARED_MEMORY_SM80,
     processors: int = 108,
 ) -> dict[str, int]:
     """Tile constants for one input gradient, by arithmetic (nothing here is measured on a GPU).
 
     Args: m_total input pixels of one class; groups channel groups times classes; c_out output channels; tensor_cores
-    False for IEEE float32; shared_memory bytes one block may use; processors the number of SMs to keep busy.
+    False for IEEE float32; index_64 addresses of 64 bits; shared_memory bytes one block may use; processors the number of SMs to keep busy.
     Returns: BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages.
     """
     block_out, block_in = block_shape
@@ -196,7 +198,8 @@ def default_config(
         # Slices below 16 bytes are gathered element by element into registers.
         block_m, block_n, block_k, warps, stages = 64, min(block_n, 64), 32, 4, 3
     else:
-        block_m, warps, stages = 128, 8 if block_n == 128 else 4, 4
+        # Twice the registers for addresses: four warps would spill at 128 x 32.
+        block_m, warps, stages = MAX_BLOCK_M, 8 if block_n == 128 or index_64 else 4, 4
     floor = min(64, max(16, next_power_of_2(m_total)))
     tiles_n = groups * cdiv(block_in, block_n)
     while block_m > floor and (block_m >= 2 * m_total or cdiv(m_total, block_m) * tiles_n < processors):
@@ -255,14 +258,16 @@ def launch(
     precision = gradient_precision((r, s, h, w))
     block_rows, groups, classes = cdiv(c_out, block_out), cdiv(c_in, block_in), stride[0] * stride[1]
     m_largest = n * cdiv(h, stride[0]) * cdiv(w, stride[1])
+    largest = max(grad.numel(), dx.numel(), values.numel()) + (MAX_BLOCK_M + p * q) * c_out
+    index_64 = largest > INT32_MAX or bool(config is not None and config.get("INDEX_64", False))
     if config is None:
         config = default_config(
             m_largest, groups * classes, block_shape, c_out, compute,
-            tensor_cores=compute != torch.float32 or precision == "tf32", **device_limits(grad),
+            tensor_cores=compute != torch.float32 or precision == "tf32", index_64=index_64,
+            **device_limits(grad),
         )  # fmt: skip
     block_m, block_n, block_k = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
     n_tiles, m_tiles = groups * cdiv(block_in, block_n), cdiv(m_largest, block_m)
-    largest = max(grad.numel(), dx.numel(), values.numel()) + (block_m + p * q) * c_out
     with device_guard(grad):
         bsr_conv2d_bwd_x_kernel[(n_tiles * m_tiles * classes,)](
             grad,
@@ -291,7 +296,7 @@ def launch(
             ALIGN_IN=power_of_2_divisor(block_in, 16),
             TAP_BITS=1 < r * s <= MAX_TAP_BITS,
             RAGGED_OUT=c_out % block_out != 0,
-            INDEX_64=largest > INT32_MAX or bool(config.get("INDEX_64", False)),
+            INDEX_64=index_64,
             PRECISION=precision,
             BLOCK_M=block_m,
             BLOCK_N=block_n,
