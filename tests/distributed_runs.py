@@ -37,6 +37,10 @@ def loader(batch_size: int = 32, n: int = 96, **options: Any) -> TensorLoader:
     return TensorLoader(*samples(n), batch_size=batch_size, shuffle=True, crop_padding=1, flip=True, **options)
 
 
+def validation(batch_size: int) -> TensorLoader:
+    return TensorLoader(*samples(), batch_size=batch_size)
+
+
 class Frozen(Callback):
     """Keeps batch norm in eval mode."""
 
@@ -66,7 +70,7 @@ def train(model: nn.Module, data: Any, **options: Any) -> dict[str, Any]:
 
 
 def accumulated(batch_size: int = 32, accumulate: int = 1) -> dict[str, Any]:
-    return train(net(), loader(batch_size), accumulate=accumulate, val_loader=loader(50), clip_norm=1.0)
+    return train(net(), loader(batch_size), accumulate=accumulate, val_loader=validation(50), clip_norm=1.0)
 
 
 def uneven() -> dict[str, Any]:
@@ -80,7 +84,7 @@ def frozen() -> dict[str, Any]:
 
 def dataloader() -> dict[str, Any]:
     """A loader without a generator of its own, that shuffles by torch's."""
-    return train(net(), DataLoader(TensorDataset(*samples(71)), batch_size=15, shuffle=True), val_loader=loader(50))
+    return train(net(), DataLoader(TensorDataset(*samples(71)), batch_size=15, shuffle=True), val_loader=validation(50))
 
 
 def batches() -> dict[str, Any]:
@@ -107,7 +111,7 @@ def pruned(folder: Path, *, resume: bool = False, stop: bool = False) -> dict[st
     name = f"{'part' if resume or stop else 'whole'}.pt"
     try:
         result = train(
-            model, loader(), epochs=4, callbacks=callbacks, ema_decay=0.9, val_loader=loader(40), resume=resume,
+            model, loader(), epochs=4, callbacks=callbacks, ema_decay=0.9, val_loader=validation(40), resume=resume,
             checkpoint=folder / name, log_dir=folder / f"log-{os.environ.get('RANK', '0')}",
         )  # fmt: skip
     except KeyboardInterrupt:

@@ -97,7 +97,7 @@ class TensorLoader:
             part.expand(1, images.shape[1], 1, images.shape[3]) for part in (unit / self.std, -self.mean / self.std)
         ]
         self._scale, self._offset = (part[0, :, 0].T.reshape(-1) for part in lines)
-        self._epoch = 0
+        self._next_epoch = [0]  # in a list, so that shards count on with their loader
         self._rank, self._world = 0, 1
 
     def __len__(self) -> int:
@@ -115,17 +115,17 @@ class TensorLoader:
 
     def set_epoch(self, epoch: int) -> None:
         """The next iteration is that of ``epoch``."""
-        self._epoch = epoch
+        self._next_epoch[0] = epoch
 
     def shard(self, rank: int, world: int) -> TensorLoader:
-        """The same loader giving only this rank's rows of every batch; the images are shared, the epoch is not."""
+        """The same loader giving only this rank's rows of every batch; images and epoch are shared."""
         part = copy.copy(self)
         part._rank, part._world = rank, world
         return part
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        draws = self._draw(self._epoch)
-        self._epoch += 1
+        draws = self._draw(self._next_epoch[0])
+        self._next_epoch[0] += 1
         if self.images.device == self.device:
             yield from (self._batch(draws, rows, None) for rows in self._rows())
             return

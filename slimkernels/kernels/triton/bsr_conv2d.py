@@ -58,18 +58,16 @@ def _plan(
     n_tiles = geometry.block_rows * cdiv(geometry.block_shape[0], config["BLOCK_N"])
     splits = config.get("SPLITS", 1)
     constants = geometry.constants(config)
-    order = ("INDEX_64", "PRECISION")
     forward = Launch(
         bsr_conv2d_fwd_kernel,
         (tiles_m * n_tiles, splits, 1),
         (*geometry.integers(), tiles_m, n_tiles, group_m(config, c_in, geometry.stride, geometry.dtype.itemsize)),
         {
-            **{name: value for name, value in constants.items() if name not in order},
+            **constants,
             "ROW_TABLE": row_table,
             "KEEP_IN_L1": keep_in_l1,
             "WEIGHTS_ON_M": weights_on_m,
             "SPLITS": splits,
-            **{name: constants[name] for name in order},
             **{name: config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")},
         },
         {name: config[name] for name in ("num_warps", "num_stages")},

@@ -185,7 +185,8 @@ def default_config(
     """Tile constants for one input gradient, by arithmetic (nothing here is measured on a GPU).
 
     Args: m_total input pixels of one class; groups channel groups times classes; c_out output channels; tensor_cores
-    False for IEEE float32; index_64 addresses of 64 bits; shared_memory bytes one block may use; processors the number of SMs to keep busy.
+    False for IEEE float32; index_64 addresses of 64 bits; shared_memory bytes one block may use; processors the number
+    of SMs to keep busy.
     Returns: BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages.
     """
     block_out, block_in = block_shape

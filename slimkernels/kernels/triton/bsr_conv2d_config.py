@@ -81,7 +81,7 @@ def default_config(
     block_k = 64 if dtype.itemsize == 2 else 32
     slice_bytes = power_of_2_divisor(c_in, 16), power_of_2_divisor(block_in, 16)
     if not tensor_cores:
-        # FMA units take both operands from registers: at K = 16 a 64 x 64 tile needs 168 on sm_80, at K = 32 198.
+        # FMA units take both operands from registers: on 4 warps a 64 x 64 tile at K = 16 spills 8 bytes on sm_80.
         block_m, block_n, block_k, warps, stages = 64, min(block_n, 64), 16, 4, 3
     elif min(slice_bytes) * dtype.itemsize < 16:
         # Slices below 16 bytes are gathered element by element into registers, 16 a thread at 64 x 32.
@@ -96,7 +96,9 @@ def default_config(
     tiles_n = block_rows * cdiv(block_out, block_n)
     while block_m > floor and (block_m >= 2 * m_total or cdiv(m_total, block_m) * tiles_n < processors):
         block_m //= 2
-    if block_m < 128:
+    if not tensor_cores:
+        warps = 8 if block_m * block_n >= 4096 else 4
+    elif block_m < 128:
         warps = 4
     while stages > 2 and stages * (block_m + block_n) * block_k * dtype.itemsize > shared_memory:
         stages -= 1

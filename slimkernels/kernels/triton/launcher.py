@@ -23,7 +23,7 @@ class Launch:
 
     Args:
         kernel: the jitted function. grid: three ints. integers: its integer arguments. constants: its constexpr
-        arguments by name, in its order. options: num_warps, num_stages.
+        arguments by name. options: num_warps, num_stages.
     """
 
     def __init__(
@@ -36,7 +36,8 @@ class Launch:
     ) -> None:
         self.kernel, self.grid = kernel, grid
         self.integers, self.constants, self.options = tuple(integers), dict(constants), dict(options)
-        self._tail = (*self.integers, *self.constants.values())
+        names = kernel.arg_names[len(kernel.arg_names) - len(constants) :]
+        self._tail = (*self.integers, *(constants[name] for name in names))
         self._compiles = isinstance(kernel, JITFunction)
         self._compiled: dict[tuple[int, int], Any] = {}
 
