@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import tarfile
 
 import numpy as np
 import pytest
@@ -10,6 +12,14 @@ import torch
 from PIL import Image
 
 from slimkernels import data
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """Decoded images go to a folder of the test's own."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("SLIMKERNELS_CACHE_DIR", str(folder))
+    return folder / "data"
 
 
 def ramp(n: int = 10, size: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,7 +119,7 @@ def test_flip_mirrors_about_half():
 def test_uint8_is_scaled_and_normalised():
     images = torch.full((2, 1, 4, 4), 255, dtype=torch.uint8)
     x, _ = next(iter(data.TensorLoader(images, torch.zeros(2, dtype=torch.int64), mean=(0.5,), std=(0.25,))))
-    assert torch.equal(x, torch.full((2, 1, 4, 4), 2.0))
+    torch.testing.assert_close(x, torch.full((2, 1, 4, 4), 2.0), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -120,11 +130,93 @@ def test_uint8_is_scaled_and_normalised():
         (torch.zeros(3, 1, 8, 8), torch.zeros(3), {}, TypeError, "int64 labels"),
         (torch.zeros(0, 1, 8, 8), torch.zeros(0, dtype=torch.int64), {}, ValueError, "at least one image"),
         (torch.zeros(3, 1, 8, 8), torch.zeros(3, dtype=torch.int64), {"batch_size": 0}, ValueError, "batch_size >= 1"),
+        (torch.zeros(3, 1, 8, 8), torch.zeros(3, dtype=torch.int64), {"cutout": -1}, ValueError, "cutout >= 0"),
     ],
 )
 def test_tensor_loader_refuses(images, labels, kwargs, error, message):
     with pytest.raises(error, match=message):
         data.TensorLoader(images, labels, **kwargs)
+
+
+def epoch_of(loader, number=3):
+    loader.set_epoch(number)
+    return [torch.cat(parts) for parts in zip(*loader, strict=True)]
+
+
+@pytest.mark.parametrize("side", [1, 3, 4])
+def test_cutout_zeroes_one_square_that_the_border_may_cut(side):
+    images = torch.ones(1000, 2, 8, 8)
+    (x, _) = next(iter(data.TensorLoader(images, torch.zeros(1000).long(), batch_size=1000, cutout=side)))
+    assert torch.equal(x[:, 0], x[:, 1])
+    holes = x[:, 0] == 0
+    heights, widths = holes.any(2).sum(1), holes.any(1).sum(1)
+    assert torch.equal(holes.sum((1, 2)), heights * widths)  # a rectangle
+    assert heights.max() == widths.max() == side and heights.min() >= (side + 1) // 2
+    assert holes.any(0).all()
+
+
+def test_crop_flip_and_cutout_compose_on_uint8():
+    """Against the same steps one after the other: pad, crop, flip, cut out."""
+    images = torch.randint(0, 256, (64, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
+    loader = data.TensorLoader(
+        images, torch.zeros(64).long(), batch_size=64, seed=2, mean=mean, std=std, crop_padding=2, flip=True, cutout=3
+    )
+    x, _ = next(iter(loader))
+    assert x.is_contiguous(memory_format=torch.channels_last) and x.dtype == torch.float32
+    draws = loader._draw(0)
+    scaled = (images / 255 - loader.mean) / loader.std
+    padded = torch.nn.functional.pad(scaled, (2, 2, 2, 2))
+    for i in range(64):
+        dy, dx = (int(s) + 2 for s in draws.shifts[:, i, 0])
+        expected = padded[i, :, dy : dy + 8, dx : dx + 8]
+        if draws.mirrored[i, 0]:
+            expected = expected.flip(2)
+        cy, cx = (int(c) for c in draws.centres[:, i, 0])
+        expected = expected.clone()
+        expected[:, max(cy - 1, 0) : cy + 2, max(cx - 1, 0) : cx + 2] = 0
+        torch.testing.assert_close(x[i], expected, rtol=1e-5, atol=1e-6)
+
+
+AUGMENTED = {"shuffle": True, "crop_padding": 2, "flip": True, "cutout": 3, "with_indices": True}
+
+
+def test_indices_are_the_samples_places():
+    images, labels = ramp(10)
+    x, y, indices = epoch_of(data.TensorLoader(images, labels, batch_size=3, shuffle=True, with_indices=True))
+    assert torch.equal(x, images[indices]) and torch.equal(y, labels[indices])
+    assert indices.dtype == torch.int64 and sorted(indices.tolist()) == list(range(10))
+
+
+def test_augmentation_does_not_depend_on_the_batch_size():
+    """So that accumulated micro-batches are the whole batch."""
+    small, large = (epoch_of(data.TensorLoader(*ramp(30), batch_size=b, **AUGMENTED)) for b in (5, 15))
+    assert all(torch.equal(a, b) for a, b in zip(small, large, strict=True))
+
+
+@pytest.mark.parametrize(("batch_size", "world"), [(16, 2), (15, 4), (7, 3)])
+def test_shards_are_slices_of_the_same_batches(batch_size, world):
+    def loader():
+        return data.TensorLoader(*ramp(40), batch_size=batch_size, **AUGMENTED)
+
+    whole, parts = loader(), [loader().shard(rank, world) for rank in range(world)]
+    for _ in range(2):  # epochs count on in shards as well
+        for index, batches in enumerate(zip(whole, *parts, strict=True)):
+            expected, *slices = batches
+            assert len(expected[1]) == whole.batch_samples(index)
+            assert max(len(s[1]) for s in slices) - min(len(s[1]) for s in slices) <= 1
+            for part, pieces in zip(expected, zip(*slices, strict=True), strict=True):
+                assert torch.equal(part, torch.cat(pieces))
+
+
+def test_a_data_set_kept_on_the_host_gives_the_same_batches(monkeypatch):
+    """As one that does not fit the GPU: fetched ahead by a thread. Without a GPU, pinning is left out."""
+    expected = epoch_of(data.TensorLoader(*ramp(23), batch_size=5, **AUGMENTED))
+    loader = data.TensorLoader(*ramp(23), batch_size=5, **AUGMENTED)
+    loader.device = torch.device("cpu", 0)  # not where the images are, as far as the loader can tell
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    assert loader.images.device != loader.device
+    assert all(torch.equal(a, b) for a, b in zip(epoch_of(loader), expected, strict=True))
 
 
 def test_image_folder(tmp_path):
@@ -138,13 +230,95 @@ def test_image_folder(tmp_path):
     assert len(train) == 1 and train.crop_padding == 0 and not train.flip
 
 
-def test_image_folder_takes_val_and_loaders_finds_it(tmp_path):
-    train, test = data.loaders(write_images(tmp_path, splits=("train", "val")), batch_size=2)
+def test_image_folder_takes_val_and_loaders_for_finds_it(tmp_path):
+    train, test = data.loaders_for(write_images(tmp_path, splits=("train", "val")), batch_size=2)
     assert train.crop_padding == 4 and train.flip and test.crop_padding == 0 and not test.flip
 
 
-def test_loaders_knows_digits():
-    assert data.loaders("digits", 32)[0].batch_size == 32
+def test_loaders_for_knows_digits():
+    assert data.loaders_for("digits", 32)[0].batch_size == 32
+
+
+def pixels_of(loader):
+    return loader.images.clone(), loader.labels.clone(), loader.classes
+
+
+def equal(a, b):
+    return torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) and a[2] == b[2]
+
+
+def test_images_are_decoded_once(tmp_path, own_cache, monkeypatch):
+    write_images(tmp_path, count=4)
+    first = [pixels_of(part) for part in data.image_folder_loaders(tmp_path)]
+    assert len(list(own_cache.iterdir())) == 1
+    with monkeypatch.context() as patched:
+        patched.setattr("slimkernels.data.decoded._pixels", lambda *args: pytest.fail("decoded again"))
+        second = [pixels_of(part) for part in data.image_folder_loaders(tmp_path)]
+    assert all(equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("change", ["content", "new file", "damaged cache", "truncated cache"])
+def test_a_changed_folder_or_damaged_cache_is_decoded_again(tmp_path, own_cache, change):
+    write_images(tmp_path)
+    before = pixels_of(data.image_folder_loaders(tmp_path)[0])
+    file = tmp_path / "train/cat/0001.png"
+    if change == "content":
+        Image.new("RGB", (32, 32), (1, 2, 3)).save(file)
+        os.utime(file, ns=(10**18, 10**18))
+    elif change == "new file":
+        Image.new("RGB", (32, 32), (1, 2, 3)).save(tmp_path / "train/cat/0009.png")
+    else:
+        (cache,) = own_cache.iterdir()
+        cache.write_bytes(b"x" * 100 if change == "damaged cache" else cache.read_bytes()[:1000])
+    after = pixels_of(data.image_folder_loaders(tmp_path)[0])
+    assert equal(before, after) == ("cache" in change)
+    assert equal(after, pixels_of(data.image_folder_loaders(tmp_path, cache=False)[0]))
+
+
+def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path, own_cache):
+    own_cache.write_bytes(b"a file where the folder should be")
+    with pytest.warns(RuntimeWarning, match="could not be cached"):
+        train, _ = data.image_folder_loaders(write_images(tmp_path))
+    assert train.samples == 6
+
+
+@pytest.mark.parametrize(("suffix", "mode"), [(".tar.xz", "w:xz"), (".tar", "w")])
+@pytest.mark.parametrize("top", ["", "cifar/"])
+def test_an_archive_is_read_like_its_folder(tmp_path, suffix, mode, top):
+    folder = write_images(tmp_path / "images")
+    archive = tmp_path / f"images{suffix}"
+    with tarfile.open(archive, mode) as tar:
+        for split in ("test", "train"):
+            tar.add(folder / split, f"{top}{split}")
+    for a, b in zip(data.loaders_for(archive), data.loaders_for(folder), strict=True):
+        assert equal(pixels_of(a), pixels_of(b))
+
+
+def test_bad_archives_are_named(tmp_path):
+    folder = write_images(tmp_path / "images")
+    (folder / "train/dog/0001.png").write_bytes(b"not an image")
+    archive = tmp_path / "images.tar.xz"
+    with tarfile.open(archive, "w:xz") as tar:
+        tar.add(folder / "train", "train")
+    with pytest.raises(FileNotFoundError, match=r"expected images in test/<class>/ of .*images\.tar\.xz"):
+        data.image_folder_loaders(archive)
+    with tarfile.open(archive, "w:xz") as tar:
+        tar.add(folder, "")
+    with pytest.raises(ValueError, match=r"unreadable file .*images\.tar\.xz/train/dog/0001\.png"):
+        data.image_folder_loaders(archive)
+    archive.write_bytes(archive.read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"expected a tar archive, got an unreadable file .*images\.tar\.xz"):
+        data.image_folder_loaders(archive)
+    with pytest.raises(ValueError, match=r"expected a folder or one of \.tar, .*0000\.png"):
+        data.image_folder_loaders(folder / "train/cat/0000.png")
+
+
+def test_size_scales_and_crops_the_centre(tmp_path):
+    write_images(tmp_path)
+    Image.new("RGB", (60, 40), (9, 8, 7)).save(tmp_path / "train/cat/0001.png")
+    train, test = data.image_folder_loaders(tmp_path, size=16)
+    assert train.images.shape[1:] == test.images.shape[1:] == (3, 16, 16) and train.crop_padding == 2
+    assert train.images[1].flatten(1).T.unique(dim=0).tolist() == [[9, 8, 7]]
 
 
 def test_unreadable_image_is_named(tmp_path):
@@ -165,7 +339,7 @@ def test_truncated_image_is_named(tmp_path):
 def test_image_of_another_size_is_named(tmp_path):
     write_images(tmp_path)
     Image.new("RGB", (16, 20)).save(tmp_path / "train/cat/0001.png")
-    with pytest.raises(ValueError, match=r"expected images of 32x32 pixels, got 16x20 in .*cat/0001\.png"):
+    with pytest.raises(ValueError, match=r"expected images of 32x32 pixels.*got 16x20 in .*cat/0001\.png"):
         data.image_folder_loaders(tmp_path)
 
 
@@ -184,24 +358,41 @@ def test_classes_must_agree(tmp_path):
         data.image_folder_loaders(tmp_path)
 
 
-def test_cifar10_pickles(tmp_path, monkeypatch):
-    from torchvision.datasets import CIFAR10
-
-    folder = tmp_path / CIFAR10.base_folder
+def write_cifar(tmp_path, monkeypatch, base_folder, batches, meta, label_key):
+    folder = tmp_path / base_folder
     folder.mkdir()
     rng = np.random.default_rng(0)
-    names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
-    for name in names:
-        batch = {"data": rng.integers(0, 256, (20, 3072), dtype=np.uint8), "labels": [i % 10 for i in range(20)]}
+    for name in batches:
+        batch = {"data": rng.integers(0, 256, (20, 3072), dtype=np.uint8), label_key: [i % 10 for i in range(20)]}
         (folder / name).write_bytes(pickle.dumps(batch))
-    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"class{i}" for i in range(10)]}))
+    names = [f"class{i}" for i in range(10)]
+    (folder / meta[0]).write_bytes(pickle.dumps({meta[1]: names}))
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *args, **kwargs: True)
-    train, test = data.loaders(tmp_path, batch_size=10)
-    assert (train.samples, test.samples, train.classes[3]) == (100, 20, "class3")
-    stored = pickle.loads((folder / "test_batch").read_bytes())["data"].reshape(20, 3, 32, 32)
-    assert torch.equal(test.images, torch.from_numpy(stored))
+    return torch.from_numpy(pickle.loads((folder / batches[-1]).read_bytes())["data"].reshape(20, 3, 32, 32))
 
 
-def test_cifar10_missing(tmp_path):
-    with pytest.raises(FileNotFoundError, match="cifar-10-batches-py"):
+def test_cifar10_pickles(tmp_path, monkeypatch):
+    names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+    stored = write_cifar(tmp_path, monkeypatch, "cifar-10-batches-py", names, ("batches.meta", "label_names"), "labels")
+    train, test = data.loaders_for(tmp_path, batch_size=10, cutout=8, with_indices=True)
+    assert (train.samples, test.samples, train.classes[3], train.cutout) == (100, 20, "class3", 8)
+    assert train.with_indices and not test.with_indices and test.cutout == 0
+    assert torch.equal(test.images, stored)
+    torch.testing.assert_close(test.mean.flatten(), torch.tensor(data.CIFAR10_MEAN))
+
+
+def test_cifar100_pickles(tmp_path, monkeypatch):
+    stored = write_cifar(
+        tmp_path, monkeypatch, "cifar-100-python", ["train", "test"], ("meta", "fine_label_names"), "fine_labels"
+    )
+    train, test = data.loaders_for(tmp_path, batch_size=10)
+    assert (train.samples, test.samples, train.classes[3]) == (20, 20, "class3")
+    assert torch.equal(test.images, stored)
+    torch.testing.assert_close(test.mean.flatten(), torch.tensor(data.CIFAR100_MEAN))
+
+
+def test_cifar_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"cifar10_loaders: .*cifar-10-batches-py"):
         data.cifar10_loaders(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"cifar100_loaders: .*cifar-100-python"):
+        data.loaders_for("cifar100")

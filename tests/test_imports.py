@@ -33,6 +33,7 @@ PACKAGES = {
     "recipes": (
         "runner", "measurement, report", "rows, figures, summary", "store, schema, sources", "__init__",
     ),
+    "data": ("__init__", "datasets", "decoded, tensor_loader"),
     "conversion": (
         "__init__", "convert_model", "units", "options", "measure, report", "container", "plan", "analysis", "folding",
         "chains", "layers", "graph",

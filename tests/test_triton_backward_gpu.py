@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 from triton_backward_cases import (  # fmt: skip
     CORE_CASES,
     GRADIENT_CASES,
+    TALL_CASES,
     GradientCase,
     build,
     check,
@@ -36,6 +37,12 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @dtypes
 def test_gradients(dtype: torch.dtype, name: str) -> None:
     check(GRADIENT_CASES[name], (16, 16), dtype, "cuda")
+
+
+@pytest.mark.parametrize("name", TALL_CASES)
+@dtypes
+def test_gradients_of_tall_blocks(dtype: torch.dtype, name: str) -> None:
+    check(TALL_CASES[name], (64, 16), dtype, "cuda")
 
 
 @shapes

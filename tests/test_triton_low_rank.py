@@ -18,7 +18,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from test_triton_compile import check_resources
+from test_triton_compile import REGISTER_FILE, SHARED_LIMIT, TENSOR_CORE
 from test_triton_interpret import passed
 
 from slimkernels.kernels import KERNELS, cost_model
@@ -31,14 +31,24 @@ CASES = Path(__file__).with_name("triton_low_rank_interpret_cases.py")
 CHECK = Path(__file__).with_name("triton_low_rank_compile_check.py")
 
 
-def test_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", str(CASES), "-q", "-p", "no:cacheprovider", "--tb=short"]
+def run_cases(marker: str) -> int:
+    """Runs the interpreter's cases with a marker expression; returns how many passed."""
+    command = [sys.executable, "-m", "pytest", str(CASES), "-q", "-m", marker, "-p", "no:cacheprovider", "--tb=short"]
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=env, cwd=CASES.parent.parent, capture_output=True, text=True, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-8000:]
     summary = done.stdout.strip().splitlines()[-1]
     assert "skipped" not in summary and "xfailed" not in summary, summary
-    assert passed(summary) > 70
+    return passed(summary)
+
+
+def test_interpreter() -> None:
+    assert run_cases("not slow") > 45
+
+
+@pytest.mark.slow
+def test_interpreter_every_case() -> None:
+    assert run_cases("slow") > 20
 
 
 def compiled(cache: Path, *flags: str) -> list[dict[str, Any]]:
@@ -49,6 +59,20 @@ def compiled(cache: Path, *flags: str) -> list[dict[str, Any]]:
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-8000:]
     return json.loads(done.stdout)["rows"]
+
+
+def check_resources(row: dict[str, Any]) -> None:
+    """Fits the device, keeps everything in registers, and runs on the unit it was written for."""
+    target, name, warps = row["target"], row["target"]["name"], row["config"]["num_warps"]
+    assert row["stack"] == row["local"] == 0, f"{name}: spills {row['stack']} + {row['local']} bytes"
+    assert row["shared"] <= SHARED_LIMIT[target["arch"]], f"{name}: {row['shared']} bytes of shared memory"
+    assert row["registers"] * 32 * warps <= REGISTER_FILE, f"{name}: {row['registers']} registers, {warps} warps"
+    if target["dtype"] == "fp32" and target["precision"] == "ieee":
+        assert row["instructions"] == [] and row["fma"], f"{name}: {row['instructions']} would round factors to TF32"
+    elif row["config"]["BLOCK_M"] >= 64:
+        assert row["instructions"] == [TENSOR_CORE[target["arch"]]], f"{name}: {row['instructions']}"
+    else:
+        assert len(row["instructions"]) == 1, f"{name}: {row['instructions']}"  # wgmma and tcgen05 start at 64 rows
 
 
 def test_default_kernels_fit_every_architecture(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ class GradientCase:
     spare: int = 0
     block_m: int | None = 64
     splits: int = 1
+    dgrad_k: int = 256
     index_64: bool = False
 
     def geometry(self) -> tuple[Pair, Pair, Pair]:
@@ -47,7 +48,7 @@ class GradientCase:
         # An interpreted step takes 10 ms whatever its size, so BLOCK_K is long on the CPU.
         out, into = ((n for n in (16, 32, 64, 128) if n >= min(b, 128)) for b in block_shape)
         shared = {"num_warps": 4, "num_stages": 3, "INDEX_64": int(self.index_64)}
-        dgrad_k, wgrad_k = (32, 16) if device == "cuda" else (256, 64)
+        dgrad_k, wgrad_k = (32, 16) if device == "cuda" else (self.dgrad_k, 64)
         return (
             {"BLOCK_M": self.block_m, "BLOCK_N": next(into), "BLOCK_K": dgrad_k, **shared},
             {"BLOCK_M": 64, "BLOCK_N": next(out), "BLOCK_K": wgrad_k, "SPLITS": self.splits, **shared},
@@ -86,6 +87,13 @@ GRADIENT_CASES = {
     "more_splits_than_steps": GradientCase(image=(1, 3, 3), splits=5),
     "index_64": GradientCase(image=(1, 5, 4), stride=(2, 1), index_64=True),
     "one_pixel": GradientCase(image=(5, 1, 1), kernel=(1, 1), padding=(0, 0), sparsity=0.3),
+}
+# Blocks at least as tall as a K step (for (64, 16) blocks).
+TALL_CASES = {
+    "several_steps_a_block": GradientCase(dgrad_k=32, stride=(2, 1)),
+    "one_step_a_block": GradientCase(dgrad_k=64, pattern="zero_block_row"),
+    "ragged": GradientCase(image=(1, 4, 4), cut=(-2, -2), dgrad_k=32),
+    "more_taps_than_bits": GradientCase(image=(1, 5, 4), kernel=(7, 7), padding=(3, 3), sparsity=0.9, dgrad_k=64),
 }
 # One case per kind of code in the kernels; the others differ in geometry alone.
 CORE_CASES = ("m_gt_tile", "ragged_half_block", "stride_2", "splits")

@@ -37,6 +37,7 @@ class Target:
     border: bool = True
     index_64: bool = False
     channels: int = C_OUT
+    kernel: int = 3
 
     @property
     def name(self) -> str:
@@ -45,6 +46,7 @@ class Target:
         extras += [f"stride {self.stride}"] if self.stride > 1 else []
         extras += [] if self.border else ["no border"]
         extras += ["64-bit"] if self.index_64 else []
+        extras += [] if self.kernel == 3 else [f"{self.kernel}x{self.kernel}"]
         extras += [] if self.channels == C_OUT else [f"channels={self.channels}"]
         extras += [] if self.m_total == 65536 else [f"M={self.m_total}"]
         return f"sm_{self.arch} {self.dtype} {', '.join([self.kind + block, *extras])}"
@@ -81,6 +83,7 @@ def everything() -> list[Target]:
             targets += [Target(kind, arch, "bf16", stride=2), Target(kind, arch, "bf16", border=False)]
             targets += [Target(kind, arch, "bf16", index_64=True, channels=200), Target(kind, arch, "bf16", m_total=64)]
             targets += [Target(kind, arch, "bf16", (24, 24), channels=48)]
+            targets += [Target(kind, arch, "bf16", shape, kernel=7) for shape in ((16, 16), (128, 32))]
         targets += [Target("pool", arch, dtype) for dtype in DTYPES]
     return targets
 
@@ -103,13 +106,13 @@ def _dgrad(target: Target) -> tuple[Any, dict[str, Any], dict[str, int]]:
     constants = {
         **dict.fromkeys(("dil_h", "dil_w", "pad_h", "pad_w"), 1),
         **dict.fromkeys(("STRIDE_H", "STRIDE_W"), target.stride),
-        **dict.fromkeys(("R", "S"), 3 if target.border else 1),
+        **dict.fromkeys(("R", "S"), target.kernel if target.border else 1),
         "BLOCK_ROWS": cdiv(target.channels, block_out),
         "BSR_OUT": block_out,
         "BSR_IN": block_in,
         "SLICE": min(power_of_2_divisor(n, config["BLOCK_K"]) for n in (block_out, target.channels)),
         "ALIGN_IN": power_of_2_divisor(block_in, 16),
-        "TAP_BITS": target.border,
+        "TAP_BITS": target.border and target.kernel**2 <= bsr_conv2d_backward_x.MAX_TAP_BITS,
         "RAGGED_OUT": target.channels % block_out != 0,
     }
     return bsr_conv2d_backward_x.bsr_conv2d_bwd_x_kernel, constants, config
@@ -134,7 +137,7 @@ def _wgrad(target: Target) -> tuple[Any, dict[str, Any], dict[str, int]]:
         **dict.fromkeys(("dil_h", "dil_w"), 1),
         **dict.fromkeys(("stride_h", "stride_w"), target.stride),
         **dict.fromkeys(("pad_h", "pad_w"), int(target.border)),
-        "S": 3,
+        "S": target.kernel,
         "GROUPS": cdiv(target.channels, block_in),
         "BSR_OUT": block_out,
         "BSR_IN": block_in,

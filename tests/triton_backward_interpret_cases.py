@@ -9,6 +9,7 @@ import torch
 from triton_backward_cases import (  # fmt: skip
     CORE_CASES,
     GRADIENT_CASES,
+    TALL_CASES,
     GradientCase,
     build,
     check,
@@ -41,6 +42,11 @@ def test_gradients(name: str) -> None:
 @pytest.mark.parametrize("block_shape", [(1, 1), (16, 1), (24, 24), (64, 16)], ids=str)
 def test_gradients_of_block_shapes(block_shape: tuple[int, int]) -> None:
     check(GRADIENT_CASES["ragged_half_block"], block_shape, torch.float16)
+
+
+@pytest.mark.parametrize("name", TALL_CASES)
+def test_gradients_of_tall_blocks(name: str) -> None:
+    check(TALL_CASES[name], (64, 16), torch.float32)
 
 
 @pytest.mark.slow

@@ -17,8 +17,6 @@ from slimkernels.data.datasets import (
 )
 from slimkernels.data.tensor_loader import TensorLoader
 
-loaders = loaders_for
-
 __all__ = [
     "CIFAR10_MEAN",
     "CIFAR10_STD",
@@ -30,6 +28,5 @@ __all__ = [
     "cifar100_loaders",
     "digits_loaders",
     "image_folder_loaders",
-    "loaders",
     "loaders_for",
 ]

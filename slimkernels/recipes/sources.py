@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from slimkernels.data import Loaders, cifar10_loaders, cifar100_loaders, loaders
+from slimkernels.data import Loaders, cifar10_loaders, cifar100_loaders, loaders_for
 
 # The classes of CIFAR-10 as torchvision and its image folders spell them, and its number of training images.
 _CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -18,7 +18,7 @@ def open_data(spec: str, batch_size: int, seed: int = 0, *, device: Any = "cpu",
     """Training and test loader of ``spec``.
 
     ``cifar10:DIR`` and ``cifar100:DIR`` are torchvision's data sets in DIR, fetched into it where it lacks them; the
-    rest is as `slimkernels.data.loaders` takes it.
+    rest is as `slimkernels.data.loaders_for` takes it.
 
     Raises:
         OSError: nothing there. ValueError: an unreadable image (named), or folders that do not fit together.
@@ -30,7 +30,7 @@ def open_data(spec: str, batch_size: int, seed: int = 0, *, device: Any = "cpu",
         archive = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}[kind]
         missing = not (Path(folder) / archive).is_dir()
         return _NAMED[kind](folder, batch_size, seed, download=missing, device=device)
-    return loaders(spec, batch_size, seed, device=device, progress=progress)
+    return loaders_for(spec, batch_size, seed, device=device, progress=progress)
 
 
 def data_title(spec: str, found: Loaders) -> str:

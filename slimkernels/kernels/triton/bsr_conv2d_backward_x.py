@@ -105,7 +105,7 @@ def bsr_conv2d_bwd_x_kernel(
     offs_m = tl.multiple_of(((image * p + out_h) * q + out_w) * c_out, SLICE)
 
     # Bit r * S + s of a pixel: tap (r, s) leads to an output inside the image. With one bit a tap the mainloop has 176
-    # instructions, with comparisons 240 (sm_90, 128 x 32 x 64). The only output of a 1x1 weight is always inside.
+    # instructions, with comparisons 240 (sm_90, 128 x 32 x 64; 165 with ONE_BLOCK). A 1x1 weight needs neither.
     if TAP_BITS:
         bits = tl.zeros((BLOCK_M,), dtype=tl.int32)
         bits_w = tl.zeros((BLOCK_M,), dtype=tl.int32)
@@ -122,11 +122,19 @@ def bsr_conv2d_bwd_x_kernel(
 
     # The entries of step t+1 are loaded in step t and carried in registers: loaded where they are used, the gathers
     # below become indirect and Triton divides its pipeline depth by the levels of indirection.
-    mask_k = offs_k < count
-    column = tl.load(col_ptr + first + offs_k // BSR_OUT, mask=mask_k, other=-1)
-    block = tl.load(block_ptr + first + offs_k // BSR_OUT, mask=mask_k, other=0)
+    # A step that lies in one block carries one entry instead of BLOCK_K.
+    ONE_BLOCK: tl.constexpr = BSR_OUT % BLOCK_K == 0
+    # Equal values need no hint, and Triton 3.9 fails on one that it moves to the scalar behind them.
+    HINTED: tl.constexpr = RAGGED_OUT or not ONE_BLOCK
+    lane = 0 if ONE_BLOCK else offs_k
+    next_column = tl.load(col_ptr + first + lane // BSR_OUT, mask=lane < count, other=-1)
+    next_block = tl.load(block_ptr + first + lane // BSR_OUT, mask=lane < count, other=0)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k in range(0, count, BLOCK_K):
+        column, block = next_column, next_block
+        if ONE_BLOCK:
+            column = tl.full((BLOCK_K,), 0, tl.int32) + column
+            block = tl.full((BLOCK_K,), 0, tl.int32) + block
         tap = column // BLOCK_ROWS
         in_block = (k + offs_k) % BSR_OUT
         channel = (column - tap * BLOCK_ROWS) * BSR_OUT + in_block
@@ -138,13 +146,18 @@ def bsr_conv2d_bwd_x_kernel(
         if RAGGED_OUT:
             stored = stored & (channel < c_out)
         if TAP_BITS:
-            tap_bit = tl.max_constancy(tl.where(stored, 1 << tap, 0), SLICE)
-            mask_y = tl.max_constancy((bits[:, None] & tap_bit[None, :]) != 0, [1, SLICE])
+            tap_bit = tl.where(stored, 1 << tap, 0)
+            if HINTED:
+                tap_bit = tl.max_constancy(tap_bit, SLICE)
+            mask_y = (bits[:, None] & tap_bit[None, :]) != 0
+            if HINTED:
+                mask_y = tl.max_constancy(mask_y, [1, SLICE])
         else:
-            mask_y = tl.max_constancy(stored, SLICE)[None, :]
+            mask_y = tl.max_constancy(stored, SLICE)[None, :] if HINTED else stored[None, :]
             if R * S > 1:
                 row_inside = (out_h[:, None] - back_h[None, :]).to(tl.uint32) < p
                 mask_y = mask_y & row_inside & ((out_w[:, None] - back_w[None, :]).to(tl.uint32) < q)
+            if HINTED:
                 mask_y = tl.max_constancy(mask_y, [1, SLICE])
         dy_tile = tl.load(dy_ptr + offs_m[:, None] + offs_y[None, :], mask=mask_y, other=0.0)
 
@@ -155,9 +168,9 @@ def bsr_conv2d_bwd_x_kernel(
             mask_w = tl.max_constancy(mask_w, [1, ALIGN_IN])
         w_tile = tl.load(values_ptr + offs_w[:, None] + offs_n[None, :], mask=mask_w, other=0.0)
 
-        next_k = k + BLOCK_K + offs_k
-        column = tl.load(col_ptr + first + next_k // BSR_OUT, mask=next_k < count, other=-1)
-        block = tl.load(block_ptr + first + next_k // BSR_OUT, mask=next_k < count, other=0)
+        next_k = k + BLOCK_K + lane
+        next_column = tl.load(col_ptr + first + next_k // BSR_OUT, mask=next_k < count, other=-1)
+        next_block = tl.load(block_ptr + first + next_k // BSR_OUT, mask=next_k < count, other=0)
         acc = tl.dot(dy_tile, w_tile, acc, input_precision=PRECISION)
 
     channel_in = group * BSR_IN + offs_n
