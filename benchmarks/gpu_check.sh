@@ -2,7 +2,7 @@
 # What a machine with a CUDA GPU should show, in one call of about ten minutes, the most valuable first: ceilings, quick
 # correctness, whole networks, all GPU tests, layers, backward, low rank, tuning, sanitizers. The extension is built meanwhile.
 #
-#   benchmarks/gpu_check.sh [STEP...]     only these steps (names below), such as: tune sanitizer
+#   benchmarks/gpu_check.sh [STEP...]     only these steps (names below; build installs the checkout), such as: tune sanitizer
 #
 # LIMIT: seconds for everything (default 570); each step has its own limit too. OUT: folder of the results (default
 # ./gpu-results): log.txt, steps.txt, rows.jsonl (written row by row), the tuned table, report/. They survive a kill.
@@ -51,16 +51,22 @@ export OUT python
 suite() { bash -c 'bench "$@"' bench "$@"; }
 export -f suite
 
-nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.max.sm,power.limit --format=csv | tee -a "$OUT/log.txt"
-(env SLIMKERNELS_CUDA=1 timeout 300 "$python" -m pip install -e . --no-build-isolation --no-deps >"$OUT/.build" 2>&1; echo "build: status $?" >>"$OUT/.build") &
-build=$!
+nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.max.sm,power.limit --format=csv 2>&1 | tee -a "$OUT/log.txt"
+build=
+if [[ $wanted == "  " || $wanted == *" build "* ]]; then
+  (env SLIMKERNELS_CUDA=1 timeout 240 "$python" -m pip install -e . --no-build-isolation --no-deps >"$OUT/.build" 2>&1
+   echo "build: status $?, $SECONDS s" >>"$OUT/.build") &
+  build=$!
+fi
 
 step ceilings 60 bash -c 'suite benchmarks/bench_ceilings.py'
 step quick 100 "$python" -m pytest tests/test_triton_gpu.py -m gpu -q -x -p no:cacheprovider -k "bfloat16 and (test_conv_block_shapes or default_tiles)"
-wait "$build"
-{ printf '\n==> build\n'; cat "$OUT/.build"; } >>"$OUT/log.txt"
-tail -n 1 "$OUT/.build" | tee -a "$OUT/steps.txt"
-rm -f "$OUT/.build"
+if [ -n "$build" ]; then
+  wait "$build"
+  { printf '\n==> build\n'; cat "$OUT/.build"; } >>"$OUT/log.txt"
+  tail -n 1 "$OUT/.build" | tee -a "$OUT/steps.txt"
+  rm -f "$OUT/.build"
+fi
 step info 30 "$python" -m slimkernels.cli info
 step vgg 170 bash -c 'suite benchmarks/bench_vgg.py -k test_vgg_gpu --seconds 0.5'
 parallel=()

@@ -165,27 +165,32 @@ def markdown(record: dict[str, Any]) -> str:
 
 
 def plot_breakeven(rows: list[dict[str, Any]], path: Path) -> None:
-    """Speed-up over dense against sparsity, one line per block shape, one panel per batch size."""
+    """Speed-up over dense against sparsity, one line per block shape, one panel per swept layer and batch size."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    layer = max({r["layer"] for r in rows}, key=lambda name: len([r for r in rows if r["layer"] == name]))
-    rows = [r for r in rows if r["layer"] == layer and r["sparsity"] > 0]
-    batches = sorted({r["batch"] for r in rows})
-    figure, axes = plt.subplots(1, len(batches), figsize=(5 * len(batches), 4), squeeze=False, sharey=True)
-    for axis, batch in zip(axes[0], batches, strict=True):
-        for block in sorted({tuple(r["block_shape"]) for r in rows}):
-            points = sorted(
-                (r["sparsity"] * 100, r["speedup"])
-                for r in rows
-                if r["batch"] == batch and tuple(r["block_shape"]) == block
-            )
-            axis.plot(*zip(*points, strict=True), marker="o", label=f"{block[0]}x{block[1]}")
-        axis.axhline(1, color="0.5", linewidth=1)
-        axis.set(title=f"{layer}, batch {batch}", xlabel="block sparsity [%]", ylabel="speed-up over dense")
-        axis.legend(title="block")
+    fastest: dict[tuple[str, int, tuple[int, ...], float], float] = {}
+    for r in rows:
+        if r["sparsity"] > 0:
+            key = r["layer"], r["batch"], tuple(r["block_shape"]), r["sparsity"]
+            fastest[key] = max(fastest.get(key, 0.0), r["speedup"])
+    layers = [n for n in dict.fromkeys(k[0] for k in fastest) if len({k[3] for k in fastest if k[0] == n}) > 1]
+    batches = sorted({k[1] for k in fastest})
+    if not layers:
+        return
+    figure, axes = plt.subplots(
+        len(layers), len(batches), figsize=(5 * len(batches), 4 * len(layers)), squeeze=False, sharey=True
+    )
+    for axis_row, layer in zip(axes, layers, strict=True):
+        for axis, batch in zip(axis_row, batches, strict=True):
+            for block in sorted({k[2] for k in fastest if k[:2] == (layer, batch)}):
+                points = sorted((100 * k[3], v) for k, v in fastest.items() if k[:3] == (layer, batch, block))
+                axis.plot(*zip(*points, strict=True), marker="o", label=f"{block[0]}x{block[1]}")
+            axis.axhline(1, color="0.5", linewidth=1)
+            axis.set(title=f"{layer}, batch {batch}", xlabel="block sparsity [%]", ylabel="speed-up over dense")
+            axis.legend(title="block")
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     plt.close(figure)

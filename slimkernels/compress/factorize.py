@@ -46,7 +46,7 @@ _REPORT = "_slimkernels_factorization"
 class LayerFactorization:
     """What `factorize_` did to one layer; ``kind`` is None where it was left dense, for ``reason``.
 
-    ``ranks`` is ``(rank,)``, or ``(rank_out, rank_in)`` for "tucker2"; ``relative_error`` is the Frobenius norm of
+    ``ranks`` is ``(rank,)``, or ``(rank_in, rank_out)`` for "tucker2"; ``relative_error`` is the Frobenius norm of
     the weight's change over that of the weight; parameters count the weight, not the bias. ``output_error`` is the same
     of the layer's outputs (without bias) on the calibration data, None where those did not count; ``batch_norm`` says
     that one was put behind the layer.
@@ -96,7 +96,7 @@ def factorize_(
         model: any module holding nn.Linear or nn.Conv2d below itself.
         method: "svd" (kxk then 1x1), "tai" (kx1 then 1xk) or "tucker2" (1x1, kxk, 1x1).
         rank: one rank for all layers, capped for "tucker2" at the channel counts; or a dict from layer name or
-            fnmatch pattern to a rank, ``(rank_out, rank_in)`` allowed for "tucker2", which then also says which
+            fnmatch pattern to a rank, ``(rank_in, rank_out)`` allowed for "tucker2", which then also says which
             layers are factorized; or "vbmf", see `ranks.vbmf_rank`.
         energy: the share of each weight's squared norm to keep, in (0, 1]; the rank is the smallest that does (for
             "tucker2" each of the two modes may lose half of the rest, which keeps at least this share).
@@ -269,7 +269,7 @@ def _factorize_layer(
         return _kept(layer.name, module, f"rank {ranks[0]} exceeds the full rank {layer.full_rank}"), None
     after = factor_params(layer.shape, kind, ranks)
     if after >= weight.numel() and not layer.explicit:
-        reason = f"rank {ranks} needs {after} parameters, the dense weight {weight.numel()}"
+        reason = f"rank {ranks[::-1]} needs {after} parameters, the dense weight {weight.numel()}"
         return _kept(layer.name, module, reason), None
 
     factors = _decompose(layer, ranks)
@@ -279,7 +279,9 @@ def _factorize_layer(
     if batch_norm:
         twin = with_batch_norm(twin, module)
     reason = f"svd instead of {method}: one tap" if kind != method else ""
-    record = LayerFactorization(layer.name, kind, ranks, error, weight.numel(), after, reason, of_outputs, batch_norm)
+    record = LayerFactorization(
+        layer.name, kind, ranks[::-1], error, weight.numel(), after, reason, of_outputs, batch_norm
+    )
     return record, twin
 
 

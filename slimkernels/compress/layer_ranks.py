@@ -35,7 +35,7 @@ from slimkernels.compress.ranks import (
 )
 from slimkernels.compress.whitening import moment_spectrum
 
-Ranks = tuple[int, ...]
+Ranks = tuple[int, ...]  # a pair is (rank_out, rank_in), the order in which `decompositions.tucker2` takes them
 
 _MEASURED_OPTIONS = 5  # times are nearly linear in the rank: the others are interpolated
 
@@ -157,7 +157,7 @@ def feasible_pair(shape: Sequence[int], rank_out: int, rank_in: int) -> tuple[in
 
 
 def asked_ranks(layer: FactorizableLayer, rank: Any) -> Ranks:
-    """The ranks a caller named for a layer.
+    """The ranks a caller named for a layer: a pair comes in the order the factors run, ``(rank_in, rank_out)``.
 
     Raises:
         TypeError: no int, and no pair of ints. ValueError: below 1, or a pair for one rank.
@@ -166,11 +166,11 @@ def asked_ranks(layer: FactorizableLayer, rank: Any) -> Ranks:
     rank = tuple(rank) if isinstance(rank, list) else rank
     pair: Any = rank if isinstance(rank, tuple) else (rank, rank)
     if len(pair) != 2 or any(isinstance(r, bool) or not isinstance(r, int) for r in pair):
-        raise TypeError(f"{op}: expected rank to be an int or, for 'tucker2', (rank_out, rank_in), got {rank!r}")
+        raise TypeError(f"{op}: expected rank to be an int or, for 'tucker2', (rank_in, rank_out), got {rank!r}")
     if min(pair) < 1:
         raise ValueError(f"{op}: expected rank of at least 1, got {rank}")
     if layer.kind == "tucker2":
-        return pair if isinstance(rank, tuple) else feasible_pair(layer.shape, *pair)
+        return pair[::-1] if isinstance(rank, tuple) else feasible_pair(layer.shape, *pair)
     if isinstance(rank, tuple):
         raise ValueError(f"{op}: expected one rank for {layer.kind!r}, got {rank}")
     return pair[:1]

@@ -148,7 +148,8 @@ def low_rank_options(unit: Unit, policy: Policy) -> tuple[list[Option], Option |
     chain = unit.chain
     assert chain is not None
     epilogue = "relu" if "relu" in _epilogues(unit, policy) else "none"
-    options, reason = [], ""
+    options: list[Option] = []
+    reason = ""
     try:
         problem = low_rank_problem(unit, epilogue)
         chosen = choose(problem, policy.backend).name

@@ -148,7 +148,7 @@ class LowRankConv2d(PrepackedFactors):
         self._init_packed(len(shapes))
 
     def _factors(self) -> list[Tensor]:
-        return list(self._modules["factors"]._parameters.values())  # type: ignore[union-attr]
+        return list(self._modules["factors"]._parameters.values())  # type: ignore[union-attr,arg-type]
 
     def _prepare(self, isa: str, packed: Sequence[Tensor]) -> PackedLowRank:
         geometry = self.stride, self.padding, self.dilation
@@ -198,7 +198,7 @@ class LowRankConv2d(PrepackedFactors):
         if x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
         return low_rank_conv2d(
-            x, self.factors, self.bias, self._packed(), kind=self.kind, stride=self.stride, padding=self.padding,
+            x, self._factors(), self.bias, self._packed(), kind=self.kind, stride=self.stride, padding=self.padding,
             dilation=self.dilation, epilogue=self.epilogue, kernel=self.kernel,
         )  # fmt: skip
 

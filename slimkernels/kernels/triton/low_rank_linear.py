@@ -102,7 +102,7 @@ def low_rank_linear_fwd_kernel(
     x_row_ptr = x_ptr + offs_m[:, None] * in_features
     if ONE_TILE:
         h = _project(x_row_ptr, v_ptr, mask_m, offs_r, in_features, rank, EVEN_K, PRECISION, RANK, BLOCK_M, BLOCK_K)
-        if STORE_INNER:
+        if STORE_INNER:  # noqa: SIM102 (a constant, decided while compiling; the other at run time)
             if split == 0:
                 h_tile = h_ptr + offs_m[:, None] * rank + offs_r[None, :]
                 tl.store(h_tile, h, mask=mask_m[:, None] & (offs_r < rank)[None, :])
