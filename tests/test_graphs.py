@@ -72,11 +72,6 @@ def test_warm_up_needs_a_second_call() -> None:
         sk.warm_up(nn.Conv2d(16, 8, 3).eval(), images(1), calls=1)
 
 
-def test_graphs_are_for_cuda_only() -> None:
-    with pytest.raises(ValueError, match=r"^graphed: expected model and inputs on a CUDA device, got cpu"):
-        sk.graphed(pruned_net(), images(1))
-
-
 def test_problems_of_layers_and_of_others() -> None:
     with pytest.raises(TypeError, match="expected a block-sparse or low-rank layer, got Conv2d"):
         problem_of(nn.Conv2d(1, 1, 1), images(1))

@@ -18,7 +18,7 @@ MAX_LINES = 450
 
 # Imports point only to the right; modules of one entry do not import each other. A package stands for all its modules.
 CHAIN = (
-    "cli", "recipes", "data, models", "compress", "checkpoint, inference, replay", "conversion, tuning", "pattern",
+    "cli", "recipes", "data, models", "compress", "checkpoint, inference", "conversion, tuning", "pattern",
     "nn", "ops", "kernels", "_extension, formats", "files, timing", "env",
 )  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(CHAIN) for name in names.split(", ")}
@@ -38,6 +38,7 @@ PACKAGES = {
         "__init__", "convert_model", "units", "options", "measure, report", "container", "plan", "analysis", "folding",
         "chains", "layers", "graph",
     ),
+    "inference": ("__init__", "recordings", "cuda_graph, replay, warming", "inputs"),
     "kernels": (
         "select", "__init__", "cpu_gradients, native_low_rank", "native, cuda, reference, triton", "tables",
         "break_even, cost_model, devices", "problems, transposed"

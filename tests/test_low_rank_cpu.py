@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import slimkernels as sk
 from slimkernels import ops
-from slimkernels.cases import Case, LowRankConvCase, LowRankLinearCase, assert_matches_reference
+from slimkernels.cases import Case, LowRankConvCase, LowRankLinearCase, launch
 from slimkernels.conversion import measure
 from slimkernels.conversion.plan import Policy
 from slimkernels.formats import BSRWeight
@@ -82,9 +82,15 @@ CASES: list[Case] = [
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-def test_kernel_against_float64(case: Case, isa: str, sentinel_borders) -> None:
-    """Nothing is left unwritten (allocations hold NaN) and nothing is written outside, intermediates included."""
-    assert_matches_reference(f"{case.op}_f32__{isa}", case)
+def test_kernel_against_float64(case: Case, isa: str, sentinel_borders, nan_surrounded) -> None:
+    """Nothing is left unwritten, written or read outside (allocations and surroundings hold NaN), on 1 and 2 threads."""
+    name, (x, *weights, bias) = f"{case.op}_f32__{isa}", case.inputs()
+    guarded = (nan_surrounded(x), *weights, None if bias is None else nan_surrounded(bias))
+    y = launch(name, case, guarded)
+    sentinel_borders.check()
+    ref, bound = case.expected(x, *weights, bias)
+    assert_close(y, ref, **bound)
+    assert torch.equal(launch(name, case, (x, *weights, bias), threads=2), y)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -93,7 +99,7 @@ def test_the_bound_sees_one_dropped_weight(case: Case, isa: str) -> None:
     args = case.launch_args(*case.inputs())
     factors = args[1] if case.op == "low_rank_conv2d" else [args[2], args[1]]
     ref, bound = case.expected(*case.inputs())
-    launch = KERNELS[f"{case.op}_f32__{isa}"].launch
+    run = KERNELS[f"{case.op}_f32__{isa}"].launch
     for i in range(len(factors)):
         packed = pack_factors(factors, isa)
         weights = packed[3 * i]
@@ -101,7 +107,7 @@ def test_the_bound_sees_one_dropped_weight(case: Case, isa: str) -> None:
         weights[entry, int(weights[entry].abs().argmax())] = 0
         at = 3 if case.op == "low_rank_conv2d" else 4
         with pytest.raises(AssertionError, match="out of bounds"):
-            assert_close(launch(*args[:at], packed, *args[at + 1 :]), ref, **bound)
+            assert_close(run(*args[:at], packed, *args[at + 1 :]), ref, **bound)
 
 
 def test_a_pack_of_other_factors_is_refused() -> None:

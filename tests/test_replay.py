@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import slimkernels as sk
-from slimkernels.replay import Replay
+from slimkernels.inference import GraphedModel, Replay
 
 
 def converted(*layers: nn.Module, sparsity: float = 0.75) -> nn.Module:
@@ -54,6 +54,21 @@ def test_outputs_are_the_callers_own() -> None:
     kept = first.clone()
     replay(images(seed=3))
     assert torch.equal(first, kept) and not first.requires_grad
+
+
+def test_graphed_serves_every_recorded_shape() -> None:
+    model = vgg_like()
+    served = sk.graphed(model, [(images(1),), (images(2),), (images(1),)])
+    assert isinstance(served, GraphedModel) and len(served.signatures) == 2
+    with torch.no_grad():
+        for n in (2, 1):
+            torch.testing.assert_close(served(images(n, seed=8)), model(images(n, seed=8)), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"GraphedModel: expected inputs \(float32\[1, 3, 12, 12\] on cpu\) or .* got"):
+        served(images(3))
+    with pytest.raises(TypeError, match="graphed: expected positional example inputs on the CPU, got keywords"):
+        sk.graphed(model, {"input": images(1)})
+    shared = sk.graphed(model, images(1), copy_outputs=False)
+    assert shared(images(1)).data_ptr() == shared(-images(1)).data_ptr()
 
 
 class Residual(nn.Module):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from slimkernels.inference.inputs import tensors
 from slimkernels.kernels.native import PackedConv2d, pack_strips, strip_width
 from slimkernels.kernels.problems import Request
 from slimkernels.kernels.select import resolve
@@ -38,6 +39,7 @@ class Replay:
     Args:
         model: an eval-mode model on the CPU, usually what `slimkernels.convert` returned.
         example_inputs: a tensor or a tuple of tensors, the positional arguments to record.
+        copy_outputs: return copies. Without, a call returns the workspace, which the next call overwrites.
 
     Attributes:
         calls: kernel calls of one run. workspace_bytes, weight_bytes: memory of intermediates, of packed weights.
@@ -48,10 +50,12 @@ class Replay:
         TypeError: example inputs of another form.
     """
 
-    def __init__(self, model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> None:
+    def __init__(
+        self, model: nn.Module, example_inputs: Tensor | Sequence[Tensor], *, copy_outputs: bool = True
+    ) -> None:
         inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
         _check(model, inputs)
-        self._lock = threading.Lock()
+        self._lock, self._copy_outputs = threading.Lock(), copy_outputs
         with torch.no_grad():
             recording = _Recording(_capture(model, inputs), inputs)
             self._inputs, self._outputs = recording.inputs, recording.outputs
@@ -240,10 +244,10 @@ class _Recording:
 
     def _owner(self, node: torch.fx.Node, value: Any, samples: dict[torch.fx.Node, Any]) -> torch.fx.Node:
         """The node whose memory the value lies in: an input's, where the op only made views."""
-        addresses = {t.untyped_storage().data_ptr() for t in _tensors(value) if t.numel()}
+        addresses = {t.untyped_storage().data_ptr() for t in tensors(value) if t.numel()}
         if node.op == "call_function" and len(addresses) == 1:
             for source in node.all_input_nodes:
-                if addresses <= {t.untyped_storage().data_ptr() for t in _tensors(samples.get(source))}:
+                if addresses <= {t.untyped_storage().data_ptr() for t in tensors(samples.get(source))}:
                     return self.root[source]
         return node
 
@@ -275,14 +279,14 @@ class _Recording:
             else:
                 args, kwargs = self._arguments(node, values)
                 sample = samples[node]
-                if node.target is operator.getitem or self.root[node] is not node or not _tensors(sample):
+                if node.target is operator.getitem or self.root[node] is not node or not tensors(sample):
                     values[node] = node.target(*args, **kwargs)  # views: bound once, they follow the memory
                 elif isinstance(sample, Tensor):
                     values[node] = self._place(node, sample)
                     self._append(node, args, kwargs, values[node])
                 else:
                     values[node] = _pytree.tree_map_only(Tensor, torch.empty_like, sample)
-                    self._append_many(node.target, args, kwargs, _tensors(values[node]))
+                    self._append_many(node.target, args, kwargs, tensors(values[node]))
         del self.packs
 
     def _place(self, node: torch.fx.Node, sample: Tensor) -> Tensor:
@@ -311,7 +315,7 @@ class _Recording:
 
     def _append_many(self, target: Any, args: Any, kwargs: Any, outs: list[Tensor]) -> None:
         def step() -> None:
-            for out, value in zip(outs, _tensors(target(*args, **kwargs)), strict=True):
+            for out, value in zip(outs, tensors(target(*args, **kwargs)), strict=True):
                 out.copy_(value)
 
         self.steps.append(step)
@@ -331,10 +335,6 @@ def _op_step(target: Any, args: Any, kwargs: Any, out: Tensor) -> Step:
             if out.data_ptr() == address:
                 return lambda: into(*args, **kwargs, out=out)
     return lambda: out.copy_(target(*args, **kwargs))
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    return [leaf for leaf in _pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def _rounded(nbytes: int) -> int:
