@@ -29,9 +29,10 @@ from slimkernels.kernels import KERNELS
 from slimkernels.kernels.select import predicted_dense_seconds, predicted_seconds
 from slimkernels.models import vgg19_cifar
 
-ROWS = [(s, b, (16, 1)) for b in (1, 16, 128) for s in (0.75, 0.875, 0.95)]
-OTHER_BLOCKS = [(0.875, 16, (32, 1)), (0.875, 16, (8, 1)), (0.875, 16, (16, 4)), (0.875, 16, (16, 16))]
-SMOKE = (0.875, 1, (16, 1))
+# Sparsity, batch, block shape, and whether ours is recorded (`slimkernels.graphed`) or called module by module.
+ROWS = [(s, b, (16, 1), r) for b in (1, 16, 128) for s in (0.75, 0.875, 0.95) for r in (True, False)]
+OTHER_BLOCKS = [(0.875, 16, shape, True) for shape in ((32, 1), (8, 1), (16, 4), (16, 16))]
+SMOKE = (0.875, 1, (16, 1), True)
 # By value: the two headline rows, other blocks, small batches, the higher sparsity.
 GPU_ROWS = [
     ("vgg19_cifar", 1024, 0.875, (128, 16)), ("vgg16_bn", 32, 0.875, (128, 16)), ("vgg19_cifar", 1024, 0.875, (64, 16)),
@@ -72,11 +73,11 @@ def predicted_ms(fast: nn.Module, x: Tensor) -> tuple[float, float]:
     return 1e3 * ours, 1e3 * sum(predicted_dense_seconds(k.problem) for k in layers)
 
 
-@pytest.mark.parametrize(("sparsity", "batch", "block_shape"), ROWS + OTHER_BLOCKS)
+@pytest.mark.parametrize(("sparsity", "batch", "block_shape", "recorded"), ROWS + OTHER_BLOCKS)
 def test_vgg19_cifar(
-    race: Any, smoke: bool, device: str, sparsity: float, batch: int, block_shape: tuple[int, int]
+    race: Any, smoke: bool, device: str, sparsity: float, batch: int, block_shape: tuple[int, int], recorded: bool
 ) -> None:
-    if smoke and (sparsity, batch, block_shape) != SMOKE:
+    if smoke and (sparsity, batch, block_shape, recorded) != SMOKE:
         pytest.skip("not in the smoke run")
     if device != "cpu":
         pytest.skip("rows for the CPU")
@@ -86,7 +87,8 @@ def test_vgg19_cifar(
     ratio = bench.error_ratio(model, fast, x[:4])
     assert ratio <= 2, f"error against float64 is {ratio:.2f} times that of the dense network"
     x = x.contiguous(memory_format=torch.channels_last)
-    timings = race.run(lambda: fast(x), dense_baselines(batch, compile=not smoke))
+    served = graphed(fast, x) if recorded else fast
+    timings = race.run(lambda: served(x), dense_baselines(batch, compile=not smoke))
     ours, dense = timings["contender"], timings["best"]
     plan: Any = fast.slimkernels_plan
     predicted, predicted_dense = predicted_ms(fast, x)
@@ -96,7 +98,7 @@ def test_vgg19_cifar(
         dense_p50_ms=dense.p50 * 1e3, dense_p20_ms=dense.p20 * 1e3, dense_p80_ms=dense.p80 * 1e3, dense_n=dense.n,
         baselines_p50_ms={k: v.p50 * 1e3 for k, v in timings.items() if k not in ("contender", "best")},
         speedup=dense.p50 / ours.p50, images_per_s=batch / ours.p50, threads=torch.get_num_threads(),
-        predicted_ms=predicted, predicted_dense_ms=predicted_dense,
+        predicted_ms=predicted, predicted_dense_ms=predicted_dense, recorded=recorded,
     )  # fmt: skip
 
 
@@ -174,5 +176,5 @@ def test_vgg_gpu(
         baselines_p50_ms={k: v.p50 * 1e3 for k, v in timings.items() if k not in ("contender", "best")},
         speedup=dense.p50 / ours.p50, images_per_s=batch / ours.p50, threads=torch.get_num_threads(),
         predicted_ms=predicted, predicted_dense_ms=predicted_dense, kernels=counts["ours"],
-        dense_kernels=min(counts["dense"].values(), default=0), dtype="bfloat16",
+        dense_kernels=min(counts["dense"].values(), default=0), dtype="bfloat16", recorded=True,
     )  # fmt: skip
