@@ -83,7 +83,7 @@ CASES: list[Case] = [
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_kernel_against_float64(case: Case, isa: str, sentinel_borders, nan_surrounded) -> None:
-    """Nothing is left unwritten, written or read outside (allocations and surroundings hold NaN), on 1 and 2 threads."""
+    """Nothing is left unwritten, written or read outside (allocations and surroundings hold NaN); 2 threads agree."""
     name, (x, *weights, bias) = f"{case.op}_f32__{isa}", case.inputs()
     guarded = (nan_surrounded(x), *weights, None if bias is None else nan_surrounded(bias))
     y = launch(name, case, guarded)

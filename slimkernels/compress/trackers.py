@@ -48,7 +48,8 @@ class RunLog:
                 self._board.add_scalar(f"train/{key}", value, step)
 
     def epoch(self, history: Sequence[EpochStats]) -> None:
-        """The end of an epoch, the last of ``history``."""
+        """The end of an epoch, the last of ``history``; TensorBoard has it at the epoch's last step."""
+        last_step = int(self._new[-1]["step"])
         with open(self.folder / "steps.csv", "a", newline="") as file:
             if not self._columns:
                 self._columns = list(dict.fromkeys(key for row in self._new for key in row))
@@ -58,10 +59,9 @@ class RunLog:
         self._new.clear()
         self._write_epochs(history)
         if self._board is not None:
-            last = asdict(history[-1])
-            for key, value in last.items():
-                if key != "epoch" and value is not None:
-                    self._board.add_scalar(f"epoch/{key}", value, last["epoch"])
+            for key, value in asdict(history[-1]).items():
+                if value is not None:
+                    self._board.add_scalar(f"epoch/{key}", value, last_step)
             self._board.flush()
 
     def close(self) -> None:
