@@ -86,9 +86,10 @@ class Replay:
                 recorded.copy_(given)
             for step in self._steps:
                 step()
-            return _pytree.tree_unflatten(
-                [o.clone() if isinstance(o, Tensor) else o for o in self._outputs], self._spec
-            )
+            outputs = self._outputs
+            if self._copy_outputs:
+                outputs = [o.clone() if isinstance(o, Tensor) else o for o in outputs]
+        return _pytree.tree_unflatten(outputs, self._spec)
 
     def __repr__(self) -> str:
         shapes = ", ".join(str(tuple(x.shape)) for x in self._inputs)
