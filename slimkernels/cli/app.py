@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from slimkernels import env
 from slimkernels.cli import compression, experiments, training
-from slimkernels.cli.options import rank
 from slimkernels.cli.tune import tune
 
 
@@ -35,7 +35,7 @@ class _Commands(TyperGroup):
 
 
 def _complain(line: str) -> None:
-    where = f"rank {rank()}: " if rank() else ""
+    where = f"rank {env.rank()}: " if env.rank() else ""
     typer.echo(f"slimkernels: {where}{line}", err=True)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from slimkernels import env
 
 if TYPE_CHECKING:
     from torch import nn
@@ -50,14 +51,9 @@ Compile = Annotated[bool, typer.Option("--compile", help="Run the training step 
 Deterministic = Annotated[bool, typer.Option("--deterministic", help="Deterministic algorithms alone.")]
 
 
-def rank() -> int:
-    """This process's number under torchrun; 0 without it."""
-    return int(os.environ.get("RANK", "0"))
-
-
 def echo(text: str) -> None:
     """Prints a line of results on stdout, on rank 0."""
-    if rank() == 0:
+    if env.rank() == 0:
         typer.echo(text)
 
 
@@ -68,14 +64,14 @@ def print_json(value: Mapping[str, Any]) -> None:
 
 def say(as_json: bool) -> Callable[[str], None]:
     """A function for lines of progress: stderr, so that stdout holds the result alone; silent for machines."""
-    if as_json or rank() > 0:
+    if as_json or env.rank() > 0:
         return lambda line: None
     return lambda line: typer.echo(line, err=True)
 
 
 def progress(as_json: bool) -> bool:
     """Whether bars may be shown: for people, by one process."""
-    return not as_json and rank() == 0
+    return not as_json and env.rank() == 0
 
 
 def pair(option: str, text: str) -> tuple[int, int]:
@@ -117,8 +113,9 @@ def training_device(device: str) -> str:
     if device.startswith("cuda"):
         if not torch.cuda.is_available():
             raise ValueError("--device cuda: torch sees no CUDA device")
-        if device == "cuda" and "LOCAL_RANK" in os.environ:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        local_rank = env.local_rank()
+        if device == "cuda" and local_rank is not None:
+            torch.cuda.set_device(local_rank)
     return device
 
 
@@ -132,7 +129,7 @@ def data_loaders(data: str, batch_size: int, seed: int, device: str) -> tuple[Te
     """Training and test loader of ``--data``."""
     from slimkernels.recipes.sources import open_data
 
-    return open_data(data, batch_size, seed, device=device, progress=rank() == 0)
+    return open_data(data, batch_size, seed, device=device, progress=env.rank() == 0)
 
 
 def finish_training(
@@ -147,7 +144,7 @@ def finish_training(
     """Writes the weights and says how good they are; on rank 0 alone."""
     from slimkernels.cli.weights import write_weights
 
-    if rank() > 0:
+    if env.rank() > 0:
         return
     accuracy = None
     if history:
