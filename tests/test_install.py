@@ -216,7 +216,10 @@ def test_wheel_holds_what_the_package_needs(cpu_wheel: Path):
     assert version and f"\nVersion: {version.group(1)}\n" in metadata
     assert re.search(r"^License(-Expression)?: Apache-2\.0$", metadata, re.M)
     required = set(re.findall(r"^Requires-Dist: ([\w-]+)(?!.*extra ==)", metadata, re.M))
-    assert required == {"torch", "torchvision", "triton", "safetensors", "rich", "typer", "scikit-learn", "matplotlib"}
+    assert required == {
+        "torch", "torchvision", "triton", "safetensors", "accelerate", "pyyaml", "rich", "typer", "scikit-learn",
+        "matplotlib",
+    }  # fmt: skip
     assert set(re.findall(r"^Provides-Extra: (\w+)$", metadata, re.M)) == {"train", "test", "bench"}
 
 

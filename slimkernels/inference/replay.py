@@ -215,9 +215,9 @@ class _Recording:
         """Roots (who owns the memory a node's value lies in), lifetimes and offsets."""
         self.root: dict[torch.fx.Node, torch.fx.Node] = {}
         self.buffers: dict[torch.fx.Node, _Buffer] = {}
-        for index, node in enumerate(self.nodes):
-            readers = [index + 1 if n.op == "output" else self.nodes.index(n) for n in node.users]
-            last = max(readers, default=index)
+        position = {node: index for index, node in enumerate(self.nodes)}
+        for node, index in position.items():
+            last = max((index + 1 if n.op == "output" else position[n] for n in node.users), default=index)
             value = samples.get(node)
             root = self._owner(node, value, samples)
             self.root[node] = root
@@ -254,8 +254,9 @@ class _Recording:
 
     def _move_packs(self) -> None:
         """All packed weights behind each other, in the order of the calls that read them."""
-        tensors = [t for packed, _ in self.packs.values() for t in packed]
-        self.weight_bytes = sum(_rounded(t.numel() * t.element_size()) for t in tensors)
+        self.weight_bytes = sum(
+            _rounded(t.numel() * t.element_size()) for packed, _ in self.packs.values() for t in packed
+        )
         arena, offset = _huge_pages(self.weight_bytes), 0
         for packed, _ in self.packs.values():
             for i, tensor in enumerate(packed):
