@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstring>
 #include <string>
 #include <vector>
@@ -12,6 +13,7 @@
 #include "slim_build_config.h"
 
 namespace py = pybind11;
+using namespace pybind11::literals;
 
 namespace {
 
@@ -22,7 +24,7 @@ T* pointer(uintptr_t address) {
 
 struct Isa {
   const char* name;
-  int (*conv2d_f32)(const SlimConv2dF32*);
+  int (*run_steps)(const SlimStepF32*, int64_t, int32_t);
   double (*multiply_adds_f32)(int64_t, int32_t);
   bool supported;
 };
@@ -34,15 +36,15 @@ const std::vector<Isa>& compiled_isas() {
     __builtin_cpu_init();  // includes the operating system's consent (XCR0)
 #endif
 #if SLIM_HAVE_AVX512
-    list.push_back({"avx512", slim_conv2d_f32_avx512, slim_multiply_adds_f32_avx512,
+    list.push_back({"avx512", slim_run_steps_f32_avx512, slim_multiply_adds_f32_avx512,
                     __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("fma")});
 #endif
 #if SLIM_HAVE_AVX2
-    list.push_back({"avx2", slim_conv2d_f32_avx2, slim_multiply_adds_f32_avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")});
+    list.push_back({"avx2", slim_run_steps_f32_avx2, slim_multiply_adds_f32_avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")});
 #endif
-    list.push_back({"scalar", slim_conv2d_f32_scalar, slim_multiply_adds_f32_scalar, true});
+    list.push_back({"scalar", slim_run_steps_f32_scalar, slim_multiply_adds_f32_scalar, true});
     return list;
   }();
   return isas;
@@ -56,37 +58,70 @@ std::vector<std::string> isas() {
   return names;
 }
 
-// The one function a forward pass calls per layer: pybind11's conversion of 26 arguments costs 1.5 us, this 0.3 us.
+const Isa* supported_isa(const char* name) {
+  for (const Isa& isa : compiled_isas()) {
+    if (isa.supported && std::strcmp(name, isa.name) == 0) return &isa;
+  }
+  return nullptr;
+}
+
+constexpr int kMembers = 26;  // of SlimConv2dF32
+
+SlimConv2dF32 conv2d_of(const int64_t* v) {
+  const auto i32 = [v](int i) { return static_cast<int32_t>(v[i]); };
+  return {pointer<const float>(v[0]),   pointer<float>(v[1]),         pointer<const float>(v[2]),  pointer<const float>(v[3]),
+          pointer<const int32_t>(v[4]), pointer<const int32_t>(v[5]), pointer<const int32_t>(v[6]),
+          v[7], v[8], v[9], v[10], v[11], v[12], v[13],                            // n h w c_in c_out p q
+          i32(14), i32(15), i32(16), i32(17), i32(18), i32(19), i32(20), i32(21),  // r s stride pad dil
+          i32(22), i32(23), i32(24), i32(25)};                                     // strip relu pool lanes
+}
+
+// The one function a forward pass calls per layer: pybind11's conversion of its arguments costs 1.5 us, this 0.3 us.
 PyObject* conv2d_f32(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  constexpr Py_ssize_t kArguments = 26;
+  constexpr Py_ssize_t kArguments = 1 + kMembers + 1;
   if (count != kArguments) {
     return PyErr_Format(PyExc_TypeError, "conv2d_f32: expected %zd arguments, got %zd", kArguments, count);
   }
-  const char* isa = PyUnicode_AsUTF8(args[0]);
-  if (isa == nullptr) return nullptr;
-  int64_t v[kArguments];
-  for (Py_ssize_t i = 1; i < kArguments; ++i) {
-    v[i] = PyLong_AsLongLong(args[i]);
+  const char* name = PyUnicode_AsUTF8(args[0]);
+  if (name == nullptr) return nullptr;
+  int64_t v[kMembers + 1];
+  for (Py_ssize_t i = 0; i <= kMembers; ++i) {
+    v[i] = PyLong_AsLongLong(args[i + 1]);
     if (v[i] == -1 && PyErr_Occurred()) return nullptr;
   }
-  const auto i32 = [&v](int i) { return static_cast<int32_t>(v[i]); };
-  const SlimConv2dF32 a = {
-      pointer<const float>(v[1]), pointer<float>(v[2]), pointer<const float>(v[3]), pointer<const float>(v[4]),
-      pointer<const int32_t>(v[5]), pointer<const int32_t>(v[6]),
-      v[7], v[8], v[9], v[10], v[11], v[12], v[13],                            // n h w c_in c_out p q
-      i32(14), i32(15), i32(16), i32(17), i32(18), i32(19), i32(20), i32(21),  // r s stride pad dil
-      i32(22), i32(23), i32(24), i32(25)};                                     // strip relu pool threads
-  for (const Isa& candidate : compiled_isas()) {
-    if (std::strcmp(isa, candidate.name) != 0 || !candidate.supported) continue;
-    int status;
-    {
-      py::gil_scoped_release release;
-      status = candidate.conv2d_f32(&a);
-    }
-    return PyLong_FromLong(status);
+  const Isa* isa = supported_isa(name);
+  if (isa == nullptr) return PyLong_FromLong(SLIM_ERROR_UNSUPPORTED);
+  const SlimStepF32 step = {SLIM_STEP_CONV2D, conv2d_of(v)};
+  int status;
+  {
+    py::gil_scoped_release release;
+    status = isa->run_steps(&step, 1, static_cast<int32_t>(v[kMembers]));
   }
-  return PyLong_FromLong(SLIM_ERROR_UNSUPPORTED);
+  return PyLong_FromLong(status);
 }
+
+void entry_offsets(const std::array<int64_t, kMembers>& members, uintptr_t offsets) {
+  const SlimConv2dF32 a = conv2d_of(members.data());
+  py::gil_scoped_release release;
+  slim_entry_offsets(&a, pointer<int32_t>(offsets));
+}
+
+// A list of steps that is run again and again on the same memory; the caller keeps that alive.
+class Steps {
+ public:
+  Steps(const std::string& isa, const std::vector<std::array<int64_t, 1 + kMembers>>& steps) : isa_(supported_isa(isa.c_str())) {
+    for (const auto& v : steps) steps_.push_back({static_cast<int32_t>(v[0]), conv2d_of(v.data() + 1)});
+  }
+  int run(int32_t threads) const {
+    if (isa_ == nullptr) return SLIM_ERROR_UNSUPPORTED;
+    py::gil_scoped_release release;
+    return isa_->run_steps(steps_.data(), static_cast<int64_t>(steps_.size()), threads);
+  }
+
+ private:
+  const Isa* isa_;
+  std::vector<SlimStepF32> steps_;
+};
 
 double multiply_adds_f32(const std::string& isa, int64_t iterations, int32_t threads) {
   for (const Isa& candidate : compiled_isas()) {
@@ -99,7 +134,7 @@ double multiply_adds_f32(const std::string& isa, int64_t iterations, int32_t thr
 
 PyMethodDef kFastFunctions[] = {
     {"conv2d_f32", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(conv2d_f32)), METH_FASTCALL,
-     "(isa, members of SlimConv2dF32 in order) -> status"},
+     "(isa, members of SlimConv2dF32 in order, threads) -> status"},
     {nullptr, nullptr, 0, nullptr}};
 
 py::dict build_info() {
@@ -152,6 +187,10 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of slimkernels; csrc/kernels.h holds every function's preconditions.";
   m.def("isas", &isas, "Instruction sets that are compiled in and supported by this CPU, best first.");
   m.def("multiply_adds_f32", &multiply_adds_f32, "(isa, iterations, threads) -> FLOPs done; 0 where the isa does not run.");
+  m.def("entry_offsets", &entry_offsets, "(members of SlimConv2dF32 in order, address of the offsets)");
+  py::class_<Steps>(m, "Steps", "Recorded steps of kernels.h; the caller keeps their memory alive.")
+      .def(py::init<const std::string&, const std::vector<std::array<int64_t, 1 + kMembers>>&>(), "isa"_a, "steps"_a)
+      .def("run", &Steps::run, "threads"_a, "Runs the steps in order; the status.");
   m.def("build_info", &build_info, "What this module was compiled with.");
   if (PyModule_AddFunctions(m.ptr(), kFastFunctions) != 0) throw py::error_already_set();
 #if SLIM_HAVE_CUDA

@@ -28,9 +28,12 @@ enum { SLIM_OK = 0, SLIM_ERROR_NO_MEMORY = 1, SLIM_ERROR_UNSUPPORTED = 2, SLIM_E
 // the pattern stores nothing or the channel lies beyond c_out). taps = r*s, tap = row*s + column. Entries of one (strip, tap)
 // are sorted by channel.
 //
+// Activations lie channels last (lanes = 1) or images innermost (lanes = the instruction set's vector: 4 scalar, 8 avx2, 16 avx512):
+// (ceil(n/lanes), h, w, c, lanes), lanes beyond n holding anything finite.
+//
 // Preconditions: x is (n,h,w,c_in), y is (n,p,q,c_out), or (n,p/2,q/2,c_out) with pool, both contiguous in that order and not overlapping;
-// n,p,q,c_out >= 1; every channel in [0, c_in); tap_ptr non-decreasing from 0; h*w*c_in, p*q*c_out and the entry count below 2^31.
-// A linear layer is h = w = r = s = 1.
+// n,p,q,c_out >= 1; every channel in [0, c_in); tap_ptr non-decreasing from 0; h*w*c_in*lanes, p*q*c_out*lanes and the entry count below
+// 2^31; r <= 64 unless lanes = 1. offsets, where given, is what slim_entry_offsets writes. A linear layer is h = w = r = s = 1.
 typedef struct SlimConv2dF32 {
   const float* x;
   float* y;
@@ -38,25 +41,39 @@ typedef struct SlimConv2dF32 {
   const float* weights;      // (entries, strip)
   const int32_t* channels;   // (entries)
   const int32_t* tap_ptr;    // (ceil(c_out/strip) * r*s + 1)
+  const int32_t* offsets;    // (entries): elements of x between a pixel's tap (0, 0) and the entry; NULL: computed in the call
   int64_t n, h, w, c_in, c_out, p, q;
   int32_t r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w;
   int32_t strip;             // 8, 16, 24 or 32
   int32_t relu;              // 0 or 1: y = max(y, 0), NaN kept
   int32_t pool;              // 0 or 1: 2x2 stride-2 max-pool (floor) after the ReLU, NaN kept
-  int32_t threads;           // >= 1; with 1 no parallel region is entered
+  int32_t lanes;             // 1, or the vector of the instruction set
 } SlimConv2dF32;
 
-SLIM_HIDDEN int slim_conv2d_f32_scalar(const SlimConv2dF32* a);
-SLIM_HIDDEN int slim_conv2d_f32_avx2(const SlimConv2dF32* a);
-SLIM_HIDDEN int slim_conv2d_f32_avx512(const SlimConv2dF32* a);
+// One step of a recorded network. A layout step copies x, channels last (n,h,w,c_in), into y, images innermost, or the other way round,
+// and reads of `conv` just x, y, n, h, w, c_in and lanes.
+enum { SLIM_STEP_CONV2D = 0, SLIM_STEP_TO_IMAGES = 1, SLIM_STEP_FROM_IMAGES = 2 };
+typedef struct SlimStepF32 {
+  int32_t kind;
+  SlimConv2dF32 conv;
+} SlimStepF32;
+
+// Runs the steps one after the other with one team of threads (>= 1; with 1 no parallel region is entered).
+SLIM_HIDDEN int slim_run_steps_f32_scalar(const SlimStepF32* steps, int64_t count, int32_t threads);
+SLIM_HIDDEN int slim_run_steps_f32_avx2(const SlimStepF32* steps, int64_t count, int32_t threads);
+SLIM_HIDDEN int slim_run_steps_f32_avx512(const SlimStepF32* steps, int64_t count, int32_t threads);
+
+// The offsets of a convolution's entries, for its w, c_in, dilation and lanes; of `a`, x, y and bias are not read.
+SLIM_HIDDEN void slim_entry_offsets(const SlimConv2dF32* a, int32_t* offsets);
 
 // The multiply-add ceiling: runs that many rounds of independent multiply-adds and returns the FLOPs done; the caller times it.
 SLIM_HIDDEN double slim_multiply_adds_f32_scalar(int64_t iterations, int32_t threads);
 SLIM_HIDDEN double slim_multiply_adds_f32_avx2(int64_t iterations, int32_t threads);
 SLIM_HIDDEN double slim_multiply_adds_f32_avx512(int64_t iterations, int32_t threads);
 
-// _C.conv2d_f32(isa, x, y, bias, weights, channels, tap_ptr, n, h, w, c_in, c_out, p, q, r, s, stride_h, stride_w, pad_h, pad_w,
-//               dil_h, dil_w, strip, relu, pool, threads): the members above in order; pointers as integers, 0 for NULL.
+// _C.conv2d_f32(isa, x, y, bias, weights, channels, tap_ptr, offsets, n, h, w, c_in, c_out, p, q, r, s, stride_h, stride_w, pad_h, pad_w,
+//               dil_h, dil_w, strip, relu, pool, lanes, threads): the members above in order; pointers as integers, 0 for NULL.
+// _C.Steps(isa, [(kind, members in order), ...]).run(threads); _C.entry_offsets(members in order, offsets).
 
 // ---------------------------------------------------------------- CUDA
 

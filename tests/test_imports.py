@@ -38,7 +38,10 @@ PACKAGES = {
         "__init__", "convert_model", "units", "options", "measure, report", "container", "plan", "analysis", "folding",
         "chains", "layers", "graph",
     ),
-    "inference": ("__init__", "recordings", "cuda_graph, replay, warming", "inputs"),
+    "inference": (
+        "__init__", "recordings", "cuda_graph, replay, warming", "recording", "chains", "native_layers, memory",
+        "inputs",
+    ),
     "kernels": (
         "select", "__init__", "cpu_gradients, native_low_rank", "native, cuda, reference, triton", "tables",
         "break_even, cost_model, devices", "problems, transposed"

@@ -1,21 +1,15 @@
 """Compiles the Triton kernels of the gradients for GPUs that need not be present, and reads what came out.
 
 Run by tests/test_triton_backward.py in a process of its own; as a script it prints a Markdown table (`--all` for every
-kernel, `--json` for machines).
+kernel, `--summary` for one line, `--json` for machines).
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton_compile_check import DTYPES, LIMITS, TENSOR_CORE, markdown, resource_usage
+from triton_compile_check import DTYPES, LIMITS, artefacts, compile_kernel, main
 
 from slimkernels.kernels.triton import bsr_conv2d_backward_w, bsr_conv2d_backward_x, relu_maxpool2_backward
 from slimkernels.kernels.triton.runtime import cdiv, power_of_2_divisor
@@ -57,15 +51,14 @@ class Target:
 
 
 def quick() -> list[Target]:
-    """The kernels of the default test run: both gradients on every architecture, the pooling once."""
-    targets = [Target(kind, arch, "bf16") for arch in LIMITS for kind in ("dgrad", "wgrad")]
+    """The kernels of the default test run: both gradients and the pooling on every architecture."""
+    targets = [Target(kind, arch, "bf16") for arch in LIMITS for kind in ("dgrad", "wgrad", "pool")]
     return [
         *targets,
         Target("dgrad", 90, "fp16", (64, 16), stride=2),
         Target("wgrad", 90, "fp16", (64, 16), index_64=True),
         Target("dgrad", 80, "fp32", (64, 16)),
         Target("wgrad", 80, "fp32", (64, 16)),
-        Target("pool", 90, "bf16"),
     ]
 
 
@@ -165,46 +158,15 @@ def compile_target(target: Target) -> tuple[Any, dict[str, int]]:
     pointers = dict.fromkeys(("dy_ptr", "x_ptr", "values_ptr", "dx_ptr", "grad_ptr", "y_ptr"), f"*{target.dtype}")
     pointers |= dict.fromkeys(("crow_ptr", "block_ptr", "col_ptr"), "*i32") | {"out_ptr": f"*{dtype}"}
     aligned = {"out_stride"} | ({"c_in", "c_out", "channels"} if target.channels % 16 == 0 else set())
-    signature, hints = {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        signature[name] = "constexpr" if name in constants else pointers.get(name, "i32")
-        # The transposed index is one tensor: its parts start anywhere.
-        if name not in constants and (name in aligned or pointers.get(name, "*i32") != "*i32"):
-            hints[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=hints)
-    options = {"num_warps": config["num_warps"], "num_stages": config["num_stages"]}
-    return triton.compile(source, target=GPUTarget("cuda", target.arch, 32), options=options), config
+    # The transposed index is one tensor: its parts start anywhere.
+    aligned |= {name for name, kind in pointers.items() if kind != "*i32"}
+    return compile_kernel(kernel, constants, pointers, aligned, config, target.arch), config
 
 
 def measure(target: Target) -> dict[str, Any]:
     """Compiles one target; what the artefacts say, as plain data."""
-    kernel, config = compile_target(target)
-    usage = resource_usage(kernel.asm["cubin"])
-    ptx, ttgir = kernel.asm["ptx"], kernel.asm["ttgir"]
-    # Pipelined tiles are allocated once, outside the loop, with the number of buffers as their leading dimension.
-    buffers = [int(n) for n in re.findall(r"local_alloc[^\n]*!ttg\.memdesc<(\d+)x\d+x\d+x(?:f32|f16|bf16)", ttgir)]
-    return {
-        "target": {**asdict(target), "name": target.name, "tensor_cores": target.tensor_cores},
-        "config": {"BLOCK_M": 0, "BLOCK_N": 0, "BLOCK_K": 0, **config},
-        "registers": usage["REG"],
-        "stack": usage["STACK"],
-        "local": usage["LOCAL"],
-        "shared": kernel.metadata.shared + usage["SHARED"],
-        "instructions": [name for name in TENSOR_CORE.values() if name in ptx],
-        "fma": "fma.rn.f32" in ptx,
-        "buffers": buffers,
-        "copy_bytes": sorted({int(n, 0) for n in re.findall(r"cp\.async\.c[ag]\.[^;]*\], (0x\w+|\d+)", ptx)}),
-    }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--all", action="store_true", help="every kernel, not only those of the default test run")
-    parser.add_argument("--json", action="store_true", help="one JSON list instead of a Markdown table")
-    arguments = parser.parse_args()
-    rows = [measure(target) for target in (everything() if arguments.all else quick())]
-    print(json.dumps({"triton": triton.__version__, "rows": rows}) if arguments.json else "\n".join(markdown(rows)))
+    return artefacts(target, *compile_target(target))
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__.splitlines()[0], measure, quick, everything)

@@ -1,7 +1,8 @@
 """Compiles the Triton kernels for GPUs that need not be present, and reads what came out.
 
-As a script it prints a Markdown table (`--all` for every kernel, `--json` for machines); tests/test_triton_compile.py
-runs it in a process of its own, because a process with TRITON_INTERPRET=1 cannot compile. Any Triton will do:
+As a script it prints a Markdown table (`--all` for every kernel, `--summary` for one line, `--json` for machines);
+tests/test_triton_compile.py runs it in a process of its own, because a process with TRITON_INTERPRET=1 cannot compile.
+The scripts for the gradients and for low rank share what is not about a convolution's forward. Any Triton will do:
 `PYTHONPATH=<folder holding another Triton> python tests/triton_compile_check.py --all`.
 """
 
@@ -13,12 +14,12 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import triton
@@ -39,6 +40,16 @@ from slimkernels.kernels.triton.runtime import cdiv
 LIMITS = {80: (163 * 1024, 108), 90: (227 * 1024, 132), 100: (227 * 1024, 148)}
 TENSOR_CORE = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Named(Protocol):
+    """A target of any of the scripts, which is also a dataclass."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def tensor_cores(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -221,7 +232,30 @@ def _conv(target: Target) -> tuple[Any, dict[str, int]]:
     return compile_launch(launch, [pointer, pointer, "*i32", "*i32", pointer, y], target.arch), config
 
 
-def _low_rank(target: Target) -> tuple[Any, dict[str, Any], dict[str, int]]:
+def compile_kernel(
+    kernel: Any,
+    constants: Mapping[str, Any],
+    pointers: Mapping[str, str],
+    aligned: Collection[str],
+    config: Mapping[str, int],
+    arch: int,
+) -> Any:
+    """Triton's compiled kernel; arguments are these constants, these pointers, else 32-bit integers.
+
+    aligned: the arguments that a launch would find divisible by 16.
+    """
+    signature: dict[str, str] = {}
+    hints: dict[tuple[int, ...], Any] = {}
+    for i, name in enumerate(kernel.arg_names):
+        signature[name] = "constexpr" if name in constants else pointers.get(name, "i32")
+        if name in aligned and name not in constants:
+            hints[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=dict(constants), attrs=hints)
+    options = {"num_warps": config["num_warps"], "num_stages": config["num_stages"]}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def _low_rank(target: Target) -> tuple[Any, dict[str, int]]:
     shared_memory, processors = LIMITS[target.arch]
     config = triton_low_rank_linear.default_config(
         target.m_total,
@@ -240,26 +274,17 @@ def _low_rank(target: Target) -> tuple[Any, dict[str, Any], dict[str, int]]:
         "STORE_INNER": False,
         "INDEX_64": target.index_64,
         "PRECISION": target.precision,
-        "RANK": config["RANK"],
+        **{name: config[name] for name in ("RANK", "BLOCK_M", "BLOCK_N", "BLOCK_K")},
     }
-    return triton_low_rank_linear.low_rank_linear_fwd_kernel, constants, config
+    pointers = dict.fromkeys(("x_ptr", "u_ptr", "v_ptr", "bias_ptr", "y_ptr", "h_ptr"), f"*{target.dtype}")
+    aligned = {*pointers, "in_features", "out_features", "rank"}
+    kernel = triton_low_rank_linear.low_rank_linear_fwd_kernel
+    return compile_kernel(kernel, constants, pointers, aligned, config, target.arch), config
 
 
 def compile_target(target: Target) -> tuple[Any, dict[str, int]]:
     """Triton's compiled kernel and its tile constants, with the argument hints that a launch derives."""
-    if len(target.shape) == 2:
-        return _conv(target)
-    kernel, constants, config = _low_rank(target)
-    constants.update({name: config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")})
-    pointers = dict.fromkeys(("x_ptr", "u_ptr", "v_ptr", "bias_ptr", "y_ptr", "h_ptr"), f"*{target.dtype}")
-    signature, hints = {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        signature[name] = "constexpr" if name in constants else pointers.get(name, "i32")
-        if name not in constants and (name in pointers or name in ("in_features", "out_features", "rank")):
-            hints[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=hints)
-    options = {"num_warps": config["num_warps"], "num_stages": config["num_stages"]}
-    return triton.compile(source, target=GPUTarget("cuda", target.arch, 32), options=options), config
+    return _conv(target) if len(target.shape) == 2 else _low_rank(target)
 
 
 def resource_usage(cubin: bytes) -> dict[str, int]:
@@ -275,14 +300,18 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
 
 def measure(target: Target) -> dict[str, Any]:
     """Compiles one target; what the artefacts say, as plain data."""
-    kernel, config = compile_target(target)
+    return artefacts(target, *compile_target(target))
+
+
+def artefacts(target: Named, kernel: Any, config: Mapping[str, int]) -> dict[str, Any]:
+    """What a compiled kernel's artefacts say."""
     usage = resource_usage(kernel.asm["cubin"])
     ptx, ttgir = kernel.asm["ptx"], kernel.asm["ttgir"]
-    loop = ttgir[ttgir.index("scf.for") :]
+    loop = ttgir.partition("scf.for")[2].partition("scf.yield")[0]
     # Pipelined tiles are allocated once, outside the loop, with the number of buffers as their leading dimension.
     buffers = [int(n) for n in re.findall(r"local_alloc[^\n]*!ttg\.memdesc<(\d+)x\d+x\d+x(?:f32|f16|bf16)", ttgir)]
     return {
-        "target": {**asdict(target), "name": target.name},
+        "target": {**asdict(target), "name": target.name, "tensor_cores": target.tensor_cores},
         "config": config,
         "registers": usage["REG"],
         "stack": usage["STACK"],
@@ -292,7 +321,7 @@ def measure(target: Target) -> dict[str, Any]:
         "fma": "fma.rn.f32" in ptx,
         "buffers": buffers,
         "copy_bytes": sorted({int(n, 0) for n in re.findall(r"cp\.async\.c[ag]\.[^;]*\], (0x\w+|\d+)", ptx)}),
-        "loop_layout_conversions": loop[: loop.index("scf.yield")].count("ttg.convert_layout"),
+        "loop_layout_conversions": loop.count("ttg.convert_layout"),
     }
 
 
@@ -301,8 +330,9 @@ def markdown(rows: list[dict[str, Any]]) -> Iterator[str]:
     yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
     for row in rows:
         c = row["config"]
-        instruction = ", ".join(row["instructions"]) or "fma.rn.f32"
-        tile = f"{c['BLOCK_M']}x{c['BLOCK_N']}x{c['BLOCK_K']} | {c['num_warps']}, {c['num_stages']}"
+        instruction = ", ".join(row["instructions"]) or ("fma.rn.f32" if row["fma"] else "-")
+        tile = "x".join(str(c[side]) for side in ("BLOCK", "BLOCK_M", "BLOCK_N", "BLOCK_K") if side in c)
+        tile = f"{tile} | {c['num_warps']}, {c['num_stages']}"
         memory = f"{row['shared'] / 1024:.0f} | {row['stack'] + row['local']}"
         yield (
             f"| {row['target']['name']} | {tile} | {row['registers']} | {memory} | {instruction} "
@@ -310,19 +340,43 @@ def markdown(rows: list[dict[str, Any]]) -> Iterator[str]:
         )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--all", action="store_true", help="every kernel, not only those of the default test run")
-    parser.add_argument(
-        "--listed", type=int, metavar="ARCH", help="every configuration the tuner may try on 80, 90 or 100"
+def summary(rows: list[dict[str, Any]]) -> str:
+    spills = [(row["target"]["name"], row["stack"] + row["local"]) for row in rows if row["stack"] + row["local"]]
+    named = f" ({'; '.join(f'{name}: {count} bytes' for name, count in spills)})" if spills else ""
+    worst = max(rows, key=lambda row: row["registers"])
+    return (
+        f"Triton {triton.__version__}: {len(rows)} kernels, {len(spills)} spill{named}, "
+        f"at most {worst['registers']} registers a thread ({worst['target']['name']})."
     )
+
+
+def main(
+    description: str,
+    measure: Callable[[Any], dict[str, Any]],
+    quick: Callable[[], list[Any]],
+    everything: Callable[[], list[Any]],
+    listed: Callable[[int], list[Any]] | None = None,
+) -> None:
+    """The command line of a script; the callables are those of its own module."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--all", action="store_true", help="every kernel, not only those of the default test run")
+    if listed is not None:
+        text = "every configuration the tuner may try on 80, 90 or 100"
+        parser.add_argument("--listed", type=int, metavar="ARCH", help=text)
+    parser.add_argument("--summary", action="store_true", help="one line instead of a Markdown table")
     parser.add_argument("--json", action="store_true", help="one JSON list instead of a Markdown table")
     arguments = parser.parse_args()
-    targets = listed(arguments.listed) if arguments.listed else everything() if arguments.all else quick()
+    if listed is not None and arguments.listed:
+        targets = listed(arguments.listed)
+    else:
+        targets = everything() if arguments.all else quick()
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
         rows = list(pool.map(measure, targets))
-    print(json.dumps({"triton": triton.__version__, "rows": rows}) if arguments.json else "\n".join(markdown(rows)))
+    if arguments.json:
+        print(json.dumps({"triton": triton.__version__, "rows": rows}))
+    else:
+        print(summary(rows) if arguments.summary else "\n".join(markdown(rows)))
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__.splitlines()[0], measure, quick, everything, listed)

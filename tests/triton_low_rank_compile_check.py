@@ -1,25 +1,20 @@
 """Compiles the Triton low-rank convolution, and the linear layer's gradient, for GPUs that need not be present.
 
-As a script it prints a Markdown table (`--all` for every kernel, `--json` for machines); tests/test_triton_low_rank.py
-runs it in a process of its own, because a process with TRITON_INTERPRET=1 cannot compile.
+As a script it prints a Markdown table (`--all` for every kernel, `--summary` for one line, `--json` for machines);
+tests/test_triton_low_rank.py runs it in a process of its own, because a process with TRITON_INTERPRET=1 cannot compile.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton_compile_check import DTYPES, LIMITS, TENSOR_CORE, markdown, resource_usage
+from triton_compile_check import DTYPES, LIMITS, artefacts, compile_kernel, main
 
 from slimkernels.kernels.triton import low_rank_conv2d as triton_low_rank_conv2d
 from slimkernels.kernels.triton import low_rank_linear as triton_low_rank_linear
+from slimkernels.kernels.triton.runtime import power_of_2_divisor
 
 
 @dataclass(frozen=True)
@@ -51,7 +46,7 @@ class Target:
 def quick() -> list[Target]:
     """The kernels of the default test run."""
     return [
-        *(Target(arch, "bf16", kind, 64) for arch, kind in zip(LIMITS, ("alone", "fused", "dgrad"))),
+        *(Target(arch, "bf16", kind, 64) for arch in LIMITS for kind in ("fused", "alone", "dgrad")),
         Target(90, "fp32", "fused", 64),
     ]
 
@@ -84,10 +79,12 @@ def compile_target(target: Target) -> tuple[Any, dict[str, int]]:
     else:
         kernel = triton_low_rank_conv2d.low_rank_conv2d_fwd_kernel
         outer = 256 if target.kind == "fused" else None
-        config = triton_low_rank_conv2d.default_config(target.m_total, target.rank, outer, dtype, **limits)
+        config = triton_low_rank_conv2d.default_config(
+            target.m_total, target.rank, outer, dtype, c_in=target.c_in, **limits
+        )
         taps = {"R": 3, "S": 3, "PAD_H": 1, "PAD_W": 1}
         taps |= dict.fromkeys(("STRIDE_H", "STRIDE_W", "DIL_H", "DIL_W"), 1)
-        constants = {**common, **taps, "FUSED": target.kind == "fused"}
+        constants = {**common, **taps, "FUSED": target.kind == "fused", "ALIGN": power_of_2_divisor(target.c_in, 16)}
     constants |= {name: config[name] for name in ("RANK", "BLOCK_M", "BLOCK_N", "BLOCK_K")}
     constants |= {"PRECISION": target.precision, "EVEN_K": target.c_in % config["BLOCK_K"] == 0}
     pointers = {name: f"*{target.dtype}" for name in kernel.arg_names if name.endswith("_ptr")}
@@ -95,45 +92,13 @@ def compile_target(target: Target) -> tuple[Any, dict[str, int]]:
     ragged = {"rank", "inner"} if target.rank % 16 else set()
     ragged |= {"c_in", "in_features"} if target.c_in % 16 else set()
     aligned = {*pointers, "in_features", "out_features", "rank", "c_in", "inner", "c_out"} - ragged
-    signature, hints = {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        signature[name] = "constexpr" if name in constants else pointers.get(name, "i32")
-        if name in aligned and name not in constants:
-            hints[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=hints)
-    options = {"num_warps": config["num_warps"], "num_stages": config["num_stages"]}
-    return triton.compile(source, target=GPUTarget("cuda", target.arch, 32), options=options), config
+    return compile_kernel(kernel, constants, pointers, aligned, config, target.arch), config
 
 
 def measure(target: Target) -> dict[str, Any]:
     """Compiles one target; what the artefacts say, as plain data."""
-    kernel, config = compile_target(target)
-    usage, ptx = resource_usage(kernel.asm["cubin"]), kernel.asm["ptx"]
-    return {
-        "target": {**asdict(target), "name": target.name},
-        "config": config,
-        "registers": usage["REG"],
-        "stack": usage["STACK"],
-        "local": usage["LOCAL"],
-        "shared": kernel.metadata.shared + usage["SHARED"],
-        "instructions": [name for name in TENSOR_CORE.values() if name in ptx],
-        "fma": "fma.rn.f32" in ptx,
-        "buffers": [],
-        "copy_bytes": [16] if "cp.async" in ptx and ", 0x10" in ptx else [],
-    }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--all", action="store_true", help="every kernel, not only those of the default test run")
-    parser.add_argument("--json", action="store_true", help="one JSON list instead of a Markdown table")
-    arguments = parser.parse_args()
-    rows = []
-    for target in everything() if arguments.all else quick():
-        rows.append(measure(target))
-        print(target.name, file=sys.stderr, flush=True)
-    print(json.dumps({"triton": triton.__version__, "rows": rows}) if arguments.json else "\n".join(markdown(rows)))
+    return artefacts(target, *compile_target(target))
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__.splitlines()[0], measure, quick, everything)

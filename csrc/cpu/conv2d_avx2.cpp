@@ -8,17 +8,46 @@
 namespace {
 
 #include "vec8.h"
-#include "conv2d_strips.h"
+#include "conv2d.h"
+
+template <int NV, int MR, int STRIDE>
+Family channels_family() {
+  Family family;
+  add_tiles<Vec8, NV, MR, STRIDE>(family.tiles);
+  family.run_unit = run_unit<Vec8>;
+  return family;
+}
+
+// 12 accumulators, 3 vectors of x, 1 weight: 7 loads for 12 multiply-adds.
+template <int STRIDE>
+Family images_family() {
+  Family family;
+  add_images_tile<Vec8, 8, 1, STRIDE>(family.tiles);
+  add_images_tile<Vec8, 4, 2, STRIDE>(family.tiles);
+  add_images_tile<Vec8, 4, 3, STRIDE>(family.tiles);
+  family.run_unit = run_unit<Vec8>;
+  return family;
+}
+
+// Channels last: 16 vector registers: 12 accumulators, 2 weights, 1 input. 15 general registers, weights, offsets, their end and the
+// current offset among them: with 10 pixel pointers nothing in the loop comes from the stack. A strip of 24 takes 3 weights, 4 pixels, 1
+// input: 7 loads for 12 multiply-adds, where a strip of 16 needs 8.
+inline bool family_for(int strip, int lanes, Family& family) {
+  if (lanes != 1 && lanes != Vec8::N) return false;
+  const bool images = lanes != 1;
+  switch (strip) {
+    case 8: family = images ? images_family<8>() : channels_family<1, 10, 8>(); return true;
+    case 16: family = images ? images_family<16>() : channels_family<2, 6, 16>(); return true;
+    case 24: family = images ? images_family<24>() : channels_family<3, 4, 24>(); return true;
+    case 32: family = images ? images_family<32>() : channels_family<2, 6, 32>(); return true;
+    default: return false;
+  }
+}
 
 }  // namespace
 
-// 16 vector registers: 12 accumulators, 2 weights, 1 input. 15 general registers, weights, offsets, their end and the current offset
-// among them: with 10 pixel pointers nothing in the loop comes from the stack.
-extern "C" int slim_conv2d_f32_avx2(const SlimConv2dF32* a) {
-  if (a->strip == 8) return conv2d<Vec8>(a, make_tiles<Vec8, 1, 10, 8>());
-  // 3 weights, 4 pixels, 1 input: 7 loads for 12 multiply-adds, where a strip of 16 needs 8.
-  if (a->strip == 24) return conv2d<Vec8>(a, make_tiles<Vec8, 3, 4, 24>());
-  return a->strip == 16 ? conv2d<Vec8>(a, make_tiles<Vec8, 2, 6, 16>()) : conv2d<Vec8>(a, make_tiles<Vec8, 2, 6, 32>());
+extern "C" int slim_run_steps_f32_avx2(const SlimStepF32* steps, int64_t count, int32_t threads) {
+  return run_steps(steps, count, threads);
 }
 
 extern "C" double slim_multiply_adds_f32_avx2(int64_t iterations, int32_t threads) {

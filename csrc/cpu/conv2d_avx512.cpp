@@ -31,17 +31,46 @@ struct Vec16 {
 
 #include "vec8.h"
 
-#include "conv2d_strips.h"
+#include "conv2d.h"
+
+template <class V, int NV, int MR, int STRIDE>
+Family channels_family() {
+  Family family;
+  add_tiles<V, NV, MR, STRIDE>(family.tiles);
+  family.run_unit = run_unit<V>;
+  return family;
+}
+
+// 24 accumulators, 3 vectors of x, 1 weight: 11 loads for 24 multiply-adds. A single pixel takes 16 channels where it can, 17 loads for 16.
+template <int STRIDE>
+Family images_family() {
+  Family family;
+  add_images_tile<Vec16, STRIDE % 16 == 0 ? 16 : 8, 1, STRIDE>(family.tiles);
+  add_images_tile<Vec16, 8, 2, STRIDE>(family.tiles);
+  add_images_tile<Vec16, 8, 3, STRIDE>(family.tiles);
+  family.run_unit = run_unit<Vec16>;
+  return family;
+}
+
+// Channels last: 32 vector registers, but 15 general ones, weights, offsets, their end and the current offset among them: with 10
+// pixel pointers nothing in the loop comes from the stack. A strip of 16 then needs 12 loads for 10 multiply-adds (83% of peak at two
+// loads a cycle), a strip of 32 needs 13 for 20.
+inline bool family_for(int strip, int lanes, Family& family) {
+  if (lanes != 1 && lanes != Vec16::N) return false;
+  const bool images = lanes != 1;
+  switch (strip) {
+    case 8: family = images ? images_family<8>() : channels_family<Vec8, 1, 10, 8>(); return true;
+    case 16: family = images ? images_family<16>() : channels_family<Vec16, 1, 10, 16>(); return true;
+    case 24: family = images ? images_family<24>() : channels_family<Vec8, 3, 8, 24>(); return true;
+    case 32: family = images ? images_family<32>() : channels_family<Vec16, 2, 10, 32>(); return true;
+    default: return false;
+  }
+}
 
 }  // namespace
 
-// 32 vector registers, but 15 general ones, weights, offsets, their end and the current offset among them: with 10 pixel pointers nothing
-// in the loop comes from the stack. A strip of 16 then needs 12 loads for 10 multiply-adds (83% of peak at two loads a cycle), a
-// strip of 32 needs 13 for 20.
-extern "C" int slim_conv2d_f32_avx512(const SlimConv2dF32* a) {
-  if (a->strip == 8) return conv2d<Vec8>(a, make_tiles<Vec8, 1, 10, 8>());
-  if (a->strip == 24) return conv2d<Vec8>(a, make_tiles<Vec8, 3, 8, 24>());
-  return a->strip == 16 ? conv2d<Vec16>(a, make_tiles<Vec16, 1, 10, 16>()) : conv2d<Vec16>(a, make_tiles<Vec16, 2, 10, 32>());
+extern "C" int slim_run_steps_f32_avx512(const SlimStepF32* steps, int64_t count, int32_t threads) {
+  return run_steps(steps, count, threads);
 }
 
 extern "C" double slim_multiply_adds_f32_avx512(int64_t iterations, int32_t threads) {

@@ -49,16 +49,54 @@ struct Vec4 {
   }
 };
 
-#include "conv2d_strips.h"
+// to[j][i] = from[i][j], 8 x 8.
+struct Transpose8 {
+  static inline void run(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+    for (int i = 0; i < 8; ++i)
+      for (int j = 0; j < 8; ++j) to[j * to_stride + i] = from[i * from_stride + j];
+  }
+};
+
+#include "conv2d.h"
+
+template <int NV, int MR, int STRIDE>
+Family channels_family() {
+  Family family;
+  add_tiles<Vec4, NV, MR, STRIDE>(family.tiles);
+  family.run_unit = run_unit<Vec4>;
+  return family;
+}
+
+template <int STRIDE>
+Family images_family() {
+  Family family;
+  add_images_tile<Vec4, 8, 1, STRIDE>(family.tiles);
+  add_images_tile<Vec4, 4, 2, STRIDE>(family.tiles);
+  add_images_tile<Vec4, 4, 3, STRIDE>(family.tiles);
+  family.run_unit = run_unit<Vec4>;
+  return family;
+}
+
+inline bool family_for(int strip, int lanes, Family& family) {
+  if (lanes != 1 && lanes != Vec4::N) return false;
+  const bool images = lanes != 1;
+  switch (strip) {
+    case 8: family = images ? images_family<8>() : channels_family<2, 4, 8>(); return true;
+    case 16: family = images ? images_family<16>() : channels_family<4, 2, 16>(); return true;
+    case 24: family = images ? images_family<24>() : channels_family<3, 3, 24>(); return true;
+    case 32: family = images ? images_family<32>() : channels_family<4, 2, 32>(); return true;
+    default: return false;
+  }
+}
 
 }  // namespace
 
-extern "C" int slim_conv2d_f32_scalar(const SlimConv2dF32* a) {
-  if (a->strip == 8) return conv2d<Vec4>(a, make_tiles<Vec4, 2, 4, 8>());
-  if (a->strip == 24) return conv2d<Vec4>(a, make_tiles<Vec4, 3, 3, 24>());
-  return a->strip == 16 ? conv2d<Vec4>(a, make_tiles<Vec4, 4, 2, 16>()) : conv2d<Vec4>(a, make_tiles<Vec4, 4, 2, 32>());
+extern "C" int slim_run_steps_f32_scalar(const SlimStepF32* steps, int64_t count, int32_t threads) {
+  return run_steps(steps, count, threads);
 }
 
 extern "C" double slim_multiply_adds_f32_scalar(int64_t iterations, int32_t threads) {
   return multiply_adds<Vec4, 6>(iterations, threads);
 }
+
+extern "C" void slim_entry_offsets(const SlimConv2dF32* a, int32_t* offsets) { entry_offsets(*a, offsets); }

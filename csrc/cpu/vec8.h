@@ -1,4 +1,4 @@
-// Eight floats in one AVX register, for the AVX2 and AVX-512 files; included into an anonymous namespace like conv2d_strips.h.
+// Eight floats in one AVX register, for the AVX2 and AVX-512 files; included into an anonymous namespace like conv2d.h.
 
 struct Vec8 {
   static constexpr int N = 8;
@@ -18,4 +18,26 @@ struct Vec8 {
   // vmaxps returns its second operand when one is NaN, so a NaN passes.
   static inline type relu(type v) { return _mm256_max_ps(zero(), v); }
   static inline type max_nan(type a, type b) { return _mm256_blendv_ps(_mm256_max_ps(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q)); }
+};
+
+// to[j][i] = from[i][j], 8 x 8.
+struct Transpose8 {
+  static inline void run(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+    __m256 r[8], t[8];
+    for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(from + i * from_stride);
+    for (int i = 0; i < 8; i += 2) {
+      t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+      t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+      r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+      r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+      r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+      r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; ++i) {
+      _mm256_storeu_ps(to + i * to_stride, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+      _mm256_storeu_ps(to + (i + 4) * to_stride, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+    }
+  }
 };

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,10 +94,24 @@ def pack_strips(
     return [weights.contiguous(), channels.to(torch.int32), tap_ptr]
 
 
+# Images that lie innermost in the second activation layout of csrc/kernels.h: one vector of the instruction set.
+LANES = {"scalar": 4, "avx2": 8, "avx512": 16}
+_MAX_TAP_ROWS = 64  # of a kernel that reads images innermost
+_CACHED_WIDTHS = 4
+_CONV2D, _TO_IMAGES, _FROM_IMAGES = range(3)  # SLIM_STEP_*
+
+
+def images_innermost(n: int, h: int, w: int, channels: int, isa: str) -> tuple[int, int, int, int, int]:
+    """Shape of n images in the layout that keeps a vector of images innermost."""
+    lanes = LANES[isa]
+    return -(-n // lanes), h, w, channels, lanes
+
+
 class PackedConv2d:
     """A packed weight with its geometry: a native convolution that only waits for its input.
 
-    Immutable; holds the pack's tensors, so any number of threads may call it.
+    What it computes never changes, so any number of threads may call it; it remembers the offsets of its entries for
+    the image widths it has seen.
 
     Args:
         isa: instruction set of the kernel.
@@ -111,7 +125,9 @@ class PackedConv2d:
         ValueError: a pack of another weight shape, or 2**31 entries and more.
     """
 
-    __slots__ = ("_conv2d", "_geometry", "_isa", "_op", "_packed", "_pool", "_tail", "c_in", "c_out", "limit")
+    __slots__ = (
+        "_conv2d", "_geometry", "_isa", "_offsets", "_op", "_packed", "_pool", "_tail", "c_in", "c_out", "limit",
+    )  # fmt: skip
 
     def __init__(
         self, isa: str, packed: Sequence[Tensor], weight_shape: Sequence[int], stride: Sequence[int],
@@ -135,7 +151,19 @@ class PackedConv2d:
         self._geometry = (r, s, stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1])
         self._pool = epilogue == "relu_maxpool2"
         self._tail = (strip, int(epilogue != "none"), int(self._pool))
+        self._offsets: dict[int, Tensor] = {}
         self.limit = (2**31 - 1) // max(self.c_in, self.c_out)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of one output pixel away from the border."""
+        return self._packed[0].numel()
+
+    def takes_images_innermost(self, h: int, w: int) -> bool:
+        """Whether the kernel runs on images of this size with a vector of them innermost."""
+        p, q = self.output_size(h, w)
+        fits = LANES[self._isa] * max(h * w, p * q) <= self.limit
+        return fits and min(p, q) > self._pool and self._geometry[0] <= _MAX_TAP_ROWS
 
     def output_size(self, h: int, w: int) -> tuple[int, int]:
         """Height and width of the output, before pooling, for an input of this height and width."""
@@ -182,51 +210,127 @@ class PackedConv2d:
             raise ValueError(f"{self._op}: expected images of fewer than 2**31 elements")
         if bias is not None and not bias.is_contiguous():
             bias = bias.contiguous()
-        weights, channels, tap_ptr = self._packed
-        status = self._conv2d(
-            self._isa, x.data_ptr(), y.data_ptr(), 0 if bias is None else bias.data_ptr(), weights.data_ptr(),
-            channels.data_ptr(), tap_ptr.data_ptr(), n, h, w, self.c_in, self.c_out, p, q, *self._geometry, *self._tail,
-            torch.get_num_threads(),
-        )  # fmt: skip
+        offsets = None
+        if self._geometry[0] * self._geometry[1] > 1:
+            offsets = self._offsets.get(w)
+            if offsets is None:
+                if len(self._offsets) >= _CACHED_WIDTHS:
+                    self._offsets = {}
+                offsets = self._offsets[w] = self.entry_offsets(w)
+        members = self._members(x, y, bias, offsets, n, h, w, p, q, 1)
+        status = self._conv2d(self._isa, *members, torch.get_num_threads())
         if status != 0:
             raise RuntimeError(f"{self._op}: native kernel {self._isa} failed with status {status}")
 
-    def bind(self, x: Tensor, y: Tensor, bias: Tensor | None) -> Callable[[], None]:
-        """The convolution of x into y as a call without arguments, which keeps every tensor it touches alive.
+    def _members(
+        self, x: Tensor | None, y: Tensor | None, bias: Tensor | None, offsets: Tensor | None, n: int, h: int, w: int,
+        p: int, q: int, lanes: int,
+    ) -> tuple[int, ...]:  # fmt: skip
+        """The members of SlimConv2dF32 in order."""
+        weights, channels, tap_ptr = self._packed
+        pointers = (x, y, bias, weights, channels, tap_ptr, offsets)
+        addresses = (0 if t is None else t.data_ptr() for t in pointers)
+        return (*addresses, n, h, w, self.c_in, self.c_out, p, q, *self._geometry, *self._tail, lanes)
+
+    def entry_offsets(self, w: int, lanes: int = 1) -> Tensor:
+        """Elements of x between a pixel's first tap and each entry, for images of this width: ``(entries,)``, int32."""
+        offsets = torch.empty(self._packed[1].numel(), dtype=torch.int32)
+        module = _library()[0]
+        assert module is not None
+        module.entry_offsets(self._members(None, None, None, None, 1, 1, w, 1, 1, lanes), offsets.data_ptr())
+        return offsets
+
+    def step(self, x: Tensor, y: Tensor, bias: Tensor | None, n: int, offsets: Tensor) -> Step:
+        """The convolution of x into y as one of `Steps`.
 
         Args:
-            x: float32 CPU images, channels_last, or contiguous rows ``(..., in)`` where the weight is a linear layer's.
-            y: the output, in the same layout; it does not overlap x.
+            x, y: float32 on the CPU, not overlapping: images channels_last, contiguous rows ``(n, in)`` where the
+                weight is a linear layer's, or ``(groups, h, w, channels, lanes)`` with a vector of images innermost.
+            bias: ``(C_out,)`` or None.
+            n: images, or rows.
+            offsets: `entry_offsets` for the width and the lanes of x.
 
         Raises:
-            ValueError: tensors of another shape or layout.
+            ValueError: tensors of another shape, dtype or layout.
         """
-        images = x.dim() == 4 and self.takes(x)
-        if images:
-            (n, _, h, w), layout = x.shape, torch.channels_last
-            p, q = self.output_size(h, w)
-            size: tuple[int, ...] = (n, self.c_out, p >> self._pool, q >> self._pool)
+        lanes = x.shape[4] if x.dim() == 5 else 1
+        _, c_in, h, w = _image_sizes(x)
+        p, q = self.output_size(h, w)
+        p_out, q_out = p >> self._pool, q >> self._pool
+        fits = c_in == self.c_in and min(p_out, q_out) > 0 and max(h * w, p * q) <= self.limit
+        if lanes > 1:
+            fits = fits and self.takes_images_innermost(h, w)
+            fits = fits and x.shape == images_innermost(n, h, w, c_in, self._isa)
+            fits = fits and y.shape == images_innermost(n, p_out, q_out, self.c_out, self._isa)
         else:
-            n, h, w, p, q, layout = x.numel() // self.c_in, 1, 1, 1, 1, torch.contiguous_format
-            size = (*x.shape[:-1], self.c_out)
-        fits = (images or (self.takes_rows(x) and n > 0)) and y.shape == size and y.dtype is torch.float32
-        if not (fits and x.is_contiguous(memory_format=layout) and y.is_contiguous(memory_format=layout)):
+            fits = fits and x.shape[0] == n and _image_sizes(y) == (n, self.c_out, p_out, q_out)
+        if not (fits and n > 0 and _is_plain(x) and _is_plain(y) and offsets.numel() == self._packed[1].numel()):
             got = f"{tuple(x.shape)} and {tuple(y.shape)}"
-            raise ValueError(f"{self._op}: expected x and y in {layout} that fit this weight, got {got}")
+            raise ValueError(f"{self._op}: expected float32 x and y that fit this weight and {n} images, got {got}")
         bias = None if bias is None else bias.contiguous()
-        weights, channels, tap_ptr = self._packed
-        run, threads = self._conv2d, torch.get_num_threads
-        arguments = (
-            self._isa, x.data_ptr(), y.data_ptr(), 0 if bias is None else bias.data_ptr(), weights.data_ptr(),
-            channels.data_ptr(), tap_ptr.data_ptr(), n, h, w, self.c_in, self.c_out, p, q, *self._geometry, *self._tail,
-        )  # fmt: skip
+        members = self._members(x, y, bias, offsets, n, h, w, p, q, lanes)
+        return Step((_CONV2D, *members), (self, x, y, bias, offsets))
 
-        def call(_alive: tuple[Any, ...] = (x, y, bias, self)) -> None:
-            status = run(*arguments, threads())
-            if status != 0:
-                raise RuntimeError(f"{self._op}: native kernel failed with status {status}")
 
-        return call
+class Step(NamedTuple):
+    """One step of csrc/kernels.h and the tensors it reads and writes."""
+
+    members: tuple[int, ...]
+    alive: tuple[Any, ...]
+
+
+class Steps:
+    """A list of steps on fixed memory, run by one team of threads; keeps every tensor it touches alive.
+
+    Raises:
+        RuntimeError: in a call, when a native kernel failed (out of memory).
+    """
+
+    def __init__(self, isa: str, steps: Sequence[Step]) -> None:
+        module = _library()[0]
+        assert module is not None
+        self._isa, self._alive, self.count = isa, [step.alive for step in steps], len(steps)
+        self._steps = module.Steps(isa, [step.members for step in steps])
+
+    def __call__(self) -> None:
+        status = self._steps.run(torch.get_num_threads())
+        if status != 0:
+            raise RuntimeError(f"Steps: native kernels of {self._isa} failed with status {status}")
+
+
+def layout_step(x: Tensor, y: Tensor, n: int) -> Step:
+    """The copy of n images between channels_last (or rows) and a vector of images innermost as one of `Steps`.
+
+    Args:
+        x, y: float32 on the CPU, not overlapping; one of them ``(groups, h, w, channels, lanes)``.
+
+    Raises:
+        ValueError: tensors of another shape, dtype or layout.
+    """
+    to_images = y.dim() == 5
+    near, far = (x, y) if to_images else (y, x)
+    _, channels, h, w = _image_sizes(near)
+    lanes = far.shape[-1]
+    fits = near.dim() < 5 and near.shape[0] == n and far.shape == (-(-n // lanes), h, w, channels, lanes)
+    if not (fits and n > 0 and _is_plain(x) and _is_plain(y)):
+        raise ValueError(f"layout_step: expected {n} images in two layouts, got {tuple(x.shape)} and {tuple(y.shape)}")
+    members = [x.data_ptr(), y.data_ptr(), *[0] * 5, n, h, w, channels, *[0] * 14, lanes]
+    return Step((_TO_IMAGES if to_images else _FROM_IMAGES, *members), (x, y))
+
+
+def _image_sizes(x: Tensor) -> tuple[int, int, int, int]:
+    """``(n, channels, h, w)``; rows are images of one pixel, and n counts groups where images lie innermost."""
+    if x.dim() == 5:
+        return x.shape[0], x.shape[3], x.shape[1], x.shape[2]
+    if x.dim() == 4:
+        return x.shape[0], x.shape[1], x.shape[2], x.shape[3]
+    return x.numel() // max(x.shape[-1], 1), x.shape[-1], 1, 1
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Float32 on the CPU, images channels_last, everything else contiguous."""
+    layout = torch.channels_last if x.dim() == 4 else torch.contiguous_format
+    return x.dtype is torch.float32 and x.device.type == "cpu" and x.is_contiguous(memory_format=layout)
 
 
 _UNIT = (1, 1)

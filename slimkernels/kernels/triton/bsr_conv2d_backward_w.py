@@ -105,13 +105,14 @@ def bsr_conv2d_bwd_w_kernel(
     if row >= block_rows:
         return
 
-    first = tl.load(crow_ptr + row)
-    count = (tl.load(crow_ptr + row + 1) - first) * BSR_IN
-    flat = (tile - before) * BLOCK_M + tl.arange(0, BLOCK_M)
-    stored_m = flat < count
-    column = tl.load(col_ptr + first + flat // BSR_IN, mask=stored_m, other=0)
+    # Stored columns, counted over all rows: the row's first would be one more number to keep through the loop.
+    start_m = tl.load(crow_ptr + row).to(index_type) * BSR_IN + (tile - before) * BLOCK_M
+    end_m = tl.load(crow_ptr + row + 1).to(index_type) * BSR_IN
+    flat = start_m + tl.arange(0, BLOCK_M)
+    stored_m = flat < end_m
+    column = tl.load(col_ptr + flat // BSR_IN, mask=stored_m, other=0)
     tap = column // GROUPS
-    channel = (column - tap * GROUPS) * BSR_IN + flat % BSR_IN
+    channel = (column - tap * GROUPS) * BSR_IN + (flat % BSR_IN).to(tl.int32)
     tap_h = tap // S * dil_h
     tap_w = (tap - tap // S * S) * dil_w
     if RAGGED_IN:
@@ -158,9 +159,9 @@ def bsr_conv2d_bwd_w_kernel(
         pixel += BLOCK_K
         acc = tl.dot(x_tile, dy_tile, acc, input_precision=PRECISION)
 
-    offs_v = (first + flat // BSR_IN).to(tl.int64) * (BSR_OUT * BSR_IN) + flat % BSR_IN
+    offs_v = (flat // BSR_IN).to(tl.int64) * (BSR_OUT * BSR_IN) + flat % BSR_IN
     out_tile = out_ptr + split.to(tl.int64) * out_stride + offs_v[:, None] + (offs_n * BSR_IN)[None, :]
-    mask = (flat < count)[:, None] & (offs_n < BSR_OUT)[None, :]
+    mask = (flat < end_m)[:, None] & (offs_n < BSR_OUT)[None, :]
     tl.store(out_tile, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -253,7 +254,8 @@ def launch(
     # Zeroed, because spare blocks belong to no program.
     sums = torch.zeros((splits, *values.shape), dtype=torch.float32 if splits > 1 else compute, device=x.device)
     column_tiles = cdiv(capacity * block_in, block_m) + block_rows
-    largest = max(grad.numel(), x.numel()) + (block_k + block_m) * max(c_out, c_in) + (h * w + r * s * w) * c_in
+    elements = max(grad.numel(), x.numel(), values.numel())
+    largest = elements + (block_k + block_m) * max(c_out, c_in) + (h * w + r * s * w) * c_in
     with device_guard(x):
         bsr_conv2d_bwd_w_kernel[(column_tiles * cdiv(block_out, block_n) * splits,)](
             grad,

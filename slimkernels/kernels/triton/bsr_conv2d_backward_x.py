@@ -177,7 +177,7 @@ def bsr_conv2d_bwd_x_kernel(
     mask_n = (offs_n < BSR_IN) & (channel_in < c_in)
     in_h = first_h + m_h * STRIDE_H
     in_w = first_w + m_w * STRIDE_W
-    offs_dx = ((image.to(tl.int64) * h + in_h) * w + in_w) * c_in
+    offs_dx = ((image * h + in_h) * w + in_w) * c_in
     mask_m = start_m + tl.arange(0, BLOCK_M) < m_total
     dx_tile = dx_ptr + offs_dx[:, None] + channel_in[None, :]
     tl.store(dx_tile, acc.to(dx_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])

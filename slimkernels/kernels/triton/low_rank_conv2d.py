@@ -36,6 +36,7 @@ from slimkernels.kernels.triton.runtime import (
     device_limits,
     interpreted_dtype,
     next_power_of_2,
+    power_of_2_divisor,
 )
 
 EPILOGUES = ("none", "relu")
@@ -68,6 +69,7 @@ def low_rank_conv2d_fwd_kernel(
     DIL_W: tl.constexpr,
     FUSED: tl.constexpr,
     EVEN_K: tl.constexpr,
+    ALIGN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     RELU: tl.constexpr,
     INDEX_64: tl.constexpr,
@@ -78,6 +80,8 @@ def low_rank_conv2d_fwd_kernel(
     BLOCK_K: tl.constexpr,
 ):
     # FUSED: RANK is a power of two, at least inner. Otherwise v's rows are dealt to the splits, RANK a program.
+    # Triton knows of an argument only whether 16 divides it; of this product, that ALIGN does: loads stay wide.
+    c_in = c_in // ALIGN * ALIGN
     split = tl.program_id(0) % splits
     tile_m = tl.program_id(0) // splits
     index_type: tl.constexpr = tl.int64 if INDEX_64 else tl.int32
@@ -141,6 +145,7 @@ def default_config(
     c_out: int | None,
     dtype: torch.dtype,
     *,
+    c_in: int = 16,
     tensor_cores: bool = True,
     shared_memory: int = SHARED_MEMORY_SM80,
     processors: int = 108,
@@ -148,8 +153,8 @@ def default_config(
     """Tile constants of one launch, by arithmetic (nothing here is measured on a GPU).
 
     Args: m_total output pixels; inner output channels of the RxS factor; c_out those of the 1x1 factor behind it, None
-    without one; tensor_cores False for IEEE float32; shared_memory bytes one block may use; processors the number of
-    SMs to keep busy.
+    without one; c_in input channels; tensor_cores False for IEEE float32; shared_memory bytes one block may use;
+    processors the number of SMs to keep busy.
     Returns: BLOCK_M, BLOCK_N, BLOCK_K, RANK, SPLITS, num_warps, num_stages.
     """
     wide = max(next_power_of_2(inner), 16)
@@ -159,7 +164,8 @@ def default_config(
         # The accumulators of h and of the output tile take 64 + 16 registers a thread at 64 x 256 x 64, 8 warps.
         block_m = 128 if wide <= 128 else 64
         block_n = 64 if dtype.itemsize == 2 else 32
-        block_k, warps = 64 if dtype.itemsize == 2 else 32, 8
+        # Pieces of fewer than 8 bytes, an address each: a stage of 64 would spill.
+        block_k, warps = 64 if dtype.itemsize == 2 and c_in % 4 == 0 else 32, 8
     else:
         block_m, block_n, block_k, warps = 32, 32 if wide <= 128 else 16, 16, 8
     block_m = min(block_m, max(16, next_power_of_2(m_total)))
@@ -206,7 +212,9 @@ def _convolve(
     if config is None or (u is not None and inner > config["RANK"]):
         tensor_cores = x.dtype != torch.float32 or precision == "tf32"
         outer = None if u is None else c_out
-        config = default_config(m_total, inner, outer, x.dtype, tensor_cores=tensor_cores, **device_limits(x))
+        config = default_config(
+            m_total, inner, outer, x.dtype, c_in=c_in, tensor_cores=tensor_cores, **device_limits(x)
+        )
     splits = cdiv(inner, config["RANK"]) if u is None else config["SPLITS"]
     index_64 = max(x.numel(), v.numel(), m_total * c_out) > INT32_MAX or bool(config.get("INDEX_64", False))
     with device_guard(x):
@@ -214,9 +222,9 @@ def _convolve(
             x, v, v if u is None else u, v if bias is None else bias, y, m_total, h_in, w_in, c_in, inner, c_out, p, q,
             splits, R=r, S=s, STRIDE_H=stride[0], STRIDE_W=stride[1], PAD_H=padding[0], PAD_W=padding[1],
             DIL_H=dilation[0], DIL_W=dilation[1], FUSED=u is not None, EVEN_K=c_in % config["BLOCK_K"] == 0,
-            HAS_BIAS=bias is not None, RELU=relu, INDEX_64=index_64, PRECISION=precision, RANK=config["RANK"],
-            BLOCK_M=config["BLOCK_M"], BLOCK_N=config["BLOCK_N"], BLOCK_K=config["BLOCK_K"],
-            num_warps=config["num_warps"], num_stages=config["num_stages"],
+            ALIGN=power_of_2_divisor(c_in, 16), HAS_BIAS=bias is not None, RELU=relu, INDEX_64=index_64,
+            PRECISION=precision, RANK=config["RANK"], BLOCK_M=config["BLOCK_M"], BLOCK_N=config["BLOCK_N"],
+            BLOCK_K=config["BLOCK_K"], num_warps=config["num_warps"], num_stages=config["num_stages"],
         )  # fmt: skip
     return y
 

@@ -30,6 +30,7 @@ from slimkernels.kernels.triton.runtime import (
     device_limits,
     interpreted_dtype,
     next_power_of_2,
+    power_of_2_divisor,
 )
 
 EPILOGUES = ("none", "relu")
@@ -82,6 +83,7 @@ def low_rank_linear_fwd_kernel(
     splits,
     ONE_TILE: tl.constexpr,
     EVEN_K: tl.constexpr,
+    ALIGN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     RELU: tl.constexpr,
     STORE_INNER: tl.constexpr,
@@ -93,6 +95,8 @@ def low_rank_linear_fwd_kernel(
     BLOCK_K: tl.constexpr,
 ):
     # RANK is a power of two, at least rank when ONE_TILE; the rows past rank are read as zeros.
+    # Triton knows of an argument only whether 16 divides it; of this product, that ALIGN does: loads stay wide.
+    in_features = in_features // ALIGN * ALIGN
     split = tl.program_id(0) % splits
     tile_m = tl.program_id(0) // splits
     index_type: tl.constexpr = tl.int64 if INDEX_64 else tl.int32
@@ -142,14 +146,15 @@ def default_config(
     rank: int,
     dtype: torch.dtype,
     *,
+    in_features: int = 16,
     tensor_cores: bool = True,
     shared_memory: int = SHARED_MEMORY_SM80,
     processors: int = 108,
 ) -> dict[str, int]:
     """Tile constants for one low-rank linear layer, by arithmetic (nothing here is measured on a GPU).
 
-    Args: m_total rows of x; tensor_cores False for IEEE float32; shared_memory bytes one block may use; processors
-    the number of SMs to keep busy.
+    Args: m_total rows of x; in_features their length; tensor_cores False for IEEE float32; shared_memory bytes one
+    block may use; processors the number of SMs to keep busy.
     Returns: BLOCK_M, BLOCK_N, BLOCK_K, RANK, SPLITS, num_warps, num_stages.
     """
     wide = max(next_power_of_2(rank), 16)
@@ -160,7 +165,8 @@ def default_config(
         # h (BLOCK_M x wide) and the output tile take 64 + 16 registers a thread at 64 x 256 x 64, 8 warps.
         block_m = 128 if wide <= 64 else 64
         block_n = 128 if wide <= 64 and dtype.itemsize == 2 else 64 if dtype.itemsize == 2 else 32
-        block_k, warps = 64 if dtype.itemsize == 2 else 32, 8
+        # Pieces of fewer than 8 bytes, an address each: a stage of 64 would spill.
+        block_k, warps = 64 if dtype.itemsize == 2 and in_features % 4 == 0 else 32, 8
     else:
         block_m, block_n, block_k, warps = 32, 32 if wide <= 128 else 16, 16, 8
     block_m = min(block_m, max(16, next_power_of_2(m_total)))
@@ -191,8 +197,9 @@ def device_configs(problem: LowRankLinearProblem) -> list[dict[str, int]]:
     limits = device_limits(torch.empty(0, device="cuda")) if torch.cuda.is_available() else {}
     tensor_cores = problem.dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision == "tf32"
     default = default_config(
-        problem.m, problem.out_features, problem.rank, problem.dtype, tensor_cores=tensor_cores, **limits
-    )
+        problem.m, problem.out_features, problem.rank, problem.dtype, in_features=problem.in_features,
+        tensor_cores=tensor_cores, **limits,
+    )  # fmt: skip
     splits = {default["SPLITS"]: 0, max(1, default["SPLITS"] // 2): 0, 1: 0}
     return [{**default, "SPLITS": count} for count in splits]
 
@@ -276,7 +283,10 @@ def _run(
         precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
         if config is None:
             tensor_cores = x.dtype != torch.float32 or precision == "tf32"
-            config = default_config(m_total, out_features, rank, x.dtype, tensor_cores=tensor_cores, **device_limits(x))
+            config = default_config(
+                m_total, out_features, rank, x.dtype, in_features=in_features, tensor_cores=tensor_cores,
+                **device_limits(x),
+            )  # fmt: skip
         block_m, block_k, splits = config["BLOCK_M"], config["BLOCK_K"], config["SPLITS"]
         index_64 = max(x.numel(), U.numel(), V.numel()) > INT32_MAX or bool(config.get("INDEX_64", False))
         factors = [t.to(compute).contiguous() for t in (U, V)]
@@ -294,6 +304,7 @@ def _run(
                 splits,
                 ONE_TILE=rank <= config["RANK"],
                 EVEN_K=in_features % block_k == 0,
+                ALIGN=power_of_2_divisor(in_features, 16),
                 HAS_BIAS=bias is not None,
                 RELU=epilogue == "relu",
                 STORE_INNER=store_inner,

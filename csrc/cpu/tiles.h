@@ -1,0 +1,153 @@
+// Microkernels: one tile of outputs stays in registers while the entries of a strip stream by. Included into an anonymous namespace.
+//
+// A strip's entry is an input channel at a tap with `STRIDE` weights, one for each output channel of the strip. Each pixel of a tile has
+// its own pointer, so a tile may take any pixels that see the same taps: no multiply-add is spent on padding.
+//
+// - Tile (channels last): a vector holds output channels. MR pixels x NV vectors: an entry costs NV weight loads, MR broadcasts of x
+//   and MR * NV multiply-adds, MR + NV loads for MR multiply-adds where the strip is one vector wide.
+// - ImagesTile (images innermost): a vector holds one channel of V::N images. MR pixels x NO channels: an entry costs MR loads of x, NO
+//   broadcasts of weights and MR * NO multiply-adds, 11 loads for 24 of them at 3 x 8, so the multiply-adds are the limit.
+
+// One contiguous run of entries.
+struct Segment {
+  int32_t begin, end;
+};
+
+// Where a tile's accumulators start.
+enum { INIT_BIAS = 0, INIT_Y = 1 };
+
+// Accumulators live in registers only when every loop over them disappears before the compiler splits the array.
+#define SLIM_UNROLL _Pragma("GCC unroll 16")
+
+// x: MR pixel pointers at tap (0, 0). y_pixels: MR output pointers, of channel 0. channel: first output channel of the tile. w: weights of
+// entry 0. offsets: x elements of each entry from the pixel pointer. present: output channels of the tile that exist, from 1 on.
+typedef void (*TileFunction)(const float* const* x, float* const* y_pixels, int64_t channel, const float* w, const int32_t* offsets,
+                             const Segment* segments, int count, const float* bias, int init, int relu, int present);
+
+template <class V, int NV, int MR, int STRIDE>
+struct Tile {
+  static constexpr int WIDTH = V::N * NV;
+  // Independent accumulator sets, so that MR * NV * SETS multiply-adds cover the latency (4 cycles, 2 units) on small tiles.
+  static constexpr int SETS = MR * NV >= 6 ? 1 : (MR * NV >= 3 ? 2 : 4);
+
+  static void run(const float* const* x, float* const* y_pixels, int64_t channel, const float* w, const int32_t* offsets,
+                  const Segment* segments, int count, const float* bias, int init, int relu, int present) {
+    typename V::type acc[SETS][MR][NV];
+    const float* px[MR];
+    SLIM_UNROLL for (int m = 0; m < MR; ++m) px[m] = x[m];
+
+    const bool full = present == WIDTH;
+    SLIM_UNROLL for (int v = 0; v < NV; ++v) {
+      const int lanes = present - v * V::N;
+      if (init == INIT_Y) {
+        SLIM_UNROLL for (int m = 0; m < MR; ++m) {
+          const float* source = y_pixels[m] + channel + v * V::N;
+          acc[0][m][v] = full ? V::load(source) : V::load_part(source, lanes);
+        }
+      } else {
+        const typename V::type start =
+            bias == nullptr ? V::zero() : (full ? V::load(bias + v * V::N) : V::load_part(bias + v * V::N, lanes));
+        SLIM_UNROLL for (int m = 0; m < MR; ++m) acc[0][m][v] = start;
+      }
+    }
+    SLIM_UNROLL for (int u = 1; u < SETS; ++u)
+      SLIM_UNROLL for (int m = 0; m < MR; ++m)
+        SLIM_UNROLL for (int v = 0; v < NV; ++v) acc[u][m][v] = V::zero();
+
+    for (int i = 0; i < count; ++i) {
+      const float* weight = w + (int64_t)segments[i].begin * STRIDE;
+      const int32_t* o = offsets + segments[i].begin;
+      const int32_t* const end = offsets + segments[i].end;
+      for (; end - o >= SETS; o += SETS, weight += SETS * STRIDE) {
+        SLIM_UNROLL for (int u = 0; u < SETS; ++u) step(acc[u], px, weight + u * STRIDE, o[u]);
+      }
+      if (SETS > 1)
+        for (; o != end; ++o, weight += STRIDE) step(acc[0], px, weight, o[0]);
+    }
+
+    SLIM_UNROLL for (int u = 1; u < SETS; ++u)
+      SLIM_UNROLL for (int m = 0; m < MR; ++m)
+        SLIM_UNROLL for (int v = 0; v < NV; ++v) acc[0][m][v] = V::add(acc[0][m][v], acc[u][m][v]);
+    if (relu)
+      SLIM_UNROLL for (int m = 0; m < MR; ++m)
+        SLIM_UNROLL for (int v = 0; v < NV; ++v) acc[0][m][v] = V::relu(acc[0][m][v]);
+    SLIM_UNROLL for (int m = 0; m < MR; ++m) {
+      float* target = y_pixels[m] + channel;
+      SLIM_UNROLL for (int v = 0; v < NV; ++v) {
+        if (full)
+          V::store(target + v * V::N, acc[0][m][v]);
+        else
+          V::store_part(target + v * V::N, acc[0][m][v], present - v * V::N);
+      }
+    }
+  }
+
+  static inline __attribute__((always_inline)) void step(typename V::type (&acc)[MR][NV], const float* const (&px)[MR],
+                                                         const float* weight, int64_t offset) {
+    typename V::type wv[NV];
+    SLIM_UNROLL for (int v = 0; v < NV; ++v) wv[v] = V::load(weight + v * V::N);
+    SLIM_UNROLL for (int m = 0; m < MR; ++m) {
+      const typename V::type xv = V::broadcast(px[m] + offset);
+      SLIM_UNROLL for (int v = 0; v < NV; ++v) acc[m][v] = V::fma(xv, wv[v], acc[m][v]);
+    }
+  }
+};
+
+template <class V, int NO, int MR, int STRIDE>
+struct ImagesTile {
+  static void run(const float* const* x, float* const* y_pixels, int64_t channel, const float* w, const int32_t* offsets,
+                  const Segment* segments, int count, const float* bias, int /*init*/, int relu, int present) {
+    typename V::type acc[MR][NO];
+    const float* px[MR];
+    SLIM_UNROLL for (int m = 0; m < MR; ++m) px[m] = x[m];
+    SLIM_UNROLL for (int o = 0; o < NO; ++o) {
+      const typename V::type start = bias != nullptr && o < present ? V::broadcast(bias + o) : V::zero();
+      SLIM_UNROLL for (int m = 0; m < MR; ++m) acc[m][o] = start;
+    }
+    for (int i = 0; i < count; ++i) {
+      const float* weight = w + (int64_t)segments[i].begin * STRIDE;
+      const int32_t* const end = offsets + segments[i].end;
+      for (const int32_t* at = offsets + segments[i].begin; at != end; ++at, weight += STRIDE) {
+        const int64_t offset = *at;
+        typename V::type xv[MR];
+        SLIM_UNROLL for (int m = 0; m < MR; ++m) xv[m] = V::load(px[m] + offset);
+        SLIM_UNROLL for (int o = 0; o < NO; ++o) {
+          const typename V::type wv = V::broadcast(weight + o);
+          SLIM_UNROLL for (int m = 0; m < MR; ++m) acc[m][o] = V::fma(xv[m], wv, acc[m][o]);
+        }
+      }
+    }
+    SLIM_UNROLL for (int o = 0; o < NO; ++o) {
+      if (o < present) {
+        SLIM_UNROLL for (int m = 0; m < MR; ++m)
+          V::store(y_pixels[m] + (channel + o) * V::N, relu ? V::relu(acc[m][o]) : acc[m][o]);
+      }
+    }
+  }
+};
+
+constexpr int MAX_MR = 16;
+
+// The tiles for strips of one width: run[m] takes m pixels, up to `mr`, and width[m] output channels.
+struct TileSet {
+  TileFunction run[MAX_MR + 1];
+  int width[MAX_MR + 1];
+  int mr;
+};
+
+template <class V, int NV, int MR, int STRIDE>
+void add_tiles(TileSet& set) {
+  static_assert(MR <= MAX_MR && STRIDE % (V::N * NV) == 0, "");
+  if constexpr (MR > 1) add_tiles<V, NV, MR - 1, STRIDE>(set);
+  set.run[MR] = Tile<V, NV, MR, STRIDE>::run;
+  set.width[MR] = V::N * NV;
+  set.mr = MR;
+}
+
+template <class V, int NO, int MR, int STRIDE>
+void add_images_tile(TileSet& set) {
+  static_assert(MR <= MAX_MR && STRIDE % NO == 0, "");
+  set.run[MR] = ImagesTile<V, NO, MR, STRIDE>::run;
+  set.width[MR] = NO;
+  set.mr = MR;
+}
