@@ -65,7 +65,7 @@ def check_resources(row: dict[str, Any]) -> None:
     """Fits the device, keeps everything in registers, and runs on the unit it was written for."""
     target, name, warps = row["target"], row["target"]["name"], row["config"]["num_warps"]
     blackwell_tf32 = (target["arch"], target["kind"], target["precision"]) == (100, "dgrad", "tf32")
-    # Triton 3.9 spills 8 bytes (rank 256) and 24 bytes (rank 64) of that one kernel, to 64 and 128 registers.
+    # Of that one kernel Triton 3.9 spills 8 bytes (rank 256) and 24 (rank 64), Triton 3.8 8 and 16, before the loops.
     assert row["stack"] <= (24 if blackwell_tf32 else 0) and row["local"] == 0, f"{name}: spills {row['stack']} bytes"
     assert row["shared"] <= SHARED_LIMIT[target["arch"]], f"{name}: {row['shared']} bytes of shared memory"
     assert row["registers"] * 32 * warps <= REGISTER_FILE, f"{name}: {row['registers']} registers, {warps} warps"

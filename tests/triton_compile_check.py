@@ -244,6 +244,7 @@ def compile_kernel(
 
     aligned: the arguments that a launch would find divisible by 16.
     """
+    assert constants.keys() >= {kernel.arg_names[i] for i in kernel.constexprs}, kernel
     signature: dict[str, str] = {}
     hints: dict[tuple[int, ...], Any] = {}
     for i, name in enumerate(kernel.arg_names):
@@ -269,6 +270,7 @@ def _low_rank(target: Target) -> tuple[Any, dict[str, int]]:
     constants = {
         "ONE_TILE": target.shape[0] <= config["RANK"],
         "EVEN_K": True,
+        "ALIGN": 16,
         "HAS_BIAS": True,
         "RELU": target.epilogue == "relu",
         "STORE_INNER": False,

@@ -61,6 +61,7 @@ def everything() -> list[Target]:
             targets += [Target(arch, "fp32", kind, rank) for rank in (16, 64, 256)]
             targets += [Target(arch, "fp32", kind, rank, precision="tf32") for rank in (64, 256)]
             targets += [Target(arch, "bf16", kind, 64, index_64=True), Target(arch, "bf16", kind, 48, c_in=200)]
+            targets += [Target(arch, "bf16", kind, rank, c_in=c) for rank in (16, 256) for c in (201, 202)]
     return targets
 
 
@@ -72,9 +73,12 @@ def compile_target(target: Target) -> tuple[Any, dict[str, int]]:
     }  # fmt: skip
     dtype: torch.dtype = DTYPES[target.dtype]
     common = {"HAS_BIAS": target.kind != "dgrad", "RELU": target.kind != "dgrad", "INDEX_64": target.index_64}
+    common["ALIGN"] = power_of_2_divisor(target.c_in, 16)
     if target.kind == "dgrad":
         kernel = triton_low_rank_linear.low_rank_linear_fwd_kernel
-        config = triton_low_rank_linear.default_config(target.m_total, 1024, target.rank, dtype, **limits)
+        config = triton_low_rank_linear.default_config(
+            target.m_total, 1024, target.rank, dtype, in_features=target.c_in, **limits
+        )
         constants = {**common, "ONE_TILE": True, "STORE_INNER": True}
     else:
         kernel = triton_low_rank_conv2d.low_rank_conv2d_fwd_kernel
@@ -84,7 +88,7 @@ def compile_target(target: Target) -> tuple[Any, dict[str, int]]:
         )
         taps = {"R": 3, "S": 3, "PAD_H": 1, "PAD_W": 1}
         taps |= dict.fromkeys(("STRIDE_H", "STRIDE_W", "DIL_H", "DIL_W"), 1)
-        constants = {**common, **taps, "FUSED": target.kind == "fused", "ALIGN": power_of_2_divisor(target.c_in, 16)}
+        constants = {**common, **taps, "FUSED": target.kind == "fused"}
     constants |= {name: config[name] for name in ("RANK", "BLOCK_M", "BLOCK_N", "BLOCK_K")}
     constants |= {"PRECISION": target.precision, "EVEN_K": target.c_in % config["BLOCK_K"] == 0}
     pointers = {name: f"*{target.dtype}" for name in kernel.arg_names if name.endswith("_ptr")}

@@ -81,7 +81,8 @@ def low_rank_conv2d_fwd_kernel(
 ):
     # FUSED: RANK is a power of two, at least inner. Otherwise v's rows are dealt to the splits, RANK a program.
     # Triton knows of an argument only whether 16 divides it; of this product, that ALIGN does: loads stay wide.
-    c_in = c_in // ALIGN * ALIGN
+    if ALIGN < 16:
+        c_in = c_in // ALIGN * ALIGN
     split = tl.program_id(0) % splits
     tile_m = tl.program_id(0) // splits
     index_type: tl.constexpr = tl.int64 if INDEX_64 else tl.int32

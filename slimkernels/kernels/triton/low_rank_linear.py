@@ -96,7 +96,8 @@ def low_rank_linear_fwd_kernel(
 ):
     # RANK is a power of two, at least rank when ONE_TILE; the rows past rank are read as zeros.
     # Triton knows of an argument only whether 16 divides it; of this product, that ALIGN does: loads stay wide.
-    in_features = in_features // ALIGN * ALIGN
+    if ALIGN < 16:
+        in_features = in_features // ALIGN * ALIGN
     split = tl.program_id(0) % splits
     tile_m = tl.program_id(0) // splits
     index_type: tl.constexpr = tl.int64 if INDEX_64 else tl.int32
