@@ -91,7 +91,7 @@ PyObject* conv2d_f32(PyObject*, PyObject* const* args, Py_ssize_t count) {
   }
   const Isa* isa = supported_isa(name);
   if (isa == nullptr) return PyLong_FromLong(SLIM_ERROR_UNSUPPORTED);
-  const SlimStepF32 step = {SLIM_STEP_CONV2D, conv2d_of(v)};
+  const SlimStepF32 step = {SLIM_STEP_CONV2D, -1, conv2d_of(v)};
   int status;
   {
     py::gil_scoped_release release;
@@ -109,8 +109,8 @@ void entry_offsets(const std::array<int64_t, kMembers>& members, uintptr_t offse
 // A list of steps that is run again and again on the same memory; the caller keeps that alive.
 class Steps {
  public:
-  Steps(const std::string& isa, const std::vector<std::array<int64_t, 1 + kMembers>>& steps) : isa_(supported_isa(isa.c_str())) {
-    for (const auto& v : steps) steps_.push_back({static_cast<int32_t>(v[0]), conv2d_of(v.data() + 1)});
+  Steps(const std::string& isa, const std::vector<std::array<int64_t, 2 + kMembers>>& steps) : isa_(supported_isa(isa.c_str())) {
+    for (const auto& v : steps) steps_.push_back({static_cast<int32_t>(v[0]), static_cast<int32_t>(v[1]), conv2d_of(v.data() + 2)});
   }
   int run(int32_t threads) const {
     if (isa_ == nullptr) return SLIM_ERROR_UNSUPPORTED;
@@ -189,7 +189,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("multiply_adds_f32", &multiply_adds_f32, "(isa, iterations, threads) -> FLOPs done; 0 where the isa does not run.");
   m.def("entry_offsets", &entry_offsets, "(members of SlimConv2dF32 in order, address of the offsets)");
   py::class_<Steps>(m, "Steps", "Recorded steps of kernels.h; the caller keeps their memory alive.")
-      .def(py::init<const std::string&, const std::vector<std::array<int64_t, 1 + kMembers>>&>(), "isa"_a, "steps"_a)
+      .def(py::init<const std::string&, const std::vector<std::array<int64_t, 2 + kMembers>>&>(), "isa"_a, "steps"_a)
       .def("run", &Steps::run, "threads"_a, "Runs the steps in order; the status.");
   m.def("build_info", &build_info, "What this module was compiled with.");
   if (PyModule_AddFunctions(m.ptr(), kFastFunctions) != 0) throw py::error_already_set();

@@ -55,10 +55,12 @@ typedef struct SlimConv2dF32 {
 enum { SLIM_STEP_CONV2D = 0, SLIM_STEP_TO_IMAGES = 1, SLIM_STEP_FROM_IMAGES = 2 };
 typedef struct SlimStepF32 {
   int32_t kind;
+  int32_t slot;  // -1: all threads share the step; from 0 on: one thread runs it
   SlimConv2dF32 conv;
 } SlimStepF32;
 
-// Runs the steps one after the other with one team of threads (>= 1; with 1 no parallel region is entered).
+// Runs the steps with one team of threads (>= 1; with 1 no parallel region is entered), one after the other; only that steps with a slot
+// that follow each other in the list wait for those of their own slot alone, and must touch nothing that another slot writes.
 SLIM_HIDDEN int slim_run_steps_f32_scalar(const SlimStepF32* steps, int64_t count, int32_t threads);
 SLIM_HIDDEN int slim_run_steps_f32_avx2(const SlimStepF32* steps, int64_t count, int32_t threads);
 SLIM_HIDDEN int slim_run_steps_f32_avx512(const SlimStepF32* steps, int64_t count, int32_t threads);
@@ -73,7 +75,7 @@ SLIM_HIDDEN double slim_multiply_adds_f32_avx512(int64_t iterations, int32_t thr
 
 // _C.conv2d_f32(isa, x, y, bias, weights, channels, tap_ptr, offsets, n, h, w, c_in, c_out, p, q, r, s, stride_h, stride_w, pad_h, pad_w,
 //               dil_h, dil_w, strip, relu, pool, lanes, threads): the members above in order; pointers as integers, 0 for NULL.
-// _C.Steps(isa, [(kind, members in order), ...]).run(threads); _C.entry_offsets(members in order, offsets).
+// _C.Steps(isa, [(kind, slot, members in order), ...]).run(threads); _C.entry_offsets(members in order, offsets).
 
 // ---------------------------------------------------------------- CUDA
 

@@ -4,6 +4,14 @@
 // includes this file (also into an anonymous namespace, so that no symbol compiled for one instruction set can be linked into
 // another's code).
 
+#ifdef _OPENMP
+extern "C" int omp_get_thread_num(void);
+extern "C" int omp_get_num_threads(void);
+#else
+inline int omp_get_thread_num() { return 0; }
+inline int omp_get_num_threads() { return 1; }
+#endif
+
 #include "tiles.h"
 #include "plan.h"
 #include "units.h"
@@ -18,7 +26,7 @@ struct Family {
 inline bool family_for(int strip, int lanes, Family& family);
 
 struct PlannedStep {
-  int kind;
+  int kind, slot;
   void (*run_unit)(const Plan&, int64_t, float*);
   Plan conv;
   LayoutPlan layout;
@@ -33,6 +41,7 @@ struct PlannedStep {
 
 inline int plan_step(PlannedStep& planned, const SlimStepF32& step) {
   planned.kind = step.kind;
+  planned.slot = step.slot;
   planned.conv.own_offsets = nullptr;
   planned.conv.scratch_floats = 0;
   if (step.kind != SLIM_STEP_CONV2D) {
@@ -47,7 +56,77 @@ inline int plan_step(PlannedStep& planned, const SlimStepF32& step) {
   return make_plan(planned.conv, step.conv) ? SLIM_OK : SLIM_ERROR_NO_MEMORY;
 }
 
-// One parallel region for all steps: threads meet at a barrier behind each, which costs a fraction of a new region.
+// The next unit of a share, on a cache line of its own.
+struct Share {
+  int64_t next;
+  char line[64 - sizeof(int64_t)];
+};
+
+inline int64_t take(Share& share) {
+  int64_t unit;
+#pragma omp atomic capture
+  unit = share.next++;
+  return unit;
+}
+
+// A step's units in equal shares, one a thread, in order: neighbouring units read the same input, and the next layer's same share
+// reads this one's output, so most data stays in its core's cache. A thread that is done takes from the others.
+inline void run_together(const PlannedStep& step, Share* shares, int thread, int team, float* scratch) {
+  const int64_t units = step.units();
+  for (int i = 0; i < team; ++i) {
+    const int owner = (thread + i) % team;
+    const int64_t first = units * owner / team, end = units * (owner + 1) / team;
+    for (int64_t unit; first + (unit = take(shares[owner])) < end;) step.run(first + unit, scratch);
+  }
+}
+
+inline void run_alone(const PlannedStep& step, float* scratch) {
+  const int64_t units = step.units();
+  for (int64_t unit = 0; unit < units; ++unit) step.run(unit, scratch);
+}
+
+inline void run_team(const PlannedStep* steps, int64_t count, Share* shares, int thread, int team, float* scratch) {
+  for (int64_t i = 0; i < count;) {
+    if (steps[i].slot < 0) {
+      run_together(steps[i], shares + i * team, thread, team, scratch);
+      ++i;
+    } else {
+      for (; i < count && steps[i].slot >= 0; ++i)
+        if (steps[i].slot % team == thread) run_alone(steps[i], scratch);
+    }
+    if (i < count) {
+#pragma omp barrier
+    }
+  }
+}
+
+// One parallel region for all steps: a barrier costs a fraction of a new region.
+inline int run_planned(const PlannedStep* steps, int64_t count, int team, size_t scratch_bytes) {
+  int failed = 0;
+  if (team <= 1) {
+    float* const scratch = scratch_bytes > 0 ? (float*)malloc(scratch_bytes) : nullptr;
+    failed = scratch_bytes > 0 && scratch == nullptr;
+    for (int64_t i = 0; !failed && i < count; ++i) run_alone(steps[i], scratch);
+    free(scratch);
+    return failed ? SLIM_ERROR_NO_MEMORY : SLIM_OK;
+  }
+  // Scratch and shares are there before the region starts: within it every thread must reach every barrier.
+  Share* const shares = (Share*)calloc((size_t)(count * team), sizeof(Share));
+  float* const scratch = scratch_bytes > 0 ? (float*)malloc(scratch_bytes * (size_t)team) : nullptr;
+  failed = shares == nullptr || (scratch_bytes > 0 && scratch == nullptr);
+  if (!failed) {
+#pragma omp parallel num_threads(team)
+    {
+      const int thread = omp_get_thread_num(), present = omp_get_num_threads();
+      // A team may come out smaller than asked for; shares are then cut for the smaller one.
+      run_team(steps, count, shares, thread, present, scratch + scratch_bytes / sizeof(float) * (size_t)thread);
+    }
+  }
+  free(scratch);
+  free(shares);
+  return failed ? SLIM_ERROR_NO_MEMORY : SLIM_OK;
+}
+
 inline int run_steps(const SlimStepF32* steps, int64_t count, int32_t threads) {
   PlannedStep* const planned = (PlannedStep*)malloc(sizeof(PlannedStep) * (size_t)max64(count, 1));
   if (planned == nullptr) return SLIM_ERROR_NO_MEMORY;
@@ -56,34 +135,12 @@ inline int run_steps(const SlimStepF32* steps, int64_t count, int32_t threads) {
   for (; done < count && status == SLIM_OK; ++done) {
     status = plan_step(planned[done], steps[done]);
     if (status != SLIM_OK) continue;
-    most_units = max64(most_units, planned[done].units());
+    most_units = max64(most_units, planned[done].slot >= 0 ? planned[done].slot + 1 : planned[done].units());
     scratch_floats = max64(scratch_floats, planned[done].conv.scratch_floats);
   }
-  const size_t scratch_bytes = sizeof(float) * (size_t)scratch_floats;
-  const int team = (int)min64(threads, most_units);
-  if (status == SLIM_OK && team <= 1) {
-    float* const scratch = scratch_bytes > 0 ? (float*)malloc(scratch_bytes) : nullptr;
-    if (scratch_bytes > 0 && scratch == nullptr) status = SLIM_ERROR_NO_MEMORY;
-    for (int64_t i = 0; status == SLIM_OK && i < count; ++i)
-      for (int64_t unit = 0; unit < planned[i].units(); ++unit) planned[i].run(unit, scratch);
-    free(scratch);
-  } else if (status == SLIM_OK) {
-    int failed = 0;
-#pragma omp parallel num_threads(team) reduction(| : failed)
-    {
-      float* const scratch = scratch_bytes > 0 ? (float*)malloc(scratch_bytes) : nullptr;
-      const int usable = scratch_bytes == 0 || scratch != nullptr;
-      if (!usable) failed = 1;
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t units = planned[i].units();
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t unit = 0; unit < units; ++unit)
-          if (usable) planned[i].run(unit, scratch);
-      }
-      free(scratch);
-    }
-    if (failed) status = SLIM_ERROR_NO_MEMORY;
-  }
+  // Whole cache lines, so that threads do not share one.
+  const size_t scratch_bytes = (sizeof(float) * (size_t)scratch_floats + 63) / 64 * 64;
+  if (status == SLIM_OK) status = run_planned(planned, count, (int)min64(threads, most_units), scratch_bytes);
   for (int64_t i = 0; i < done; ++i) free(planned[i].conv.own_offsets);
   free(planned);
   return status;

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from slimkernels.inference.memory import Buffer, rounded
+from slimkernels.inference.memory import Buffer, place, rounded
 from slimkernels.inference.native_layers import NativeLayer
 from slimkernels.kernels.native import LANES, Step, images_innermost, layout_step
 
@@ -25,26 +25,39 @@ _MACS_PER_COPY = 150
 
 
 class Piece(NamedTuple):
-    """Images ``start .. start + count`` of a batch and their layout: ``lanes`` innermost, or 1 for channels last."""
+    """Images ``start .. start + count`` of a batch, and how they run.
+
+    ``lanes`` images lie innermost, 1: channels last. Pieces of different slots from 0 on run at the same time, each on
+    one thread; one of slot -1 has all threads.
+    """
 
     start: int
     count: int
     lanes: int
+    slot: int
 
 
-def pieces(n: int, lanes: int, vectors: int = 1) -> list[Piece]:
-    """A batch in pieces: whole vectors of images, then the rest, padded where it nearly fills one.
+def pieces(n: int, lanes: int, threads: int) -> list[Piece]:
+    """A batch in pieces: a vector of images for every thread as long as there are enough, then the rest.
+
+    What runs on one thread needs no barriers, and no data leaves its core. The last images fill a vector nearly, or run
+    channels last.
 
     Args:
         n: images. lanes: images of a vector, 1 to keep the batch whole and channels last.
-        vectors: of images in one piece.
     """
     if lanes == 1:
-        return [Piece(0, n, 1)]
+        return [Piece(0, n, 1, -1)]
     rest = n % lanes
-    full = n if rest >= _FULL_ENOUGH * lanes else n - rest
-    cut = [Piece(i, min(vectors * lanes, full - i), lanes) for i in range(0, full, vectors * lanes)]
-    return cut if full == n else [*cut, Piece(full, n - full, 1)]
+    vectors = n // lanes + (rest >= _FULL_ENOUGH * lanes)
+    alone = vectors // threads * threads if threads > 1 else 0
+    cut = [Piece(i * lanes, min(lanes, n - i * lanes), lanes, i % threads) for i in range(alone)]
+    # Several vectors a piece give many threads enough to do in the smallest layers.
+    step = -(-threads // 2)
+    for i in range(alone, vectors, step):
+        cut.append(Piece(i * lanes, min(step * lanes, vectors * lanes - i * lanes, n - i * lanes), lanes, -1))
+    done = min(vectors * lanes, n)
+    return cut if done == n else [*cut, Piece(done, n - done, 1, -1)]
 
 
 @dataclass
@@ -77,30 +90,34 @@ class Chain:
             sizes.append(layer.output_size(*sizes[-1]))
         self._sizes = sizes
         lanes = LANES[self.layers[0].isa] if self._is_faster_innermost() else 1
-        vectors = -(-torch.get_num_threads() // 2)  # so that every thread finds work in the smallest layers
-        self.pieces = pieces(n, lanes, vectors)
+        self.pieces = pieces(n, lanes, torch.get_num_threads())
         for layer, (_, width) in zip(self.layers, sizes):
-            for _, _, used in self.pieces:
+            for used in {piece.lanes for piece in self.pieces}:
                 layer.want_offsets(width, used)
+        self._lay_out(begin, end)
+
+    def _lay_out(self, begin: float, end: float) -> None:
         # Place i is written at times[i] and read at times[i + 1].
         step = (end - begin) / (len(self.layers) + 1)
         times = [begin + step * i for i in range(len(self.layers) + 2)]
+        slots = 1 + max(piece.slot for piece in self.pieces)
         whole = len(self.pieces) == 1
         self.input_last, self.output_born = (times[1], times[-2]) if whole else (end, begin)
-        innermost = any(piece.lanes > 1 for piece in self.pieces)
         channels = [self.layers[0].conv.c_in, *(layer.conv.c_out for layer in self.layers)]
         self._places: list[_Place | None] = []
-        for i, (c, (p, q)) in enumerate(zip(channels, sizes)):
-            at_an_end = i in (0, len(self.layers))
-            if at_an_end and not innermost:
-                self._places.append(None)
-                continue
-            # At the ends a piece lies here only images innermost.
-            used = [piece for piece in self.pieces if piece.lanes > 1 or not at_an_end]
-            images = max(-(-piece.count // piece.lanes) * piece.lanes for piece in used)
-            last = end if i == len(self.layers) else times[i + 1]
-            self._places.append(_Place(c, p, q, Buffer(rounded(4 * images * c * p * q), times[i], last)))
-        self.buffers = [place.buffer for place in self._places if place is not None]
+        for i, (c, (p, q)) in enumerate(zip(channels, self._sizes)):
+            # At the ends of the chain only what lies images innermost has a place here.
+            inner = 0 < i < len(self.layers)
+            images = [-(-piece.count // piece.lanes) * piece.lanes for piece in self.pieces if inner or piece.lanes > 1]
+            buffer = Buffer(rounded(4 * max(images, default=0) * c * p * q), times[i], times[i + 1])
+            self._places.append(_Place(c, p, q, buffer) if images else None)
+        self.buffers = [p.buffer for p in self._places if p is not None]
+        self._slot_bytes = 0
+        self._arena: Buffer | None = None
+        if slots > 1:  # which are at different layers at the same time
+            self._slot_bytes = place(self.buffers)
+            self._arena = Buffer(slots * self._slot_bytes, begin, end)
+            self.buffers = [self._arena]
 
     @property
     def macs(self) -> int:
@@ -121,28 +138,29 @@ class Chain:
         found: list[Step] = []
         for piece in self.pieces:
             source, target = (t[piece.start : piece.start + piece.count] for t in (x, y))
-            inner = [place and self._tensor(place, piece, workspace) for place in self._places]
+            inner = [self._tensor(p, piece, workspace) for p in self._places[1:-1]]
             if piece.lanes > 1:
-                assert inner[0] is not None
-                found.append(layout_step(source, inner[0], piece.count))
+                inner = [self._tensor(self._places[0], piece, workspace), *inner]
+                inner.append(self._tensor(self._places[-1], piece, workspace))
+                own = [layout_step(source, inner[0], piece.count)]
             else:
-                inner[0], inner[-1] = source, target
+                inner, own = [source, *inner, target], []
             for layer, (_, width), a, b in zip(self.layers, self._sizes, inner, inner[1:]):
-                assert a is not None and b is not None
                 offsets = layer.tensors[layer.offsets[width, piece.lanes]]
-                found.append(layer.conv.step(a, b, layer.bias, piece.count, offsets))
+                own.append(layer.conv.step(a, b, layer.bias, piece.count, offsets))
             if piece.lanes > 1:
-                assert inner[-1] is not None
-                found.append(layout_step(inner[-1], target, piece.count))
+                own.append(layout_step(inner[-1], target, piece.count))
+            found += [step._replace(slot=piece.slot) for step in own]
         return found
 
-    def _tensor(self, place: _Place, piece: Piece, workspace: Tensor) -> Tensor:
-        memory = workspace[place.buffer.offset : place.buffer.offset + place.buffer.nbytes].view(torch.float32)
+    def _tensor(self, at: _Place | None, piece: Piece, workspace: Tensor) -> Tensor:
+        assert at is not None
+        start = at.buffer.offset
+        if self._arena is not None:
+            start += self._arena.offset + max(piece.slot, 0) * self._slot_bytes
+        memory = workspace[start : start + at.buffer.nbytes].view(torch.float32)
         if piece.lanes > 1:
-            shape = images_innermost(piece.count, place.h, place.w, place.channels, self.layers[0].isa)
+            shape = images_innermost(piece.count, at.h, at.w, at.channels, self.layers[0].isa)
             return memory[: torch.Size(shape).numel()].view(shape)
-        count = piece.count * place.channels * place.h * place.w
-        # At the ends of the chain the buffer may be too small for it; the caller puts input and output there.
-        if count > memory.numel():
-            return memory
-        return memory[:count].view(piece.count, place.h, place.w, place.channels).permute(0, 3, 1, 2)
+        count = piece.count * at.channels * at.h * at.w
+        return memory[:count].view(piece.count, at.h, at.w, at.channels).permute(0, 3, 1, 2)

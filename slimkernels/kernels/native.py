@@ -269,14 +269,20 @@ class PackedConv2d:
             raise ValueError(f"{self._op}: expected float32 x and y that fit this weight and {n} images, got {got}")
         bias = None if bias is None else bias.contiguous()
         members = self._members(x, y, bias, offsets, n, h, w, p, q, lanes)
-        return Step((_CONV2D, *members), (self, x, y, bias, offsets))
+        return Step(_CONV2D, members, (self, x, y, bias, offsets))
 
 
 class Step(NamedTuple):
-    """One step of csrc/kernels.h and the tensors it reads and writes."""
+    """One step of csrc/kernels.h and the tensors it reads and writes.
 
+    Steps that follow each other with slots from 0 on run at the same time where the slots differ, each on one thread;
+    steps with slot -1 share all threads.
+    """
+
+    kind: int
     members: tuple[int, ...]
     alive: tuple[Any, ...]
+    slot: int = -1
 
 
 class Steps:
@@ -290,7 +296,7 @@ class Steps:
         module = _library()[0]
         assert module is not None
         self._isa, self._alive, self.count = isa, [step.alive for step in steps], len(steps)
-        self._steps = module.Steps(isa, [step.members for step in steps])
+        self._steps = module.Steps(isa, [(step.kind, step.slot, *step.members) for step in steps])
 
     def __call__(self) -> None:
         status = self._steps.run(torch.get_num_threads())
@@ -314,8 +320,8 @@ def layout_step(x: Tensor, y: Tensor, n: int) -> Step:
     fits = near.dim() < 5 and near.shape[0] == n and far.shape == (-(-n // lanes), h, w, channels, lanes)
     if not (fits and n > 0 and _is_plain(x) and _is_plain(y)):
         raise ValueError(f"layout_step: expected {n} images in two layouts, got {tuple(x.shape)} and {tuple(y.shape)}")
-    members = [x.data_ptr(), y.data_ptr(), *[0] * 5, n, h, w, channels, *[0] * 14, lanes]
-    return Step((_TO_IMAGES if to_images else _FROM_IMAGES, *members), (x, y))
+    members = (x.data_ptr(), y.data_ptr(), *[0] * 5, n, h, w, channels, *[0] * 14, lanes)
+    return Step(_TO_IMAGES if to_images else _FROM_IMAGES, members, (x, y))
 
 
 def _image_sizes(x: Tensor) -> tuple[int, int, int, int]:
