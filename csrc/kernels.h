@@ -16,6 +16,7 @@
 extern "C" {
 #endif
 
+enum { SLIM_OFFSETS_MARGIN = 16 };
 enum { SLIM_OK = 0, SLIM_ERROR_NO_MEMORY = 1, SLIM_ERROR_UNSUPPORTED = 2, SLIM_ERROR_CUDA = 3 };
 
 // ---------------------------------------------------------------- CPU
@@ -41,7 +42,7 @@ typedef struct SlimConv2dF32 {
   const float* weights;      // (entries, strip)
   const int32_t* channels;   // (entries)
   const int32_t* tap_ptr;    // (ceil(c_out/strip) * r*s + 1)
-  const int32_t* offsets;    // (entries): elements of x between a pixel's tap (0, 0) and the entry; NULL: computed in the call
+  const int32_t* offsets;    // (entries + SLIM_OFFSETS_MARGIN, the margin is read and not used): elements of x between a pixel's tap (0, 0) and the entry; NULL: computed in the call
   int64_t n, h, w, c_in, c_out, p, q;
   int32_t r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w;
   int32_t strip;             // 8, 16, 24 or 32

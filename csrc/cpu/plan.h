@@ -80,6 +80,7 @@ inline void entry_offsets(const SlimConv2dF32& a, int32_t* offsets) {
       const int32_t end = a.tap_ptr[k * taps + tap + 1];
       for (int32_t e = a.tap_ptr[k * taps + tap]; e < end; ++e) offsets[e] = (a.channels[e] + shift) * (int32_t)a.lanes;
     }
+  for (int64_t e = a.tap_ptr[strips * taps], i = 0; i < SLIM_OFFSETS_MARGIN; ++i) offsets[e + i] = 0;
 }
 
 // Fills in a plan for `a` with the tiles that take its strips; false when memory ran out.
@@ -130,7 +131,7 @@ inline bool make_plan(Plan& plan, const SlimConv2dF32& a) {
   plan.own_offsets = nullptr;
   plan.offsets = channels_suffice ? a.channels : a.offsets;
   if (plan.offsets == nullptr) {
-    plan.own_offsets = (int32_t*)malloc(sizeof(int32_t) * (size_t)max64(entries, 1));
+    plan.own_offsets = (int32_t*)malloc(sizeof(int32_t) * (size_t)(entries + SLIM_OFFSETS_MARGIN));
     if (plan.own_offsets == nullptr) return false;
     entry_offsets(a, plan.own_offsets);
     plan.offsets = plan.own_offsets;

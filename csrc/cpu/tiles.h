@@ -93,6 +93,9 @@ struct Tile {
   }
 };
 
+// How many entries ahead ImagesTile asks for x, about 200 cycles: which channels come is not a pattern that hardware prefetchers know.
+constexpr int PREFETCH_ENTRIES = SLIM_OFFSETS_MARGIN;
+
 template <class V, int NO, int MR, int STRIDE>
 struct ImagesTile {
   static void run(const float* const* x, float* const* y_pixels, int64_t channel, const float* w, const int32_t* offsets,
@@ -108,7 +111,8 @@ struct ImagesTile {
       const float* weight = w + (int64_t)segments[i].begin * STRIDE;
       const int32_t* const end = offsets + segments[i].end;
       for (const int32_t* at = offsets + segments[i].begin; at != end; ++at, weight += STRIDE) {
-        const int64_t offset = *at;
+        const int64_t offset = *at, coming = at[PREFETCH_ENTRIES];
+        SLIM_UNROLL for (int m = 0; m < MR; ++m) __builtin_prefetch(px[m] + coming);
         typename V::type xv[MR];
         SLIM_UNROLL for (int m = 0; m < MR; ++m) xv[m] = V::load(px[m] + offset);
         SLIM_UNROLL for (int o = 0; o < NO; ++o) {

@@ -104,6 +104,14 @@ inline int list_segments(const Plan& plan, int64_t strip, Range r, Range s, Segm
   return count;
 }
 
+// Reads one float of every cache line. In this order the hardware prefetchers follow: 512 x 512 weights of a 2x2 image came from L3 at 100
+// GB/s, where the microkernels' own order, and software prefetches, were bound by the latency of the L1 misses in flight at 20 GB/s.
+inline void read_ahead(const float* from, int64_t count) {
+  float sum = 0;
+  for (int64_t i = 0; i < count; i += 16) sum += from[i];
+  __asm__ volatile("" : : "x"(sum));
+}
+
 inline void unit_all_taps(const Plan& plan, const Unit& unit, const Destination& to) {
   const SlimConv2dF32& a = *plan.a;
   Segment segments[MAX_SEGMENTS];
@@ -117,6 +125,7 @@ inline void unit_all_taps(const Plan& plan, const Unit& unit, const Destination&
     while (last < unit.strips.end && (a.tap_ptr[(last + 1) * plan.taps] - start) * per_entry <= WEIGHT_BYTES) ++last;
     const Range strips = {first, last};
     first = last;
+    read_ahead(a.weights + start * a.strip, (a.tap_ptr[last * plan.taps] - start) * a.strip);
     for (int64_t p = unit.rows.begin; p < unit.rows.end;) {
       const Range r = taps_seen(p, a.h, a.stride_h, a.pad_h, a.dil_h, a.r);
       int64_t p_end = p + 1;

@@ -97,6 +97,7 @@ def pack_strips(
 # Images that lie innermost in the second activation layout of csrc/kernels.h: one vector of the instruction set.
 LANES = {"scalar": 4, "avx2": 8, "avx512": 16}
 _MAX_TAP_ROWS = 64  # of a kernel that reads images innermost
+_OFFSETS_MARGIN = 16  # SLIM_OFFSETS_MARGIN
 _CACHED_WIDTHS = 4
 _CONV2D, _TO_IMAGES, _FROM_IMAGES = range(3)  # SLIM_STEP_*
 
@@ -233,8 +234,9 @@ class PackedConv2d:
         return (*addresses, n, h, w, self.c_in, self.c_out, p, q, *self._geometry, *self._tail, lanes)
 
     def entry_offsets(self, w: int, lanes: int = 1) -> Tensor:
-        """Elements of x between a pixel's first tap and each entry, for images of this width: ``(entries,)``, int32."""
-        offsets = torch.empty(self._packed[1].numel(), dtype=torch.int32)
+        """Elements of x between a pixel's first tap and each entry, for images of this width; int32, with a
+        margin behind that the kernels read ahead."""
+        offsets = torch.empty(self._packed[1].numel() + _OFFSETS_MARGIN, dtype=torch.int32)
         module = _library()[0]
         assert module is not None
         module.entry_offsets(self._members(None, None, None, None, 1, 1, w, 1, 1, lanes), offsets.data_ptr())
@@ -264,7 +266,7 @@ class PackedConv2d:
             fits = fits and y.shape == images_innermost(n, p_out, q_out, self.c_out, self._isa)
         else:
             fits = fits and x.shape[0] == n and _image_sizes(y) == (n, self.c_out, p_out, q_out)
-        if not (fits and n > 0 and _is_plain(x) and _is_plain(y) and offsets.numel() == self._packed[1].numel()):
+        if not (fits and n > 0 and _is_plain(x) and _is_plain(y) and offsets.numel() == self._packed[1].numel() + _OFFSETS_MARGIN):
             got = f"{tuple(x.shape)} and {tuple(y.shape)}"
             raise ValueError(f"{self._op}: expected float32 x and y that fit this weight and {n} images, got {got}")
         bias = None if bias is None else bias.contiguous()
