@@ -1,4 +1,4 @@
-// Checks every CPU kernel of csrc/kernels.h against a convolution in double precision, without Python or torch, so that it runs
+// Checks every CPU kernel of csrc/kernels.h, in both layouts, against a convolution in double precision, without Python or torch, so that it runs
 // under sanitizers and in an emulator. Prints one line per instruction set; exit status 1 on a mismatch, 2 on a bad option.
 //
 //   kernel_check [--isa scalar|avx2|avx512] [--cases N] [--max-threads N]
@@ -59,7 +59,8 @@ struct Block {
 
 struct Isa {
   const char* name;
-  int (*run)(const SlimConv2dF32*);
+  int (*run)(const SlimStepF32*, int64_t, int32_t);
+  int32_t lanes;  // of images innermost
   bool supported;
 };
 
@@ -97,20 +98,59 @@ double bound(double scale, long terms) { return double(terms + 3) * 0x1p-24 * sc
 
 void describe(const char* isa, const SlimConv2dF32& a) {
   printf("  %s: n=%ld h=%ld w=%ld c_in=%ld c_out=%ld p=%ld q=%ld r=%d s=%d stride=%d,%d pad=%d,%d dil=%d,%d strip=%d relu=%d "
-         "pool=%d bias=%d threads=%d\n",
+         "pool=%d bias=%d\n",
          isa, long(a.n), long(a.h), long(a.w), long(a.c_in), long(a.c_out), long(a.p), long(a.q), a.r, a.s, a.stride_h,
-         a.stride_w, a.pad_h, a.pad_w, a.dil_h, a.dil_w, a.strip, a.relu, a.pool, a.bias != nullptr, a.threads);
+         a.stride_w, a.pad_h, a.pad_w, a.dil_h, a.dil_w, a.strip, a.relu, a.pool, a.bias != nullptr);
+}
+
+// How a problem is run.
+struct Way {
+  bool images;   // innermost, between two layout steps
+  bool offsets;  // given, or computed in the call
+  int32_t slot, threads;
+  int64_t y_shift;
+};
+
+int run(const Isa& isa, SlimConv2dF32 a, const Way& way) {
+  a.lanes = way.images ? isa.lanes : 1;
+  const int64_t strips = (a.c_out + a.strip - 1) / a.strip, entries = a.tap_ptr[strips * a.r * a.s];
+  Block<int32_t> offsets(entries + SLIM_OFFSETS_MARGIN);
+  if (way.offsets) {
+    slim_entry_offsets(&a, offsets.data);
+    a.offsets = offsets.data;
+  }
+  if (!way.images) {
+    const SlimStepF32 step = {SLIM_STEP_CONV2D, way.slot, a};
+    return isa.run(&step, 1, way.threads);
+  }
+  const int64_t groups = (a.n + a.lanes - 1) / a.lanes;
+  const int64_t out_h = a.pool ? a.p / 2 : a.p, out_w = a.pool ? a.q / 2 : a.q;
+  // Vectors are read and written whole and unaligned.
+  Block<float> x(groups * a.h * a.w * a.c_in * a.lanes, 1), y(groups * out_h * out_w * a.c_out * a.lanes, 3);
+  SlimStepF32 steps[3];
+  memset(steps, 0, sizeof steps);
+  steps[0] = {SLIM_STEP_TO_IMAGES, way.slot, a};
+  steps[0].conv.y = x.data;
+  steps[1] = {SLIM_STEP_CONV2D, way.slot, a};
+  steps[1].conv.x = x.data;
+  steps[1].conv.y = y.data;
+  steps[2] = {SLIM_STEP_FROM_IMAGES, way.slot, a};
+  steps[2].conv.x = y.data;
+  steps[2].conv.h = out_h;
+  steps[2].conv.w = out_w;
+  steps[2].conv.c_in = a.c_out;
+  return isa.run(steps, 3, way.threads);
 }
 
 // Runs one problem and compares every output and both guard zones.
-void check(const Isa& isa, SlimConv2dF32 a, int64_t y_shift, Tally* tally) {
+void check(const Isa& isa, SlimConv2dF32 a, const Way& way, Tally* tally) {
   const int64_t out_h = a.pool ? a.p / 2 : a.p, out_w = a.pool ? a.q / 2 : a.q;
   const int64_t count = a.n * out_h * out_w * a.c_out;
-  Block<uint32_t> y(count + 2 * kGuard, y_shift);
+  Block<uint32_t> y(count + 2 * kGuard, way.y_shift);
   for (int64_t i = 0; i < count + 2 * kGuard; ++i) y.data[i] = kUnwritten;
   a.y = reinterpret_cast<float*>(y.data + kGuard);
   const long before = tally->failures;
-  const int status = isa.run(&a);
+  const int status = run(isa, a, way);
   if (status != SLIM_OK) {
     printf("  status %d\n", status);
     ++tally->failures;
@@ -154,7 +194,10 @@ void check(const Isa& isa, SlimConv2dF32 a, int64_t y_shift, Tally* tally) {
       }
     }
   }
-  if (tally->failures != before) describe(isa.name, a);
+  if (tally->failures != before) {
+    describe(isa.name, a);
+    printf("  images innermost %d, offsets given %d, slot %d, %d threads\n", way.images, way.offsets, way.slot, way.threads);
+  }
   ++tally->cases;
   tally->outputs += count;
 }
@@ -237,9 +280,14 @@ void run_case(const Isa& isa, long number, int max_threads, Tally* tally) {
   a.channels = channel_block.data;
   a.tap_ptr = tap_block.data;
   static const int64_t kThreads[] = {1, 1, 2, 3};
-  a.threads = int32_t(rng.pick(kThreads));
-  if (a.threads > max_threads) a.threads = max_threads;
-  check(isa, a, rng.range(0, 3), tally);
+  Way way;
+  way.threads = int32_t(rng.pick(kThreads));
+  if (way.threads > max_threads) way.threads = max_threads;
+  way.images = rng.chance(50) && a.r <= 64;
+  way.offsets = rng.chance(50);
+  way.slot = rng.chance(30) ? int32_t(rng.below(4)) : -1;
+  way.y_shift = rng.range(0, 3);
+  check(isa, a, way, tally);
 }
 
 }  // namespace
@@ -266,12 +314,12 @@ int main(int argc, char** argv) {
     return 2;
   }
   const Isa isas[] = {
-      {"scalar", slim_conv2d_f32_scalar, true},
+      {"scalar", slim_run_steps_f32_scalar, 4, true},
 #if SLIM_HAVE_AVX2
-      {"avx2", slim_conv2d_f32_avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+      {"avx2", slim_run_steps_f32_avx2, 8, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
 #endif
 #if SLIM_HAVE_AVX512
-      {"avx512", slim_conv2d_f32_avx512,
+      {"avx512", slim_run_steps_f32_avx512, 16,
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512bw")},
 #endif

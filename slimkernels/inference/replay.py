@@ -79,7 +79,7 @@ class Replay:
             outputs = self._outputs
             if self._copy_outputs:
                 outputs = [o.clone() if isinstance(o, Tensor) else o for o in outputs]
-        return _pytree.tree_unflatten(outputs, self._spec)
+        return outputs[0] if self._spec.is_leaf() else _pytree.tree_unflatten(outputs, self._spec)
 
     def __repr__(self) -> str:
         shapes = ", ".join(str(tuple(x.shape)) for x in self._inputs)

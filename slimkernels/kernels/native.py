@@ -234,8 +234,10 @@ class PackedConv2d:
         return (*addresses, n, h, w, self.c_in, self.c_out, p, q, *self._geometry, *self._tail, lanes)
 
     def entry_offsets(self, w: int, lanes: int = 1) -> Tensor:
-        """Elements of x between a pixel's first tap and each entry, for images of this width; int32, with a
-        margin behind that the kernels read ahead."""
+        """Elements of x between a pixel's first tap and each entry, for images of this width.
+
+        Int32, with a margin behind them that the kernels read ahead.
+        """
         offsets = torch.empty(self._packed[1].numel() + _OFFSETS_MARGIN, dtype=torch.int32)
         module = _library()[0]
         assert module is not None
@@ -266,7 +268,13 @@ class PackedConv2d:
             fits = fits and y.shape == images_innermost(n, p_out, q_out, self.c_out, self._isa)
         else:
             fits = fits and x.shape[0] == n and _image_sizes(y) == (n, self.c_out, p_out, q_out)
-        if not (fits and n > 0 and _is_plain(x) and _is_plain(y) and offsets.numel() == self._packed[1].numel() + _OFFSETS_MARGIN):
+        if not (
+            fits
+            and n > 0
+            and _is_plain(x)
+            and _is_plain(y)
+            and offsets.numel() == self._packed[1].numel() + _OFFSETS_MARGIN
+        ):
             got = f"{tuple(x.shape)} and {tuple(y.shape)}"
             raise ValueError(f"{self._op}: expected float32 x and y that fit this weight and {n} images, got {got}")
         bias = None if bias is None else bias.contiguous()

@@ -207,7 +207,9 @@ def default_config(
     block_k = 64 if dtype.itemsize == 2 else 32
     slice_bytes = min(power_of_2_divisor(c_out, 16), power_of_2_divisor(block_out, 16)) * dtype.itemsize
     if not tensor_cores:
-        block_m, block_n, block_k, warps, stages = 64, min(block_n, 64), 16, 4, 3
+        # FMA units take both operands from registers: on 4 warps a 64 x 64 tile at K = 16 spills on sm_80 and sm_100.
+        block_m, block_n, block_k, stages = 64, min(block_n, 64), 16, 3
+        warps = 8 if block_n == 64 else 4
     elif slice_bytes < 16:
         # Slices below 16 bytes are gathered element by element into registers.
         block_m, block_n, block_k, warps, stages = 64, min(block_n, 64), 32, 4, 3
@@ -218,7 +220,7 @@ def default_config(
     tiles_n = groups * cdiv(block_in, block_n)
     while block_m > floor and (block_m >= 2 * m_total or cdiv(m_total, block_m) * tiles_n < processors):
         block_m //= 2
-    if block_m < 128:
+    if block_m < (128 if tensor_cores else 64):
         warps = 4
     while stages > 2 and stages * (block_m + block_n) * block_k * dtype.itemsize > shared_memory:
         stages -= 1
