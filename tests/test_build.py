@@ -270,8 +270,8 @@ def test_build_info_agrees_with_the_build_report(native: ModuleType):
 
 
 def test_conv2d_f32_refuses_what_would_crash(native: ModuleType):
-    arguments = [0] * 25
-    with pytest.raises(TypeError, match="expected 26 arguments, got 2"):
+    arguments = [0] * 27
+    with pytest.raises(TypeError, match="expected 28 arguments, got 2"):
         native.conv2d_f32("scalar", 0)
     with pytest.raises(TypeError):
         native.conv2d_f32(3, *arguments)
@@ -279,8 +279,11 @@ def test_conv2d_f32_refuses_what_would_crash(native: ModuleType):
         native.conv2d_f32("scalar", *arguments[:-1], "1")
     unsupported = 2  # SLIM_ERROR_UNSUPPORTED
     assert native.conv2d_f32("avx1024", *arguments) == unsupported
-    for isa in set(ISAS) - set(native.isas()):
+    for isa in {*ISAS, "avx1024"} - set(native.isas()):
         assert native.conv2d_f32(isa, *arguments) == unsupported
+        assert native.Steps(isa, [[0, -1, *arguments[:-1]]]).run(1) == unsupported
+    with pytest.raises(TypeError):
+        native.Steps("scalar", [[0, -1, *arguments]])
 
 
 def test_header_documents_the_argument_order(native: ModuleType):
@@ -290,8 +293,8 @@ def test_header_documents_the_argument_order(native: ModuleType):
     stated = re.search(r"_C\.conv2d_f32\(isa, ([^)]*)\)", header)
     assert struct and stated
     members = re.findall(r"[\w*]+(?=[,;])", re.sub(r"//.*", "", struct.group(1)))
-    assert [m.strip("*") for m in members] == re.sub(r"[\s/]+", " ", stated.group(1)).split(", ")
-    assert len(members) == 25
+    assert [*(m.strip("*") for m in members), "threads"] == re.sub(r"[\s/]+", " ", stated.group(1)).split(", ")
+    assert len(members) == 26
 
 
 # CUDA C++, from the compiled module

@@ -192,7 +192,7 @@ class Recording:
             elif self._is_constant(node):
                 values[node] = samples[node]
             elif node.op == "placeholder":
-                values[node] = self._place(node, samples[node])
+                values[node] = self._place(node, self._as_read(node, samples[node]))
                 values[node].copy_(samples[node])
                 self.inputs.append(values[node])
             elif node in tails:
@@ -217,6 +217,13 @@ class Recording:
         else:
             values[node] = _pytree.tree_map_only(Tensor, torch.empty_like, sample)
             self._append(_ops_step(target, args, kwargs, tensors(values[node])))
+
+    def _as_read(self, node: Node, sample: Tensor) -> Tensor:
+        """An input in the layout in which native convolutions want it, where nothing else reads it."""
+        heads = {nodes[0] for nodes in self.members}
+        if sample.dim() == 4 and all(user in heads and self._reads_images(user) for user in node.users):
+            return torch.empty_like(sample, memory_format=torch.channels_last)
+        return sample
 
     def _place(self, node: Node, sample: Tensor) -> Tensor:
         """The node's output tensor in the workspace, with the sizes and strides that it had when sampled."""

@@ -1,0 +1,152 @@
+"""Chains of native layers in a recording: pieces of the batch, layouts, memory, and the same outputs as the model's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import slimkernels as sk
+from slimkernels.inference import Replay, chains
+from slimkernels.inference.chains import Piece, pieces
+from slimkernels.kernels import native
+
+ISAS = [isa for isa in native.LANES if native.unavailable_reason(isa) is None]
+pytestmark = pytest.mark.skipif(not ISAS, reason="the native kernels are not built")
+
+
+@given(st.integers(1, 200), st.sampled_from([1, 4, 8, 16]), st.integers(1, 9))
+@settings(max_examples=300, deadline=None)
+def test_pieces_cover_the_batch_once(n: int, lanes: int, threads: int) -> None:
+    cut = pieces(n, lanes, threads)
+    assert [p.start for p in cut] == [sum(p.count for p in cut[:i]) for i in range(len(cut))]
+    assert sum(p.count for p in cut) == n and all(p.count > 0 for p in cut)
+    assert all(-1 <= p.slot < threads and p.lanes in (1, lanes) for p in cut)
+    # Those alone on a thread come first, one vector each, and every slot has as many.
+    alone = [p for p in cut if p.slot >= 0]
+    assert cut[: len(alone)] == alone and all(p.count <= lanes for p in alone)
+    assert len({sum(p.slot == s for p in alone) for s in range(threads)}) == 1
+    # Half-empty vectors are not worth it.
+    assert all(p.count >= 0.75 * lanes for p in cut if p.lanes > 1)
+
+
+def test_pieces_by_value() -> None:
+    assert pieces(16, 16, 2) == [Piece(0, 16, 16, -1)]
+    assert pieces(32, 16, 2) == [Piece(0, 16, 16, 0), Piece(16, 16, 16, 1)]
+    assert pieces(20, 16, 1) == [Piece(0, 16, 16, -1), Piece(16, 4, 1, -1)]
+    assert pieces(45, 16, 2) == [Piece(0, 16, 16, 0), Piece(16, 16, 16, 1), Piece(32, 13, 16, -1)]
+    assert pieces(48, 16, 8) == [Piece(0, 48, 16, -1)]
+    assert pieces(100, 1, 2) == [Piece(0, 100, 1, -1)]
+
+
+def net() -> nn.Module:
+    """Convolutions with a fused pool, one-pixel images that are flattened, two linear layers."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
+        nn.Conv2d(32, 48, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(48, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+        nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 16),
+    )  # fmt: skip
+    sk.finalize_(sk.prune_(model, 0.5, (16, 1)))
+    return sk.convert(model.eval(), policy=sk.Policy(min_speedup=0))
+
+
+def low_rank_net() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(8),
+        nn.Flatten(), nn.Linear(64, 64), nn.ReLU(),
+    )  # fmt: skip
+    sk.factorize_(model, "tai", rank=8, layers=["0", "2"])
+    sk.factorize_(model, "svd", rank=16, layers=["6"])
+    return sk.convert(model.eval(), policy=sk.Policy(min_speedup=0, merge_low_rank=False))
+
+
+def batch(n: int, seed: int = 1) -> Tensor:
+    return torch.randn(n, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("make", [net, low_rank_net])
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("n", [1, 5, 16, 21, 48])
+def test_a_recording_computes_what_the_model_does(make, isa: str, n: int, monkeypatch, threads) -> None:
+    monkeypatch.setenv("SLIMKERNELS_ISA", isa)
+    monkeypatch.setattr(chains, "_MACS_PER_COPY", 0)
+    model = make()
+    for count in (1, 2, 3):
+        threads(count)
+        replay = Replay(model, batch(n))
+        for seed in (2, 3):
+            x = batch(n, seed)
+            with torch.no_grad():
+                torch.testing.assert_close(replay(x), model(x), rtol=1e-4, atol=1e-4)
+        # Recorded with one number of threads, run with another.
+        threads(2)
+        with torch.no_grad():
+            torch.testing.assert_close(replay(batch(n, 4)), model(batch(n, 4)), rtol=1e-4, atol=1e-4)
+
+
+def test_the_whole_network_is_one_call(monkeypatch, threads) -> None:
+    monkeypatch.setattr(chains, "_MACS_PER_COPY", 0)
+    threads(1)
+    isa = ISAS[-1]
+    lanes = native.LANES[isa]
+    monkeypatch.setenv("SLIMKERNELS_ISA", isa)
+    replay = Replay(net(), batch(lanes))
+    # Six layers between two copies; the flattened view between them is no step.
+    assert len(replay._steps) == 1 and replay.calls == 6 + 2
+    # Where copying costs more than the layout saves, the layers stay channels last.
+    monkeypatch.setattr(chains, "_MACS_PER_COPY", 10**9)
+    assert Replay(net(), batch(lanes)).calls == 6
+
+
+def test_pieces_share_a_workspace(monkeypatch, threads) -> None:
+    """Eight pieces in two slots take the memory of two."""
+    monkeypatch.setattr(chains, "_MACS_PER_COPY", 0)
+    threads(2)
+    lanes = native.LANES[ISAS[-1]]
+    monkeypatch.setenv("SLIMKERNELS_ISA", ISAS[-1])
+    model = net()
+    two, eight = (Replay(model, batch(k * lanes)).workspace_bytes for k in (2, 8))
+    ends = 4 * 6 * lanes * (3 * 64 + 16)  # what the model reads and returns, of six pieces more
+    assert eight <= two + ends + 4096
+
+
+class TwoHeads(nn.Module):
+    """A layer that two others read, and one that an addition reads: no chain may swallow it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 3, padding=1)
+        self.left = nn.Conv2d(32, 32, 3, padding=1)
+        self.right = nn.Conv2d(32, 32, 3, padding=1)
+        self.last = nn.Conv2d(32, 16, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        stem = self.stem(x)
+        right = self.right(stem)
+        return self.last(self.left(stem) + right), right.flatten(1)
+
+
+@pytest.mark.parametrize("n", [2, 16, 40])
+def test_values_that_others_read_stay_where_they_are(n: int, monkeypatch) -> None:
+    monkeypatch.setattr(chains, "_MACS_PER_COPY", 0)
+    torch.manual_seed(0)
+    model = TwoHeads()
+    sk.finalize_(sk.prune_(model, 0.5, (16, 1)))
+    fast = sk.convert(model.eval(), policy=sk.Policy(min_speedup=0))
+    replay = Replay(fast, batch(n))
+    with torch.no_grad():
+        for got, want in zip(replay(batch(n, 5)), model(batch(n, 5)), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,199 @@
+"""Recorded native steps: layouts, slots and bad tensors, against the op's own definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from slimkernels.kernels import native
+
+ISAS = [isa for isa in native.LANES if native.unavailable_reason(isa) is None]
+pytestmark = pytest.mark.skipif(not ISAS, reason="the native kernels are not built")
+
+
+def packed_conv(
+    isa: str, c_in: int, c_out: int, strip: int, taps: int = 9, epilogue: str = "relu", stride: int = 1, seed: int = 0
+) -> tuple[native.PackedConv2d, Tensor, Tensor]:
+    """A random pack with a third of its entries stored, the dense weight it stands for, and a bias."""
+    generator = torch.Generator().manual_seed(seed)
+    side = 3 if taps == 9 else 1
+    strips = -(-c_out // strip)
+    stored = torch.rand(strips, taps, c_in, generator=generator) < 0.33
+    weights = torch.randn(int(stored.sum()), strip, generator=generator)
+    dense = torch.zeros(strips, taps, c_in, strip)
+    dense[stored] = weights
+    dense = dense.permute(0, 3, 2, 1).reshape(strips * strip, c_in, side, side)[:c_out]
+    counts = stored.sum(2).reshape(-1)
+    tap_ptr = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]).int()
+    channels = stored.nonzero()[:, 2].int()
+    if c_out % strip:  # lanes beyond the last output channel weigh nothing
+        weights[int(tap_ptr[(strips - 1) * taps]) :, c_out % strip :] = 0
+    pad = side // 2
+    conv = native.PackedConv2d(
+        isa, [weights, channels, tap_ptr], (c_out, c_in, side, side), (stride, stride), (pad, pad), (1, 1), epilogue
+    )
+    return conv, dense, torch.randn(c_out, generator=generator)
+
+
+def expected(x: Tensor, dense: Tensor, bias: Tensor, epilogue: str, stride: int = 1) -> tuple[Tensor, Tensor]:
+    """The outputs in float64, and the bound of float32 rounding of each: terms x 2^-24 x summed magnitudes."""
+    pad = dense.shape[2] // 2
+
+    def conv(a: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return torch.nn.functional.conv2d(a.double(), w.double(), b.double(), stride, pad)
+
+    y, scale = conv(x, dense, bias), conv(x.abs(), dense.abs(), bias.abs())
+    terms = dense[0].numel() + 3
+    if epilogue != "none":
+        y = y.relu()
+    if epilogue == "relu_maxpool2":
+        y, scale = (torch.nn.functional.max_pool2d(t, 2) for t in (y, scale))
+    return y, terms * 2.0**-24 * scale
+
+
+def images(n: int, c: int, h: int, w: int, seed: int = 1) -> Tensor:
+    x = torch.randn(n, c, h, w, generator=torch.Generator().manual_seed(seed))
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def poisoned(*shape: int) -> Tensor:
+    return torch.full(shape, torch.nan)
+
+
+def assert_within(y: Tensor, want: tuple[Tensor, Tensor]) -> None:
+    assert y.shape == want[0].shape
+    error = (y.double() - want[0]).abs()
+    assert bool((error <= want[1]).all()), float((error / want[1]).max())
+
+
+# Widths around the tiles: 3 pixels x 8 channels (AVX-512), 3 x 4; batches around a vector of 4, 8 or 16 images.
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("strip", [8, 16, 24, 32])
+@pytest.mark.parametrize(
+    ("n", "h", "w", "epilogue", "stride"),
+    [(16, 5, 7, "relu", 1), (3, 4, 4, "none", 1), (17, 2, 2, "relu_maxpool2", 1), (33, 1, 1, "relu", 1),
+     (8, 6, 6, "relu_maxpool2", 1), (20, 9, 4, "relu", 2)],
+)  # fmt: skip
+@pytest.mark.parametrize("c_out", [32, 37])
+def test_images_innermost(isa: str, strip: int, n: int, h: int, w: int, epilogue: str, stride: int, c_out: int) -> None:
+    conv, dense, bias = packed_conv(isa, 11, c_out, strip, epilogue=epilogue, stride=stride)
+    x = images(n, 11, h, w)
+    want = expected(x, dense, bias, epilogue, stride)
+    p, q = want[0].shape[2:]
+    lanes = native.LANES[isa]
+    a, b = poisoned(*native.images_innermost(n, h, w, 11, isa)), poisoned(*native.images_innermost(n, p, q, c_out, isa))
+    y = poisoned(n, p, q, c_out).permute(0, 3, 1, 2)
+    steps = [
+        native.layout_step(x, a, n),
+        conv.step(a, b, bias, n, conv.entry_offsets(w, lanes)),
+        native.layout_step(b, y, n),
+    ]
+    native.Steps(isa, steps)()
+    assert_within(y, want)
+    # The layout itself: image i is lane i % lanes of group i // lanes, and lanes without an image are zero.
+    unfolded = a.permute(0, 4, 3, 1, 2).reshape(-1, 11, h, w)
+    assert torch.equal(unfolded[:n], x) and not unfolded[n:].any()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_layouts_agree_bitwise(isa: str) -> None:
+    """An output's terms are added in the same order whatever the layout, so its bits are the same."""
+    conv, _, bias = packed_conv(isa, 24, 32, 16)
+    n, size = 16, 6
+    x = images(n, 24, size, size)
+    plain = poisoned(n, size, size, 32).permute(0, 3, 1, 2)
+    native.Steps(isa, [conv.step(x, plain, bias, n, conv.entry_offsets(size))])()
+    a, b = (poisoned(*native.images_innermost(n, size, size, c, isa)) for c in (24, 32))
+    steps = [native.layout_step(x, a, n), conv.step(a, b, bias, n, conv.entry_offsets(size, native.LANES[isa]))]
+    native.Steps(isa, steps)()
+    back = b.permute(0, 4, 3, 1, 2).reshape(-1, 32, size, size)
+    # All of these tiles have one set of accumulators but the smallest channels-last ones.
+    torch.testing.assert_close(back[:n], plain, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_slots_run_beside_each_other_and_in_order(isa: str, threads: int) -> None:
+    """Two layers for four pieces in four slots, then a shared step that reads what all of them wrote."""
+    first, dense1, bias1 = packed_conv(isa, 8, 16, 16, seed=1)
+    second, dense2, bias2 = packed_conv(isa, 16, 8, 8, seed=2)
+    third, dense3, bias3 = packed_conv(isa, 8, 8, 8, taps=1, seed=3)
+    x = images(8, 8, 5, 5)
+    middle, y, z = (poisoned(8, 5, 5, c).permute(0, 3, 1, 2) for c in (16, 8, 8))
+    steps = []
+    for i in range(4):
+        part = slice(2 * i, 2 * i + 2)
+        one = first.step(x[part], middle[part], bias1, 2, first.entry_offsets(5))
+        two = second.step(middle[part], y[part], bias2, 2, second.entry_offsets(5))
+        steps += [one._replace(slot=i), two._replace(slot=i)]
+    steps.append(third.step(y, z, bias3, 8, third.entry_offsets(5)))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        run = native.Steps(isa, steps)
+        run()
+        once = z.clone()
+        z.fill_(torch.nan)
+        run()
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(z, once)
+    value = x.double()
+    for dense, bias in ((dense1, bias1), (dense2, bias2), (dense3, bias3)):
+        value = torch.nn.functional.conv2d(value, dense.double(), bias.double(), 1, dense.shape[2] // 2).relu()
+    torch.testing.assert_close(z.double(), value, rtol=1e-4, atol=1e-4 * float(value.abs().max()))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_wrong_entry_is_seen(isa: str) -> None:
+    """The bound is tight enough for one weight of one strip at one tap to matter."""
+    conv, dense, bias = packed_conv(isa, 11, 16, 16)
+    n, lanes = 16, native.LANES[isa]
+    x = images(n, 11, 5, 5)
+    want = expected(x, dense, bias, "relu")
+    dense[3, 5, 1, 1] += 0.01
+    wrong = expected(x, dense, bias, "relu")
+    a, b = (poisoned(*native.images_innermost(n, 5, 5, c, isa)) for c in (11, 16))
+    native.Steps(isa, [native.layout_step(x, a, n), conv.step(a, b, bias, n, conv.entry_offsets(5, lanes))])()
+    y = b.permute(0, 4, 3, 1, 2).reshape(-1, 16, 5, 5)[:n]
+    assert_within(y, want)
+    with pytest.raises(AssertionError):
+        assert_within(y, wrong)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_non_finite_images_stay_in_their_lane(isa: str) -> None:
+    conv, _, bias = packed_conv(isa, 4, 8, 8)
+    n, lanes = native.LANES[isa], native.LANES[isa]
+    x = images(n, 4, 3, 3)
+    x[1] = torch.nan
+    x[2] = torch.inf
+    a, b = (poisoned(*native.images_innermost(n, 3, 3, c, isa)) for c in (4, 8))
+    native.Steps(isa, [native.layout_step(x, a, n), conv.step(a, b, bias, n, conv.entry_offsets(3, lanes))])()
+    finite = torch.isfinite(b).flatten(1, 3).all(1)[0] if lanes == n else None
+    assert finite is not None
+    assert not finite[1] and not finite[2]
+    assert bool(finite[0]) and bool(finite[3:].all())
+
+
+def test_tensors_that_do_not_fit_are_refused() -> None:
+    isa = ISAS[0]
+    lanes = native.LANES[isa]
+    conv, _, bias = packed_conv(isa, 8, 16, 16)
+    x, y = images(lanes, 8, 4, 4), torch.empty(lanes, 4, 4, 16).permute(0, 3, 1, 2)
+    a, b = (torch.empty(native.images_innermost(lanes, 4, 4, c, isa)) for c in (8, 16))
+    offsets = conv.entry_offsets(4)
+    conv.step(x, y, bias, lanes, offsets)
+    message = "bsr_conv2d: expected float32 x and y that fit this weight and"
+    for wrong in (
+        (x.contiguous(), y, lanes, offsets), (x, y.contiguous(), lanes, offsets), (x, y, lanes + 1, offsets),
+        (x.double(), y, lanes, offsets), (x[:, :4], y, lanes, offsets), (x, y[:, :8], lanes, offsets),
+        (x, y, lanes, offsets[:-1]), (a, y, lanes, offsets), (x, b, lanes, offsets), (a[..., :-1], b, lanes, offsets),
+        (a, b, lanes + 1, offsets), (x[:0], y[:0], 0, offsets),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            conv.step(wrong[0], wrong[1], bias, wrong[2], wrong[3])
+    for pair in ((x, b), (x.contiguous(), a), (x.double(), a.double()), (x[1:], a), (x, a[..., 1:])):
+        with pytest.raises(ValueError, match="layout_step: expected"):
+            native.layout_step(*pair, lanes)
