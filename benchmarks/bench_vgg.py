@@ -75,7 +75,14 @@ def predicted_ms(fast: nn.Module, x: Tensor) -> tuple[float, float]:
 
 @pytest.mark.parametrize(("sparsity", "batch", "block_shape", "recorded"), ROWS + OTHER_BLOCKS)
 def test_vgg19_cifar(
-    race: Any, smoke: bool, device: str, sparsity: float, batch: int, block_shape: tuple[int, int], recorded: bool
+    race: Any,
+    smoke: bool,
+    device: str,
+    request: pytest.FixtureRequest,
+    sparsity: float,
+    batch: int,
+    block_shape: tuple[int, int],
+    recorded: bool,
 ) -> None:
     if smoke and (sparsity, batch, block_shape, recorded) != SMOKE:
         pytest.skip("not in the smoke run")
@@ -88,6 +95,7 @@ def test_vgg19_cifar(
     assert ratio <= 2, f"error against float64 is {ratio:.2f} times that of the dense network"
     x = x.contiguous(memory_format=torch.channels_last)
     served = graphed(fast, x) if recorded else fast
+    sparse_peer = sparse_peer_seconds(request.config.getoption("--deepsparse"), model, x, race.seconds)
     timings = race.run(lambda: served(x), dense_baselines(batch, compile=not smoke))
     ours, dense = timings["contender"], timings["best"]
     plan: Any = fast.slimkernels_plan
@@ -99,7 +107,20 @@ def test_vgg19_cifar(
         baselines_p50_ms={k: v.p50 * 1e3 for k, v in timings.items() if k not in ("contender", "best")},
         speedup=dense.p50 / ours.p50, images_per_s=batch / ours.p50, threads=torch.get_num_threads(),
         predicted_ms=predicted, predicted_dense_ms=predicted_dense, recorded=recorded,
+        **({} if sparse_peer is None else {"deepsparse_p50_ms": sparse_peer * 1e3}),
     )  # fmt: skip
+
+
+def sparse_peer_seconds(python: str | None, model: nn.Module, x: Tensor, seconds: float) -> float | None:
+    """Median latency of the pruned network in DeepSparse, which skips zeros too; None without it."""
+    if python is None:
+        return None
+    peer = peers.DeepSparse(python, model, x)
+    try:
+        once = min(peer.seconds(3))
+        return timing.percentiles(peer.seconds(max(5, int(seconds / 2 / once)))).p50
+    finally:
+        peer.close()
 
 
 def fitting_blocks(model: nn.Module, block_shape: tuple[int, int]) -> dict[tuple[int, int], list[str]]:

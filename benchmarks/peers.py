@@ -1,6 +1,7 @@
 """Dense baselines of the whole-network suite beyond `slimkernels.timing.best_dense`.
 
-CPU: ONNX Runtime and OpenVINO, where they are installed. GPU: everything captured in CUDA graphs, because at small
+CPU: ONNX Runtime and OpenVINO, where they are installed, and DeepSparse at the same sparsity (``--deepsparse PYTHON``).
+GPU: everything captured in CUDA graphs, because at small
 batches launches decide; cuDNN channels_last eager, and torch.compile.
 """
 
@@ -8,10 +9,14 @@ from __future__ import annotations
 
 import io
 import itertools
+import subprocess
+import tempfile
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -70,6 +75,60 @@ def cpu_peers(model: nn.Module, x: Tensor, note: Callable[[str], None]) -> dict[
         else:
             found[name] = call
     return found
+
+
+class DeepSparse:
+    """A network in DeepSparse, which skips zero weights too: a process in a Python environment of its own.
+
+    Args:
+        python: the interpreter of an environment with ``deepsparse==1.8.0``.
+        model: eval mode; batch norm is folded before the export, zeros stay zeros.
+
+    Raises:
+        RuntimeError: the engine does not start, or computes something else.
+    """
+
+    def __init__(self, python: str, model: nn.Module, x: Tensor) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        path = str(Path(self._folder.name) / "model.onnx")
+        folded = timing.fold_batch_norm(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(folded, (x.contiguous(),), path, dynamo=False, input_names=["x"], opset_version=13)
+        np.save(path + ".x.npy", x.contiguous().numpy())
+        server = Path(__file__).with_name("deepsparse_server.py")
+        self._process = subprocess.Popen(
+            [python, str(server), path, str(x.shape[0]), str(torch.get_num_threads())],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        )  # fmt: skip
+        while (line := self._answer()) != "ready":  # the engine greets on standard output
+            if not line and self._process.poll() is not None:
+                raise RuntimeError(f"DeepSparse did not start, exit status {self._process.returncode}")
+        self._ask("check")
+        with torch.no_grad():
+            expected = folded(x)
+        off = (torch.from_numpy(np.load(path + ".y.npy")) - expected).abs().max() / expected.abs().max()
+        if not off < 1e-3:
+            raise RuntimeError(f"DeepSparse's output is {off:.1e} off")
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
+
+    def _ask(self, line: str) -> str:
+        assert self._process.stdin is not None
+        print(line, file=self._process.stdin, flush=True)
+        return self._answer()
+
+    def seconds(self, calls: int) -> list[float]:
+        """Latencies of so many calls in a row, by the engine's own process."""
+        return [float(part) for part in self._ask(str(calls)).split()]
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.kill()
+        self._process.wait()
+        self._folder.cleanup()
 
 
 class _ReluFused(nn.Module):
