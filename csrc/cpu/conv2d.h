@@ -43,6 +43,7 @@ inline int plan_step(PlannedStep& planned, const SlimStepF32& step) {
   planned.kind = step.kind;
   planned.slot = step.slot;
   planned.conv.own_offsets = nullptr;
+  planned.conv.zeros = nullptr;
   planned.conv.scratch_floats = 0;
   if (step.kind != SLIM_STEP_CONV2D) {
     make_layout_plan(planned.layout, step.conv, step.kind == SLIM_STEP_TO_IMAGES);
@@ -141,7 +142,10 @@ inline int run_steps(const SlimStepF32* steps, int64_t count, int32_t threads) {
   // Whole cache lines, so that threads do not share one.
   const size_t scratch_bytes = (sizeof(float) * (size_t)scratch_floats + 63) / 64 * 64;
   if (status == SLIM_OK) status = run_planned(planned, count, (int)min64(threads, most_units), scratch_bytes);
-  for (int64_t i = 0; i < done; ++i) free(planned[i].conv.own_offsets);
+  for (int64_t i = 0; i < done; ++i) {
+    free(planned[i].conv.own_offsets);
+    free(planned[i].conv.zeros);
+  }
   free(planned);
   return status;
 }

@@ -10,10 +10,11 @@ namespace {
 #include "vec8.h"
 #include "conv2d.h"
 
-template <int NV, int MR, int STRIDE>
+template <int NV, int MR, int MR_TAPS, int STRIDE>
 Family channels_family() {
   Family family;
   add_tiles<Vec8, NV, MR, STRIDE>(family.tiles);
+  add_taps_tiles<Vec8, STRIDE / Vec8::N, MR_TAPS, STRIDE>(family.tiles);
   family.run_unit = run_unit<Vec8>;
   return family;
 }
@@ -36,10 +37,10 @@ inline bool family_for(int strip, int lanes, Family& family) {
   if (lanes != 1 && lanes != Vec8::N) return false;
   const bool images = lanes != 1;
   switch (strip) {
-    case 8: family = images ? images_family<8>() : channels_family<1, 10, 8>(); return true;
-    case 16: family = images ? images_family<16>() : channels_family<2, 6, 16>(); return true;
-    case 24: family = images ? images_family<24>() : channels_family<3, 4, 24>(); return true;
-    case 32: family = images ? images_family<32>() : channels_family<2, 6, 32>(); return true;
+    case 8: family = images ? images_family<8>() : channels_family<1, 10, 12, 8>(); return true;
+    case 16: family = images ? images_family<16>() : channels_family<2, 6, 6, 16>(); return true;
+    case 24: family = images ? images_family<24>() : channels_family<3, 4, 4, 24>(); return true;
+    case 32: family = images ? images_family<32>() : channels_family<2, 6, 2, 32>(); return true;
     default: return false;
   }
 }

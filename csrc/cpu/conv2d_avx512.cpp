@@ -33,10 +33,11 @@ struct Vec16 {
 
 #include "conv2d.h"
 
-template <class V, int NV, int MR, int STRIDE>
+template <class V, int NV, int MR, int MR_TAPS, int STRIDE>
 Family channels_family() {
   Family family;
   add_tiles<V, NV, MR, STRIDE>(family.tiles);
+  add_taps_tiles<V, STRIDE / V::N, MR_TAPS, STRIDE>(family.tiles);
   family.run_unit = run_unit<V>;
   return family;
 }
@@ -59,10 +60,10 @@ inline bool family_for(int strip, int lanes, Family& family) {
   if (lanes != 1 && lanes != Vec16::N) return false;
   const bool images = lanes != 1;
   switch (strip) {
-    case 8: family = images ? images_family<8>() : channels_family<Vec8, 1, 10, 8>(); return true;
-    case 16: family = images ? images_family<16>() : channels_family<Vec16, 1, 10, 16>(); return true;
-    case 24: family = images ? images_family<24>() : channels_family<Vec8, 3, 8, 24>(); return true;
-    case 32: family = images ? images_family<32>() : channels_family<Vec16, 2, 10, 32>(); return true;
+    case 8: family = images ? images_family<8>() : channels_family<Vec8, 1, 10, 16, 8>(); return true;
+    case 16: family = images ? images_family<16>() : channels_family<Vec16, 1, 10, 8, 16>(); return true;
+    case 24: family = images ? images_family<24>() : channels_family<Vec8, 3, 8, 8, 24>(); return true;
+    case 32: family = images ? images_family<32>() : channels_family<Vec16, 2, 10, 12, 32>(); return true;
     default: return false;
   }
 }

@@ -59,10 +59,11 @@ struct Transpose8 {
 
 #include "conv2d.h"
 
-template <int NV, int MR, int STRIDE>
+template <int NV, int MR, int MR_TAPS, int STRIDE>
 Family channels_family() {
   Family family;
   add_tiles<Vec4, NV, MR, STRIDE>(family.tiles);
+  add_taps_tiles<Vec4, STRIDE / Vec4::N, MR_TAPS, STRIDE>(family.tiles);
   family.run_unit = run_unit<Vec4>;
   return family;
 }
@@ -81,10 +82,10 @@ inline bool family_for(int strip, int lanes, Family& family) {
   if (lanes != 1 && lanes != Vec4::N) return false;
   const bool images = lanes != 1;
   switch (strip) {
-    case 8: family = images ? images_family<8>() : channels_family<2, 4, 8>(); return true;
-    case 16: family = images ? images_family<16>() : channels_family<4, 2, 16>(); return true;
-    case 24: family = images ? images_family<24>() : channels_family<3, 3, 24>(); return true;
-    case 32: family = images ? images_family<32>() : channels_family<4, 2, 32>(); return true;
+    case 8: family = images ? images_family<8>() : channels_family<2, 4, 4, 8>(); return true;
+    case 16: family = images ? images_family<16>() : channels_family<4, 2, 2, 16>(); return true;
+    case 24: family = images ? images_family<24>() : channels_family<3, 3, 3, 24>(); return true;
+    case 32: family = images ? images_family<32>() : channels_family<4, 2, 1, 32>(); return true;
     default: return false;
   }
 }

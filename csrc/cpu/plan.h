@@ -55,6 +55,7 @@ struct Plan {
   int64_t scratch_floats;     // of one thread, in front of the pooling
   const int32_t* offsets;     // of all entries: from tap (0, 0) of a pixel, or with tap_by_tap the channel alone
   int32_t* own_offsets;       // the same where the plan allocated them, else NULL
+  float* zeros;               // with tap_by_tap: what a tap outside the image reads, c_in floats, else NULL
 };
 
 // Tap rows that one call of a microkernel may be given.
@@ -65,9 +66,9 @@ constexpr int64_t UNIT_MACS = 1500000;
 constexpr int64_t UNIT_PIXELS = 384;
 // Strips a unit should have at least, to share each tile's input while it is in L1.
 constexpr int64_t UNIT_STRIPS = 4;
-// Tap by tap wins where the classes of pixels are too small to fill tiles and a strip has enough entries a tap to outweigh the
-// accumulator traffic in y (measured on Zen 3: 1.5x at 1 image of 4x4 and 2x2, even at 16 images).
-constexpr int64_t TAP_BY_TAP_MAX_PIXELS = 48, TAP_BY_TAP_MAX_TAPS = 25, TAP_BY_TAP_MIN_ENTRIES = 8;
+// Tap by tap wins where the classes of pixels are too small to fill tiles and a strip has enough entries to outweigh the pointers that
+// change at every tap.
+constexpr int64_t TAP_BY_TAP_MAX_PIXELS = 48, TAP_BY_TAP_MAX_TAPS = 25, TAP_BY_TAP_MIN_ENTRIES = 4;
 // Floats of scratch a pooled unit may use: half of a 512 KB L2.
 constexpr int64_t SCRATCH_FLOATS = 64 * 1024;
 
@@ -129,6 +130,11 @@ inline bool make_plan(Plan& plan, const SlimConv2dF32& a) {
 
   const bool channels_suffice = a.lanes == 1 && (plan.taps == 1 || plan.tap_by_tap);
   plan.own_offsets = nullptr;
+  plan.zeros = nullptr;
+  if (plan.tap_by_tap) {
+    plan.zeros = (float*)calloc((size_t)a.c_in, sizeof(float));
+    if (plan.zeros == nullptr) return false;
+  }
   plan.offsets = channels_suffice ? a.channels : a.offsets;
   if (plan.offsets == nullptr) {
     plan.own_offsets = (int32_t*)malloc(sizeof(int32_t) * (size_t)(entries + SLIM_OFFSETS_MARGIN));

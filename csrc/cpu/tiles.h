@@ -24,18 +24,42 @@ enum { INIT_BIAS = 0, INIT_Y = 1 };
 typedef void (*TileFunction)(const float* const* x, float* const* y_pixels, int64_t channel, const float* w, const int32_t* offsets,
                              const Segment* segments, int count, const float* bias, int init, int relu, int present);
 
+// The same for a tile that takes other pixel pointers at every tap: x holds `size` of them for each of the `taps`, and tap_ptr the runs.
+typedef void (*TapsFunction)(const float* const* x, int64_t taps, float* const* y_pixels, int64_t channel, const float* w,
+                             const int32_t* channels, const int32_t* tap_ptr, const float* bias, int relu, int present);
+
 template <class V, int NV, int MR, int STRIDE>
 struct Tile {
   static constexpr int WIDTH = V::N * NV;
   // Independent accumulator sets, so that MR * NV * SETS multiply-adds cover the latency (4 cycles, 2 units) on small tiles.
   static constexpr int SETS = MR * NV >= 6 ? 1 : (MR * NV >= 3 ? 2 : 4);
+  typedef typename V::type Accumulators[SETS][MR][NV];
 
   static void run(const float* const* x, float* const* y_pixels, int64_t channel, const float* w, const int32_t* offsets,
                   const Segment* segments, int count, const float* bias, int init, int relu, int present) {
-    typename V::type acc[SETS][MR][NV];
+    Accumulators acc;
     const float* px[MR];
     SLIM_UNROLL for (int m = 0; m < MR; ++m) px[m] = x[m];
+    begin(acc, y_pixels, channel, bias, init, present);
+    for (int i = 0; i < count; ++i) add(acc, px, w, offsets, segments[i].begin, segments[i].end);
+    finish(acc, y_pixels, channel, relu, present);
+  }
 
+  static void run_taps(const float* const* x, int64_t taps, float* const* y_pixels, int64_t channel, const float* w,
+                       const int32_t* channels, const int32_t* tap_ptr, const float* bias, int relu, int present) {
+    Accumulators acc;
+    begin(acc, y_pixels, channel, bias, INIT_BIAS, present);
+    for (int64_t tap = 0; tap < taps; ++tap, x += MR) {
+      const float* px[MR];
+      SLIM_UNROLL for (int m = 0; m < MR; ++m) px[m] = x[m];
+      add(acc, px, w, channels, tap_ptr[tap], tap_ptr[tap + 1]);
+    }
+    finish(acc, y_pixels, channel, relu, present);
+  }
+
+ private:
+  static inline __attribute__((always_inline)) void begin(Accumulators& acc, float* const* y_pixels, int64_t channel,
+                                                          const float* bias, int init, int present) {
     const bool full = present == WIDTH;
     SLIM_UNROLL for (int v = 0; v < NV; ++v) {
       const int lanes = present - v * V::N;
@@ -53,18 +77,33 @@ struct Tile {
     SLIM_UNROLL for (int u = 1; u < SETS; ++u)
       SLIM_UNROLL for (int m = 0; m < MR; ++m)
         SLIM_UNROLL for (int v = 0; v < NV; ++v) acc[u][m][v] = V::zero();
+  }
 
-    for (int i = 0; i < count; ++i) {
-      const float* weight = w + (int64_t)segments[i].begin * STRIDE;
-      const int32_t* o = offsets + segments[i].begin;
-      const int32_t* const end = offsets + segments[i].end;
-      for (; end - o >= SETS; o += SETS, weight += SETS * STRIDE) {
-        SLIM_UNROLL for (int u = 0; u < SETS; ++u) step(acc[u], px, weight + u * STRIDE, o[u]);
-      }
-      if (SETS > 1)
-        for (; o != end; ++o, weight += STRIDE) step(acc[0], px, weight, o[0]);
+  static inline __attribute__((always_inline)) void add(Accumulators& acc, const float* const (&px)[MR], const float* w,
+                                                        const int32_t* offsets, int64_t first, int64_t last) {
+    const float* weight = w + first * STRIDE;
+    const int32_t* o = offsets + first;
+    const int32_t* const end = offsets + last;
+    for (; end - o >= SETS; o += SETS, weight += SETS * STRIDE) {
+      SLIM_UNROLL for (int u = 0; u < SETS; ++u) step(acc[u], px, weight + u * STRIDE, o[u]);
     }
+    if (SETS > 1)
+      for (; o != end; ++o, weight += STRIDE) step(acc[0], px, weight, o[0]);
+  }
 
+  static inline __attribute__((always_inline)) void step(typename V::type (&acc)[MR][NV], const float* const (&px)[MR],
+                                                         const float* weight, int64_t offset) {
+    typename V::type wv[NV];
+    SLIM_UNROLL for (int v = 0; v < NV; ++v) wv[v] = V::load(weight + v * V::N);
+    SLIM_UNROLL for (int m = 0; m < MR; ++m) {
+      const typename V::type xv = V::broadcast(px[m] + offset);
+      SLIM_UNROLL for (int v = 0; v < NV; ++v) acc[m][v] = V::fma(xv, wv[v], acc[m][v]);
+    }
+  }
+
+  static inline __attribute__((always_inline)) void finish(Accumulators& acc, float* const* y_pixels, int64_t channel, int relu,
+                                                           int present) {
+    const bool full = present == WIDTH;
     SLIM_UNROLL for (int u = 1; u < SETS; ++u)
       SLIM_UNROLL for (int m = 0; m < MR; ++m)
         SLIM_UNROLL for (int v = 0; v < NV; ++v) acc[0][m][v] = V::add(acc[0][m][v], acc[u][m][v]);
@@ -79,16 +118,6 @@ struct Tile {
         else
           V::store_part(target + v * V::N, acc[0][m][v], present - v * V::N);
       }
-    }
-  }
-
-  static inline __attribute__((always_inline)) void step(typename V::type (&acc)[MR][NV], const float* const (&px)[MR],
-                                                         const float* weight, int64_t offset) {
-    typename V::type wv[NV];
-    SLIM_UNROLL for (int v = 0; v < NV; ++v) wv[v] = V::load(weight + v * V::N);
-    SLIM_UNROLL for (int m = 0; m < MR; ++m) {
-      const typename V::type xv = V::broadcast(px[m] + offset);
-      SLIM_UNROLL for (int v = 0; v < NV; ++v) acc[m][v] = V::fma(xv, wv[v], acc[m][v]);
     }
   }
 };
@@ -132,11 +161,13 @@ struct ImagesTile {
 
 constexpr int MAX_MR = 16;
 
-// The tiles for strips of one width: run[m] takes m pixels, up to `mr`, and width[m] output channels.
+// The tiles for strips of one width: run[m] takes m pixels, up to `mr`, and width[m] output channels; run_taps[m], up to `mr_taps`, the
+// whole strip.
 struct TileSet {
   TileFunction run[MAX_MR + 1];
+  TapsFunction run_taps[MAX_MR + 1];
   int width[MAX_MR + 1];
-  int mr;
+  int mr, mr_taps;
 };
 
 template <class V, int NV, int MR, int STRIDE>
@@ -148,10 +179,19 @@ void add_tiles(TileSet& set) {
   set.mr = MR;
 }
 
+template <class V, int NV, int MR, int STRIDE>
+void add_taps_tiles(TileSet& set) {
+  static_assert(MR <= MAX_MR, "");
+  if constexpr (MR > 1) add_taps_tiles<V, NV, MR - 1, STRIDE>(set);
+  set.run_taps[MR] = Tile<V, NV, MR, STRIDE>::run_taps;
+  set.mr_taps = MR;
+}
+
 template <class V, int NO, int MR, int STRIDE>
 void add_images_tile(TileSet& set) {
   static_assert(MR <= MAX_MR && STRIDE % NO == 0, "");
   set.run[MR] = ImagesTile<V, NO, MR, STRIDE>::run;
   set.width[MR] = NO;
   set.mr = MR;
+  set.mr_taps = 0;
 }

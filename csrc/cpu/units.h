@@ -3,8 +3,8 @@
 // Two orders over the taps:
 // - all_taps: the tile's accumulators stay in registers over every tap inside the image. Pixels are classed by the taps they
 //   see (corners, edges, interior), and a tile holds pixels of one class.
-// - tap_by_tap (channels last only): taps outermost, accumulators kept in y. For a few small images, whose classes hold one to four
-//   pixels each: every tile then takes all pixels that see the tap.
+// - tap_by_tap (channels last only): for a few small images, whose classes hold one to four pixels each. A tile takes any pixels, and
+//   new pointers at every tap.
 
 // Pixels of images x rows x columns in order, handed out in tiles of nearly equal size. Pointers advance by additions: with few
 // strips and few entries, address arithmetic per pixel was a third of the time.
@@ -162,70 +162,47 @@ inline void unit_all_taps(const Plan& plan, const Unit& unit, const Destination&
   }
 }
 
-// Sets the strip's outputs to the bias, or applies the ReLU to them.
-template <class V>
-inline void each_output(const Plan& plan, const Unit& unit, const Destination& to, int64_t strip, const float* bias, int relu) {
-  const SlimConv2dF32& a = *plan.a;
-  const int64_t begin = strip * a.strip, count = min64(a.strip, a.c_out - begin);
-  for (int64_t n = unit.images.begin; n < unit.images.end; ++n)
-    for (int64_t p = unit.rows.begin; p < unit.rows.end; ++p)
-      for (int64_t q = 0; q < plan.columns; ++q) {
-        float* y = to.at(n, p, q) + (begin - to.channel0);
-        int64_t i = 0;
-        if (relu) {
-          for (; i + V::N <= count; i += V::N) V::store(y + i, V::relu(V::load(y + i)));
-          for (; i < count; ++i) y[i] = y[i] < 0 ? 0 : y[i];
-        } else if (bias != nullptr) {
-          for (; i + V::N <= count; i += V::N) V::store(y + i, V::load(bias + begin + i));
-          for (; i < count; ++i) y[i] = bias[begin + i];
-        } else {
-          for (; i < count; ++i) y[i] = 0;
-        }
-      }
-}
-
-// The pixels of a unit that see one tap, cut into tiles.
-struct TapTiles {
-  int pixels, count;
-  int sizes[TAP_BY_TAP_MAX_PIXELS];
-  const float* x[TAP_BY_TAP_MAX_PIXELS];
-  float* y[TAP_BY_TAP_MAX_PIXELS];
-};
-
-inline void list_tiles(const Plan& plan, const Unit& unit, const Destination& to, int64_t tap, TapTiles& tiles) {
-  const SlimConv2dF32& a = *plan.a;
-  const int64_t i = tap / a.s, j = tap % a.s;
-  Range rows = positions(a.p, a.h, a.stride_h, a.pad_h, i * a.dil_h);
-  Range columns = positions(a.q, a.w, a.stride_w, a.pad_w, j * a.dil_w);
-  rows.begin = max64(rows.begin, unit.rows.begin);
-  rows.end = min64(rows.end, unit.rows.end);
-  columns.end = min64(columns.end, plan.columns);
-  const int64_t shift = (i * a.dil_h * a.w + j * a.dil_w) * a.c_in;
-  tiles.pixels = tiles.count = 0;
-  PixelCursor cursor(plan, to, unit.images, rows, columns);
-  for (int size; (size = cursor.next(tiles.x + tiles.pixels, tiles.y + tiles.pixels)) != 0;) {
-    for (int m = 0; m < size; ++m) tiles.x[tiles.pixels + m] += shift;
-    tiles.sizes[tiles.count++] = size;
-    tiles.pixels += size;
-  }
-}
-
-// Strips outermost: a strip's weights are read in order, which is what the prefetchers follow, while its outputs stay in L1.
-template <class V>
+// Every strip takes a tile's pixels through all taps at once; a pixel that does not see a tap reads zeros there. A few small images fill
+// whole tiles this way, and accumulators stay in registers. Strips outermost: their weights are then read in order.
 inline void unit_tap_by_tap(const Plan& plan, const Unit& unit, const Destination& to) {
   const SlimConv2dF32& a = *plan.a;
-  TapTiles tiles[TAP_BY_TAP_MAX_TAPS];
-  for (int64_t tap = 0; tap < plan.taps; ++tap) list_tiles(plan, unit, to, tap, tiles[tap]);
-  for (int64_t k = unit.strips.begin; k < unit.strips.end; ++k) {
-    each_output<V>(plan, unit, to, k, a.bias, 0);
-    for (int64_t tap = 0; tap < plan.taps; ++tap) {
-      const Segment segment = {a.tap_ptr[k * plan.taps + tap], a.tap_ptr[k * plan.taps + tap + 1]};
-      if (segment.begin == segment.end) continue;
-      const TapTiles& t = tiles[tap];
-      for (int i = 0, first = 0; i < t.count; first += t.sizes[i], ++i)
-        run_strip(plan, k, t.x + first, t.y + first, t.sizes[i], to.channel0, &segment, 1, INIT_Y, 0);
+  const int64_t count = (unit.images.end - unit.images.begin) * (unit.rows.end - unit.rows.begin) * plan.columns;
+  const int64_t tiles = ceil_div(count, plan.tiles.mr_taps);
+  // Pointers of a tile's pixels lie together, those of each tap behind those of the one before.
+  const float* x[TAP_BY_TAP_MAX_TAPS * TAP_BY_TAP_MAX_PIXELS];
+  float* y[TAP_BY_TAP_MAX_PIXELS];
+  int64_t n = unit.images.begin, p = unit.rows.begin, q = 0;
+  for (int64_t tile = 0, first = 0; tile < tiles; ++tile) {
+    const int64_t size = count * (tile + 1) / tiles - first;
+    for (int64_t m = 0; m < size; ++m) {
+      y[first + m] = to.at(n, p, q);
+      const Range r = taps_seen(p, a.h, a.stride_h, a.pad_h, a.dil_h, a.r);
+      const Range s = taps_seen(q, a.w, a.stride_w, a.pad_w, a.dil_w, a.s);
+      for (int64_t i = 0; i < a.r; ++i)
+        for (int64_t j = 0; j < a.s; ++j) {
+          const int64_t row = p * a.stride_h - a.pad_h + i * a.dil_h, column = q * a.stride_w - a.pad_w + j * a.dil_w;
+          const bool seen = i >= r.begin && i < r.end && j >= s.begin && j < s.end;
+          x[first * plan.taps + (i * a.s + j) * size + m] = seen ? a.x + ((n * a.h + row) * a.w + column) * a.c_in : plan.zeros;
+        }
+      if (++q == plan.columns) {
+        q = 0;
+        if (++p == unit.rows.end) {
+          p = unit.rows.begin;
+          ++n;
+        }
+      }
     }
-    if (a.relu) each_output<V>(plan, unit, to, k, nullptr, 1);
+    first += size;
+  }
+  for (int64_t k = unit.strips.begin; k < unit.strips.end; ++k) {
+    const int64_t channel = k * a.strip;
+    for (int64_t tile = 0, first = 0; tile < tiles; ++tile) {
+      const int64_t size = count * (tile + 1) / tiles - first;
+      plan.tiles.run_taps[size](x + first * plan.taps, plan.taps, y + first, channel - to.channel0, a.weights, a.channels,
+                                a.tap_ptr + k * plan.taps, a.bias == nullptr ? nullptr : a.bias + channel, a.relu,
+                                (int)min64(a.strip, a.c_out - channel));
+      first += size;
+    }
   }
 }
 
@@ -286,7 +263,7 @@ inline void run_unit(const Plan& plan, int64_t index, float* scratch) {
     to.image0 = to.row0 = to.channel0 = 0;
   }
   if (plan.tap_by_tap)
-    unit_tap_by_tap<V>(plan, unit, to);
+    unit_tap_by_tap(plan, unit, to);
   else
     unit_all_taps(plan, unit, to);
   if (a.pool) pool_unit<V>(plan, unit, to);
