@@ -24,7 +24,8 @@ enum { SLIM_OK = 0, SLIM_ERROR_NO_MEMORY = 1, SLIM_ERROR_UNSUPPORTED = 2, SLIM_E
 // Block-sparse 2-D convolution, fp32, channels-last:
 //   y[n,p,q,o] = epilogue(bias[o] + sum over stored (tap,c) of weight[o,tap,c] * x[n, p*stride_h - pad_h + r*dil_h, ..., c])
 //
-// The weight is a *strip pack*: output channels are cut into ceil(c_out / strip) strips of `strip` (8, 16, 24 or 32) channels; for strip i
+// The weight is a *strip pack*: output channels are cut into ceil(c_out / strip) strips of `strip` channels (8, 16, 24 or 32;
+// images innermost also 1, 2 or 4); for strip i
 // and tap t the entries tap_ptr[i*taps + t] .. tap_ptr[i*taps + t + 1] each hold an input channel and `strip` weights (zero where
 // the pattern stores nothing or the channel lies beyond c_out). taps = r*s, tap = row*s + column. Entries of one (strip, tap)
 // are sorted by channel.
@@ -45,7 +46,7 @@ typedef struct SlimConv2dF32 {
   const int32_t* offsets;    // (entries + SLIM_OFFSETS_MARGIN, the margin is read and not used): elements of x between a pixel's tap (0, 0) and the entry; NULL: computed in the call
   int64_t n, h, w, c_in, c_out, p, q;
   int32_t r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w;
-  int32_t strip;             // 8, 16, 24 or 32
+  int32_t strip;             // 8, 16, 24 or 32; images innermost also 1, 2 or 4
   int32_t relu;              // 0 or 1: y = max(y, 0), NaN kept
   int32_t pool;              // 0 or 1: 2x2 stride-2 max-pool (floor) after the ReLU, NaN kept
   int32_t lanes;             // 1, or the vector of the instruction set

@@ -20,12 +20,10 @@ Family channels_family() {
 }
 
 // 12 accumulators, 3 vectors of x, 1 weight: 7 loads for 12 multiply-adds.
-template <int STRIDE>
+template <int NO1, int NO, int MR, int STRIDE>
 Family images_family() {
   Family family;
-  add_images_tile<Vec8, 8, 1, STRIDE>(family.tiles);
-  add_images_tile<Vec8, 4, 2, STRIDE>(family.tiles);
-  add_images_tile<Vec8, 4, 3, STRIDE>(family.tiles);
+  add_images_tiles<Vec8, NO1, NO, MR, STRIDE>(family.tiles);
   family.run_unit = run_unit<Vec8>;
   return family;
 }
@@ -36,11 +34,15 @@ Family images_family() {
 inline bool family_for(int strip, int lanes, Family& family) {
   if (lanes != 1 && lanes != Vec8::N) return false;
   const bool images = lanes != 1;
+  if (!images && strip < 8) return false;
   switch (strip) {
-    case 8: family = images ? images_family<8>() : channels_family<1, 10, 12, 8>(); return true;
-    case 16: family = images ? images_family<16>() : channels_family<2, 6, 6, 16>(); return true;
-    case 24: family = images ? images_family<24>() : channels_family<3, 4, 4, 24>(); return true;
-    case 32: family = images ? images_family<32>() : channels_family<2, 6, 2, 32>(); return true;
+    case 1: family = images_family<1, 1, 10, 1>(); return true;
+    case 2: family = images_family<2, 2, 6, 2>(); return true;
+    case 4: family = images_family<4, 4, 3, 4>(); return true;
+    case 8: family = images ? images_family<8, 4, 3, 8>() : channels_family<1, 10, 12, 8>(); return true;
+    case 16: family = images ? images_family<8, 4, 3, 16>() : channels_family<2, 6, 6, 16>(); return true;
+    case 24: family = images ? images_family<8, 4, 3, 24>() : channels_family<3, 4, 4, 24>(); return true;
+    case 32: family = images ? images_family<8, 4, 3, 32>() : channels_family<2, 6, 2, 32>(); return true;
     default: return false;
   }
 }

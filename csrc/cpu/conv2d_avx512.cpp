@@ -43,12 +43,10 @@ Family channels_family() {
 }
 
 // 24 accumulators, 3 vectors of x, 1 weight: 11 loads for 24 multiply-adds. A single pixel takes 16 channels where it can, 17 loads for 16.
-template <int STRIDE>
+template <int NO1, int NO, int MR, int STRIDE>
 Family images_family() {
   Family family;
-  add_images_tile<Vec16, STRIDE % 16 == 0 ? 16 : 8, 1, STRIDE>(family.tiles);
-  add_images_tile<Vec16, 8, 2, STRIDE>(family.tiles);
-  add_images_tile<Vec16, 8, 3, STRIDE>(family.tiles);
+  add_images_tiles<Vec16, NO1, NO, MR, STRIDE>(family.tiles);
   family.run_unit = run_unit<Vec16>;
   return family;
 }
@@ -59,11 +57,15 @@ Family images_family() {
 inline bool family_for(int strip, int lanes, Family& family) {
   if (lanes != 1 && lanes != Vec16::N) return false;
   const bool images = lanes != 1;
+  if (!images && strip < 8) return false;
   switch (strip) {
-    case 8: family = images ? images_family<8>() : channels_family<Vec8, 1, 10, 16, 8>(); return true;
-    case 16: family = images ? images_family<16>() : channels_family<Vec16, 1, 10, 8, 16>(); return true;
-    case 24: family = images ? images_family<24>() : channels_family<Vec8, 3, 8, 8, 24>(); return true;
-    case 32: family = images ? images_family<32>() : channels_family<Vec16, 2, 10, 12, 32>(); return true;
+    case 1: family = images_family<1, 1, 10, 1>(); return true;
+    case 2: family = images_family<2, 2, 10, 2>(); return true;
+    case 4: family = images_family<4, 4, 6, 4>(); return true;
+    case 8: family = images ? images_family<8, 8, 3, 8>() : channels_family<Vec8, 1, 10, 16, 8>(); return true;
+    case 16: family = images ? images_family<16, 8, 3, 16>() : channels_family<Vec16, 1, 10, 8, 16>(); return true;
+    case 24: family = images ? images_family<8, 8, 3, 24>() : channels_family<Vec8, 3, 8, 8, 24>(); return true;
+    case 32: family = images ? images_family<16, 8, 3, 32>() : channels_family<Vec16, 2, 10, 12, 32>(); return true;
     default: return false;
   }
 }

@@ -68,12 +68,10 @@ Family channels_family() {
   return family;
 }
 
-template <int STRIDE>
+template <int NO1, int NO, int MR, int STRIDE>
 Family images_family() {
   Family family;
-  add_images_tile<Vec4, 8, 1, STRIDE>(family.tiles);
-  add_images_tile<Vec4, 4, 2, STRIDE>(family.tiles);
-  add_images_tile<Vec4, 4, 3, STRIDE>(family.tiles);
+  add_images_tiles<Vec4, NO1, NO, MR, STRIDE>(family.tiles);
   family.run_unit = run_unit<Vec4>;
   return family;
 }
@@ -81,11 +79,15 @@ Family images_family() {
 inline bool family_for(int strip, int lanes, Family& family) {
   if (lanes != 1 && lanes != Vec4::N) return false;
   const bool images = lanes != 1;
+  if (!images && strip < 8) return false;
   switch (strip) {
-    case 8: family = images ? images_family<8>() : channels_family<2, 4, 4, 8>(); return true;
-    case 16: family = images ? images_family<16>() : channels_family<4, 2, 2, 16>(); return true;
-    case 24: family = images ? images_family<24>() : channels_family<3, 3, 3, 24>(); return true;
-    case 32: family = images ? images_family<32>() : channels_family<4, 2, 1, 32>(); return true;
+    case 1: family = images_family<1, 1, 8, 1>(); return true;
+    case 2: family = images_family<2, 2, 4, 2>(); return true;
+    case 4: family = images_family<4, 4, 2, 4>(); return true;
+    case 8: family = images ? images_family<8, 4, 3, 8>() : channels_family<2, 4, 4, 8>(); return true;
+    case 16: family = images ? images_family<8, 4, 3, 16>() : channels_family<4, 2, 2, 16>(); return true;
+    case 24: family = images ? images_family<8, 4, 3, 24>() : channels_family<3, 3, 3, 24>(); return true;
+    case 32: family = images ? images_family<8, 4, 3, 32>() : channels_family<4, 2, 1, 32>(); return true;
     default: return false;
   }
 }

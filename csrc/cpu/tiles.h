@@ -6,7 +6,8 @@
 // - Tile (channels last): a vector holds output channels. MR pixels x NV vectors: an entry costs NV weight loads, MR broadcasts of x
 //   and MR * NV multiply-adds, MR + NV loads for MR multiply-adds where the strip is one vector wide.
 // - ImagesTile (images innermost): a vector holds one channel of V::N images. MR pixels x NO channels: an entry costs MR loads of x, NO
-//   broadcasts of weights and MR * NO multiply-adds, 11 loads for 24 of them at 3 x 8, so the multiply-adds are the limit.
+//   broadcasts of weights and MR * NO multiply-adds, 11 loads for 24 of them at 3 x 8, so the multiply-adds are the limit. Strips may be
+//   as narrow as one channel, which is unstructured sparsity: 11 loads for 10 multiply-adds at 10 x 1.
 
 // One contiguous run of entries.
 struct Segment {
@@ -127,33 +128,64 @@ constexpr int PREFETCH_ENTRIES = SLIM_OFFSETS_MARGIN;
 
 template <class V, int NO, int MR, int STRIDE>
 struct ImagesTile {
+  static constexpr int SETS = MR * NO >= 8 ? 1 : (MR * NO >= 4 ? 2 : (MR * NO >= 2 ? 4 : 8));
+  // Where an entry has few multiply-adds for each load of x, asking ahead would cost more loads than it saves.
+  static constexpr bool PREFETCH = NO >= 4;
+
   static void run(const float* const* x, float* const* y_pixels, int64_t channel, const float* w, const int32_t* offsets,
                   const Segment* segments, int count, const float* bias, int /*init*/, int relu, int present) {
-    typename V::type acc[MR][NO];
+    typename V::type acc[SETS][MR][NO];
     const float* px[MR];
     SLIM_UNROLL for (int m = 0; m < MR; ++m) px[m] = x[m];
     SLIM_UNROLL for (int o = 0; o < NO; ++o) {
       const typename V::type start = bias != nullptr && o < present ? V::broadcast(bias + o) : V::zero();
-      SLIM_UNROLL for (int m = 0; m < MR; ++m) acc[m][o] = start;
+      SLIM_UNROLL for (int m = 0; m < MR; ++m) acc[0][m][o] = start;
     }
+    SLIM_UNROLL for (int u = 1; u < SETS; ++u)
+      SLIM_UNROLL for (int m = 0; m < MR; ++m)
+        SLIM_UNROLL for (int o = 0; o < NO; ++o) acc[u][m][o] = V::zero();
     for (int i = 0; i < count; ++i) {
       const float* weight = w + (int64_t)segments[i].begin * STRIDE;
+      const int32_t* at = offsets + segments[i].begin;
       const int32_t* const end = offsets + segments[i].end;
-      for (const int32_t* at = offsets + segments[i].begin; at != end; ++at, weight += STRIDE) {
-        const int64_t offset = *at, coming = at[PREFETCH_ENTRIES];
-        SLIM_UNROLL for (int m = 0; m < MR; ++m) __builtin_prefetch(px[m] + coming);
-        typename V::type xv[MR];
-        SLIM_UNROLL for (int m = 0; m < MR; ++m) xv[m] = V::load(px[m] + offset);
-        SLIM_UNROLL for (int o = 0; o < NO; ++o) {
-          const typename V::type wv = V::broadcast(weight + o);
-          SLIM_UNROLL for (int m = 0; m < MR; ++m) acc[m][o] = V::fma(xv[m], wv, acc[m][o]);
+      for (; end - at >= SETS; at += SETS, weight += SETS * STRIDE) {
+        if (PREFETCH) {
+          const int64_t coming = at[PREFETCH_ENTRIES];
+          SLIM_UNROLL for (int m = 0; m < MR; ++m) __builtin_prefetch(px[m] + coming);
         }
+        SLIM_UNROLL for (int u = 0; u < SETS; ++u) step(acc[u], px, weight + u * STRIDE, at[u]);
       }
+      if (SETS > 1)
+        for (; at != end; ++at, weight += STRIDE) step(acc[0], px, weight, at[0]);
     }
+    SLIM_UNROLL for (int u = 1; u < SETS; ++u)
+      SLIM_UNROLL for (int m = 0; m < MR; ++m)
+        SLIM_UNROLL for (int o = 0; o < NO; ++o) acc[0][m][o] = V::add(acc[0][m][o], acc[u][m][o]);
     SLIM_UNROLL for (int o = 0; o < NO; ++o) {
       if (o < present) {
         SLIM_UNROLL for (int m = 0; m < MR; ++m)
-          V::store(y_pixels[m] + (channel + o) * V::N, relu ? V::relu(acc[m][o]) : acc[m][o]);
+          V::store(y_pixels[m] + (channel + o) * V::N, relu ? V::relu(acc[0][m][o]) : acc[0][m][o]);
+      }
+    }
+  }
+
+ private:
+  // The shorter side stays in registers, the longer one passes by.
+  static inline __attribute__((always_inline)) void step(typename V::type (&acc)[MR][NO], const float* const (&px)[MR],
+                                                         const float* weight, int64_t offset) {
+    if constexpr (MR <= NO) {
+      typename V::type xv[MR];
+      SLIM_UNROLL for (int m = 0; m < MR; ++m) xv[m] = V::load(px[m] + offset);
+      SLIM_UNROLL for (int o = 0; o < NO; ++o) {
+        const typename V::type wv = V::broadcast(weight + o);
+        SLIM_UNROLL for (int m = 0; m < MR; ++m) acc[m][o] = V::fma(xv[m], wv, acc[m][o]);
+      }
+    } else {
+      typename V::type wv[NO];
+      SLIM_UNROLL for (int o = 0; o < NO; ++o) wv[o] = V::broadcast(weight + o);
+      SLIM_UNROLL for (int m = 0; m < MR; ++m) {
+        const typename V::type xv = V::load(px[m] + offset);
+        SLIM_UNROLL for (int o = 0; o < NO; ++o) acc[m][o] = V::fma(xv, wv[o], acc[m][o]);
       }
     }
   }
@@ -187,11 +219,14 @@ void add_taps_tiles(TileSet& set) {
   set.mr_taps = MR;
 }
 
-template <class V, int NO, int MR, int STRIDE>
-void add_images_tile(TileSet& set) {
-  static_assert(MR <= MAX_MR && STRIDE % NO == 0, "");
-  set.run[MR] = ImagesTile<V, NO, MR, STRIDE>::run;
-  set.width[MR] = NO;
+// Tiles of 1 .. MR pixels x NO channels; a tile of one pixel takes NO1 channels.
+template <class V, int NO1, int NO, int MR, int STRIDE>
+void add_images_tiles(TileSet& set) {
+  static_assert(MR <= MAX_MR && STRIDE % NO == 0 && STRIDE % NO1 == 0, "");
+  if constexpr (MR > 1) add_images_tiles<V, NO1, NO, MR - 1, STRIDE>(set);
+  constexpr int WIDTH = MR == 1 ? NO1 : NO;
+  set.run[MR] = ImagesTile<V, WIDTH, MR, STRIDE>::run;
+  set.width[MR] = WIDTH;
   set.mr = MR;
   set.mr_taps = 0;
 }

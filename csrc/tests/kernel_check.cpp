@@ -212,7 +212,7 @@ void run_case(const Isa& isa, long number, int max_threads, Tally* tally) {
   Rng rng{uint64_t(number) * 0x632be59bd9b4e019u + 1};
   static const int64_t kSizes[] = {1, 1, 2, 2, 3, 4, 4, 5, 6, 7, 8, 8, 9, 13, 16, 17};
   static const int64_t kKernels[] = {1, 1, 2, 3, 3, 3, 3, 5};
-  static const int64_t kStrips[] = {8, 16, 24, 32};
+  static const int64_t kStrips[] = {8, 16, 24, 32}, kNarrow[] = {1, 2, 4};
   static const int64_t kChannels[] = {1, 2, 3, 7, 8, 9, 16, 24, 31, 32, 33, 64, 96};
   SlimConv2dF32 a;
   memset(&a, 0, sizeof a);
@@ -234,7 +234,8 @@ void run_case(const Isa& isa, long number, int max_threads, Tally* tally) {
   a.n = linear ? rng.range(1, 70) : rng.range(1, 20);
   a.c_in = large ? 64 : rng.pick(kChannels);
   a.c_out = rng.chance(50) ? rng.pick(kChannels) : rng.range(1, 70);
-  a.strip = int32_t(rng.pick(kStrips));
+  const bool images = rng.chance(50);
+  a.strip = int32_t(images && rng.chance(40) ? rng.pick(kNarrow) : rng.pick(kStrips));
   a.relu = rng.chance(50);
   a.pool = a.p >= 2 && a.q >= 2 && rng.chance(35);
 
@@ -283,7 +284,7 @@ void run_case(const Isa& isa, long number, int max_threads, Tally* tally) {
   Way way;
   way.threads = int32_t(rng.pick(kThreads));
   if (way.threads > max_threads) way.threads = max_threads;
-  way.images = rng.chance(50) && a.r <= 64;
+  way.images = images;
   way.offsets = rng.chance(50);
   way.slot = rng.chance(30) ? int32_t(rng.below(4)) : -1;
   way.y_shift = rng.range(0, 3);
