@@ -87,14 +87,13 @@ def test_the_pattern_that_stores_least_work_wins_and_bytes_count_indices() -> No
 
 
 @native_only
-def test_ties_go_to_the_larger_block_and_shapes_without_a_kernel_come_last() -> None:
+def test_ties_go_to_the_larger_block_and_narrow_ones_come_last() -> None:
     weight = torch.ones(128, 64)
     weight[:, 16:] = 0
     ranked = rank_patterns(LayerWeight(weight, None), None)
     assert ranked[0].block_shape == (128, 16)
-    assert [p.kernel is None for p in ranked] == sorted(p.kernel is None for p in ranked)
-    assert {p.block_shape for p in ranked if p.kernel is None} == {(4, 1), (1, 1)}
-    assert all("multiple of 8" in p.reason for p in ranked if p.kernel is None)
+    # Nothing is gained by blocks of one channel here, and their kernel is the slowest.
+    assert all(p.kernel is not None for p in ranked) and ranked[-1].block_shape == (1, 1)
 
 
 def test_a_declared_block_shape_is_the_only_candidate() -> None:

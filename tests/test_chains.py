@@ -12,8 +12,9 @@ import slimkernels as sk
 from slimkernels.inference import Replay, chains
 from slimkernels.inference.chains import Piece, pieces
 from slimkernels.kernels import native
+from slimkernels.kernels.problems import LANES
 
-ISAS = [isa for isa in native.LANES if native.unavailable_reason(isa) is None]
+ISAS = [isa for isa in LANES if native.unavailable_reason(isa) is None]
 pytestmark = pytest.mark.skipif(not ISAS, reason="the native kernels are not built")
 
 
@@ -101,7 +102,7 @@ def test_the_whole_network_is_one_call(monkeypatch, threads) -> None:
     monkeypatch.setattr(chains, "_MACS_PER_COPY", 0)
     threads(1)
     isa = ISAS[-1]
-    lanes = native.LANES[isa]
+    lanes = LANES[isa]
     monkeypatch.setenv("SLIMKERNELS_ISA", isa)
     replay = Replay(net(), batch(lanes))
     # Six layers between two copies; the flattened view between them is no step.
@@ -115,7 +116,7 @@ def test_pieces_share_a_workspace(monkeypatch, threads) -> None:
     """Eight pieces in two slots take the memory of two."""
     monkeypatch.setattr(chains, "_MACS_PER_COPY", 0)
     threads(2)
-    lanes = native.LANES[ISAS[-1]]
+    lanes = LANES[ISAS[-1]]
     monkeypatch.setenv("SLIMKERNELS_ISA", ISAS[-1])
     model = net()
     two, eight = (Replay(model, batch(k * lanes)).workspace_bytes for k in (2, 8))

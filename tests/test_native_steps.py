@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from slimkernels.kernels import native
+from slimkernels.kernels.problems import LANES
 
-ISAS = [isa for isa in native.LANES if native.unavailable_reason(isa) is None]
+ISAS = [isa for isa in LANES if native.unavailable_reason(isa) is None]
 pytestmark = pytest.mark.skipif(not ISAS, reason="the native kernels are not built")
 
 
@@ -69,7 +70,7 @@ def assert_within(y: Tensor, want: tuple[Tensor, Tensor]) -> None:
 
 # Widths around the tiles: 3 pixels x 8 channels (AVX-512), 3 x 4; batches around a vector of 4, 8 or 16 images.
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("strip", [8, 16, 24, 32])
+@pytest.mark.parametrize("strip", [1, 2, 4, 8, 16, 24, 32])
 @pytest.mark.parametrize(
     ("n", "h", "w", "epilogue", "stride"),
     [(16, 5, 7, "relu", 1), (3, 4, 4, "none", 1), (17, 2, 2, "relu_maxpool2", 1), (33, 1, 1, "relu", 1),
@@ -81,7 +82,7 @@ def test_images_innermost(isa: str, strip: int, n: int, h: int, w: int, epilogue
     x = images(n, 11, h, w)
     want = expected(x, dense, bias, epilogue, stride)
     p, q = want[0].shape[2:]
-    lanes = native.LANES[isa]
+    lanes = LANES[isa]
     a, b = poisoned(*native.images_innermost(n, h, w, 11, isa)), poisoned(*native.images_innermost(n, p, q, c_out, isa))
     y = poisoned(n, p, q, c_out).permute(0, 3, 1, 2)
     steps = [
@@ -105,7 +106,7 @@ def test_layouts_agree_bitwise(isa: str) -> None:
     plain = poisoned(n, size, size, 32).permute(0, 3, 1, 2)
     native.Steps(isa, [conv.step(x, plain, bias, n, conv.entry_offsets(size))])()
     a, b = (poisoned(*native.images_innermost(n, size, size, c, isa)) for c in (24, 32))
-    steps = [native.layout_step(x, a, n), conv.step(a, b, bias, n, conv.entry_offsets(size, native.LANES[isa]))]
+    steps = [native.layout_step(x, a, n), conv.step(a, b, bias, n, conv.entry_offsets(size, LANES[isa]))]
     native.Steps(isa, steps)()
     back = b.permute(0, 4, 3, 1, 2).reshape(-1, 32, size, size)
     # All of these tiles have one set of accumulators but the smallest channels-last ones.
@@ -149,7 +150,7 @@ def test_slots_run_beside_each_other_and_in_order(isa: str, threads: int) -> Non
 def test_a_wrong_entry_is_seen(isa: str) -> None:
     """The bound is tight enough for one weight of one strip at one tap to matter."""
     conv, dense, bias = packed_conv(isa, 11, 16, 16)
-    n, lanes = 16, native.LANES[isa]
+    n, lanes = 16, LANES[isa]
     x = images(n, 11, 5, 5)
     want = expected(x, dense, bias, "relu")
     dense[3, 5, 1, 1] += 0.01
@@ -165,7 +166,7 @@ def test_a_wrong_entry_is_seen(isa: str) -> None:
 @pytest.mark.parametrize("isa", ISAS)
 def test_non_finite_images_stay_in_their_lane(isa: str) -> None:
     conv, _, bias = packed_conv(isa, 4, 8, 8)
-    n, lanes = native.LANES[isa], native.LANES[isa]
+    n, lanes = LANES[isa], LANES[isa]
     x = images(n, 4, 3, 3)
     x[1] = torch.nan
     x[2] = torch.inf
@@ -179,7 +180,7 @@ def test_non_finite_images_stay_in_their_lane(isa: str) -> None:
 
 def test_tensors_that_do_not_fit_are_refused() -> None:
     isa = ISAS[0]
-    lanes = native.LANES[isa]
+    lanes = LANES[isa]
     conv, _, bias = packed_conv(isa, 8, 16, 16)
     x, y = images(lanes, 8, 4, 4), torch.empty(lanes, 4, 4, 16).permute(0, 3, 1, 2)
     a, b = (torch.empty(native.images_innermost(lanes, 4, 4, c, isa)) for c in (8, 16))
@@ -194,6 +195,10 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             conv.step(wrong[0], wrong[1], bias, wrong[2], wrong[3])
+    narrow, _, bias = packed_conv(isa, 8, 16, 4)
+    narrow.step(a, b, bias, lanes, narrow.entry_offsets(4, lanes))
+    with pytest.raises(ValueError, match=message):  # strips of 4 channels read images innermost only
+        narrow.step(x, y, bias, lanes, narrow.entry_offsets(4))
     for pair in ((x, b), (x.contiguous(), a), (x.double(), a.double()), (x[1:], a), (x, a[..., 1:])):
         with pytest.raises(ValueError, match="layout_step: expected"):
             native.layout_step(*pair, lanes)

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from slimkernels.inference.memory import Buffer, place, rounded
 from slimkernels.inference.native_layers import NativeLayer
-from slimkernels.kernels.native import LANES, Step, images_innermost, layout_step
+from slimkernels.kernels.native import Step, images_innermost, layout_step
+from slimkernels.kernels.problems import LANES
 
 # Share of a vector's images that must be there: below it, half-empty vectors cost more than the other layout.
 _FULL_ENOUGH = 0.75
@@ -37,7 +38,7 @@ class Piece(NamedTuple):
     slot: int
 
 
-def pieces(n: int, lanes: int, threads: int) -> list[Piece]:
+def pieces(n: int, lanes: int, threads: int, full_enough: float = _FULL_ENOUGH) -> list[Piece]:
     """A batch in pieces: a vector of images for every thread as long as there are enough, then the rest.
 
     What runs on one thread needs no barriers, and no data leaves its core. The last images fill a vector nearly, or run
@@ -45,11 +46,12 @@ def pieces(n: int, lanes: int, threads: int) -> list[Piece]:
 
     Args:
         n: images. lanes: images of a vector, 1 to keep the batch whole and channels last.
+        full_enough: share of a vector that the last images must fill to become one, 0 where they have to.
     """
     if lanes == 1:
         return [Piece(0, n, 1, -1)]
     rest = n % lanes
-    vectors = n // lanes + (rest >= _FULL_ENOUGH * lanes)
+    vectors = n // lanes + (rest > 0 and rest >= full_enough * lanes)
     alone = vectors // threads * threads if threads > 1 else 0
     cut = [Piece(i * lanes, min(lanes, n - i * lanes), lanes, i % threads) for i in range(alone)]
     # Several vectors a piece give many threads enough to do in the smallest layers.
@@ -89,8 +91,9 @@ class Chain:
         for layer in self.layers:
             sizes.append(layer.output_size(*sizes[-1]))
         self._sizes = sizes
-        lanes = LANES[self.layers[0].isa] if self._is_faster_innermost() else 1
-        self.pieces = pieces(n, lanes, torch.get_num_threads())
+        narrow = any(layer.conv.narrow for layer in self.layers)
+        lanes = LANES[self.layers[0].isa] if narrow or self._is_faster_innermost() else 1
+        self.pieces = pieces(n, lanes, torch.get_num_threads(), 0.0 if narrow else _FULL_ENOUGH)
         for layer, (_, width) in zip(self.layers, sizes):
             for used in {piece.lanes for piece in self.pieces}:
                 layer.want_offsets(width, used)

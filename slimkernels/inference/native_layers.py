@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimkernels.kernels.native import PackedConv2d, pack_strips, strip_width
+from slimkernels.kernels.native import PackedConv2d, pack_strips
 from slimkernels.kernels.native_low_rank import pack_factor
-from slimkernels.kernels.problems import Pair, Request, factor_geometry
+from slimkernels.kernels.problems import Pair, Request, factor_geometry, strip_width
 from slimkernels.kernels.select import resolve
 
 _OPS = torch.ops.slimkernels

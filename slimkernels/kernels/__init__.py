@@ -101,10 +101,6 @@ def _always() -> None:
     return None
 
 
-def _no_reason(problem: Problem) -> None:
-    return None
-
-
 def _rows() -> list[KernelSpec]:
     rows = [
         KernelSpec(f"{op}__reference", op, "reference", None, ALL_DTYPES, EPILOGUES[op], frozenset({"cpu", "cuda"}),
@@ -112,15 +108,15 @@ def _rows() -> list[KernelSpec]:
         for op in OPS + GRADIENT_OPS
     ]  # fmt: skip
     for isa in ("avx512", "avx2", "scalar"):
-        for op, launch, takes in (
-            ("bsr_conv2d", native.launch_bsr_conv2d, native.shape_reason),
-            ("bsr_linear", native.launch_bsr_linear, native.shape_reason),
-            ("low_rank_linear", native_low_rank.launch_low_rank_linear, _no_reason),
-            ("low_rank_conv2d", native_low_rank.launch_low_rank_conv2d, _no_reason),
+        for op, launch in (
+            ("bsr_conv2d", native.launch_bsr_conv2d),
+            ("bsr_linear", native.launch_bsr_linear),
+            ("low_rank_linear", native_low_rank.launch_low_rank_linear),
+            ("low_rank_conv2d", native_low_rank.launch_low_rank_conv2d),
         ):
             rows.append(
                 KernelSpec(f"{op}_f32__{isa}", op, "cpu", isa, frozenset({torch.float32}), EPILOGUES[op],
-                           frozenset({"cpu"}), partial(launch, isa), partial(native.unavailable_reason, isa), takes)
+                           frozenset({"cpu"}), partial(launch, isa), partial(native.unavailable_reason, isa))
             )  # fmt: skip
     fp32, cpu = frozenset({torch.float32}), frozenset({"cpu"})
     for isa in ("avx512", "avx2", "scalar"):

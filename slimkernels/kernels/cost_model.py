@@ -18,6 +18,8 @@ from typing import TypeAlias
 import torch
 
 from slimkernels.kernels.problems import (
+    LANES,
+    NARROWEST_CHANNELS_LAST,
     ConvProblem,
     LinearProblem,
     LowRankConvProblem,
@@ -25,6 +27,7 @@ from slimkernels.kernels.problems import (
     SizedProblem,
     conv_output_size,
     factor_geometry,
+    strip_width,
 )
 
 Config: TypeAlias = Mapping[str, int]
@@ -80,12 +83,19 @@ class CpuRates:
     sparse_call_s: float
 
 
-# Where no table was measured: avx2 near what two Zen 3 cores reach on VGG-19's layers, scalar and avx512 guesses.
+# Where no table was measured: avx2 near what two Zen 3 cores reach on VGG-19's layers, avx512 what two Zen 5 cores do,
+# scalar a guess.
 CPU_RATES = {
     "scalar": CpuRates("scalar", 40e9, 8e-6, 2e10, 6e9, 6e9, 8e-6),
     "avx2": CpuRates("avx2", 75e9, 8e-6, 2e10, 70e9, 52e9, 8e-6),
-    "avx512": CpuRates("avx512", 95e9, 8e-6, 2e10, 85e9, 64e9, 8e-6),
+    "avx512": CpuRates("avx512", 220e9, 8e-6, 2e10, 165e9, 85e9, 8e-6),
 }
+
+
+# Rate of strips of 1, 2 and 4 channels over that of 16, and the copies they need, bytes/s a thread: Zen 5, AVX-512,
+# measured.
+_NARROW_STRIPS = {1: 0.4, 2: 0.6, 4: 1.0}
+_COPY_BYTES_S = 1e10
 
 
 @dataclass(frozen=True)
@@ -323,12 +333,19 @@ def predict_gpu(backend: str, problem: SizedProblem, config: Config, rates: GpuR
 
 def cpu_seconds(problem: SizedProblem, rates: CpuRates, threads: int) -> float:
     """A native kernel on a CPU problem."""
-    narrow = isinstance(problem, ConvProblem | LinearProblem) and problem.block_shape[0] % 16 != 0
-    rate = rates.sparse_flops_strip8 if narrow else rates.sparse_flops
-    calls = 1
+    rate, calls, copied = rates.sparse_flops, 1, 0.0
+    if isinstance(problem, ConvProblem | LinearProblem):
+        strip = strip_width(problem.block_shape[0], rates.isa)
+        if strip == NARROWEST_CHANNELS_LAST:
+            rate = rates.sparse_flops_strip8
+        elif strip < NARROWEST_CHANNELS_LAST:
+            images = problem.n if isinstance(problem, ConvProblem) else problem.m
+            lanes = LANES[rates.isa]
+            rate *= _NARROW_STRIPS[strip] * images / max(1, _ceil(images, lanes) * lanes)
+            copied = sum(_image_bytes(problem, pooled=problem.epilogue == "relu_maxpool2")) / _COPY_BYTES_S
     if isinstance(problem, LowRankLinearProblem | LowRankConvProblem):
         calls = 2 if isinstance(problem, LowRankLinearProblem) else len(problem.factor_shapes)
-    return 2 * problem.macs / (rate * threads) + calls * rates.sparse_call_s
+    return (2 * problem.macs / rate + copied) / threads + calls * rates.sparse_call_s
 
 
 def dense_work(problem: SizedProblem) -> tuple[int, int]:

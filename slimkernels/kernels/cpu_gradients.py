@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from slimkernels.kernels.native import PackedConv2d, pack_strips, strip_width
+from slimkernels.kernels.native import PackedConv2d, pack_strips
+from slimkernels.kernels.problems import strip_width
 
 # Elements of the im2col matrix that one step holds: 16 MB of float32, of the order of a core's share of L3.
 COLUMN_ELEMENTS = 2**22

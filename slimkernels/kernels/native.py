@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from slimkernels import _extension
-from slimkernels.kernels.problems import Problem
+from slimkernels.kernels.problems import LANES, NARROWEST_CHANNELS_LAST, strip_width
 
 
 @lru_cache(maxsize=1)
@@ -29,20 +29,6 @@ def unavailable_reason(isa: str) -> str | None:
     if isa in isas:
         return None
     return f"{isa} is not built or not supported by this CPU (available: {', '.join(isas)})"
-
-
-def shape_reason(problem: Problem) -> str | None:
-    """None when the strip kernels take the problem's block shape: whole strips of 8 output channels, or why not."""
-    if problem.block_shape[0] % 8:
-        return f"block_out must be a multiple of 8, got {problem.block_shape[0]}"
-    return None
-
-
-def strip_width(block_out: int, isa: str) -> int:
-    """Output channels of one microkernel call; it divides ``block_out``, so a strip reads one block row only."""
-    if isa == "avx512" and block_out % 32 == 0:
-        return 32
-    return 16 if block_out % 16 == 0 else 8
 
 
 def pack_strips(
@@ -94,8 +80,6 @@ def pack_strips(
     return [weights.contiguous(), channels.to(torch.int32), tap_ptr]
 
 
-# Images that lie innermost in the second activation layout of csrc/kernels.h: one vector of the instruction set.
-LANES = {"scalar": 4, "avx2": 8, "avx512": 16}
 _MAX_TAP_ROWS = 64  # of a kernel that reads images innermost
 _OFFSETS_MARGIN = 16  # SLIM_OFFSETS_MARGIN
 _CACHED_WIDTHS = 4
@@ -156,6 +140,11 @@ class PackedConv2d:
         self.limit = (2**31 - 1) // max(self.c_in, self.c_out)
 
     @property
+    def narrow(self) -> bool:
+        """Whether the kernel runs with images innermost only."""
+        return self._tail[0] < NARROWEST_CHANNELS_LAST
+
+    @property
     def macs(self) -> int:
         """Multiply-adds of one output pixel away from the border."""
         return self._packed[0].numel()
@@ -179,7 +168,8 @@ class PackedConv2d:
             return False
         n, c, h, w = x.shape
         p, q = self.output_size(h, w)
-        return n > 0 and c == self.c_in and min(p, q) > self._pool and max(h * w, p * q) <= self.limit
+        fits = n > 0 and c == self.c_in and min(p, q) > self._pool and max(h * w, p * q) <= self.limit
+        return fits and (not self.narrow or self.takes_images_innermost(h, w))
 
     def takes_rows(self, x: Tensor) -> bool:
         """Whether x holds float32 CPU rows of the right length."""
@@ -209,19 +199,39 @@ class PackedConv2d:
             return
         if max(h * w, p * q) > self.limit:
             raise ValueError(f"{self._op}: expected images of fewer than 2**31 elements")
+        if self.narrow:
+            self._run_innermost(x, y, bias, n, h, w)
+            return
         if bias is not None and not bias.is_contiguous():
             bias = bias.contiguous()
-        offsets = None
-        if self._geometry[0] * self._geometry[1] > 1:
-            offsets = self._offsets.get(w)
-            if offsets is None:
-                if len(self._offsets) >= _CACHED_WIDTHS:
-                    self._offsets = {}
-                offsets = self._offsets[w] = self.entry_offsets(w)
+        offsets = self._known_offsets(w, 1) if self._geometry[0] * self._geometry[1] > 1 else None
         members = self._members(x, y, bias, offsets, n, h, w, p, q, 1)
         status = self._conv2d(self._isa, *members, torch.get_num_threads())
         if status != 0:
             raise RuntimeError(f"{self._op}: native kernel {self._isa} failed with status {status}")
+
+    def _run_innermost(self, x: Tensor, y: Tensor, bias: Tensor | None, n: int, h: int, w: int) -> None:
+        """The same through copies of x and y with a vector of images innermost."""
+        if not self.takes_images_innermost(h, w):
+            size = f"{self._geometry[0]} tap rows and images of {h} x {w}"
+            raise ValueError(f"{self._op}: expected at most {_MAX_TAP_ROWS} tap rows and smaller images, got {size}")
+        x, y = (t if t.dim() == 4 else t.view(n, t.shape[-1], 1, 1) for t in (x, y))
+        inner = torch.empty(images_innermost(n, h, w, self.c_in, self._isa))
+        outer = torch.empty(images_innermost(n, y.shape[2], y.shape[3], self.c_out, self._isa))
+        steps = [
+            layout_step(x, inner, n),
+            self.step(inner, outer, bias, n, self._known_offsets(w, LANES[self._isa])),
+            layout_step(outer, y, n),
+        ]
+        Steps(self._isa, steps)()
+
+    def _known_offsets(self, w: int, lanes: int) -> Tensor:
+        offsets = self._offsets.get(w)
+        if offsets is None:
+            if len(self._offsets) >= _CACHED_WIDTHS:
+                self._offsets = {}
+            offsets = self._offsets[w] = self.entry_offsets(w, lanes)
+        return offsets
 
     def _members(
         self, x: Tensor | None, y: Tensor | None, bias: Tensor | None, offsets: Tensor | None, n: int, h: int, w: int,
@@ -267,6 +277,7 @@ class PackedConv2d:
             fits = fits and x.shape == images_innermost(n, h, w, c_in, self._isa)
             fits = fits and y.shape == images_innermost(n, p_out, q_out, self.c_out, self._isa)
         else:
+            fits = fits and not self.narrow
             fits = fits and x.shape[0] == n and _image_sizes(y) == (n, self.c_out, p_out, q_out)
         if not (
             fits

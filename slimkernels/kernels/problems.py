@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, NamedTuple, TypeAlias
@@ -18,6 +19,18 @@ def taps_in_image(size: int, kernel: int, stride: int, padding: int, dilation: i
     """Number of (output position, tap) pairs along one axis whose input lies inside the image."""
     out = conv_output_size(size, kernel, stride, padding, dilation)
     return sum(0 <= i * stride - padding + t * dilation < size for t in range(kernel) for i in range(out))
+
+
+# Images of a vector, by instruction set: how many lie innermost in the second activation layout of csrc/kernels.h.
+LANES = {"scalar": 4, "avx2": 8, "avx512": 16}
+# Strips narrower than this read images innermost only.
+NARROWEST_CHANNELS_LAST = 8
+
+
+def strip_width(block_out: int, isa: str) -> int:
+    """Output channels of a strip of the CPU kernels: it divides ``block_out``, so a strip reads one block row only."""
+    widest = 32 if isa == "avx512" else 16
+    return math.gcd(block_out, widest)
 
 
 class Request(NamedTuple):

@@ -11,7 +11,7 @@ from torch.nn.modules.utils import _pair
 
 from slimkernels.formats import BSRWeight, block_shape_2d
 from slimkernels.kernels import native
-from slimkernels.kernels.problems import Request
+from slimkernels.kernels.problems import Request, strip_width
 from slimkernels.kernels.select import resolve
 from slimkernels.kernels.transposed import transpose_index
 from slimkernels.kernels.triton.bsr_conv2d_index import forward_order
@@ -117,7 +117,7 @@ class _BlockSparse(nn.Module):
         with torch.no_grad():
             packed = native.pack_strips(
                 values, self.crow_indices, self.col_indices, weight.weight_shape, self.block_shape,
-                native.strip_width(self.block_shape[0], isa),
+                strip_width(self.block_shape[0], isa),
             )  # fmt: skip
         for name, tensor in zip(self._packed_names, packed):
             setattr(self, name, tensor)
