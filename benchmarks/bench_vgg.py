@@ -31,7 +31,11 @@ from slimkernels.models import vgg19_cifar
 
 # Sparsity, batch, block shape, and whether ours is recorded (`slimkernels.graphed`) or called module by module.
 ROWS = [(s, b, (16, 1), r) for b in (1, 16, 128) for s in (0.75, 0.875, 0.95) for r in (True, False)]
-OTHER_BLOCKS = [(0.875, 16, shape, True) for shape in ((32, 1), (8, 1), (16, 4), (16, 16))]
+# (1, 1) is unstructured sparsity.
+OTHER_BLOCKS = [
+    *((0.875, 16, shape, True) for shape in ((32, 1), (8, 1), (4, 1), (1, 1), (16, 4), (16, 16))),
+    *((0.875, 128, shape, True) for shape in ((4, 1), (1, 1))),
+]
 SMOKE = (0.875, 1, (16, 1), True)
 # By value: the two headline rows, other blocks, small batches, the higher sparsity.
 GPU_ROWS = [
@@ -73,7 +77,14 @@ def predicted_ms(fast: nn.Module, x: Tensor) -> tuple[float, float]:
     return 1e3 * ours, 1e3 * sum(predicted_dense_seconds(k.problem) for k in layers)
 
 
-@pytest.mark.parametrize(("sparsity", "batch", "block_shape", "recorded"), ROWS + OTHER_BLOCKS)
+def row_name(row: tuple[float, int, tuple[int, int], bool]) -> str:
+    sparsity, batch, (block_out, block_in), recorded = row
+    return f"{sparsity:.1%}-batch{batch}-{block_out}x{block_in}-{'recorded' if recorded else 'modules'}"
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "batch", "block_shape", "recorded"), ROWS + OTHER_BLOCKS, ids=map(row_name, ROWS + OTHER_BLOCKS)
+)
 def test_vgg19_cifar(
     race: Any,
     smoke: bool,

@@ -131,12 +131,12 @@ def _smoothed(values: Sequence[float]) -> list[float]:
 
 
 def _pareto(figure: Any, rows: Sequence[Mapping[str, Any]], report: Mapping[str, Any]) -> None:
-    """Accuracy against bytes on disk, and against the converted latency at every batch size."""
+    """Accuracy against bytes on disk, and against the recorded network's latency at every batch size."""
     panels = figure.subplots(1, 1 + len(report["batches"]), sharey=True, squeeze=False)[0]
     groups = list(dict.fromkeys(row["group"] for row in rows))
     costs = [("size of the file (MB, log scale)", [row["measurement"]["bytes"] / 1e6 for row in rows])]
     for batch in report["batches"]:
-        times = [row["measurement"]["latency"][str(batch)]["converted"]["p50_ms"] for row in rows]
+        times = [row["measurement"]["latency"][str(batch)]["recorded"]["p50_ms"] for row in rows]
         costs.append((f"latency at batch {batch} (ms, log scale)", times))
     accuracies = [100 * row["accuracy"]["mean"] for row in rows]
     for panel, (label, cost) in zip(panels, costs, strict=True):
