@@ -2,7 +2,7 @@
 
 Each case is checked against the float64 reference before it is timed. Rates count the multiply-adds of stored blocks
 that lie inside the image, two FLOPs each; ``share_of_peak`` divides by the multiply-add rate measured on this machine
-in this run.
+in this run. `test_images_innermost` times the kernel alone, as recordings call it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from slimkernels import nn
 from slimkernels.cases import ConvCase, assert_matches_reference
 from slimkernels.kernels import KERNELS, native
-from slimkernels.kernels.problems import ConvProblem
+from slimkernels.kernels.problems import LANES, ConvProblem, strip_width
 from slimkernels.kernels.select import predicted_seconds
 from slimkernels.tuning import captured
 
@@ -95,4 +95,49 @@ def test_bsr_conv2d(
         dense_equiv_flops_per_s=2 * problem.macs_dense / ours.p50,
         share_of_peak=rate / peak_flops if peak_flops else None, threads=torch.get_num_threads(),
         predicted_ms=1e3 * predicted_seconds(KERNELS[kernel], problem),
+    )  # fmt: skip
+
+
+ISAS = [isa for isa in ("avx512", "avx2") if native.unavailable_reason(isa) is None] if DEVICE_TYPE == "cpu" else []
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("layer", VGG19_CIFAR[1:], ids=lambda layer: layer.name)
+@pytest.mark.parametrize(
+    ("block_shape", "sparsity"), [((16, 1), 0.875), ((16, 1), 0.95), ((4, 1), 0.875), ((1, 1), 0.875)]
+)
+def test_images_innermost(
+    race: Any, smoke: bool, isa: str, layer: LayerShape, block_shape: tuple[int, int], sparsity: float
+) -> None:
+    if smoke and (layer is not VGG19_CIFAR[5] or sparsity != 0.95):
+        pytest.skip("not in the smoke run")
+    n = 16
+    case = ConvCase(layer.name, n, layer.c_in, layer.size, layer.size, layer.c_out, block_shape=block_shape,
+                    sparsity=sparsity, epilogue="relu")  # fmt: skip
+    x, weight, bias = case.inputs()
+    shape = (layer.c_out, layer.c_in, 3, 3)
+    packed = native.pack_strips(
+        weight.values, weight.crow_indices, weight.col_indices, shape, block_shape, strip_width(block_shape[0], isa)
+    )
+    conv = native.PackedConv2d(isa, packed, shape, (1, 1), (1, 1), (1, 1), "relu")
+    inner, outer = (
+        torch.empty(native.images_innermost(n, layer.size, layer.size, c, isa)) for c in (layer.c_in, layer.c_out)
+    )
+    native.Steps(isa, [native.layout_step(x.contiguous(memory_format=torch.channels_last), inner, n)])()
+    run = native.Steps(isa, [conv.step(inner, outer, bias, n, conv.entry_offsets(layer.size, LANES[isa]))])
+    dense = weight.to_dense().contiguous(memory_format=torch.channels_last)
+    timings = race.run(run, {"eager conv2d + relu_": lambda: F.relu_(F.conv2d(x, dense, bias, padding=1))})
+    expected = F.relu_(F.conv2d(x.double(), dense.double(), None if bias is None else bias.double(), padding=1))
+    got = outer.permute(0, 4, 3, 1, 2).reshape(-1, layer.c_out, layer.size, layer.size)[:n]
+    torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+    problem: ConvProblem = case.problem(DEVICE_TYPE)
+    ours, best = timings["contender"], timings["best"]
+    rate, peak = 2 * problem.macs / ours.p50, native.peak_flops(isa)
+    race.benchmark.extra_info.update(
+        suite="ops", layer=layer.name, batch=n, block_shape=block_shape, sparsity=sparsity,
+        kernel=f"{isa}, images innermost", match=True, **ours.as_ms(), dense_p50_ms=best.p50 * 1e3,
+        speedup=best.p50 / ours.p50, sparse_flops_per_s=rate,
+        dense_equiv_flops_per_s=2 * problem.macs_dense / ours.p50, share_of_peak=rate / peak,
+        threads=torch.get_num_threads(),
     )  # fmt: skip

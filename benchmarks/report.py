@@ -80,7 +80,8 @@ def vgg_table(rows: list[dict[str, Any]]) -> str:
     """Whole networks: dense and converted latency, speed-up, error ratio, and the prediction for swapped layers."""
     header = ["network", "batch", "sparsity", "blocks", "runs as", "best dense", "dense p50 [ms]",
               "ours p20 / p50 / p80 [ms]", "n", "speed-up", "images/s", "predicted, swapped layers [ms]",
-              "the same dense [ms]", "kernels, dense", "error / dense error"]  # fmt: skip
+              "the same dense [ms]", "kernels, dense", "error / dense error",
+              "DeepSparse, same zeros [ms]"]  # fmt: skip
     body = [
         [
             r["network"], str(r["batch"]), f"{r['sparsity']:.1%}", block_name(r),
@@ -88,6 +89,7 @@ def vgg_table(rows: list[dict[str, Any]]) -> str:
             f"{r['p20_ms']:.3g} / {r['p50_ms']:.3g} / {r['p80_ms']:.3g}", str(r["n"]), f"**{r['speedup']:.2f}x**",
             f"{r['images_per_s']:.0f}", milliseconds(r, "predicted_ms"), milliseconds(r, "predicted_dense_ms"),
             f"{r['kernels']}, {r['dense_kernels']}" if r.get("kernels") is not None else "", f"{r['error_ratio']:.2f}",
+            milliseconds(r, "deepsparse_p50_ms"),
         ]
         for r in sorted(rows, key=vgg_order)
     ]  # fmt: skip
