@@ -48,12 +48,13 @@ class Race:
 
     All sides see the same clock rate and neighbours. A burst begins with a pause, since the threads of ONNX Runtime,
     OpenVINO and OpenMP go on spinning for a while after a call and would share the cores with the other side, and with
-    an untimed call, since the other side has just evicted the caches. A first, quick reading leaves out the baselines
-    that are `FAR` from the fastest.
+    untimed calls for `SETTLE` seconds, since cores wake up and the other side has just evicted the caches. A first,
+    quick reading leaves out the baselines that are `FAR` from the fastest.
     """
 
     FAR: ClassVar[float] = 1.4
     PAUSE: ClassVar[float] = 0.02
+    SETTLE: ClassVar[float] = 0.005
 
     benchmark: Any
     seconds: float
@@ -103,9 +104,15 @@ class Race:
         return {k: timing.Timing(t.p20 / calls, t.p50 / calls, t.p80 / calls, t.n) for k, t in found.items()}
 
     def _settle(self, call: Callable[[], Any]) -> None:
-        if not torch.cuda.is_available() and not self.smoke:
-            time.sleep(self.PAUSE)
-        call()
+        if torch.cuda.is_available() or self.smoke:
+            call()
+            return
+        time.sleep(self.PAUSE)
+        end = time.perf_counter() + self.SETTLE
+        while True:
+            call()
+            if time.perf_counter() >= end:
+                return
 
     @staticmethod
     def _synchronised(call: Callable[[], Any]) -> Callable[[], Any]:

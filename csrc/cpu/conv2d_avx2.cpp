@@ -1,5 +1,6 @@
 // AVX2 + FMA kernels of csrc/kernels.h.
 #include <immintrin.h>
+#include <sched.h>
 #include <stdint.h>
 #include <stdlib.h>
 

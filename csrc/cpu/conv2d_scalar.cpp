@@ -1,4 +1,5 @@
 // Plain C++ kernels of csrc/kernels.h, for the base instruction set.
+#include <sched.h>
 #include <stdint.h>
 #include <stdlib.h>
 
