@@ -80,6 +80,7 @@ class Race:
         near = {name: call for name, call in baselines.items() if quick[name].p50 <= self.FAR * fastest}
         self.samples = {name: [] for name in near}
         with torch.inference_mode():
+            self._settle(contender)
             once = self._seconds_of(contender)
         rounds = 3 if self.smoke else max(7, min(2000, int(self.seconds / 2 / max(once, 1e-6))))
         burst = max(1, min(20, int(0.02 / max(once, 1e-6))))

@@ -151,3 +151,50 @@ def test_values_that_others_read_stay_where_they_are(n: int, monkeypatch) -> Non
     with torch.no_grad():
         for got, want in zip(replay(batch(n, 5)), model(batch(n, 5)), strict=True):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("n", [1, 3, 16, 40])
+def test_dense_linear_layers_behind_native_ones_join_them(n: int, monkeypatch) -> None:
+    """A classifier that stayed dense, with ReLUs and without, runs in the same call."""
+    monkeypatch.setattr(chains, "_MACS_PER_COPY", 0)
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 8), nn.ReLU(),
+        nn.Flatten(), nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 48, bias=False), nn.Linear(48, 10),
+    )  # fmt: skip
+    sk.finalize_(sk.prune_(model, 0.5, (16, 1), layers=["0", "2"]))
+    policy = sk.Policy(min_speedup=0, dense_layers=False)
+    fast = sk.convert(model.eval(), policy=policy)
+    assert isinstance(fast[5], nn.Linear), "the classifier stayed dense"
+    replay = Replay(fast, batch(n))
+    assert len(replay._steps) == 1
+    for seed in (2, 3):
+        with torch.no_grad():
+            torch.testing.assert_close(replay(batch(n, seed)), model(batch(n, seed)), rtol=1e-4, atol=1e-4)
+
+
+def test_a_relu_that_shares_its_linear_layer_stays_apart() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.first, self.second = nn.Conv2d(3, 16, 8), nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = self.first(self.conv(x).flatten(1))
+            return self.second(torch.relu(y)), y
+
+    torch.manual_seed(0)
+    model = Both()
+    sk.finalize_(sk.prune_(model, 0.5, (16, 1), layers=["conv"]))
+    fast = sk.convert(model.eval(), policy=sk.Policy(min_speedup=0, dense_layers=False))
+    for got, want in zip(Replay(fast, batch(4))(batch(4, 2)), model(batch(4, 2)), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_dense_network_stays_with_torch() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8)).eval()
+    x = torch.randn(5, 32)
+    replay = Replay(model, x)
+    assert replay.weight_bytes == 0 and len(replay._steps) == 3
+    torch.testing.assert_close(replay(x), model(x))

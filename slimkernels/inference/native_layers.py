@@ -16,6 +16,7 @@ from slimkernels.kernels.problems import Pair, Request, factor_geometry, strip_w
 from slimkernels.kernels.select import resolve
 
 _OPS = torch.ops.slimkernels
+_LINEAR = torch.ops.aten.linear.default
 _POINTWISE: tuple[Pair, Pair, Pair] = ((1, 1), (0, 0), (1, 1))
 
 
@@ -62,8 +63,11 @@ def native_layers(target: Any, args: Sequence[Any]) -> list[NativeLayer]:
     """The native layers of an op call, in the order in which they run; none where it takes another kernel.
 
     Args:
-        target: an op overload. args: its arguments, every tensor's value among them.
+        target: an op overload, torch's dense linear layer among them: between native layers it costs less as one of
+            them than as an op of its own. args: its arguments, every tensor's value among them.
     """
+    if target is _LINEAR:
+        return _dense_linear(args)
     makers = {
         _OPS.bsr_conv2d.default: _block_sparse, _OPS.bsr_linear.default: _block_sparse,
         _OPS.low_rank_conv2d.default: _low_rank_conv2d, _OPS.low_rank_linear.default: _low_rank_linear,
@@ -85,6 +89,18 @@ def _block_sparse(args: Sequence[Any], isa: str, op: str) -> list[NativeLayer]:
     shape = (*shape, 1, 1)[:4]
     packed = pack_strips(values, crow, col, shape, block_shape, strip_width(block_shape[0], isa))
     return [NativeLayer(isa, op, packed, shape, geometry, args[-2], bias)]  # type: ignore[arg-type]
+
+
+def _dense_linear(args: Sequence[Any]) -> list[NativeLayer]:
+    """A dense linear layer as a pack of which every entry is stored."""
+    x, weight, bias = (*args, None)[:3]
+    if not all(t is None or (t.dtype is torch.float32 and t.device.type == "cpu") for t in (x, weight, bias)):
+        return []
+    spec = resolve("auto", Request("bsr_linear", x.dtype, "cpu", (16, 1), "none"))
+    if spec.backend != "cpu" or x.numel() == 0 or weight.dim() != 2:
+        return []
+    assert spec.isa is not None
+    return _factors((weight,), [_POINTWISE], bias, "none", spec.isa, "linear")
 
 
 def _low_rank_linear(args: Sequence[Any], isa: str, op: str) -> list[NativeLayer]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,6 +39,8 @@ class Recording:
         self.user_inputs = dict(zip(program.graph_signature.user_inputs, inputs, strict=True))
         self.output_spec = program.call_spec.out_spec
         self.layers: dict[Node, list[NativeLayer]] = {}
+        self.source: dict[Node, Node] = {}  # native node -> what it reads
+        self.fused: set[Node] = set()  # linear layers whose ReLU stands for both
         self._pending: list[Step] = []
         self._isa = ""
         samples = self._sample()
@@ -72,11 +75,23 @@ class Recording:
                 values[node] = self.user_inputs.get(node.name, self.constants.get(node.name))
             elif node.op == "call_function":
                 args, kwargs = self._arguments(node, values)
-                layers = native_layers(node.target, args)
-                if layers:
-                    self.layers[node] = layers
+                self._take(node, args)
                 values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         return values
+
+    def _take(self, node: Node, args: Sequence[Any]) -> None:
+        """Notes a node that native layers compute; a dense linear layer together with its ReLU."""
+        before = node.args[0] if node.args else None
+        if node.target is torch.ops.aten.relu.default and isinstance(before, Node) and len(before.users) == 1:
+            if before.target is torch.ops.aten.linear.default and before in self.layers:
+                layers = self.layers.pop(before)
+                self.layers[node] = [*layers[:-1], replace(layers[-1], epilogue="relu")]
+                self.source[node] = self.source.pop(before)
+                self.fused.add(before)
+            return
+        layers = native_layers(node.target, args)
+        if layers and isinstance(before, Node):
+            self.layers[node], self.source[node] = layers, before
 
     @staticmethod
     def _arguments(node: Node, values: dict[Node, Any]) -> tuple[Any, Any]:
@@ -109,18 +124,25 @@ class Recording:
                 chains[-1].append(node)
             else:
                 chains.append([node])
-        return chains
+        # Dense layers alone are left to torch.
+        dense = [c for c in chains if all(layer.op == "linear" for node in c for layer in self.layers[node])]
+        for nodes in dense:
+            for node in nodes:
+                self.fused.discard(node.args[0])  # type: ignore[arg-type]
+                del self.layers[node]
+        return [c for c in chains if c not in dense]
 
     def _continues(self, before: Node, node: Node, samples: dict[Node, Any]) -> bool:
-        x = node.args[0]
+        x = self.source[node]
         if self.root[x] is not before or self.layers[before][0].isa != self.layers[node][0].isa:
             return False
         # What lies between are views, and nothing else reads them: no other op has to run before this one.
         between = self.nodes[self.position[before] + 1 : self.position[node]]
         aliases = {before, *(n for n in between if self.root[n] is before)}
-        if any(user not in aliases and user is not node for alias in aliases for user in alias.users):
+        readers = {node, *(n for n in self.fused if self.source[node] in n.all_input_nodes and node in n.users)}
+        if any(user not in aliases and user not in readers for alias in aliases for user in alias.users):
             return False
-        if any(self.root[n] is n and not self._is_constant(n) for n in between):
+        if any(self.root[n] is n and not self._is_constant(n) and n not in self.fused for n in between):
             return False
         value, seen = samples[before], samples[x]
         if seen.dim() == 4:
@@ -131,7 +153,7 @@ class Recording:
         return one_pixel and seen.is_contiguous() and seen.numel() // seen.shape[-1] == rows
 
     def _chain(self, nodes: Sequence[Node], samples: dict[Node, Any]) -> Chain:
-        x = samples[nodes[0].args[0]]
+        x = samples[self.source[nodes[0]]]
         n, (h, w) = (x.shape[0], x.shape[2:]) if self._reads_images(nodes[0]) else (x.numel() // x.shape[-1], (1, 1))
         layers = [layer for node in nodes for layer in self.layers[node]]
         return Chain(layers, n, h, w, self.position[nodes[0]], self.position[nodes[-1]] + 0.5)
@@ -143,17 +165,17 @@ class Recording:
     def _buffers(self, samples: dict[Node, Any]) -> dict[Node, Buffer]:
         """The workspace of every value that owns memory, but for those inside a chain."""
         buffers: dict[Node, Buffer] = {}
-        inside = {node for nodes in self.members for node in nodes[:-1]}
+        inside = {*self.fused, *(node for nodes in self.members for node in nodes[:-1])}
         reads: dict[Node, float] = {}  # what chains read of other nodes
         born: dict[Node, float] = {}
         for nodes in self.members:
             chain, end = self.chains[nodes[0]], self.position[nodes[-1]] + 0.5
             born[nodes[-1]] = chain.output_born
             for node in nodes:
-                for source in node.all_input_nodes:
-                    at = chain.input_last if source is nodes[0].args[0] else end
+                for source in (self.source[node], *node.all_input_nodes):
+                    at = chain.input_last if source is self.source[nodes[0]] else end
                     reads[self.root[source]] = max(reads.get(self.root[source], 0), at)
-        members = {node for nodes in self.members for node in nodes}
+        members = {*self.fused, *(node for nodes in self.members for node in nodes)}
         for node, index in self.position.items():
             root, value = self.root[node], samples.get(node)
             if root in inside:
@@ -185,7 +207,7 @@ class Recording:
         self.inputs: list[Tensor] = []
         self.outputs: list[Any] = []
         tails = {nodes[-1]: nodes[0] for nodes in self.members}
-        inside = {node for nodes in self.members for node in nodes[:-1]}
+        inside = {*self.fused, *(node for nodes in self.members for node in nodes[:-1])}
         for node in self.nodes:
             if node.op == "output":
                 self.outputs = [values[n] if isinstance(n, Node) else n for n in node.args[0]]  # type: ignore[union-attr]
@@ -198,7 +220,7 @@ class Recording:
             elif node in tails:
                 values[node] = self._place(node, samples[node])
                 head = tails[node]
-                self._append_chain(head, values[head.args[0]], values[node])
+                self._append_chain(head, values[self.source[head]], values[node])
             elif self.root[node] not in inside:
                 self._bind_op(node, values, samples[node])
         self._flush()
