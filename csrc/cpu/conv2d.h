@@ -31,6 +31,7 @@ struct PlannedStep {
   Plan conv;
   LayoutPlan layout;
   int64_t units() const { return kind == SLIM_STEP_CONV2D ? conv.units : layout.units; }
+  int64_t work() const { return kind == SLIM_STEP_CONV2D ? conv.macs : 0; }
   void run(int64_t unit, float* scratch) const {
     if (kind == SLIM_STEP_CONV2D)
       run_unit(conv, unit, scratch);
@@ -59,6 +60,10 @@ inline int plan_step(PlannedStep& planned, const SlimStepF32& step) {
 
 // About 50 us on a CPU whose pause takes 40 cycles.
 constexpr int BARRIER_SPINS = 5000;
+
+// Multiply-adds from which on a thread that is done takes units from others. The data of such a unit then changes cores, twice with the
+// next layer, which costs more than a small layer's imbalance.
+constexpr int64_t STEAL_MACS = 8000000;
 
 // The next unit of a share, on a cache line of its own.
 struct Share {
@@ -105,7 +110,8 @@ struct Barrier {
 // reads this one's output, so most data stays in its core's cache. A thread that is done takes from the others.
 inline void run_together(const PlannedStep& step, Share* shares, int thread, int team, float* scratch) {
   const int64_t units = step.units();
-  for (int i = 0; i < team; ++i) {
+  const int owners = step.work() >= STEAL_MACS ? team : 1;
+  for (int i = 0; i < owners; ++i) {
     const int owner = (thread + i) % team;
     const int64_t first = units * owner / team, end = units * (owner + 1) / team;
     for (int64_t unit; first + (unit = take(shares[owner])) < end;) step.run(first + unit, scratch);

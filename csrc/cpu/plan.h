@@ -52,6 +52,7 @@ struct Plan {
   int64_t strips, taps;
   int tap_by_tap;
   int64_t image_step, row_step, strip_step, image_units, row_units, strip_units, units;
+  int64_t macs;               // of all units, taps in the padding included
   int64_t scratch_floats;     // of one thread, in front of the pooling
   const int32_t* offsets;     // of all entries: from tap (0, 0) of a pixel, or with tap_by_tap the channel alone
   int32_t* own_offsets;       // the same where the plan allocated them, else NULL
@@ -64,6 +65,10 @@ constexpr int MAX_SEGMENTS = 64;
 constexpr int64_t UNIT_MACS = 1500000;
 // Pixels a unit should have: the corner and edge classes of small images fill their tiles only across several images.
 constexpr int64_t UNIT_PIXELS = 384;
+// Units a layer of few pixels should have. Rows are shared out first, and strips only where the weights weigh more than this many times
+// the input: threads that share rows read all weights, from L3; threads that share strips read all of the input, half of which another
+// core has just written, and that is several times slower.
+constexpr int64_t WANTED_UNITS = 8, WANTED_ROW_UNITS = 4, ROW_SPLIT_SHARE = 4, ROW_SPLIT_TILES = 3;
 // Strips a unit should have at least, to share each tile's input while it is in L1.
 constexpr int64_t UNIT_STRIPS = 4;
 // Tap by tap wins where the classes of pixels are too small to fill tiles and a strip has enough entries to outweigh the pointers that
@@ -109,6 +114,12 @@ inline bool make_plan(Plan& plan, const SlimConv2dF32& a) {
     const int64_t row_count = max64(ceil_div(unit_pixels, plan.columns), ceil_div(UNIT_MACS, row_macs));
     plan.row_step = min64(plan.rows, ceil_div(row_count, 2) * 2);
   }
+  const int64_t x_bytes = 4 * plan.images * a.h * a.w * a.c_in * a.lanes, weight_bytes = 4 * entries * (a.strip + 1);
+  if (ceil_div(plan.images, plan.image_step) * ceil_div(plan.rows, plan.row_step) < WANTED_UNITS && weight_bytes < ROW_SPLIT_SHARE * x_bytes) {
+    plan.image_step = 1;
+    const int64_t least = ceil_div(ROW_SPLIT_TILES * plan.tiles.mr, plan.columns);
+    plan.row_step = min64(plan.row_step, ceil_div(max64(least, ceil_div(plan.rows, WANTED_ROW_UNITS)), even) * even);
+  }
   if (a.pool) {
     const int64_t row_floats = plan.columns * a.c_out * a.lanes;
     plan.row_step = max64(even, min64(plan.row_step, SCRATCH_FLOATS / row_floats / 2 * 2));
@@ -120,11 +131,12 @@ inline bool make_plan(Plan& plan, const SlimConv2dF32& a) {
   plan.strip_step = min64(plan.strips, max64(UNIT_STRIPS, ceil_div(UNIT_MACS, unit_strip_macs)));
   // Few pixels: as many units as keep the threads busy, unless the whole layer is too small to share.
   const int64_t pixel_units = plan.image_units * plan.row_units;
-  const int64_t wanted_units = unit_strip_macs * plan.strips * pixel_units < UNIT_MACS / 8 ? 1 : 8;
+  const int64_t wanted_units = unit_strip_macs * plan.strips * pixel_units < UNIT_MACS / 8 ? 1 : WANTED_UNITS;
   if (pixel_units * ceil_div(plan.strips, plan.strip_step) < wanted_units)
     plan.strip_step = ceil_div(plan.strips, min64(plan.strips, ceil_div(wanted_units, pixel_units)));
   plan.strip_units = ceil_div(plan.strips, plan.strip_step);
   plan.units = plan.image_units * plan.row_units * plan.strip_units;
+  plan.macs = strip_macs * plan.strips * plan.images * pixels;
   plan.scratch_floats =
       a.pool ? plan.image_step * plan.row_step * plan.columns * min64(plan.strip_step * a.strip, a.c_out) * a.lanes : 0;
 

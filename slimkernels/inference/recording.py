@@ -180,7 +180,7 @@ class Recording:
             root, value = self.root[node], samples.get(node)
             if root in inside:
                 continue
-            readers = [index + 1 if n.op == "output" else self.position[n] for n in node.users if n not in members]
+            readers = [self.position[n] for n in node.users if n not in members]
             last = max([*readers, reads.get(root, index), index])
             if root in buffers:
                 buffers[root].last = max(buffers[root].last, last)
