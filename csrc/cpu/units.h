@@ -110,7 +110,7 @@ inline int list_segments(const Plan& plan, int64_t strip, Range r, Range s, Segm
 inline void read_ahead(const float* from, int64_t count) {
   float sum = 0;
   for (int64_t i = 0; i < count; i += 16) sum += from[i];
-  __asm__ volatile("" : : "x"(sum));
+  __asm__ volatile("" : : "m"(sum));
 }
 
 inline void unit_all_taps(const Plan& plan, const Unit& unit, const Destination& to) {
