@@ -84,7 +84,8 @@ class Race:
             self._settle(contender)
             once = self._seconds_of(contender)
         rounds = 3 if self.smoke else max(7, min(2000, int(self.seconds / 2 / max(once, 1e-6))))
-        burst = max(1, min(20, int(0.02 / max(once, 1e-6))))
+        # At most 25 turns: a dense network takes many times as long as the contender.
+        burst = max(1, min(20, int(0.02 / max(once, 1e-6))), -(-rounds // 25))
         baseline_burst_calls = max(1, min(5, int(0.02 / max(fastest, 1e-6))))
         turn = 0
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from slimkernels.files import atomic_path
+from slimkernels.kernels import KERNELS
 
 
 def rows_of(record: dict[str, Any]) -> list[dict[str, Any]]:
@@ -46,7 +47,8 @@ def merged(paths: list[Path]) -> dict[str, Any]:
         values = {str(e[key]) for e in environments}
         if len(values) > 1:
             raise ValueError(f"report: expected records of one {key}, got {sorted(values)}")
-    return {"environment": environments[0], "rows": [row for r in records for row in rows_of(r)]}
+    environment = {key: value for key, value in environments[0].items() if key != "argv"}  # paths of one machine
+    return {"environment": environment, "rows": [row for r in records for row in rows_of(r)]}
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -204,7 +206,7 @@ def plot_breakeven(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def plot_roofline(rows: list[dict[str, Any]], path: Path) -> None:
-    """Share of the multiply-add peak by layer, natural block shape, one bar per batch size."""
+    """Share of the multiply-add peak by layer, natural block shape, one bar per kernel and batch size."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -216,14 +218,14 @@ def plot_roofline(rows: list[dict[str, Any]], path: Path) -> None:
     natural = rows[0]["block_shape"]
     rows = [r for r in rows if r["block_shape"] == natural]
     layers = list(dict.fromkeys(r["layer"] for r in rows))
-    batches = sorted({r["batch"] for r in rows})
+    bars = sorted({(r["batch"], r["kernel"]) for r in rows})
     figure, axis = plt.subplots(figsize=(9, 4))
-    width = 0.8 / len(batches)
-    for i, batch in enumerate(batches):
-        shares = {r["layer"]: r["share_of_peak"] * 100 for r in rows if r["batch"] == batch}
+    width = 0.8 / len(bars)
+    for i, (batch, kernel) in enumerate(bars):
+        shares = {r["layer"]: r["share_of_peak"] * 100 for r in rows if (r["batch"], r["kernel"]) == (batch, kernel)}
         axis.bar([j + i * width for j in range(len(layers))], [shares.get(name, 0) for name in layers], width,
-                 label=f"batch {batch}")  # fmt: skip
-    axis.set_xticks([j + width * (len(batches) - 1) / 2 for j in range(len(layers))],
+                 label=f"batch {batch}, {kernel}")  # fmt: skip
+    axis.set_xticks([j + width * (len(bars) - 1) / 2 for j in range(len(layers))],
                     [name.split(".")[1].split("@")[0] for name in layers])  # fmt: skip
     axis.set(ylabel="share of multiply-add peak [%]", ylim=(0, 100),
              title=f"VGG-19/CIFAR-10, 87.5% zero {natural[0]}x{natural[1]} blocks (conv1_1 dense), "
@@ -248,7 +250,7 @@ def main() -> None:
         path.write_text(markdown(record))
     sweep = [r for r in record["rows"] if r["suite"] == "ops"]
     if sweep:
-        plot_breakeven(sweep, arguments.out / f"{stem}-breakeven.png")
+        plot_breakeven([r for r in sweep if r["kernel"] in KERNELS], arguments.out / f"{stem}-breakeven.png")
         plot_roofline(sweep, arguments.out / f"{stem}-roofline.png")
     print(markdown(record))
 
