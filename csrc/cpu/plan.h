@@ -65,7 +65,7 @@ constexpr int MAX_SEGMENTS = 64;
 constexpr int64_t UNIT_MACS = 1500000;
 // Pixels a unit should have: the corner and edge classes of small images fill their tiles only across several images.
 constexpr int64_t UNIT_PIXELS = 384;
-// Units a layer of few pixels should have. Rows are shared out first, and strips only where the weights weigh more than this many times
+// Units a layer of few pixels should have. Of one image, or one vector of them, rows are shared out first, and strips only where the weights weigh more than this many times
 // the input: threads that share rows read all weights, from L3; threads that share strips read all of the input, half of which another
 // core has just written, and that is several times slower.
 constexpr int64_t WANTED_UNITS = 8, WANTED_ROW_UNITS = 4, ROW_SPLIT_SHARE = 4, ROW_SPLIT_TILES = 3;
@@ -114,9 +114,8 @@ inline bool make_plan(Plan& plan, const SlimConv2dF32& a) {
     const int64_t row_count = max64(ceil_div(unit_pixels, plan.columns), ceil_div(UNIT_MACS, row_macs));
     plan.row_step = min64(plan.rows, ceil_div(row_count, 2) * 2);
   }
-  const int64_t x_bytes = 4 * plan.images * a.h * a.w * a.c_in * a.lanes, weight_bytes = 4 * entries * (a.strip + 1);
-  if (ceil_div(plan.images, plan.image_step) * ceil_div(plan.rows, plan.row_step) < WANTED_UNITS && weight_bytes < ROW_SPLIT_SHARE * x_bytes) {
-    plan.image_step = 1;
+  const int64_t x_bytes = 4 * a.h * a.w * a.c_in * a.lanes, weight_bytes = 4 * entries * (a.strip + 1);
+  if (plan.images == 1 && ceil_div(plan.rows, plan.row_step) < WANTED_UNITS && weight_bytes < ROW_SPLIT_SHARE * x_bytes) {
     const int64_t least = ceil_div(ROW_SPLIT_TILES * plan.tiles.mr, plan.columns);
     plan.row_step = min64(plan.row_step, ceil_div(max64(least, ceil_div(plan.rows, WANTED_ROW_UNITS)), even) * even);
   }
