@@ -65,9 +65,9 @@ constexpr int MAX_SEGMENTS = 64;
 constexpr int64_t UNIT_MACS = 1500000;
 // Pixels a unit should have: the corner and edge classes of small images fill their tiles only across several images.
 constexpr int64_t UNIT_PIXELS = 384;
-// Units a layer of few pixels should have. Of one image, or one vector of them, rows are shared out first, and strips only where the weights weigh more than this many times
-// the input: threads that share rows read all weights, from L3; threads that share strips read all of the input, half of which another
-// core has just written, and that is several times slower.
+// Units a layer of few pixels should have. Of one image, or one vector of them, rows are shared out first, and strips only where the
+// weights weigh more than this many times the input: threads that share rows read all weights, from L3; threads that share strips read
+// all of the input, half of which another core has just written, and that is several times slower.
 constexpr int64_t WANTED_UNITS = 8, WANTED_ROW_UNITS = 4, ROW_SPLIT_SHARE = 4, ROW_SPLIT_TILES = 3;
 // Strips a unit should have at least, to share each tile's input while it is in L1.
 constexpr int64_t UNIT_STRIPS = 4;
