@@ -230,7 +230,7 @@ def plot_roofline(rows: list[dict[str, Any]], path: Path) -> None:
     axis.set(ylabel="share of multiply-add peak [%]", ylim=(0, 100),
              title=f"VGG-19/CIFAR-10, 87.5% zero {natural[0]}x{natural[1]} blocks (conv1_1 dense), "
                    "in-image FLOPs")  # fmt: skip
-    axis.legend()
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -24,18 +24,18 @@ enum { SLIM_OK = 0, SLIM_ERROR_NO_MEMORY = 1, SLIM_ERROR_UNSUPPORTED = 2, SLIM_E
 // Block-sparse 2-D convolution, fp32, channels-last:
 //   y[n,p,q,o] = epilogue(bias[o] + sum over stored (tap,c) of weight[o,tap,c] * x[n, p*stride_h - pad_h + r*dil_h, ..., c])
 //
-// The weight is a *strip pack*: output channels are cut into ceil(c_out / strip) strips of `strip` channels (8, 16, 24 or 32;
-// images innermost also 1, 2 or 4); for strip i
-// and tap t the entries tap_ptr[i*taps + t] .. tap_ptr[i*taps + t + 1] each hold an input channel and `strip` weights (zero where
-// the pattern stores nothing or the channel lies beyond c_out). taps = r*s, tap = row*s + column. Entries of one (strip, tap)
-// are sorted by channel.
+// The weight is a *strip pack*: output channels are cut into ceil(c_out / strip) strips of `strip` channels (8, 16, 24 or 32; images
+// innermost also 1, 2 or 4). For strip i and tap t the entries tap_ptr[i*taps + t] .. tap_ptr[i*taps + t + 1] each hold an input channel
+// and `strip` weights (zero where the pattern stores nothing or the channel lies beyond c_out). taps = r*s, tap = row*s + column.
+// Entries of one (strip, tap) are sorted by channel.
 //
 // Activations lie channels last (lanes = 1) or images innermost (lanes = the instruction set's vector: 4 scalar, 8 avx2, 16 avx512):
 // (ceil(n/lanes), h, w, c, lanes), lanes beyond n holding anything finite.
 //
 // Preconditions: x is (n,h,w,c_in), y is (n,p,q,c_out), or (n,p/2,q/2,c_out) with pool, both contiguous in that order and not overlapping;
 // n,p,q,c_out >= 1; every channel in [0, c_in); tap_ptr non-decreasing from 0; h*w*c_in*lanes, p*q*c_out*lanes and the entry count below
-// 2^31; r <= 64 unless lanes = 1. offsets, where given, is what slim_entry_offsets writes. A linear layer is h = w = r = s = 1.
+// 2^31; r <= 64 unless lanes = 1. offsets, where given, is what slim_entry_offsets writes: of every entry the elements of x between a pixel's
+// tap (0, 0) and the entry, and behind them SLIM_OFFSETS_MARGIN numbers that are read ahead. A linear layer is h = w = r = s = 1.
 typedef struct SlimConv2dF32 {
   const float* x;
   float* y;
@@ -43,7 +43,7 @@ typedef struct SlimConv2dF32 {
   const float* weights;      // (entries, strip)
   const int32_t* channels;   // (entries)
   const int32_t* tap_ptr;    // (ceil(c_out/strip) * r*s + 1)
-  const int32_t* offsets;    // (entries + SLIM_OFFSETS_MARGIN, the margin is read and not used): elements of x between a pixel's tap (0, 0) and the entry; NULL: computed in the call
+  const int32_t* offsets;    // (entries + SLIM_OFFSETS_MARGIN), or NULL: computed in the call
   int64_t n, h, w, c_in, c_out, p, q;
   int32_t r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w;
   int32_t strip;             // 8, 16, 24 or 32; images innermost also 1, 2 or 4

@@ -25,6 +25,25 @@ struct Family {
 };
 inline bool family_for(int strip, int lanes, Family& family);
 
+// Channels last: tiles of up to MR pixels x NV vectors, and of up to MR_TAPS pixels x the whole strip where pointers change by tap.
+template <class V, int NV, int MR, int MR_TAPS, int STRIDE>
+Family channels_last() {
+  Family family;
+  add_tiles<V, NV, MR, STRIDE>(family.tiles);
+  add_taps_tiles<V, STRIDE / V::N, MR_TAPS, STRIDE>(family.tiles);
+  family.run_unit = run_unit<V>;
+  return family;
+}
+
+// Images innermost: tiles of up to MR pixels x NO channels, one pixel x NO1.
+template <class V, int NO1, int NO, int MR, int STRIDE>
+Family images_innermost() {
+  Family family;
+  add_images_tiles<V, NO1, NO, MR, STRIDE>(family.tiles);
+  family.run_unit = run_unit<V>;
+  return family;
+}
+
 struct PlannedStep {
   int kind, slot;
   void (*run_unit)(const Plan&, int64_t, float*);

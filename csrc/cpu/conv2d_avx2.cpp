@@ -11,24 +11,7 @@ namespace {
 #include "vec8.h"
 #include "conv2d.h"
 
-template <int NV, int MR, int MR_TAPS, int STRIDE>
-Family channels_family() {
-  Family family;
-  add_tiles<Vec8, NV, MR, STRIDE>(family.tiles);
-  add_taps_tiles<Vec8, STRIDE / Vec8::N, MR_TAPS, STRIDE>(family.tiles);
-  family.run_unit = run_unit<Vec8>;
-  return family;
-}
-
-// 12 accumulators, 3 vectors of x, 1 weight: 7 loads for 12 multiply-adds.
-template <int NO1, int NO, int MR, int STRIDE>
-Family images_family() {
-  Family family;
-  add_images_tiles<Vec8, NO1, NO, MR, STRIDE>(family.tiles);
-  family.run_unit = run_unit<Vec8>;
-  return family;
-}
-
+// Images innermost: 12 accumulators, 3 vectors of x, 1 weight: 7 loads for 12 multiply-adds.
 // Channels last: 16 vector registers: 12 accumulators, 2 weights, 1 input. 15 general registers, weights, offsets, their end and the
 // current offset among them: with 10 pixel pointers nothing in the loop comes from the stack. A strip of 24 takes 3 weights, 4 pixels, 1
 // input: 7 loads for 12 multiply-adds, where a strip of 16 needs 8.
@@ -37,13 +20,13 @@ inline bool family_for(int strip, int lanes, Family& family) {
   const bool images = lanes != 1;
   if (!images && strip < 8) return false;
   switch (strip) {
-    case 1: family = images_family<1, 1, 10, 1>(); return true;
-    case 2: family = images_family<2, 2, 6, 2>(); return true;
-    case 4: family = images_family<4, 4, 3, 4>(); return true;
-    case 8: family = images ? images_family<8, 4, 3, 8>() : channels_family<1, 10, 12, 8>(); return true;
-    case 16: family = images ? images_family<8, 4, 3, 16>() : channels_family<2, 6, 6, 16>(); return true;
-    case 24: family = images ? images_family<8, 4, 3, 24>() : channels_family<3, 4, 4, 24>(); return true;
-    case 32: family = images ? images_family<8, 4, 3, 32>() : channels_family<2, 6, 2, 32>(); return true;
+    case 1: family = images_innermost<Vec8, 1, 1, 10, 1>(); return true;
+    case 2: family = images_innermost<Vec8, 2, 2, 6, 2>(); return true;
+    case 4: family = images_innermost<Vec8, 4, 4, 3, 4>(); return true;
+    case 8: family = images ? images_innermost<Vec8, 8, 4, 3, 8>() : channels_last<Vec8, 1, 10, 12, 8>(); return true;
+    case 16: family = images ? images_innermost<Vec8, 8, 4, 3, 16>() : channels_last<Vec8, 2, 6, 6, 16>(); return true;
+    case 24: family = images ? images_innermost<Vec8, 8, 4, 3, 24>() : channels_last<Vec8, 3, 4, 4, 24>(); return true;
+    case 32: family = images ? images_innermost<Vec8, 8, 4, 3, 32>() : channels_last<Vec8, 2, 6, 2, 32>(); return true;
     default: return false;
   }
 }

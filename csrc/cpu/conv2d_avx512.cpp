@@ -34,24 +34,8 @@ struct Vec16 {
 
 #include "conv2d.h"
 
-template <class V, int NV, int MR, int MR_TAPS, int STRIDE>
-Family channels_family() {
-  Family family;
-  add_tiles<V, NV, MR, STRIDE>(family.tiles);
-  add_taps_tiles<V, STRIDE / V::N, MR_TAPS, STRIDE>(family.tiles);
-  family.run_unit = run_unit<V>;
-  return family;
-}
-
-// 24 accumulators, 3 vectors of x, 1 weight: 11 loads for 24 multiply-adds. A single pixel takes 16 channels where it can, 17 loads for 16.
-template <int NO1, int NO, int MR, int STRIDE>
-Family images_family() {
-  Family family;
-  add_images_tiles<Vec16, NO1, NO, MR, STRIDE>(family.tiles);
-  family.run_unit = run_unit<Vec16>;
-  return family;
-}
-
+// Images innermost: 24 accumulators, 3 vectors of x, 1 weight: 11 loads for 24 multiply-adds. A single pixel takes 16 channels where it can,
+// 17 loads for 16.
 // Channels last: 32 vector registers, but 15 general ones, weights, offsets, their end and the current offset among them: with 10
 // pixel pointers nothing in the loop comes from the stack. A strip of 16 then needs 12 loads for 10 multiply-adds (83% of peak at two
 // loads a cycle), a strip of 32 needs 13 for 20.
@@ -60,13 +44,13 @@ inline bool family_for(int strip, int lanes, Family& family) {
   const bool images = lanes != 1;
   if (!images && strip < 8) return false;
   switch (strip) {
-    case 1: family = images_family<1, 1, 10, 1>(); return true;
-    case 2: family = images_family<2, 2, 10, 2>(); return true;
-    case 4: family = images_family<4, 4, 6, 4>(); return true;
-    case 8: family = images ? images_family<8, 8, 3, 8>() : channels_family<Vec8, 1, 10, 16, 8>(); return true;
-    case 16: family = images ? images_family<16, 8, 3, 16>() : channels_family<Vec16, 1, 10, 8, 16>(); return true;
-    case 24: family = images ? images_family<8, 8, 3, 24>() : channels_family<Vec8, 3, 8, 8, 24>(); return true;
-    case 32: family = images ? images_family<16, 8, 3, 32>() : channels_family<Vec16, 2, 10, 12, 32>(); return true;
+    case 1: family = images_innermost<Vec16, 1, 1, 10, 1>(); return true;
+    case 2: family = images_innermost<Vec16, 2, 2, 10, 2>(); return true;
+    case 4: family = images_innermost<Vec16, 4, 4, 6, 4>(); return true;
+    case 8: family = images ? images_innermost<Vec16, 8, 8, 3, 8>() : channels_last<Vec8, 1, 10, 16, 8>(); return true;
+    case 16: family = images ? images_innermost<Vec16, 16, 8, 3, 16>() : channels_last<Vec16, 1, 10, 8, 16>(); return true;
+    case 24: family = images ? images_innermost<Vec16, 8, 8, 3, 24>() : channels_last<Vec8, 3, 8, 8, 24>(); return true;
+    case 32: family = images ? images_innermost<Vec16, 16, 8, 3, 32>() : channels_last<Vec16, 2, 10, 12, 32>(); return true;
     default: return false;
   }
 }

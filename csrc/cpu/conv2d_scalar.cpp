@@ -60,35 +60,18 @@ struct Transpose8 {
 
 #include "conv2d.h"
 
-template <int NV, int MR, int MR_TAPS, int STRIDE>
-Family channels_family() {
-  Family family;
-  add_tiles<Vec4, NV, MR, STRIDE>(family.tiles);
-  add_taps_tiles<Vec4, STRIDE / Vec4::N, MR_TAPS, STRIDE>(family.tiles);
-  family.run_unit = run_unit<Vec4>;
-  return family;
-}
-
-template <int NO1, int NO, int MR, int STRIDE>
-Family images_family() {
-  Family family;
-  add_images_tiles<Vec4, NO1, NO, MR, STRIDE>(family.tiles);
-  family.run_unit = run_unit<Vec4>;
-  return family;
-}
-
 inline bool family_for(int strip, int lanes, Family& family) {
   if (lanes != 1 && lanes != Vec4::N) return false;
   const bool images = lanes != 1;
   if (!images && strip < 8) return false;
   switch (strip) {
-    case 1: family = images_family<1, 1, 8, 1>(); return true;
-    case 2: family = images_family<2, 2, 4, 2>(); return true;
-    case 4: family = images_family<4, 4, 2, 4>(); return true;
-    case 8: family = images ? images_family<8, 4, 3, 8>() : channels_family<2, 4, 4, 8>(); return true;
-    case 16: family = images ? images_family<8, 4, 3, 16>() : channels_family<4, 2, 2, 16>(); return true;
-    case 24: family = images ? images_family<8, 4, 3, 24>() : channels_family<3, 3, 3, 24>(); return true;
-    case 32: family = images ? images_family<8, 4, 3, 32>() : channels_family<4, 2, 1, 32>(); return true;
+    case 1: family = images_innermost<Vec4, 1, 1, 8, 1>(); return true;
+    case 2: family = images_innermost<Vec4, 2, 2, 4, 2>(); return true;
+    case 4: family = images_innermost<Vec4, 4, 4, 2, 4>(); return true;
+    case 8: family = images ? images_innermost<Vec4, 8, 4, 3, 8>() : channels_last<Vec4, 2, 4, 4, 8>(); return true;
+    case 16: family = images ? images_innermost<Vec4, 8, 4, 3, 16>() : channels_last<Vec4, 4, 2, 2, 16>(); return true;
+    case 24: family = images ? images_innermost<Vec4, 8, 4, 3, 24>() : channels_last<Vec4, 3, 3, 3, 24>(); return true;
+    case 32: family = images ? images_innermost<Vec4, 8, 4, 3, 32>() : channels_last<Vec4, 4, 2, 1, 32>(); return true;
     default: return false;
   }
 }
