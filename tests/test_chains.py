@@ -198,3 +198,26 @@ def test_a_dense_network_stays_with_torch() -> None:
     replay = Replay(model, x)
     assert replay.weight_bytes == 0 and len(replay._steps) == 3
     torch.testing.assert_close(replay(x), model(x))
+
+
+class Attention(nn.Module):
+    """A linear layer whose weight follows from the input, and one whose weight is its own input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x).flatten(1)
+        z = nn.functional.linear(y, y.t() @ y)
+        return nn.functional.linear(z, z)
+
+
+def test_weights_that_follow_from_the_input_are_not_packed() -> None:
+    torch.manual_seed(0)
+    model = Attention()
+    sk.finalize_(sk.prune_(model, 0.5, (16, 1), layers=["conv"]))
+    fast = sk.convert(model.eval(), policy=sk.Policy(min_speedup=0))
+    replay = Replay(fast, batch(5))
+    for seed in (2, 3):
+        torch.testing.assert_close(replay(batch(5, seed)), model(batch(5, seed)), rtol=1e-3, atol=1e-3)

@@ -89,8 +89,12 @@ class Recording:
                 self.source[node] = self.source.pop(before)
                 self.fused.add(before)
             return
+        if not isinstance(before, Node) or not all(
+            self._is_constant(n) for n in node.all_input_nodes if n is not before
+        ):
+            return  # a weight that depends on the input cannot be packed now
         layers = native_layers(node.target, args)
-        if layers and isinstance(before, Node):
+        if layers:
             self.layers[node], self.source[node] = layers, before
 
     @staticmethod
