@@ -271,7 +271,9 @@ for _ in range(3):
 if rank == 0:
     torch.save({"values": net[0].values.detach().cpu(), "last": net[2].values.detach().cpu(),
                 "grad": net[0].values.grad.cpu()}, out)
-if world:
+if world:  # together: a rank that leaves while another still talks to it can end by a signal in gloo's threads
+    torch.distributed.barrier()
+    del model
     torch.distributed.destroy_process_group()
 """
 
