@@ -271,10 +271,10 @@ for _ in range(3):
 if rank == 0:
     torch.save({"values": net[0].values.detach().cpu(), "last": net[2].values.detach().cpu(),
                 "grad": net[0].values.grad.cpu()}, out)
-if world:  # together: a rank that leaves while another still talks to it can end by a signal in gloo's threads
-    torch.distributed.barrier()
-    del model
+if world:
     torch.distributed.destroy_process_group()
+    # All is done and saved: torch 2.14 alone, with a gloo group and DDP, aborts in 1 of 8 interpreters on the way out.
+    os._exit(0)
 """
 
 
