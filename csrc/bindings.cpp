@@ -123,13 +123,11 @@ class Steps {
   std::vector<SlimStepF32> steps_;
 };
 
-double multiply_adds_f32(const std::string& isa, int64_t iterations, int32_t threads) {
-  for (const Isa& candidate : compiled_isas()) {
-    if (isa != candidate.name || !candidate.supported) continue;
-    py::gil_scoped_release release;
-    return candidate.multiply_adds_f32(iterations, threads);
-  }
-  return 0;
+double multiply_adds_f32(const std::string& name, int64_t iterations, int32_t threads) {
+  const Isa* isa = supported_isa(name.c_str());
+  if (isa == nullptr) return 0;
+  py::gil_scoped_release release;
+  return isa->multiply_adds_f32(iterations, threads);
 }
 
 PyMethodDef kFastFunctions[] = {

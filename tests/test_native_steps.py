@@ -98,8 +98,8 @@ def test_images_innermost(isa: str, strip: int, n: int, h: int, w: int, epilogue
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_layouts_agree_bitwise(isa: str) -> None:
-    """An output's terms are added in the same order whatever the layout, so its bits are the same."""
+def test_layouts_agree(isa: str) -> None:
+    """Up to the order of an output's terms: the smallest channels-last tiles have several accumulators."""
     conv, _, bias = packed_conv(isa, 24, 32, 16)
     n, size = 16, 6
     x = images(n, 24, size, size)
@@ -109,7 +109,6 @@ def test_layouts_agree_bitwise(isa: str) -> None:
     steps = [native.layout_step(x, a, n), conv.step(a, b, bias, n, conv.entry_offsets(size, LANES[isa]))]
     native.Steps(isa, steps)()
     back = b.permute(0, 4, 3, 1, 2).reshape(-1, 32, size, size)
-    # All of these tiles have one set of accumulators but the smallest channels-last ones.
     torch.testing.assert_close(back[:n], plain, rtol=1e-5, atol=1e-5)
 
 
@@ -166,14 +165,13 @@ def test_a_wrong_entry_is_seen(isa: str) -> None:
 @pytest.mark.parametrize("isa", ISAS)
 def test_non_finite_images_stay_in_their_lane(isa: str) -> None:
     conv, _, bias = packed_conv(isa, 4, 8, 8)
-    n, lanes = LANES[isa], LANES[isa]
+    n = lanes = LANES[isa]
     x = images(n, 4, 3, 3)
     x[1] = torch.nan
     x[2] = torch.inf
     a, b = (poisoned(*native.images_innermost(n, 3, 3, c, isa)) for c in (4, 8))
     native.Steps(isa, [native.layout_step(x, a, n), conv.step(a, b, bias, n, conv.entry_offsets(3, lanes))])()
-    finite = torch.isfinite(b).flatten(1, 3).all(1)[0] if lanes == n else None
-    assert finite is not None
+    finite = torch.isfinite(b).flatten(1, 3).all(1)[0]
     assert not finite[1] and not finite[2]
     assert bool(finite[0]) and bool(finite[3:].all())
 

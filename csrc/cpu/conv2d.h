@@ -1,6 +1,6 @@
 // The CPU kernels of csrc/kernels.h, written once over a vector type: a list of steps, run by one team of threads.
 //
-// Each instruction set's translation unit defines, in an anonymous namespace, its vector types, `Transpose8` and `tiles_for`, and
+// Each instruction set's translation unit defines, in an anonymous namespace, its vector types, `Transpose8` and `family_for`, and
 // includes this file (also into an anonymous namespace, so that no symbol compiled for one instruction set can be linked into
 // another's code).
 

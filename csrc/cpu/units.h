@@ -74,7 +74,6 @@ struct PixelCursor {
 // Bytes of weights and offsets that should stay in L2 while tiles pass over them; half of the smallest L2 aimed at (512 KB).
 constexpr int64_t WEIGHT_BYTES = 256 * 1024;
 
-
 // Runs one tile over the channels of one strip.
 inline void run_strip(const Plan& plan, int64_t strip, const float* const* x, float* const* y, int size, int64_t channel0,
                       const Segment* segments, int count, int init, int relu) {

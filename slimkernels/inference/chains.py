@@ -86,15 +86,13 @@ class Chain:
     """
 
     def __init__(self, layers: Sequence[NativeLayer], n: int, h: int, w: int, begin: float, end: float) -> None:
-        self.layers, self.n, self.h, self.w = list(layers), n, h, w
-        sizes = [(h, w)]
+        self.layers, self.n, self._sizes = list(layers), n, [(h, w)]
         for layer in self.layers:
-            sizes.append(layer.output_size(*sizes[-1]))
-        self._sizes = sizes
+            self._sizes.append(layer.output_size(*self._sizes[-1]))
         narrow = any(layer.conv.narrow for layer in self.layers)
         lanes = LANES[self.layers[0].isa] if narrow or self._is_faster_innermost() else 1
         self.pieces = pieces(n, lanes, torch.get_num_threads(), 0.0 if narrow else _FULL_ENOUGH)
-        for layer, (_, width) in zip(self.layers, sizes):
+        for layer, (_, width) in zip(self.layers, self._sizes):
             for used in {piece.lanes for piece in self.pieces}:
                 layer.want_offsets(width, used)
         self._lay_out(begin, end)

@@ -46,6 +46,8 @@ class Recording:
         samples = self._sample()
         self.root = self._roots(samples)
         self.members = self._chain_members(samples)
+        # Nodes without a value of their own: what a chain hands from layer to layer.
+        self.inside = {*self.fused, *(node for nodes in self.members for node in nodes[:-1])}
         self.chains = {nodes[0]: self._chain(nodes, samples) for nodes in self.members}
         self.buffers = self._buffers(samples)
         self.workspace = huge_pages(
@@ -169,7 +171,6 @@ class Recording:
     def _buffers(self, samples: dict[Node, Any]) -> dict[Node, Buffer]:
         """The workspace of every value that owns memory, but for those inside a chain."""
         buffers: dict[Node, Buffer] = {}
-        inside = {*self.fused, *(node for nodes in self.members for node in nodes[:-1])}
         reads: dict[Node, float] = {}  # what chains read of other nodes
         born: dict[Node, float] = {}
         for nodes in self.members:
@@ -179,10 +180,10 @@ class Recording:
                 for source in (self.source[node], *node.all_input_nodes):
                     at = chain.input_last if source is self.source[nodes[0]] else end
                     reads[self.root[source]] = max(reads.get(self.root[source], 0), at)
-        members = {*self.fused, *(node for nodes in self.members for node in nodes)}
+        members = {*self.inside, *(nodes[-1] for nodes in self.members)}
         for node, index in self.position.items():
             root, value = self.root[node], samples.get(node)
-            if root in inside:
+            if root in self.inside:
                 continue
             readers = [self.position[n] for n in node.users if n not in members]
             last = max([*readers, reads.get(root, index), index])
@@ -211,7 +212,6 @@ class Recording:
         self.inputs: list[Tensor] = []
         self.outputs: list[Any] = []
         tails = {nodes[-1]: nodes[0] for nodes in self.members}
-        inside = {*self.fused, *(node for nodes in self.members for node in nodes[:-1])}
         for node in self.nodes:
             if node.op == "output":
                 self.outputs = [values[n] if isinstance(n, Node) else n for n in node.args[0]]  # type: ignore[union-attr]
@@ -225,7 +225,7 @@ class Recording:
                 values[node] = self._place(node, samples[node])
                 head = tails[node]
                 self._append_chain(head, values[self.source[head]], values[node])
-            elif self.root[node] not in inside:
+            elif self.root[node] not in self.inside:
                 self._bind_op(node, values, samples[node])
         self._flush()
         del self.layers, self.chains
