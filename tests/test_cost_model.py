@@ -116,7 +116,6 @@ def test_low_rank_fused_reads_the_input_once_a_split() -> None:
     for factor, (k, n) in zip((two, two.passes[0]), ((512, 64), (64, 512)), strict=True):
         assert factor.matrix_s == pytest.approx(2 * 1024 * 512 * 64 / 600e12)
         assert factor.memory_s == pytest.approx((1024 * k + k * n + 1024 * n) * 2 / 5.5e12)  # L2 holds all of it
-        assert factor.tiles <= 132 and factor.seconds > factor.matrix_s + factor.launch_s
 
 
 def test_low_rank_convolution_counts_every_factor() -> None:
