@@ -36,7 +36,7 @@ PACKAGES = {
     "data": ("__init__", "datasets", "decoded, tensor_loader"),
     "conversion": (
         "__init__", "convert_model", "units", "options", "measure, report", "container", "plan", "analysis", "folding",
-        "chains", "layers", "graph",
+        "chains", "layers", "readers", "calls", "graph", "wrappers",
     ),
     "inference": (
         "__init__", "recordings", "cuda_graph, replay, warming", "recording", "chains", "native_layers, memory",

@@ -24,7 +24,8 @@ from slimkernels.compress.schedules import check_sparsity
 from slimkernels.compress.selection import prunable_layers, readable_weight
 from slimkernels.conversion import measure as stopwatch
 from slimkernels.conversion.analysis import CANDIDATE_BLOCK_SHAPES, problems, usable_kernel, weight_layer_names
-from slimkernels.conversion.graph import Call, InputSet, capture, input_sets, scratch_copy
+from slimkernels.conversion.calls import Call, capture
+from slimkernels.conversion.graph import InputSet, input_sets, scratch_copy
 from slimkernels.conversion.layers import LayerWeight, layer_weight, type_obstacle, weight_obstacle
 from slimkernels.conversion.options import dense_twin, example_input
 from slimkernels.formats import block_shape_2d
@@ -236,7 +237,7 @@ def _layers(
     """The prunable layers that the example inputs reach, and the weights and calls of all other ones."""
     picked = {layer.name: layer for layer in prunable_layers(op, model, layers, exclude, skip_first)}
     names = weight_layer_names(model)
-    calls = {name: sum(per_input, ()) for name, per_input in capture(model, sets, names).items()}
+    calls = {name: sum(per_input, ()) for name, per_input in capture(model, sets, names, op=op).calls.items()}
     found, others = [], []
     for name in names:
         module: Any = model.get_submodule(name)

@@ -1,4 +1,4 @@
-"""Structure of a model: copies of it, hooks, which layer feeds which, and the calls that example inputs make.
+"""Structure of a model: copies of it, hooks, which layer feeds which, and its example inputs.
 
 The `torch.fx` graph is analysis only: a model is never rebuilt from it. A model that cannot be traced gives a graph
 without followers and the reason why.
@@ -10,7 +10,7 @@ import copy
 import inspect
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,16 +20,20 @@ from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from slimkernels.conversion.wrappers import without_compiled_parts
+
 # Every combination of given and defaulted optional arguments is traced; 2^4 traces of ResNet-18 take 0.3 s.
 _MAX_OPTIONAL_ARGUMENTS = 4
 _REPARAMETRIZING_HOOKS = (prune.BasePruningMethod, WeightNorm, SpectralNorm)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._BatchNorm, nn.ReLU, nn.MaxPool2d)
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def copy_model(model: nn.Module, *, share_parameters: bool = False) -> nn.Module:
-    """A deep copy of ``model``; tensors that torch refuses to copy (a pruned layer's computed weight) are detached.
+    """A deep copy of ``model``, what `torch.compile` made of parts of it undone.
+
+    Tensors that torch refuses to copy (a pruned layer's computed weight) are detached.
 
     Args:
         model: any module; it stays untouched.
@@ -49,7 +53,7 @@ def copy_model(model: nn.Module, *, share_parameters: bool = False) -> nn.Module
             elif parameter is not None and parameter.layout != torch.strided:
                 memo[id(parameter)] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
     try:
-        return copy.deepcopy(model, memo)
+        return without_compiled_parts(copy.deepcopy(model, memo))
     except Exception as error:
         raise TypeError(f"convert: expected a model that can be copied, got {type(model).__name__}: {error}") from error
 
@@ -158,7 +162,7 @@ class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, _CONTAINERS):
+        if isinstance(m, CONTAINERS):
             return False
         if isinstance(m, _LAYERS) and type(m).forward.__module__.startswith("torch.nn"):
             return True
@@ -167,19 +171,12 @@ class _Tracer(fx.Tracer):
         )
 
 
-def opaque_ancestor(model: nn.Module, name: str) -> str | None:
-    """Type name of an enclosing torch layer that may read this module's tensors itself, such as MultiheadAttention."""
-    for ancestor in ancestors(name):
-        module = model.get_submodule(ancestor)
-        if not isinstance(module, _CONTAINERS) and type(module).__module__.startswith("torch.nn"):
-            return type(module).__name__
-    return None
-
-
 def trace(model: nn.Module, *, training: bool = False) -> ModelGraph:
     """The call structure of ``model`` in the given mode. Never raises: what cannot be traced gives ``reason``."""
     try:
         scratch = scratch_copy(model, training=training)
+        if "forward" in vars(scratch):
+            return ModelGraph(reason="its forward was replaced on the instance, past its class")
         signature = inspect.signature(type(scratch).forward)
         optional = {
             name: p.default
@@ -252,16 +249,6 @@ def _single_consumer(model: nn.Module, node: fx.Node) -> fx.Node | None:
         node = users[0]
 
 
-@dataclass(frozen=True)
-class Call:
-    """One call of a layer: shapes of its input and output, dtype and device of its input."""
-
-    input_shape: tuple[int, ...]
-    output_shape: tuple[int, ...]
-    dtype: torch.dtype
-    device: str
-
-
 InputSet = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -290,44 +277,3 @@ def input_sets(example_inputs: Any) -> list[InputSet]:
         "convert: expected example_inputs to be a tensor, a tuple of arguments, a mapping of keyword arguments, or a "
         f"list of these, got {type(example_inputs).__name__}"
     )
-
-
-def capture(
-    model: nn.Module, sets: Sequence[InputSet], names: Sequence[str], *, training: bool = False
-) -> dict[str, tuple[tuple[Call, ...], ...]]:
-    """Runs a scratch copy of the model on every input and records the calls of the named layers.
-
-    Returns:
-        name -> per input, its calls; a layer that was called with anything but one positional tensor is left out.
-
-    Raises:
-        ValueError: the model raised; the message names the input.
-    """
-    if not sets:
-        return {}
-    scratch = scratch_copy(model, training=training)
-    records: dict[str, list[list[Call]]] = {name: [] for name in names}
-    odd: set[str] = set()
-
-    def record(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            if len(args) != 1 or kwargs or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
-                odd.add(name)
-                return
-            x = args[0]
-            records[name][-1].append(Call(tuple(x.shape), tuple(output.shape), x.dtype, x.device.type))
-
-        return hook
-
-    handles = [scratch.get_submodule(name).register_forward_hook(record(name), with_kwargs=True) for name in names]
-    for i, (args, kwargs) in enumerate(sets):
-        for calls in records.values():
-            calls.append([])
-        try:
-            with torch.no_grad():
-                scratch(*args, **kwargs)
-        except Exception as error:
-            raise ValueError(f"convert: the model does not run on example input {i}: {error}") from error
-    for handle in handles:
-        handle.remove()
-    return {name: tuple(map(tuple, calls)) for name, calls in records.items() if name not in odd}
