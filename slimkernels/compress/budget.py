@@ -27,7 +27,7 @@ from slimkernels.conversion.analysis import CANDIDATE_BLOCK_SHAPES, problems, us
 from slimkernels.conversion.calls import Call, capture
 from slimkernels.conversion.graph import InputSet, input_sets, scratch_copy
 from slimkernels.conversion.layers import LayerWeight, layer_weight, type_obstacle, weight_obstacle
-from slimkernels.conversion.options import dense_twin, example_input
+from slimkernels.conversion.options import dense_twin
 from slimkernels.formats import block_shape_2d
 from slimkernels.kernels import KERNELS
 from slimkernels.kernels.select import predicted_dense_seconds, predicted_seconds
@@ -345,7 +345,7 @@ class _Times:
         key = (tuple(weight.weight.shape), weight.stride, weight.padding, weight.dilation, layer.calls, way)
         if key not in self._known:
             module = build().eval()
-            inputs = [example_input(call, weight.weight) for call in layer.calls]
+            inputs = [stopwatch.example_input(call, weight.weight) for call in layer.calls]
 
             def run() -> None:
                 with torch.no_grad():

@@ -95,7 +95,7 @@ class LayerStats:
         declared: block shape declared by a mask or a block-sparse module.
         patterns: candidate block shapes, the fastest by prediction first.
         ranks: inner sizes of a low-rank layer.
-        calls: per example input, every call of the layer.
+        calls: per example input, every call of the layer, those with an empty batch left out.
         macs: multiply-adds of the dense layer over all calls of the first example input, padding included.
         bytes_dense, bytes_stored: of the dense weight, and of what is or would be stored (values and indices).
     """

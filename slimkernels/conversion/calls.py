@@ -30,8 +30,9 @@ class Recorded:
     """What was seen of the named layers while a model ran on every example input.
 
     Attributes:
-        calls: name -> per input, its calls; a layer that was called with anything but one positional tensor is left
-            out.
+        calls: name -> per input, its calls with anything in them: a detector that finds nothing calls its later layers
+            with empty batches, which say nothing about speed. A layer that was called with anything but one positional
+            tensor is left out.
         reads: layers and batch norms whose weight or bias something read past their own call.
     """
 
@@ -63,7 +64,8 @@ def capture(
                 odd.add(name)
                 return
             x = args[0]
-            records[name][-1].append(Call(tuple(x.shape), tuple(output.shape), x.dtype, x.device.type))
+            if x.numel() > 0:
+                records[name][-1].append(Call(tuple(x.shape), tuple(output.shape), x.dtype, x.device.type))
 
         return hook
 

@@ -122,6 +122,12 @@ def ancestors(name: str) -> list[str]:
     return [".".join(parts[:i]) for i in range(len(parts))]
 
 
+def in_a_line(error: BaseException) -> str:
+    """The type of an error and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+
+
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     """Puts ``new`` where ``name`` is."""
     parent, _, child = name.rpartition(".")
@@ -193,8 +199,7 @@ def trace(model: nn.Module, *, training: bool = False) -> ModelGraph:
             tracer = _Tracer()
             graphs.append(_structure(scratch, tracer.trace(scratch, concrete_args=concrete or None)))
     except Exception as error:  # user code runs under the tracer and may raise anything
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
-        return ModelGraph(reason=f"torch.fx cannot trace it ({type(error).__name__}: {first_line})")
+        return ModelGraph(reason=f"torch.fx cannot trace it ({in_a_line(error)})")
     calls: Counter[str] = Counter()
     for graph in graphs:
         calls |= Counter(graph.calls)
@@ -221,8 +226,7 @@ def fx_graph(model: nn.Module) -> fx.Graph:
     try:
         return _Tracer().trace(scratch, concrete_args=defaults or None)
     except Exception as error:  # user code runs under the tracer and may raise anything
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
-        raise ValueError(f"torch.fx cannot trace it ({type(error).__name__}: {first_line})") from error
+        raise ValueError(f"torch.fx cannot trace it ({in_a_line(error)})") from error
 
 
 def _structure(model: nn.Module, graph: fx.Graph) -> ModelGraph:

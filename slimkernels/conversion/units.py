@@ -35,6 +35,7 @@ from slimkernels.conversion.layers import (
 from slimkernels.conversion.options import Decision, Unit, dense_twin, low_rank_module
 from slimkernels.conversion.plan import LayerPlan, Policy
 from slimkernels.conversion.readers import weight_readers
+from slimkernels.conversion.wrappers import plain_name
 from slimkernels.formats import BlockMask, block_grid, block_shape_2d
 from slimkernels.nn import LowRankConv2d, LowRankLinear
 
@@ -102,8 +103,9 @@ def survey(model: nn.Module, sets: list[InputSet], policy: Policy, *, training: 
     Raises:
         ValueError: the model does not run on an example input; ``Policy.exclude`` names no layer.
     """
-    declared = {n: b for n, m in model.named_modules() if (b := declared_block_shape(m)) is not None}
-    masks = {n: mask for n, m in model.named_modules() if (mask := _mask(m)) is not None}
+    layers = [(plain_name(name), module) for name, module in model.named_modules()]
+    declared = {n: b for n, m in layers if (b := declared_block_shape(m)) is not None}
+    masks = {n: mask for n, m in layers if (mask := _mask(m)) is not None}
     copied = prepare(model, training=training)
     names = weight_layer_names(copied)
     found = Survey(copied, training, next((t.device.type for t in copied.parameters()), "cpu"))

@@ -51,3 +51,8 @@ def without_compiled_parts(model: nn.Module) -> nn.Module:
             if is_compiled(child):
                 parent._modules[name] = unwrapped("convert", child)
     return model
+
+
+def plain_name(name: str) -> str:
+    """The name that a module has after `without_compiled_parts`."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
