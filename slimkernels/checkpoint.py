@@ -16,6 +16,7 @@ from slimkernels.conversion.graph import parametrized_type, replace_module
 from slimkernels.conversion.layers import dense_module
 from slimkernels.conversion.plan import LayerPlan, ModelPlan
 from slimkernels.conversion.units import PLAN_ATTRIBUTE, prepare
+from slimkernels.conversion.wrappers import unwrapped
 from slimkernels.formats import BlockMask, BSRWeight, LowRankWeight, block_grid, weight_shape_4d
 from slimkernels.kernels.problems import Request
 from slimkernels.kernels.select import resolve
@@ -37,7 +38,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     The file appears under its name when it is complete; an interrupted call leaves what was there before.
 
     Args:
-        model: from `convert` or `load`, possibly trained since.
+        model: from `convert` or `load`, possibly trained since. Of a wrapper (DataParallel, AveragedModel,
+            `torch.compile`) the model inside is saved.
         path: by convention ``*.slim.safetensors``.
 
     Raises:
@@ -45,6 +47,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         ValueError: the model was not converted, or a swapped layer was replaced since.
         OSError: the path cannot be written.
     """
+    model = unwrapped("save", model)
     if not isinstance(model, nn.Module):
         raise TypeError(f"save: expected an nn.Module, got {type(model).__name__}")
     plan = getattr(model, PLAN_ATTRIBUTE, None)
@@ -70,7 +73,7 @@ def load(path: str | os.PathLike[str], into: nn.Module | None = None) -> nn.Modu
     Args:
         path: from `save`.
         into: a model of the architecture that was converted (fresh, trained, masked or converted, on any device); it
-            stays untouched. A model on the meta device is filled on the CPU.
+            stays untouched. A model on the meta device is filled on the CPU, a wrapper is taken off.
 
     Returns:
         The converted model, in eval mode unless it was converted with ``training=True``.
@@ -79,6 +82,7 @@ def load(path: str | os.PathLike[str], into: nn.Module | None = None) -> nn.Modu
         ValueError: the file is damaged (the field at fault is named), ``into`` is missing or of another architecture.
         TypeError: ``into`` is no module. OSError: no such file.
     """
+    into = unwrapped("load", into)
     if into is not None and not isinstance(into, nn.Module):
         raise TypeError(f"load: expected into to be an nn.Module, got {type(into).__name__}")
     contents = container.read(path)

@@ -28,6 +28,7 @@ from slimkernels.conversion.calls import Call, capture
 from slimkernels.conversion.graph import InputSet, input_sets, scratch_copy
 from slimkernels.conversion.layers import LayerWeight, layer_weight, type_obstacle, weight_obstacle
 from slimkernels.conversion.options import dense_twin
+from slimkernels.conversion.wrappers import unwrapped
 from slimkernels.formats import block_shape_2d
 from slimkernels.kernels import KERNELS
 from slimkernels.kernels.select import predicted_dense_seconds, predicted_seconds
@@ -190,6 +191,7 @@ def latency_budget(
         >>> sk.prune_(model, plan.sparsity, plan.block_shapes)                          # doctest: +SKIP
     """
     op = "latency_budget"
+    model = unwrapped(op, model)
     if unit not in ("speedup", "ms"):
         raise ValueError(f"{op}: expected unit 'speedup' or 'ms', got {unit!r}")
     if isinstance(target, bool) or not isinstance(target, (int, float)) or not 0 < target < math.inf:

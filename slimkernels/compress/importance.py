@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from slimkernels.compress.evaluation import device_of, mode_of
 from slimkernels.compress.granularity import Units
 from slimkernels.compress.selection import block_shapes_of, prunable_layers, readable_weight
+from slimkernels.conversion.wrappers import unwrapped
 
 Importance = Callable[[Tensor, tuple[int, int]], Tensor]
 Loss = Callable[[Any, Tensor], Tensor]
@@ -212,6 +213,7 @@ def _scores(
     exclude: str | Iterable[str] | None = None,
     skip_first: bool = True,
 ) -> dict[str, Tensor]:
+    model = unwrapped(op, model)
     picked = prunable_layers(op, model, layers, exclude, skip_first)
     blocks = block_shapes_of(op, model, picked, block_shape)
     weights = {layer.name: readable_weight(op, layer.name, layer.module) for layer in picked}

@@ -28,6 +28,7 @@ from slimkernels.compress.progress import counting_bar
 from slimkernels.compress.prune import finalize_, prune_
 from slimkernels.compress.schedules import check_sparsity
 from slimkernels.compress.selection import block_shapes_of, prunable_layers, readable_weight
+from slimkernels.conversion.wrappers import unwrapped
 from slimkernels.files import atomic_path
 
 SCAN_VERSION = 1
@@ -170,6 +171,7 @@ def sensitivity_scan(
         ValueError: a bad argument, an empty loader, a layer that cannot be pruned, or a file of another scan.
     """
     op = "sensitivity_scan"
+    model = unwrapped(op, model)
     check_granularity(op, granularity)
     check_importance(op, importance)
     tried = tuple(sorted({check_sparsity(op, "sparsities", share) for share in sparsities} - {0.0}))

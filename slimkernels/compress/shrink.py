@@ -30,6 +30,7 @@ from slimkernels.conversion.layers import (
     weight_obstacle,
 )
 from slimkernels.conversion.readers import shared_tensor_layers, weight_readers
+from slimkernels.conversion.wrappers import unwrapped
 from slimkernels.nn import resolved_padding
 
 # Layers that act on each number alone, so that a constant channel stays constant. Dropout is one in eval mode.
@@ -118,6 +119,7 @@ def shrink_(model: nn.Module, example_inputs: Any = None, *, fold_borders: bool 
         >>> shrink_(net).channels
         {'0': (8, 4)}
     """
+    model = unwrapped("shrink_", model)
     if not isinstance(model, nn.Module):
         raise TypeError(f"shrink_: expected model to be an nn.Module, got {type(model).__name__}")
     try:
