@@ -214,7 +214,7 @@ def _scores(
     skip_first: bool = True,
 ) -> dict[str, Tensor]:
     model = unwrapped(op, model)
-    picked = prunable_layers(op, model, layers, exclude, skip_first)
+    picked = prunable_layers(op, model, layers, exclude, skip_first, verb="score")
     blocks = block_shapes_of(op, model, picked, block_shape)
     weights = {layer.name: readable_weight(op, layer.name, layer.module) for layer in picked}
     units = {name: Units.of(weight.shape, blocks[name], granularity) for name, weight in weights.items()}

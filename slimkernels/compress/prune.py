@@ -103,8 +103,8 @@ def prune_(
     Raises:
         ValueError: sparsity outside [0, 1), a name that matches no layer (near matches are listed), non-finite
             scores, a named layer with groups != 1, a weight that is shared, already parametrized by something else
-            or masked with another block shape, no gradient where one is needed, no layer left to prune. Nothing is
-            changed then.
+            or masked with another block shape, no gradient where one is needed, no layer left to prune by these rules.
+            Nothing is changed then.
         TypeError: an argument of the wrong type.
 
     Example:
@@ -131,8 +131,8 @@ def prune_(
         _prepare(layer, share, blocks[layer.name], granularity, importance, scope == "global")
         for layer, share in selected
     ]
-    if not prunable:
-        raise ValueError("prune_: expected at least one Conv2d or Linear to prune, got none after the exclusions")
+    if not prunable:  # a warning said why
+        return given
     _check_finite(prunable)
     _check_shared(model, prunable)
     if scope == "global":

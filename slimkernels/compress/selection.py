@@ -124,13 +124,15 @@ def prunable_layers(
     exclude: str | Iterable[str] | None,
     skip_first: bool,
     layers_argument: str = "layers",
+    verb: str = "prune",
 ) -> list[SelectedLayer]:
     """The layers that a pruning call touches, by the rules that `slimkernels.prune_` states.
 
-    A warning lists the layers that would be pruned, were they not such that conversion cannot take them.
+    A warning lists the layers that would be pruned, were they not such that conversion cannot take them. Where that is
+    all of them, the result is empty.
 
     Raises:
-        ValueError: an entry matches nothing, or names a layer with groups != 1.
+        ValueError: an entry matches nothing, or names a layer with groups != 1, or no layer is left by the rules.
     """
     picked = select_layers(op, model, PRUNABLE, layers, exclude, layers_argument)
     every = [module for module in model.modules() if isinstance(module, PRUNABLE)]
@@ -150,6 +152,8 @@ def prunable_layers(
                 if narrow or (module is every[-1] and len(every) > 1):
                     continue
         out.append(layer)
+    if not out:
+        raise ValueError(f"{op}: expected at least one Conv2d or Linear to {verb}, got none after the exclusions")
     reasons = _no_gain(model, out)
     if reasons:
         _warn_of_skipped(op, reasons)

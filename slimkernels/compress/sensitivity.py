@@ -177,7 +177,7 @@ def sensitivity_scan(
     tried = tuple(sorted({check_sparsity(op, "sparsities", share) for share in sparsities} - {0.0}))
     if not tried:
         raise ValueError(f"{op}: expected at least one sparsity above 0, got {tuple(sparsities)}")
-    picked = prunable_layers(op, model, layers, exclude, skip_first)
+    picked = prunable_layers(op, model, layers, exclude, skip_first, verb="scan")
     blocks = block_shapes_of(op, model, picked, block_shape)
     weights = {layer.name: readable_weight(op, layer.name, layer.module).numel() for layer in picked}
     if not weights:

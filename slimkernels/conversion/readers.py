@@ -68,7 +68,7 @@ def shared_tensor_layers(model: nn.Module) -> frozenset[str]:
 
 def _torch_layer_around(model: nn.Module, name: str) -> str | None:
     """Type name of an enclosing layer of torch's, or of a subclass of one, that runs its children in its own way."""
-    for ancestor in ancestors(name):
+    for ancestor in reversed(ancestors(name)):
         kinds = type(model.get_submodule(ancestor)).__mro__
         if any("forward" in vars(kind) and _is_torch_layer(kind) for kind in kinds):
             return kinds[0].__name__
