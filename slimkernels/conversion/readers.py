@@ -25,6 +25,7 @@ from slimkernels.conversion.graph import CONTAINERS, ModelGraph, ancestors, trac
 
 _SHARED = "its weight is shared with another layer"
 _READ = "the forward reads its weight past the layer"
+_MAY_READ = "the model cannot be traced, and its code may read the weight past the layer"
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm)
 
 
@@ -40,10 +41,12 @@ def weight_readers(
         seen: layers whose weight a run on example inputs was seen to read; None where there was no run.
     """
     graphs = graphs or [trace(model, training=mode) for mode in (False, True)]
+    found = dict.fromkeys(shared_tensor_layers(model), _SHARED)
     reads = set(seen or ()).union(*(graph.tensor_reads for graph in graphs))
     if any(graph.reason is not None for graph in graphs):
-        reads |= _reads_in_code(model, guess=seen is None)
-    found = dict.fromkeys(shared_tensor_layers(model), _SHARED)
+        named, guessed = _reads_in_code(model)
+        reads |= named
+        found |= dict.fromkeys(guessed if seen is None else (), _MAY_READ)
     found |= dict.fromkeys(reads, _READ)
     for name, _ in model.named_modules():
         kind = _torch_layer_around(model, name)
@@ -79,16 +82,18 @@ def _is_torch_layer(kind: type) -> bool:
     return kind.__module__.startswith("torch.nn.") and kind not in (nn.Module, *CONTAINERS)
 
 
-def _reads_in_code(model: nn.Module, *, guess: bool) -> set[str]:
+def _reads_in_code(model: nn.Module) -> tuple[set[str], set[str]]:
     """Layers whose weight or bias some forward's code reads, judged by the attributes that its byte code loads.
 
-    ``self.head.weight`` names the layer. Where something else than ``self`` stands in front (``layer.weight`` in a
-    loop, or in a method that is handed a layer), each layer of that module's own may be meant; with ``guess`` all of
-    them count.
+    Returns:
+        Those that are read, as in ``self.head.weight``, and those that may be: where something else than ``self``
+        stands in front (``layer.weight`` in a loop, or in a method that is handed a layer), each layer of that module's
+        own may be meant.
     """
     existing = dict(model.named_modules())
     known: dict[type, set[tuple[str, ...] | None]] = {}
-    found: set[str] = set()
+    named: set[str] = set()
+    guessed: set[str] = set()
     for prefix, module in existing.items():
         kind = type(module)
         if kind.__module__.startswith(("torch.", "slimkernels.nn")):
@@ -98,10 +103,11 @@ def _reads_in_code(model: nn.Module, *, guess: bool) -> set[str]:
             paths = set(_read_paths(kind, [own]))
         else:
             paths = known[kind] if kind in known else known.setdefault(kind, set(_read_paths(kind, [])))
-        for path in paths:
-            names = [".".join(path)] if path is not None else _own_layers(module) if guess else []
-            found.update(f"{prefix}.{name}" if prefix else name for name in names)
-    return found & set(existing)
+        before = f"{prefix}." if prefix else ""
+        named.update(before + ".".join(path) for path in paths if path is not None)
+        if None in paths:
+            guessed.update(before + name for name in _own_layers(module))
+    return named & set(existing), guessed
 
 
 def _own_layers(module: nn.Module) -> list[str]:

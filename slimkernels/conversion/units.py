@@ -20,6 +20,7 @@ from slimkernels.conversion.graph import (
     bake,
     copy_model,
     has_hooks,
+    in_a_line,
     parametrized_type,
     trace,
     unique_names,
@@ -181,7 +182,10 @@ def _form_units(
             if tail.bn is not None and not policy.fold_bn:
                 reasons, tail = {tail.bn: "Policy.fold_bn is off"}, Tail()
             found.batch_norm_reasons.update(reasons)
-        found.units.append(_unit(found, names, chain, tail, calls.get(name, ()), masks.get(name)))
+        try:
+            found.units.append(_unit(found, names, chain, tail, calls.get(name, ()), masks.get(name)))
+        except Exception as error:  # such as the product of two factors that does not fit into memory
+            found.obstacles |= dict.fromkeys(names, f"it cannot be prepared: {in_a_line(error)}")
     if policy.fold_bn and not found.training:
         _fold_into_kept(found, structure)
     folded = {unit.tail.bn for unit in found.units} | set(found.foldable)
