@@ -284,6 +284,43 @@ def test_code_that_may_read_counts_only_where_there_is_no_run() -> None:
     assert_same_function(alone, model, x)
 
 
+def test_parts_of_one_buffer_are_no_shared_weight() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64))
+    nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(model.parameters()), model.parameters())
+    assert len({p.untyped_storage().data_ptr() for p in model.parameters()}) == 1
+    assert weight_readers(model) == {}
+    model[1].weight = nn.Parameter(model[0].weight.detach()[:32])  # rows of another layer's weight
+    assert set(weight_readers(model)) == {"0", "1"}
+    model[2].weight = nn.Parameter(model[0].weight.detach().T)
+    assert set(weight_readers(model)) == {"0", "1", "2"}
+
+
+def test_a_weight_that_only_training_reads_may_be_pruned_but_not_factorized() -> None:
+    class Penalised(Net):
+        def read(self, x: Tensor) -> Tensor:
+            return self.odd(x) + (self.odd.weight.square().sum() if self.training else 0.0)
+
+    model = Penalised()
+    prune_(model, 0.5, (16, 1))
+    assert set(masks(model)) == {"free", "odd"}
+    assert isinstance(convert(model, policy=FORCE).odd, SPARSE)
+    assert type(convert(model, policy=FORCE, training=True).odd) is not BlockSparseLinear
+    plain = factorize_(Penalised(), rank=4)
+    assert isinstance(plain.free, LOW_RANK) and type(plain.odd) is nn.Linear
+
+
+def test_looking_at_a_model_draws_no_random_numbers() -> None:
+    class Noisy(Net):
+        def read(self, x: Tensor) -> Tensor:
+            return self.odd(x) + torch.randn(FEATURES)
+
+    model = Noisy()
+    before = torch.get_rng_state()
+    weight_readers(model)
+    prune_(model, 0.5, (16, 1))
+    assert torch.equal(before, torch.get_rng_state())
+
+
 def test_what_only_initialisation_reads_is_free() -> None:
     class Resets(nn.Module):
         def __init__(self) -> None:

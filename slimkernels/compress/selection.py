@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from slimkernels.conversion.graph import trace
 from slimkernels.conversion.layers import type_obstacle
 from slimkernels.conversion.readers import weight_readers
 from slimkernels.formats import BlockMask, block_shape_2d
@@ -168,7 +169,7 @@ def _no_gain(model: nn.Module, picked: Sequence[SelectedLayer]) -> dict[str, str
     asked = [layer for layer in picked if not layer.explicit and layer.module is not model]
     if not asked:
         return {}
-    readers = weight_readers(model)
+    readers = weight_readers(model, [trace(model)])  # in eval mode, in which the sparse model will run
     names = {id(module): name for name, module in model.named_modules()}
     found = {}
     for layer in asked:

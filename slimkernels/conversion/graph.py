@@ -196,8 +196,9 @@ def trace(model: nn.Module, *, training: bool = False) -> ModelGraph:
         graphs = []
         for given in itertools.product((False, True), repeat=len(optional)):
             concrete = {name: default for (name, default), g in zip(optional.items(), given, strict=True) if not g}
-            tracer = _Tracer()
-            graphs.append(_structure(scratch, tracer.trace(scratch, concrete_args=concrete or None)))
+            # What the forward draws at random does not depend on its input, so it is drawn in earnest.
+            with torch.random.fork_rng(devices=()):
+                graphs.append(_structure(scratch, _Tracer().trace(scratch, concrete_args=concrete or None)))
     except Exception as error:  # user code runs under the tracer and may raise anything
         return ModelGraph(reason=f"torch.fx cannot trace it ({in_a_line(error)})")
     calls: Counter[str] = Counter()

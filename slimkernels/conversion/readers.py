@@ -56,8 +56,8 @@ def weight_readers(
 
 
 def shared_tensor_layers(model: nn.Module) -> frozenset[str]:
-    """Names of modules that hold a parameter which another module holds too, the object or its memory."""
-    owners: dict[object, set[str]] = {}
+    """Names of modules that hold a parameter which another module holds too: the object, or part of its memory."""
+    owners: dict[object, list[tuple[int, int, str]]] = {}
     for name, module in model.named_modules():
         for leaf in module._parameters.values():
             if leaf is None or isinstance(leaf, nn.UninitializedParameter):
@@ -65,8 +65,27 @@ def shared_tensor_layers(model: nn.Module) -> frozenset[str]:
             layer = name.split(".parametrizations")[0]
             plain = type(leaf) is nn.Parameter and leaf.layout == torch.strided
             key = leaf.untyped_storage()._cdata if plain else id(leaf)
-            owners.setdefault(key, set()).add(layer)
-    return frozenset(name for names in owners.values() if len(names) > 1 for name in names)
+            owners.setdefault(key, []).append((*(_bytes(leaf) if plain else (0, 1)), layer))
+    return frozenset(name for ranges in owners.values() for name in _overlapping(ranges))
+
+
+def _bytes(tensor: torch.Tensor) -> tuple[int, int]:
+    """The bytes of its storage that a tensor reaches: the first, and the one past the last."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    begin = int(tensor.storage_offset())
+    end = begin + last + 1 if tensor.numel() else begin
+    return begin * tensor.element_size(), end * tensor.element_size()
+
+
+def _overlapping(ranges: list[tuple[int, int, str]]) -> Iterator[str]:
+    """Names whose range meets that of another name. Parameters may be parts of one buffer without sharing anything."""
+    reach, owner = -1, ""
+    for begin, end, name in sorted(ranges):
+        if begin < reach and name != owner:
+            yield name
+            yield owner
+        if end > reach:
+            reach, owner = end, name
 
 
 def _torch_layer_around(model: nn.Module, name: str) -> str | None:
