@@ -15,8 +15,9 @@ from slimkernels.compress import layer_costs
 from slimkernels.conversion.analysis import problems
 from slimkernels.conversion.layers import LayerWeight
 from slimkernels.inference import problem_of, warm_up
+from slimkernels.kernels import KERNELS
 from slimkernels.kernels.problems import ConvProblem, LinearProblem, LowRankLinearProblem
-from slimkernels.kernels.select import choose, predicted_dense_seconds
+from slimkernels.kernels.select import choose, predicted_dense_seconds, predicted_seconds
 from slimkernels.nn import BlockSparseConv2d, BlockSparseLinear, LowRankLinear
 from slimkernels.testing import random_tensor
 
@@ -122,6 +123,10 @@ def test_no_images_are_no_work_but_a_call(block: tuple[int, int]) -> None:
     assert isinstance(empty, ConvProblem) and (empty.n, empty.macs) == (0, 0)
     for problem in (empty, LinearProblem(0, FEATURES, 40, block, 3, torch.float32, "cpu")):
         assert predicted_dense_seconds(problem) > 0 and choose(problem).name
+        for spec in (
+            s for s in KERNELS.values() if s.op == problem.op and "cpu" in s.devices and s.backend != "triton"
+        ):
+            assert predicted_seconds(spec, problem) > 0, spec.name
     with torch.no_grad():
         found = warm_up(nn.Sequential(conv).eval(), torch.empty(0, 16, 8, 8)).kernels
     assert [kernel.problem for kernel in found] == [empty]

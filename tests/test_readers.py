@@ -309,6 +309,17 @@ def test_a_weight_that_only_training_reads_may_be_pruned_but_not_factorized() ->
     assert isinstance(plain.free, LOW_RANK) and type(plain.odd) is nn.Linear
 
 
+def test_a_weight_that_only_evaluation_reads_stays_in_a_model_to_be_trained() -> None:
+    class FastInEval(Net):
+        def read(self, x: Tensor) -> Tensor:
+            return self.odd(x) if self.training else F.linear(x, self.odd.weight, self.odd.bias)
+
+    model, x = FastInEval(), torch.randn(3, 64)
+    fast = convert(model, policy=FORCE, training=True)
+    assert isinstance(fast.free, SPARSE) and type(fast.odd) is nn.Linear
+    assert_same_function(fast.eval(), model, x)
+
+
 def test_looking_at_a_model_draws_no_random_numbers() -> None:
     class Noisy(Net):
         def read(self, x: Tensor) -> Tensor:
