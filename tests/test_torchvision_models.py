@@ -49,7 +49,6 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
 LARGE: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     name: (by_name(name), size, alone)
     for name, size, alone in (
-        ("alexnet", 64, 0),
         ("convnext_tiny", 64, 0),
         ("densenet121", 32, 0),
         ("efficientnet_b0", 32, 0),
