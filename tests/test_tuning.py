@@ -336,9 +336,7 @@ def test_tuning_a_gpu_begins_with_the_headline_layers() -> None:
     model = sk.models.vgg19_cifar()
     convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)][1:]
     assert {(p.c_in, p.c_out) for p in first} == {(c.in_channels, c.out_channels) for c in convs}
-    assert sum(p.epilogue == "relu_maxpool2" for p in first) == sum(
-        isinstance(m, nn.MaxPool2d) for m in model.features
-    )
+    assert sum(p.epilogue == "relu_maxpool2" for p in first) == sum(isinstance(m, nn.MaxPool2d) for m in model.features)
     small = tuning.standard_families("cuda", batches=[16], block_shapes=[(32, 32)], ops=["bsr_conv2d"])
     assert {p.n for f in small for p in f.problems} == {16, 32}
     assert {p.block_shape for f in small for p in f.problems} == {(32, 32)}
