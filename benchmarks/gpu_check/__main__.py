@@ -36,14 +36,15 @@ class Runner:
 
     Args:
         state: folder of all results, kept between calls. out: folder of the few files that are taken home.
-        seconds: of the whole call. grace: between interrupt and kill.
+        seconds: of the whole call. grace: between interrupt and kill. closing: kept for the last files and the table.
     """
 
     def __init__(
-        self, state: Path, out: Path, seconds: float, python: str = sys.executable, grace: float = plan.GRACE_SECONDS
-    ) -> None:
+        self, state: Path, out: Path, seconds: float, python: str = sys.executable, grace: float = plan.GRACE_SECONDS,
+        closing: float = _CLOSING_SECONDS,
+    ) -> None:  # fmt: skip
         self.results = Results(state, out)
-        self._state, self._python, self._grace = state, python, grace
+        self._state, self._python, self._grace, self._closing = state, python, grace, closing
         self._deadline = time.monotonic() + seconds
         self._current: subprocess.Popen[bytes] | None = None
         self._build: subprocess.Popen[bytes] | None = None
@@ -84,8 +85,8 @@ class Runner:
 
     def _stage(self, stage: Stage) -> None:
         # An overrun of the limit by the grace period must not cost a later stage more than the call has to spare.
-        limit = min(stage.seconds, self._left() - _CLOSING_SECONDS - self._grace)
-        if limit < min(_LEAST_SECONDS, stage.seconds):
+        limit = min(stage.seconds, self._left() - self._closing - self._grace)
+        if limit < min(_LEAST_SECONDS, stage.seconds / 2):
             self.results.stage(stage, "no time", 0.0)
             return
         begun = time.monotonic()
