@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -323,10 +324,24 @@ def test_standard_families_cover_both_devices_and_refuse_nonsense() -> None:
     assert {p.dtype for f in cuda for p in f.problems} == {torch.bfloat16}
     assert {p.op for f in cpu for p in f.problems} == {p.op for f in cuda for p in f.problems} == set(sk.kernels.OPS)
     assert {(64, 16), (128, 16), (16, 16), (32, 32), (64, 64)} <= {p.block_shape for f in cuda for p in f.problems}
-    assert len({f.label for f in cpu}) == len(cpu)
+    for families in (cpu, cuda):
+        assert len({f.label for f in families}) == len(families)
     for bad in ({"batches": [0]}, {"sparsities": [1.0]}, {"ops": ["conv3d"]}, {"block_shapes": [(0, 1)]}):
         with pytest.raises(ValueError, match=r"^standard_families: expected"):
             tuning.standard_families("cpu", **bad)
+
+
+def test_tuning_a_gpu_begins_with_the_headline_layers() -> None:
+    """Every convolution of VGG-19 at 1024 images in tall blocks, and the commands that ask for less get less."""
+    first = [f.problems[0] for f in tuning.standard_families("cuda")[: len(tuning.HEADLINE_LAYERS)]]
+    assert {p.n for p in first} == {1024} and all(p.block_shape == (min(128, p.c_out), 16) for p in first)
+    model = sk.models.vgg19_cifar()
+    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)][1:]
+    assert {(p.c_in, p.c_out) for p in first} == {(c.in_channels, c.out_channels) for c in convs}
+    assert sum(p.epilogue == "relu_maxpool2" for p in first) == sum(isinstance(m, nn.MaxPool2d) for m in model.features)
+    small = tuning.standard_families("cuda", batches=[16], block_shapes=[(32, 32)], ops=["bsr_conv2d"])
+    assert {p.n for f in small for p in f.problems} == {16, 32}
+    assert {p.block_shape for f in small for p in f.problems} == {(32, 32)}
 
 
 ARGUMENTS = ["tune", "--op", "bsr_linear", "--batch", "1", "--block-shape", "16x1", "--sparsity", "0.75", "--sparsity"]
@@ -392,3 +407,67 @@ def test_shipped_tables_load_and_name_kernels_that_exist(path) -> None:
     assert table.device == path.stem and table.entries and table.rates is not None
     assert {e.kernel for e in table.entries} <= set(KERNELS)
     assert all(KERNELS[e.kernel].op == e.problem.op for e in table.entries)
+
+
+class RecordedStreams:
+    """Stands in for what `captured` and `graphed` use of torch.cuda; ``events`` holds what happened, in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.events: list[tuple[str, ...]] = []
+        self._current = "current"
+        log = self.events
+
+        class Stream:
+            def __init__(self, name: str = "side") -> None:
+                self.name = name
+
+            def wait_stream(self, other: Stream) -> None:
+                log.append((self.name, "waits for", other.name))
+
+        @contextmanager
+        def stream(entered: Stream):
+            before, self._current = self._current, entered.name
+            yield
+            self._current = before
+
+        class Graph:
+            def replay(self) -> None:
+                log.append(("replayed",))
+
+            def pool(self) -> None:
+                return None
+
+        fakes = {
+            "Stream": Stream, "stream": stream, "current_stream": lambda *_: Stream(self._current),
+            "synchronize": lambda *_: log.append(("synchronised",)), "CUDAGraph": Graph,
+            "graph": lambda *_, **__: nullcontext(), "device": lambda *_: nullcontext(),
+        }  # fmt: skip
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+    def call(self, *_: object) -> None:
+        self.events.append((self._current, "calls"))
+
+
+def test_a_side_stream_waits_for_the_inputs_and_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy to the GPU that is still on its way when a kernel reads it: wrong numbers, and indices out of bounds."""
+    from slimkernels.inference.cuda_graph import CudaGraphs
+
+    class Model(nn.Module):
+        def __init__(self, streams: RecordedStreams) -> None:
+            super().__init__()
+            self.streams = streams
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.streams.call()
+            return x
+
+    for begin in (
+        lambda own: tuning.captured(own.call, "cuda"),
+        lambda own: CudaGraphs(Model(own).eval(), torch.device("cuda"), 2, False).record((torch.zeros(1),), {}),
+    ):
+        streams = RecordedStreams(monkeypatch)
+        begin(streams)
+        calls = [i for i, event in enumerate(streams.events) if event == ("side", "calls")]
+        assert len(calls) == 2 and ("side", "waits for", "current") in streams.events[: calls[0]]
+        assert ("synchronised",) in streams.events[calls[-1] :]
