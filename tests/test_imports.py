@@ -35,7 +35,7 @@ PACKAGES = {
     ),
     "data": ("__init__", "datasets", "decoded, tensor_loader"),
     "conversion": (
-        "__init__", "convert_model", "units", "options", "measure, report", "container", "plan", "analysis", "folding",
+        "__init__", "convert_model", "units", "options", "measure, report", "container, placement", "plan", "analysis", "folding",
         "chains", "layers", "graph",
     ),
     "inference": (
