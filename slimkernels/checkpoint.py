@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from slimkernels.conversion.graph import replace_module
 from slimkernels.conversion.layers import dense_module
 from slimkernels.conversion.placement import adds_bias, adds_mask, bias_size
 from slimkernels.conversion.plan import LayerPlan, ModelPlan
-from slimkernels.conversion.units import PLAN_ATTRIBUTE, prepare
+from slimkernels.conversion.units import PLAN_ATTRIBUTE, drop_in_plan, prepare
 from slimkernels.formats import BlockMask, block_grid
 from slimkernels.kernels.problems import Request
 from slimkernels.kernels.select import resolve
@@ -37,7 +38,8 @@ _DROP_IN = {
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Writes a converted model: tensors, the `ModelPlan` and a SHA-256 of each, no pickle.
 
-    The file appears under its name when it is complete; an interrupted call leaves what was there before.
+    The file appears under its name when it is complete; an interrupted call leaves what was there before. The hashes
+    let `load` see accidents (a bad disk, a broken download), not attacks: they are no signature.
 
     Args:
         model: from `convert` or `load`, possibly trained since.
@@ -45,7 +47,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Raises:
         TypeError: not a module; a tensor or an extra state that the format cannot hold.
-        ValueError: the model was not converted, or a swapped layer was replaced since.
+        ValueError: the model was not converted, or a swapped layer was replaced or changed since.
         OSError: the path cannot be written.
     """
     if not isinstance(model, nn.Module):
@@ -53,14 +55,42 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     plan = getattr(model, PLAN_ATTRIBUTE, None)
     if not isinstance(plan, ModelPlan):
         raise ValueError(f"save: expected a model from slimkernels.convert, got a plain {type(model).__name__}")
-    for layer in plan.layers:
-        if layer.action == "swap":
-            module = model.get_submodule(layer.name)
-            expected = _DROP_IN[layer.format or "", len(layer.weight_shape or ()) == 4]
-            if not isinstance(module, expected):
-                got = type(module).__name__
-                raise ValueError(f"save: expected {layer.name} to be the {expected.__name__} of its plan, got {got}")
-    container.write(path, plan, model.state_dict())
+    state = model.state_dict()
+    try:
+        plan = replace(plan, layers=tuple(_present(model, layer) for layer in plan.layers))
+        placement.check_tensors(plan, state)
+    except ValueError as error:
+        raise ValueError(f"save: {error}") from error
+    container.write(path, plan, state)
+
+
+# Of a swapped layer: what `load` builds it from. Its dtype may have changed since, by ``model.half()``.
+_FIXED = ("weight_shape", "block_shape", "kind", "ranks", "bias", "stride", "padding", "dilation", "epilogue")
+
+
+def _present(model: nn.Module, layer: LayerPlan) -> LayerPlan:
+    """The plan of a layer with its present dtype. Raises ValueError where the layer is no longer that of its plan."""
+    try:
+        module = model.get_submodule(layer.name)
+    except AttributeError:
+        raise ValueError(f"expected the model to have {layer.name!r}, as in its plan, got no such module") from None
+    expected = nn.Identity if layer.action in ("fold", "fuse") else type(module)
+    if layer.action == "swap":
+        expected = _DROP_IN[layer.format or "", len(layer.weight_shape or ()) == 4]
+    if not isinstance(module, expected):
+        got = type(module).__name__
+        raise ValueError(f"expected {layer.name} to be the {expected.__name__} of its plan, got {got}")
+    if layer.action == "swap":
+        now = drop_in_plan(layer.name, module, layer.reason)
+        for name in _FIXED:
+            if getattr(now, name) != getattr(layer, name):
+                words = f"{name} {getattr(layer, name)} of its plan, got {getattr(now, name)}"
+                raise ValueError(f"expected {layer.name} to have {words}")
+        return replace(layer, dtype=now.dtype)
+    weight = getattr(module, "weight", None)
+    if layer.dtype is None or not isinstance(weight, Tensor):
+        return layer
+    return replace(layer, dtype=str(weight.dtype).removeprefix("torch."))
 
 
 @torch.inference_mode(False)  # as `convert`
@@ -68,7 +98,15 @@ def load(path: str | os.PathLike[str], into: nn.Module | None = None) -> nn.Modu
     """The model of a file, in a copy of ``into``.
 
     Everything is checked before anything is built: the file's structure and version, a SHA-256 of the plan and of every
-    tensor, shapes, block patterns, and that ``into`` has the layers of the plan. Kernels are those of this device.
+    tensor, dtypes, shapes, block patterns, and that ``into`` has the layers of the plan with the same geometry. Until
+    then the memory asked for is a small multiple of the file's size. Kernels are those of this device; dtypes are those
+    of the file.
+
+    The hashes guard against accidents. Against an attacker they do not: whoever can write the file can write its
+    hashes, and with them any weights. Yet a file from anyone is safe to load: it holds no code, none is run, and no
+    number in it reaches a kernel unchecked. (A module of ``into`` with a ``set_extra_state`` of its own is given what
+    the file holds for it, as JSON.) Where it matters who made the weights, compare the whole file with a hash from a
+    source that you trust.
 
     Args:
         path: from `save`.
@@ -79,7 +117,7 @@ def load(path: str | os.PathLike[str], into: nn.Module | None = None) -> nn.Modu
         The converted model, in eval mode unless it was converted with ``training=True``.
 
     Raises:
-        ValueError: the file is damaged (the field at fault is named), ``into`` is missing or of another architecture.
+        ValueError: the file is damaged, ``into`` is missing or of another architecture; file and field are named.
         TypeError: ``into`` is no module. OSError: no such file.
     """
     if into is not None and not isinstance(into, nn.Module):
