@@ -35,7 +35,7 @@ from slimkernels.nn import resolved_padding
 DROP_IN_LAYERS = (*SPARSE_LAYERS, *LOW_RANK_LAYERS)
 _DROP_INS = frozenset(kind.__name__ for kind in DROP_IN_LAYERS)
 # A block beyond its layer is legal, most of it being padding; but a file without a single block could claim any size.
-_LARGEST_EMPTY_BLOCK = 2**20
+_LARGEST_EMPTY_BLOCK = 2**16
 _EXTRA_STATE = "_extra_state"
 
 
@@ -197,8 +197,9 @@ class _Places:
         if obstacle is not None:
             raise ValueError(f"expected into to have a layer that can be replaced there, but {obstacle}")
         factors = [f for f in self.inside(layer.name) if f.action == "fold" and f.type != "BatchNorm2d"]
-        members = [self.modules[f.name] for f in factors if f.name in self.modules]
-        members = [m for m in members if type(m) is not nn.Identity]
+        for factor in factors:
+            self.check(factor)
+        members = [m for f in factors if type(m := self.modules[f.name]) is not nn.Identity]
         expected = _Geometry(layer.weight_shape or (), layer.stride, layer.padding, layer.dilation)
         if members:
             self.chain(layer, expected, [module, *members])
