@@ -1,11 +1,20 @@
-"""Files that are either complete or absent: written to a temporary name, flushed to the disk, then renamed."""
+"""Files that are either complete or absent: written to a temporary name, flushed to the disk, then renamed.
+
+And zip archives, torch's among them, that carry a SHA-256 of themselves.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+# An archive's comment is its last part, behind a record that ends with the comment's length.
+_SEAL = b"slimkernels sha256 "
+_DIGEST = 64
+_CHUNK = 1 << 20
 
 
 @contextmanager
@@ -37,3 +46,47 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def file_sha256(path: str | os.PathLike[str], size: int | None = None) -> str:
+    """SHA-256 of a file's bytes, or of its first ``size``."""
+    digest, left = hashlib.sha256(), size
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK if left is None else min(left, _CHUNK)):
+            digest.update(chunk)
+            left = None if left is None else left - len(chunk)
+    return digest.hexdigest()
+
+
+def seal(path: str | os.PathLike[str]) -> None:
+    """Writes a SHA-256 of a zip archive, such as `torch.save` makes, into the archive's comment; it stays a zip file.
+
+    Raises:
+        ValueError: no archive, or one that has a comment.
+    """
+    with open(path, "r+b") as file:
+        file.seek(0, os.SEEK_END)
+        size = file.tell()
+        file.seek(max(size - 22, 0))
+        end = file.read()
+        if not (end.startswith(b"PK\x05\x06") and end.endswith(b"\0\0")):
+            raise ValueError(f"seal: expected a zip archive without a comment, got {path}")
+        file.seek(size - 2)
+        file.write((len(_SEAL) + _DIGEST).to_bytes(2, "little") + _SEAL)
+        file.flush()
+        file.write(file_sha256(path).encode())
+
+
+def seal_obstacle(path: str | os.PathLike[str]) -> str | None:
+    """Why a file is not what `seal` left; None where every byte of it is.
+
+    It tells accidents apart, a bad disk or a copy cut short, not forgeries: whoever can write the file can seal it.
+    """
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        file.seek(max(size - _DIGEST - len(_SEAL), 0))
+        tail = file.read()
+    if size < len(_SEAL) + _DIGEST or not tail.startswith(_SEAL):
+        return "it does not end with its SHA-256, so it was cut short or written by something else"
+    found, expected = file_sha256(path, size - _DIGEST), tail[len(_SEAL) :].decode("latin-1")
+    return None if found == expected else f"its bytes have the SHA-256 {found}, it says {expected!r}, so it is damaged"

@@ -161,6 +161,10 @@ class LayerPlan:
                 raise ValueError(f"{where}: expected {name} in [0, {_MAX_INT}], got {_shown(getattr(self, name))}")
         if self.action == "swap":
             self._check_swap(where)
+            return
+        for name in ("block_shape", "kind", "ranks", "stride", "padding", "dilation"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{where}: expected {name} of a swap alone, got {_shown(getattr(self, name))}")
 
     def _check_swap(self, where: str) -> None:
         shape = self.weight_shape
