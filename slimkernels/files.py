@@ -1,15 +1,17 @@
 """Files that are either complete or absent: written to a temporary name, flushed to the disk, then renamed.
 
-And zip archives, torch's among them, that carry a SHA-256 of themselves.
+And files that carry a SHA-256 of themselves: zip archives, torch's among them, and JSON objects.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 # An archive's comment is its last part, behind a record that ends with the comment's length.
 _SEAL = b"slimkernels sha256 "
@@ -90,3 +92,25 @@ def seal_obstacle(path: str | os.PathLike[str]) -> str | None:
         return "it does not end with its SHA-256, so it was cut short or written by something else"
     found, expected = file_sha256(path, size - _DIGEST), tail[len(_SEAL) :].decode("latin-1")
     return None if found == expected else f"its bytes have the SHA-256 {found}, it says {expected!r}, so it is damaged"
+
+
+def sealed_json(value: Mapping[str, Any]) -> dict[str, Any]:
+    """The plain JSON form of an object with a SHA-256 of its values under ``sha256``."""
+    plain = json.loads(json.dumps(value, allow_nan=False))
+    return {**plain, "sha256": _json_digest(plain)}
+
+
+def unsealed_json(text: str | bytes) -> dict[str, Any]:
+    """The object that `sealed_json` made, from its JSON text.
+
+    Raises:
+        ValueError: not JSON, or values that are not those of their SHA-256.
+    """
+    value = json.loads(text)
+    if not isinstance(value, dict) or value.pop("sha256", None) != _json_digest(value):
+        raise ValueError("its values are not those of its SHA-256, so it is damaged or written by something else")
+    return value
+
+
+def _json_digest(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -13,11 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from slimkernels.files import atomic_path, file_sha256
+from slimkernels.files import atomic_path, file_sha256, sealed_json, unsealed_json
 
 # Part of every key: raised when a change of this package makes earlier results incomparable.
 RESULTS_VERSION = 1
-_SEAL = "sha256"
 
 
 def key_of(**parts: Any) -> str:
@@ -43,23 +42,15 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 def write_result(path: Path, value: Mapping[str, Any]) -> None:
     """Like `write_json`, with a SHA-256 of the values, without which `read_result` does not believe them."""
-    plain = json.loads(json.dumps(value, allow_nan=False))
-    write_json(path, {**plain, _SEAL: _digest(plain)})
+    write_json(path, sealed_json(value))
 
 
 def read_result(path: Path) -> dict[str, Any] | None:
     """What `write_result` wrote; None where there is no file, or one that is not whole."""
     try:
-        value = json.loads(path.read_bytes())
+        return unsealed_json(path.read_bytes())
     except (OSError, ValueError):
         return None
-    if not isinstance(value, dict) or value.pop(_SEAL, None) != _digest(value):
-        return None
-    return value
-
-
-def _digest(value: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def finished(path: Path, key: str, state: Path | None = None) -> dict[str, Any] | None:
