@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from slimkernels.conversion import container, placement
 from slimkernels.conversion.container import Contents
 from slimkernels.conversion.convert_model import finish
 from slimkernels.conversion.graph import replace_module
+from slimkernels.conversion.hub import PRETRAINED_NAMES, has_from_pretrained
 from slimkernels.conversion.layers import dense_module
 from slimkernels.conversion.placement import adds_bias, adds_mask, bias_size
 from slimkernels.conversion.plan import LayerPlan, ModelPlan
@@ -55,6 +57,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     plan = getattr(model, PLAN_ATTRIBUTE, None)
     if not isinstance(plan, ModelPlan):
         raise ValueError(f"save: expected a model from slimkernels.convert, got a plain {type(model).__name__}")
+    if Path(path).name in PRETRAINED_NAMES and has_from_pretrained(model):
+        raise ValueError(f"save: expected a name that from_pretrained does not read as plain weights, got {path}")
     state = model.state_dict()
     try:
         plan = replace(plan, layers=tuple(_present(model, layer) for layer in plan.layers))
