@@ -32,7 +32,7 @@ from slimkernels.conversion.placement import DROP_IN_LAYERS
 # Beyond what the process has when it begins; a file has at most a few hundred KiB.
 _MEMORY = 256 * 2**20
 NUMBERS: list[Any] = [
-    0, 1, 2, 3, 5, 8, 16, 32, -1, 2**31 - 1, 2**31, 2**32 - 1, 2**33, 2**63 - 1, 2**63, 10**30, 10**400, 1.5, 1e308,
+    0, 1, 2, 3, 5, 8, 16, 32, -1, 2**31 - 1, 2**31, 2**32 - 1, 2**33, 2**63 - 1, 2**63, 10**30, 10**400, 1.5, 1e308
 ]  # fmt: skip
 ODD: list[Any] = [None, True, False, "", "x", "\ud800", [], {}, [[]], {"a": 1}, float("nan"), float("inf")]
 WORDS = [

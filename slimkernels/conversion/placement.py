@@ -140,7 +140,7 @@ def check_places(plan: ModelPlan, model: nn.Module) -> None:
             taken.setdefault(layer.into, []).append(layer)
     plans = {layer.name: layer for layer in plan.layers}
     places = _Places(dict(model.named_modules(remove_duplicate=False)), unique_names(model), plans, taken)
-    for layer in plan.layers:
+    for layer in sorted(plan.layers, key=lambda layer: layer.action == "swap"):  # factors before what they became
         try:
             places.check(layer)
         except ValueError as error:
@@ -197,8 +197,6 @@ class _Places:
         if obstacle is not None:
             raise ValueError(f"expected into to have a layer that can be replaced there, but {obstacle}")
         factors = [f for f in self.inside(layer.name) if f.action == "fold" and f.type != "BatchNorm2d"]
-        for factor in factors:
-            self.check(factor)
         members = [m for f in factors if type(m := self.modules[f.name]) is not nn.Identity]
         expected = _Geometry(layer.weight_shape or (), layer.stride, layer.padding, layer.dilation)
         if members:
@@ -279,8 +277,10 @@ def _check_type(
 ) -> None:
     """The module is what the plan says and of a kind that conversion takes; ``may_be``: a converted model's layers."""
     kind = parametrized_type(module).__name__
-    if (kind != layer.type and not {kind, layer.type} & may_be) or not isinstance(module, kinds):
+    if kind != layer.type and not {kind, layer.type} & may_be:
         raise ValueError(f"expected into to have a {layer.type} there, got {kind}")
+    if not isinstance(module, kinds):
+        raise ValueError(f"expected into to have a {' or '.join(k.__name__ for k in kinds)} there, got {kind}")
 
 
 def _weight_shape(module: nn.Module) -> tuple[int, ...] | None:
