@@ -140,11 +140,14 @@ def check_places(plan: ModelPlan, model: nn.Module) -> None:
             taken.setdefault(layer.into, []).append(layer)
     plans = {layer.name: layer for layer in plan.layers}
     places = _Places(dict(model.named_modules(remove_duplicate=False)), unique_names(model), plans, taken)
-    for layer in sorted(plan.layers, key=lambda layer: layer.action == "swap"):  # factors before what they became
-        try:
-            places.check(layer)
-        except ValueError as error:
-            raise ValueError(f"layer {layer.name!r}: {error}") from error
+    # All are there, then what went into others, since a swap looks at the factors that it stands for.
+    swaps_last = sorted(plan.layers, key=lambda layer: layer.action == "swap")
+    for layers, check in ((plan.layers, places.present), (swaps_last, places.check)):
+        for layer in layers:
+            try:
+                check(layer)
+            except ValueError as error:
+                raise ValueError(f"layer {layer.name!r}: {error}") from error
 
 
 class _Geometry(NamedTuple):
@@ -170,13 +173,15 @@ class _Places:
         direct = self.taken.get(name, [])
         return [*direct, *itertools.chain.from_iterable(self.inside(layer.name) for layer in direct)]
 
-    def check(self, layer: LayerPlan) -> None:
-        module = self.modules.get(layer.name)
-        if module is None:
+    def present(self, layer: LayerPlan) -> None:
+        if layer.name not in self.modules:
             raise ValueError(f"expected into to have a {layer.type} there, got no such module")
         if layer.action != "keep" and layer.name not in self.uniques:
             raise ValueError("expected into to have it under one name, got a module with several")
-        {"keep": self.keep, "swap": self.swap, "fold": self.fold, "fuse": self.fuse}[layer.action](layer, module)
+
+    def check(self, layer: LayerPlan) -> None:
+        by_action = {"keep": self.keep, "swap": self.swap, "fold": self.fold, "fuse": self.fuse}
+        by_action[layer.action](layer, self.modules[layer.name])
 
     def keep(self, layer: LayerPlan, module: nn.Module) -> None:
         _check_type(layer, module, (*WEIGHT_LAYERS, nn.modules.batchnorm._BatchNorm))
