@@ -35,8 +35,8 @@ PACKAGES = {
     ),
     "data": ("__init__", "datasets", "decoded, tensor_loader"),
     "conversion": (
-        "__init__", "convert_model", "units, outputs", "options", "measure, report", "container", "plan", "analysis",
-        "folding", "chains", "layers", "readers", "calls", "graph", "wrappers",
+        "__init__", "convert_model", "units, outputs", "options", "measure, report", "container, placement, hub",
+        "plan", "analysis", "folding", "chains", "layers", "readers", "calls", "graph", "wrappers",
     ),
     "inference": (
         "__init__", "recordings", "cuda_graph, replay, warming", "recording", "chains", "native_layers, memory",

@@ -25,6 +25,7 @@ from slimkernels.compress.prune import masks, prune_
 from slimkernels.compress.train import evaluate, fine_tune
 from slimkernels.compress.training_config import TrainConfig, build_optimizer
 from slimkernels.data import TensorLoader, digits_loaders
+from slimkernels.files import seal
 from slimkernels.models import vgg_digits
 
 
@@ -263,10 +264,11 @@ def test_resume_refuses_what_does_not_belong(tmp_path):
     with pytest.raises(ValueError, match=r"a difference at '7\.bias'"):
         fine_tune(wider, loader(), epochs=1, progress=False, checkpoint=path, resume=True)
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="unreadable file"):
+    with pytest.raises(ValueError, match="does not end with its SHA-256"):
         fine_tune(net(), loader(), epochs=1, progress=False, checkpoint=path, resume=True)
     torch.save({"format": 99}, path)
-    with pytest.raises(ValueError, match="training checkpoint of format 2"):
+    seal(path)
+    with pytest.raises(ValueError, match="training checkpoint of format 3"):
         fine_tune(net(), loader(), epochs=1, progress=False, checkpoint=path, resume=True)
     with pytest.raises(ValueError, match="a checkpoint path with resume=True"):
         fine_tune(net(), loader(), epochs=1, progress=False, resume=True)

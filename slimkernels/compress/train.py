@@ -44,7 +44,8 @@ def fine_tune(
         callbacks: called at fixed moments of the run, for instance a `gradual.GradualPruning`.
         optimizer: one that already holds the parameters, in place of the configured one.
         progress: shows a bar on stderr if that is a terminal.
-        checkpoint: file rewritten, atomically, after every epoch.
+        checkpoint: file rewritten, atomically, after every epoch, with a SHA-256 of itself; the one before it stays
+            as ``<name>.previous<suffix>``.
         resume: continue from ``checkpoint`` if it exists; on the CPU the final weights equal those of an uninterrupted
             run.
         log_dir: folder of this run's ``epochs.csv`` and ``steps.csv`` (see `trackers.RunLog`), and of TensorBoard's
@@ -55,7 +56,7 @@ def fine_tune(
 
     Raises:
         ValueError: an empty loader, a bad argument, labels outside the logits' range, a checkpoint of another recipe or
-            model.
+            model, or a damaged one; the message then says whether the one before it is whole.
         TypeError: an override that is no field of `TrainConfig`.
         FloatingPointError: the loss became NaN or infinite; the message names epoch and step.
         OSError: a checkpoint could not be written; the one before it is left whole.

@@ -26,6 +26,7 @@ from slimkernels.conversion.graph import (
     replace_module,
     scratch_copy,
 )
+from slimkernels.conversion.hub import guard_publishing
 from slimkernels.conversion.options import Decision, Unit, decide
 from slimkernels.conversion.outputs import Outputs, call_of, own_tensors
 from slimkernels.conversion.plan import COST_MODEL, MEASURED, SHAPELESS, LayerPlan, ModelPlan, Policy, faster_everywhere
@@ -117,8 +118,9 @@ def _refuse(reasons: Mapping[str, str]) -> None:
 
 
 def finish(model: nn.Module, plan: ModelPlan) -> nn.Module:
-    """Attaches the plan, sets the mode, and for an inference model the warning of `EvalGuard`."""
+    """Attaches the plan and the guards (`PublishGuard`, for an inference model `EvalGuard`), and sets the mode."""
     setattr(model, PLAN_ATTRIBUTE, plan)
+    guard_publishing(model, plan)
     nn.Module.train(model, plan.training)
     if not plan.training:
         setattr(model, GUARD_ATTRIBUTE, EvalGuard(model))

@@ -25,6 +25,7 @@ from slimkernels.conversion.graph import (
     trace,
     unique_names,
 )
+from slimkernels.conversion.hub import unguard_publishing
 from slimkernels.conversion.layers import (
     LOW_RANK_LAYERS,
     SPARSE_LAYERS,
@@ -90,6 +91,7 @@ def prepare(model: nn.Module, *, training: bool) -> nn.Module:
     copied = copy_model(model)
     for name in (PLAN_ATTRIBUTE, GUARD_ATTRIBUTE):
         copied.__dict__.pop(name, None)
+    unguard_publishing(copied)
     nn.Module.train(copied, training)
     if not training:
         for module in list(copied.modules()):
