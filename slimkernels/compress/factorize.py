@@ -28,7 +28,14 @@ from slimkernels.conversion.graph import input_sets
 from slimkernels.conversion.readers import weight_readers
 from slimkernels.conversion.wrappers import unwrapped
 from slimkernels.formats import LOW_RANK_KINDS, LowRankWeight
-from slimkernels.nn import LowRankConv2d, LowRankLinear, resolved_padding, unsupported_conv_reason
+from slimkernels.nn import (
+    LowRankConv2d,
+    LowRankLinear,
+    guard_strided_pointwise_,
+    resolved_padding,
+    unsupported_conv_reason,
+)
+from slimkernels.nn.strided_pointwise import PixelsRead
 
 Rank = int | Sequence[int]
 
@@ -206,6 +213,7 @@ def factorize_(
     if calibration is not None and normed & set(twins):
         norms = {name: twins[name].batch_norm for name in twins if name in normed}
         match_batch_norms("factorize_", model, norms, calibration, calibration_batches)  # type: ignore[arg-type]
+    guard_strided_pointwise_(model)
     in_order = {layer.name: records[layer.name] for layer in picked}
     object.__setattr__(model, _REPORT, {**getattr(model, _REPORT, {}), **in_order})
     return given
@@ -259,7 +267,8 @@ def _refusal(layer: SelectedLayer, model: nn.Module, readers: Mapping[int, str])
         return f"expected nn.Linear or nn.Conv2d, got the sub-class {type(module).__name__}"
     if not isinstance(module._parameters.get("weight"), nn.Parameter):
         return "expected weight to be a Parameter, got a computed one (torch.nn.utils.prune?)"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    before = [hook for hook in module._forward_pre_hooks.values() if not isinstance(hook, PixelsRead)]
+    if module._forward_hooks or before or module._backward_hooks or module._backward_pre_hooks:
         return "expected no hooks, got a layer that carries some, which would be lost"
     if id(module) in readers:
         return f"expected a weight that nothing else reads, but {readers[id(module)]}"

@@ -40,6 +40,7 @@ from slimkernels.conversion.units import (
     swap_plan,
 )
 from slimkernels.conversion.wrappers import unwrapped
+from slimkernels.nn import guard_strided_pointwise_
 
 __all__ = ["convert"]
 
@@ -122,7 +123,9 @@ def finish(model: nn.Module, plan: ModelPlan) -> nn.Module:
     setattr(model, PLAN_ATTRIBUTE, plan)
     guard_publishing(model, plan)
     nn.Module.train(model, plan.training)
-    if not plan.training:
+    if plan.training:
+        guard_strided_pointwise_(model)
+    else:
         setattr(model, GUARD_ATTRIBUTE, EvalGuard(model))
     return model
 

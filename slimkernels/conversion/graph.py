@@ -21,6 +21,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from slimkernels.conversion.wrappers import without_compiled_parts
+from slimkernels.nn.strided_pointwise import PixelsRead
 
 # Every combination of given and defaulted optional arguments is traced; 2^4 traces of ResNet-18 take 0.3 s.
 _MAX_OPTIONAL_ARGUMENTS = 4
@@ -71,9 +72,9 @@ def scratch_copy(model: nn.Module, *, training: bool = False) -> nn.Module:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether the module carries a forward or backward hook other than those by which torch recomputes a weight."""
+    """Whether the module carries a hook other than those that recompute a weight and those that change no result."""
     hooks = [hook for name in _HOOKS for hook in (getattr(module, name) or {}).values()]
-    return any(not isinstance(hook, _REPARAMETRIZING_HOOKS) for hook in hooks)
+    return any(not isinstance(hook, (*_REPARAMETRIZING_HOOKS, PixelsRead)) for hook in hooks)
 
 
 def bake(module: nn.Module) -> None:

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from slimkernels.conversion.graph import bake, copy_model, has_hooks, parametrized_type
 from slimkernels.formats import BlockMask
 from slimkernels.nn import BlockSparseConv2d, BlockSparseLinear, LowRankConv2d, LowRankLinear, resolved_padding
+from slimkernels.nn.strided_pointwise import PixelsRead
 
 WEIGHT_LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear)
 SPARSE_LAYERS = (BlockSparseConv2d, BlockSparseLinear)
@@ -156,7 +157,8 @@ def layer_weight(module: nn.Module) -> LayerWeight:
 
 def computes_weight(module: nn.Module) -> bool:
     """Whether a parametrization or one of torch's hooks computes the weight."""
-    return parametrize.is_parametrized(module) or (bool(module._forward_pre_hooks) and not has_hooks(module))
+    hooks = [hook for hook in module._forward_pre_hooks.values() if not isinstance(hook, PixelsRead)]
+    return parametrize.is_parametrized(module) or (bool(hooks) and not has_hooks(module))
 
 
 def structure_obstacle(name: str, uniques: Mapping[str, nn.Module], readers: Mapping[str, str]) -> str | None:

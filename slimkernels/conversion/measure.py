@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from slimkernels.conversion.calls import Call
+from slimkernels.nn.strided_pointwise import StridedPointwiseGuard
 
 # A reading is repeated calls of at least this long: perf_counter and a CUDA event cost about 0.1 us and 2 us.
 _MIN_READING_S = 100e-6
@@ -109,5 +110,6 @@ class LayerRun:
                     self.module(x)
             return
         for x in self.inputs:
-            y = self.module(x)
+            with StridedPointwiseGuard():
+                y = self.module(x)
             torch.autograd.grad(y, [x, *self.wanted], torch.ones_like(y))
