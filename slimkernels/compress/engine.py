@@ -46,7 +46,7 @@ from slimkernels.compress.steps import CrossEntropyStep, TrainingStep
 from slimkernels.compress.trackers import RunLog, progress_bar
 from slimkernels.compress.training_checkpoint import RunState, read_checkpoint, restore, save_checkpoint
 from slimkernels.compress.training_config import EpochStats, TrainConfig, build_optimizer, build_scheduler
-from slimkernels.nn.strided_pointwise import StridedPointwiseGuard
+from slimkernels.nn.strided_pointwise import StridedPointwiseGuard, strided_pointwise_guarded
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -81,6 +81,7 @@ def run(
     with (
         session(name, device_of(step.model), config.precision) as accelerator,
         _deterministic(config.deterministic),
+        strided_pointwise_guarded(step),
         _channels_last(step, enabled=optimizer is None and not _scripted(step)),
     ):
         training = _Training(name, step, train_loader, config, tuple(callbacks), optimizer, accelerator)
@@ -251,9 +252,9 @@ class _Training:
     def _backward(self, batch: list[Tensor], weight: float, *, synchronise: bool) -> Tensor:
         """Adds the weighted gradient of a micro-batch; its detached, weighted loss."""
         quiet = self.accelerator.no_sync(self.wrapped) if self.many and not synchronise else nullcontext()
-        # Around the backward pass too: activation checkpointing calls layers again there.
-        with quiet, StridedPointwiseGuard(), _batch_norm_of_one(self.name, batch[0]):
-            loss = self.forward(*batch)
+        with quiet:
+            with StridedPointwiseGuard(), _batch_norm_of_one(self.name, batch[0]):
+                loss = self.forward(*batch)
             if weight != 1.0:
                 loss = loss * weight
             self.accelerator.backward(loss)

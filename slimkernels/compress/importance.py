@@ -23,7 +23,7 @@ from slimkernels.compress.evaluation import device_of, mode_of
 from slimkernels.compress.granularity import Units
 from slimkernels.compress.selection import block_shapes_of, prunable_layers, readable_weight
 from slimkernels.conversion.wrappers import unwrapped
-from slimkernels.nn.strided_pointwise import StridedPointwiseGuard
+from slimkernels.nn.strided_pointwise import strided_pointwise_guarded
 
 Importance = Callable[[Tensor, tuple[int, int]], Tensor]
 Loss = Callable[[Any, Tensor], Tensor]
@@ -227,7 +227,7 @@ def _scores(
     try:
         for weight in weights.values():
             weight.requires_grad_(True)
-        with mode_of(model, training=False), torch.enable_grad(), StridedPointwiseGuard():
+        with mode_of(model, training=False), torch.enable_grad(), strided_pointwise_guarded(model):
             for i, (inputs, labels, *_) in enumerate(loader):
                 if batches is not None and i >= batches:
                     break
