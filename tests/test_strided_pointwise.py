@@ -22,6 +22,8 @@ from torch.utils.checkpoint import checkpoint
 
 import slimkernels as sk
 from slimkernels.compress.importance import taylor_scores
+from slimkernels.formats import BSRWeight
+from slimkernels.kernels import reference
 from slimkernels.kernels.strided_pointwise import pixels_read
 from slimkernels.nn import BlockSparseConv2d, LowRankConv2d, guard_strided_pointwise_
 from slimkernels.nn.strided_pointwise import PixelsRead
@@ -145,12 +147,24 @@ def test_our_modules_never_ask_for_a_faulty_gradient_and_have_the_right_one(inde
     x = torch.randn(2, 6, SIZE, SIZE, requires_grad=True)
     with Gradients() as found:
         step(model, x)
-    assert found.faulty == 0
+    assert found.faulty == 0 and (found.seen > 0) == (index < 4)  # a block-sparse gradient is one operator: below
     exact, x64 = copy.deepcopy(model).double(), x.detach().double().requires_grad_()
     exact.zero_grad()
     step(exact, x64)
     for got, expected in zip((x, *model.parameters()), (x64, *exact.parameters()), strict=True):
         torch.testing.assert_close(got.grad.double(), expected.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_the_reference_gradient_of_block_sparse_values_is_no_faulty_one():
+    weight = BSRWeight.from_dense(torch.randn(16, 6, 1, 1), (16, 1))
+    indices = weight.values, weight.crow_indices, weight.col_indices
+    x = torch.randn(2, 6, SIZE, SIZE).contiguous(memory_format=torch.channels_last)
+    grad = torch.randn(2, 16, SIZE // 2, SIZE // 2)
+    with Gradients() as found:
+        got = reference.bsr_conv2d_wgrad(grad, x, *indices, (16, 6, 1, 1), (16, 1), (2, 2), (0, 0), (1, 1))
+    assert (found.seen, found.faulty) == (1, 0)
+    expected = torch.einsum("nopq,ncpq->co", grad.double(), x[:, :, ::2, ::2].double())
+    torch.testing.assert_close(got[..., 0].double(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_models_to_train_in_a_loop_of_one_s_own_are_guarded():
