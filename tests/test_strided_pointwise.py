@@ -199,6 +199,7 @@ def test_the_guard_s_hook_is_set_once_and_is_no_hook_of_the_user_s():
     assert isinstance(hook, PixelsRead) and not model[3]._forward_pre_hooks
     x = torch.randn(1, 8, SIZE, SIZE)
     torch.testing.assert_close(model[0](input=x), F.conv2d(x, model[0].weight, model[0].bias, 2))
+    assert isinstance(sk.factorize_(copy.deepcopy(model), rank=4, layers="0")[0], LowRankConv2d)
     pruned = sk.finalize_(sk.prune_(copy.deepcopy(model), 0.5, (16, 1), layers=["0", "3"]))
     fast = sk.convert(pruned, policy=sk.Policy(min_speedup=0))
     assert {p.name: p.action for p in fast.slimkernels_plan.layers} == {
