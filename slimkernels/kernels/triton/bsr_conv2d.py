@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from slimkernels.kernels.triton import bsr_conv2d_shared
-from slimkernels.kernels.triton.bsr_conv2d_config import default_config, group_m
-from slimkernels.kernels.triton.bsr_conv2d_geometry import Geometry, check
+from slimkernels.kernels.triton.bsr_conv2d_config import default_config
+from slimkernels.kernels.triton.bsr_conv2d_geometry import Geometry, check, grid_integers
 from slimkernels.kernels.triton.bsr_conv2d_index import forward_order
 from slimkernels.kernels.triton.bsr_conv2d_kernel import bsr_conv2d_fwd_kernel
 from slimkernels.kernels.triton.bsr_conv2d_split import BLOCK_CHANNELS, BLOCK_ROWS, bsr_conv2d_reduce_kernel
@@ -57,11 +57,11 @@ def _plan(
     tiles_m = cdiv(m_total, config["BLOCK_M"])
     n_tiles = geometry.block_rows * cdiv(geometry.block_shape[0], config["BLOCK_N"])
     splits = config.get("SPLITS", 1)
-    constants = geometry.constants(config)
+    constants = geometry.constants(config, weights_on_m)
     forward = Launch(
         bsr_conv2d_fwd_kernel,
         (tiles_m * n_tiles, splits, 1),
-        (*geometry.integers(), tiles_m, n_tiles, group_m(config, c_in, geometry.stride, geometry.dtype.itemsize)),
+        (*geometry.integers(), *grid_integers(config, tiles_m, n_tiles, geometry)),
         {
             **constants,
             "ROW_TABLE": row_table,

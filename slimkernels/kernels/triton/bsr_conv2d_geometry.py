@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from slimkernels.kernels.problems import conv_output_size
+from slimkernels.kernels.triton.bsr_conv2d_config import group_m
 from slimkernels.kernels.triton.bsr_conv2d_index import column_groups
-from slimkernels.kernels.triton.runtime import DTYPES, INT32_MAX, cdiv, power_of_2_divisor
+from slimkernels.kernels.triton.runtime import DTYPES, INT32_MAX, cdiv, division, power_of_2_divisor
 
 EPILOGUES = ("none", "relu", "relu_maxpool2")
 # `tiles.NO_BORDER`, `TAP_BITS`, `COMPARE`, whose module imports Triton.
@@ -56,21 +57,28 @@ class Geometry(NamedTuple):
         return cdiv(self.weight_shape[0], self.block_shape[0])
 
     def integers(self) -> tuple[int, ...]:
-        """The integer arguments m_total ... dil_w of the kernels."""
+        """The integer arguments m_total ... q_shift of the kernels: what follows from the images' number and size."""
         m_total, p, q = self.output
-        _, c_in, h, w = self.x_shape
-        shape = (m_total, c_in, h, w, self.weight_shape[0], p, q)
-        return (*shape, *self.stride, *self.padding, *self.dilation)
+        return (m_total, *self.x_shape[2:], p, *division(p), q, *division(q))
 
-    def constants(self, config: Mapping[str, int]) -> dict[str, int | bool | str]:
+    def constants(self, config: Mapping[str, int], weights_on_m: bool = False) -> dict[str, int | bool | str]:
         """The constexpr arguments that both forward kernels share."""
         (_, c_in, r, s), (block_out, block_in), block_k = self.weight_shape, self.block_shape, config["BLOCK_K"]
         elements = max(torch.Size(self.x_shape).numel(), self.capacity * block_out * block_in)
         index_64 = max(elements, self.output[0] + config["BLOCK_M"]) > INT32_MAX or bool(config.get("INDEX_64", 0))
+        low, high = pool_bits(config, weights_on_m)
         border = TAP_BITS if r * s <= MAX_TAP_BITS else COMPARE
         return {
+            "C_IN": c_in,
+            "C_OUT": self.weight_shape[0],
             "R": r,
             "S": s,
+            "STRIDE_H": self.stride[0],
+            "STRIDE_W": self.stride[1],
+            "PAD_H": self.padding[0],
+            "PAD_W": self.padding[1],
+            "DIL_H": self.dilation[0],
+            "DIL_W": self.dilation[1],
             "GROUPS": column_groups(self.weight_shape, self.block_shape),
             "BSR_OUT": block_out,
             "BSR_IN": block_in,
@@ -81,9 +89,29 @@ class Geometry(NamedTuple):
             "HAS_BIAS": self.has_bias,
             "RELU": self.epilogue != "none",
             "POOL": self.epilogue == "relu_maxpool2",
+            "POOL_LOW": low,
+            "POOL_HIGH": high,
             "INDEX_64": index_64,
             "PRECISION": self.precision,
         }
+
+
+def grid_integers(config: Mapping[str, int], tiles_m: int, n_tiles: int, geometry: Geometry) -> tuple[int, ...]:
+    """The integer arguments tiles_m ... last_shift of the kernels (`tiles.grouped_tile`)."""
+    group = min(group_m(config, geometry.x_shape[1], geometry.stride, geometry.dtype.itemsize), tiles_m)
+    last = (tiles_m - 1) % group + 1
+    return (tiles_m, n_tiles, group, *division(group * n_tiles), *division(group), *division(last))
+
+
+def pool_bits(config: Mapping[str, int], weights_on_m: bool) -> tuple[int, int]:
+    """POOL_LOW and POOL_HIGH: the bits of a tile's row that tell a 2x2 window's pixels apart (`tiles.window_of_row`).
+
+    A thread of a matrix product holds rows 8 apart of its accumulator and, where a tile has more than 16 rows a warp,
+    rows half a tile apart; with weights on M, pixels are the accumulator's columns, of which it holds neighbours.
+    """
+    if weights_on_m or config["BLOCK_M"] < 32 * config["num_warps"]:
+        return 0, 3
+    return 3, config["BLOCK_M"].bit_length() - 2
 
 
 def check(op: str, x: Tensor, values: Tensor, bias: Tensor | None, epilogue: str) -> None:

@@ -32,7 +32,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from slimkernels.kernels.triton.tiles import TAP_BITS, gather_x, grouped_tile, input_pixel, store_tile, taps_inside
+from slimkernels.kernels.triton.tiles import gather_x, grouped_tile, row_of_m, store_tile, tile_rows
 
 
 @triton.jit
@@ -44,23 +44,33 @@ def bsr_conv2d_fwd_kernel(
     bias_ptr,
     y_ptr,
     m_total,
-    c_in,
     h,
     w,
-    c_out,
     p,
+    p_factor,
+    p_shift,
     q,
-    stride_h,
-    stride_w,
-    pad_h,
-    pad_w,
-    dil_h,
-    dil_w,
+    q_factor,
+    q_shift,
     tiles_m,
     n_tiles,
     group_m,
+    all_factor,
+    all_shift,
+    group_factor,
+    group_shift,
+    last_factor,
+    last_shift,
+    C_IN: tl.constexpr,
+    C_OUT: tl.constexpr,
     R: tl.constexpr,
     S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DIL_H: tl.constexpr,
+    DIL_W: tl.constexpr,
     GROUPS: tl.constexpr,
     BSR_OUT: tl.constexpr,
     BSR_IN: tl.constexpr,
@@ -70,6 +80,8 @@ def bsr_conv2d_fwd_kernel(
     HAS_BIAS: tl.constexpr,
     RELU: tl.constexpr,
     POOL: tl.constexpr,
+    POOL_LOW: tl.constexpr,
+    POOL_HIGH: tl.constexpr,
     ROW_TABLE: tl.constexpr,
     KEEP_IN_L1: tl.constexpr,
     WEIGHTS_ON_M: tl.constexpr,
@@ -82,7 +94,10 @@ def bsr_conv2d_fwd_kernel(
 ):
     # rows: crow_indices, or with ROW_TABLE (block_rows, 4); columns: col_indices, or with KEEP_IN_L1 (nnz_blocks, 2).
     # With SPLITS y is the workspace (SPLITS, M, C_out), float32.
-    tile_m, tile_n = grouped_tile(tl.program_id(0), tiles_m, n_tiles, group_m)
+    tile_m, tile_n = grouped_tile(
+        tl.program_id(0), tiles_m, n_tiles, group_m, all_factor, all_shift, group_factor, group_shift, last_factor,
+        last_shift,
+    )  # fmt: skip
     SUB_TILES: tl.constexpr = (BSR_OUT + BLOCK_N - 1) // BLOCK_N
     BLOCK: tl.constexpr = BSR_OUT * BSR_IN
     FIELDS: tl.constexpr = 2 if KEEP_IN_L1 else 1
@@ -101,15 +116,21 @@ def bsr_conv2d_fwd_kernel(
         begin = tl.program_id(1) * share
         end = tl.minimum(end, begin + share)
 
-    m = tile_m.to(index_type) * BLOCK_M + tl.arange(0, BLOCK_M)
-    m = tl.minimum(m, m_total - 1)
-    image, in_h, in_w = input_pixel(m, p, q, stride_h, stride_w, pad_h, pad_w, POOL)
-    offs_m = tl.multiple_of(((image * h + in_h) * w + in_w) * c_in, SLICE)
-    bits = in_h
-    if BORDER == TAP_BITS:
-        bits = taps_inside(in_h, in_w, h, w, dil_h, dil_w, R, S)
+    offs_m, bits, in_h, in_w = tile_rows(
+        tile_m, m_total, h, w, p, p_factor, p_shift, q, q_factor, q_shift, C_IN, R, S, STRIDE_H, STRIDE_W, PAD_H, PAD_W,
+        DIL_H, DIL_W, BORDER, POOL, POOL_LOW, POOL_HIGH, INDEX_64, BLOCK_M,
+    )  # fmt: skip
+    offs_m = tl.multiple_of(offs_m, SLICE)
     offs_k = begin + tl.arange(0, BLOCK_K)
     offs_n = (tile_n % SUB_TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
+    out_channel = row * BSR_OUT + offs_n
+    mask_n = out_channel < C_OUT
+    if BSR_OUT % BLOCK_N != 0:
+        mask_n = mask_n & (offs_n < BSR_OUT)
+    bias = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    if HAS_BIAS and SPLITS == 1:
+        bias += tl.load(bias_ptr + out_channel, mask=mask_n, other=0.0).to(tl.float32)
+        bias = tl.gather(bias, tl.arange(0, BLOCK_N), 0)
     columns_row_ptr = columns_ptr + first.to(index_type) * FIELDS
     w_row_ptr = values_ptr
     if not KEEP_IN_L1:
@@ -117,32 +138,39 @@ def bsr_conv2d_fwd_kernel(
 
     # The column of step t+1 is loaded in step t and carried in a register: loaded where it is used, the gather below
     # becomes indirect and Triton divides its pipeline depth by the levels of indirection.
-    column = tl.load(columns_row_ptr + offs_k // BSR_IN * FIELDS, mask=offs_k < end, other=-1)
+    entry = offs_k.to(tl.uint32) // BSR_IN * FIELDS
+    column = tl.load(columns_row_ptr + entry, mask=offs_k < end, other=0)
     slot = column
     if KEEP_IN_L1:
-        slot = tl.load(columns_row_ptr + offs_k // BSR_IN * FIELDS + 1, mask=offs_k < end, other=0)
+        slot = tl.load(columns_row_ptr + entry + 1, mask=offs_k < end, other=0)
+    w_ptrs = w_row_ptr + offs_n * BSR_IN
     if WEIGHTS_ON_M:
-        acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+        acc = tl.broadcast_to(bias[:, None], (BLOCK_N, BLOCK_M))
     else:
-        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for k in range(begin, end, BLOCK_K):
+        acc = tl.broadcast_to(bias[None, :], (BLOCK_M, BLOCK_N))
+    # An empty row takes a step of nothing: a loop that is entered in any case needs no second copy of the accumulator.
+    for k in range(begin, tl.maximum(end, 1) if SPLITS == 1 else end, BLOCK_K):
         kk = k + tl.arange(0, BLOCK_K)
-        in_block = kk % BSR_IN
+        stored = kk < end
+        in_block = (kk.to(tl.uint32) % BSR_IN).to(tl.int32)
         x_tile = gather_x(
-            x_ptr, offs_m, bits, in_h, in_w, column, in_block, c_in, h, w, dil_h, dil_w,
-            S, GROUPS, BSR_IN, SLICE, BORDER, RAGGED_IN, INDEX_64, KEEP_IN_L1,
+            x_ptr, offs_m, bits, in_h, in_w, column, stored, in_block, h, w,
+            C_IN, S, DIL_H, DIL_W, GROUPS, BSR_IN, SLICE, BORDER, RAGGED_IN, INDEX_64, KEEP_IN_L1,
         )  # fmt: skip
-        offs_w = (slot.to(index_type) if KEEP_IN_L1 else kk // BSR_IN) * BLOCK + in_block
+        if not KEEP_IN_L1:
+            slot = (kk.to(tl.uint32) // BSR_IN).to(tl.int32)
+        offs_w = slot.to(index_type) * BLOCK + in_block
         offs_w = tl.multiple_of(tl.max_contiguous(offs_w, SLICE), SLICE)
-        mask_w = tl.max_constancy(kk < end, SLICE)[:, None]
+        mask_w = tl.max_constancy(stored, SLICE)[:, None]
         if BSR_OUT % BLOCK_N != 0:
             mask_w = mask_w & (offs_n < BSR_OUT)[None, :]
-        w_tile = tl.load(w_row_ptr + offs_w[:, None] + (offs_n * BSR_IN)[None, :], mask=mask_w, other=0.0)
+        w_tile = tl.load(w_ptrs[None, :] + offs_w[:, None], mask=mask_w, other=0.0)
 
         next_k = kk + BLOCK_K
-        column = tl.load(columns_row_ptr + next_k // BSR_IN * FIELDS, mask=next_k < end, other=-1)
+        entry = next_k.to(tl.uint32) // BSR_IN * FIELDS
+        column = tl.load(columns_row_ptr + entry, mask=next_k < end, other=0)
         if KEEP_IN_L1:
-            slot = tl.load(columns_row_ptr + next_k // BSR_IN * FIELDS + 1, mask=next_k < end, other=0)
+            slot = tl.load(columns_row_ptr + entry + 1, mask=next_k < end, other=0)
         if WEIGHTS_ON_M:
             acc = tl.dot(tl.trans(w_tile), tl.trans(x_tile), acc, input_precision=PRECISION)
         else:
@@ -150,15 +178,13 @@ def bsr_conv2d_fwd_kernel(
 
     if WEIGHTS_ON_M:
         acc = tl.trans(acc)
-    out_channel = row * BSR_OUT + offs_n
-    mask_n = (offs_n < BSR_OUT) & (out_channel < c_out)
     if SPLITS > 1:
-        offs_y = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-        part_ptr = y_ptr + tl.program_id(1).to(tl.int64) * m_total * c_out
-        y_tile = part_ptr + offs_y[:, None] * c_out + out_channel[None, :]
-        tl.store(y_tile, acc, mask=(offs_y < m_total)[:, None] & mask_n[None, :])
+        rows = row_of_m(tile_m, POOL, POOL_LOW, POOL_HIGH, BLOCK_M)
+        part_ptr = y_ptr + tl.program_id(1).to(tl.int64) * m_total * C_OUT
+        y_tile = part_ptr + rows[:, None] * C_OUT + out_channel[None, :]
+        tl.store(y_tile, acc, mask=(rows < m_total)[:, None] & mask_n[None, :])
     else:
         store_tile(
-            acc, y_ptr, bias_ptr, tile_m, m_total, c_out, out_channel, mask_n,
-            HAS_BIAS, RELU, POOL, BLOCK_M, BLOCK_N,
+            acc, y_ptr, tile_m, m_total, out_channel, mask_n,
+            C_OUT, RELU, POOL, POOL_LOW, POOL_HIGH, INDEX_64, BLOCK_M, BLOCK_N,
         )  # fmt: skip

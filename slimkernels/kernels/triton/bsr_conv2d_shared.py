@@ -22,12 +22,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from slimkernels.kernels.triton.bsr_conv2d_config import group_m, shared_input_config
-from slimkernels.kernels.triton.bsr_conv2d_geometry import Geometry
+from slimkernels.kernels.triton.bsr_conv2d_config import shared_input_config
+from slimkernels.kernels.triton.bsr_conv2d_geometry import Geometry, grid_integers
 from slimkernels.kernels.triton.bsr_conv2d_index import remembered_shared_input, rows_sharing_input
 from slimkernels.kernels.triton.launcher import Launch
 from slimkernels.kernels.triton.runtime import cdiv
-from slimkernels.kernels.triton.tiles import TAP_BITS, gather_x, grouped_tile, input_pixel, store_tile, taps_inside
+from slimkernels.kernels.triton.tiles import gather_x, grouped_tile, store_tile, tile_rows
 
 
 @triton.jit
@@ -48,7 +48,7 @@ def _weights(
     mask = tl.max_constancy(slot >= 0, SLICE)[:, None]
     if BSR_OUT % BLOCK_N != 0:
         mask = mask & (offs_n < BSR_OUT)[None, :]
-    return tl.load(values_ptr + offs_w[:, None] + (offs_n * BSR_IN)[None, :], mask=mask, other=0.0)
+    return tl.load((values_ptr + offs_n * BSR_IN)[None, :] + offs_w[:, None], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -60,23 +60,33 @@ def bsr_conv2d_fwd_kernel_shared(
     bias_ptr,
     y_ptr,
     m_total,
-    c_in,
     h,
     w,
-    c_out,
     p,
+    p_factor,
+    p_shift,
     q,
-    stride_h,
-    stride_w,
-    pad_h,
-    pad_w,
-    dil_h,
-    dil_w,
+    q_factor,
+    q_shift,
     tiles_m,
     n_tiles,
     group_m,
+    all_factor,
+    all_shift,
+    group_factor,
+    group_shift,
+    last_factor,
+    last_shift,
+    C_IN: tl.constexpr,
+    C_OUT: tl.constexpr,
     R: tl.constexpr,
     S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DIL_H: tl.constexpr,
+    DIL_W: tl.constexpr,
     GROUPS: tl.constexpr,
     BSR_OUT: tl.constexpr,
     BSR_IN: tl.constexpr,
@@ -86,6 +96,8 @@ def bsr_conv2d_fwd_kernel_shared(
     HAS_BIAS: tl.constexpr,
     RELU: tl.constexpr,
     POOL: tl.constexpr,
+    POOL_LOW: tl.constexpr,
+    POOL_HIGH: tl.constexpr,
     INDEX_64: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
@@ -94,7 +106,10 @@ def bsr_conv2d_fwd_kernel_shared(
     BLOCK_K: tl.constexpr,
 ):
     # BLOCK_N covers a block row. table (n_tiles, ROWS + 2), entries (columns, ROWS + 1): see shared_input.
-    tile_m, group = grouped_tile(tl.program_id(0), tiles_m, n_tiles, group_m)
+    tile_m, group = grouped_tile(
+        tl.program_id(0), tiles_m, n_tiles, group_m, all_factor, all_shift, group_factor, group_shift, last_factor,
+        last_shift,
+    )  # fmt: skip
     FIELDS: tl.constexpr = ROWS + 1
     index_type: tl.constexpr = tl.int64 if INDEX_64 else tl.int32
     table_ptr += group * (ROWS + 2)
@@ -102,20 +117,17 @@ def bsr_conv2d_fwd_kernel_shared(
     end = tl.load(table_ptr + ROWS + 1) * BSR_IN
     entries_ptr += first.to(index_type) * FIELDS
 
-    m = tile_m.to(index_type) * BLOCK_M + tl.arange(0, BLOCK_M)
-    m = tl.minimum(m, m_total - 1)
-    image, in_h, in_w = input_pixel(m, p, q, stride_h, stride_w, pad_h, pad_w, POOL)
-    offs_m = tl.multiple_of(((image * h + in_h) * w + in_w) * c_in, SLICE)
-    bits = in_h
-    if BORDER == TAP_BITS:
-        bits = taps_inside(in_h, in_w, h, w, dil_h, dil_w, R, S)
+    offs_m, bits, in_h, in_w = tile_rows(
+        tile_m, m_total, h, w, p, p_factor, p_shift, q, q_factor, q_shift, C_IN, R, S, STRIDE_H, STRIDE_W, PAD_H, PAD_W,
+        DIL_H, DIL_W, BORDER, POOL, POOL_LOW, POOL_HIGH, INDEX_64, BLOCK_M,
+    )  # fmt: skip
+    offs_m = tl.multiple_of(offs_m, SLICE)
     offs_n = tl.arange(0, BLOCK_N)
 
     # Column and slots of step t+1 are loaded in step t: see bsr_conv2d_fwd_kernel.
     offs_k = tl.arange(0, BLOCK_K)
-    in_block = offs_k % BSR_IN
     entry_ptr = entries_ptr + offs_k // BSR_IN * FIELDS
-    column = tl.load(entry_ptr, mask=offs_k < end, other=-1)
+    column = tl.load(entry_ptr, mask=offs_k < end, other=0)
     slot0 = tl.load(entry_ptr + 1, mask=offs_k < end, other=-1)
     slot1 = tl.load(entry_ptr + 2, mask=offs_k < end, other=-1)
     acc0 = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -125,12 +137,12 @@ def bsr_conv2d_fwd_kernel_shared(
         slot3 = tl.load(entry_ptr + 4, mask=offs_k < end, other=-1)
         acc2 = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         acc3 = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for k in range(0, end, BLOCK_K):
+    for k in range(0, tl.maximum(end, 1), BLOCK_K):
         kk = k + offs_k
-        in_block = kk % BSR_IN
+        in_block = (kk.to(tl.uint32) % BSR_IN).to(tl.int32)
         x_tile = gather_x(
-            x_ptr, offs_m, bits, in_h, in_w, column, in_block, c_in, h, w, dil_h, dil_w,
-            S, GROUPS, BSR_IN, SLICE, BORDER, RAGGED_IN, INDEX_64, False,
+            x_ptr, offs_m, bits, in_h, in_w, column, kk < end, in_block, h, w,
+            C_IN, S, DIL_H, DIL_W, GROUPS, BSR_IN, SLICE, BORDER, RAGGED_IN, INDEX_64, False,
         )  # fmt: skip
         w0 = _weights(values_ptr, slot0, in_block, offs_n, BSR_OUT, BSR_IN, SLICE, INDEX_64, BLOCK_N)
         w1 = _weights(values_ptr, slot1, in_block, offs_n, BSR_OUT, BSR_IN, SLICE, INDEX_64, BLOCK_N)
@@ -138,8 +150,8 @@ def bsr_conv2d_fwd_kernel_shared(
             w2 = _weights(values_ptr, slot2, in_block, offs_n, BSR_OUT, BSR_IN, SLICE, INDEX_64, BLOCK_N)
             w3 = _weights(values_ptr, slot3, in_block, offs_n, BSR_OUT, BSR_IN, SLICE, INDEX_64, BLOCK_N)
         next_k = kk + BLOCK_K
-        entry_ptr = entries_ptr + next_k // BSR_IN * FIELDS
-        column = tl.load(entry_ptr, mask=next_k < end, other=-1)
+        entry_ptr = entries_ptr + next_k.to(tl.uint32) // BSR_IN * FIELDS
+        column = tl.load(entry_ptr, mask=next_k < end, other=0)
         slot0 = tl.load(entry_ptr + 1, mask=next_k < end, other=-1)
         slot1 = tl.load(entry_ptr + 2, mask=next_k < end, other=-1)
         acc0 = tl.dot(x_tile, w0, acc0, input_precision=PRECISION)
@@ -153,7 +165,7 @@ def bsr_conv2d_fwd_kernel_shared(
     for i in tl.static_range(ROWS):
         row = tl.load(table_ptr + i)
         out_channel = row * BSR_OUT + offs_n
-        mask_n = (offs_n < BSR_OUT) & (out_channel >= 0) & (out_channel < c_out)
+        mask_n = (offs_n < BSR_OUT) & (out_channel >= 0) & (out_channel < C_OUT)
         if i == 0:
             acc = acc0
         elif i == 1:
@@ -162,9 +174,12 @@ def bsr_conv2d_fwd_kernel_shared(
             acc = acc2
         else:
             acc = acc3
+        if HAS_BIAS:
+            bias = tl.load(bias_ptr + out_channel, mask=mask_n, other=0.0).to(tl.float32)
+            acc += tl.gather(bias, tl.arange(0, BLOCK_N), 0)[None, :]
         store_tile(
-            acc, y_ptr, bias_ptr, tile_m, m_total, c_out, out_channel, mask_n,
-            HAS_BIAS, RELU, POOL, BLOCK_M, BLOCK_N,
+            acc, y_ptr, tile_m, m_total, out_channel, mask_n,
+            C_OUT, RELU, POOL, POOL_LOW, POOL_HIGH, INDEX_64, BLOCK_M, BLOCK_N,
         )  # fmt: skip
 
 
@@ -182,7 +197,7 @@ def _plan(
     return Launch(
         bsr_conv2d_fwd_kernel_shared,
         (tiles_m * groups, 1, 1),
-        (*geometry.integers(), tiles_m, groups, group_m(config, c_in, geometry.stride, geometry.dtype.itemsize)),
+        (*geometry.integers(), *grid_integers(config, tiles_m, groups, geometry)),
         {
             **geometry.constants(config),
             "ROWS": rows_sharing_input(geometry.block_shape[0]),

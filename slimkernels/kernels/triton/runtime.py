@@ -91,6 +91,16 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def division(divisor: int) -> tuple[int, int]:
+    """(factor, shift) with which `tiles.divide` divides by a positive divisor below 2^31.
+
+    2^(31 + shift) / divisor rounded up lies in [2^31, 2^32]; what it exceeds the quotient by changes no n < 2^31. The
+    factor comes as the int32 of the same bits, so that every divisor's is an argument of one type.
+    """
+    shift = (divisor - 1).bit_length()
+    return 2 ** (31 + shift) // divisor + 1 - 2**32, shift
+
+
 def power_of_2_divisor(n: int, cap: int) -> int:
     """Largest power of two that divides n, at most `cap` (itself a power of two)."""
     return min(n & -n, cap)
