@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from slimkernels.kernels.triton import bsr_conv2d_shared
-from slimkernels.kernels.triton.bsr_conv2d_config import default_config
-from slimkernels.kernels.triton.bsr_conv2d_geometry import Geometry, check, grid_integers
+from slimkernels.kernels.triton.bsr_conv2d_config import default_config, grid_integers, group_m
+from slimkernels.kernels.triton.bsr_conv2d_geometry import Geometry, check
 from slimkernels.kernels.triton.bsr_conv2d_index import forward_order
 from slimkernels.kernels.triton.bsr_conv2d_kernel import bsr_conv2d_fwd_kernel
 from slimkernels.kernels.triton.bsr_conv2d_split import BLOCK_CHANNELS, BLOCK_ROWS, bsr_conv2d_reduce_kernel
@@ -51,17 +51,18 @@ def _plan(
     c_in, c_out = geometry.x_shape[1], geometry.weight_shape[0]
     config = dict(config_items) or default_config(
         m_total, geometry.block_rows, geometry.block_shape, c_in, geometry.dtype, blocks=geometry.capacity,
-        weights_on_m=weights_on_m, tensor_cores=geometry.tensor_cores,
-        shared_memory=limits[0], processors=limits[1],
+        weights_on_m=weights_on_m, pool=geometry.epilogue == "relu_maxpool2",
+        tensor_cores=geometry.tensor_cores, shared_memory=limits[0], processors=limits[1],
     )  # fmt: skip
     tiles_m = cdiv(m_total, config["BLOCK_M"])
+    group = group_m(config, c_in, geometry.stride, geometry.dtype.itemsize)
     n_tiles = geometry.block_rows * cdiv(geometry.block_shape[0], config["BLOCK_N"])
     splits = config.get("SPLITS", 1)
     constants = geometry.constants(config, weights_on_m)
     forward = Launch(
         bsr_conv2d_fwd_kernel,
         (tiles_m * n_tiles, splits, 1),
-        (*geometry.integers(), *grid_integers(config, tiles_m, n_tiles, geometry)),
+        (*geometry.integers(), *grid_integers(tiles_m, n_tiles, group)),
         {
             **constants,
             "ROW_TABLE": row_table,

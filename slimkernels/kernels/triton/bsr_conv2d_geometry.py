@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from slimkernels.kernels.problems import conv_output_size
-from slimkernels.kernels.triton.bsr_conv2d_config import group_m
 from slimkernels.kernels.triton.bsr_conv2d_index import column_groups
 from slimkernels.kernels.triton.runtime import DTYPES, INT32_MAX, cdiv, division, power_of_2_divisor
 
@@ -94,13 +93,6 @@ class Geometry(NamedTuple):
             "INDEX_64": index_64,
             "PRECISION": self.precision,
         }
-
-
-def grid_integers(config: Mapping[str, int], tiles_m: int, n_tiles: int, geometry: Geometry) -> tuple[int, ...]:
-    """The integer arguments tiles_m ... last_shift of the kernels (`tiles.grouped_tile`)."""
-    group = min(group_m(config, geometry.x_shape[1], geometry.stride, geometry.dtype.itemsize), tiles_m)
-    last = (tiles_m - 1) % group + 1
-    return (tiles_m, n_tiles, group, *division(group * n_tiles), *division(group), *division(last))
 
 
 def pool_bits(config: Mapping[str, int], weights_on_m: bool) -> tuple[int, int]:

@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from slimkernels.kernels.triton.bsr_conv2d_config import shared_input_config
-from slimkernels.kernels.triton.bsr_conv2d_geometry import Geometry, grid_integers
+from slimkernels.kernels.triton.bsr_conv2d_config import grid_integers, group_m, shared_input_config
+from slimkernels.kernels.triton.bsr_conv2d_geometry import Geometry
 from slimkernels.kernels.triton.bsr_conv2d_index import remembered_shared_input, rows_sharing_input
 from slimkernels.kernels.triton.launcher import Launch
 from slimkernels.kernels.triton.runtime import cdiv
@@ -194,10 +194,11 @@ def _plan(
         shared_memory=limits[0], processors=limits[1],
     )  # fmt: skip
     tiles_m = cdiv(m_total, config["BLOCK_M"])
+    group = group_m(config, c_in, geometry.stride, geometry.dtype.itemsize)
     return Launch(
         bsr_conv2d_fwd_kernel_shared,
         (tiles_m * groups, 1, 1),
-        (*geometry.integers(), *grid_integers(config, tiles_m, groups, geometry)),
+        (*geometry.integers(), *grid_integers(tiles_m, groups, group)),
         {
             **geometry.constants(config),
             "ROWS": rows_sharing_input(geometry.block_shape[0]),
