@@ -58,7 +58,9 @@ def test_the_loop_is_told_from_the_code_around_it() -> None:
     kernel = sass.parse(LISTING)
     assert [i.address for i in kernel.loop] == [0x20, 0x30, 0x40, 0x50]
     assert [i.kind for i in kernel.straight] == ["LDC", "LDGSTS", "WARPSYNC", "BRA", "EXIT"]
-    assert (kernel.in_loop("LDGSTS", "128"), kernel.outside("LDGSTS", "128"), kernel.in_loop("LDGSTS", "64")) == (1, 1, 0)
+    assert (
+        kernel.in_loop("LDGSTS", "128") == kernel.outside("LDGSTS", "128") == 1 and kernel.in_loop("LDGSTS", "64") == 0
+    )
     assert kernel.loop[0].predicate == "!P0" and kernel.loop[0].operands == "[R4], desc[UR6][R2.64], P1"
     assert kernel.kinds()[0]["HGMMA"] == 1 and sass.parse("").loop == ()
 

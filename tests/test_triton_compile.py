@@ -92,7 +92,9 @@ def test_tall_blocks_keep_their_pipeline(quick: list[Row]) -> None:
     assert {row["target"]["arch"] for row in tall} == set(SHARED_LIMIT)
     for row in tall:
         check_pipeline(row)
-        assert row["config"]["num_stages"] == 4, row["target"]["name"]
+        # Where a processor holds several programs, three stages leave room for one more of them.
+        several = row["target"]["arch"] >= 90 and row["target"]["m_total"] == 65536
+        assert row["config"]["num_stages"] == (3 if several else 4), row["target"]["name"]
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from slimkernels.kernels import KERNELS
 from slimkernels.kernels.problems import ConvProblem, LinearProblem
 from slimkernels.kernels.triton import bsr_conv2d_config as config
 from slimkernels.kernels.triton import bsr_conv2d_index as index
+from slimkernels.kernels.triton.runtime import division
 from slimkernels.nn import BlockSparseConv2d
 from slimkernels.pattern import update_pattern
 
@@ -153,6 +154,69 @@ def test_a_pattern_is_split_only_where_processors_idle() -> None:
     assert config.configs(conv_problem(n=1, h=2, w=2, nnz_blocks=8), **limits)[0]["SPLITS"] == 1
     row = LinearProblem(1, 25088, 4096, (128, 16), 6272, torch.bfloat16, "cuda")
     assert config.configs(row, "weights_on_m", **limits)[0]["SPLITS"] == 4
+
+
+def vgg_layer(c_in: int, c_out: int, size: int, epilogue: str = "relu", height: int = 128) -> ConvProblem:
+    """A layer of VGG-19 at batch 1024, 87.5% sparse."""
+    height = min(height, c_out)
+    blocks = c_out // height * c_in // 16 * 9 // 8
+    return conv_problem(
+        n=1024, h=size, w=size, c_in=c_in, c_out=c_out, block_shape=(height, 16), nnz_blocks=blocks, epilogue=epilogue
+    )
+
+
+@pytest.mark.parametrize(
+    ("layer", "tile", "programs"),
+    [
+        # Two steps: two stages, four programs of 64 channels.
+        ((64, 64, 32, "relu_maxpool2"), (128, 64, 4, 2), 4),
+        ((64, 128, 16), (128, 128, 8, 2), 2),
+        # Three and five steps: three stages, two programs. A window's pixels in one thread's registers: four warps.
+        ((128, 128, 16, "relu_maxpool2"), (128, 128, 4, 3), 2),
+        ((256, 256, 8), (128, 128, 8, 3), 2),
+        # Nine steps repay a tile that leaves no room for a second.
+        ((512, 512, 4), (256, 128, 8, 4), 1),
+        # 128 programs for 132 processors: none gets a second, and halves would load more.
+        ((512, 512, 2), (128, 128, 8, 4), 1),
+        ((256, 256, 8, "relu", 64), (128, 64, 4, 3), 3),
+    ],
+    ids=str,
+)
+def test_default_tiles_follow_the_plan(
+    layer: tuple[object, ...], tile: tuple[int, int, int, int], programs: int
+) -> None:
+    limits = {"shared_memory": 227 * 1024, "processors": 132}
+    first = config.configs(vgg_layer(*layer), **limits)[0]  # type: ignore[arg-type]
+    assert (first["BLOCK_M"], first["BLOCK_N"], first["num_warps"], first["num_stages"]) == tile
+    assert config.programs_a_processor(first, 2, limits["shared_memory"]) == programs
+
+
+def test_the_tuner_tries_tiles_that_share_a_processor() -> None:
+    limits = {"shared_memory": 227 * 1024, "processors": 132}
+    deep = config.configs(vgg_layer(512, 512, 4), **limits)
+    tiles = {(c["BLOCK_M"], c["num_warps"], c["num_stages"]) for c in deep if c["BLOCK_K"] == 64}
+    assert tiles >= {(256, 8, 4), (256, 8, 3), (128, 8, 4), (128, 8, 3), (128, 8, 2), (128, 4, 3), (64, 4, 2)}
+    short = config.configs(vgg_layer(64, 64, 32, "relu_maxpool2"), **limits)
+    assert {c["num_stages"] for c in short if c["BLOCK_K"] == 64} == {2}
+    held = {config.programs_a_processor(c, 2, limits["shared_memory"]) for c in deep + short}
+    assert held >= {1, 2, 4}
+
+
+def test_a_factor_and_a_shift_divide_every_number_of_31_bits() -> None:
+    """umulhi(2 n, factor) >> shift, in Python's integers, for the numbers next to multiples of the divisor."""
+    for divisor in [*range(1, 300), *(2**k + d for k in range(9, 31) for d in (-1, 0, 1)), 2**31 - 1]:
+        factor, shift = division(divisor)
+        assert -(2**31) <= factor < 0 and 0 <= shift < 32
+        top = (2**31 - 1) // divisor
+        for multiple in {min(m, top) for m in (0, 1, 2, top // 3, max(top - 1, 0), top)}:
+            for n in range(max(multiple * divisor - 1, 0), min(multiple * divisor + 2, 2**31)):
+                assert (2 * n * (factor + 2**32) >> 32) >> shift == n // divisor, (n, divisor)
+
+
+def test_groups_of_tiles_are_divided_as_they_are_counted() -> None:
+    """A last group of three tiles; and a group as large as L2 allows is never larger than the tiles there are."""
+    assert config.grid_integers(11, 5, 4) == (11, 5, 4, *division(20), *division(4), *division(3))
+    assert config.grid_integers(11, 100_000, 10**6)[2:] == (11, *division(1_100_000), *division(11), *division(11))
 
 
 def test_kernels_say_what_they_do_not_take() -> None:

@@ -104,6 +104,7 @@ CONV_CASES = {
     "without_border": ConvCase(image=(1, 6, 6), padding=(0, 0)),
     "index_64": ConvCase(image=(1, 4, 4), index_64=True),
     "maxpool_odd": ConvCase(image=(1, 5, 7), epilogue="relu_maxpool2", sparsity=0.8, block_m=32),
+    "maxpool_half_a_tile_apart": ConvCase(image=(3, 9, 11), epilogue="relu_maxpool2", sparsity=0.8, block_m=128),
 }
 # The stored blocks of a tile shared out: unevenly, to more programs than there are stages, and with a pooled sum.
 SPLIT_CASES = {
@@ -111,6 +112,7 @@ SPLIT_CASES = {
     "splits_of_no_blocks": ConvCase(pattern="zero_block_row", splits=2, bias=False, epilogue="none"),
     "more_splits_than_stages": ConvCase(image=(1, 3, 3), splits=16, sparsity=0.9, block_k=32),
     "splits_ragged_maxpool": ConvCase(image=(1, 5, 7), cut=(-2, -2), epilogue="relu_maxpool2", splits=2, block_k=32),
+    "splits_maxpool_wide": ConvCase(image=(3, 7, 9), epilogue="relu_maxpool2", splits=2, block_k=32, block_m=128),
 }
 # Every kernel of the op beside the first, on the kinds of code that they do not share.
 VARIANTS = ("weights_on_m", "taps_together", "shared_input")

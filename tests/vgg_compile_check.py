@@ -69,7 +69,7 @@ def compiled(problem: ConvProblem, config: dict[str, int], arch: int = 90) -> An
 
 
 def held(registers: int, shared: int, warps: int) -> int:
-    """Programs that a processor of sm_90 holds: 64 K registers, 228 KB of which a program takes one besides, 64 warps."""
+    """Programs that a processor of sm_90 holds: 64 K registers, 64 warps, 228 KB and one of them for each program."""
     by_registers = 65536 // (cdiv(registers, 8) * 8 * 32 * warps)
     return min(by_registers, 228 * 1024 // (shared + 1024), 64 // warps, 32)
 
@@ -135,13 +135,12 @@ def markdown(rows: list[dict[str, Any]]) -> Iterator[str]:
     )
     yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
     for row in rows:
-        c, us = row["config"], row["predicted_us"]
+        c, us, block = row["config"], row["predicted_us"], "x".join(map(str, row["block_shape"]))
         tile = f"{c['BLOCK_M']}x{c['BLOCK_N']}x{c['BLOCK_K']}, {c['num_warps']}, {c['num_stages']}"
         limits = ", ".join(f"{us[k]:.0f}" for k in ("issue", "l2", "matrix", "memory"))
         yield (
-            f"| {row['layer']} | {row['block_shape'][0]}x{row['block_shape'][1]} | {tile} | {row['straight']} | {row['loop']} "
-            f"| {row['registers']} | {row['shared'] / 1024:.0f} | {row['held']} | {row['shuffles']} | {limits} "
-            f"| {us['total']:.0f} us |"
+            f"| {row['layer']} | {block} | {tile} | {row['straight']} | {row['loop']} | {row['registers']} "
+            f"| {row['shared'] / 1024:.0f} | {row['held']} | {row['shuffles']} | {limits} | {us['total']:.0f} us |"
         )
 
 

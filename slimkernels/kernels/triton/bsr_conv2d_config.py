@@ -9,10 +9,10 @@ Nothing here imports Triton or needs a GPU; nothing here was measured on one. A 
     INDEX_64       1 forces 64-bit addresses, which are otherwise used from 2^31 elements on
 
 The plan of a default tile. A program's prologue and epilogue cost as much as one to three K stages, and a pruned layer
-has 2 to 9 of those: programs that share a processor hide them behind each other's loads (`programs_a_processor`), at the
-price of smaller tiles, which load more for each product. 128 pixels x 128 channels moves 1.33 times the bytes of 256 x 128
-but leaves room for a second program, so the large tile waits for DEEP_STAGES. Stages beyond a row's own are memory that
-another program could use, and beyond three they give way to one.
+has 2 to 9 of those. Programs that share a processor hide them behind each other's loads (`programs_a_processor`), but
+their tiles are smaller and load more for each product: 128 pixels x 128 channels moves 1.33 times the bytes of
+256 x 128 and leaves room for a second program, so the large tile is for rows of DEEP_STAGES and more. A pipeline deeper
+than a row has steps holds memory that another program could use; beyond three stages it gives way to one.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def group_m(config: Mapping[str, int], c_in: int, stride: Sequence[int], itemsiz
 
 
 def grid_integers(tiles_m: int, n_tiles: int, group: int) -> tuple[int, ...]:
-    """The integer arguments tiles_m ... last_shift of the kernels (`tiles.grouped_tile`) for groups of `group` tiles."""
+    """The integer arguments tiles_m ... last_shift of the kernels (`tiles.grouped_tile`); group: tiles of a group."""
     group = min(group, tiles_m)
     last = (tiles_m - 1) % group + 1
     return (tiles_m, n_tiles, group, *division(group * n_tiles), *division(group), *division(last))
@@ -115,10 +115,10 @@ def default_config(
 ) -> Config:
     """Tile constants for one convolution, by arithmetic (nothing here is measured on a GPU).
 
-    Args: m_total output pixels; block_rows rows of the BSR; c_in input channels; blocks stored blocks (None: as many as
-    in a deep layer, and never split); weights_on_m the kernel whose MMA has output channels on M; pool whether 2x2
-    windows are pooled; tensor_cores False for IEEE float32; shared_memory bytes one block may use; processors the number
-    of SMs to keep busy.
+    Args: m_total output pixels; block_rows rows of the BSR; c_in input channels; blocks stored blocks (None: those of a
+    deep layer, never split); weights_on_m the kernel whose MMA has output channels on M; pool whether 2x2 windows are
+    pooled; tensor_cores False for IEEE float32; shared_memory bytes one block may use; processors the number of SMs to
+    keep busy.
     """
     block_out, block_in = block_shape
     block_n = min(max(next_power_of_2(block_out), 16), 128)

@@ -48,6 +48,6 @@ def bsr_conv2d_reduce_kernel(
             acc += tl.load(first_ptr + split * stride, mask=mask, other=0.0)
         acc += bias[None, :]
         if RELU:
-            acc = tl.where(acc < 0.0, 0.0, acc)
+            acc = maximum_nan(acc, 0.0)
         result = acc if pixel == 0 else maximum_nan(result, acc)
     tl.store(y_ptr + offs_m[:, None] * c_out + offs_n[None, :], result.to(y_ptr.dtype.element_ty), mask=mask)

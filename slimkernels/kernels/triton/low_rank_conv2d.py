@@ -38,6 +38,7 @@ from slimkernels.kernels.triton.runtime import (
     next_power_of_2,
     power_of_2_divisor,
 )
+from slimkernels.kernels.triton.tiles import maximum_nan
 
 EPILOGUES = ("none", "relu")
 RANK_TILE = 256
@@ -128,14 +129,14 @@ def low_rank_conv2d_fwd_kernel(
             if HAS_BIAS:
                 acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
             if RELU:
-                acc = tl.where(acc < 0.0, 0.0, acc)
+                acc = maximum_nan(acc, 0.0)
             y_tile = acc.to(y_ptr.dtype.element_ty)
             tl.store(y_row_ptr + offs_n[None, :], y_tile, mask=mask_m[:, None] & mask_n[None, :])
     else:
         if HAS_BIAS:
             acc_r += tl.load(bias_ptr + offs_r, mask=mask_r, other=0.0).to(tl.float32)[None, :]
         if RELU:
-            acc_r = tl.where(acc_r < 0.0, 0.0, acc_r)
+            acc_r = maximum_nan(acc_r, 0.0)
         y_tile = acc_r.to(y_ptr.dtype.element_ty)
         tl.store(y_row_ptr + offs_r[None, :], y_tile, mask=mask_m[:, None] & mask_r[None, :])
 

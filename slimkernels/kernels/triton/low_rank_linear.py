@@ -32,6 +32,7 @@ from slimkernels.kernels.triton.runtime import (
     next_power_of_2,
     power_of_2_divisor,
 )
+from slimkernels.kernels.triton.tiles import maximum_nan
 
 EPILOGUES = ("none", "relu")
 RANK_TILE = 256
@@ -131,7 +132,7 @@ def low_rank_linear_fwd_kernel(
         if HAS_BIAS:
             acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
         if RELU:
-            acc = tl.where(acc < 0.0, 0.0, acc)
+            acc = maximum_nan(acc, 0.0)
         y_tile = y_ptr + offs_m.to(tl.int64)[:, None] * out_features + offs_n[None, :]
         tl.store(y_tile, acc.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 
