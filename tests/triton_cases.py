@@ -85,7 +85,7 @@ CONV_CASES = {
     "m_div_tile": ConvCase(image=(1, 4, 8), block_m=16),
     "m_gt_tile": ConvCase(image=(2, 5, 7), block_m=32),
     "storage_order": ConvCase(ordered=False),
-    "group_of_tiles": ConvCase(image=(2, 5, 7), block_m=16, group_m=2),
+    "group_of_tiles": ConvCase(image=(2, 5, 7), block_m=16, group_m=3),
     "ragged_c_in": ConvCase(cut=(0, 1)),
     "ragged_c_out": ConvCase(cut=(1, 0), epilogue="none"),
     "ragged_half_block": ConvCase(cut=(-2, -2)),
