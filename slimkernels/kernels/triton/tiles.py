@@ -174,9 +174,9 @@ def gather_x(
 ):
     """The input tile (BLOCK_M, BLOCK_K) of block columns `column`, 0 where not `stored`; `in_block` a block's channel.
 
-    A column's tap and channel are decoded by constant divisors: a table of element offsets saves 10 of the mainloop's
-    133 instructions (sm_90, 128 x 128 x 64) for a second load a step and a table per image size. The masks cost 16
-    of them as one bit a tap, 47 as four comparisons.
+    A column's tap and channel are decoded by constant divisors: a table of element offsets saves 10 instructions of the
+    main loop (sm_90, 128 x 128 x 64) for a second load a step and a table per image size. The masks cost 16 as one bit
+    a tap, 47 as four comparisons. Columns are unsigned, as signed divisions by constants take two instructions more.
     """
     index_type: tl.constexpr = tl.int64 if INDEX_64 else tl.int32
     tap = (column.to(tl.uint32) // GROUPS).to(tl.int32)
