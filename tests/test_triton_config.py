@@ -198,6 +198,10 @@ def test_the_tuner_tries_tiles_that_share_a_processor() -> None:
     assert tiles >= {(256, 8, 4), (256, 8, 3), (128, 8, 4), (128, 8, 3), (128, 8, 2), (128, 4, 3), (64, 4, 2)}
     short = config.configs(vgg_layer(64, 64, 32, "relu_maxpool2"), **limits)
     assert {c["num_stages"] for c in short if c["BLOCK_K"] == 64} == {2}
+    # On an A100 a pipeline of two stages has one buffer.
+    for layer, stages in (((512, 512, 4), {3, 4}), ((64, 64, 32), {3})):
+        found = config.configs(vgg_layer(*layer), shared_memory=163 * 1024, processors=108)[1:]
+        assert {c["num_stages"] for c in found if c["BLOCK_K"] == 64 and "GROUP_M" not in c} == stages
     held = {config.programs_a_processor(c, 2, limits["shared_memory"]) for c in deep + short}
     assert held >= {1, 2, 4}
 

@@ -42,6 +42,9 @@ MIN_STAGES_A_SPLIT = 4
 # Where a tile of 256 pixels moves fewer bytes than two of 128 pixels by more than the prologue and epilogue it cannot
 # hide: those take about 3500 cycles and a stage of 256 x 128 x 64 about 2070 from L2 (arithmetic, not measured).
 DEEP_STAGES = 6
+# Four stages of 256 x 128 x 64, 16-bit, which sm_90 and sm_100 hold. Their products read tiles from shared memory;
+# mma.sync, on every other GPU, reads them through registers, which take the place of one stage.
+ROOMY_SHARED_MEMORY = 4 * (256 + 128) * 64 * 2
 # Registers of a processor, threads it holds, and shared memory that a program takes beside its buffers: the system's
 # kilobyte and at most one of the kernel's own.
 REGISTER_FILE, MAX_THREADS, SHARED_OVERHEAD = 65536, 2048, 2048
@@ -127,7 +130,7 @@ def default_config(
     steps = DEEP_STAGES if blocks is None else cdiv(blocks * block_in, block_rows * block_k)
     copied = tensor_cores and min(slice_bytes) * dtype.itemsize >= 16
     # 16-bit tiles from shared memory to wgmma or tcgen05, with room for several programs or for a large one.
-    roomy = copied and dtype.itemsize == 2 and shared_memory >= 4 * (256 + 128) * 64 * 2
+    roomy = copied and dtype.itemsize == 2 and shared_memory >= ROOMY_SHARED_MEMORY
     if not tensor_cores:
         # FMA units take both operands from registers: on 4 warps a 64 x 64 tile at K = 16 spills 8 bytes on sm_80.
         block_m, block_n, block_k, warps, stages = 64, min(block_n, 64), 16, 4, 3
@@ -269,7 +272,8 @@ def configs(
     narrow = min(power_of_2_divisor(c_in, 16), power_of_2_divisor(block_in, 16)) * itemsize < 16
     found = [first]
     steps = cdiv(problem.nnz_blocks * block_in, block_rows * first["BLOCK_K"])
-    for tile in _tiles(first, tensor_cores and not narrow, variant, itemsize, steps):
+    fewest = 2 if shared_memory >= ROOMY_SHARED_MEMORY else 3
+    for tile in _tiles(first, tensor_cores and not narrow, variant, itemsize, range(fewest, max(steps, fewest) + 1)):
         config = {**first, **tile}
         if config["BLOCK_M"] < 2 * m_total and shared_bytes(config, itemsize, rows) <= shared_memory:
             found.append(config)
@@ -291,16 +295,16 @@ def _tf32(problem: ConvProblem | LinearProblem) -> bool:
     return switches.fp32_precision == "tf32"  # type: ignore[attr-defined]
 
 
-def _tiles(first: Config, wide: bool, variant: str, itemsize: int, steps: int) -> list[Config]:
+def _tiles(first: Config, wide: bool, variant: str, itemsize: int, depths: range) -> list[Config]:
     """Tiles to try beside the default's; `wide` where slices are copied in 16-byte pieces to tensor cores.
 
-    Two stages leave room for the most programs a processor, four bear the longest latency; a pipeline deeper than a
-    row's steps does neither.
+    depths: numbers of stages, of which four at most are tried. The fewest leave room for the most programs a
+    processor, four bear the longest latency; a pipeline deeper than a row's steps does neither.
     """
     if not wide:
         return [{"BLOCK_M": m} for m in (32, 64) if m != first["BLOCK_M"]]
     stage = 128 // itemsize
-    deepest = min(max(steps, 2), 4)
+    depths = depths[: 5 - depths.start]
     tiles = []
     for block_m, warps in ((256, 8), (128, 8), (128, 4), (64, 4), (32, 4), (16, 4)):
         # 256 pixels a warpgroup, or 128 x 128 on one, leave less than 64 registers beside the accumulator; pixels
@@ -311,7 +315,7 @@ def _tiles(first: Config, wide: bool, variant: str, itemsize: int, steps: int) -
         if block_m < 64 and variant != "weights_on_m":
             continue
         tile = {"BLOCK_M": block_m, "BLOCK_K": stage, "num_warps": warps}
-        tiles += [{**tile, "num_stages": n} for n in range(2, deepest + 1)]
+        tiles += [{**tile, "num_stages": n} for n in depths]
         if block_m == first["BLOCK_M"] and warps == first["num_warps"]:
-            tiles.append({**tile, "BLOCK_K": stage // 2, "num_stages": min(5, 2 * deepest)})
+            tiles.append({**tile, "BLOCK_K": stage // 2, "num_stages": min(5, 2 * depths[-1])})
     return tiles
