@@ -308,7 +308,7 @@ def _tiles(first: Config, wide: bool, variant: str, itemsize: int, depths: range
     tiles = []
     for block_m, warps in ((256, 8), (128, 8), (128, 4), (64, 4), (32, 4), (16, 4)):
         # 256 pixels a warpgroup, or 128 x 128 on one, leave less than 64 registers beside the accumulator; pixels
-        # on N below 64 only where weights are on M. TF32 at 256 pixels spills on sm_100 (8 bytes at 256 x 32, compiled).
+        # on N below 64 only where weights are on M. TF32 at 256 pixels spills on sm_100: 8 bytes at 256 x 32.
         accumulators = block_m * first["BLOCK_N"] * (4 if variant == "shared_input" else 1)
         if accumulators > 16384 * warps // 4 or (itemsize == 4 and (block_m == 256 or accumulators > 16384)):
             continue
