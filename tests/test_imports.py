@@ -39,7 +39,7 @@ PACKAGES = {
         "plan", "analysis", "folding", "chains", "layers", "readers", "calls", "graph", "wrappers",
     ),
     "inference": (
-        "__init__", "recordings", "cuda_graph, replay, warming", "recording", "chains", "native_layers, memory",
+        "__init__", "recordings", "cuda_graph, replay, warming", "recording", "chains", "native_layers, memory, concurrency",
         "inputs",
     ),
     "kernels": (

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from slimkernels.inference.chains import Chain
+from slimkernels.inference.concurrency import conflict
 from slimkernels.inference.inputs import tensors
 from slimkernels.inference.memory import Buffer, gathered, huge_pages, place, span
 from slimkernels.inference.native_layers import NativeLayer, native_layers
@@ -24,7 +25,8 @@ class Recording:
     """One pass over the captured graph to see sizes and lifetimes, one that binds kernels to their memory.
 
     Native layers of which each is read by the next alone make a `Chain`; chains that follow each other without another
-    op between run as one call. A node's time is its position in the graph.
+    op between run as one call, unless threads at different chains would get into each other's memory. A node's time is
+    its position in the graph: memory that changes hands between two chains is right in that order alone.
 
     Attributes:
         steps: calls without arguments, in order. calls: kernels that they run. inputs, outputs: in fixed memory.
@@ -270,7 +272,9 @@ class Recording:
             y = y.view(-1, y.shape[-1])
         steps = chain.steps(x, y, self.workspace)
         isa = chain.layers[0].isa
-        if isa != self._isa:
+        # Where a thread could be in this chain while another is still in the one before, and memory has changed hands
+        # in between or their pieces differ, this chain starts when all are done: in a call of its own.
+        if isa != self._isa or conflict([*self._pending, *steps]):
             self._flush()
         self._isa = isa
         self._pending += steps
@@ -282,6 +286,12 @@ class Recording:
     def _flush(self) -> None:
         """Turns the native steps gathered so far into one call."""
         if self._pending:
+            found = conflict(self._pending)
+            if found is not None:
+                raise RuntimeError(
+                    f"Recording: steps {found[0]} and {found[1]} of {len(self._pending)} would run at the same time "
+                    "and write to the same memory; please report this"
+                )
             steps, self._pending = Steps(self._isa, self._pending), []
             self._run(steps, steps.count)
 
