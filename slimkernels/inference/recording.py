@@ -250,11 +250,10 @@ class Recording:
             self._append(_ops_step(target, args, kwargs, tensors(values[node])))
 
     def _as_read(self, node: Node, sample: Tensor) -> Tensor:
-        """An input in the layout in which native convolutions want it, where nothing else reads it."""
+        """An input in the layout in which native layers want it, where nothing else reads it."""
         heads = {nodes[0] for nodes in self.members}
-        if sample.dim() == 4 and all(user in heads and self._reads_images(user) for user in node.users):
-            return torch.empty_like(sample, memory_format=torch.channels_last)
-        return sample
+        wanted = {self._layout(user) if user in heads else torch.preserve_format for user in node.users}
+        return torch.empty_like(sample, memory_format=wanted.pop()) if len(wanted) == 1 else sample
 
     def _place(self, node: Node, sample: Tensor) -> Tensor:
         """The node's output tensor in the workspace, with the sizes and strides that it had when sampled."""
@@ -283,9 +282,13 @@ class Recording:
             self._append(lambda: y.copy_(target))
 
     def _laid_out(self, node: Node, tensor: Tensor) -> Tensor:
-        """The tensor if it lies as native layers want it: images channels_last, rows contiguous; else a new one."""
-        layout = torch.channels_last if self._reads_images(node) else torch.contiguous_format
+        """The tensor if it lies as a native node wants it, else a new one that does."""
+        layout = self._layout(node)
         return tensor if tensor.is_contiguous(memory_format=layout) else torch.empty_like(tensor, memory_format=layout)
+
+    def _layout(self, node: Node) -> torch.memory_format:
+        """How images or rows of a native node lie."""
+        return torch.channels_last if self._reads_images(node) else torch.contiguous_format
 
     def _append(self, step: Callable[[], Any], calls: int = 1) -> None:
         self._flush()

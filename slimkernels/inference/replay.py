@@ -48,6 +48,8 @@ class Replay:
     ) -> None:
         inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
         _check(model, inputs)
+        # The memory of an input is its own: expanded elements are held apart, gaps are left out.
+        inputs = tuple(x if torch.empty_like(x).stride() == x.stride() else x.contiguous() for x in inputs)
         self._lock, self._copy_outputs = threading.Lock(), copy_outputs
         with torch.no_grad():
             recording = Recording(_capture(model, inputs), inputs)
