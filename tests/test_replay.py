@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -287,6 +288,30 @@ def test_linear_chains_take_rows_of_any_shape(lead: tuple[int, ...], dense: bool
             assert replay.calls == 3 and replay.weight_bytes > 0, "one chain"
 
 
+class PartOfRows(nn.Module):
+    def __init__(self, part: Callable[[Tensor], Tensor], width: int) -> None:
+        super().__init__()
+        self.first, self.second, self.part = nn.Linear(32, 64), nn.Linear(width, 16), part
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.part(self.first(x)))
+
+
+@pytest.mark.parametrize(
+    ("n", "width", "part"),
+    [(4, 64, lambda y: y[1:]), (4, 64, lambda y: y[:2]), (1, 32, lambda y: y[:, 32:]), (4, 32, lambda y: y.view(-1, 32)),
+     (4, 64, lambda y: y.view(2, 2, 64)), (4, 64, lambda y: y.view(2, 2, 64).transpose(0, 1))],
+)  # fmt: skip
+def test_a_layer_that_reads_a_part_or_another_order_of_rows(n: int, width: int, part) -> None:
+    torch.manual_seed(0)
+    model = PartOfRows(part, width)
+    sk.finalize_(sk.prune_(model, 0.5, (16, 1), layers=["first", "second"]))
+    replay = Replay(sk.convert(model.eval(), policy=sk.Policy(min_speedup=0)), torch.randn(n, 32))
+    x = torch.randn(n, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(replay(x), model(x), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("make", [lambda x: x[:1].expand(4, -1, -1, -1), lambda x: x[:, :, ::2, 1:8]])
 def test_inputs_with_shared_elements_or_gaps(make) -> None:
     torch.manual_seed(0)
@@ -379,9 +404,9 @@ def test_memory_is_flat_over_many_recordings() -> None:
         "def many(n):\n"
         "    for _ in range(n): t.Replay(model, x)\n"
         "    return rss()\n"
-        "first = many(60); print(many(120) - first)\n"
+        "first = many(30); print(many(60) - first)\n"
     )
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 4, f"{done.stdout} MiB more after 120 recordings"
+    assert float(done.stdout) < 3, f"{done.stdout} MiB more after 60 recordings"
