@@ -79,7 +79,8 @@ class PartOfRows(nn.Module):
 @pytest.mark.parametrize(
     ("n", "width", "part"),
     [(4, 64, lambda y: y[1:]), (4, 64, lambda y: y[:2]), (1, 32, lambda y: y[:, 32:]),
-     (4, 32, lambda y: y.view(-1, 32)), (4, 64, lambda y: y.view(2, 2, 64)), (4, 64, lambda y: y.view(2, 2, 64).transpose(0, 1))],
+     (4, 32, lambda y: y.view(-1, 32)), (4, 64, lambda y: y.view(2, 2, 64)),
+     (4, 64, lambda y: y.view(2, 2, 64).transpose(0, 1))],
 )  # fmt: skip
 def test_a_layer_that_reads_a_part_or_another_order_of_rows(n: int, width: int, part) -> None:
     torch.manual_seed(0)
