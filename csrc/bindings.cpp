@@ -25,6 +25,7 @@ T* pointer(uintptr_t address) {
 struct Isa {
   const char* name;
   int (*run_steps)(const SlimStepF32*, int64_t, int32_t);
+  int (*run_delayed_steps)(const SlimStepF32*, int64_t, int32_t, uint32_t);
   double (*multiply_adds_f32)(int64_t, int32_t);
   bool supported;
 };
@@ -36,15 +37,16 @@ const std::vector<Isa>& compiled_isas() {
     __builtin_cpu_init();  // includes the operating system's consent (XCR0)
 #endif
 #if SLIM_HAVE_AVX512
-    list.push_back({"avx512", slim_run_steps_f32_avx512, slim_multiply_adds_f32_avx512,
+    list.push_back({"avx512", slim_run_steps_f32_avx512, slim_run_delayed_steps_f32_avx512, slim_multiply_adds_f32_avx512,
                     __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("fma")});
 #endif
 #if SLIM_HAVE_AVX2
-    list.push_back({"avx2", slim_run_steps_f32_avx2, slim_multiply_adds_f32_avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")});
+    list.push_back({"avx2", slim_run_steps_f32_avx2, slim_run_delayed_steps_f32_avx2, slim_multiply_adds_f32_avx2,
+                    __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")});
 #endif
-    list.push_back({"scalar", slim_run_steps_f32_scalar, slim_multiply_adds_f32_scalar, true});
+    list.push_back({"scalar", slim_run_steps_f32_scalar, slim_run_delayed_steps_f32_scalar, slim_multiply_adds_f32_scalar, true});
     return list;
   }();
   return isas;
@@ -117,6 +119,11 @@ class Steps {
     py::gil_scoped_release release;
     return isa_->run_steps(steps_.data(), static_cast<int64_t>(steps_.size()), threads);
   }
+  int run_delayed(int32_t threads, uint32_t seed) const {
+    if (isa_ == nullptr) return SLIM_ERROR_UNSUPPORTED;
+    py::gil_scoped_release release;
+    return isa_->run_delayed_steps(steps_.data(), static_cast<int64_t>(steps_.size()), threads, seed);
+  }
 
  private:
   const Isa* isa_;
@@ -188,7 +195,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("entry_offsets", &entry_offsets, "(members of SlimConv2dF32 in order, address of the offsets)");
   py::class_<Steps>(m, "Steps", "Recorded steps of kernels.h; the caller keeps their memory alive.")
       .def(py::init<const std::string&, const std::vector<std::array<int64_t, 2 + kMembers>>&>(), "isa"_a, "steps"_a)
-      .def("run", &Steps::run, "threads"_a, "Runs the steps in order; the status.");
+      .def("run", &Steps::run, "threads"_a, "Runs the steps in order; the status.")
+      .def("run_delayed", &Steps::run_delayed, "threads"_a, "seed"_a, "The same, for tests: threads sleep between steps.");
   m.def("build_info", &build_info, "What this module was compiled with.");
   if (PyModule_AddFunctions(m.ptr(), kFastFunctions) != 0) throw py::error_already_set();
 #if SLIM_HAVE_CUDA

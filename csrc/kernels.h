@@ -67,6 +67,12 @@ SLIM_HIDDEN int slim_run_steps_f32_scalar(const SlimStepF32* steps, int64_t coun
 SLIM_HIDDEN int slim_run_steps_f32_avx2(const SlimStepF32* steps, int64_t count, int32_t threads);
 SLIM_HIDDEN int slim_run_steps_f32_avx512(const SlimStepF32* steps, int64_t count, int32_t threads);
 
+// The same for tests: in front of its part of a step each thread sleeps for up to 300 microseconds, which follow from the seed (not 0),
+// the step and the thread. Steps that must not run at the same time then do, wherever nothing keeps them apart.
+SLIM_HIDDEN int slim_run_delayed_steps_f32_scalar(const SlimStepF32* steps, int64_t count, int32_t threads, uint32_t seed);
+SLIM_HIDDEN int slim_run_delayed_steps_f32_avx2(const SlimStepF32* steps, int64_t count, int32_t threads, uint32_t seed);
+SLIM_HIDDEN int slim_run_delayed_steps_f32_avx512(const SlimStepF32* steps, int64_t count, int32_t threads, uint32_t seed);
+
 // The offsets of a convolution's entries, for its w, c_in, dilation and lanes; of `a`, x, y and bias are not read.
 SLIM_HIDDEN void slim_entry_offsets(const SlimConv2dF32* a, int32_t* offsets);
 
@@ -77,7 +83,8 @@ SLIM_HIDDEN double slim_multiply_adds_f32_avx512(int64_t iterations, int32_t thr
 
 // _C.conv2d_f32(isa, x, y, bias, weights, channels, tap_ptr, offsets, n, h, w, c_in, c_out, p, q, r, s, stride_h, stride_w, pad_h, pad_w,
 //               dil_h, dil_w, strip, relu, pool, lanes, threads): the members above in order; pointers as integers, 0 for NULL.
-// _C.Steps(isa, [(kind, slot, members in order), ...]).run(threads); _C.entry_offsets(members in order, offsets).
+// _C.Steps(isa, [(kind, slot, members in order), ...]).run(threads) or, in tests, .run_delayed(threads, seed);
+// _C.entry_offsets(members in order, offsets).
 
 // ---------------------------------------------------------------- CUDA
 

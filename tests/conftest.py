@@ -1,4 +1,4 @@
-"""Fixtures of every test: seeds, poisoned allocations, sentinel borders, threads, GPU skips and their count."""
+"""Fixtures of every test: seeds, poisoned allocations, sentinel borders, threads, native steps, GPU skips."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import math
 import random
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import native_memory
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from torch import Tensor
+
+from slimkernels.kernels import native
 
 settings.register_profile(
     "slimkernels",
@@ -146,6 +149,18 @@ def sentinel_borders(poisoned_allocations: None) -> Iterator[SentinelBorders]:
     finally:
         _BORDERS.active = False
         _BORDERS.buffers.clear()
+
+
+@pytest.fixture(autouse=True)
+def steps_keep_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No native call of any test has steps that may run at the same time in each other's memory."""
+    init = native.Steps.__init__
+
+    def checked(self: native.Steps, isa: str, steps: Sequence[native.Step]) -> None:
+        native_memory.check(steps)
+        init(self, isa, steps)
+
+    monkeypatch.setattr(native.Steps, "__init__", checked)
 
 
 @pytest.fixture

@@ -39,8 +39,8 @@ PACKAGES = {
         "plan", "analysis", "folding", "chains", "layers", "readers", "calls", "graph", "wrappers",
     ),
     "inference": (
-        "__init__", "recordings", "cuda_graph, replay, warming", "recording", "chains", "native_layers, memory",
-        "inputs",
+        "__init__", "recordings", "cuda_graph, replay, warming", "recording", "chains",
+        "native_layers, memory, concurrency", "inputs",
     ),
     "kernels": (
         "select", "__init__", "cpu_gradients, native_low_rank", "native, cuda, reference, triton", "tables",

@@ -142,21 +142,38 @@ inline void run_alone(const PlannedStep& step, float* scratch) {
   for (int64_t unit = 0; unit < units; ++unit) step.run(unit, scratch);
 }
 
-inline void run_team(const PlannedStep* steps, int64_t count, Share* shares, Barrier* barrier, int thread, int team, float* scratch) {
+// Sleeps for a time that looks random; 0 is no seed. Half of the steps start at once, so that some threads run far ahead of others.
+inline void delay(uint32_t seed, int64_t step, int thread) {
+  if (seed == 0) return;
+  uint32_t mixed = seed * 2654435761u ^ (uint32_t)step * 2246822519u ^ (uint32_t)(thread + 1) * 3266489917u;
+  mixed = (mixed ^ mixed >> 15) * 739982445u;
+  mixed = (mixed ^ mixed >> 12) * 695872825u;
+  mixed ^= mixed >> 15;
+  if (mixed % 2 == 0) return;
+  const struct timespec time = {0, (long)(mixed / 2 % 300 * 1000)};
+  nanosleep(&time, nullptr);
+}
+
+inline void run_team(const PlannedStep* steps, int64_t count, Share* shares, Barrier* barrier, int thread, int team, float* scratch,
+                     uint32_t seed) {
   for (int64_t i = 0; i < count;) {
     if (steps[i].slot < 0) {
+      delay(seed, i, thread);
       run_together(steps[i], shares + i * team, thread, team, scratch);
       ++i;
     } else {
-      for (; i < count && steps[i].slot >= 0; ++i)
-        if (steps[i].slot % team == thread) run_alone(steps[i], scratch);
+      for (; i < count && steps[i].slot >= 0; ++i) {
+        if (steps[i].slot % team != thread) continue;
+        delay(seed, i, thread);
+        run_alone(steps[i], scratch);
+      }
     }
     if (i < count) barrier->wait(team);
   }
 }
 
 // One parallel region for all steps: meeting costs a fraction of a new region.
-inline int run_planned(const PlannedStep* steps, int64_t count, int team, size_t scratch_bytes) {
+inline int run_planned(const PlannedStep* steps, int64_t count, int team, size_t scratch_bytes, uint32_t seed) {
   int failed = 0;
   if (team <= 1) {
     float* const scratch = scratch_bytes > 0 ? (float*)malloc(scratch_bytes) : nullptr;
@@ -175,7 +192,8 @@ inline int run_planned(const PlannedStep* steps, int64_t count, int team, size_t
     {
       const int thread = omp_get_thread_num(), present = omp_get_num_threads();
       // A team may come out smaller than asked for; shares are then cut for the smaller one.
-      run_team(steps, count, shares, &barrier, thread, present, scratch + scratch_bytes / sizeof(float) * (size_t)thread);
+      float* const own = scratch + scratch_bytes / sizeof(float) * (size_t)thread;
+      run_team(steps, count, shares, &barrier, thread, present, own, seed);
     }
   }
   free(scratch);
@@ -183,7 +201,8 @@ inline int run_planned(const PlannedStep* steps, int64_t count, int team, size_t
   return failed ? SLIM_ERROR_NO_MEMORY : SLIM_OK;
 }
 
-inline int run_steps(const SlimStepF32* steps, int64_t count, int32_t threads) {
+// With a seed other than 0 the threads sleep between steps.
+inline int run_steps(const SlimStepF32* steps, int64_t count, int32_t threads, uint32_t seed) {
   PlannedStep* const planned = (PlannedStep*)malloc(sizeof(PlannedStep) * (size_t)max64(count, 1));
   if (planned == nullptr) return SLIM_ERROR_NO_MEMORY;
   int64_t most_units = 1, scratch_floats = 0, done = 0;
@@ -196,7 +215,7 @@ inline int run_steps(const SlimStepF32* steps, int64_t count, int32_t threads) {
   }
   // Whole cache lines, so that threads do not share one.
   const size_t scratch_bytes = (sizeof(float) * (size_t)scratch_floats + 63) / 64 * 64;
-  if (status == SLIM_OK) status = run_planned(planned, count, (int)min64(threads, most_units), scratch_bytes);
+  if (status == SLIM_OK) status = run_planned(planned, count, (int)min64(threads, most_units), scratch_bytes, seed);
   for (int64_t i = 0; i < done; ++i) {
     free(planned[i].conv.own_offsets);
     free(planned[i].conv.zeros);

@@ -3,6 +3,7 @@
 #include <sched.h>
 #include <stdint.h>
 #include <stdlib.h>
+#include <time.h>
 
 #include "../kernels.h"
 
@@ -58,7 +59,11 @@ inline bool family_for(int strip, int lanes, Family& family) {
 }  // namespace
 
 extern "C" int slim_run_steps_f32_avx512(const SlimStepF32* steps, int64_t count, int32_t threads) {
-  return run_steps(steps, count, threads);
+  return run_steps(steps, count, threads, 0);
+}
+
+extern "C" int slim_run_delayed_steps_f32_avx512(const SlimStepF32* steps, int64_t count, int32_t threads, uint32_t seed) {
+  return run_steps(steps, count, threads, seed);
 }
 
 extern "C" double slim_multiply_adds_f32_avx512(int64_t iterations, int32_t threads) {

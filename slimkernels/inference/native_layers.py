@@ -97,7 +97,7 @@ def _dense_linear(args: Sequence[Any]) -> list[NativeLayer]:
     if not all(t is None or (t.dtype is torch.float32 and t.device.type == "cpu") for t in (x, weight, bias)):
         return []
     spec = resolve("auto", Request("bsr_linear", x.dtype, "cpu", (16, 1), "none"))
-    if spec.backend != "cpu" or x.numel() == 0 or weight.dim() != 2:
+    if spec.backend != "cpu" or x.numel() == 0 or weight.dim() != 2 or weight.numel() == 0:
         return []
     assert spec.isa is not None
     return _factors((weight,), [_POINTWISE], bias, "none", spec.isa, "linear")

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from slimkernels.inference.chains import Chain
+from slimkernels.inference.concurrency import conflict
 from slimkernels.inference.inputs import tensors
 from slimkernels.inference.memory import Buffer, gathered, huge_pages, place, span
 from slimkernels.inference.native_layers import NativeLayer, native_layers
@@ -24,7 +25,8 @@ class Recording:
     """One pass over the captured graph to see sizes and lifetimes, one that binds kernels to their memory.
 
     Native layers of which each is read by the next alone make a `Chain`; chains that follow each other without another
-    op between run as one call. A node's time is its position in the graph.
+    op between run as one call, unless threads at different chains would get into each other's memory. A node's time is
+    its position in the graph: memory that changes hands between two chains is right in that order alone.
 
     Attributes:
         steps: calls without arguments, in order. calls: kernels that they run. inputs, outputs: in fixed memory.
@@ -151,12 +153,14 @@ class Recording:
         if any(self.root[n] is n and not self._is_constant(n) and n not in self.fused for n in between):
             return False
         value, seen = samples[before], samples[x]
-        if seen.dim() == 4:
-            return seen.shape == value.shape and seen.stride() == value.stride()
-        # Rows of one-pixel images.
-        rows = value.numel() // value.shape[1] if value.dim() == 4 else value.numel() // value.shape[-1]
-        one_pixel = value.dim() != 4 or value.shape[2] * value.shape[3] == 1
-        return one_pixel and seen.is_contiguous() and seen.numel() // seen.shape[-1] == rows
+        images = self._reads_images(before)
+        if self._reads_images(node):
+            return images and seen.shape == value.shape and seen.stride() == value.stride()
+        # Rows of any shape, or one-pixel images as rows: the same elements in the same order, and as many in a row.
+        length = value.shape[1 if images else -1]
+        one_pixel = not images or value.shape[2] * value.shape[3] == 1
+        whole = seen.numel() == value.numel() and seen.shape[-1] == length
+        return one_pixel and whole and seen.is_contiguous() and (images or value.is_contiguous())
 
     def _chain(self, nodes: Sequence[Node], samples: dict[Node, Any]) -> Chain:
         x = samples[self.source[nodes[0]]]
@@ -166,6 +170,7 @@ class Recording:
 
     @staticmethod
     def _reads_images(node: Node) -> bool:
+        """Whether a native node is a convolution; all others take rows of any shape."""
         return node.target in (torch.ops.slimkernels.bsr_conv2d.default, torch.ops.slimkernels.low_rank_conv2d.default)
 
     def _buffers(self, samples: dict[Node, Any]) -> dict[Node, Buffer]:
@@ -224,7 +229,7 @@ class Recording:
             elif node in tails:
                 values[node] = self._place(node, samples[node])
                 head = tails[node]
-                self._append_chain(head, values[self.source[head]], values[node])
+                self._append_chain(head, node, values[self.source[head]], values[node])
             elif self.root[node] not in self.inside:
                 self._bind_op(node, values, samples[node])
         self._flush()
@@ -245,11 +250,10 @@ class Recording:
             self._append(_ops_step(target, args, kwargs, tensors(values[node])))
 
     def _as_read(self, node: Node, sample: Tensor) -> Tensor:
-        """An input in the layout in which native convolutions want it, where nothing else reads it."""
+        """An input in the layout in which native layers want it, where nothing else reads it."""
         heads = {nodes[0] for nodes in self.members}
-        if sample.dim() == 4 and all(user in heads and self._reads_images(user) for user in node.users):
-            return torch.empty_like(sample, memory_format=torch.channels_last)
-        return sample
+        wanted = {self._layout(user) if user in heads else torch.preserve_format for user in node.users}
+        return torch.empty_like(sample, memory_format=wanted.pop()) if len(wanted) == 1 else sample
 
     def _place(self, node: Node, sample: Tensor) -> Tensor:
         """The node's output tensor in the workspace, with the sizes and strides that it had when sampled."""
@@ -257,23 +261,34 @@ class Recording:
         memory = self.workspace[buffer.offset : buffer.offset + buffer.nbytes].view(sample.dtype)
         return memory.as_strided(sample.shape, sample.stride()) if sample.numel() else sample.clone()
 
-    def _append_chain(self, head: Node, x: Tensor, y: Tensor) -> None:
+    def _append_chain(self, head: Node, tail: Node, x: Tensor, y: Tensor) -> None:
+        """The chain from x to y: images where its ends are convolutions, else rows, whatever the shape they come in."""
         chain = self.chains[head]
-        layout = torch.channels_last if self._reads_images(head) else torch.contiguous_format
-        if not x.is_contiguous(memory_format=layout):
-            relaid = torch.empty_like(x, memory_format=layout)
-            self._append(lambda source=x, target=relaid: target.copy_(source))
-            x = relaid
-        if not self._reads_images(head):
-            x = x.view(-1, x.shape[-1])
-        if y.dim() != 4:
-            y = y.view(-1, y.shape[-1])
-        steps = chain.steps(x, y, self.workspace)
+        source, target = self._laid_out(head, x), self._laid_out(tail, y)
+        if source is not x:
+            self._append(lambda: source.copy_(x))
+        rows = [
+            t if self._reads_images(node) else t.view(-1, t.shape[-1]) for node, t in ((head, source), (tail, target))
+        ]
+        steps = chain.steps(*rows, self.workspace)
         isa = chain.layers[0].isa
-        if isa != self._isa:
+        # Where a thread could be in this chain while another is still in the one before, and memory has changed hands
+        # in between or their pieces differ, this chain starts when all are done: in a call of its own.
+        if isa != self._isa or conflict([*self._pending, *steps]):
             self._flush()
         self._isa = isa
         self._pending += steps
+        if target is not y:
+            self._append(lambda: y.copy_(target))
+
+    def _laid_out(self, node: Node, tensor: Tensor) -> Tensor:
+        """The tensor if it lies as a native node wants it, else a new one that does."""
+        layout = self._layout(node)
+        return tensor if tensor.is_contiguous(memory_format=layout) else torch.empty_like(tensor, memory_format=layout)
+
+    def _layout(self, node: Node) -> torch.memory_format:
+        """How images or rows of a native node lie."""
+        return torch.channels_last if self._reads_images(node) else torch.contiguous_format
 
     def _append(self, step: Callable[[], Any], calls: int = 1) -> None:
         self._flush()
@@ -282,6 +297,12 @@ class Recording:
     def _flush(self) -> None:
         """Turns the native steps gathered so far into one call."""
         if self._pending:
+            found = conflict(self._pending)
+            if found is not None:
+                raise RuntimeError(
+                    f"Recording: steps {found[0]} and {found[1]} of {len(self._pending)} would run at the same time "
+                    "and write to the same memory; please report this"
+                )
             steps, self._pending = Steps(self._isa, self._pending), []
             self._run(steps, steps.count)
 

@@ -140,6 +140,11 @@ class PackedConv2d:
         self.limit = (2**31 - 1) // max(self.c_in, self.c_out)
 
     @property
+    def packed(self) -> tuple[Tensor, ...]:
+        """What `pack_strips` returned."""
+        return self._packed
+
+    @property
     def narrow(self) -> bool:
         """Whether the kernel runs with images innermost only."""
         return self._tail[0] < NARROWEST_CHANNELS_LAST
@@ -309,6 +314,17 @@ class Step(NamedTuple):
     members: tuple[int, ...]
     alive: tuple[Any, ...]
     slot: int = -1
+
+    def reads(self) -> list[Tensor]:
+        """Every tensor that the step reads."""
+        if self.kind != _CONV2D:
+            return [self.alive[0]]
+        conv, x, _, *others = self.alive
+        return [t for t in (x, *conv.packed, *others) if t is not None]
+
+    def writes(self) -> list[Tensor]:
+        """Every tensor that the step writes."""
+        return [self.alive[2 if self.kind == _CONV2D else 1]]
 
 
 class Steps:
