@@ -12,11 +12,12 @@ from torch.nn import functional as F
 
 from slimkernels import env
 from slimkernels.formats import factor_obstacle
-from slimkernels.kernels import KERNELS
+from slimkernels.kernels import KERNELS, reference
 from slimkernels.kernels.problems import (
     LowRankConvProblem,
     LowRankLinearProblem,
     Request,
+    check_geometry,
     conv_output_size,
     factor_geometry,
 )
@@ -28,7 +29,8 @@ from slimkernels.ops.library import (
     check_bias,
     check_epilogue,
     check_floating,
-    check_geometry,
+    has_tangent,
+    refuse_tangents,
     register,
     register_autocast,
     runs_plainly,
@@ -40,9 +42,9 @@ def _check_linear(x: Tensor, U: Tensor, V: Tensor, bias: Tensor | None, epilogue
     op = "low_rank_linear"
     check_epilogue(op, epilogue)
     check_floating(op, x, U=U, V=V, bias=bias)
-    if U.dim() != 2 or V.dim() != 2 or U.shape[1] != V.shape[0]:
+    if U.dim() != 2 or V.dim() != 2 or U.shape[1] != V.shape[0] or min(*U.shape, *V.shape) < 1:
         raise ValueError(
-            f"{op}: expected U of shape (out, rank) and V of shape (rank, in), "
+            f"{op}: expected U of shape (out, rank) and V of shape (rank, in), all positive, "
             f"got {tuple(U.shape)} and {tuple(V.shape)}"
         )
     if x.dim() < 1 or x.shape[-1] != V.shape[1]:
@@ -61,6 +63,7 @@ def _low_rank_linear(
     x: Tensor, U: Tensor, V: Tensor, bias: Tensor | None, packed: Sequence[Tensor], epilogue: str, kernel: str
 ) -> Tensor:
     _check_linear(x, U, V, bias, epilogue)
+    refuse_tangents("low_rank_linear", x, U, V, bias)
     rank, in_features = V.shape
     launch = launcher(
         _without_pack(kernel, "low_rank_linear", x, packed), x.get_device(), LowRankLinearProblem,
@@ -87,9 +90,10 @@ def _conv2d_output_shape(
     if obstacle is not None:
         raise ValueError(f"{op}: {obstacle}")
     check_floating(op, x, **{f"factors[{i}]": f for i, f in enumerate(factors)}, bias=bias)
-    if factors[0].dim() != 4 or x.dim() != 4 or x.shape[1] != factors[0].shape[1]:
+    positive = all(min(f.shape) > 0 for f in factors)
+    if not positive or factors[0].dim() != 4 or x.dim() != 4 or x.shape[1] != factors[0].shape[1]:
         raise ValueError(
-            f"{op}: expected x of shape (N, {factors[0].shape[1]}, H, W) and 4-D factors, "
+            f"{op}: expected x of shape (N, {factors[0].shape[1]}, H, W) and 4-D factors of positive sizes, "
             f"got {tuple(x.shape)} and {[tuple(f.shape) for f in factors]}"
         )
     check_geometry(op, stride, padding, dilation)
@@ -114,6 +118,7 @@ def _low_rank_conv2d(
     padding: Sequence[int], dilation: Sequence[int], kind: str, epilogue: str, kernel: str,
 ) -> Tensor:  # fmt: skip
     _conv2d_output_shape(x, factors, bias, stride, padding, dilation, kind, epilogue)
+    refuse_tangents("low_rank_conv2d", x, *factors, bias)
     shapes = tuple(tuple(f.shape) for f in factors)
     launch = launcher(
         _without_pack(kernel, "low_rank_conv2d", x, packed), x.get_device(), LowRankConvProblem, x.shape[0],
@@ -133,6 +138,14 @@ def _low_rank_conv2d_fake(
 
 def _low_rank_linear_dgrad(grad: Tensor, U: Tensor, V: Tensor, kernel: str) -> tuple[Tensor, Tensor]:
     """``(grad_x, grad_z)``, z = x V^T: the low-rank layer of grad with the factors' roles swapped, chosen as one."""
+    op = "low_rank_linear_dgrad"
+    check_floating(op, grad, U=U, V=V)
+    if U.dim() != 2 or V.dim() != 2 or U.shape[1] != V.shape[0] or grad.shape[-1:] != U.shape[:1]:
+        raise ValueError(
+            f"{op}: expected grad (..., out), U (out, rank) and V (rank, in), "
+            f"got {tuple(grad.shape)}, {tuple(U.shape)} and {tuple(V.shape)}"
+        )
+    refuse_tangents(op, grad, U, V)
     (out_features, rank), in_features = U.shape, V.shape[1]
     if kernel == "auto":
         rows = grad.numel() // max(out_features, 1)
@@ -249,6 +262,8 @@ def low_rank_linear(
 ) -> Tensor:  # fmt: skip
     """Low-rank linear layer ``epilogue((x V^T) U^T + bias)``.
 
+    Inputs with tangents of forward-mode differentiation run the reference kernel, whose derivatives are torch's.
+
     Args:
         x: ``(..., in)`` floating point.
         U: ``(out, rank)``; V: ``(rank, in)``; bias: ``(out,)`` or None; all in x's dtype, on x's device.
@@ -264,6 +279,9 @@ def low_rank_linear(
         ValueError: wrong shapes, devices, epilogue; a kernel that is unknown or cannot run here.
         TypeError: wrong dtypes.
     """
+    if has_tangent(x, U, V, bias):
+        _check_linear(x, U, V, bias, epilogue)
+        return reference.low_rank_linear(x, U, V, bias, (), epilogue)
     run = _low_rank_linear if runs_plainly(x, U, V, bias) else OPS.low_rank_linear.default
     return run(x, U, V, bias, list(packed), epilogue, kernel)
 
@@ -274,6 +292,8 @@ def low_rank_conv2d(
     epilogue: str = "none", kernel: str = "auto",
 ) -> Tensor:  # fmt: skip
     """Low-rank 2-D convolution: the chain of its factor convolutions, bias and epilogue after the last.
+
+    Forward-mode differentiation as `low_rank_linear`.
 
     Args:
         x: ``(N, C_in, H, W)`` floating point, any strides.
@@ -294,5 +314,9 @@ def low_rank_conv2d(
         TypeError: wrong dtypes.
     """
     factors = list(factors)
+    if has_tangent(x, *factors, bias):
+        geometry = (stride, padding, dilation, kind, epilogue)
+        _conv2d_output_shape(x, factors, bias, *geometry)
+        return reference.low_rank_conv2d(x, factors, bias, (), *geometry)
     run = _low_rank_conv2d if runs_plainly(x, *factors, bias) else OPS.low_rank_conv2d.default
     return run(x, factors, bias, list(packed), stride, padding, dilation, kind, epilogue, kernel)
