@@ -260,6 +260,11 @@ py::dict build_info() {
       "gcc " __VERSION__;
 #endif
   info["openmp"] = bool(SLIM_HAVE_OPENMP);
+#if defined(__SANITIZE_ADDRESS__)
+  info["sanitized"] = true;
+#else
+  info["sanitized"] = false;
+#endif
   info["cuda"] = bool(SLIM_HAVE_CUDA);
   info["cuda_archs"] = SLIM_CUDA_ARCHS;
 #if SLIM_HAVE_CUDA

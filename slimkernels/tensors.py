@@ -23,6 +23,7 @@ def _plain_keys() -> frozenset[int]:
 
 
 _PLAIN_KEYS = _plain_keys()
+_dispatch_keys = torch._C._dispatch_keys
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -32,7 +33,7 @@ def is_plain(tensor: Tensor) -> bool:
     ``x.conj()``), for zero tensors without memory, and for what torch.func, functionalisation or a
     ``__torch_dispatch__`` subclass wraps. A ``__torch_function__`` subclass shows in its type alone.
     """
-    return torch._C._dispatch_keys(tensor).raw_repr() in _PLAIN_KEYS
+    return _dispatch_keys(tensor).raw_repr() in _PLAIN_KEYS
 
 
 class Snapshot:
@@ -50,7 +51,7 @@ class Snapshot:
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether the tensor has the storage, the sizes and the version of the snapshot."""
-        return version(tensor) == self._version and tensor.is_set_to(self._alias)
+        return tensor.is_set_to(self._alias) and version(tensor) == self._version
 
 
 def version(tensor: Tensor) -> int:

@@ -202,14 +202,16 @@ class PackedConv2d:
         return y
 
     def _checked_bias(self, bias: Tensor) -> Tensor:
-        """The bias, contiguous. Raises as the op does for one that does not fit."""
+        """The bias as the kernels read it. Raises as the op does for one that does not fit."""
         if bias.dtype is not torch.float32:
             raise TypeError(f"{self._op}: expected bias of dtype torch.float32 like x, got {bias.dtype}")
         if not bias.is_cpu:
             raise ValueError(f"{self._op}: expected bias on cpu like x, got {bias.device}")
-        if bias.shape != (self.c_out,):
+        if bias.dim() != 1 or bias.numel() != self.c_out:
             raise ValueError(f"{self._op}: expected bias of shape ({self.c_out},), got {tuple(bias.shape)}")
-        return bias if bias.is_contiguous() else bias.contiguous()
+        if not bias.is_contiguous() or bias.is_neg():
+            return bias.contiguous().resolve_neg()
+        return bias
 
     def _check_for_writes(self) -> None:
         """Checks the pack again where somebody wrote to its tensors."""

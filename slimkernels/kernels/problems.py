@@ -26,15 +26,14 @@ INT32_MAX = 2**31 - 1
 
 def check_geometry(op: str, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> None:
     """Raises ValueError unless stride and dilation are positive, padding is not negative, and all fit int32."""
-    if not (
-        len(stride) == len(padding) == len(dilation) == 2
-        and min(stride) >= 1
-        and min(dilation) >= 1
-        and min(padding) >= 0
-        and max(*stride, *padding, *dilation) <= INT32_MAX
-    ):
+    if any(len(pair) != 2 or max(pair) > INT32_MAX for pair in (stride, padding, dilation)):
         raise ValueError(
-            f"{op}: expected two ints each of stride >= 1, dilation >= 1, padding >= 0, all below 2**31, "
+            f"{op}: expected stride, padding and dilation of two ints below 2**31 each, "
+            f"got {tuple(stride)}, {tuple(padding)}, {tuple(dilation)}"
+        )
+    if min(stride) < 1 or min(dilation) < 1 or min(padding) < 0:
+        raise ValueError(
+            f"{op}: expected stride >= 1, dilation >= 1, padding >= 0, "
             f"got {tuple(stride)}, {tuple(dilation)}, {tuple(padding)}"
         )
 

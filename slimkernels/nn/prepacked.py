@@ -13,8 +13,8 @@ from slimkernels.kernels.native_low_rank import TENSORS_PER_FACTOR, PackedLowRan
 from slimkernels.kernels.problems import Request
 from slimkernels.kernels.select import resolve
 from slimkernels.nn.attributes import AttributesInUse
-from slimkernels.ops.library import runs_plainly
-from slimkernels.tensors import Snapshot
+from slimkernels.ops.library import nothing_watches
+from slimkernels.tensors import Snapshot, is_plain
 
 
 class PrepackedFactors(AttributesInUse):
@@ -55,9 +55,7 @@ class PrepackedFactors(AttributesInUse):
         """Packs the present factors where a kernel of this machine uses a pack. Eval mode only."""
         self.drop_packed()
         factors = self._factors()
-        if self.training or any(
-            f.device.type != "cpu" or f.is_meta or type(f.data) is not torch.Tensor for f in factors
-        ):
+        if self.training or any(not f.is_cpu or not is_plain(f) or type(f.data) is not Tensor for f in factors):
             return
         isa = self._isa()
         if isa is None:
@@ -105,7 +103,7 @@ class PrepackedFactors(AttributesInUse):
         """The prepared call, where nothing watches the op and the factors are those that were packed."""
         if self._prepared is None:
             return None
-        if not runs_plainly(x, *self._factors(), self._parameters.get("bias")) or not self._pack_is_current():
+        if not nothing_watches(x, *self._factors(), self._parameters.get("bias")) or not self._pack_is_current():
             return None
         return self._prepared
 
