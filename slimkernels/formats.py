@@ -188,7 +188,7 @@ class BSRWeight:
             ValueError: a wrong shape or value. TypeError: a wrong dtype. Both name the field, what was expected and
                 got.
         """
-        rows, cols = block_grid(self.weight_shape, self.block_shape)
+        rows, _ = block_grid(self.weight_shape, self.block_shape)
         values, crow, col = self.values, self.crow_indices, self.col_indices
         if not values.is_floating_point():
             raise TypeError(f"BSRWeight: expected floating-point values, got {values.dtype}")

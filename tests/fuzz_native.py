@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from slimkernels import _extension, ops
 from slimkernels.formats import BSRWeight, block_grid
-from slimkernels.kernels import KERNELS, native
+from slimkernels.kernels import native
 from slimkernels.kernels.native_low_rank import pack_factors
 from slimkernels.kernels.problems import LANES, factor_geometry, strip_width
 from slimkernels.nn import BlockSparseConv2d, BlockSparseLinear, LowRankConv2d, LowRankLinear
@@ -376,9 +376,7 @@ def low_rank(rng: random.Random) -> None:
         ) else None  # fmt: skip
     else:
         stride, padding, dilation = step
-        module = LowRankConv2d.from_factors(
-            factors, bias, kind=kind, stride=stride, padding=padding, dilation=dilation
-        )
+        module = LowRankConv2d.from_factors(factors, bias, kind=kind, stride=stride, padding=padding, dilation=dilation)
     if module is not None:
         module = module.eval().requires_grad_(False)
         image = x if x.dim() == 4 else x[:, :, None, None]

@@ -7,7 +7,6 @@ block row, the row's stored columns of the im2col matrix with the row's channels
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -17,7 +16,7 @@ from torch.nn import functional as F
 
 from slimkernels.kernels.native import PackedConv2d, pack_strips
 from slimkernels.kernels.problems import Room, strip_width
-from slimkernels.kernels.reference import bsr_conv2d_dgrad, bsr_conv2d_wgrad
+from slimkernels.kernels.reference import bsr_conv2d_dgrad
 
 # Elements of the im2col matrix that one step holds: 16 MB of float32, of the order of a core's share of L3.
 COLUMN_ELEMENTS = 2**22
@@ -116,9 +115,7 @@ def launch_dgrad(
     cut_h, cut_w = max(0, -margin[0]), max(0, -margin[1])
     if cut_h or cut_w:
         grad = grad[:, :, cut_h : grad.shape[2] - cut_h, cut_w : grad.shape[3] - cut_w]
-    convolution = PackedConv2d(
-        isa, pack, transposed_shape, (1, 1), pad, dilation, "none", op="bsr_conv2d_dgrad"
-    )
+    convolution = PackedConv2d(isa, pack, transposed_shape, (1, 1), pad, dilation, "none", op="bsr_conv2d_dgrad")
     return convolution(grad.contiguous(memory_format=torch.channels_last), None)
 
 

@@ -6,6 +6,7 @@ A dense factor is a block-sparse weight with every entry stored, so the strip ke
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -77,8 +78,9 @@ class PackedLowRank:
     ) -> None:  # fmt: skip
         if len(packed) != TENSORS_PER_FACTOR * len(shapes):
             raise ValueError(f"{op}: expected {TENSORS_PER_FACTOR * len(shapes)} packed tensors, got {len(packed)}")
-        if any(after[1] != before[0] for before, after in zip(shapes, shapes[1:])):
-            raise ValueError(f"{op}: expected factors that take each other's channels, got {[tuple(s) for s in shapes]}")
+        if any(after[1] != before[0] for before, after in pairwise(shapes)):
+            got = [tuple(shape) for shape in shapes]
+            raise ValueError(f"{op}: expected factors that take each other's channels, got {got}")
         last = len(shapes) - 1
         self._factors = tuple(
             PackedConv2d(

@@ -31,8 +31,8 @@ class _BlockSparse(AttributesInUse):
     passed over (the op then packs by itself) when ``values`` or the indices changed since or ``values`` wants a
     gradient. Writing to ``values`` in eval mode is legal; call ``prepack()`` afterwards to be fast again, and always
     after an in-place write through ``values.data``, which torch does not count. Assigning to ``stride``, ``padding``,
-    ``dilation``, ``epilogue`` or ``kernel`` builds the pack anew. A compiled module reads the pack of frozen values only, and sees writes
-    to those after ``prepack()``; an exported program never sees them.
+    ``dilation``, ``epilogue`` or ``kernel`` builds the pack anew. A compiled module reads the pack of frozen values
+    only, and sees writes to those after ``prepack()``; an exported program never sees them.
     """
 
     values: nn.Parameter
@@ -83,9 +83,7 @@ class _BlockSparse(AttributesInUse):
             ValueError: indices that break a rule of `slimkernels.formats.BSRWeight`.
         """
         self.drop_packed()
-        check_pattern(
-            type(self).__name__, self.crow_indices, self.col_indices, self.weight_shape, self.block_shape
-        )
+        check_pattern(type(self).__name__, self.crow_indices, self.col_indices, self.weight_shape, self.block_shape)
         self.transposed.copy_(self._transposed_index())
         self.order.copy_(self._order())
         if not self.training:

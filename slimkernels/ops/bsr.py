@@ -11,18 +11,25 @@ from torch import Tensor
 
 from slimkernels.formats import block_grid, check_pattern
 from slimkernels.kernels import KERNELS, reference
-from slimkernels.kernels.problems import INT32_MAX, ConvProblem, LinearProblem, Request, check_geometry, conv_output_size
+from slimkernels.kernels.problems import (
+    INT32_MAX,
+    ConvProblem,
+    LinearProblem,
+    Request,
+    check_geometry,
+    conv_output_size,
+)
 from slimkernels.kernels.select import launcher, resolve_gradient
 from slimkernels.kernels.transposed import check_transposed, pack_size
 from slimkernels.kernels.triton.bsr_conv2d_index import check_order
 from slimkernels.ops.library import (
+    LIBRARY,
     OPS,
     cast_floats,
     check_bias,
     check_epilogue,
     check_floating,
     has_tangent,
-    refuse_tangents,
     register,
     register_autocast,
     runs_plainly,
@@ -98,7 +105,6 @@ def _bsr_conv2d(
     )  # fmt: skip
     block = (block_shape[0], block_shape[1])
     _check_contents("bsr_conv2d", crow_indices, col_indices, packed, weight_shape, block)
-    refuse_tangents("bsr_conv2d", x, values, bias)
     launch = launcher(
         kernel, x.get_device(), ConvProblem, x.shape[0], x.shape[1], x.shape[2], x.shape[3], weight_shape[0],
         weight_shape[2], weight_shape[3], tuple(stride), tuple(padding), tuple(dilation), block, values.shape[0],
@@ -164,7 +170,6 @@ def _bsr_conv2d_backward(
     check_pattern(op, crow_indices, col_indices, weight_shape, block)
     if transposed is not None and output_mask[0]:
         check_transposed(op, transposed, crow_indices, col_indices, weight_shape, block, stride, dilation)
-    refuse_tangents(op, grad, x, values, bias)
 
     def launch(op: str, *args: Any) -> Tensor:
         return resolve_gradient(kernel, Request(op, x.dtype, x.device.type, block, "none"), stride).launch(*args)
@@ -217,7 +222,6 @@ def _bsr_linear(
     _check_linear(x, values, crow_indices, col_indices, bias, weight_shape, block_shape, epilogue, transposed)
     block = (block_shape[0], block_shape[1])
     _check_contents("bsr_linear", crow_indices, col_indices, packed, weight_shape, block)
-    refuse_tangents("bsr_linear", x, values, bias)
     rows = x.numel() // weight_shape[1]
     launch = launcher(
         kernel, x.get_device(), LinearProblem, rows, weight_shape[1], weight_shape[0], block, values.shape[0], x.dtype,
@@ -299,9 +303,13 @@ def _second_derivative(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     raise NotImplementedError("bsr_conv2d: expected to be differentiated once, got a second derivative")
 
 
-torch.library.register_autograd("slimkernels::bsr_conv2d", _bsr_conv2d_autograd, setup_context=_setup_context)
-torch.library.register_autograd("slimkernels::bsr_linear", _bsr_linear_autograd, setup_context=_setup_context)
-torch.library.register_autograd("slimkernels::bsr_conv2d_backward", _second_derivative)
+torch.library.register_autograd(
+    "slimkernels::bsr_conv2d", _bsr_conv2d_autograd, setup_context=_setup_context, lib=LIBRARY
+)
+torch.library.register_autograd(
+    "slimkernels::bsr_linear", _bsr_linear_autograd, setup_context=_setup_context, lib=LIBRARY
+)
+torch.library.register_autograd("slimkernels::bsr_conv2d_backward", _second_derivative, lib=LIBRARY)
 
 
 def _autocast(kernel_at: int, device: str, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -8,11 +8,30 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves
 
 from slimkernels.kernels import EPILOGUES
 from slimkernels.tensors import is_plain
 
-LIBRARY = torch.library.Library("slimkernels", "DEF")
+
+class _Library(torch.library.Library):
+    """Refuses tangents where torch's autograd meets an op: below it they would vanish without a word."""
+
+    def impl(self, op_name: str, fn: Callable[..., Any], dispatch_key: str = "", **options: Any) -> Any:
+        """As torch's."""
+
+        def without_tangents(keys: Any, *args: Any, **kwargs: Any) -> Any:
+            if forward_ad._current_level >= 0 and has_tangent(*tree_leaves(args)):
+                raise NotImplementedError(
+                    f"{op_name}: torch.ops.slimkernels.{op_name} has no forward-mode derivative; "
+                    "the functions of slimkernels.ops and the modules have"
+                )
+            return fn(keys, *args, **kwargs)
+
+        return super().impl(op_name, without_tangents if dispatch_key == "Autograd" else fn, dispatch_key, **options)
+
+
+LIBRARY = _Library("slimkernels", "DEF")
 OPS = torch.ops.slimkernels
 
 _SCHEMAS = (
@@ -146,16 +165,8 @@ _modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torc
 _transforms, _tracing = torch._C._functorch.peek_interpreter_stack, torch._C._get_tracing_state
 
 
-def has_tangent(*tensors: Tensor | None) -> bool:
-    """Whether one of the tensors carries a tangent of forward-mode differentiation."""
+def has_tangent(*values: Any) -> bool:
+    """Whether one of the values is a tensor with a tangent of forward-mode differentiation."""
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return False
-    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
-
-
-def refuse_tangents(op: str, *tensors: Tensor | None) -> None:
-    """Raises NotImplementedError for tangents, which an implementation below torch's autograd would lose."""
-    if forward_ad._current_level >= 0 and has_tangent(*tensors):
-        raise NotImplementedError(
-            f"{op}: torch.ops.slimkernels.{op} has no forward-mode derivative; slimkernels.ops.{op} and the modules do"
-        )
+    return any(isinstance(v, Tensor) and forward_ad.unpack_dual(v).tangent is not None for v in values)

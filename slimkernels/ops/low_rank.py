@@ -24,13 +24,13 @@ from slimkernels.kernels.problems import (
 from slimkernels.kernels.select import choose, launcher, resolve_gradient
 from slimkernels.kernels.strided_pointwise import convolution_backward
 from slimkernels.ops.library import (
+    LIBRARY,
     OPS,
     cast_floats,
     check_bias,
     check_epilogue,
     check_floating,
     has_tangent,
-    refuse_tangents,
     register,
     register_autocast,
     runs_plainly,
@@ -63,7 +63,6 @@ def _low_rank_linear(
     x: Tensor, U: Tensor, V: Tensor, bias: Tensor | None, packed: Sequence[Tensor], epilogue: str, kernel: str
 ) -> Tensor:
     _check_linear(x, U, V, bias, epilogue)
-    refuse_tangents("low_rank_linear", x, U, V, bias)
     rank, in_features = V.shape
     launch = launcher(
         _without_pack(kernel, "low_rank_linear", x, packed), x.get_device(), LowRankLinearProblem,
@@ -118,7 +117,6 @@ def _low_rank_conv2d(
     padding: Sequence[int], dilation: Sequence[int], kind: str, epilogue: str, kernel: str,
 ) -> Tensor:  # fmt: skip
     _conv2d_output_shape(x, factors, bias, stride, padding, dilation, kind, epilogue)
-    refuse_tangents("low_rank_conv2d", x, *factors, bias)
     shapes = tuple(tuple(f.shape) for f in factors)
     launch = launcher(
         _without_pack(kernel, "low_rank_conv2d", x, packed), x.get_device(), LowRankConvProblem, x.shape[0],
@@ -145,7 +143,6 @@ def _low_rank_linear_dgrad(grad: Tensor, U: Tensor, V: Tensor, kernel: str) -> t
             f"{op}: expected grad (..., out), U (out, rank) and V (rank, in), "
             f"got {tuple(grad.shape)}, {tuple(U.shape)} and {tuple(V.shape)}"
         )
-    refuse_tangents(op, grad, U, V)
     (out_features, rank), in_features = U.shape, V.shape[1]
     if kernel == "auto":
         rows = grad.numel() // max(out_features, 1)
@@ -236,11 +233,15 @@ def _conv2d_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return grad if need_x else None, grad_factors, grad_bias, [None] * ctx.packed_count, *[None] * 6
 
 
-torch.library.register_autograd("slimkernels::low_rank_linear", _linear_autograd, setup_context=_linear_setup_context)
 torch.library.register_autograd(
-    "slimkernels::low_rank_linear_dgrad", _dgrad_autograd, setup_context=_dgrad_setup_context
+    "slimkernels::low_rank_linear", _linear_autograd, setup_context=_linear_setup_context, lib=LIBRARY
 )
-torch.library.register_autograd("slimkernels::low_rank_conv2d", _conv2d_autograd, setup_context=_conv2d_setup_context)
+torch.library.register_autograd(
+    "slimkernels::low_rank_linear_dgrad", _dgrad_autograd, setup_context=_dgrad_setup_context, lib=LIBRARY
+)
+torch.library.register_autograd(
+    "slimkernels::low_rank_conv2d", _conv2d_autograd, setup_context=_conv2d_setup_context, lib=LIBRARY
+)
 
 
 def _autocast(device: str, args: tuple[Any, ...], packed_at: int) -> tuple[Any, ...]:
