@@ -127,7 +127,15 @@ def launch_wgrad(
 
     One matrix product a block row, of the row's gathered columns; where most blocks are stored, one product of all
     columns and channels, from which the stored blocks are taken.
+
+    Where the padding outweighs the image, torch's convolution, which does not store it, computes the gradient of the
+    dense weight.
     """
+    padded = math.prod(x.shape[2 + i] + 2 * padding[i] for i in (0, 1))
+    if padded > PADDED_SHARE * max(math.prod(x.shape[2:]), math.prod(grad.shape[2:]), PADDED_PIXELS):
+        return bsr_conv2d_wgrad(
+            grad, x, values, crow_indices, col_indices, weight_shape, block_shape, stride, padding, dilation
+        )
     c_out, c_in, r, s = weight_shape
     block_out, block_in = block_shape
     groups, taps = -(-c_in // block_in), r * s
