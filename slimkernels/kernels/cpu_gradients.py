@@ -7,6 +7,7 @@ block row, the row's stored columns of the im2col matrix with the row's channels
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 
 from slimkernels.kernels.native import PackedConv2d, pack_strips
 from slimkernels.kernels.problems import Room, strip_width
-from slimkernels.kernels.reference import bsr_conv2d_dgrad
+from slimkernels.kernels.reference import bsr_conv2d_dgrad, bsr_conv2d_wgrad
 
 # Elements of the im2col matrix that one step holds: 16 MB of float32, of the order of a core's share of L3.
 COLUMN_ELEMENTS = 2**22
