@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from slimkernels import _extension, formats, ops
 from slimkernels.formats import BSRWeight
-from slimkernels.kernels import KERNELS, native
+from slimkernels.kernels import KERNELS, far_taps, native
 from slimkernels.kernels.native_low_rank import PackedLowRank, pack_factors
 from slimkernels.kernels.problems import ConvProblem, LowRankConvProblem
 from slimkernels.kernels.select import choose
@@ -213,6 +213,58 @@ def test_a_dilation_beyond_the_offsets_is_computed_by_another_kernel(reach: int)
     dense.requires_grad_(True)
     (middle,) = torch.autograd.grad(F.conv2d(x, dense.weight[:, :, 1:2, 1:2]).sum(), dense.weight)
     torch.testing.assert_close(BSRWeight.from_dense(middle, (16, 1), torch.ones(1, 72) > 0).values, grad_values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("stride", "padding", "dilation"),
+    [((1, 1), (2, 3), (1, 2)), ((2, 3), (4, 1), (3, 1)), ((3, 1), (0, 2), (1, 1)), ((5, 7), (6, 6), (2, 2))],
+)
+def test_the_reference_tap_by_tap_is_torchs_convolution(monkeypatch, dtype, stride, padding, dilation) -> None:
+    """What it does for geometries that torch's own convolution is not asked for, here for those that it takes."""
+    x, w, bias = torch.randn(2, 3, 9, 8), torch.randn(4, 3, 3, 2), torch.randn(4)
+    x, w, bias = (t.to(dtype) for t in (x, w, bias))
+    asked: list[int] = []
+    conv2d = F.conv2d
+    expected = conv2d(x, w, bias, stride, padding, dilation)
+    grad = torch.randn_like(expected)
+    geometry = ([*stride], [*padding], [*dilation])
+    wanted = torch.ops.aten.convolution_backward(grad, x, w, None, *geometry, False, [0, 0], 1, [True, True, False])
+    monkeypatch.setattr(far_taps, "_FAR", 0)
+    monkeypatch.setattr(F, "conv2d", lambda *args: asked.append(1) or conv2d(*args))
+    found = far_taps.convolution(x, w, bias, stride, padding, dilation)
+    got = far_taps.convolution_backward(grad, x, w, stride, padding, dilation, (True, True))
+    assert not asked
+    bound = {"rtol": 0.1, "atol": 0.5} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-4}
+    for one, other in zip((found, *got), (expected, *wanted[:2]), strict=True):
+        torch.testing.assert_close(one, other, **bound)
+    assert far_taps.convolution_backward(grad, x, w, stride, padding, dilation, (False, False)) == (None, None)
+
+
+@pytest.mark.parametrize("far", [{"stride": (1, 10**9)}, {"padding": (5000, 1), "dilation": (5000, 1)}])
+def test_torchs_convolution_is_not_asked_for_far_geometries(monkeypatch, far) -> None:
+    x, factors = torch.randn(1, 8, 6, 6, requires_grad=True), [torch.randn(4, 8, 3, 3), torch.randn(16, 4, 1, 1)]
+    asked: list[int] = []
+    conv2d, backward = F.conv2d, torch.ops.aten.convolution_backward
+
+    def watched_backward(grad: Tensor, x: Tensor, weight: Tensor, *rest):
+        asked.append(max(weight.shape[2:]))
+        return backward(grad, x, weight, *rest)
+
+    monkeypatch.setattr(F, "conv2d", lambda x, w, *rest: asked.append(max(w.shape[2:])) or conv2d(x, w, *rest))
+    monkeypatch.setattr(
+        torch.ops.aten,
+        "convolution_backward",
+        lambda g, x, w, *r: asked.append(max(w.shape[2:])) or backward(g, x, w, *r),
+    )
+    kernels = [{"kernel": name} for name in ("bsr_conv2d__reference", "auto")]
+    for kernel in kernels:
+        w = weight()
+        w.values.requires_grad_(True)
+        call(w, x, **{**kernel, **far}).sum().backward()
+    factors[0].requires_grad_(True)
+    ops.low_rank_conv2d(x, factors, kind="svd", **far, kernel="low_rank_conv2d__reference").sum().backward()
+    assert max(asked, default=1) == 1  # pointwise factors alone
 
 
 @needs_native

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from slimkernels import env
 from slimkernels.formats import factor_obstacle
 from slimkernels.kernels import KERNELS, reference
+from slimkernels.kernels.far_taps import convolution, convolution_backward
 from slimkernels.kernels.problems import (
     LowRankConvProblem,
     LowRankLinearProblem,
@@ -22,7 +22,6 @@ from slimkernels.kernels.problems import (
     factor_geometry,
 )
 from slimkernels.kernels.select import choose, launcher, resolve_gradient
-from slimkernels.kernels.strided_pointwise import convolution_backward
 from slimkernels.ops.library import (
     LIBRARY,
     OPS,
@@ -220,7 +219,7 @@ def _conv2d_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     # Saved tensors have the dtype that the forward ran in, which autocast must not change again.
     with torch.autocast(x.device.type, enabled=False):
         for factor, (stride, padding, dilation) in zip(factors[:-1], ctx.geometry):
-            inputs.append(F.conv2d(inputs[-1], factor, None, stride, padding, dilation))
+            inputs.append(convolution(inputs[-1], factor, None, stride, padding, dilation))
     need_x, need_factors, need_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2]
     grad_bias = grad.sum((0, 2, 3)) if need_bias else None
     grad_factors: list[Tensor | None] = [None] * len(factors)
