@@ -21,7 +21,7 @@ from slimkernels.kernels.problems import (
     check_geometry,
     strip_width,
 )
-from slimkernels.kernels.strips import check_pack, pack_strips
+from slimkernels.kernels.strips import check_pack, pack_strips, readable_bias
 from slimkernels.tensors import is_plain
 
 
@@ -201,18 +201,6 @@ class PackedConv2d:
             raise ValueError(f"{self._op}: expected float32 CPU rows (..., {self.c_in}), got {got}")
         return y
 
-    def _checked_bias(self, bias: Tensor) -> Tensor:
-        """The bias as the kernels read it. Raises as the op does for one that does not fit."""
-        if bias.dtype is not torch.float32:
-            raise TypeError(f"{self._op}: expected bias of dtype torch.float32 like x, got {bias.dtype}")
-        if not bias.is_cpu:
-            raise ValueError(f"{self._op}: expected bias on cpu like x, got {bias.device}")
-        if bias.dim() != 1 or bias.numel() != self.c_out:
-            raise ValueError(f"{self._op}: expected bias of shape ({self.c_out},), got {tuple(bias.shape)}")
-        if not bias.is_contiguous() or bias.is_neg():
-            return bias.contiguous().resolve_neg()
-        return bias
-
     def _check_for_writes(self) -> None:
         """Checks the pack again where somebody wrote to its tensors."""
         _, channels, tap_ptr = self._packed
@@ -224,7 +212,7 @@ class PackedConv2d:
     def _run(self, x: Tensor, y: Tensor, bias: Tensor | None, n: int, h: int, w: int, p: int, q: int) -> None:
         self._check_for_writes()
         if bias is not None:
-            bias = self._checked_bias(bias)
+            bias = readable_bias(self._op, bias, self.c_out)
         if self._tail[0] < NARROWEST_CHANNELS_LAST:
             self._run_innermost(x, y, bias, n, h, w)
             return
@@ -322,7 +310,7 @@ class PackedConv2d:
             got = f"{tuple(x.shape)} and {tuple(y.shape)}"
             raise ValueError(f"{self._op}: expected float32 x and y that fit this weight and {n} images, got {got}")
         self._check_for_writes()
-        bias = None if bias is None else self._checked_bias(bias)
+        bias = None if bias is None else readable_bias(self._op, bias, self.c_out)
         members = self._members(x, y, bias, offsets, n, h, w, p, q, lanes)
         return Step(_CONV2D, members, (self, x, y, bias, offsets))
 

@@ -114,3 +114,16 @@ def check_pack(op: str, packed: Sequence[Tensor], weight_shape: Sequence[int]) -
         if low < 0 or high >= c_in:
             raise ValueError(f"{op}: expected channels of the strip pack in [0, {c_in}), got {low} to {high}")
     _CHECKED_PACKS.remember(c_in, channels, tap_ptr)
+
+
+def readable_bias(op: str, bias: Tensor, size: int) -> Tensor:
+    """A bias ``(size,)`` in memory as the kernels read it. Raises TypeError or ValueError, as the op does, for others."""
+    if bias.dtype is not torch.float32:
+        raise TypeError(f"{op}: expected bias of dtype torch.float32 like x, got {bias.dtype}")
+    if not bias.is_cpu:
+        raise ValueError(f"{op}: expected bias on cpu like x, got {bias.device}")
+    if bias.dim() != 1 or bias.numel() != size:
+        raise ValueError(f"{op}: expected bias of shape ({size},), got {tuple(bias.shape)}")
+    if not bias.is_contiguous() or bias.is_neg():
+        return bias.contiguous().resolve_neg()
+    return bias
