@@ -117,7 +117,7 @@ def check_pack(op: str, packed: Sequence[Tensor], weight_shape: Sequence[int]) -
 
 
 def readable_bias(op: str, bias: Tensor, size: int) -> Tensor:
-    """A bias ``(size,)`` in memory as the kernels read it. Raises TypeError or ValueError, as the op does, for others."""
+    """A bias ``(size,)`` in memory as the kernels read it. Raises TypeError or ValueError as the op does."""
     if bias.dtype is not torch.float32:
         raise TypeError(f"{op}: expected bias of dtype torch.float32 like x, got {bias.dtype}")
     if not bias.is_cpu:
