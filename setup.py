@@ -2,6 +2,9 @@
 
 SLIMKERNELS_CUDA=auto|1|0 (default auto) decides on the CUDA C++ kernels: auto takes nvcc when it is found, 1 fails
 without it. What was left out, and why, is written to slimkernels/_build.json, which `slimkernels info` prints.
+
+SLIMKERNELS_SANITIZE=1 builds with AddressSanitizer and UndefinedBehaviorSanitizer, for the fuzzing of `.ci/run`: such a
+module loads only into a process that has their runtimes preloaded.
 """
 
 import glob
@@ -24,6 +27,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+# `vptr` wants the type information of Python's extension types, which pybind11 does not give.
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all", "-O1", "-g1"]
 CPU = [*COMMON, "-fno-exceptions", "-fno-rtti", "-ffp-contract=off"]
 # Suffix of csrc/cpu/*_<isa>.cpp -> its flags. The scalar files keep the compiler's base instruction set.
 ISA_FLAGS = {
@@ -153,6 +158,10 @@ def cuda_wish() -> str:
     return wish
 
 
+def sanitize_flags() -> list[str]:
+    return SANITIZE if os.environ.get("SLIMKERNELS_SANITIZE", "0") == "1" else []
+
+
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Keeps two builds out of one folder: together they corrupt Ninja's dependency log, and all is built anew."""
@@ -268,14 +277,15 @@ class BuildNative(build_ext):
         depfile = ["-MD", "-MF", "$out.d", "-c", "$in", "-o", "$out"]
         file = NinjaFile()
         python = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_paths()["include"]]
-        file.rule("bindings", [*cxx, *COMMON, *include, *python, *depfile], "c++")
+        file.rule("bindings", [*cxx, *COMMON, *sanitize_flags(), *include, *python, *depfile], "c++")
         file.compile("bindings", ROOT / "csrc" / "bindings.cpp")
         for isa in isas:
-            flags = [*CPU, *ISA_FLAGS[isa], *(["-fopenmp"] if openmp else ["-Wno-unknown-pragmas"])]
+            flags = [*CPU, *sanitize_flags(), *ISA_FLAGS[isa]]
+            flags += ["-fopenmp"] if openmp else ["-Wno-unknown-pragmas"]
             file.rule(isa, [*cxx, *flags, *include, *depfile], f"c++ ({isa})")
             for source in sorted((ROOT / "csrc" / "cpu").glob(f"*_{isa}.cpp")):
                 file.compile(isa, source)
-        link = [*cxx, "-shared", "-o", "$out", "$in"]
+        link = [*cxx, *sanitize_flags(), "-shared", "-o", "$out", "$in"]
         if sys.platform == "darwin":
             link += ["-undefined", "dynamic_lookup"]
         else:
@@ -299,7 +309,8 @@ class BuildNative(build_ext):
 
     def build_folder(self) -> Path:
         """One folder per Python ABI, kept between builds so that only what changed is compiled again."""
-        folder = ROOT / "build" / f"native-{sysconfig.get_config_var('SOABI') or sys.implementation.cache_tag}"
+        kind = "sanitized" if sanitize_flags() else "native"
+        folder = ROOT / "build" / f"{kind}-{sysconfig.get_config_var('SOABI') or sys.implementation.cache_tag}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if os.access(folder, os.W_OK):

@@ -1,11 +1,14 @@
 // slimkernels._C: the entry points of kernels.h for Python. Pointers and streams are integers, 0 for NULL; the status code is
-// returned; the GIL is released while a kernel runs. Nothing is checked here but the instruction set, since an unsupported one
-// would kill the process.
+// returned; the GIL is released while a kernel runs. What can be told without reading memory is checked here: the instruction set,
+// since an unsupported one would kill the process, and that every number lies in its range and no offset wraps. What the tensors
+// hold is checked in slimkernels/kernels/native.py and cuda.py.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <cstring>
+#include <initializer_list>
 #include <string>
 #include <vector>
 
@@ -68,6 +71,75 @@ const Isa* supported_isa(const char* name) {
 }
 
 constexpr int kMembers = 26;  // of SlimConv2dF32
+constexpr int64_t kInt32Max = INT32_MAX;
+
+// The range that a number must lie in.
+struct Bound {
+  const char* name;
+  int64_t low, high;
+};
+
+// The first of the numbers that lies outside its range, or -1.
+int outside(const int64_t* values, const Bound* bounds, int count) {
+  for (int i = 0; i < count; ++i) {
+    if (values[i] < bounds[i].low || values[i] > bounds[i].high) return i;
+  }
+  return -1;
+}
+
+// The members behind the pointers. n is the only size that may pass int32: offsets across images are 64-bit.
+constexpr int kPointers = 7;
+constexpr Bound kConv2dBounds[kMembers - kPointers] = {
+    {"n", 1, INT64_MAX}, {"h", 0, kInt32Max}, {"w", 0, kInt32Max}, {"c_in", 1, kInt32Max}, {"c_out", 1, kInt32Max},
+    {"p", 1, kInt32Max}, {"q", 1, kInt32Max}, {"r", 1, kInt32Max}, {"s", 1, kInt32Max}, {"stride_h", 1, kInt32Max},
+    {"stride_w", 1, kInt32Max}, {"pad_h", 0, kInt32Max}, {"pad_w", 0, kInt32Max}, {"dil_h", 1, kInt32Max},
+    {"dil_w", 1, kInt32Max}, {"strip", 1, 32}, {"relu", 0, 1}, {"pool", 0, 1}, {"lanes", 1, 16}};
+constexpr Bound kLayoutBounds[4] = {{"n", 1, INT64_MAX}, {"h", 0, kInt32Max}, {"w", 0, kInt32Max}, {"c_in", 1, kInt32Max}};
+
+bool is_one_of(int64_t value, std::initializer_list<int64_t> legal) {
+  for (int64_t one : legal) {
+    if (value == one) return true;
+  }
+  return false;
+}
+
+// Whether a * b * c <= 2^31 - 1, all of them from 0 to 2^31 - 1.
+bool product_fits(int64_t a, int64_t b, int64_t c) {
+  if (a == 0 || b == 0 || c == 0) return true;
+  return a <= kInt32Max / b && a * b <= kInt32Max / c;
+}
+
+int64_t output_size(int64_t size, int64_t taps, int64_t stride, int64_t pad, int64_t dilation) {
+  const int64_t left = size + 2 * pad - dilation * (taps - 1) - 1;
+  return left < 0 ? 0 : left / stride + 1;
+}
+
+// "" where the members are what kernels.h asks for, as far as numbers tell, else what is wrong with them.
+std::string conv2d_fault(const int64_t* v) {
+  const int at = outside(v + kPointers, kConv2dBounds, kMembers - kPointers);
+  if (at >= 0) return std::string(kConv2dBounds[at].name) + " = " + std::to_string(v[kPointers + at]) + " is out of range";
+  const int64_t h = v[8], w = v[9], c_in = v[10], c_out = v[11], p = v[12], q = v[13], r = v[14], s = v[15], stride_w = v[17];
+  const int64_t pad_h = v[18], pad_w = v[19], dil_h = v[20], dil_w = v[21], strip = v[22], lanes = v[25];
+  if (!is_one_of(strip, {1, 2, 4, 8, 16, 24, 32})) return "strip = " + std::to_string(strip) + " is no known width";
+  if (!is_one_of(lanes, {1, 4, 8, 16})) return "lanes = " + std::to_string(lanes) + " is no known vector";
+  if (v[5] == 0) return "tap_ptr is NULL";
+  if (!product_fits(h, w, c_in * lanes) || c_in * lanes > kInt32Max) return "an image has 2^31 elements or more";
+  if (!product_fits(p, q, c_out * lanes) || c_out * lanes > kInt32Max) return "an output has 2^31 elements or more";
+  if (!product_fits(r, s, (c_out + strip - 1) / strip)) return "tap_ptr has 2^31 elements or more";
+  // Both factors of each product fit 31 bits; the sum below is at most 2^62 + 2^31.
+  const int64_t down = std::max(dil_h * (r - 1), pad_h), right = std::max({dil_w * (s - 1), pad_w, stride_w}) + 1;
+  if (down > kInt32Max || right > kInt32Max || down * w + right > kInt32Max / (c_in * lanes)) return "an offset is 2^31 or more";
+  return "";
+}
+
+std::string layout_fault(const int64_t* v) {
+  const int at = outside(v + kPointers, kLayoutBounds, 4);
+  if (at >= 0) return std::string(kLayoutBounds[at].name) + " = " + std::to_string(v[kPointers + at]) + " is out of range";
+  const int64_t n = v[7], h = v[8], w = v[9], c = v[10], lanes = v[25];
+  if (!is_one_of(lanes, {4, 8, 16})) return "lanes = " + std::to_string(lanes) + " is no known vector";
+  if (!product_fits(h, w, c * lanes) || c * lanes > kInt32Max) return "an image has 2^31 elements or more";
+  return n > (INT64_MAX >> 3) / std::max(h * w * c * lanes, lanes) ? "n is out of range" : "";
+}
 
 SlimConv2dF32 conv2d_of(const int64_t* v) {
   const auto i32 = [v](int i) { return static_cast<int32_t>(v[i]); };
@@ -77,6 +149,20 @@ SlimConv2dF32 conv2d_of(const int64_t* v) {
           i32(14), i32(15), i32(16), i32(17), i32(18), i32(19), i32(20), i32(21),  // r s stride pad dil
           i32(22), i32(23), i32(24), i32(25)};                                     // strip relu pool lanes
 }
+
+// The same of a convolution that is about to run: its tensors are there, and its output has the size that follows from the input's.
+std::string run_fault(const int64_t* v) {
+  const std::string fault = conv2d_fault(v);
+  if (!fault.empty()) return fault;
+  const int64_t n = v[7], h = v[8], w = v[9], c_in = v[10], c_out = v[11], p = v[12], q = v[13], pool = v[24], lanes = v[25];
+  if (v[0] == 0 || v[1] == 0) return "x or y is NULL";
+  if (p != output_size(h, v[14], v[16], v[18], v[20]) || q != output_size(w, v[15], v[17], v[19], v[21]) || p <= pool || q <= pool)
+    return "p or q is not the size of the output";
+  if (n > (INT64_MAX >> 3) / std::max({h * w * c_in * lanes, p * q * c_out * lanes, lanes})) return "n is out of range";
+  return "";
+}
+
+bool threads_fit(int64_t threads) { return threads >= 1 && threads <= kInt32Max; }
 
 // The one function a forward pass calls per layer: pybind11's conversion of its arguments costs 1.5 us, this 0.3 us.
 PyObject* conv2d_f32(PyObject*, PyObject* const* args, Py_ssize_t count) {
@@ -91,6 +177,8 @@ PyObject* conv2d_f32(PyObject*, PyObject* const* args, Py_ssize_t count) {
     v[i] = PyLong_AsLongLong(args[i + 1]);
     if (v[i] == -1 && PyErr_Occurred()) return nullptr;
   }
+  const std::string fault = threads_fit(v[kMembers]) ? run_fault(v) : "expected at least one thread";
+  if (!fault.empty()) return PyErr_Format(PyExc_ValueError, "conv2d_f32: %s", fault.c_str());
   const Isa* isa = supported_isa(name);
   if (isa == nullptr) return PyLong_FromLong(SLIM_ERROR_UNSUPPORTED);
   const SlimStepF32 step = {SLIM_STEP_CONV2D, -1, conv2d_of(v)};
@@ -102,8 +190,17 @@ PyObject* conv2d_f32(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return PyLong_FromLong(status);
 }
 
-void entry_offsets(const std::array<int64_t, kMembers>& members, uintptr_t offsets) {
+void entry_offsets(const std::array<int64_t, kMembers>& members, uintptr_t offsets, int64_t count) {
+  std::string fault = conv2d_fault(members.data());
   const SlimConv2dF32 a = conv2d_of(members.data());
+  if (fault.empty()) {
+    const int64_t runs = (a.c_out + a.strip - 1) / a.strip * a.r * a.s;
+    bool rises = a.tap_ptr[0] == 0;
+    for (int64_t i = 0; i < runs && rises; ++i) rises = a.tap_ptr[i] <= a.tap_ptr[i + 1];
+    if (!rises) fault = "tap_ptr does not rise from 0";
+    else if (count - SLIM_OFFSETS_MARGIN != a.tap_ptr[runs]) fault = "the offsets have room for " + std::to_string(count) + " numbers";
+  }
+  if (!fault.empty()) throw py::value_error("entry_offsets: " + fault);
   py::gil_scoped_release release;
   slim_entry_offsets(&a, pointer<int32_t>(offsets));
 }
@@ -112,9 +209,23 @@ void entry_offsets(const std::array<int64_t, kMembers>& members, uintptr_t offse
 class Steps {
  public:
   Steps(const std::string& isa, const std::vector<std::array<int64_t, 2 + kMembers>>& steps) : isa_(supported_isa(isa.c_str())) {
-    for (const auto& v : steps) steps_.push_back({static_cast<int32_t>(v[0]), static_cast<int32_t>(v[1]), conv2d_of(v.data() + 2)});
+    for (const auto& v : steps) {
+      const int64_t* const members = v.data() + 2;
+      std::string fault;
+      if (!is_one_of(v[0], {SLIM_STEP_CONV2D, SLIM_STEP_TO_IMAGES, SLIM_STEP_FROM_IMAGES}))
+        fault = "kind = " + std::to_string(v[0]) + " is no known step";
+      else if (v[1] < -1 || v[1] > kMaxSlot)
+        fault = "slot = " + std::to_string(v[1]) + " is out of range";
+      else if (members[0] == 0 || members[1] == 0)
+        fault = "x or y is NULL";
+      else
+        fault = v[0] == SLIM_STEP_CONV2D ? run_fault(members) : layout_fault(members);
+      if (!fault.empty()) throw py::value_error("Steps: " + fault);
+      steps_.push_back({static_cast<int32_t>(v[0]), static_cast<int32_t>(v[1]), conv2d_of(members)});
+    }
   }
   int run(int32_t threads) const {
+    if (!threads_fit(threads)) throw py::value_error("Steps: expected at least one thread");
     if (isa_ == nullptr) return SLIM_ERROR_UNSUPPORTED;
     py::gil_scoped_release release;
     return isa_->run_steps(steps_.data(), static_cast<int64_t>(steps_.size()), threads);
@@ -126,11 +237,13 @@ class Steps {
   }
 
  private:
+  static constexpr int64_t kMaxSlot = 65535;
   const Isa* isa_;
   std::vector<SlimStepF32> steps_;
 };
 
 double multiply_adds_f32(const std::string& name, int64_t iterations, int32_t threads) {
+  if (iterations < 0 || !threads_fit(threads)) throw py::value_error("multiply_adds_f32: expected iterations and threads to run");
   const Isa* isa = supported_isa(name.c_str());
   if (isa == nullptr) return 0;
   py::gil_scoped_release release;
@@ -154,6 +267,11 @@ py::dict build_info() {
       "gcc " __VERSION__;
 #endif
   info["openmp"] = bool(SLIM_HAVE_OPENMP);
+#if defined(__SANITIZE_ADDRESS__)
+  info["sanitized"] = true;
+#else
+  info["sanitized"] = false;
+#endif
   info["cuda"] = bool(SLIM_HAVE_CUDA);
   info["cuda_archs"] = SLIM_CUDA_ARCHS;
 #if SLIM_HAVE_CUDA
@@ -165,10 +283,26 @@ py::dict build_info() {
 }
 
 #if SLIM_HAVE_CUDA
+void check_cuda(const char* name, const int64_t* values, const Bound* bounds, int count) {
+  const int at = outside(values, bounds, count);
+  if (at >= 0) throw py::value_error(std::string(name) + ": " + bounds[at].name + " = " + std::to_string(values[at]) + " is out of range");
+}
+
 int cuda_bsr_conv2d(uintptr_t x, uintptr_t y, uintptr_t bias, uintptr_t values, uintptr_t crow_indices, uintptr_t col_indices,
                     int64_t n, int64_t h, int64_t w, int64_t c_in, int64_t c_out, int64_t p, int64_t q, int32_t r, int32_t s,
                     int32_t stride_h, int32_t stride_w, int32_t pad_h, int32_t pad_w, int32_t dil_h, int32_t dil_w,
                     int32_t block_out, int32_t block_in, int32_t relu, int32_t dtype, int32_t device, uintptr_t stream) {
+  const int64_t numbers[] = {n, h, w, c_in, c_out, p, q, r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, block_out, block_in,
+                             relu, dtype, device};
+  constexpr Bound bounds[] = {
+      {"n", 1, INT64_MAX}, {"h", 0, kInt32Max}, {"w", 0, kInt32Max}, {"c_in", 1, kInt32Max}, {"c_out", 1, kInt32Max},
+      {"p", 1, kInt32Max}, {"q", 1, kInt32Max}, {"r", 1, kInt32Max}, {"s", 1, kInt32Max}, {"stride_h", 1, kInt32Max},
+      {"stride_w", 1, kInt32Max}, {"pad_h", 0, kInt32Max}, {"pad_w", 0, kInt32Max}, {"dil_h", 1, kInt32Max},
+      {"dil_w", 1, kInt32Max}, {"block_out", 1, kInt32Max}, {"block_in", 1, kInt32Max}, {"relu", 0, 1},
+      {"dtype", SLIM_DTYPE_F32, SLIM_DTYPE_BF16}, {"device", 0, kInt32Max}};
+  check_cuda("cuda_bsr_conv2d", numbers, bounds, sizeof(bounds) / sizeof(bounds[0]));
+  if (!product_fits(r, s, (c_in + block_in - 1) / block_in * block_in) || c_in > kInt32Max - block_in)
+    throw py::value_error("cuda_bsr_conv2d: an output channel has 2^31 weights or more");
   const SlimCudaBsrConv2d a = {pointer<const void>(x), pointer(y), pointer<const void>(bias), pointer<const void>(values),
                                pointer<const int32_t>(crow_indices), pointer<const int32_t>(col_indices),
                                n, h, w, c_in, c_out, p, q, r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w,
@@ -179,6 +313,10 @@ int cuda_bsr_conv2d(uintptr_t x, uintptr_t y, uintptr_t bias, uintptr_t values, 
 
 int cuda_low_rank_linear(uintptr_t x, uintptr_t y, uintptr_t bias, uintptr_t u, uintptr_t v, int64_t m, int64_t in, int64_t out,
                          int64_t rank, int32_t relu, int32_t dtype, int32_t device, uintptr_t stream) {
+  const int64_t numbers[] = {m, in, out, rank, relu, dtype, device};
+  constexpr Bound bounds[] = {{"m", 1, INT64_MAX}, {"in", 1, kInt32Max}, {"out", 1, kInt32Max}, {"rank", 1, SLIM_CUDA_MAX_FUSED_RANK},
+                              {"relu", 0, 1}, {"dtype", SLIM_DTYPE_F32, SLIM_DTYPE_BF16}, {"device", 0, kInt32Max}};
+  check_cuda("cuda_low_rank_linear", numbers, bounds, sizeof(bounds) / sizeof(bounds[0]));
   const SlimCudaLowRankLinear a = {pointer<const void>(x), pointer(y), pointer<const void>(bias), pointer<const void>(u),
                                    pointer<const void>(v), m, in, out, rank, relu, dtype, device, pointer(stream)};
   py::gil_scoped_release release;
@@ -192,7 +330,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of slimkernels; csrc/kernels.h holds every function's preconditions.";
   m.def("isas", &isas, "Instruction sets that are compiled in and supported by this CPU, best first.");
   m.def("multiply_adds_f32", &multiply_adds_f32, "(isa, iterations, threads) -> FLOPs done; 0 where the isa does not run.");
-  m.def("entry_offsets", &entry_offsets, "(members of SlimConv2dF32 in order, address of the offsets)");
+  m.def("entry_offsets", &entry_offsets, "(members of SlimConv2dF32 in order, address of the offsets, their number)");
   py::class_<Steps>(m, "Steps", "Recorded steps of kernels.h; the caller keeps their memory alive.")
       .def(py::init<const std::string&, const std::vector<std::array<int64_t, 2 + kMembers>>&>(), "isa"_a, "steps"_a)
       .def("run", &Steps::run, "threads"_a, "Runs the steps in order; the status.")

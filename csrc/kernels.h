@@ -1,7 +1,7 @@
 // Every native entry point of slimkernels and its preconditions.
 //
-// The caller (slimkernels/kernels/native.py for the CPU, kernels/cuda.py for CUDA) has checked device, dtype, strides and
-// bounds; nothing here checks them again. Entry points return 0 on success and one of the SLIM_ERROR codes otherwise.
+// The caller (slimkernels/kernels/native.py for the CPU, kernels/cuda.py for CUDA) has checked device, dtype, strides, bounds and what
+// index tensors hold; bindings.cpp has checked the ranges of all numbers; nothing behind them checks again. Entry points return 0 on success and one of the SLIM_ERROR codes otherwise.
 // C types only: this header is included by translation units built for different instruction sets.
 #pragma once
 #include <stdint.h>
@@ -33,8 +33,8 @@ enum { SLIM_OK = 0, SLIM_ERROR_NO_MEMORY = 1, SLIM_ERROR_UNSUPPORTED = 2, SLIM_E
 // (ceil(n/lanes), h, w, c, lanes), lanes beyond n holding anything finite.
 //
 // Preconditions: x is (n,h,w,c_in), y is (n,p,q,c_out), or (n,p/2,q/2,c_out) with pool, both contiguous in that order and not overlapping;
-// n,p,q,c_out >= 1; every channel in [0, c_in); tap_ptr non-decreasing from 0; h*w*c_in*lanes, p*q*c_out*lanes and the entry count below
-// 2^31; r <= 64 unless lanes = 1. offsets, where given, is what slim_entry_offsets writes: of every entry the elements of x between a pixel's
+// n,p,q,c_out >= 1; every channel in [0, c_in); tap_ptr non-decreasing from 0; h*w*c_in*lanes, p*q*c_out*lanes, the entry count and
+// (max(dil_h*(r-1), pad_h)*w + max(dil_w*(s-1), pad_w, stride_w) + 1)*c_in*lanes below 2^31; r <= 64 unless lanes = 1. offsets, where given, is what slim_entry_offsets writes: of every entry the elements of x between a pixel's
 // tap (0, 0) and the entry, and behind them SLIM_OFFSETS_MARGIN numbers that are read ahead. A linear layer is h = w = r = s = 1.
 typedef struct SlimConv2dF32 {
   const float* x;
@@ -84,7 +84,7 @@ SLIM_HIDDEN double slim_multiply_adds_f32_avx512(int64_t iterations, int32_t thr
 // _C.conv2d_f32(isa, x, y, bias, weights, channels, tap_ptr, offsets, n, h, w, c_in, c_out, p, q, r, s, stride_h, stride_w, pad_h, pad_w,
 //               dil_h, dil_w, strip, relu, pool, lanes, threads): the members above in order; pointers as integers, 0 for NULL.
 // _C.Steps(isa, [(kind, slot, members in order), ...]).run(threads) or, in tests, .run_delayed(threads, seed);
-// _C.entry_offsets(members in order, offsets).
+// _C.entry_offsets(members in order, offsets, their number).
 
 // ---------------------------------------------------------------- CUDA
 

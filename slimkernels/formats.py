@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from slimkernels.tensors import Checked
+
 LOW_RANK_KINDS = ("svd", "tai", "tucker2")
 
 
@@ -186,7 +188,7 @@ class BSRWeight:
             ValueError: a wrong shape or value. TypeError: a wrong dtype. Both name the field, what was expected and
                 got.
         """
-        rows, cols = block_grid(self.weight_shape, self.block_shape)
+        rows, _ = block_grid(self.weight_shape, self.block_shape)
         values, crow, col = self.values, self.crow_indices, self.col_indices
         if not values.is_floating_point():
             raise TypeError(f"BSRWeight: expected floating-point values, got {values.dtype}")
@@ -208,25 +210,64 @@ class BSRWeight:
             raise ValueError(f"BSRWeight: expected crow_indices of length {rows + 1}, got {crow.numel()}")
         if col.numel() != values.shape[0]:
             raise ValueError(f"BSRWeight: expected col_indices of length {values.shape[0]}, got {col.numel()}")
-        crow64 = crow.long().cpu()
-        if int(crow64[0]) != 0:
-            raise ValueError(f"BSRWeight: expected crow_indices to start at 0, got {int(crow64[0])}")
-        if bool((crow64[1:] < crow64[:-1]).any()):
-            raise ValueError("BSRWeight: expected non-decreasing crow_indices, got a decrease")
-        nnz = int(crow64[-1])
-        if nnz > col.numel():
-            raise ValueError(f"BSRWeight: expected crow_indices to end at most at {col.numel()}, got {nnz}")
-        used = col[:nnz].long().cpu()
-        if nnz and (int(used.min()) < 0 or int(used.max()) >= cols):
-            bad = int(used.min()) if int(used.min()) < 0 else int(used.max())
-            raise ValueError(f"BSRWeight: expected col_indices in [0, {cols}), got {bad}")
-        row = torch.repeat_interleave(torch.arange(rows), crow64[1:] - crow64[:-1])
-        key = row * cols + used
-        if bool((key[1:] <= key[:-1]).any()):
-            raise ValueError("BSRWeight: expected strictly increasing col_indices within each block row")
+        row, used = _check_pattern("BSRWeight", crow, col, self.weight_shape, self.block_shape)
+        nnz = used.numel()
         padding = ~expand_mask_blocks(self.weight_shape, self.block_shape, row, used)
         if bool((values.detach()[:nnz].cpu()[padding] != 0).any()):
             raise ValueError("BSRWeight: expected padded entries of values to be exactly 0")
+
+
+_CHECKED_PATTERNS = Checked()
+
+
+def _pattern_key(weight_shape: Sequence[int], block_shape: Sequence[int]) -> tuple[int, ...]:
+    return (*weight_shape, *block_shape)
+
+
+def _check_pattern(
+    name: str, crow: Tensor, col: Tensor, weight_shape: Sequence[int], block_shape: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Block row and block column of every stored block, on the CPU; remembers that the indices passed.
+
+    Raises:
+        ValueError: beginning with ``name``, where the contents of the indices break a rule of `BSRWeight`.
+    """
+    rows, cols = block_grid(weight_shape, block_shape)
+    if cols > 2**31:
+        raise ValueError(f"{name}: expected at most 2**31 block columns, which int32 indices count, got {cols}")
+    crow64 = crow.long().cpu()
+    if int(crow64[0]) != 0:
+        raise ValueError(f"{name}: expected crow_indices to start at 0, got {int(crow64[0])}")
+    if bool((crow64[1:] < crow64[:-1]).any()):
+        raise ValueError(f"{name}: expected non-decreasing crow_indices, got a decrease")
+    nnz = int(crow64[-1])
+    if nnz > col.numel():
+        raise ValueError(f"{name}: expected crow_indices to end at most at {col.numel()}, got {nnz}")
+    used = col[:nnz].long().cpu()
+    if nnz and (int(used.min()) < 0 or int(used.max()) >= cols):
+        bad = int(used.min()) if int(used.min()) < 0 else int(used.max())
+        raise ValueError(f"{name}: expected col_indices in [0, {cols}), got {bad}")
+    row = torch.repeat_interleave(torch.arange(rows), crow64[1:] - crow64[:-1])
+    key = row * cols + used
+    if bool((key[1:] <= key[:-1]).any()):
+        raise ValueError(f"{name}: expected strictly increasing col_indices within each block row")
+    _CHECKED_PATTERNS.remember(_pattern_key(weight_shape, block_shape), crow, col)
+    return row, used
+
+
+def check_pattern(
+    name: str, crow: Tensor, col: Tensor, weight_shape: Sequence[int], block_shape: Sequence[int]
+) -> None:
+    """Raises ValueError, beginning with ``name``, where indices of the right lengths break a rule of `BSRWeight`.
+
+    The contents are read, which waits for a GPU, once for tensors that stay as they are. While a CUDA graph is
+    captured nothing can be read, and the indices are taken as the calls that warmed up left them.
+    """
+    if _CHECKED_PATTERNS.knows(_pattern_key(weight_shape, block_shape), crow, col):
+        return
+    if crow.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    _check_pattern(name, crow, col, weight_shape, block_shape)
 
 
 def expand_mask_blocks(

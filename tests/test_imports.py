@@ -19,7 +19,7 @@ MAX_LINES = 450
 # Imports point only to the right; modules of one entry do not import each other. A package stands for all its modules.
 CHAIN = (
     "cli", "recipes", "data, models", "compress", "checkpoint, inference", "conversion, tuning", "pattern",
-    "nn", "ops", "kernels", "_extension, formats", "files, timing", "env",
+    "nn", "ops", "kernels", "_extension, formats", "files, timing, tensors", "env",
 )  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(CHAIN) for name in names.split(", ")}
 # For tests and benchmarks: nothing else in the package imports them, and they import no more than this.
@@ -43,8 +43,8 @@ PACKAGES = {
         "native_layers, memory, concurrency", "inputs",
     ),
     "kernels": (
-        "select", "__init__", "cpu_gradients, native_low_rank", "native, cuda, reference, triton", "tables",
-        "break_even, cpu_cost, devices, gpu_cost", "gpu_rates", "problems, strided_pointwise, transposed"
+        "select", "__init__", "cpu_gradients, native_low_rank", "native, cuda, reference, triton", "strips, tables",
+        "break_even, cpu_cost, devices, gpu_cost", "far_taps, gpu_rates", "problems, strided_pointwise, transposed"
     ),
     "kernels/triton": (
         "bsr_conv2d, bsr_conv2d_backward_w, bsr_conv2d_backward_x, low_rank_linear, low_rank_conv2d, "

@@ -82,9 +82,9 @@ inline void entry_offsets(const SlimConv2dF32& a, int32_t* offsets) {
   const int64_t taps = (int64_t)a.r * a.s, strips = ceil_div(a.c_out, a.strip);
   for (int64_t k = 0; k < strips; ++k)
     for (int64_t tap = 0; tap < taps; ++tap) {
-      const int32_t shift = (int32_t)((tap / a.s * a.dil_h * a.w + tap % a.s * a.dil_w) * a.c_in);
+      const int64_t shift = (tap / a.s * a.dil_h * a.w + tap % a.s * a.dil_w) * a.c_in;
       const int32_t end = a.tap_ptr[k * taps + tap + 1];
-      for (int32_t e = a.tap_ptr[k * taps + tap]; e < end; ++e) offsets[e] = (a.channels[e] + shift) * (int32_t)a.lanes;
+      for (int32_t e = a.tap_ptr[k * taps + tap]; e < end; ++e) offsets[e] = (int32_t)((a.channels[e] + shift) * a.lanes);
     }
   for (int64_t e = a.tap_ptr[strips * taps], i = 0; i < SLIM_OFFSETS_MARGIN; ++i) offsets[e + i] = 0;
 }

@@ -24,6 +24,7 @@ from slimkernels.kernels.problems import (
     Problem,
     Request,
     SizedProblem,
+    native_obstacle,
 )
 
 OPS = ("bsr_conv2d", "bsr_linear", "low_rank_linear", "low_rank_conv2d")
@@ -57,7 +58,7 @@ class KernelSpec:
         devices: device types of its tensors.
         launch: the op's arguments without ``kernel`` -> output tensor; takes ``config=`` where ``configs`` gives any.
         available: None when this machine can run it, else why not.
-        shape_reason: None when it takes the problem's block shape, else why not.
+        shape_reason: None when it takes the problem's shapes, else why not.
         configs: launch configurations worth trying on a problem, the likeliest first; ``{}`` is the launcher's default.
         explicit_only: its speed hangs on the pattern, which a problem does not hold, so ``auto`` never takes it.
     """
@@ -116,7 +117,8 @@ def _rows() -> list[KernelSpec]:
         ):
             rows.append(
                 KernelSpec(f"{op}_f32__{isa}", op, "cpu", isa, frozenset({torch.float32}), EPILOGUES[op],
-                           frozenset({"cpu"}), partial(launch, isa), partial(native.unavailable_reason, isa))
+                           frozenset({"cpu"}), partial(launch, isa), partial(native.unavailable_reason, isa),
+                           partial(native_obstacle, isa))
             )  # fmt: skip
     fp32, cpu = frozenset({torch.float32}), frozenset({"cpu"})
     for isa in ("avx512", "avx2", "scalar"):

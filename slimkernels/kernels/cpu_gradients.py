@@ -7,6 +7,7 @@ block row, the row's stored columns of the im2col matrix with the row's channels
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -15,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from slimkernels.kernels.native import PackedConv2d, pack_strips
-from slimkernels.kernels.problems import strip_width
+from slimkernels.kernels.problems import Room, strip_width
+from slimkernels.kernels.reference import bsr_conv2d_dgrad, bsr_conv2d_wgrad
 
 # Elements of the im2col matrix that one step holds: 16 MB of float32, of the order of a core's share of L3.
 COLUMN_ELEMENTS = 2**22
@@ -24,6 +26,8 @@ NARROW_STRIP = 16
 # Share of stored blocks above which it is faster to compute on all of them (Zen 3, one thread, VGG-19's layers): the
 # pack of narrow blocks by copying the dense weight, the weight gradient by one product instead of one a block row.
 DENSE_PACK_SHARE, DENSE_PRODUCT_SHARE = 0.125, 0.4
+# Padded pixels over those of the image or the output, and least of them, from which the padding is not stored.
+PADDED_SHARE, PADDED_PIXELS = 16, 2**10
 
 
 def transposed_strips(
@@ -92,21 +96,27 @@ def launch_dgrad(
 
     Args: as the reference's; ``transposed`` is unused, because the strips want the taps in the opposite order.
 
+    Where an offset does not fit int32, torch's convolution computes it.
+
     Raises:
         RuntimeError: the native kernel failed (out of memory).
     """
     c_out, c_in, r, s = weight_shape
     if grad.numel() == 0 or min(image) == 0:
         return torch.zeros(grad.shape[0], c_in, *image).contiguous(memory_format=torch.channels_last)
-    pack = transposed_strips(values, crow_indices, col_indices, weight_shape, block_shape, isa)
     margin = dilation[0] * (r - 1) - padding[0], dilation[1] * (s - 1) - padding[1]
+    pad, transposed_shape = (max(0, margin[0]), max(0, margin[1])), (c_in, c_out, r, s)
+    if not Room.of(transposed_shape, (1, 1), pad, dilation).holds(*grad.shape[2:], *image):
+        return bsr_conv2d_dgrad(
+            grad, values, crow_indices, col_indices, transposed, image, weight_shape, block_shape, stride, padding,
+            dilation,
+        )  # fmt: skip
+    pack = transposed_strips(values, crow_indices, col_indices, weight_shape, block_shape, isa)
     # More padding than the kernel reaches: the outermost outputs read no pixel.
     cut_h, cut_w = max(0, -margin[0]), max(0, -margin[1])
     if cut_h or cut_w:
         grad = grad[:, :, cut_h : grad.shape[2] - cut_h, cut_w : grad.shape[3] - cut_w]
-    convolution = PackedConv2d(
-        isa, pack, (c_in, c_out, r, s), (1, 1), (max(0, margin[0]), max(0, margin[1])), dilation, "none"
-    )
+    convolution = PackedConv2d(isa, pack, transposed_shape, (1, 1), pad, dilation, "none", op="bsr_conv2d_dgrad")
     return convolution(grad.contiguous(memory_format=torch.channels_last), None)
 
 
@@ -118,7 +128,15 @@ def launch_wgrad(
 
     One matrix product a block row, of the row's gathered columns; where most blocks are stored, one product of all
     columns and channels, from which the stored blocks are taken.
+
+    Where the padding outweighs the image, torch's convolution, which does not store it, computes the gradient of the
+    dense weight.
     """
+    padded = math.prod(x.shape[2 + i] + 2 * padding[i] for i in (0, 1))
+    if padded > PADDED_SHARE * max(math.prod(x.shape[2:]), math.prod(grad.shape[2:]), PADDED_PIXELS):
+        return bsr_conv2d_wgrad(
+            grad, x, values, crow_indices, col_indices, weight_shape, block_shape, stride, padding, dilation
+        )
     c_out, c_in, r, s = weight_shape
     block_out, block_in = block_shape
     groups, taps = -(-c_in // block_in), r * s

@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 
 from slimkernels import _extension
-from slimkernels.kernels.problems import LANES, NARROWEST_CHANNELS_LAST, strip_width
+from slimkernels.kernels.problems import (
+    INT32_MAX,
+    LANES,
+    MAX_TAP_ROWS,
+    NARROWEST_CHANNELS_LAST,
+    Room,
+    check_geometry,
+    strip_width,
+)
+from slimkernels.kernels.strips import check_pack, pack_strips, readable_bias
+from slimkernels.tensors import is_plain
 
 
 @lru_cache(maxsize=1)
@@ -31,56 +41,6 @@ def unavailable_reason(isa: str) -> str | None:
     return f"{isa} is not built or not supported by this CPU (available: {', '.join(isas)})"
 
 
-def pack_strips(
-    values: Tensor,
-    crow_indices: Tensor,
-    col_indices: Tensor,
-    weight_shape: Sequence[int],
-    block_shape: Sequence[int],
-    strip: int,
-) -> list[Tensor]:
-    """Strip pack of csrc/kernels.h: ``[weights (entries, strip), channels (entries,), tap_ptr (strips * taps + 1,)]``.
-
-    Args:
-        values, crow_indices, col_indices: a valid BSR weight on the CPU; its spare capacity is left out.
-        weight_shape: ``(C_out, C_in, R, S)``.
-        block_shape: ``(block_out, block_in)``.
-        strip: output channels per strip, a divisor of ``block_out``.
-    """
-    c_out, c_in, r, s = weight_shape
-    block_out, block_in = block_shape
-    taps, groups, per_block = r * s, -(-c_in // block_in), block_out // strip
-    strips = -(-c_out // strip)
-    crow = crow_indices.long()
-    counts = crow[1:] - crow[:-1]
-    nnz = int(crow[-1])
-    row = torch.repeat_interleave(torch.arange(counts.numel()), counts)
-    tap = torch.div(col_indices[:nnz], groups, rounding_mode="floor").long()
-    first_channel = (col_indices[:nnz].long() - tap * groups) * block_in
-
-    # Order of the entries: strip, then block column, then channel inside the block.
-    sub = torch.arange(per_block)
-    position = crow[:-1][row][:, None] * (per_block - 1) + sub * counts[row][:, None] + torch.arange(nnz)[:, None]
-    order = torch.empty(nnz * per_block, dtype=torch.long)
-    order[position.reshape(-1)] = torch.arange(nnz * per_block)
-    weights = values.detach()[:nnz].reshape(nnz, per_block, strip, block_in).transpose(2, 3)
-    weights = weights.reshape(nnz * per_block, block_in, strip)
-    channels = first_channel[:, None, None] + torch.arange(block_in)
-    channels = channels.expand(nnz, per_block, block_in).reshape(nnz * per_block, block_in)
-    key = ((row[:, None] * per_block + sub) * taps + tap[:, None]).reshape(-1)
-    if per_block > 1:
-        weights, channels, key = weights[order], channels[order], key[order]
-    key = key[:, None].expand(-1, block_in).reshape(-1)
-    weights, channels = weights.reshape(-1, strip), channels.reshape(-1)
-    if strips * strip != counts.numel() * block_out or groups * block_in != c_in:
-        inside = (channels < c_in) & (key < strips * taps)
-        weights, channels, key = weights[inside], channels[inside], key[inside]
-    tap_ptr = torch.zeros(strips * taps + 1, dtype=torch.int32)
-    tap_ptr[1:] = torch.bincount(key, minlength=strips * taps).cumsum(0)
-    return [weights.contiguous(), channels.to(torch.int32), tap_ptr]
-
-
-_MAX_TAP_ROWS = 64  # of a kernel that reads images innermost
 _OFFSETS_MARGIN = 16  # SLIM_OFFSETS_MARGIN
 _CACHED_WIDTHS = 4
 _CONV2D, _TO_IMAGES, _FROM_IMAGES = range(3)  # SLIM_STEP_*
@@ -95,49 +55,52 @@ def images_innermost(n: int, h: int, w: int, channels: int, isa: str) -> tuple[i
 class PackedConv2d:
     """A packed weight with its geometry: a native convolution that only waits for its input.
 
-    What it computes never changes, so any number of threads may call it; it remembers the offsets of its entries for
-    the image widths it has seen.
+    The pack and the geometry are checked here, once, and the pack again after a write to it; a call checks its input
+    and its bias. Any number of threads may call it; it remembers the offsets of its entries for the image widths it has
+    seen.
 
     Args:
         isa: instruction set of the kernel.
-        packed: what `pack_strips` returned.
+        packed: what `pack_strips` returned, or any other tensors that `strips.check_pack` lets pass.
         weight_shape: ``(C_out, C_in, R, S)``.
         stride, padding, dilation: two ints each.
         epilogue: ``none``, ``relu`` or ``relu_maxpool2``.
         op: named in errors.
 
     Raises:
-        ValueError: a pack of another weight shape, or 2**31 entries and more.
+        ValueError: a pack of another weight shape or with a number that points outside of it; a geometry that is not
+            positive or does not fit int32. TypeError: a pack of other dtypes.
     """
 
     __slots__ = (
-        "_conv2d", "_geometry", "_isa", "_offsets", "_op", "_packed", "_pool", "_tail", "c_in", "c_out", "limit",
+        "_conv2d", "_geometry", "_isa", "_offsets", "_op", "_packed", "_pool", "_room", "_tail", "_versions", "c_in",
+        "c_out",
     )  # fmt: skip
 
     def __init__(
         self, isa: str, packed: Sequence[Tensor], weight_shape: Sequence[int], stride: Sequence[int],
         padding: Sequence[int], dilation: Sequence[int], epilogue: str, op: str = "bsr_conv2d",
     ) -> None:  # fmt: skip
+        check_geometry(op, stride, padding, dilation)
         self.c_out, self.c_in, r, s = weight_shape
-        self._op = op
-        weights, channels, tap_ptr = packed
-        strip = weights.shape[1]
-        strips = -(-self.c_out // strip)
-        if tap_ptr.numel() != strips * r * s + 1 or channels.numel() != weights.shape[0]:
-            raise ValueError(
-                f"{op}: expected a strip pack of {strips} strips and {r * s} taps, "
-                f"got tap_ptr of length {tap_ptr.numel()}"
-            )
-        if weights.shape[0] >= 2**31:
-            raise ValueError(f"{op}: expected fewer than 2**31 entries")
+        if not all(0 < size <= INT32_MAX for size in weight_shape):
+            raise ValueError(f"{op}: expected positive weight sizes that fit int32, got {tuple(weight_shape)}")
+        check_pack(op, packed, weight_shape)
         module = _library()[0]
         assert module is not None
-        self._conv2d, self._isa, self._packed = module.conv2d_f32, isa, tuple(packed)
+        self._op, self._conv2d, self._isa = op, module.conv2d_f32, isa
+        # Aliases: what happens to the sizes or the storage of the caller's tensors does not reach them.
+        weights, channels, tap_ptr = (tensor.detach() for tensor in packed)
+        if channels.is_inference() or tap_ptr.is_inference():  # of which torch would not count writes
+            with torch.inference_mode(False):
+                channels, tap_ptr = channels.clone(), tap_ptr.clone()
+        self._packed = weights, channels, tap_ptr
+        self._versions = channels._version + tap_ptr._version
         self._geometry = (r, s, stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1])
         self._pool = epilogue == "relu_maxpool2"
-        self._tail = (strip, int(epilogue != "none"), int(self._pool))
+        self._tail = (weights.shape[1], int(epilogue != "none"), int(self._pool))
         self._offsets: dict[int, Tensor] = {}
-        self.limit = (2**31 - 1) // max(self.c_in, self.c_out)
+        self._room = Room.of(weight_shape, stride, padding, dilation)
 
     @property
     def packed(self) -> tuple[Tensor, ...]:
@@ -157,8 +120,8 @@ class PackedConv2d:
     def takes_images_innermost(self, h: int, w: int) -> bool:
         """Whether the kernel runs on images of this size with a vector of them innermost."""
         p, q = self.output_size(h, w)
-        fits = LANES[self._isa] * max(h * w, p * q) <= self.limit
-        return fits and min(p, q) > self._pool and self._geometry[0] <= _MAX_TAP_ROWS
+        fits = self._room.holds(h, w, p, q, LANES[self._isa])
+        return fits and min(p, q) > self._pool and self._geometry[0] <= MAX_TAP_ROWS
 
     def output_size(self, h: int, w: int) -> tuple[int, int]:
         """Height and width of the output, before pooling, for an input of this height and width."""
@@ -167,53 +130,97 @@ class PackedConv2d:
             w + 2 * pad_w - dil_w * (s - 1) - 1
         ) // stride_w + 1
 
-    def takes(self, x: Tensor) -> bool:
-        """Whether x is a non-empty float32 CPU image batch of the right channels that leaves an output to compute."""
-        if x.dim() != 4 or x.dtype is not torch.float32 or x.device.type != "cpu":
-            return False
-        n, c, h, w = x.shape
+    def takes_images(self, h: int, w: int) -> bool:
+        """Whether the kernel runs on images of this size, and they leave an output to compute."""
         p, q = self.output_size(h, w)
-        fits = n > 0 and c == self.c_in and min(p, q) > self._pool and max(h * w, p * q) <= self.limit
+        fits = min(p, q) > self._pool and self._room.holds(h, w, p, q)
         return fits and (not self.narrow or self.takes_images_innermost(h, w))
 
-    def takes_rows(self, x: Tensor) -> bool:
-        """Whether x holds float32 CPU rows of the right length."""
-        return x.dtype is torch.float32 and x.device.type == "cpu" and x.shape[-1:] == (self.c_in,)
+    def attempt(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        """The output for a non-empty float32 CPU image batch ``(N, C_in, H, W)`` of any strides; None where it is not.
 
-    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """The output for a float32 CPU image batch that fits; x channels_last.
+        None, too, where the images or their geometry are beyond what the kernel holds, or leave no output.
 
         Raises:
-            ValueError: an image of 2**31 elements or more. RuntimeError: the native kernel failed (out of memory).
+            ValueError, TypeError: the bias does not fit. RuntimeError: the native kernel failed (out of memory).
         """
-        n, _, h, w = x.shape
+        if x.dim() != 4 or x.dtype is not torch.float32 or not x.is_cpu:
+            return None
+        n, c, h, w = x.shape
         p, q = self.output_size(h, w)
-        size = (n, self.c_out, p // 2, q // 2) if self._pool else (n, self.c_out, p, q)
+        pool = self._pool
+        if c != self.c_in or n == 0 or p <= pool or q <= pool or not self._room.holds(h, w, p, q):
+            return None
+        if self._tail[0] < NARROWEST_CHANNELS_LAST and not self.takes_images_innermost(h, w):
+            return None
+        size = (n, self.c_out, p // 2, q // 2) if pool else (n, self.c_out, p, q)
         y = torch.empty(size, memory_format=torch.channels_last, dtype=torch.float32)
-        self._run(x, y, bias, n, h, w, p, q)
+        self._run(x.contiguous(memory_format=torch.channels_last), y, bias, n, h, w, p, q)
         return y
 
-    def rows(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """The output for contiguous float32 CPU rows ``(..., in)``, the weight being that of a linear layer."""
+    def attempt_rows(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        """The output for float32 CPU rows ``(..., in)``, the weight being that of a linear layer; None for others.
+
+        Raises:
+            ValueError, TypeError: the bias does not fit. RuntimeError: the native kernel failed (out of memory).
+        """
+        if x.dtype is not torch.float32 or not x.is_cpu or x.shape[-1:] != (self.c_in,):
+            return None
         y = torch.empty((*x.shape[:-1], self.c_out), dtype=torch.float32)
-        rows = x.numel() // self.c_in
-        if self.narrow:
+        x, rows = x.contiguous(), x.numel() // self.c_in
+        if rows == 0:
+            return y
+        if self._tail[0] < NARROWEST_CHANNELS_LAST:
             # Two dimensions: in front of the layout copies, four would be taken for those of a batch of images.
             self._run(x.view(rows, self.c_in), y.view(rows, self.c_out), bias, rows, 1, 1, 1, 1)
         else:
             self._run(x, y, bias, rows, 1, 1, 1, 1)
         return y
 
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """As `attempt`, for images that the op has checked: none at all give an empty output.
+
+        Raises:
+            ValueError: an image, or a geometry on it, that the kernel cannot hold. Others as `attempt`.
+        """
+        y = self.attempt(x, bias)
+        if y is not None:
+            return y
+        n, c, h, w = x.shape
+        p, q = self.output_size(h, w)
+        if n == 0 and c == self.c_in and min(p, q) > self._pool:
+            size = (0, self.c_out, p // 2, q // 2) if self._pool else (0, self.c_out, p, q)
+            return torch.empty(size, memory_format=torch.channels_last, dtype=torch.float32)
+        limit = f" and at most {MAX_TAP_ROWS} tap rows" if self.narrow else ""
+        raise ValueError(
+            f"{self._op}: expected float32 CPU images of {self.c_in} channels with fewer than 2**31 elements in an "
+            f"image, an output and the reach of the kernel{limit}, got {x.dtype} x of shape {tuple(x.shape)} for "
+            f"(r, s, stride, padding, dilation) {self._geometry}"
+        )
+
+    def rows(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """As `attempt_rows`, for rows that the op has checked. Raises ValueError for others."""
+        y = self.attempt_rows(x, bias)
+        if y is None:
+            got = f"{x.dtype} x of shape {tuple(x.shape)}"
+            raise ValueError(f"{self._op}: expected float32 CPU rows (..., {self.c_in}), got {got}")
+        return y
+
+    def _check_for_writes(self) -> None:
+        """Checks the pack again where somebody wrote to its tensors."""
+        _, channels, tap_ptr = self._packed
+        versions = channels._version + tap_ptr._version
+        if versions != self._versions:
+            check_pack(self._op, self._packed, (self.c_out, self.c_in, *self._geometry[:2]))
+            self._offsets, self._versions = {}, versions
+
     def _run(self, x: Tensor, y: Tensor, bias: Tensor | None, n: int, h: int, w: int, p: int, q: int) -> None:
-        if n == 0:
-            return
-        if max(h * w, p * q) > self.limit:
-            raise ValueError(f"{self._op}: expected images of fewer than 2**31 elements")
-        if self.narrow:
+        self._check_for_writes()
+        if bias is not None:
+            bias = readable_bias(self._op, bias, self.c_out)
+        if self._tail[0] < NARROWEST_CHANNELS_LAST:
             self._run_innermost(x, y, bias, n, h, w)
             return
-        if bias is not None and not bias.is_contiguous():
-            bias = bias.contiguous()
         offsets = self._known_offsets(w, 1) if self._geometry[0] * self._geometry[1] > 1 else None
         members = self._members(x, y, bias, offsets, n, h, w, p, q, 1)
         status = self._conv2d(self._isa, *members, torch.get_num_threads())
@@ -222,9 +229,6 @@ class PackedConv2d:
 
     def _run_innermost(self, x: Tensor, y: Tensor, bias: Tensor | None, n: int, h: int, w: int) -> None:
         """The same through copies of x and y with a vector of images innermost."""
-        if not self.takes_images_innermost(h, w):
-            size = f"{self._geometry[0]} tap rows and images of {h} x {w}"
-            raise ValueError(f"{self._op}: expected at most {_MAX_TAP_ROWS} tap rows and smaller images, got {size}")
         x, y = (t if t.dim() == 4 else t.view(n, t.shape[-1], 1, 1) for t in (x, y))
         inner = torch.empty(images_innermost(n, h, w, self.c_in, self._isa))
         outer = torch.empty(images_innermost(n, y.shape[2], y.shape[3], self.c_out, self._isa))
@@ -248,8 +252,7 @@ class PackedConv2d:
         p: int, q: int, lanes: int,
     ) -> tuple[int, ...]:  # fmt: skip
         """The members of SlimConv2dF32 in order."""
-        weights, channels, tap_ptr = self._packed
-        pointers = (x, y, bias, weights, channels, tap_ptr, offsets)
+        pointers = (x, y, bias, *self._packed, offsets)
         addresses = (0 if t is None else t.data_ptr() for t in pointers)
         return (*addresses, n, h, w, self.c_in, self.c_out, p, q, *self._geometry, *self._tail, lanes)
 
@@ -257,11 +260,21 @@ class PackedConv2d:
         """Elements of x between a pixel's first tap and each entry, for images of this width.
 
         Int32, with a margin behind them that the kernels read ahead.
+
+        Raises:
+            ValueError: an offset that int32 does not hold.
         """
+        if not self._room.holds(1, w, 1, 1, lanes):
+            raise ValueError(
+                f"{self._op}: expected offsets below 2**31, got images {w} wide with {lanes} innermost for "
+                f"(r, s, stride, padding, dilation) {self._geometry} and {self.c_in} channels"
+            )
+        self._check_for_writes()
         offsets = torch.empty(self._packed[1].numel() + _OFFSETS_MARGIN, dtype=torch.int32)
         module = _library()[0]
         assert module is not None
-        module.entry_offsets(self._members(None, None, None, None, 1, 1, w, 1, 1, lanes), offsets.data_ptr())
+        members = self._members(None, None, None, None, 1, 1, w, 1, 1, lanes)
+        module.entry_offsets(members, offsets.data_ptr(), offsets.numel())
         return offsets
 
     def step(self, x: Tensor, y: Tensor, bias: Tensor | None, n: int, offsets: Tensor) -> Step:
@@ -275,13 +288,13 @@ class PackedConv2d:
             offsets: `entry_offsets` for the width and the lanes of x.
 
         Raises:
-            ValueError: tensors of another shape, dtype or layout.
+            ValueError: tensors of another shape, dtype or layout. TypeError: a bias of another dtype.
         """
         lanes = x.shape[4] if x.dim() == 5 else 1
         _, c_in, h, w = _image_sizes(x)
         p, q = self.output_size(h, w)
         p_out, q_out = p >> self._pool, q >> self._pool
-        fits = c_in == self.c_in and min(p_out, q_out) > 0 and max(h * w, p * q) <= self.limit
+        fits = c_in == self.c_in and min(p_out, q_out) > 0 and self._room.holds(h, w, p, q, lanes)
         if lanes > 1:
             fits = fits and self.takes_images_innermost(h, w)
             fits = fits and x.shape == images_innermost(n, h, w, c_in, self._isa)
@@ -292,13 +305,17 @@ class PackedConv2d:
         if not (
             fits
             and n > 0
-            and _is_plain(x)
-            and _is_plain(y)
+            and _is_dense(x)
+            and _is_dense(y)
+            and offsets.dtype is torch.int32
+            and offsets.is_cpu
+            and offsets.is_contiguous()
             and offsets.numel() == self._packed[1].numel() + _OFFSETS_MARGIN
         ):
             got = f"{tuple(x.shape)} and {tuple(y.shape)}"
             raise ValueError(f"{self._op}: expected float32 x and y that fit this weight and {n} images, got {got}")
-        bias = None if bias is None else bias.contiguous()
+        self._check_for_writes()
+        bias = None if bias is None else readable_bias(self._op, bias, self.c_out)
         members = self._members(x, y, bias, offsets, n, h, w, p, q, lanes)
         return Step(_CONV2D, members, (self, x, y, bias, offsets))
 
@@ -360,7 +377,7 @@ def layout_step(x: Tensor, y: Tensor, n: int) -> Step:
     _, channels, h, w = _image_sizes(near)
     lanes = far.shape[-1]
     fits = near.dim() < 5 and near.shape[0] == n and far.shape == (-(-n // lanes), h, w, channels, lanes)
-    if not (fits and n > 0 and _is_plain(x) and _is_plain(y)):
+    if not (fits and n > 0 and _is_dense(x) and _is_dense(y)):
         raise ValueError(f"layout_step: expected {n} images in two layouts, got {tuple(x.shape)} and {tuple(y.shape)}")
     members = (x.data_ptr(), y.data_ptr(), *[0] * 5, n, h, w, channels, *[0] * 14, lanes)
     return Step(_TO_IMAGES if to_images else _FROM_IMAGES, members, (x, y))
@@ -375,10 +392,12 @@ def _image_sizes(x: Tensor) -> tuple[int, int, int, int]:
     return x.numel() // max(x.shape[-1], 1), x.shape[-1], 1, 1
 
 
-def _is_plain(x: Tensor) -> bool:
-    """Float32 on the CPU, images channels_last, everything else contiguous."""
+def _is_dense(x: Tensor) -> bool:
+    """Plain float32 on the CPU, images channels_last, everything else contiguous."""
+    if x.dtype is not torch.float32 or not x.is_cpu or not is_plain(x):
+        return False
     layout = torch.channels_last if x.dim() == 4 else torch.contiguous_format
-    return x.dtype is torch.float32 and x.device.type == "cpu" and x.is_contiguous(memory_format=layout)
+    return x.is_contiguous(memory_format=layout)
 
 
 _UNIT = (1, 1)

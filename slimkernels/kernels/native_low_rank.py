@@ -6,6 +6,7 @@ A dense factor is a block-sparse weight with every entry stored, so the strip ke
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -66,7 +67,7 @@ class PackedLowRank:
         epilogue: of the last factor.
 
     Raises:
-        ValueError: packs of other factors.
+        ValueError, TypeError: packs of other factors, or as `PackedConv2d`.
     """
 
     __slots__ = ("_factors", "c_out")
@@ -77,6 +78,9 @@ class PackedLowRank:
     ) -> None:  # fmt: skip
         if len(packed) != TENSORS_PER_FACTOR * len(shapes):
             raise ValueError(f"{op}: expected {TENSORS_PER_FACTOR * len(shapes)} packed tensors, got {len(packed)}")
+        if any(after[1] != before[0] for before, after in pairwise(shapes)):
+            got = [tuple(shape) for shape in shapes]
+            raise ValueError(f"{op}: expected factors that take each other's channels, got {got}")
         last = len(shapes) - 1
         self._factors = tuple(
             PackedConv2d(
@@ -87,31 +91,42 @@ class PackedLowRank:
         )  # fmt: skip
         self.c_out = shapes[-1][0]
 
-    def takes(self, x: Tensor) -> bool:
-        """Whether x is a non-empty float32 CPU image batch of the right channels that every factor can run on."""
-        first = self._factors[0]
-        if not first.takes(x):
-            return False
-        h, w = first.output_size(x.shape[2], x.shape[3])
-        for factor in self._factors[1:]:
-            before = h * w
-            h, w = factor.output_size(h, w)
-            if min(h, w) < 1 or max(before, h * w) > factor.limit:
-                return False
-        return True
+    def attempt(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        """The output for a non-empty float32 CPU image batch that every factor takes; None where one does not.
 
-    def takes_rows(self, x: Tensor) -> bool:
-        """Whether x holds float32 CPU rows of the right length."""
-        return self._factors[0].takes_rows(x)
+        Raises:
+            ValueError, TypeError: the bias does not fit. RuntimeError: a native kernel failed (out of memory).
+        """
+        if x.dim() != 4:
+            return None
+        h, w = x.shape[2:]
+        for factor in self._factors:
+            if not factor.takes_images(h, w):
+                return None
+            h, w = factor.output_size(h, w)
+        y = self._factors[0].attempt(x, None)
+        return y if y is None else self._rest(y, bias)
+
+    def _rest(self, y: Tensor, bias: Tensor | None) -> Tensor:
+        for factor in self._factors[1:-1]:
+            y = factor(y, None)
+        return self._factors[-1](y, bias)
+
+    def attempt_rows(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        """The output for float32 CPU rows ``(..., in)``; None for others. Raises as `attempt`."""
+        y = self._factors[0].attempt_rows(x, None)
+        if y is None:
+            return None
+        for factor in self._factors[1:-1]:
+            y = factor.rows(y, None)
+        return self._factors[-1].rows(y, bias)
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """The output for a float32 CPU image batch that fits; x channels_last. Raises as `PackedConv2d`."""
-        for factor in self._factors[:-1]:
-            x = factor(x, None)
-        return self._factors[-1](x, bias)
+        """The output for float32 CPU images that the op has checked, possibly none. Raises as `PackedConv2d`."""
+        return self._rest(self._factors[0](x, None), bias)
 
     def rows(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """The output for contiguous float32 CPU rows ``(..., in)``."""
+        """As `attempt_rows`, for rows that the op has checked. Raises as `PackedConv2d`."""
         for factor in self._factors[:-1]:
             x = factor.rows(x, None)
         return self._factors[-1].rows(x, bias)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
@@ -21,10 +21,58 @@ def taps_in_image(size: int, kernel: int, stride: int, padding: int, dilation: i
     return sum(0 <= i * stride - padding + t * dilation < size for t in range(kernel) for i in range(out))
 
 
+INT32_MAX = 2**31 - 1
+
+
+def check_geometry(op: str, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> None:
+    """Raises ValueError unless stride and dilation are positive, padding is not negative, and all fit int32."""
+    if any(len(pair) != 2 or max(pair) > INT32_MAX for pair in (stride, padding, dilation)):
+        raise ValueError(
+            f"{op}: expected stride, padding and dilation of two ints below 2**31 each, "
+            f"got {tuple(stride)}, {tuple(padding)}, {tuple(dilation)}"
+        )
+    if min(stride) < 1 or min(dilation) < 1 or min(padding) < 0:
+        raise ValueError(
+            f"{op}: expected stride >= 1, dilation >= 1, padding >= 0, "
+            f"got {tuple(stride)}, {tuple(dilation)}, {tuple(padding)}"
+        )
+
+
+class Room(NamedTuple):
+    """What the CPU kernels hold of a convolution: they count the elements inside an image in int32.
+
+    Attributes:
+        pixels: of an image or an output, at most, one image being innermost.
+        rows, columns: how far the kernel reaches from a pixel, taps, padding and stride considered.
+        reach: the same in pixels, at most.
+    """
+
+    pixels: int
+    rows: int
+    columns: int
+    reach: int
+
+    @classmethod
+    def of(
+        cls, weight_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+    ) -> Room:
+        """The room of a convolution of weight ``(C_out, C_in, R, S)``."""
+        c_out, c_in, r, s = weight_shape
+        rows, columns = max(dilation[0] * (r - 1), padding[0]), max(dilation[1] * (s - 1), padding[1], stride[1])
+        return cls(INT32_MAX // max(c_in, c_out), rows, columns + 1, INT32_MAX // c_in)
+
+    def holds(self, h: int, w: int, p: int, q: int, lanes: int = 1) -> bool:
+        """Whether there is room for images of h x w and outputs of p x q, ``lanes`` of them innermost."""
+        pixels, rows, columns, reach = self
+        return h * w * lanes <= pixels and p * q * lanes <= pixels and (rows * w + columns) * lanes <= reach
+
+
 # Images of a vector, by instruction set: how many lie innermost in the second activation layout of csrc/kernels.h.
 LANES = {"scalar": 4, "avx2": 8, "avx512": 16}
 # Strips narrower than this read images innermost only.
 NARROWEST_CHANNELS_LAST = 8
+# Rows of taps at most of a kernel that reads images innermost.
+MAX_TAP_ROWS = 64
 
 
 def strip_width(block_out: int, isa: str) -> int:
@@ -316,6 +364,30 @@ def factor_geometry(
         ]
     carrier = 1 if kind == "tucker2" else 0
     return [(stride, padding, dilation) if i == carrier else unit for i in range(count)]
+
+
+def native_obstacle(isa: str, problem: Problem) -> str | None:
+    """Why the CPU kernels of an instruction set cannot hold a problem; None where they can, or sizes are unknown."""
+    if isinstance(problem, ConvProblem):
+        shapes: Sequence[Sequence[int]] = [(problem.c_out, problem.c_in, problem.r, problem.s)]
+        geometry = [(problem.stride, problem.padding, problem.dilation)]
+        narrow = strip_width(problem.block_shape[0], isa) < NARROWEST_CHANNELS_LAST
+    elif isinstance(problem, LowRankConvProblem):
+        shapes, narrow = problem.factor_shapes, False
+        geometry = factor_geometry(problem.kind, len(shapes), problem.stride, problem.padding, problem.dilation)
+    else:
+        return None
+    h, w, lanes = problem.h, problem.w, LANES[isa] if narrow else 1
+    for shape, (stride, padding, dilation) in zip(shapes, geometry, strict=True):
+        p, q = (
+            conv_output_size(size, shape[2 + i], stride[i], padding[i], dilation[i]) for i, size in enumerate((h, w))
+        )
+        if not Room.of(shape, stride, padding, dilation).holds(h, w, p, q, lanes):
+            return "an image, an output or the reach of the kernel has 2**31 elements or more"
+        if narrow and shape[2] > MAX_TAP_ROWS:
+            return f"blocks of {problem.block_shape[0]} output channels take at most {MAX_TAP_ROWS} rows of taps"
+        h, w = p, q
+    return None
 
 
 PROBLEM_TYPES = {cls.op: cls for cls in (ConvProblem, LinearProblem, LowRankLinearProblem, LowRankConvProblem)}

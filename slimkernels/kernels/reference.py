@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from slimkernels.formats import BSRWeight, _to_blocks
+from slimkernels.kernels.far_taps import convolution, convolution_backward
 from slimkernels.kernels.problems import factor_geometry
-from slimkernels.kernels.strided_pointwise import convolution_backward
 
 
 def apply_epilogue(y: Tensor, epilogue: str) -> Tensor:
@@ -34,7 +34,7 @@ def bsr_conv2d(
     """
     weight = BSRWeight(values, crow_indices, col_indices, tuple(weight_shape), tuple(block_shape))  # type: ignore[arg-type]
     if bool(torch.isfinite(x).all()):
-        y = F.conv2d(x, weight.to_dense(), bias, list(stride), list(padding), list(dilation))
+        y = convolution(x, weight.to_dense(), bias, stride, padding, dilation)
     else:
         y = _conv2d_stored_columns(x, weight, bias, stride, padding, dilation)
     return apply_epilogue(y, epilogue).contiguous(memory_format=torch.channels_last)
@@ -147,5 +147,5 @@ def low_rank_conv2d(
     """The chain of factor convolutions, bias after the last."""
     geometry = factor_geometry(kind, len(factors), tuple(stride), tuple(padding), tuple(dilation))  # type: ignore[arg-type]
     for i, (factor, (stride_i, padding_i, dilation_i)) in enumerate(zip(factors, geometry)):
-        x = F.conv2d(x, factor, bias if i == len(factors) - 1 else None, stride_i, padding_i, dilation_i)
+        x = convolution(x, factor, bias if i == len(factors) - 1 else None, stride_i, padding_i, dilation_i)
     return apply_epilogue(x, epilogue).contiguous(memory_format=torch.channels_last)

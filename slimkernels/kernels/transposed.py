@@ -18,6 +18,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from slimkernels.tensors import Checked
+
 
 def _sizes(weight_shape: Sequence[int], block_shape: Sequence[int], stride: Sequence[int]) -> tuple[int, int, int, int]:
     """``(block_rows, groups, taps, classes)``."""
@@ -67,6 +69,28 @@ def transpose_index(
     ends = counts[:-1].cumsum(0)
     entry = torch.where(stored, tap * rows + row, 0)[order]
     return torch.cat([ends.new_zeros(1), ends, order, entry]).to(torch.int32)
+
+
+_CHECKED = Checked()
+
+
+def check_transposed(
+    op: str, transposed: Tensor, crow_indices: Tensor, col_indices: Tensor, weight_shape: Sequence[int],
+    block_shape: Sequence[int], stride: Sequence[int], dilation: Sequence[int],
+) -> None:  # fmt: skip
+    """Raises ValueError, beginning with ``op``, unless ``transposed`` is the transposed index of this valid pattern.
+
+    Compared once for tensors that stay as they are, and not while a CUDA graph is captured.
+    """
+    key = (*weight_shape, *block_shape, *stride, *dilation)
+    if _CHECKED.knows(key, transposed, crow_indices, col_indices):
+        return
+    if transposed.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    expected = transpose_index(crow_indices, col_indices, weight_shape, block_shape, stride, dilation)
+    if not torch.equal(transposed, expected):
+        raise ValueError(f"{op}: expected transposed to be the transposed index of crow_indices and col_indices")
+    _CHECKED.remember(key, transposed, crow_indices, col_indices)
 
 
 def split_index(

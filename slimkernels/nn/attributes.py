@@ -1,11 +1,15 @@
-"""Which attributes of torch's layers the drop-in modules take over, and which they refuse."""
+"""Attributes of the drop-in modules: which of torch's they take over, and what follows when one is changed."""
 
 from __future__ import annotations
+
+import operator
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.utils import _pair
 
 from slimkernels.kernels import EPILOGUES
+from slimkernels.kernels.problems import check_geometry
 
 
 def unsupported_conv_reason(conv: nn.Conv2d) -> str | None:
@@ -33,6 +37,53 @@ def resolved_padding(conv: nn.Conv2d) -> tuple[int, int]:
     if any(t % 2 for t in total):
         raise ValueError(f"padding='same' with kernel_size={conv.kernel_size} is asymmetric and not supported")
     return total[0] // 2, total[1] // 2
+
+
+class AttributesInUse(nn.Module):
+    """A module that keeps what it made of its attributes, and makes it anew when one of them is assigned to.
+
+    The first assignment of `_prepared` ends the construction; before it, attributes are just set.
+    """
+
+    _op: str
+    # What the weight's tensors were built with.
+    _fixed: frozenset[str] = frozenset()
+    _used = frozenset({"stride", "padding", "dilation", "epilogue", "kernel", "kind"})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if (name not in self._used and name not in self._fixed) or "_prepared" not in self.__dict__:
+            super().__setattr__(name, value)
+            return
+        if name in self._fixed:
+            raise AttributeError(f"{type(self).__name__}: {name} belongs to the stored weight and cannot be changed")
+        if name in ("stride", "padding", "dilation"):
+            value = int_pair(value)
+        before = getattr(self, name)
+        super().__setattr__(name, value)
+        try:
+            self._check_attributes()
+        except (ValueError, TypeError):
+            super().__setattr__(name, before)
+            raise
+        self._attributes_changed()
+
+    def _check_attributes(self) -> None:
+        """Raises ValueError, beginning with the module's name, where the attributes have no meaning."""
+        check_epilogue(type(self).__name__, self._op, self.epilogue)
+        if hasattr(self, "stride"):
+            check_geometry(type(self).__name__, self.stride, self.padding, self.dilation)
+
+    def _attributes_changed(self) -> None:
+        """Renews what follows from the attributes."""
+        raise NotImplementedError
+
+
+def int_pair(value: Any) -> tuple[int, int]:
+    """Two ints from one or two. Raises TypeError or ValueError for anything else."""
+    pair = tuple(operator.index(v) for v in _pair(value))
+    if len(pair) != 2:
+        raise ValueError(f"expected one int or two, got {value!r}")
+    return pair[0], pair[1]
 
 
 def check_epilogue(name: str, op: str, epilogue: str) -> None:

@@ -7,20 +7,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.utils import _pair
 
-from slimkernels.formats import BSRWeight, block_shape_2d
+from slimkernels.formats import BSRWeight, block_shape_2d, check_pattern
 from slimkernels.kernels import native
 from slimkernels.kernels.problems import Request, strip_width
 from slimkernels.kernels.select import resolve
 from slimkernels.kernels.transposed import transpose_index
 from slimkernels.kernels.triton.bsr_conv2d_index import forward_order
-from slimkernels.nn.attributes import check_epilogue, resolved_padding, unsupported_conv_reason
+from slimkernels.nn.attributes import AttributesInUse, int_pair, resolved_padding, unsupported_conv_reason
 from slimkernels.ops import bsr_conv2d, bsr_linear
-from slimkernels.ops.library import runs_plainly
+from slimkernels.ops.library import nothing_watches
+from slimkernels.tensors import Snapshot, is_plain
 
 
-class _BlockSparse(nn.Module):
+class _BlockSparse(AttributesInUse):
     """What the block-sparse modules share: the weight's tensors, their transposed index, and the CPU kernels' pack.
 
     The transposed index (`slimkernels.kernels.transposed`) serves the gradient of the input. It follows the pattern
@@ -28,10 +28,11 @@ class _BlockSparse(nn.Module):
     which the Triton kernels take block rows and blocks (`forward_order`).
 
     The pack exists in eval mode only. It is dropped by ``train()``, when the module is moved or loaded, and it is
-    passed over (the op then packs by itself) when ``values`` changed since or wants a gradient. Writing to ``values``
-    in eval mode is legal; call ``prepack()`` afterwards to be fast again, and always after an in-place write through
-    ``values.data``, which torch does not count. A compiled module reads the pack of frozen values only, and sees writes
-    to those after ``prepack()``; an exported program never sees them.
+    passed over (the op then packs by itself) when ``values`` or the indices changed since or ``values`` wants a
+    gradient. Writing to ``values`` in eval mode is legal; call ``prepack()`` afterwards to be fast again, and always
+    after an in-place write through ``values.data``, which torch does not count. Assigning to ``stride``, ``padding``,
+    ``dilation``, ``epilogue`` or ``kernel`` builds the pack anew. A compiled module reads the pack of frozen values
+    only, and sees writes to those after ``prepack()``; an exported program never sees them.
     """
 
     values: nn.Parameter
@@ -44,7 +45,7 @@ class _BlockSparse(nn.Module):
     block_shape: tuple[int, int]
     epilogue: str
     kernel: str
-    _op: str
+    _fixed = frozenset({"weight_shape", "block_shape"})
     _packed_names = ("packed_weights", "packed_channels", "packed_tap_ptr")
 
     def _init_weight(
@@ -53,8 +54,8 @@ class _BlockSparse(nn.Module):
     ) -> None:  # fmt: skip
         self.weight_shape = tuple(int(d) for d in weight_shape)
         self.block_shape = block_shape_2d(block_shape)
-        check_epilogue(type(self).__name__, self._op, epilogue)
         self.epilogue, self.kernel = epilogue, kernel
+        self._check_attributes()
         self.register_buffer("crow_indices", crow_indices.to(device=device, dtype=torch.int32))
         self.register_buffer("col_indices", col_indices.to(device=device, dtype=torch.int32))
         self.values = nn.Parameter(torch.zeros(col_indices.numel(), *self.block_shape, device=device, dtype=dtype))
@@ -62,8 +63,8 @@ class _BlockSparse(nn.Module):
         self.register_parameter("bias", None if zeros is None else nn.Parameter(zeros))
         for name in self._packed_names:
             self.register_buffer(name, None, persistent=False)
-        self._packed_from: tuple[Tensor, int] | None = None
-        self._prepared: tuple[str, native.PackedConv2d] | None = None
+        self._packed_from: tuple[Snapshot, Tensor, Tensor, int | None] | None = None
+        self._prepared: native.PackedConv2d | None = None
         self.weight_bsr().validate()
         self.register_buffer("transposed", self._transposed_index(), persistent=False)
         self.register_buffer("order", self._order(), persistent=False)
@@ -76,10 +77,21 @@ class _BlockSparse(nn.Module):
         return forward_order(self.crow_indices, self.col_indices, self._call_geometry()[0], self.block_shape)
 
     def pattern_changed(self) -> None:
-        """To be called when ``crow_indices`` or ``col_indices`` were written to: renews what follows from them."""
+        """To be called when ``crow_indices`` or ``col_indices`` were written to: renews what follows from them.
+
+        Raises:
+            ValueError: indices that break a rule of `slimkernels.formats.BSRWeight`.
+        """
         self.drop_packed()
+        check_pattern(type(self).__name__, self.crow_indices, self.col_indices, self.weight_shape, self.block_shape)
         self.transposed.copy_(self._transposed_index())
         self.order.copy_(self._order())
+        if not self.training:
+            self.prepack()
+
+    def _attributes_changed(self) -> None:
+        self.drop_packed()
+        self.transposed = self._transposed_index()
         if not self.training:
             self.prepack()
 
@@ -108,20 +120,20 @@ class _BlockSparse(nn.Module):
         """Builds the prepacked weight of the present values where a kernel of this machine uses one. Eval mode only."""
         self.drop_packed()
         values = self.values
-        if self.training or values.device.type != "cpu" or values.is_meta or type(values.data) is not torch.Tensor:
+        if self.training or not values.is_cpu or not is_plain(values) or type(values.data) is not Tensor:
             return
         isa = self._isa()
         if isa is None:
             return
         weight = self.weight_bsr()
-        with torch.no_grad():
+        # Torch counts no writes to tensors made in inference mode, and a pack with uncounted writes is checked anew.
+        with torch.inference_mode(False), torch.no_grad():
             packed = native.pack_strips(
                 values, self.crow_indices, self.col_indices, weight.weight_shape, self.block_shape,
                 strip_width(self.block_shape[0], isa),
             )  # fmt: skip
         for name, tensor in zip(self._packed_names, packed):
             setattr(self, name, tensor)
-        self._packed_from = values.detach(), _version(values)
         self._prepare(isa)
 
     def _isa(self) -> str | None:
@@ -135,25 +147,25 @@ class _BlockSparse(nn.Module):
 
     def _prepare(self, isa: str) -> None:
         """Keeps the packed weight as a ready call; ``kernel="auto"`` and the environment were asked now."""
-        packed = [self._buffers[name] for name in self._packed_names]
-        self._prepared = self.kernel, native.PackedConv2d(isa, packed, *self._call_geometry(), self.epilogue)  # type: ignore[arg-type]
+        packed: list[Any] = [self._buffers[name] for name in self._packed_names]
+        self._prepared = native.PackedConv2d(isa, packed, *self._call_geometry(), self.epilogue, self._op)
+        crow, col = self.crow_indices, self.col_indices
+        counted = not (crow.is_inference() or col.is_inference())
+        self._packed_from = Snapshot(self.values), crow, col, crow._version + col._version if counted else None
 
     def _call_geometry(self) -> tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int]]:
         """``(weight_shape 4-D, stride, padding, dilation)``."""
         raise NotImplementedError
 
     def _ready(self, x: Tensor) -> native.PackedConv2d | None:
-        """The prepared call, where nothing watches the op and pack, kernel and epilogue are those it was made for.
+        """The prepared call, where nothing watches the op and the weight is the one that was packed.
 
         The op's way costs 60 us a layer on a 2.4 GHz Zen 3, this a third: at batch 1 the difference is what the sparse
         arithmetic of a converted VGG-19 takes.
         """
-        if self._prepared is None or self._prepared[0] != self.kernel:
+        if self._prepared is None or not nothing_watches(x, self._parameters["values"], self._parameters["bias"]):
             return None
-        values, bias = self._parameters["values"], self._parameters["bias"]
-        if not runs_plainly(x, values, bias) or not self._pack_is_current():
-            return None
-        return self._prepared[1]
+        return self._prepared if self._pack_is_current() else None
 
     def drop_packed(self) -> None:
         """Forgets the prepacked weight."""
@@ -165,9 +177,15 @@ class _BlockSparse(nn.Module):
     def _pack_is_current(self) -> bool:
         if self._packed_from is None:
             return False
-        source, version = self._packed_from
-        values = self._parameters["values"]
-        return values is not None and _version(values) == version and values.is_set_to(source)
+        source, packed_crow, packed_col, versions = self._packed_from
+        values, crow, col = self._parameters["values"], self._buffers["crow_indices"], self._buffers["col_indices"]
+        return (
+            crow is packed_crow
+            and col is packed_col
+            and (versions is None or crow._version + col._version == versions)
+            and values is not None
+            and source.holds(values)
+        )
 
     def _packed(self) -> list[Tensor]:
         buffers = self._buffers
@@ -197,23 +215,19 @@ class _BlockSparse(nn.Module):
         self.drop_packed()
         super()._apply(fn, recurse)
         if (self.values.device.type, self.values.dtype) != before:
-            self.kernel = "auto"
-        if not self.training:
+            self.kernel = "auto"  # which packs in eval mode
+        elif not self.training:
             self.prepack()
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         error_messages = args[-1]
         names = ("values", "crow_indices", "col_indices")
-        values, crow, col = (state_dict.get(prefix + name) for name in names)
-        if (
-            isinstance(values, Tensor)
-            and isinstance(crow, Tensor)
-            and isinstance(col, Tensor)
-            and values.shape == self.values.shape
-        ):
+        # A part that the state dict lacks stays, so the parts are checked as they will stand together.
+        found = [state_dict.get(prefix + name, getattr(self, name)) for name in names]
+        if all(isinstance(part, Tensor) for part in found) and found[0].shape == self.values.shape:
             try:
-                BSRWeight(values, crow, col, self.weight_bsr().weight_shape, self.block_shape).validate()
+                BSRWeight(*found, self.weight_bsr().weight_shape, self.block_shape).validate()
             except (ValueError, TypeError) as error:
                 error_messages.append(f"{prefix.rstrip('.')}: {error}")
                 return
@@ -222,7 +236,10 @@ class _BlockSparse(nn.Module):
         if not self.crow_indices.is_meta:
             if self.transposed.device != self.crow_indices.device:  # loaded with assign=True
                 self.transposed, self.order = self._transposed_index(), self._order()
-            self.pattern_changed()
+            try:
+                self.pattern_changed()
+            except ValueError as error:  # a part of another size was left out, which torch reports
+                error_messages.append(f"{prefix.rstrip('.')}: {error}")
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
@@ -234,9 +251,10 @@ class _BlockSparse(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if self._buffers["packed_weights"] is not None:
-            self._packed_from = self.values.detach(), _version(self.values)
             isa = self._isa()
-            if isa is not None:
+            if isa is None:
+                self.drop_packed()
+            else:
                 self._prepare(isa)
 
     def _repr_tail(self) -> str:
@@ -245,10 +263,6 @@ class _BlockSparse(nn.Module):
             f"bias={self.bias is not None}, block_shape={self.block_shape}, blocks={blocks}, "
             f"epilogue={self.epilogue!r}, kernel={self.kernel!r}"
         )
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
 
 
 class BlockSparseConv2d(_BlockSparse):
@@ -280,8 +294,8 @@ class BlockSparseConv2d(_BlockSparse):
     ) -> None:  # fmt: skip
         super().__init__()
         self.in_channels, self.out_channels = in_channels, out_channels
-        self.kernel_size, self.stride = _pair(kernel_size), _pair(stride)
-        self.padding, self.dilation = _pair(padding), _pair(dilation)
+        self.kernel_size, self.stride = int_pair(kernel_size), int_pair(stride)
+        self.padding, self.dilation = int_pair(padding), int_pair(dilation)
         self._init_weight(
             (out_channels, in_channels, *self.kernel_size), block_shape, crow_indices, col_indices, bias, epilogue,
             kernel, device, dtype,
@@ -332,8 +346,10 @@ class BlockSparseConv2d(_BlockSparse):
 
     def forward(self, x: Tensor) -> Tensor:
         ready = self._ready(x)
-        if ready is not None and ready.takes(x):
-            return ready(x.contiguous(memory_format=torch.channels_last), self._parameters["bias"])
+        if ready is not None:
+            y = ready.attempt(x, self._parameters["bias"])
+            if y is not None:
+                return y
         if x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
         return bsr_conv2d(
@@ -415,13 +431,10 @@ class BlockSparseLinear(_BlockSparse):
 
     def forward(self, x: Tensor) -> Tensor:
         ready = self._ready(x)
-        if (
-            ready is not None
-            and x.dtype is torch.float32
-            and x.device.type == "cpu"
-            and x.shape[-1:] == (self.in_features,)
-        ):
-            return ready.rows(x.contiguous(), self._parameters["bias"])
+        if ready is not None:
+            y = ready.attempt_rows(x, self._parameters["bias"])
+            if y is not None:
+                return y
         return bsr_linear(
             x, self.values, self.crow_indices, self.col_indices, self.bias, self._packed(),
             weight_shape=self.weight_shape, block_shape=self.block_shape, epilogue=self.epilogue, kernel=self.kernel,

@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.utils import _pair
 
-from slimkernels.formats import LOW_RANK_KINDS, LowRankWeight
+from slimkernels.formats import LOW_RANK_KINDS, LowRankWeight, factor_obstacle
 from slimkernels.kernels.native_low_rank import PackedLowRank, prepare_conv2d, prepare_linear
-from slimkernels.nn.attributes import check_epilogue
+from slimkernels.nn.attributes import check_epilogue, int_pair
 from slimkernels.nn.prepacked import PrepackedFactors
 from slimkernels.ops import low_rank_conv2d, low_rank_linear
 
@@ -85,8 +84,10 @@ class LowRankLinear(PrepackedFactors):
 
     def forward(self, x: Tensor) -> Tensor:
         ready = self._ready(x)
-        if ready is not None and ready.takes_rows(x):
-            return ready.rows(x.contiguous(), self._parameters.get("bias"))
+        if ready is not None:
+            y = ready.attempt_rows(x, self._parameters.get("bias"))
+            if y is not None:
+                return y
         return low_rank_linear(x, self.U, self.V, self.bias, self._packed(), epilogue=self.epilogue, kernel=self.kernel)
 
     def extra_repr(self) -> str:
@@ -127,11 +128,11 @@ class LowRankConv2d(PrepackedFactors):
                 f"LowRankConv2d: expected {'(rank_in, rank_out)' if kind == 'tucker2' else '(rank,)'}, "
                 f"got {tuple(ranks)}"
             )
-        check_epilogue("LowRankConv2d", "low_rank_conv2d", epilogue)
         self.in_channels, self.out_channels = in_channels, out_channels
-        self.kernel_size, self.stride = _pair(kernel_size), _pair(stride)
-        self.padding, self.dilation = _pair(padding), _pair(dilation)
+        self.kernel_size, self.stride = int_pair(kernel_size), int_pair(stride)
+        self.padding, self.dilation = int_pair(padding), int_pair(dilation)
         self.kind, self.ranks, self.epilogue, self.kernel = kind, tuple(int(r) for r in ranks), epilogue, kernel
+        super()._check_attributes()
         r, s = self.kernel_size
         shapes = {
             "svd": [(ranks[0], in_channels, r, s), (out_channels, ranks[0], 1, 1)],
@@ -149,6 +150,12 @@ class LowRankConv2d(PrepackedFactors):
 
     def _factors(self) -> list[Tensor]:
         return list(self._modules["factors"]._parameters.values())  # type: ignore[union-attr,arg-type]
+
+    def _check_attributes(self) -> None:
+        super()._check_attributes()
+        obstacle = factor_obstacle(self.kind, tuple(tuple(f.shape) for f in self._factors()))
+        if obstacle is not None:
+            raise ValueError(f"LowRankConv2d: {obstacle}")
 
     def _prepare(self, isa: str, packed: Sequence[Tensor]) -> PackedLowRank:
         geometry = self.stride, self.padding, self.dilation
@@ -193,8 +200,10 @@ class LowRankConv2d(PrepackedFactors):
 
     def forward(self, x: Tensor) -> Tensor:
         ready = self._ready(x)
-        if ready is not None and ready.takes(x):
-            return ready(x.contiguous(memory_format=torch.channels_last), self._parameters.get("bias"))
+        if ready is not None:
+            y = ready.attempt(x, self._parameters.get("bias"))
+            if y is not None:
+                return y
         if x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
         return low_rank_conv2d(

@@ -6,31 +6,33 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from slimkernels import env
 from slimkernels.kernels.native_low_rank import TENSORS_PER_FACTOR, PackedLowRank, pack_factors
 from slimkernels.kernels.problems import Request
 from slimkernels.kernels.select import resolve
-from slimkernels.ops.library import runs_plainly
+from slimkernels.nn.attributes import AttributesInUse
+from slimkernels.ops.library import nothing_watches
+from slimkernels.tensors import Snapshot, is_plain
 
 
-class PrepackedFactors(nn.Module):
+class PrepackedFactors(AttributesInUse):
     """What the low-rank modules share: the packed copy of their factors that the CPU kernels read.
 
     As in the block-sparse modules, the pack exists in eval mode only. It is dropped by ``train()``, when the module is
     moved or loaded, and it is passed over (torch's layers then run) when a factor changed since or wants a gradient.
     Writing to the factors in eval mode is legal; call ``prepack()`` afterwards to be fast again, and always after an
-    in-place write through ``.data``, which torch does not count. A compiled module reads the pack of frozen factors
+    in-place write through ``.data``, which torch does not count. Assigning to ``stride``, ``padding``, ``dilation``,
+    ``kind``, ``epilogue`` or ``kernel`` builds the pack anew. A compiled module reads the pack of frozen factors
     only, and sees writes to those after ``prepack()``; an exported program never sees them.
     """
 
     epilogue: str
     kernel: str
-    bias: nn.Parameter | None
-    _op: str
+    bias: torch.nn.Parameter | None
     _least_weights = 0
-    _packed_from: tuple[tuple[Tensor, int], ...] | None
+    _packed_from: tuple[Snapshot, ...] | None
 
     def _factors(self) -> list[Tensor]:
         """The factors in the order in which they run."""
@@ -45,7 +47,7 @@ class PrepackedFactors(nn.Module):
         for name in self._packed_names:
             self.register_buffer(name, None, persistent=False)
         self._packed_from = None
-        self._prepared: tuple[str, PackedLowRank] | None = None
+        self._prepared: PackedLowRank | None = None
         # A convolution's factors lie in a ParameterList, which is loaded after the module itself.
         self.register_load_state_dict_post_hook(_repack_after_load)
 
@@ -53,14 +55,13 @@ class PrepackedFactors(nn.Module):
         """Packs the present factors where a kernel of this machine uses a pack. Eval mode only."""
         self.drop_packed()
         factors = self._factors()
-        if self.training or any(
-            f.device.type != "cpu" or f.is_meta or type(f.data) is not torch.Tensor for f in factors
-        ):
+        if self.training or any(not f.is_cpu or not is_plain(f) or type(f.data) is not Tensor for f in factors):
             return
         isa = self._isa()
         if isa is None:
             return
-        with torch.no_grad():
+        # Torch counts no writes to tensors made in inference mode, and a pack with uncounted writes is checked anew.
+        with torch.inference_mode(False), torch.no_grad():
             for name, tensor in zip(self._packed_names, pack_factors(factors, isa), strict=True):
                 setattr(self, name, tensor)
         self._set_packed_from(isa)
@@ -89,25 +90,27 @@ class PrepackedFactors(nn.Module):
             return None
 
     def _set_packed_from(self, isa: str) -> None:
-        self._packed_from = tuple((f.detach(), _version(f)) for f in self._factors())
-        packed = [self._buffers[name] for name in self._packed_names]
-        self._prepared = self.kernel, self._prepare(isa, packed)  # type: ignore[arg-type]
+        packed: list[Any] = [self._buffers[name] for name in self._packed_names]
+        self._prepared = self._prepare(isa, packed)
+        self._packed_from = tuple(Snapshot(factor) for factor in self._factors())
 
     def _pack_is_current(self) -> bool:
         if self._packed_from is None:
             return False
-        return all(
-            _version(factor) == version and factor.is_set_to(source)
-            for factor, (source, version) in zip(self._factors(), self._packed_from)
-        )
+        return all(source.holds(factor) for source, factor in zip(self._packed_from, self._factors()))
 
     def _ready(self, x: Tensor) -> PackedLowRank | None:
-        """The prepared call, where nothing watches the op, and pack and kernel are those it was made for."""
-        if self._prepared is None or self._prepared[0] != self.kernel:
+        """The prepared call, where nothing watches the op and the factors are those that were packed."""
+        if self._prepared is None:
             return None
-        if not runs_plainly(x, *self._factors(), self._parameters.get("bias")) or not self._pack_is_current():
+        if not nothing_watches(x, *self._factors(), self._parameters.get("bias")) or not self._pack_is_current():
             return None
-        return self._prepared[1]
+        return self._prepared
+
+    def _attributes_changed(self) -> None:
+        self.drop_packed()
+        if not self.training:
+            self.prepack()
 
     def _packed(self) -> list[Tensor]:
         packed = [self._buffers[name] for name in self._packed_names]
@@ -134,8 +137,8 @@ class PrepackedFactors(nn.Module):
         self.drop_packed()
         super()._apply(fn, recurse)
         if (self._factors()[0].device.type, self._factors()[0].dtype) != before:
-            self.kernel = "auto"
-        if not self.training:
+            self.kernel = "auto"  # which packs in eval mode
+        elif not self.training:
             self.prepack()
         return self
 
@@ -161,7 +164,3 @@ def _repack_after_load(module: PrepackedFactors, _incompatible: Any) -> None:
     module.drop_packed()
     if not module.training:
         module.prepack()
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version

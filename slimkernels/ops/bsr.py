@@ -9,18 +9,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimkernels.formats import block_grid
-from slimkernels.kernels import KERNELS
-from slimkernels.kernels.problems import ConvProblem, LinearProblem, Request, conv_output_size
+from slimkernels.formats import block_grid, check_pattern
+from slimkernels.kernels import KERNELS, reference
+from slimkernels.kernels.problems import (
+    INT32_MAX,
+    ConvProblem,
+    LinearProblem,
+    Request,
+    check_geometry,
+    conv_output_size,
+)
 from slimkernels.kernels.select import launcher, resolve_gradient
-from slimkernels.kernels.transposed import pack_size
+from slimkernels.kernels.transposed import check_transposed, pack_size
+from slimkernels.kernels.triton.bsr_conv2d_index import check_order
 from slimkernels.ops.library import (
+    LIBRARY,
     OPS,
     cast_floats,
     check_bias,
     check_epilogue,
     check_floating,
-    check_geometry,
+    has_tangent,
     register,
     register_autocast,
     runs_plainly,
@@ -36,6 +45,10 @@ def _check_weight(
 ) -> None:  # fmt: skip
     check_epilogue(op, epilogue)
     check_floating(op, x, values=values, bias=bias)
+    if max(*weight_shape, *block_shape) > INT32_MAX:
+        raise ValueError(
+            f"{op}: expected weight_shape and block_shape below 2**31, got {tuple(weight_shape)}, {tuple(block_shape)}"
+        )
     rows, _ = block_grid(weight_shape, block_shape)
     if values.dim() != 3 or values.shape[1] != block_shape[0] or values.shape[2] != block_shape[1]:
         raise ValueError(
@@ -63,6 +76,11 @@ def _conv2d_output_shape(
 ) -> tuple[int, int, int, int]:  # fmt: skip
     """The checked output shape of `bsr_conv2d`."""
     op = "bsr_conv2d"
+    if len(weight_shape) != 4 or len(block_shape) != 2:
+        raise ValueError(
+            f"{op}: expected weight_shape (C_out, C_in, R, S) and block_shape (block_out, block_in), "
+            f"got {tuple(weight_shape)}, {tuple(block_shape)}"
+        )
     if x.dim() != 4 or x.shape[1] != weight_shape[1]:
         raise ValueError(f"{op}: expected x of shape (N, {weight_shape[1]}, H, W), got {tuple(x.shape)}")
     check_geometry(op, stride, padding, dilation)
@@ -86,6 +104,7 @@ def _bsr_conv2d(
         transposed,
     )  # fmt: skip
     block = (block_shape[0], block_shape[1])
+    _check_contents("bsr_conv2d", crow_indices, col_indices, packed, weight_shape, block)
     launch = launcher(
         kernel, x.get_device(), ConvProblem, x.shape[0], x.shape[1], x.shape[2], x.shape[3], weight_shape[0],
         weight_shape[2], weight_shape[3], tuple(stride), tuple(padding), tuple(dilation), block, values.shape[0],
@@ -93,9 +112,23 @@ def _bsr_conv2d(
     )  # fmt: skip
     x = x.contiguous(memory_format=_CHANNELS_LAST)
     y = launch(
-        x, values, crow_indices, col_indices, bias, packed, weight_shape, block, stride, padding, dilation, epilogue
-    )
+        x, values, crow_indices.contiguous(), col_indices.contiguous(), bias, packed, weight_shape, block, stride,
+        padding, dilation, epilogue,
+    )  # fmt: skip
     return with_channels_last_strides(y)
+
+
+def _check_contents(
+    op: str, crow: Tensor, col: Tensor, packed: Sequence[Tensor], weight_shape: Sequence[int],
+    block_shape: tuple[int, int],
+) -> None:  # fmt: skip
+    """Reads the indices, and an order of the Triton kernels, unless these very tensors were read before.
+
+    The kernels follow them without a check of their own. The CPU kernels' packs are checked by their launchers.
+    """
+    check_pattern(op, crow, col, weight_shape, block_shape)
+    if len(packed) == 1:
+        check_order(op, packed[0], crow, col, weight_shape, block_shape)
 
 
 def _bsr_conv2d_fake(
@@ -123,6 +156,20 @@ def _bsr_conv2d_backward(
     gradient. The bias gradient is torch's sum: one deterministic pass, and block rows without stored blocks have one.
     """
     block = (block_shape[0], block_shape[1])
+    op = "bsr_conv2d_backward"
+    shape = _conv2d_output_shape(
+        x, values, crow_indices, col_indices, bias, weight_shape, block_shape, stride, padding, dilation, epilogue,
+        transposed,
+    )  # fmt: skip
+    check_floating(op, x, grad=grad, y=y)
+    if tuple(grad.shape) != shape or (epilogue == "relu" and (y is None or tuple(y.shape) != shape)):
+        raise ValueError(
+            f"{op}: expected grad, and y with the epilogue 'relu', of shape {shape}, "
+            f"got {tuple(grad.shape)} and {None if y is None else tuple(y.shape)}"
+        )
+    check_pattern(op, crow_indices, col_indices, weight_shape, block)
+    if transposed is not None and output_mask[0]:
+        check_transposed(op, transposed, crow_indices, col_indices, weight_shape, block, stride, dilation)
 
     def launch(op: str, *args: Any) -> Tensor:
         return resolve_gradient(kernel, Request(op, x.dtype, x.device.type, block, "none"), stride).launch(*args)
@@ -137,7 +184,8 @@ def _bsr_conv2d_backward(
         )  # fmt: skip
         grad = launch("relu_maxpool2_backward", grad, y)
     need_x, need_values, need_bias = output_mask
-    weight = (values, crow_indices, col_indices)
+    weight = (values.contiguous(), crow_indices.contiguous(), col_indices.contiguous())
+    transposed = transposed if transposed is None else transposed.contiguous()
     geometry = (weight_shape, block, stride, padding, dilation)
     grad_x, grad_values = x.new_empty(0), x.new_empty(0)
     if need_x:
@@ -173,20 +221,27 @@ def _bsr_linear(
 ) -> Tensor:  # fmt: skip
     _check_linear(x, values, crow_indices, col_indices, bias, weight_shape, block_shape, epilogue, transposed)
     block = (block_shape[0], block_shape[1])
-    rows = x.numel() // max(weight_shape[1], 1)
+    _check_contents("bsr_linear", crow_indices, col_indices, packed, weight_shape, block)
+    rows = x.numel() // weight_shape[1]
     launch = launcher(
         kernel, x.get_device(), LinearProblem, rows, weight_shape[1], weight_shape[0], block, values.shape[0], x.dtype,
         x.device.type, epilogue,
     )  # fmt: skip
     return launch(
-        x.contiguous(), values, crow_indices, col_indices, bias, packed, weight_shape, block, epilogue
-    ).contiguous()
+        x.contiguous(), values, crow_indices.contiguous(), col_indices.contiguous(), bias, packed, weight_shape, block,
+        epilogue,
+    ).contiguous()  # fmt: skip
 
 
 def _check_linear(
     x: Tensor, values: Tensor, crow: Tensor, col: Tensor, bias: Tensor | None, weight_shape: Sequence[int],
     block_shape: Sequence[int], epilogue: str, transposed: Tensor | None,
 ) -> None:  # fmt: skip
+    if len(weight_shape) != 2 or len(block_shape) != 2:
+        raise ValueError(
+            f"bsr_linear: expected weight_shape (out, in) and block_shape (block_out, block_in), "
+            f"got {tuple(weight_shape)}, {tuple(block_shape)}"
+        )
     if x.dim() < 1 or x.shape[-1] != weight_shape[1]:
         raise ValueError(f"bsr_linear: expected x of shape (..., {weight_shape[1]}), got {tuple(x.shape)}")
     _check_weight("bsr_linear", x, values, crow, col, bias, weight_shape, block_shape, epilogue, transposed)
@@ -248,9 +303,13 @@ def _second_derivative(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     raise NotImplementedError("bsr_conv2d: expected to be differentiated once, got a second derivative")
 
 
-torch.library.register_autograd("slimkernels::bsr_conv2d", _bsr_conv2d_autograd, setup_context=_setup_context)
-torch.library.register_autograd("slimkernels::bsr_linear", _bsr_linear_autograd, setup_context=_setup_context)
-torch.library.register_autograd("slimkernels::bsr_conv2d_backward", _second_derivative)
+torch.library.register_autograd(
+    "slimkernels::bsr_conv2d", _bsr_conv2d_autograd, setup_context=_setup_context, lib=LIBRARY
+)
+torch.library.register_autograd(
+    "slimkernels::bsr_linear", _bsr_linear_autograd, setup_context=_setup_context, lib=LIBRARY
+)
+torch.library.register_autograd("slimkernels::bsr_conv2d_backward", _second_derivative, lib=LIBRARY)
 
 
 def _autocast(kernel_at: int, device: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -281,11 +340,14 @@ def bsr_conv2d(
 ) -> Tensor:  # fmt: skip
     """Block-sparse 2-D convolution (cross-correlation, as torch's), groups = 1.
 
+    Inputs with tangents of forward-mode differentiation run the reference kernel, whose derivatives are torch's.
+
     Args:
         x: ``(N, C_in, H, W)`` floating point, any strides; converted to channels_last where it is not. N = 0 is legal.
         values, crow_indices, col_indices: the `slimkernels.formats.BSRWeight` in x's dtype, on x's device.
         bias: ``(C_out,)`` in x's dtype, or None.
-        packed: prepacked weight of the kernel (`slimkernels.nn.BlockSparseConv2d` keeps it), or empty.
+        packed: prepacked weight of the kernel (`slimkernels.nn.BlockSparseConv2d` keeps it), or empty. Its numbers and
+            those of the indices are checked, once for tensors that nobody writes to.
         weight_shape: ``(C_out, C_in, R, S)``.
         block_shape: ``(block_out, block_in)``.
         stride, padding, dilation: two ints each (rows, columns).
@@ -299,9 +361,15 @@ def bsr_conv2d(
         outputs whose stored blocks read it.
 
     Raises:
-        ValueError: wrong shapes, devices, epilogue; a kernel that is unknown or cannot run here.
+        ValueError: wrong shapes, devices, epilogue, indices, pack; a kernel that is unknown or cannot run here.
         TypeError: wrong dtypes.
     """
+    if has_tangent(x, values, bias):
+        weight = (values, crow_indices, col_indices)
+        geometry = (weight_shape, block_shape, stride, padding, dilation, epilogue)
+        _conv2d_output_shape(x, *weight, bias, *geometry, transposed)
+        check_pattern("bsr_conv2d", crow_indices, col_indices, weight_shape, block_shape)
+        return reference.bsr_conv2d(x, *weight, bias, (), *geometry)
     run = _bsr_conv2d if runs_plainly(x, values, crow_indices, col_indices, bias) else OPS.bsr_conv2d.default
     return run(
         x, values, crow_indices, col_indices, bias, list(packed), weight_shape, block_shape, stride, padding, dilation,
@@ -314,7 +382,7 @@ def bsr_linear(
     packed: Sequence[Tensor] = (), *, weight_shape: Sequence[int], block_shape: Sequence[int], epilogue: str = "none",
     kernel: str = "auto", transposed: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Block-sparse linear layer ``epilogue(x W^T + bias)``.
+    """Block-sparse linear layer ``epilogue(x W^T + bias)``; forward-mode differentiation as `bsr_conv2d`.
 
     Args:
         x: ``(..., in)`` floating point.
@@ -331,9 +399,14 @@ def bsr_linear(
         ``(..., out)`` contiguous.
 
     Raises:
-        ValueError: wrong shapes, devices, epilogue; a kernel that is unknown or cannot run here.
+        ValueError: wrong shapes, devices, epilogue, indices, pack; a kernel that is unknown or cannot run here.
         TypeError: wrong dtypes.
     """
+    if has_tangent(x, values, bias):
+        weight = (values, crow_indices, col_indices)
+        _check_linear(x, *weight, bias, weight_shape, block_shape, epilogue, transposed)
+        check_pattern("bsr_linear", crow_indices, col_indices, weight_shape, block_shape)
+        return reference.bsr_linear(x, *weight, bias, (), weight_shape, block_shape, epilogue)
     run = _bsr_linear if runs_plainly(x, values, crow_indices, col_indices, bias) else OPS.bsr_linear.default
     return run(
         x, values, crow_indices, col_indices, bias, list(packed), weight_shape, block_shape, epilogue, kernel,

@@ -8,27 +8,28 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from slimkernels import env
 from slimkernels.formats import factor_obstacle
-from slimkernels.kernels import KERNELS
+from slimkernels.kernels import KERNELS, reference
+from slimkernels.kernels.far_taps import convolution, convolution_backward
 from slimkernels.kernels.problems import (
     LowRankConvProblem,
     LowRankLinearProblem,
     Request,
+    check_geometry,
     conv_output_size,
     factor_geometry,
 )
 from slimkernels.kernels.select import choose, launcher, resolve_gradient
-from slimkernels.kernels.strided_pointwise import convolution_backward
 from slimkernels.ops.library import (
+    LIBRARY,
     OPS,
     cast_floats,
     check_bias,
     check_epilogue,
     check_floating,
-    check_geometry,
+    has_tangent,
     register,
     register_autocast,
     runs_plainly,
@@ -40,9 +41,9 @@ def _check_linear(x: Tensor, U: Tensor, V: Tensor, bias: Tensor | None, epilogue
     op = "low_rank_linear"
     check_epilogue(op, epilogue)
     check_floating(op, x, U=U, V=V, bias=bias)
-    if U.dim() != 2 or V.dim() != 2 or U.shape[1] != V.shape[0]:
+    if U.dim() != 2 or V.dim() != 2 or U.shape[1] != V.shape[0] or min(*U.shape, *V.shape) < 1:
         raise ValueError(
-            f"{op}: expected U of shape (out, rank) and V of shape (rank, in), "
+            f"{op}: expected U of shape (out, rank) and V of shape (rank, in), all positive, "
             f"got {tuple(U.shape)} and {tuple(V.shape)}"
         )
     if x.dim() < 1 or x.shape[-1] != V.shape[1]:
@@ -87,9 +88,10 @@ def _conv2d_output_shape(
     if obstacle is not None:
         raise ValueError(f"{op}: {obstacle}")
     check_floating(op, x, **{f"factors[{i}]": f for i, f in enumerate(factors)}, bias=bias)
-    if factors[0].dim() != 4 or x.dim() != 4 or x.shape[1] != factors[0].shape[1]:
+    positive = all(min(f.shape) > 0 for f in factors)
+    if not positive or factors[0].dim() != 4 or x.dim() != 4 or x.shape[1] != factors[0].shape[1]:
         raise ValueError(
-            f"{op}: expected x of shape (N, {factors[0].shape[1]}, H, W) and 4-D factors, "
+            f"{op}: expected x of shape (N, {factors[0].shape[1]}, H, W) and 4-D factors of positive sizes, "
             f"got {tuple(x.shape)} and {[tuple(f.shape) for f in factors]}"
         )
     check_geometry(op, stride, padding, dilation)
@@ -133,6 +135,13 @@ def _low_rank_conv2d_fake(
 
 def _low_rank_linear_dgrad(grad: Tensor, U: Tensor, V: Tensor, kernel: str) -> tuple[Tensor, Tensor]:
     """``(grad_x, grad_z)``, z = x V^T: the low-rank layer of grad with the factors' roles swapped, chosen as one."""
+    op = "low_rank_linear_dgrad"
+    check_floating(op, grad, U=U, V=V)
+    if U.dim() != 2 or V.dim() != 2 or U.shape[1] != V.shape[0] or grad.shape[-1:] != U.shape[:1]:
+        raise ValueError(
+            f"{op}: expected grad (..., out), U (out, rank) and V (rank, in), "
+            f"got {tuple(grad.shape)}, {tuple(U.shape)} and {tuple(V.shape)}"
+        )
     (out_features, rank), in_features = U.shape, V.shape[1]
     if kernel == "auto":
         rows = grad.numel() // max(out_features, 1)
@@ -210,7 +219,7 @@ def _conv2d_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     # Saved tensors have the dtype that the forward ran in, which autocast must not change again.
     with torch.autocast(x.device.type, enabled=False):
         for factor, (stride, padding, dilation) in zip(factors[:-1], ctx.geometry):
-            inputs.append(F.conv2d(inputs[-1], factor, None, stride, padding, dilation))
+            inputs.append(convolution(inputs[-1], factor, None, stride, padding, dilation))
     need_x, need_factors, need_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2]
     grad_bias = grad.sum((0, 2, 3)) if need_bias else None
     grad_factors: list[Tensor | None] = [None] * len(factors)
@@ -223,11 +232,15 @@ def _conv2d_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return grad if need_x else None, grad_factors, grad_bias, [None] * ctx.packed_count, *[None] * 6
 
 
-torch.library.register_autograd("slimkernels::low_rank_linear", _linear_autograd, setup_context=_linear_setup_context)
 torch.library.register_autograd(
-    "slimkernels::low_rank_linear_dgrad", _dgrad_autograd, setup_context=_dgrad_setup_context
+    "slimkernels::low_rank_linear", _linear_autograd, setup_context=_linear_setup_context, lib=LIBRARY
 )
-torch.library.register_autograd("slimkernels::low_rank_conv2d", _conv2d_autograd, setup_context=_conv2d_setup_context)
+torch.library.register_autograd(
+    "slimkernels::low_rank_linear_dgrad", _dgrad_autograd, setup_context=_dgrad_setup_context, lib=LIBRARY
+)
+torch.library.register_autograd(
+    "slimkernels::low_rank_conv2d", _conv2d_autograd, setup_context=_conv2d_setup_context, lib=LIBRARY
+)
 
 
 def _autocast(device: str, args: tuple[Any, ...], packed_at: int) -> tuple[Any, ...]:
@@ -249,6 +262,8 @@ def low_rank_linear(
 ) -> Tensor:  # fmt: skip
     """Low-rank linear layer ``epilogue((x V^T) U^T + bias)``.
 
+    Inputs with tangents of forward-mode differentiation run the reference kernel, whose derivatives are torch's.
+
     Args:
         x: ``(..., in)`` floating point.
         U: ``(out, rank)``; V: ``(rank, in)``; bias: ``(out,)`` or None; all in x's dtype, on x's device.
@@ -264,6 +279,9 @@ def low_rank_linear(
         ValueError: wrong shapes, devices, epilogue; a kernel that is unknown or cannot run here.
         TypeError: wrong dtypes.
     """
+    if has_tangent(x, U, V, bias):
+        _check_linear(x, U, V, bias, epilogue)
+        return reference.low_rank_linear(x, U, V, bias, (), epilogue)
     run = _low_rank_linear if runs_plainly(x, U, V, bias) else OPS.low_rank_linear.default
     return run(x, U, V, bias, list(packed), epilogue, kernel)
 
@@ -274,6 +292,8 @@ def low_rank_conv2d(
     epilogue: str = "none", kernel: str = "auto",
 ) -> Tensor:  # fmt: skip
     """Low-rank 2-D convolution: the chain of its factor convolutions, bias and epilogue after the last.
+
+    Forward-mode differentiation as `low_rank_linear`.
 
     Args:
         x: ``(N, C_in, H, W)`` floating point, any strides.
@@ -294,5 +314,9 @@ def low_rank_conv2d(
         TypeError: wrong dtypes.
     """
     factors = list(factors)
+    if has_tangent(x, *factors, bias):
+        geometry = (stride, padding, dilation, kind, epilogue)
+        _conv2d_output_shape(x, factors, bias, *geometry)
+        return reference.low_rank_conv2d(x, factors, bias, (), *geometry)
     run = _low_rank_conv2d if runs_plainly(x, *factors, bias) else OPS.low_rank_conv2d.default
     return run(x, factors, bias, list(packed), stride, padding, dilation, kind, epilogue, kernel)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from slimkernels.kernels.triton.runtime import cdiv
+from slimkernels.tensors import Checked, version
 
 
 def _block_rows(crow_indices: Tensor, capacity: int) -> Tensor:
@@ -114,18 +115,38 @@ def forward_order(
     return torch.cat([row_table(crow_indices).flatten(), entries.flatten()])
 
 
+_CHECKED = Checked()
+
+
+def check_order(
+    op: str, order: Tensor, crow_indices: Tensor, col_indices: Tensor, weight_shape: Sequence[int],
+    block_shape: Sequence[int],
+) -> None:  # fmt: skip
+    """Raises ValueError, beginning with ``op``, unless ``order`` is the `forward_order` of this valid pattern.
+
+    Compared once for tensors that stay as they are, and not while a CUDA graph is captured.
+    """
+    key = (*weight_shape, *block_shape)
+    if _CHECKED.knows(key, order, crow_indices, col_indices):
+        return
+    if order.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    shape = (*weight_shape, 1, 1)[:4]
+    if order.device != crow_indices.device or not torch.equal(
+        order, forward_order(crow_indices, col_indices, shape, block_shape)
+    ):
+        raise ValueError(f"{op}: expected packed to be the forward order of crow_indices and col_indices")
+    _CHECKED.remember(key, order, crow_indices, col_indices)
+
+
 _SHARED = WeakIdKeyDictionary()
 
 
 def remembered_shared_input(crow_indices: Tensor, col_indices: Tensor, rows: int) -> list[Tensor]:
     """`shared_input`, built once for a `col_indices` tensor that lives on unchanged."""
-    state = (rows, crow_indices.data_ptr(), _version(crow_indices), col_indices.data_ptr(), _version(col_indices))
+    state = (rows, crow_indices.data_ptr(), version(crow_indices), col_indices.data_ptr(), version(col_indices))
     known = _SHARED.get(col_indices)
     if known is None or known[0] != state:
         known = state, shared_input(crow_indices, col_indices, rows)
         _SHARED[col_indices] = known
     return known[1]
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version

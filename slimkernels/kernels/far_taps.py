@@ -1,0 +1,77 @@
+"""The convolution of the reference kernels, and its gradients, whatever padding, dilation and stride."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from slimkernels.kernels import strided_pointwise
+from slimkernels.kernels.problems import conv_output_size
+
+# Pixels that a kernel reaches, pads or strides over, from which torch's convolution is not asked. Of such geometries a
+# run under sanitizers crashed once in generated code, which is oneDNN's, and nearly no tap meets the image anyway.
+_FAR = 4096
+
+
+def convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:  # fmt: skip
+    """``F.conv2d``; where the geometry reaches far past any image, tap by tap."""
+    if not _reaches_far(weight, stride, padding, dilation):
+        return F.conv2d(x, weight, bias, list(stride), list(padding), list(dilation))
+    p, q = (conv_output_size(x.shape[2 + i], weight.shape[2 + i], stride[i], padding[i], dilation[i]) for i in (0, 1))
+    y = x.new_zeros(x.shape[0], weight.shape[0], p, q)
+    for i, j, inside, outside in _taps_inside(x.shape, (p, q), weight.shape, stride, padding, dilation):
+        y[outside] += torch.einsum("oc,nchw->nohw", weight[:, :, i, j], x[inside])
+    return y if bias is None else y + bias[:, None, None]
+
+
+def convolution_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+    output_mask: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients of `convolution`'s input and weight; None where ``output_mask`` is False."""
+    if not _reaches_far(weight, stride, padding, dilation):
+        return strided_pointwise.convolution_backward(grad, x, weight, stride, padding, dilation, output_mask)
+    need_x, need_weight = output_mask
+    grad_x = torch.zeros_like(x) if need_x else None
+    grad_weight = torch.zeros_like(weight) if need_weight else None
+    taps = _taps_inside(x.shape, grad.shape[2:], weight.shape, stride, padding, dilation)
+    for i, j, inside, outside in taps:
+        if grad_x is not None:
+            grad_x[inside] += torch.einsum("oc,nohw->nchw", weight[:, :, i, j], grad[outside])
+        if grad_weight is not None:
+            grad_weight[:, :, i, j] = torch.einsum("nohw,nchw->oc", grad[outside], x[inside])
+    return grad_x, grad_weight
+
+
+def _reaches_far(weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> bool:
+    reach = (d * (k - 1) for d, k in zip(dilation, weight.shape[2:]))
+    return max(*stride, *padding, *reach) >= _FAR
+
+
+def _taps_inside(
+    x_shape: Sequence[int], out: Sequence[int], weight_shape: Sequence[int], stride: Sequence[int],
+    padding: Sequence[int], dilation: Sequence[int],
+) -> Iterator[tuple[int, int, tuple[slice, ...], tuple[slice, ...]]]:  # fmt: skip
+    """``(row, column, pixels, outputs)`` of every tap that meets the image: the outputs read the pixels there."""
+
+    def seen(axis: int, tap: int) -> tuple[slice, slice] | None:
+        step, shift = stride[axis], tap * dilation[axis] - padding[axis]
+        first, last = max(0, -(shift // step)), min(out[axis] - 1, (x_shape[2 + axis] - 1 - shift) // step)
+        if first > last:
+            return None
+        start = first * step + shift
+        return slice(start, start + (last - first) * step + 1, step), slice(first, last + 1)
+
+    every = slice(None)
+    columns = [(j, found) for j in range(weight_shape[3]) if (found := seen(1, j)) is not None]
+    for i in range(weight_shape[2]):
+        rows = seen(0, i)
+        if rows is not None:
+            for j, (pixels, outputs) in columns:
+                yield i, j, (every, every, rows[0], pixels), (every, every, rows[1], outputs)

@@ -1,0 +1,81 @@
+"""What can be told of a tensor without reading it: whether it is plain, and whether it still holds what it held."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import torch
+from torch import Tensor
+from torch._C import DispatchKey, DispatchKeySet
+from torch.utils.weak import WeakIdKeyDictionary
+
+
+def _plain_keys() -> frozenset[int]:
+    """The dispatch keys of a strided tensor on the CPU or a GPU, and of one made in inference mode."""
+    found = {torch._C._dispatch_keys(torch.empty(0)).raw_repr()}
+    for device in ("CPU", "CUDA"):
+        inference = DispatchKeySet(getattr(DispatchKey, device)) | DispatchKeySet(
+            getattr(DispatchKey, f"Autocast{device}")
+        )
+        autograd = DispatchKeySet(getattr(DispatchKey, f"Autograd{device}"))
+        found |= {k.raw_repr() for k in (inference, inference | autograd | DispatchKeySet(DispatchKey.ADInplaceOrView))}
+    return frozenset(found)
+
+
+_PLAIN_KEYS = _plain_keys()
+_dispatch_keys = torch._C._dispatch_keys
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor's memory holds its elements as they are, and nothing but torch's CPU or CUDA code sees its use.
+
+    False for sparse, nested, quantised and meta tensors, for lazy negatives and conjugates (``torch._neg_view``,
+    ``x.conj()``), for zero tensors without memory, and for what torch.func, functionalisation or a
+    ``__torch_dispatch__`` subclass wraps. A ``__torch_function__`` subclass shows in its type alone.
+    """
+    return _dispatch_keys(tensor).raw_repr() in _PLAIN_KEYS
+
+
+class Snapshot:
+    """The storage and the version of a tensor at one moment.
+
+    Torch counts in-place writes in a tensor's version. It does not count writes through ``.data``, through memory that
+    a tensor shares with NumPy, or to inference tensors.
+    """
+
+    __slots__ = ("_alias", "_version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        # The alias keeps the storage alive, so no other storage can take its address.
+        self._alias, self._version = tensor.detach(), version(tensor)
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether the tensor has the storage, the sizes and the version of the snapshot."""
+        return tensor.is_set_to(self._alias) and version(tensor) == self._version
+
+
+def version(tensor: Tensor) -> int:
+    """The number of in-place writes that torch counted; 0 for inference tensors, which count none."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+class Checked:
+    """Remembers tensors whose contents passed a check, so that calls with the same tensors need not read them again.
+
+    A tensor is forgotten when it dies. Inference tensors count no writes and are never remembered.
+    """
+
+    def __init__(self) -> None:
+        self._known = WeakIdKeyDictionary()
+
+    def knows(self, what: Hashable, *tensors: Tensor) -> bool:
+        """Whether these tensors passed this check and were not written to since."""
+        known = self._known.get(tensors[0])
+        if known is None or known[0] != what:
+            return False
+        return all(snapshot.holds(tensor) for snapshot, tensor in zip(known[1], tensors))
+
+    def remember(self, what: Hashable, *tensors: Tensor) -> None:
+        """Notes that these tensors passed this check."""
+        if not any(tensor.is_inference() for tensor in tensors):
+            self._known[tensors[0]] = what, tuple(Snapshot(tensor) for tensor in tensors)
