@@ -18,9 +18,10 @@ import pytest
 import torch
 
 from slimkernels import timing
-from slimkernels.kernels import native, select
+from slimkernels.kernels import select
 from slimkernels.kernels.devices import device_name
 from slimkernels.kernels.gpu_rates import GpuRates
+from slimkernels.kernels.peak import peak_flops as measured_peak
 from slimkernels.kernels.tables import Table, gpu_rates
 from slimkernels.tuning import captured
 
@@ -182,7 +183,7 @@ def test_matrix_rate(benchmark: Any, record: Any, device: str, smoke: bool, stat
             put_rate(state, "clock_hz", clock)
     else:
         start = time.perf_counter()
-        rate, predicted = native.peak_flops(seconds=0.05 if smoke else 0.5), None
+        rate, predicted = measured_peak(seconds=0.05 if smoke else 0.5), None
         measured = timing.percentiles([time.perf_counter() - start])
     _record(benchmark, "matrix product, bf16" if device == "cuda" else "multiply-add peak, float32", rate, "FLOP/s",
             predicted, measured)  # fmt: skip

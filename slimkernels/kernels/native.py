@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from functools import lru_cache
 from types import ModuleType
@@ -428,29 +427,3 @@ def launch_bsr_linear(
     shape, strip = (*weight_shape, 1, 1), strip_width(block_shape[0], isa)
     packed = packed or pack_strips(values, crow_indices, col_indices, shape, block_shape, strip)
     return PackedConv2d(isa, packed, shape, _UNIT, (0, 0), _UNIT, epilogue).rows(x, bias)
-
-
-def peak_flops(isa: str | None = None, seconds: float = 0.2) -> float:
-    """Measured fp32 multiply-add rate of this CPU at torch's thread count, FLOP/s (2 per multiply-add).
-
-    The best of several bursts.
-
-    Args:
-        isa: instruction set, by default the highest that runs here.
-        seconds: about how long to measure.
-
-    Raises:
-        ValueError: the native kernels of this instruction set cannot run here.
-    """
-    isa = isa or (_library()[2] or ("scalar",))[0]
-    reason = unavailable_reason(isa)
-    if reason is not None:
-        raise ValueError(f"peak_flops: {reason}")
-    module, threads, best = _library()[0], torch.get_num_threads(), 0.0
-    assert module is not None
-    end = time.perf_counter() + seconds
-    while best == 0.0 or time.perf_counter() < end:
-        start = time.perf_counter()
-        done = module.multiply_adds_f32(isa, 200_000, threads)
-        best = max(best, done / (time.perf_counter() - start))
-    return best
