@@ -47,3 +47,7 @@ def test_addresses() -> None:
 @pytest.mark.slow
 def test_addresses_of_every_layer_and_block_shape() -> None:
     assert passed("address_cases.py", "slow") >= 120
+
+
+def test_real_tiles_in_values() -> None:
+    assert passed("real_tile_cases.py", "not slow") >= 9
