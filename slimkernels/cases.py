@@ -54,13 +54,16 @@ class ConvCase:
     seed: int = 0
     op: ClassVar[str] = "bsr_conv2d"
 
+    def weight(self) -> BSRWeight:
+        """The weight on the CPU."""
+        shape = (self.c_out, self.c_in, *self.kernel_size)
+        return random_bsr(shape, self.block_shape, self.sparsity, self.seed, dtype=self.dtype, pattern=self.pattern)
+
     def inputs(self) -> tuple[Tensor, BSRWeight, Tensor | None]:
         """``(x channels_last, weight, bias or None)`` on the CPU."""
         x = random_tensor(self.n, self.c_in, self.h, self.w, seed=self.seed + 1, dtype=self.dtype)
-        shape = (self.c_out, self.c_in, *self.kernel_size)
-        weight = random_bsr(shape, self.block_shape, self.sparsity, self.seed, dtype=self.dtype, pattern=self.pattern)
         bias = random_tensor(self.c_out, seed=self.seed + 2, dtype=self.dtype) if self.bias else None
-        return x.contiguous(memory_format=torch.channels_last), weight, bias
+        return x.contiguous(memory_format=torch.channels_last), self.weight(), bias
 
     def launch_args(self, x: Tensor, weight: BSRWeight, bias: Tensor | None) -> tuple[Any, ...]:
         """Arguments of a `KernelSpec.launch` of this op, without a pack."""
@@ -84,7 +87,7 @@ class ConvCase:
         """The case as the dispatcher sees it."""
         return ConvProblem(
             self.n, self.c_in, self.h, self.w, self.c_out, *self.kernel_size, self.stride, self.padding, self.dilation,
-            self.block_shape, self.inputs()[1].nnz_blocks, self.dtype, device, self.epilogue,
+            self.block_shape, self.weight().nnz_blocks, self.dtype, device, self.epilogue,
         )  # fmt: skip
 
 
@@ -105,11 +108,14 @@ class LinearCase:
     seed: int = 0
     op: ClassVar[str] = "bsr_linear"
 
+    def weight(self) -> BSRWeight:
+        """The weight on the CPU."""
+        shape = (self.out_features, self.in_features)
+        return random_bsr(shape, self.block_shape, self.sparsity, self.seed, dtype=self.dtype, pattern=self.pattern)
+
     def inputs(self) -> tuple[Tensor, BSRWeight, Tensor | None]:
         """``(x (m, in), weight, bias or None)`` on the CPU."""
-        x = random_tensor(self.m, self.in_features, seed=self.seed + 1, dtype=self.dtype)
-        shape = (self.out_features, self.in_features)
-        weight = random_bsr(shape, self.block_shape, self.sparsity, self.seed, dtype=self.dtype, pattern=self.pattern)
+        x, weight = random_tensor(self.m, self.in_features, seed=self.seed + 1, dtype=self.dtype), self.weight()
         return x, weight, random_tensor(self.out_features, seed=self.seed + 2, dtype=self.dtype) if self.bias else None
 
     def launch_args(self, x: Tensor, weight: BSRWeight, bias: Tensor | None) -> tuple[Any, ...]:
@@ -127,7 +133,7 @@ class LinearCase:
 
     def problem(self, device: str = "cpu") -> LinearProblem:
         """The case as the dispatcher sees it."""
-        nnz_blocks = self.inputs()[1].nnz_blocks
+        nnz_blocks = self.weight().nnz_blocks
         return LinearProblem(
             self.m, self.in_features, self.out_features, self.block_shape, nnz_blocks, self.dtype, device, self.epilogue
         )

@@ -100,11 +100,12 @@ def compare(
         return Comparison(False, math.inf, math.inf, 0.0, math.inf, (), text)
     if out.numel() == 0:
         return Comparison(True, 0.0, 0.0, 0.0, 0.0, (), f"{name}: empty")
-    got, ref, scale = out.detach().double().cpu(), ref.detach().cpu(), scale.detach().cpu()
-    terms = terms.cpu() if isinstance(terms, Tensor) else terms
+    # Where the reference lies: a batch of 1024 images is compared on the GPU in milliseconds.
+    got, ref, scale = out.detach().double().to(ref.device), ref.detach(), scale.detach().to(ref.device)
+    terms = terms.to(ref.device) if isinstance(terms, Tensor) else terms
     finite = torch.isfinite(ref) & torch.isfinite(got)
     agree = finite | (torch.isnan(got) & torch.isnan(ref)) | (got == ref) if nonfinite else finite
-    zero = torch.zeros((), dtype=torch.float64)
+    zero = torch.zeros((), dtype=torch.float64, device=ref.device)
     err = torch.where(agree, torch.where(finite, (got - ref).abs(), zero), math.inf)
     rounded, summed = unit_bound(
         torch.where(finite, ref, zero), torch.where(finite, scale, zero), terms, out.dtype, u_mul
@@ -264,7 +265,7 @@ def conv2d_float64(
     x: Tensor, dense: Tensor, bias: Tensor | None, stride: Size, padding: Size, dilation: Size
 ) -> Tensor:
     """``F.conv2d`` in float64, a few images at a time: torch's im2col buffer of a whole batch can take gigabytes."""
-    b = None if bias is None else bias.double()
+    dense, b = dense.to(x.device), None if bias is None else bias.double()
     step = (tuple(stride), tuple(padding), tuple(dilation))
     images = max(1, 2**22 // max(1, dense[0].numel() * x.shape[-1] * x.shape[-2]))
     return torch.cat([F.conv2d(part, dense, b, *step) for part in x.double().split(images)])
@@ -279,7 +280,7 @@ def reference_bsr_conv2d(
     dilation: Size = (1, 1),
     epilogue: str = "none",
 ) -> Tensor:
-    """The block-sparse convolution in float64: densified weight, ``F.conv2d``, epilogue. x ``(N, C_in, H, W)``, CPU."""
+    """The block-sparse convolution in float64: densified weight, ``F.conv2d``, epilogue. x ``(N, C_in, H, W)``."""
     return apply_epilogue(conv2d_float64(x, densify(weight), bias, stride, padding, dilation), epilogue)
 
 

@@ -36,6 +36,14 @@ from slimkernels.nn import BlockSparseConv2d, BlockSparseLinear, LowRankConv2d, 
 CIFAR_LAYERS = ((64, 64, 3, 32), (128, 128, 3, 16), (256, 256, 3, 8), (512, 512, 3, 4), (512, 512, 3, 2))
 IMAGENET_LAYERS = ((128, 128, 3, 112), (256, 256, 3, 56), (512, 512, 3, 28), (512, 512, 3, 14))
 POINTWISE_LAYERS = ((256, 256, 1, 14),)
+# All distinct convolutions of VGG-19 on CIFAR-10 but the first, with their epilogue: what `tune` begins with on a GPU.
+HEADLINE_LAYERS = (
+    (64, 64, 32, "relu_maxpool2"), (64, 128, 16, "relu"), (128, 128, 16, "relu_maxpool2"), (128, 256, 8, "relu"),
+    (256, 256, 8, "relu"), (256, 256, 8, "relu_maxpool2"), (256, 512, 4, "relu"), (512, 512, 4, "relu"),
+    (512, 512, 4, "relu_maxpool2"), (512, 512, 2, "relu"), (512, 512, 2, "relu_maxpool2"),
+)  # fmt: skip
+HEADLINE_BLOCK_SHAPES = ((128, 16), (64, 16))
+HEADLINE_BATCH = 1024
 LINEAR_LAYERS = ((512, 512), (4096, 4096))
 BLOCK_SHAPES = {
     "cpu": ((16, 1), (32, 1), (8, 1), (16, 4), (16, 16), (32, 32)),
@@ -59,7 +67,8 @@ class Family:
         p = self.problems[0]
         block = f" {p.block_shape[0]}x{p.block_shape[1]}" if p.op.startswith("bsr") else ""
         if isinstance(p, ConvProblem):
-            return f"{p.op} {p.c_in}->{p.c_out} {p.r}x{p.s} @ {p.n}x{p.h}x{p.w}{block}"
+            pooled = " pooled" if p.epilogue == "relu_maxpool2" else ""
+            return f"{p.op} {p.c_in}->{p.c_out} {p.r}x{p.s} @ {p.n}x{p.h}x{p.w}{block}{pooled}"
         if isinstance(p, LinearProblem | LowRankLinearProblem):
             rank = f" rank {p.rank}" if isinstance(p, LowRankLinearProblem) else ""
             return f"{p.op} {p.in_features}->{p.out_features} @ {p.m}{block}{rank}"
@@ -75,6 +84,8 @@ def standard_families(
     ops: Sequence[str] | None = None,
 ) -> list[Family]:
     """The families of `slimkernels tune`: the commonest layers first, every block shape of one layer together.
+
+    On a GPU the convolutions of VGG-19 at 1024 images come before all else, those that are pooled too.
 
     Args:
         device: ``cpu`` (float32) or ``cuda`` (bfloat16).
@@ -97,15 +108,22 @@ def standard_families(
         raise ValueError(f"standard_families: expected ops in {', '.join(PROBLEM_TYPES)}, got {unknown[0]!r}")
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     found: list[Family] = []
-    convs = [(n, layer) for n in batches for layer in CIFAR_LAYERS + POINTWISE_LAYERS]
-    convs += [(1 if device == "cpu" else 32, layer) for layer in IMAGENET_LAYERS]
     if "bsr_conv2d" in ops:
-        for n, (c_in, c_out, k, size) in convs:
-            for block in shapes:
-                problem = ConvProblem(
-                    n, c_in, size, size, c_out, k, k, (1, 1), (k // 2, k // 2), (1, 1), block, 0, dtype, device, "relu"
-                )
-                found.append(_family(problem, (c_out, c_in, k, k), shares))
+        layers = [(n, layer, "relu") for n in batches for layer in CIFAR_LAYERS + POINTWISE_LAYERS]
+        layers += [(1 if device == "cpu" else 32, layer, "relu") for layer in IMAGENET_LAYERS]
+        ways = [(*layer, block) for layer in layers for block in shapes]
+        if device == "cuda" and HEADLINE_BATCH in batches:
+            headline = [
+                (HEADLINE_BATCH, (c_in, c_out, 3, size), epilogue, (min(block[0], c_out), block[1]))
+                for block in HEADLINE_BLOCK_SHAPES if block in shapes
+                for c_in, c_out, size, epilogue in HEADLINE_LAYERS
+            ]  # fmt: skip
+            ways = list(dict.fromkeys(headline + ways))
+        for n, (c_in, c_out, k, size), epilogue, block in ways:
+            problem = ConvProblem(
+                n, c_in, size, size, c_out, k, k, (1, 1), (k // 2, k // 2), (1, 1), block, 0, dtype, device, epilogue
+            )
+            found.append(_family(problem, (c_out, c_in, k, k), shares))
     if "bsr_linear" in ops:
         for m in batches:
             for features, out in LINEAR_LAYERS:
@@ -139,10 +157,12 @@ def build(problem: SizedProblem) -> tuple[nn.Module, nn.Module, Tensor]:
 
     A block-sparse weight has its blocks spread at random over the grid, one at least in every row where they suffice.
     """
+    # The pattern is drawn on the CPU, the values where they are needed: a layer of 1024 images has 67 million.
     generator = torch.Generator().manual_seed(0)
+    values = torch.Generator(problem.device).manual_seed(0)
 
     def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(problem.device, problem.dtype)
+        return torch.randn(*shape, generator=values, device=problem.device).to(problem.dtype)
 
     with torch.no_grad():
         if isinstance(problem, LowRankLinearProblem):
@@ -223,9 +243,12 @@ def captured(call: Callable[[], Any], device: str) -> Callable[[], Any]:
     if device != "cuda":
         return call
     side = torch.cuda.Stream()
+    # The call's inputs may still be on their way: copies and fills of the current stream come first.
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(2):
             call()
+    torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

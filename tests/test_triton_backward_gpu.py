@@ -123,6 +123,7 @@ def test_compiled_and_graphed_training_steps_give_the_same_bits() -> None:
 
     leaf = x.clone().requires_grad_()
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(2):
             torch.autograd.grad(module(leaf).sum(), (leaf, module.values, module.bias))

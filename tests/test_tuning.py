@@ -322,10 +322,26 @@ def test_standard_families_cover_both_devices_and_refuse_nonsense() -> None:
     assert {p.dtype for f in cuda for p in f.problems} == {torch.bfloat16}
     assert {p.op for f in cpu for p in f.problems} == {p.op for f in cuda for p in f.problems} == set(sk.kernels.OPS)
     assert {(64, 16), (128, 16), (16, 16), (32, 32), (64, 64)} <= {p.block_shape for f in cuda for p in f.problems}
-    assert len({f.label for f in cpu}) == len(cpu)
+    for families in (cpu, cuda):
+        assert len({f.label for f in families}) == len(families)
     for bad in ({"batches": [0]}, {"sparsities": [1.0]}, {"ops": ["conv3d"]}, {"block_shapes": [(0, 1)]}):
         with pytest.raises(ValueError, match=r"^standard_families: expected"):
             tuning.standard_families("cpu", **bad)
+
+
+def test_tuning_a_gpu_begins_with_the_headline_layers() -> None:
+    """Every convolution of VGG-19 at 1024 images in tall blocks, and the commands that ask for less get less."""
+    first = [f.problems[0] for f in tuning.standard_families("cuda")[: len(tuning.HEADLINE_LAYERS)]]
+    assert {p.n for p in first} == {1024} and all(p.block_shape == (min(128, p.c_out), 16) for p in first)
+    model = sk.models.vgg19_cifar()
+    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)][1:]
+    assert {(p.c_in, p.c_out) for p in first} == {(c.in_channels, c.out_channels) for c in convs}
+    assert sum(p.epilogue == "relu_maxpool2" for p in first) == sum(
+        isinstance(m, nn.MaxPool2d) for m in model.features
+    )
+    small = tuning.standard_families("cuda", batches=[16], block_shapes=[(32, 32)], ops=["bsr_conv2d"])
+    assert {p.n for f in small for p in f.problems} == {16, 32}
+    assert {p.block_shape for f in small for p in f.problems} == {(32, 32)}
 
 
 ARGUMENTS = ["tune", "--op", "bsr_linear", "--batch", "1", "--block-shape", "16x1", "--sparsity", "0.75", "--sparsity"]

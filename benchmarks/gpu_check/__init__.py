@@ -1,0 +1,1 @@
+"""What a machine with a CUDA GPU should show, in two calls of nine and four minutes: see ``benchmarks/gpu_check.sh``."""

@@ -1,0 +1,136 @@
+"""The stages of the GPU check: commands, seconds, the question that each answers and the prediction to hold it against.
+
+One table, in the order in which the stages run, the most valuable first. The predictions are arithmetic, made before any
+kernel ran on a GPU; they are printed beside the measurements.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+# Seconds that all stages of a call may take together.
+CALL_SECONDS = {1: 540, 2: 230}
+# Between the interrupt at a stage's limit, on which pytest prints its summary, and the kill.
+GRACE_SECONDS = 10
+# Always the same folder: its name is part of what a Triton cache made beforehand is looked up by.
+TRITON_CACHE = "/tmp/slimkernels-triton-cache"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One process, or process group, with its own time limit.
+
+    Attributes:
+        name: also of the file that keeps its rows.
+        call: 1 or 2. seconds: its limit.
+        question: what it answers, and what is expected.
+        command: arguments of Python; ``{rows}`` is the file for the stage's rows, ``{state}`` the folder of all results.
+        build_wait: seconds of its limit that it may wait for the build of the extension (CUDA C++ kernels).
+        spare: it runs only in the time that the stages before it left over, and counts in no sum.
+        variables: further environment variables; ``{state}`` as above.
+    """
+
+    name: str
+    call: int
+    seconds: int
+    question: str
+    command: tuple[str, ...]
+    build_wait: int = 0
+    spare: bool = False
+    variables: dict[str, str] = field(default_factory=dict)
+
+
+def _module(name: str, *arguments: str) -> tuple[str, ...]:
+    return ("-m", f"gpu_check.{name}", "--rows", "{rows}", *arguments)
+
+
+def _suite(*arguments: str) -> tuple[str, ...]:
+    quiet = ("-q", "-p", "no:cacheprovider", "--benchmark-disable-gc", "--benchmark-columns=median")
+    return ("-m", "pytest", *quiet, "--rows", "{rows}", *arguments)
+
+
+def _networks(*names: str) -> tuple[str, ...]:
+    return tuple(f"benchmarks/bench_vgg.py::test_vgg_gpu[{name}]" for name in names)
+
+
+# The files with tests that need a GPU, the most telling first (`telling` orders the tests inside them).
+GPU_TESTS = (
+    "tests/test_triton_gpu.py", "tests/test_triton_backward_gpu.py", "tests/test_graphs.py",
+    "tests/test_composition_gpu.py", "tests/test_cuda.py", "tests/test_engine.py",
+)  # fmt: skip
+# One at a time, in the given order: 14 compilers of 16 cores, and the time box cuts off the least telling tests.
+_WORKERS = ("-n", "14", "--dist", "load", "--maxschedchunk", "1")
+_TESTS = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "gpu_check.telling", "--rows", "{rows}")
+_CHECKS = ("--checks", "{state}/rows/correctness.jsonl")
+# Tables of this device: the first holds the measured ceilings alone, the second the sweep's configurations too.
+_SWEPT = {"SLIMKERNELS_CACHE_DIR": "{state}/swept"}
+
+STAGES = (
+    Stage("versions", 1, 10, "What runs here: device, clocks, versions, a Triton cache made beforehand.",
+          _module("versions")),
+    Stage("compile", 1, 35, "Compiles every kernel of the stages below, 14 at once: 0.8 s each on one core.",
+          _module("precompile", "--processes", "14")),
+    Stage("ceilings", 1, 25,
+          "Gather from L2 at 32, 64, 128 contiguous bytes (5.5 TB/s hoped for), matrix product (790 TFLOP/s), dense "
+          "convolution (550 to 600), copy (3.0 TB/s on an H100, 4.3 on an H200), a launch in a graph (1.3 us).",
+          _suite("benchmarks/bench_ceilings.py", "--state", "{state}")),
+    Stage("correctness", 1, 40,
+          "Are the timed kernels right? Every layer at its full batch against float64, output memory poisoned, three "
+          "runs bit-equal, once through a CUDA graph.",
+          _module("correctness")),
+    Stage("vgg", 1, 75,
+          "VGG-19, batch 1024, 87.5%, (128, 16) blocks, against eager, CUDA graphs and torch.compile: 2.1x expected of "
+          "the kernels as first written (0.77 to 0.98 ms on an H100), 3x wanted, 4x the goal.",
+          _suite(*_networks("headline"), "--compile", "default", "--seconds", "1.5", *_CHECKS)),
+    Stage("sweep", 1, 65,
+          "Which configuration of each layer is fastest, and what binds it: microseconds beside the floors of L2, "
+          "device memory, matrix units and issue slots.",
+          _module("sweep", "--state", "{state}")),
+    Stage("counters", 1, 30,
+          "Why: L2 sectors, L1 tags, issue slots and DRAM bytes of three kernels (ncu). Sixteen tags a copy of 32-byte "
+          "slices would equal the matrix time.",
+          _module("counters", "--state", "{state}")),
+    Stage("rows", 1, 50,
+          "(64, 16) blocks (2.2x wanted), 95% (3.8x H100, 4.5x H200), batch 1 and 16 (1.5x) with every pruned layer "
+          "swapped.",
+          _suite(*_networks("blocks_64x16", "sparsity_95", "batch_1", "batch_16"), "--compile", "none",
+                 "--seconds", "0.6", *_CHECKS)),
+    Stage("tests", 1, 165, "All GPU tests, the most telling first, as far as the time goes.",
+          (*_TESTS, "-m", "gpu and not slow", *_WORKERS, "--junitxml", "{state}/tests.xml", *GPU_TESTS), build_wait=20),
+    Stage("sanitizer", 1, 30, "compute-sanitizer on the headline's kernels and configurations at 8 images: no error.",
+          _module("sanitizer", "--tool", "memcheck")),
+    Stage("autotune", 1, 150, "The headline once more, against torch.compile's max-autotune.",
+          _suite(*_networks("headline"), "--compile", "max-autotune-no-cudagraphs", "--seconds", "1", *_CHECKS),
+          spare=True),
+    Stage("racecheck", 1, 60, "Shared-memory races in the same kernels: none.",
+          _module("sanitizer", "--tool", "racecheck"), spare=True),
+    Stage("vgg16", 2, 70, "VGG-16 at 224x224, batch 32, 87.5%: 2.5x (H100) or 2.8x (H200) wanted; the floor is 3.3x/3.8x.",
+          _suite(*_networks("vgg16_224"), "--compile", "default", "--seconds", "1", *_CHECKS)),
+    Stage("swept", 2, 40, "The headline with the configurations that the sweep found fastest.",
+          _suite(*_networks("headline"), "--compile", "none", "--seconds", "1"), variables=_SWEPT),
+    Stage("training", 2, 40, "A whole training step against the masked dense one: 2x wanted.",
+          _suite("benchmarks/bench_backward.py::test_training_step", "--seconds", "1")),
+    Stage("again", 2, 50, "What failed in call 1, and the tests that it did not reach.",
+          (*_TESTS, "--again", "{state}/rows/tests.jsonl", "-m", "gpu and not slow", *_WORKERS,
+           "--junitxml", "{state}/again.xml", *GPU_TESTS), build_wait=5),
+    Stage("low_rank", 2, 30, "Low-rank layers against their factors and the merged layer: 1.3x where launch-bound.",
+          _suite("benchmarks/bench_low_rank.py", "--seconds", "0.1")),
+)  # fmt: skip
+
+
+def stages_of(call: int) -> list[Stage]:
+    """The stages of a call, those for spare time last."""
+    return sorted((s for s in STAGES if s.call == call), key=lambda s: s.spare)
+
+
+def plan_text() -> str:
+    """Stages, seconds and sums of both calls."""
+    lines = []
+    for call, most in CALL_SECONDS.items():
+        lines += [f"call {call}", "seconds  stage        question"]
+        for stage in stages_of(call):
+            seconds = f"({stage.seconds})" if stage.spare else str(stage.seconds)
+            lines.append(f"{seconds:>7}  {stage.name:<12} {stage.question}")
+        total = sum(s.seconds for s in stages_of(call) if not s.spare)
+        lines += [f"{total:>7}  in all, of at most {most}; in brackets: only in time that is left", ""]
+    return "\n".join(lines)

@@ -1,0 +1,78 @@
+"""Compiles every kernel that the stages of the first call launch, in many processes at once, into Triton's cache.
+
+A kernel takes 0.8 s of one core to compile, and a stage that times kernels should not wait for it a hundred times. A
+kernel that cannot be compiled or launched is a row here, with its error.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+
+import torch
+
+from gpu_check import layers, options, rows
+from gpu_check.summary import config_text
+from gpu_check.sweep import ways
+from slimkernels.kernels.problems import ConvProblem
+from slimkernels.kernels.select import KernelChoice
+
+Job = tuple[ConvProblem, KernelChoice]
+
+
+def jobs(names: Iterable[str], device: str, swept: bool = True) -> list[Job]:
+    """What the rows of these names and the sweep launch: each problem with its kernel and configuration, once."""
+    found: dict[str, Job] = {}
+    for name in names:
+        for p in layers.ROWS[name].problems(device):
+            choice = layers.choice_of(p)
+            found.setdefault(layers.choice_key(p, choice.name, choice.config), (p, choice))
+    for p in layers.HEADLINE.problems(device) if swept else ():
+        for choice in ways(p):
+            found.setdefault(layers.choice_key(p, choice.name, choice.config), (p, choice))
+    return list(found.values())
+
+
+def run(job: Job) -> tuple[float, str | None]:
+    """Seconds of one launch, compilation included, and the error's text if it failed."""
+    begun = time.monotonic()
+    try:
+        with torch.no_grad():
+            layers.Bench(job[0]).call(job[1])
+        if job[0].device == "cuda":
+            torch.cuda.synchronize()
+    except Exception as error:  # compilers raise whatever they like; the row says what
+        return time.monotonic() - begun, f"{type(error).__name__}: {error}"[:500]
+    return time.monotonic() - begun, None
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = options.parser(__doc__)
+    parser.add_argument("--processes", type=int, default=14)
+    parser.add_argument("--names", nargs="*", default=list(layers.FIRST_ROWS), help="of gpu_check.layers.ROWS")
+    parsed = parser.parse_args(arguments)
+    options.prepare(parsed.device)
+    begun, failed, longest = time.monotonic(), 0, 0.0
+    wanted = jobs(parsed.names, parsed.device)
+    with ProcessPoolExecutor(parsed.processes, multiprocessing.get_context("spawn")) as pool:
+        running = {pool.submit(run, job): job for job in wanted}
+        for done in as_completed(running):
+            (p, choice), (seconds, error) = running[done], done.result()
+            longest = max(longest, seconds)
+            if error is not None:
+                failed += 1
+                name = f"{layers.layer_name(p)} {choice.name} {config_text(choice.config)}"
+                rows.append(parsed.rows, {"suite": "compile", "name": name, "match": False, "error": error})
+                print(f"{name}: {error}")
+    spent = time.monotonic() - begun
+    rows.append(parsed.rows, {"suite": "compile", "name": "all", "match": failed == 0, "kernels": len(wanted),
+                              "failed": failed, "seconds": spent, "longest_s": longest})  # fmt: skip
+    print(f"{len(wanted)} kernels, {failed} failed, {spent:.1f} s, the longest {longest:.1f} s")
+    if failed:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

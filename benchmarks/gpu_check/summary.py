@@ -1,0 +1,152 @@
+"""The table that ends a call: what a reader must know if nothing else comes home. At most 11 000 characters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from gpu_check import rows
+
+MOST_CHARACTERS = 11_000
+_MESSAGE = 160
+
+
+def _ms(row: Mapping[str, Any], key: str) -> str:
+    value = row.get(key)
+    return "-" if value is None else f"{value:.3g}"
+
+
+def config_text(config: Mapping[str, int]) -> str:
+    """A configuration in a few characters: ``256x128x64 w8 s4``."""
+    tile = "x".join(str(config[k]) for k in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if k in config)
+    short = {"num_warps": "w", "num_stages": "s", "SPLITS": "split", "GROUP_M": "group"}
+    rest = [
+        f"{short.get(k, k.lower())}{v}"
+        for k, v in config.items()
+        if not k.startswith("BLOCK_") and (k, v) != ("SPLITS", 1)
+    ]
+    return " ".join(filter(None, [tile, *rest])) or "default"
+
+
+def stage_lines(result: Mapping[str, Any]) -> list[str]:
+    """Every stage with its seconds and how it ended."""
+    return [
+        f"{s['stage']:<12} call {s['call']} {s['seconds']:6.1f}/{s['limit']:<3d} s  {s['status']}"
+        + (f", {s['compiled']} compiled" if s.get("compiled") else "")
+        + (f" ({s['note']})" if s.get("note") else "")
+        for s in result["stages"]
+    ]
+
+
+def ceiling_lines(found: list[dict[str, Any]]) -> list[str]:
+    """Measured ceilings beside those that the cost model had."""
+    lines = []
+    for r in rows.of_suite(found, "ceilings"):
+        expected = "" if not r.get("predicted_rate") else f" (cost model {r['predicted_rate']:.3g})"
+        lines.append(f"{r['what']}: {r['rate']:.3g} {r['unit']}{expected}")
+    return lines
+
+
+def correctness_lines(found: list[dict[str, Any]]) -> list[str]:
+    """Counts by row of the plan, then what is wrong."""
+    checks = rows.of_suite(found, "correctness")
+    lines = []
+    for name in dict.fromkeys(r.get("row", "") for r in checks):
+        own = [r for r in checks if r.get("row", "") == name]
+        lines.append(f"{name}: {sum(r['match'] for r in own)} of {len(own)} layers right")
+    for r in (r for r in checks if not r["match"]):
+        lines.append(f"WRONG {r.get('row', '')} {r['name']}: {'; '.join(r['errors'])[:_MESSAGE]}")
+    return lines
+
+
+def network_lines(found: list[dict[str, Any]]) -> list[str]:
+    """Whole networks, training and low-rank rows: ours, the fastest dense one, the ratio."""
+    lines = []
+    for r in rows.of_suite(found, "vgg", "backward", "low_rank"):
+        baselines = r.get("baselines_p50_ms") or {}
+        best = min(baselines, key=lambda k: baselines[k]) if baselines else "masked dense"
+        what = r.get("network") or r.get("layer")
+        lines.append(
+            f"[{r['stage']}] {what} b{r.get('batch', '')} {r.get('sparsity', '')} {r.get('block_shape', '')}: "
+            f"{_ms(r, 'p50_ms')} ms, dense {_ms(r, 'dense_p50_ms')} ({best}), {r['speedup']:.2f}x, "
+            f"predicted {_ms(r, 'predicted_ms')}, kernels {r.get('kernels', '-')}"
+        )
+        others = ", ".join(f"{k} {v:.3g}" for k, v in baselines.items())
+        lines += [f"    {others}"] if len(baselines) > 1 else []
+    return lines
+
+
+def sweep_lines(found: list[dict[str, Any]]) -> list[str]:
+    """The default and the fastest configuration of each layer, with the floors of the fastest."""
+    measured = rows.of_suite(found, "sweep")
+    lines = []
+    for name in dict.fromkeys(r["name"] for r in measured):
+        own = [r for r in measured if r["name"] == name and "p50_ms" in r]
+        if not own:
+            lines.append(f"{name}: nothing ran: {'; '.join(measured[0].get('errors', []))[:_MESSAGE]}")
+            continue
+        best = min(own, key=lambda r: (not r["match"], r["p50_ms"]))
+        floors = " ".join(f"{k[:-3]} {best[k]:.0f}" for k in ("l2_us", "dram_us", "matrix_us", "issue_us") if k in best)
+        lines.append(
+            f"{name}: first {1e3 * own[0]['p50_ms']:.1f} us, best {1e3 * best['p50_ms']:.1f} us "
+            f"{best['kernel'].removeprefix('bsr_conv2d__')} {config_text(best['config'])}; floors {floors}; "
+            f"dense {1e3 * best['dense_p50_ms']:.0f} us" + ("" if best["match"] else " WRONG")
+        )
+    return lines
+
+
+def counter_lines(found: list[dict[str, Any]]) -> list[str]:
+    """The counters of the profiled kernels."""
+    lines = []
+    for r in rows.of_suite(found, "counters"):
+        values = " ".join(f"{k.split('__', 1)[1]} {v:.4g}" for k, v in r["metrics"].items())
+        lines.append(f"{r['name']} {config_text(r['config'])}: {values}"[:900])
+    return lines
+
+
+def test_lines(found: list[dict[str, Any]]) -> list[str]:
+    """Passed, failed, skipped and not reached, by stage; then what failed."""
+    lines = []
+    tests = rows.of_suite(found, "test")
+    for stage in dict.fromkeys(r["stage"] for r in tests):
+        own = {r["name"]: r["outcome"] for r in tests if r["stage"] == stage}
+        collected = next((r["count"] for r in rows.of_suite(found, "tests") if r["stage"] == stage), len(own))
+        counts = {o: sum(v == o for v in own.values()) for o in ("passed", "failed", "skipped")}
+        lines.append(f"{stage}: {counts}, {collected - len(own)} not reached")
+    for r in [r for r in tests if r["outcome"] == "failed"][:12]:
+        last = (r.get("message", "").strip().splitlines() or [""])[-1]
+        lines.append(f"FAILED {r['name']}: {last[:_MESSAGE]}")
+    for r in rows.of_suite(found, "sanitizer"):
+        lines.append(f"{r['name']}: {r['kernels']} of {r['of']} kernels, {r['summary']}")
+    return lines
+
+
+def compile_lines(found: list[dict[str, Any]]) -> list[str]:
+    """How many kernels were compiled, how fast, and which could not be."""
+    lines = []
+    for r in rows.of_suite(found, "compile"):
+        if "error" in r:
+            lines.append(f"FAILED {r['name']}: {r['error'][:_MESSAGE]}")
+        else:
+            lines.append(f"{r['kernels']} kernels, {r['failed']} failed, {r['seconds']:.0f} s")
+    return lines[-8:]
+
+
+SECTIONS: tuple[tuple[str, Callable[[list[dict[str, Any]]], list[str]]], ...] = (
+    ("compiled", compile_lines), ("counters", counter_lines), ("ceilings", ceiling_lines), ("sweep", sweep_lines),
+    ("tests", test_lines), ("correctness", correctness_lines), ("networks", network_lines),
+)  # fmt: skip
+
+
+def summary(result: Mapping[str, Any]) -> str:
+    """The table; the most important last, where a cut-off output still shows it."""
+    parts = []
+    for title, make in SECTIONS:
+        try:
+            lines = make(result["rows"])
+        except (KeyError, TypeError, ValueError) as error:  # a row cut short must not cost the rest of the table
+            lines = [f"not shown: {type(error).__name__}: {error}"]
+        if lines:
+            parts.append(f"== {title}\n" + "\n".join(lines)[:2600])
+    parts.append("== stages\n" + "\n".join(stage_lines(result)))
+    return "\n".join(parts)[-MOST_CHARACTERS:]
