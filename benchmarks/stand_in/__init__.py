@@ -15,17 +15,19 @@ import os
 from pathlib import Path
 
 
-def install(launches: Path | None = None) -> None:
+def install(launches: Path | None = None, compiling: bool = False, values: bool = True) -> None:
     """Takes the place of CUDA in this process, for its whole life.
 
     Args:
         launches: a file to which every launch of a Triton kernel is appended as a line of JSON.
+        compiling: Triton compiles what it would launch, into its cache.
+        values: results of kernels are those of the references; without, they are not written at all.
     """
     from stand_in import cuda, device_tensor, launches as triton_launches
 
     cuda.install()
     device_tensor.install()
-    triton_launches.install(launches)
+    triton_launches.install(launches, compiling, values)
 
 
 def from_environment() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map
 
 from stand_in import device_tensor
 from stand_in.device_tensor import DeviceTensor
@@ -60,20 +60,29 @@ class Kernel:
     def __init__(self, source: Any, options: Any) -> None:
         self.src, self.name, self.hash = source, source.name, source.hash()
         self.function = self.packed_metadata = None
-        self.metadata = SimpleNamespace(name=self.name, shared=0, num_warps=options.get("num_warps"))
-        self._options = {name: options.get(name) for name in ("num_warps", "num_stages")}
+        self.metadata = SimpleNamespace(name=self.name, **{k: options.get(k) for k in _OPTIONS})
+        self.run = launcher(source, self.metadata)
 
     def launch_metadata(self, *args: Any) -> None:
         return None
 
-    def run(self, x: int, y: int, z: int, *rest: Any) -> None:
-        # stream, function, packed metadata, launch metadata, two hooks, the kernel's arguments.
-        given = dict(zip(self.src.fn.arg_names, rest[6:], strict=True))
-        check_launch(self.name, (x, y, z), given, self.src.attrs, self.src.constants)
-        record(self.name, (x, y, z), given, self._options)
-
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return lambda *args, **kwargs: self.run(*(*grid, 1, 1)[:3], None, None, None, None, None, None, *args)
+
+
+_OPTIONS = ("num_warps", "num_stages")
+
+
+def launcher(source: Any, metadata: Any) -> Callable[..., None]:
+    """What launches a kernel, as Triton asks its driver for it."""
+
+    def run(x: int, y: int, z: int, *rest: Any) -> None:
+        # stream, function, packed metadata, launch metadata, two hooks, the kernel's arguments.
+        given = dict(zip(source.fn.arg_names, rest[6:], strict=True))
+        check_launch(metadata.name, (x, y, z), given, source.attrs, source.constants)
+        record(metadata.name, (x, y, z), given, {name: getattr(metadata, name) for name in _OPTIONS})
+
+    return run
 
 
 def record(name: str, grid: tuple[int, ...], given: dict[str, Any], options: dict[str, Any]) -> None:
@@ -97,7 +106,12 @@ class Driver:
         from triton.backends.compiler import GPUTarget
 
         self._target = GPUTarget("cuda", 90, 32)
-        self.utils = SimpleNamespace(get_device_properties=lambda device: {"max_shared_mem": 227 * 1024})
+        self.launcher_cls = launcher
+        self.utils = SimpleNamespace(
+            get_device_properties=lambda device: {"max_shared_mem": 227 * 1024},
+            load_binary=lambda name, *rest: (name, name, 32, 0, 1024),
+            unload_module=lambda module: None,
+        )
 
     def get_current_device(self) -> int:
         return 0
@@ -142,7 +156,7 @@ def _with_values(function: Callable[..., Any], op: str) -> Callable[..., Any]:
         from slimkernels.kernels import reference
 
         given = signature.bind(*args, **kwargs).arguments
-        asked = [value for name, value in given.items() if name not in ("config", "variant")]
+        asked = tree_map(_wider, [value for name, value in given.items() if name not in ("config", "variant")])
         with device_tensor.unchecked():
             expected = getattr(reference, op)(*asked)
         result = function(*args, **kwargs)
@@ -154,13 +168,32 @@ def _with_values(function: Callable[..., Any], op: str) -> Callable[..., Any]:
     return launch
 
 
+def _wider(value: Any) -> Any:
+    """16-bit values as float32, in which kernels accumulate."""
+    half = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+    return value.float() if half else value
+
+
+def plain_type(value: Any) -> type:
+    """`type` as a CUDA tensor would have it."""
+    if isinstance(value, DeviceTensor):
+        return torch.nn.Parameter if isinstance(value, torch.nn.Parameter) else Tensor
+    return type(value)
+
+
+# Modules that pass tensors of unknown classes over, and would take a `DeviceTensor` for one.
+_ASK_TYPES = ("slimkernels.conversion.layers", "slimkernels.conversion.units")
+
+
 class _Finder(MetaPathFinder):
-    """Wraps the launching functions of a module when it is imported."""
+    """Wraps the launching functions of a module when it is imported, and gives `plain_type` to those that ask."""
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
-        functions = LAUNCHERS.get(name.removeprefix(_PACKAGE)) if name.startswith(_PACKAGE) else None
-        spec = PathFinder.find_spec(name, path, target) if functions else None
-        if spec is None or spec.loader is None or functions is None:
+        functions = LAUNCHERS.get(name.removeprefix(_PACKAGE), {}) if name.startswith(_PACKAGE) else {}
+        if not functions and name not in _ASK_TYPES:
+            return None
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is None or spec.loader is None:
             return None
         execute = spec.loader.exec_module
 
@@ -168,22 +201,30 @@ class _Finder(MetaPathFinder):
             execute(module)
             for function, op in functions.items():
                 setattr(module, function, _with_values(getattr(module, function), op))
+            if name in _ASK_TYPES:
+                module.type = plain_type
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
-def install(launches: Path | None) -> None:
-    """Takes the place of Triton's driver and compiler; launches go to this file."""
+def install(launches: Path | None, compiling: bool = False, values: bool = True) -> None:
+    """Takes the place of Triton's driver, and of its compiler unless `compiling`; launches go to this file.
+
+    Args:
+        values: whether what kernels would have computed is filled in by the references.
+    """
     global _file
     _file = launches
     import triton.compiler
     from triton.runtime import driver
 
-    sys.meta_path.insert(0, _Finder())
+    if values:
+        sys.meta_path.insert(0, _Finder())
     driver.set_active(Driver())
 
     def compile(source: Any, target: Any = None, options: Any = None, **kwargs: Any) -> Kernel:
         return Kernel(source, dict(options or {}))
 
-    triton.compiler.compile = compile
+    if not compiling:
+        triton.compiler.compile = compile
