@@ -228,7 +228,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if parsed.check:
         refuse_to_compile()
         misses = [error for error in map(looked_up, work) if error is not None]
-        print("\n".join([*misses, f"{len(work)} jobs, {len(misses)} not in the cache, {time.monotonic() - begun:.0f} s"]))
+        print(
+            "\n".join([*misses, f"{len(work)} jobs, {len(misses)} not in the cache, {time.monotonic() - begun:.0f} s"])
+        )
         raise SystemExit(bool(misses))
     shutil.rmtree(parsed.folder, ignore_errors=True)
     errors = in_processes(work, parsed.processes, setting)

@@ -126,7 +126,9 @@ def _check(func: Any, name: str, tensors: Sequence[Tensor], kwargs: Mapping[str,
     if on_device and name not in MIXED:
         stray = [t for t in tensors if not isinstance(t, DeviceTensor) and t.dim() > 0 and t.device.type == "cpu"]
         if stray:
-            raise RuntimeError(f"{func}: expected all tensors on cuda:0, got one of shape {tuple(stray[0].shape)} on cpu")
+            raise RuntimeError(
+                f"{func}: expected all tensors on cuda:0, got one of shape {tuple(stray[0].shape)} on cpu"
+            )
     generator = kwargs.get("generator")
     if (on_device or to_device) and isinstance(generator, torch.Generator) and generator.device.type != "cuda":
         raise RuntimeError(f"{func}: Expected a 'cuda' device type for generator but found 'cpu'")
