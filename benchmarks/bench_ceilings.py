@@ -2,21 +2,27 @@
 
 The gather is the block-sparse kernels' access pattern alone: tiles of 128 pixels, a few contiguous channels of each,
 from an input that fits L2, past L1. Whether 32 contiguous bytes a pixel run at the rate of 128 decides how narrow a
-block may be.
+block may be. With ``--state FOLDER`` the ceilings of a GPU go into the table ``FOLDER/measured/tuned/<device>.json``:
+where SLIMKERNELS_CACHE_DIR is ``FOLDER/measured``, the cost model divides by them.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from slimkernels import timing
-from slimkernels.kernels import native
-from slimkernels.kernels.tables import gpu_rates
+from slimkernels.kernels import native, select
+from slimkernels.kernels.cost_model import GpuRates
+from slimkernels.kernels.devices import device_name
+from slimkernels.kernels.tables import Table, gpu_rates
+from slimkernels.tuning import captured
 
 GATHER_BYTES = (32, 64, 128)
 _PIXELS, _CHANNELS, _STEPS, _TILE = 1 << 15, 256, 256, 128  # 16 MB of 2-byte channels: Hopper's L2 may hold it twice
@@ -106,6 +112,23 @@ def cuda_timing(call: Callable[[], Any], repeats: int = 20) -> timing.Timing:
     return timing.percentiles(samples)
 
 
+def put_rate(state: Path | None, name: str, rate: float) -> None:
+    """Replaces one ceiling in the table of measured ceilings of this GPU; a name that `GpuRates` lacks is passed over.
+
+    Args:
+        state: folder of the table; None leaves it.
+    """
+    if state is None or name not in {f.name for f in fields(GpuRates)}:
+        return
+    device = device_name("cuda")
+    path = state / "measured" / "tuned" / f"{device}.json"
+    table = Table.load(path) if path.exists() else Table(device, timing.environment() | {"argv": None})
+    rates = table.rates if isinstance(table.rates, GpuRates) else gpu_rates()
+    table.rates = replace(rates, name=device, **{name: rate})
+    table.save(path)
+    select.forget()
+
+
 def _record(
     benchmark: Any, what: str, rate: float, unit: str, predicted: float | None, measured: timing.Timing
 ) -> None:
@@ -114,8 +137,13 @@ def _record(
     benchmark.pedantic(lambda: None, rounds=1)
 
 
+@pytest.fixture
+def state(request: pytest.FixtureRequest) -> Path | None:
+    return request.config.getoption("--state")
+
+
 @pytest.mark.parametrize("bytes_per_pixel", GATHER_BYTES)
-def test_l2_gather(benchmark: Any, record: Any, device: str, bytes_per_pixel: int) -> None:
+def test_l2_gather(benchmark: Any, record: Any, device: str, state: Path | None, bytes_per_pixel: int) -> None:
     if device != "cuda":
         pytest.importorskip("triton")
         ptx = compiled_gather(bytes_per_pixel)
@@ -124,15 +152,18 @@ def test_l2_gather(benchmark: Any, record: Any, device: str, bytes_per_pixel: in
     rate, measured = gather_rate(bytes_per_pixel)
     _record(benchmark, f"L2 gather, {bytes_per_pixel} contiguous bytes a pixel", rate, "B/s", gpu_rates().l2_bytes_s,
             measured)  # fmt: skip
+    if bytes_per_pixel == GATHER_BYTES[0]:  # a (128, 16) block's slice of a pixel
+        put_rate(state, "l2_bytes_s", rate)
 
 
-def test_matrix_rate(benchmark: Any, record: Any, device: str, smoke: bool) -> None:
+def test_matrix_rate(benchmark: Any, record: Any, device: str, smoke: bool, state: Path | None) -> None:
     """bf16 matrix product of random data on a GPU, the multiply-add peak of the native kernels on a CPU."""
     if device == "cuda":
         size = 1024 if smoke else 8192
         a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
         measured = cuda_timing(lambda: a @ b)
         rate, predicted = 2 * size**3 / measured.p50, gpu_rates().matrix_flops
+        put_rate(state, "matrix_flops", rate)
     else:
         start = time.perf_counter()
         rate, predicted = native.peak_flops(seconds=0.05 if smoke else 0.5), None
@@ -141,7 +172,39 @@ def test_matrix_rate(benchmark: Any, record: Any, device: str, smoke: bool) -> N
             predicted, measured)  # fmt: skip
 
 
-def test_copy_rate(benchmark: Any, record: Any, device: str, smoke: bool) -> None:
+def test_dense_convolution_rate(benchmark: Any, record: Any, device: str, state: Path | None) -> None:
+    """The vendor's 3x3 convolution, bf16, channels_last, on 256 channels at 56x56: what sparse kernels race."""
+    if device != "cuda":
+        pytest.skip("the rate of a GPU's library")
+    n, c, size = 64, 256, 56
+    x = torch.randn(n, c, size, size, device="cuda", dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    w = torch.randn(c, c, 3, 3, device="cuda", dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        measured = cuda_timing(lambda: torch.nn.functional.conv2d(x, w, padding=1))
+    rate = 2 * n * size**2 * c**2 * 9 / measured.p50
+    _record(benchmark, "dense 3x3 convolution, bf16", rate, "FLOP/s", gpu_rates().dense_flops, measured)
+    put_rate(state, "dense_flops", rate)
+
+
+def test_launch_in_a_graph(benchmark: Any, record: Any, device: str, state: Path | None) -> None:
+    """Seconds of one dependent, tiny kernel inside a CUDA graph of 200."""
+    if device != "cuda":
+        pytest.skip("a CUDA graph needs a GPU")
+    kernels = 200
+    x = torch.zeros(64, device="cuda")
+
+    def call() -> None:
+        for _ in range(kernels):
+            x.add_(1)
+
+    with torch.no_grad():
+        measured = cuda_timing(captured(call, "cuda"))
+    one = timing.Timing(*(t / kernels for t in (measured.p20, measured.p50, measured.p80)), measured.n)
+    _record(benchmark, "launches in a CUDA graph", 1 / one.p50, "kernels/s", 1 / gpu_rates().launch_s, one)
+    put_rate(state, "launch_s", one.p50)
+
+
+def test_copy_rate(benchmark: Any, record: Any, device: str, smoke: bool, state: Path | None) -> None:
     """Copying a large buffer; bytes read plus bytes written."""
     count = (1 << 20) if smoke else (1 << 30 if device == "cuda" else 1 << 26)
     a = torch.ones(count, dtype=torch.float32, device=device)
@@ -151,4 +214,6 @@ def test_copy_rate(benchmark: Any, record: Any, device: str, smoke: bool) -> Non
     else:
         measured, predicted = timing.interleaved({"copy": lambda: b.copy_(a)}, 0.0 if smoke else 0.5, 3)["copy"], None
     assert torch.equal(a[-100:], b[-100:])
+    if device == "cuda":
+        put_rate(state, "memory_bytes_s", 8 * count / measured.p50)
     _record(benchmark, "memory copy, read plus written", 8 * count / measured.p50, "B/s", predicted, measured)

@@ -14,9 +14,10 @@ import torch
 from torch.nn import functional as F
 
 from slimkernels import nn
-from slimkernels.cases import LowRankConvCase, LowRankLinearCase, assert_matches_reference
+from slimkernels.cases import LowRankConvCase, LowRankLinearCase, to_device
 from slimkernels.kernels import KERNELS
 from slimkernels.kernels.select import predicted_seconds
+from slimkernels.testing import assert_close
 from slimkernels.tuning import captured
 
 DEVICE_TYPE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -34,6 +35,16 @@ CONVS = [("tai", n, c_in, c_out, size, (rank,)) for n in ((64, 1024) if DEVICE_T
 KERNEL_NAMES = {op: [n for n, s in KERNELS.items() if s.op == op and s.isa != "scalar" and DEVICE_TYPE in s.devices
                      and s.backend != "reference" and s.available() is None]
                 for op in ("low_rank_linear", "low_rank_conv2d")}  # fmt: skip
+
+
+def assert_right(y: torch.Tensor, case: Any, inputs: Any) -> None:
+    """The very call that is timed, all its rows, against float64 on its own device."""
+    expected, bound = case.expected(*inputs)
+    assert_close(y, expected, **bound)
+
+
+def _channels_last(t: torch.Tensor) -> torch.Tensor:
+    return t.contiguous(memory_format=torch.channels_last)
 
 
 def _row(
@@ -58,15 +69,15 @@ def test_low_rank_linear(race: Any, smoke: bool, kernel: str, rows: int, feature
     if smoke and (rows, features, out, rank) != LINEAR[0]:
         pytest.skip("not in the smoke run")
     case = LowRankLinearCase("row", rows, features, out, rank, epilogue="relu", dtype=DTYPE)
-    small = LowRankLinearCase("small", min(rows, 64), features, out, rank, epilogue="relu", dtype=DTYPE)
-    assert_matches_reference(kernel, small, DEVICE_TYPE)
-    x, u, v, bias = (t.to(DEVICE_TYPE) if t is not None else None for t in case.inputs())
+    inputs = to_device(case.inputs(), DEVICE_TYPE)
+    x, u, v, bias = inputs
     layer = nn.LowRankLinear.from_factors(u, v, bias, "relu", kernel).eval().requires_grad_(False)
     merged = layer.to_dense().eval().requires_grad_(False)
     dense = {
         "two products": lambda: F.relu_(F.linear(F.linear(x, v), u, bias)),
         "merged": lambda: F.relu_(merged(x)),
     }
+    assert_right(layer(x), case, inputs)
     _row(race, kernel, case, lambda: layer(x), dense, f"linear {rows}x{features}->{out} rank {rank}")
 
 
@@ -78,11 +89,8 @@ def test_low_rank_conv2d(
     if smoke and (n, c_in) != (CONVS[0][1], CONVS[0][2]):
         pytest.skip("not in the smoke run")
     case = LowRankConvCase("row", kind, n, c_in, size, size, c_out, ranks=ranks, epilogue="relu", dtype=DTYPE)
-    small = LowRankConvCase("small", kind, 1, c_in, size, size, c_out, ranks=ranks, epilogue="relu", dtype=DTYPE)
-    assert_matches_reference(kernel, small, DEVICE_TYPE)
-    x, factors, bias = case.inputs()
-    x, factors = x.to(DEVICE_TYPE), [f.to(DEVICE_TYPE, memory_format=torch.channels_last) for f in factors]
-    bias = None if bias is None else bias.to(DEVICE_TYPE)
+    x, factors, bias = inputs = to_device(case.inputs(), DEVICE_TYPE)
+    x, factors = x.contiguous(memory_format=torch.channels_last), [_channels_last(f) for f in factors]
     layer = nn.LowRankConv2d.from_factors(factors, bias, kind=kind, padding=(1, 1), epilogue="relu", kernel=kernel)
     layer = layer.eval().requires_grad_(False)
     merged = layer.to_dense().eval().requires_grad_(False).to(memory_format=torch.channels_last)
@@ -92,4 +100,5 @@ def test_low_rank_conv2d(
         ),
         "merged": lambda: F.relu_(merged(x)),
     }
+    assert_right(layer(x), case, inputs)
     _row(race, kernel, case, lambda: layer(x), dense, f"{kind} {c_in}->{c_out} @ {n}x{size}x{size} rank {ranks[0]}")

@@ -2,21 +2,25 @@
 
 On a CPU dense is the best of eager (batch norm folded, channels_last or contiguous), torch.compile with freezing, and
 OpenVINO and ONNX Runtime where they are installed. On a GPU, in bf16, it is the best of cuDNN channels_last eager, the
-same in a CUDA graph with and without cuDNN's fused ReLU, and torch.compile (``--compile MODE``); ours runs in a CUDA
-graph too. Weights are random and pruned by magnitude in every convolution but the first: speed depends on which blocks
-are zero, not on the values kept. The cost model's prediction for the swapped layers stands beside the measurement.
+same in a CUDA graph with and without cuDNN's fused ReLU, and torch.compile (``--compile MODE``); ours is replayed from
+a CUDA graph too, every pruned layer swapped, each checked at the full batch. Weights are random and pruned by magnitude
+in every convolution but the first: speed depends on which blocks are zero, not on the values kept. The cost model's
+prediction for the swapped layers stands beside the measurement.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import peers
 import pytest
 import torch
+from gpu_check import correctness, layers
+from gpu_check import rows as gpu_rows
 from torch import Tensor, nn
 
 from slimkernels import models, timing
@@ -25,9 +29,9 @@ from slimkernels.compress.factorize import factorize_
 from slimkernels.compress.prune import finalize_, prune_
 from slimkernels.conversion import convert
 from slimkernels.conversion.plan import Policy
-from slimkernels.inference import graphed, warm_up
+from slimkernels.inference import LayerKernel, graphed, warm_up
 from slimkernels.kernels import KERNELS
-from slimkernels.kernels.select import predicted_dense_seconds, predicted_seconds
+from slimkernels.kernels.select import KernelChoice, predicted_dense_seconds, predicted_seconds
 from slimkernels.models import vgg19_cifar
 
 # Sparsity, batch, block shape, and whether ours is recorded (`slimkernels.graphed`) or called module by module.
@@ -38,14 +42,6 @@ OTHER_BLOCKS = [
     *((0.875, 128, shape, True) for shape in ((4, 1), (1, 1))),
 ]
 SMOKE = (0.875, 1, (16, 1), True)
-# By value: the two headline rows, other blocks, small batches, the higher sparsity.
-GPU_ROWS = [
-    ("vgg19_cifar", 1024, 0.875, (128, 16)), ("vgg16_bn", 32, 0.875, (128, 16)), ("vgg19_cifar", 1024, 0.875, (64, 16)),
-    ("vgg19_cifar", 1, 0.875, (64, 16)), ("vgg19_cifar", 16, 0.875, (64, 16)), ("vgg19_cifar", 1024, 0.95, (128, 16)),
-    ("vgg19_cifar", 1024, 0.875, (32, 32)), ("vgg16_bn", 32, 0.875, (64, 16)), ("vgg19_cifar", 128, 0.875, (128, 16)),
-    ("vgg19_cifar", 1024, 0.75, (128, 16)), ("vgg19_cifar", 1024, 0.875, (64, 32)),
-    ("vgg19_cifar", 1024, 0.875, (256, 16)), ("vgg16_bn", 32, 0.95, (128, 16)),
-]  # fmt: skip
 
 
 def sample() -> torch.Tensor:
@@ -205,46 +201,89 @@ def gpu_baselines(network: str, batch: int, mode: str | None) -> dict[str, Calla
     return peers.gpu_dense(dense, x, print, compile=mode)
 
 
-@pytest.mark.parametrize(("network", "batch", "sparsity", "block_shape"), GPU_ROWS)
+def checked_layers(kernels: Iterable[LayerKernel], known: Iterable[Path]) -> list[dict[str, Any]]:
+    """Kernel and configuration of every layer, each compared with float64 at the full batch, here if not yet elsewhere.
+
+    Args:
+        known: files of rows of `gpu_check.correctness` or `gpu_check.sweep`.
+    """
+    right = {row["key"] for path in known for row in gpu_rows.read(path) if row.get("match") and "key" in row}
+    found: list[dict[str, Any]] = []
+    for k in kernels:
+        key = layers.choice_key(k.problem, k.kernel, k.config)
+        if key not in right:
+            row = correctness.check(k.problem, KernelChoice(k.kernel, k.config))
+            assert row["match"], f"{k.layer}: {'; '.join(row['errors'])}"
+            right.add(key)
+        found.append({"layer": k.layer, "kernel": k.kernel, "config": dict(k.config)})
+    return found
+
+
+def counts_of_kernels(info: dict[str, Any], ours: Callable[[], Any], dense: Callable[[], Any]) -> None:
+    """Adds to a row how many kernels both sides launch."""
+    info |= {"kernels": peers.kernel_count(ours), "dense_kernels": peers.kernel_count(dense)}
+
+
+@pytest.mark.parametrize("row", layers.ROWS.values(), ids=layers.ROWS)
 def test_vgg_gpu(
-    race: Any, smoke: bool, device: str, request: pytest.FixtureRequest, network: str, batch: int, sparsity: float,
-    block_shape: tuple[int, int],
+    race: Any, smoke: bool, device: str, request: pytest.FixtureRequest, afterwards: list[Callable[[], None]],
+    row: layers.NetworkRow,
 ) -> None:  # fmt: skip
-    if smoke and (network, batch, sparsity, block_shape) != GPU_ROWS[3]:
+    if smoke and row is not layers.ROWS["batch_1"]:
         pytest.skip("not in the smoke run")
-    model = gpu_pruned_model(network, sparsity, block_shape, device)
-    shapes = tuple(fitting_blocks(model, block_shape))
-    # Which layers to swap is left to the cost model: the stopwatch of convert times Python where kernels take 5 us.
-    policy = Policy(measure=False, min_speedup=1.0, check_model=False, block_shapes=shapes)
+    model = gpu_pruned_model(row.network, row.sparsity, row.block_shape, device)
+    groups = fitting_blocks(model, row.block_shape)
+    pruned = [name for names in groups.values() for name in names]
+    # Every pruned layer runs our kernels: a row that left them dense would compare dense with dense.
+    policy = Policy(
+        measure=False, min_speedup=0.0, check_model=False, dense_layers=False, block_shapes=tuple(groups)
+    )  # fmt: skip
     if device != "cuda":
-        pruned = {
-            n: float((model.get_submodule(n).weight == 0).float().mean())
-            for n in fitting_blocks(model, block_shape)[shapes[0]]
-        }
-        assert all(abs(share - sparsity) < 0.1 for share in pruned.values()), pruned
-        pytest.skip("the network was pruned; timing it needs a GPU")
-    x = torch.randn(batch, *models.input_shape(network), generator=torch.Generator().manual_seed(batch)).cuda()
-    x = x.bfloat16().contiguous(memory_format=torch.channels_last)
+        x = torch.randn(2, *models.input_shape(row.network))
+        assert_swapped(convert(model, example_inputs=(x,), policy=policy), pruned)
+        pytest.skip("every pruned layer was swapped; timing the network needs a GPU")
+    x = torch.randn(row.batch, *models.input_shape(row.network), generator=torch.Generator().manual_seed(row.batch))
+    x = x.cuda().bfloat16().contiguous(memory_format=torch.channels_last)
     half = copy.deepcopy(model).bfloat16()
     fast = convert(half, example_inputs=(x,), policy=policy)
+    assert_swapped(fast, pruned)
+    run = checked_layers(warm_up(fast, x, calls=2).kernels, request.config.getoption("--checks"))
     predicted, predicted_dense = predicted_ms(fast, x)
-    ratio = bench.error_ratio(half, fast, x[:4])
+    torch.backends.cudnn.benchmark = False  # it would try every algorithm on float64
+    ratio = bench.error_ratio(half, fast, x, "cuda")
+    torch.backends.cudnn.benchmark = True
     assert ratio <= 2, f"error against float64 is {ratio:.2f} times that of the dense network"
-    captured = graphed(fast, x, copy_outputs=False)
-    baselines = gpu_baselines(network, batch, request.config.getoption("--compile"))
-    counts = {
-        "ours": peers.kernel_count(lambda: captured(x)),
-        "dense": {k: peers.kernel_count(c) for k, c in baselines.items()},
-    }
-    timings = race.run(lambda: captured(x), baselines)
-    ours, dense = timings["contender"], timings["best"]
-    plan: Any = fast.slimkernels_plan
-    race.benchmark.extra_info.update(
-        suite="vgg", network=network, weights="random, pruned by magnitude", sparsity=sparsity, batch=batch,
-        block_shape=block_shape, match=True, error_ratio=ratio, swapped=len(plan.swapped), **ours.as_ms(),
+    ours = peers.Replay(fast, x)
+    mode = request.config.getoption("--compile")
+    baselines = gpu_baselines(row.network, row.batch, None if mode == "none" else mode)
+    timings = race.run(ours, baselines)
+    own, dense = timings["contender"], timings["best"]
+    served = graphed(fast, x)
+    with_copies = timing.interleaved({"served": lambda: served(x)}, seconds=0.05)["served"]
+    info = race.benchmark.extra_info
+    info.update(
+        suite="vgg", network=row.network, weights="random, pruned by magnitude", sparsity=row.sparsity, batch=row.batch,
+        block_shape=row.block_shape, match=True, error_ratio=ratio, swapped=len(pruned), **own.as_ms(),
         dense_p50_ms=dense.p50 * 1e3, dense_p20_ms=dense.p20 * 1e3, dense_p80_ms=dense.p80 * 1e3, dense_n=dense.n,
         baselines_p50_ms={k: v.p50 * 1e3 for k, v in timings.items() if k not in ("contender", "best")},
-        speedup=dense.p50 / ours.p50, images_per_s=batch / ours.p50, threads=torch.get_num_threads(),
-        predicted_ms=predicted, predicted_dense_ms=predicted_dense, kernels=counts["ours"],
-        dense_kernels=min(counts["dense"].values(), default=0), dtype="bfloat16", recorded=True,
+        speedup=dense.p50 / own.p50, images_per_s=row.batch / own.p50, threads=torch.get_num_threads(),
+        predicted_ms=predicted, predicted_dense_ms=predicted_dense, served_p50_ms=with_copies.p50 * 1e3, layers=run,
+        dtype="bfloat16", recorded=True,
     )  # fmt: skip
+    best = min(baselines, key=lambda name: timings[name].p50)
+    kernels: dict[str, Any] = {"suite": "kernel_counts", "name": request.node.name, "match": True}
+
+    def count() -> None:
+        counts_of_kernels(kernels, ours, baselines[best])
+        info.update(kernels=kernels["kernels"], dense_kernels=kernels["dense_kernels"])
+        gpu_rows.append(request.config.getoption("--rows"), kernels)
+
+    afterwards.append(count)
+
+
+def assert_swapped(fast: nn.Module, pruned: list[str]) -> None:
+    """Every pruned convolution runs a kernel over stored blocks."""
+    plan: Any = fast.slimkernels_plan
+    swapped = {layer.name: layer.kernel for layer in plan.layers if layer.action == "swap"}
+    assert sorted(swapped) == sorted(pruned), sorted(set(pruned) ^ set(swapped))
+    assert not [name for name, kernel in swapped.items() if kernel.endswith("__reference")], swapped

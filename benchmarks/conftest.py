@@ -8,7 +8,6 @@ FILE`` turns either into tables.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from gpu_check import rows
 
 from slimkernels import timing
 
@@ -24,10 +24,23 @@ from slimkernels import timing
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--smoke", action="store_true", help="one small case of every suite, hardly timed")
     parser.addoption("--rows", type=Path, default=None, help="append every measured row to this JSON-lines file")
-    parser.addoption("--compile", default=None, help="mode of torch.compile for dense baselines on a GPU")
+    parser.addoption("--compile", default="default", help="mode of torch.compile for dense baselines on a GPU, or none")
+    parser.addoption(
+        "--checks",
+        type=Path,
+        action="append",
+        default=[],
+        help="rows of gpu_check.correctness or gpu_check.sweep: what they found right is taken as right",
+    )
+    parser.addoption("--state", type=Path, default=None, help="a folder for the table of measured ceilings")
     parser.addoption("--deepsparse", default=None, help="a Python with deepsparse, to race at the same sparsity")
     parser.addoption("--seconds", type=float, default=3.0, help="time budget per row")
     parser.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device of the rows")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Before any side is captured in a CUDA graph: cuDNN picks its kernels while it is recorded.
+    torch.backends.cudnn.benchmark = torch.cuda.is_available()
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
@@ -65,13 +78,13 @@ class Race:
     def run(self, contender: Callable[[], Any], baselines: dict[str, Callable[[], Any]]) -> dict[str, timing.Timing]:
         """Timings of a call by name, the contender's under ``"contender"``, the fastest baseline's under ``"best"``.
 
-        On a GPU a reading is as many calls as take a millisecond, then one synchronisation.
+        On a GPU a reading is as many calls as take four milliseconds, then one synchronisation.
         """
         calls = 1
         if torch.cuda.is_available():
             with torch.inference_mode():
                 contender()
-                calls = max(1, min(1000, int(1e-3 / max(self._seconds_of(contender), 1e-6))))
+                calls = max(1, min(1000, int(4e-3 / max(self._seconds_of(contender), 1e-6))))
             contender = _repeated(contender, calls)
             baselines = {name: _repeated(call, calls) for name, call in baselines.items()}
         quick = timing.interleaved(
@@ -142,12 +155,18 @@ def record(benchmark: Any, request: pytest.FixtureRequest) -> Iterator[None]:
     path = request.config.getoption("--rows")
     if path is None or "match" not in benchmark.extra_info:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [{"name": request.node.name, **benchmark.extra_info}]
     if not path.exists():
-        lines.insert(0, {"environment": timing.environment()})
-    with open(path, "a") as file:
-        file.writelines(json.dumps(line) + "\n" for line in lines)
+        rows.append(path, {"environment": timing.environment()})
+    rows.append(path, {"name": request.node.name, **benchmark.extra_info})
+
+
+@pytest.fixture(scope="session")
+def afterwards() -> Iterator[list[Callable[[], None]]]:
+    """Calls for the end of the session: torch's profiler, once used, slows down what is timed after it."""
+    calls: list[Callable[[], None]] = []
+    yield calls
+    for call in calls:
+        call()
 
 
 @pytest.fixture

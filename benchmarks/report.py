@@ -1,6 +1,8 @@
-"""Turns records of the suites (pytest-benchmark's, or ``--rows`` files) into one record, Markdown tables and pictures.
+"""Turns records of the suites into one record, Markdown tables and pictures.
 
-python benchmarks/report.py RECORD.json|ROWS.jsonl [...] --out benchmarks/results/<device>
+A record is pytest-benchmark's, a ``--rows`` file, or the ``results.json`` of a GPU check.
+
+python benchmarks/report.py RECORD.json|ROWS.jsonl|results.json [...] --out benchmarks/results/<device>
 
 writes ``<commit>.json`` (environment and one flat row per measurement), ``<commit>.md`` and, where the layer sweep is
 in the record, ``<commit>-breakeven.png`` and ``<commit>-roofline.png``. Losing rows are printed like any other.
@@ -13,25 +15,29 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gpu_tables
+from gpu_tables import table
+
 from slimkernels.files import atomic_path
 from slimkernels.kernels import KERNELS
 
 
 def rows_of(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """The measurements of one pytest-benchmark record, flat; raises ValueError on a row that was not checked."""
+    """The measurements of one pytest-benchmark record, flat; raises ValueError on a speed that was not checked."""
     rows = []
     for entry in record["benchmarks"]:
         info = entry["extra_info"]
-        if info.get("match") is not True:
+        if info.get("match") is not True and info.get("suite") not in gpu_tables.UNTIMED:
             raise ValueError(f"report: row {entry['name']} was not checked against the reference")
         rows.append({"name": entry["name"], **info})
     return rows
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A pytest-benchmark record, or a ``--rows`` file in the same form; of equal rows the last one stays."""
+    """A pytest-benchmark record, or another in the same form; of equal rows of a ``--rows`` file the last one stays."""
     if path.suffix != ".jsonl":
-        return json.loads(path.read_text())
+        record = json.loads(path.read_text())
+        return record if "benchmarks" in record else gpu_tables.as_record(record)
     lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
     environment = next(line["environment"] for line in lines if "environment" in line)
     rows = {line["name"]: line for line in lines if "environment" not in line}
@@ -39,22 +45,29 @@ def read(path: Path) -> dict[str, Any]:
     return {"machine_info": {"slimkernels": environment}, "benchmarks": entries}
 
 
-def merged(paths: list[Path]) -> dict[str, Any]:
-    """Several records of one machine and commit as one; raises ValueError where commit or processor differ."""
+def merged(paths: list[Path], commit: str | None = None) -> dict[str, Any]:
+    """Several records of one machine and commit as one.
+
+    Args:
+        commit: of records that do not know theirs.
+
+    Raises:
+        ValueError: commit or processor differ, or a record knows another commit than the one given.
+    """
     records = [read(path) for path in paths]
     environments = [r["machine_info"]["slimkernels"] for r in records]
+    for environment in environments:
+        known = environment["commit"] = environment["commit"] or commit
+        if commit is not None and known != commit:
+            raise ValueError(f"report: expected records of commit {commit}, got one of {known}")
     for key in ("commit", "cpu", "gpu", "torch", "threads"):
         values = {str(e[key]) for e in environments}
         if len(values) > 1:
             raise ValueError(f"report: expected records of one {key}, got {sorted(values)}")
     environment = {key: value for key, value in environments[0].items() if key != "argv"}  # paths of one machine
-    return {"environment": environment, "rows": [row for r in records for row in rows_of(r)]}
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    found = {"environment": environment, "rows": [row for r in records for row in rows_of(r)]}
+    stages = [stage for r in records for stage in r.get("stages", ())]
+    return found | ({"stages": stages} if stages else {})
 
 
 def block_name(row: dict[str, Any]) -> str:
@@ -170,7 +183,7 @@ def markdown(record: dict[str, Any]) -> str:
         rows = [r for r in record["rows"] if r["suite"] == suite]
         if rows:
             parts += [f"## {title}\n", make(rows)]
-    return "\n".join(parts)
+    return "\n".join(parts + gpu_tables.sections(record))
 
 
 def plot_breakeven(rows: list[dict[str, Any]], path: Path) -> None:
@@ -240,8 +253,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("records", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--commit", default=None, help="of records made where there was no .git folder")
     arguments = parser.parse_args()
-    record = merged(arguments.records)
+    record = merged(arguments.records, arguments.commit)
     arguments.out.mkdir(parents=True, exist_ok=True)
     stem = (record["environment"]["commit"] or "uncommitted")[:12]
     with atomic_path(arguments.out / f"{stem}.json") as path:

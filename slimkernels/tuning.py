@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from slimkernels import timing
 from slimkernels.formats import block_grid
 from slimkernels.kernels import KERNELS, KernelSpec, select
-from slimkernels.kernels.cost_model import CPU_RATES, CpuRates, dense_work
+from slimkernels.kernels.cpu_cost import CPU_RATES, CpuRates
 from slimkernels.kernels.problems import (
     PROBLEM_TYPES,
     ConvProblem,
@@ -360,7 +360,7 @@ def fit_cpu_rates(entries: Sequence[Entry], isa: str, threads: int) -> CpuRates 
     rates = CPU_RATES[isa]
     sparse = _fit([((1.0, 2.0 * e.problem.macs), e.seconds) for e in own if e.problem.block_shape[0] % 16 == 0])
     narrow = _fit([((1.0, 2.0 * e.problem.macs), e.seconds) for e in own if e.problem.block_shape[0] % 16])
-    work = {(dense_work(e.problem), e.dense_seconds) for e in own}
+    work = {(e.problem.dense_work(), e.dense_seconds) for e in own}
     dense = _fit([((1.0, 2.0 * macs, float(nbytes)), seconds) for (macs, nbytes), seconds in sorted(work)])
     call, flop = sparse if sparse else (rates.sparse_call_s, 1 / rates.sparse_flops / threads)
     flop8 = narrow[1] if narrow else flop * rates.sparse_flops / rates.sparse_flops_strip8

@@ -9,6 +9,7 @@ import copy
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,18 @@ CLOSE = 3e-2
 def off(got: Tensor, expected: Tensor) -> float:
     got, expected = got.double().cpu(), expected.double().cpu()
     return float((got - expected).square().mean().sqrt() / expected.square().mean().sqrt())
+
+
+@pytest.fixture(autouse=True)
+def full_float32_precision() -> Iterator[None]:
+    """Convolutions and products of float32 as such: by default torch's dense convolutions multiply in TF32."""
+    switches = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+    before = [switch.fp32_precision for switch in switches]
+    for switch in switches:
+        switch.fp32_precision = "ieee"
+    yield
+    for switch, old in zip(switches, before, strict=True):
+        switch.fp32_precision = old
 
 
 def trainable(device: str = "cuda", dtype: torch.dtype = torch.float32) -> tuple[nn.Module, nn.Module]:

@@ -44,7 +44,7 @@ PACKAGES = {
     ),
     "kernels": (
         "select", "__init__", "cpu_gradients, native_low_rank", "native, cuda, reference, triton", "tables",
-        "break_even, cost_model, devices", "problems, transposed"
+        "break_even, cpu_cost, devices, gpu_cost", "gpu_rates", "problems, transposed"
     ),
     "kernels/triton": (
         "bsr_conv2d, bsr_conv2d_backward_w, bsr_conv2d_backward_x, low_rank_linear, low_rank_conv2d, "

@@ -15,10 +15,11 @@ from typer.testing import CliRunner
 import slimkernels as sk
 from slimkernels import tuning
 from slimkernels.cli.app import app
-from slimkernels.kernels import KERNELS, cost_model, select, tables
+from slimkernels.kernels import KERNELS, cpu_cost, select, tables
 from slimkernels.kernels.break_even import Curve, curves
-from slimkernels.kernels.cost_model import CPU_RATES, H200, CpuRates, dense_work
+from slimkernels.kernels.cpu_cost import CPU_RATES, CpuRates
 from slimkernels.kernels.devices import cpu_device_name, device_name
+from slimkernels.kernels.gpu_rates import H200
 from slimkernels.kernels.problems import ConvProblem, LinearProblem, LowRankConvProblem, LowRankLinearProblem
 from slimkernels.kernels.tables import Entry, Table
 
@@ -282,7 +283,7 @@ def test_rates_are_fitted_from_entries_that_follow_them() -> None:
         for n in (1, 16):
             for block, nnz in (((16, 1), 9 * c * c // 16 // 8), ((8, 1), 9 * c * c // 8 // 4)):
                 p = replace(CONV, n=n, c_in=c, c_out=c, h=size, w=size, block_shape=block, nnz_blocks=nnz)
-                sparse, dense = cost_model.cpu_seconds(p, truth, 2), cost_model.cpu_dense_seconds(p, truth, 2)
+                sparse, dense = cpu_cost.cpu_seconds(p, truth, 2), cpu_cost.cpu_dense_seconds(p, truth, 2)
                 rows.append(Entry(p, "bsr_conv2d_f32__avx2", {}, sparse, dense))
     fitted = tuning.fit_cpu_rates(rows, "avx2", 2)
     for name in (
@@ -298,9 +299,9 @@ def test_rates_are_fitted_from_entries_that_follow_them() -> None:
 
 
 def test_work_of_dense_layers() -> None:
-    assert dense_work(CONV) == (64 * 64 * 80 * 9, 64 * 80 * 9 * 4)
-    assert dense_work(LINEAR) == (4 * 64 * 128, 64 * 128 * 4)
-    assert dense_work(TAI)[1] == 8 * 8 * 9 * 4
+    assert CONV.dense_work() == (64 * 64 * 80 * 9, 64 * 80 * 9 * 4)
+    assert LINEAR.dense_work() == (4 * 64 * 128, 64 * 128 * 4)
+    assert TAI.dense_work()[1] == 8 * 8 * 9 * 4
 
 
 @pytest.mark.parametrize("problem", [CONV, LINEAR, LOW_RANK, TAI], ids=lambda p: p.op)
@@ -336,9 +337,7 @@ def test_tuning_a_gpu_begins_with_the_headline_layers() -> None:
     model = sk.models.vgg19_cifar()
     convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)][1:]
     assert {(p.c_in, p.c_out) for p in first} == {(c.in_channels, c.out_channels) for c in convs}
-    assert sum(p.epilogue == "relu_maxpool2" for p in first) == sum(
-        isinstance(m, nn.MaxPool2d) for m in model.features
-    )
+    assert sum(p.epilogue == "relu_maxpool2" for p in first) == sum(isinstance(m, nn.MaxPool2d) for m in model.features)
     small = tuning.standard_families("cuda", batches=[16], block_shapes=[(32, 32)], ops=["bsr_conv2d"])
     assert {p.n for f in small for p in f.problems} == {16, 32}
     assert {p.block_shape for f in small for p in f.problems} == {(32, 32)}

@@ -1,12 +1,13 @@
-"""Runs stages of the GPU check, each a process of its own with its own time limit; ``benchmarks/gpu_check.sh`` says how.
+"""Runs stages of the GPU check, each a process of its own with a time limit; ``benchmarks/gpu_check.sh`` says how.
 
 At its limit a stage gets an interrupt, on which pytest prints its summary, and ten seconds later it and all that it
-started are killed. What it found is on disk before the next stage begins; a stage that fails or hangs stops only itself.
+started are killed. What it found is on disk before the next begins; a stage that fails or hangs stops only itself.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 import signal
@@ -35,14 +36,15 @@ class Runner:
 
     Args:
         state: folder of all results, kept between calls. out: folder of the few files that are taken home.
-        seconds: of the whole call. grace: between interrupt and kill.
+        seconds: of the whole call. grace: between interrupt and kill. closing: kept for the last files and the table.
     """
 
     def __init__(
-        self, state: Path, out: Path, seconds: float, python: str = sys.executable, grace: float = plan.GRACE_SECONDS
-    ) -> None:
+        self, state: Path, out: Path, seconds: float, python: str = sys.executable, grace: float = plan.GRACE_SECONDS,
+        closing: float = _CLOSING_SECONDS,
+    ) -> None:  # fmt: skip
         self.results = Results(state, out)
-        self._state, self._python, self._grace = state, python, grace
+        self._state, self._python, self._grace, self._closing = state, python, grace, closing
         self._deadline = time.monotonic() + seconds
         self._current: subprocess.Popen[bytes] | None = None
         self._build: subprocess.Popen[bytes] | None = None
@@ -63,18 +65,19 @@ class Runner:
 
     def build(self, command: Sequence[str]) -> None:
         """Begins the build of the extension at low priority; stages that need it wait for it."""
-        log = open(self._state / "build.txt", "wb")
         nice = ["nice", "-n", "15"] if shutil.which("nice") else []
-        self._build = subprocess.Popen(
-            [*nice, *command], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-            env={**os.environ, "SLIMKERNELS_CUDA": "1"},
-        )  # fmt: skip
-        log.close()
+        with open(self._state / "build.txt", "wb") as log:
+            self._build = subprocess.Popen(
+                [*nice, *command], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                env={**os.environ, "SLIMKERNELS_CUDA": "1"},
+            )  # fmt: skip
 
     def _build_row(self) -> None:
         if self._build is not None:
             status = self._build.poll()
-            words = "unfinished" if status is None or status < 0 else "ok" if status == 0 else f"failed: status {status}"
+            words = (
+                "unfinished" if status is None or status < 0 else "ok" if status == 0 else f"failed: status {status}"
+            )
             self.results.note("build", words)
 
     def _left(self) -> float:
@@ -82,8 +85,8 @@ class Runner:
 
     def _stage(self, stage: Stage) -> None:
         # An overrun of the limit by the grace period must not cost a later stage more than the call has to spare.
-        limit = min(stage.seconds, self._left() - _CLOSING_SECONDS - self._grace)
-        if limit < min(_LEAST_SECONDS, stage.seconds):
+        limit = min(stage.seconds, self._left() - self._closing - self._grace)
+        if limit < min(_LEAST_SECONDS, stage.seconds / 2):
             self.results.stage(stage, "no time", 0.0)
             return
         begun = time.monotonic()
@@ -139,14 +142,10 @@ class Runner:
 
 def _end(process: subprocess.Popen[bytes], how: int) -> None:
     """Sends a signal to a process and all that it started, and waits for it."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, how)
-    except ProcessLookupError:
-        pass
-    try:
+    with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(5)
-    except subprocess.TimeoutExpired:
-        pass
 
 
 def chosen(names: Sequence[str]) -> tuple[list[Stage], float]:
@@ -161,7 +160,9 @@ def chosen(names: Sequence[str]) -> tuple[list[Stage], float]:
     known = {s.name: s for s in plan.STAGES}
     unknown = [name for name in names if name not in known]
     if unknown or not names:
-        raise ValueError(f"gpu_check: expected 1, 2 or stages among {', '.join(known)}, got {' '.join(names) or 'none'}")
+        raise ValueError(
+            f"gpu_check: expected 1, 2 or stages among {', '.join(known)}, got {' '.join(names) or 'none'}"
+        )
     stages = [known[name] for name in names]
     return stages, sum(s.seconds + plan.GRACE_SECONDS for s in stages) + _CLOSING_SECONDS
 

@@ -1,8 +1,8 @@
 """Why the kernels take their time: hardware counters of three of the headline's kernels, read by Nsight Compute.
 
 An early, a middle and a late layer run under ``ncu`` in a process of their own, clocks left as they are. Expected: L2
-sectors near ``tiles * depth * (BLOCK_M + BLOCK_N) * 2 / 32``, DRAM bytes near one read of the input and one write of the
-output, about 1 024 tag lookups an input tile, and 1 800 to 2 300 instructions of a warp outside its main loop.
+sectors near ``tiles * depth * (BLOCK_M + BLOCK_N) * 2 / 32``, DRAM bytes near one read of the input and one write of
+the output, about 1 024 tag lookups an input tile, and 1 800 to 2 300 instructions of a warp outside its main loop.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ METRICS = (
     "smsp__issue_active.avg.pct_of_peak_sustained_active", "smsp__cycles_active.avg",
     "sm__inst_executed_pipe_tensor.sum", "sm__warps_active.avg.pct_of_peak_sustained_active", "dram__bytes_read.sum",
     "dram__bytes_write.sum", "dram__throughput.avg.pct_of_peak_sustained_elapsed", "launch__registers_per_thread",
-    "launch__shared_mem_per_block", "launch__occupancy_limit_shared_mem", "launch__grid_size", "launch__waves_per_multiprocessor",
+    "launch__shared_mem_per_block", "launch__occupancy_limit_shared_mem", "launch__grid_size",
+    "launch__waves_per_multiprocessor",
 )  # fmt: skip
 # The launch figures are no counters of the chip, and the query does not list them.
 _ALWAYS = "launch__"
@@ -46,7 +47,7 @@ def known_metrics(wanted: Iterable[str], listing: str) -> list[str]:
 
 
 def parsed_csv(text: str) -> list[dict[str, float]]:
-    """Metrics of each profiled launch, in order, from ``ncu --csv --page raw`` (a header, a line of units, then data)."""
+    """Metrics of each profiled launch in order, from ``ncu --csv --page raw``: a header, a line of units, then data."""
     lines = [line for line in text.splitlines() if line.startswith('"')]
     if not lines:
         return []

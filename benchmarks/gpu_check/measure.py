@@ -13,8 +13,8 @@ from slimkernels.kernels.cost_model import GpuRates
 from slimkernels.kernels.problems import ConvProblem
 from slimkernels.tuning import captured
 
-# Instructions of one warp of the 256x128x64 tile on 8 warps, read from its sm_90 code: outside the main loop, and in one
-# of its steps. A smaller tile's step is taken to shrink with its multiply-adds.
+# Instructions of one warp of the 256x128x64 tile on 8 warps, read from its sm_90 code: outside the main loop, and in
+# one of its steps. A smaller tile's step is taken to shrink with its multiply-adds.
 FIXED_INSTRUCTIONS = 2000
 STEP_INSTRUCTIONS = 162
 _STEP_MACS_A_WARP = 256 * 128 * 64 // 8

@@ -1,7 +1,7 @@
-"""The stages of the GPU check: commands, seconds, the question that each answers and the prediction to hold it against.
+"""The stages of the GPU check: commands, seconds, the question that each answers, and the prediction for it.
 
-One table, in the order in which the stages run, the most valuable first. The predictions are arithmetic, made before any
-kernel ran on a GPU; they are printed beside the measurements.
+One table, in the order in which the stages run, the most valuable first. The predictions are arithmetic, made before
+any kernel ran on a GPU; they are printed beside the measurements.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Stage:
         name: also of the file that keeps its rows.
         call: 1 or 2. seconds: its limit.
         question: what it answers, and what is expected.
-        command: arguments of Python; ``{rows}`` is the file for the stage's rows, ``{state}`` the folder of all results.
+        command: arguments of Python; ``{rows}`` is the file for its rows, ``{state}`` the folder of all results.
         build_wait: seconds of its limit that it may wait for the build of the extension (CUDA C++ kernels).
         spare: it runs only in the time that the stages before it left over, and counts in no sum.
         variables: further environment variables; ``{state}`` as above.
@@ -68,12 +68,12 @@ _SWEPT = {"SLIMKERNELS_CACHE_DIR": "{state}/swept"}
 STAGES = (
     Stage("versions", 1, 10, "What runs here: device, clocks, versions, a Triton cache made beforehand.",
           _module("versions")),
-    Stage("compile", 1, 35, "Compiles every kernel of the stages below, 14 at once: 0.8 s each on one core.",
-          _module("precompile", "--processes", "14")),
     Stage("ceilings", 1, 25,
           "Gather from L2 at 32, 64, 128 contiguous bytes (5.5 TB/s hoped for), matrix product (790 TFLOP/s), dense "
           "convolution (550 to 600), copy (3.0 TB/s on an H100, 4.3 on an H200), a launch in a graph (1.3 us).",
           _suite("benchmarks/bench_ceilings.py", "--state", "{state}")),
+    Stage("compile", 1, 35, "Every kernel of the stages below, compiled 14 at once: 110, each 0.8 s of one core.",
+          _module("precompile", "--processes", "14")),
     Stage("correctness", 1, 40,
           "Are the timed kernels right? Every layer at its full batch against float64, output memory poisoned, three "
           "runs bit-equal, once through a CUDA graph.",
@@ -104,11 +104,14 @@ STAGES = (
           spare=True),
     Stage("racecheck", 1, 60, "Shared-memory races in the same kernels: none.",
           _module("sanitizer", "--tool", "racecheck"), spare=True),
-    Stage("vgg16", 2, 70, "VGG-16 at 224x224, batch 32, 87.5%: 2.5x (H100) or 2.8x (H200) wanted; the floor is 3.3x/3.8x.",
+    Stage("compile_2", 2, 25, "The kernels of VGG-16 and of the training step, 14 at once.",
+          _module("precompile", "--processes", "14", "--names", "vgg16_224", "--no-sweep", "--training")),
+    Stage("vgg16", 2, 60, "VGG-16 at 224x224, batch 32: 2.5x (H100) or 2.8x (H200) wanted; the floor is 3.3x/3.8x.",
           _suite(*_networks("vgg16_224"), "--compile", "default", "--seconds", "1", *_CHECKS)),
-    Stage("swept", 2, 40, "The headline with the configurations that the sweep found fastest.",
-          _suite(*_networks("headline"), "--compile", "none", "--seconds", "1"), variables=_SWEPT),
-    Stage("training", 2, 40, "A whole training step against the masked dense one: 2x wanted.",
+    Stage("swept", 2, 35, "The headline with the configurations that the sweep found fastest.",
+          _suite(*_networks("headline"), "--compile", "none", "--seconds", "1", *_CHECKS,
+                 "--checks", "{state}/rows/sweep.jsonl"), variables=_SWEPT),
+    Stage("training", 2, 30, "A whole training step against the masked dense one: 2x wanted.",
           _suite("benchmarks/bench_backward.py::test_training_step", "--seconds", "1")),
     Stage("again", 2, 50, "What failed in call 1, and the tests that it did not reach.",
           (*_TESTS, "--again", "{state}/rows/tests.jsonl", "-m", "gpu and not slow", *_WORKERS,

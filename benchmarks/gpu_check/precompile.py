@@ -10,6 +10,7 @@ import multiprocessing
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 
 import torch
 
@@ -19,11 +20,13 @@ from gpu_check.sweep import ways
 from slimkernels.kernels.problems import ConvProblem
 from slimkernels.kernels.select import KernelChoice
 
-Job = tuple[ConvProblem, KernelChoice]
+Job = tuple[ConvProblem, KernelChoice | None]
+# The batch of a training step in ``bench_backward.py``.
+TRAINING_BATCH = 512
 
 
-def jobs(names: Iterable[str], device: str, swept: bool = True) -> list[Job]:
-    """What the rows of these names and the sweep launch: each problem with its kernel and configuration, once."""
+def jobs(names: Iterable[str], device: str, swept: bool = True, training: bool = False) -> list[Job]:
+    """What the rows of these names launch, the sweep and a training step (a job without a choice), each once."""
     found: dict[str, Job] = {}
     for name in names:
         for p in layers.ROWS[name].problems(device):
@@ -32,14 +35,28 @@ def jobs(names: Iterable[str], device: str, swept: bool = True) -> list[Job]:
     for p in layers.HEADLINE.problems(device) if swept else ():
         for choice in ways(p):
             found.setdefault(layers.choice_key(p, choice.name, choice.config), (p, choice))
-    return list(found.values())
+    training_step = replace(layers.HEADLINE, batch=TRAINING_BATCH).problems(device) if training else []
+    # Batch norm stands between convolution and ReLU there.
+    steps = dict.fromkeys(replace(p, epilogue="none") for p in training_step)
+    return list(found.values()) + [(p, None) for p in steps]
+
+
+def _train(p: ConvProblem) -> None:
+    """Forward and both gradients of a layer, as a step under autocast runs them."""
+    bench = layers.Bench(replace(p, dtype=torch.float32))
+    layer, x = bench.layer.train().requires_grad_(True), bench.x.requires_grad_(True)
+    with torch.autocast(p.device, torch.bfloat16, enabled=p.device == "cuda"):
+        y = layer(x)
+    y.backward(torch.randn_like(y))
 
 
 def run(job: Job) -> tuple[float, str | None]:
     """Seconds of one launch, compilation included, and the error's text if it failed."""
     begun = time.monotonic()
     try:
-        with torch.no_grad():
+        if job[1] is None:
+            _train(job[0])
+        else:
             layers.Bench(job[0]).call(job[1])
         if job[0].device == "cuda":
             torch.cuda.synchronize()
@@ -52,10 +69,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = options.parser(__doc__)
     parser.add_argument("--processes", type=int, default=14)
     parser.add_argument("--names", nargs="*", default=list(layers.FIRST_ROWS), help="of gpu_check.layers.ROWS")
+    parser.add_argument("--no-sweep", action="store_true", help="leave out the sweep's configurations")
+    parser.add_argument("--training", action="store_true", help="the kernels of a training step too")
     parsed = parser.parse_args(arguments)
     options.prepare(parsed.device)
     begun, failed, longest = time.monotonic(), 0, 0.0
-    wanted = jobs(parsed.names, parsed.device)
+    wanted = jobs(parsed.names, parsed.device, not parsed.no_sweep, parsed.training)
     with ProcessPoolExecutor(parsed.processes, multiprocessing.get_context("spawn")) as pool:
         running = {pool.submit(run, job): job for job in wanted}
         for done in as_completed(running):
@@ -63,7 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             longest = max(longest, seconds)
             if error is not None:
                 failed += 1
-                name = f"{layers.layer_name(p)} {choice.name} {config_text(choice.config)}"
+                how = "training" if choice is None else f"{choice.name} {config_text(choice.config)}"
+                name = f"{layers.layer_name(p)} {how}"
                 rows.append(parsed.rows, {"suite": "compile", "name": name, "match": False, "error": error})
                 print(f"{name}: {error}")
     spent = time.monotonic() - begun

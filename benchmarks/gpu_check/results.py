@@ -1,8 +1,8 @@
 """Where results lie: a folder that is kept from call to call, and a folder of few files to take home.
 
-``results.json``, written anew after every stage, holds everything: environment, stages, and all rows with the stage that
-measured them. ``python benchmarks/report.py results.json --out benchmarks/results/<device>`` turns it into the record
-that is committed.
+``results.json``, written anew after every stage, holds everything: environment, stages, and all rows with the stage
+that measured them. ``python benchmarks/report.py results.json --out benchmarks/results/<device>`` turns it into the
+record that is committed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Measured rows: one JSON object a line, written and flushed as soon as it is known, so that a killed stage leaves them."""
+"""Measured rows: one JSON object a line, on disk as soon as it is known, so that a killed stage leaves them."""
 
 from __future__ import annotations
 

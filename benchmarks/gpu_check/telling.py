@@ -1,7 +1,7 @@
 """A pytest plugin for the GPU tests: the most telling first, each result on disk at once.
 
-Load it with ``-p gpu_check.telling``. ``--rows FILE`` appends one line a finished test, and first how many there are, so
-that even a killed run says what passed, what failed and what was not reached. ``--again FILE`` runs what such a file
+Load it with ``-p gpu_check.telling``. ``--rows FILE`` appends one line a finished test, and first how many there are,
+so that even a killed run says what passed, what failed and what was not reached. ``--again FILE`` runs what such a file
 holds as failed, and then what it does not hold.
 """
 

@@ -146,10 +146,10 @@ def calibrated(model: nn.Module, x: Tensor) -> nn.Module:
 
 
 @torch.no_grad()
-def error_ratio(model: nn.Module, fast: nn.Module, x: Tensor) -> float:
-    """RMS error of ``fast`` over that of ``model``, both in their dtype against ``model`` in float64."""
-    exact = copy.deepcopy(model).double().cpu()(x.double().cpu())
-    own, ours = ((m(x).double().cpu() - exact).square().mean().sqrt() for m in (model, fast))
+def error_ratio(model: nn.Module, fast: nn.Module, x: Tensor, device: str = "cpu") -> float:
+    """RMS error of ``fast`` over that of ``model``, both in their dtype against ``model`` in float64 on ``device``."""
+    exact = copy.deepcopy(model).double().to(device)(x.double().to(device))
+    own, ours = ((m(x).double().to(device) - exact).square().mean().sqrt() for m in (model, fast))
     return float(ours / own)
 
 

@@ -33,6 +33,17 @@ def strip_width(block_out: int, isa: str) -> int:
     return math.gcd(block_out, widest)
 
 
+class DenseWork(NamedTuple):
+    """What the dense layer that a problem replaces costs.
+
+    Attributes:
+        macs: multiply-adds, taps in the padding included. weight_bytes: bytes of its weight.
+    """
+
+    macs: int
+    weight_bytes: int
+
+
 class Request(NamedTuple):
     """The part of a problem that decides which kernels take it (shapes of activations left out)."""
 
@@ -97,6 +108,27 @@ class ConvProblem:
         """Multiply-adds of the stored blocks that lie inside the image, a uniform pattern over taps assumed."""
         return round(self.macs_dense * self.stored_share)
 
+    @property
+    def rows(self) -> int:
+        """Output pixels of all images, before pooling."""
+        return self.n * self.p * self.q
+
+    @property
+    def native_calls(self) -> int:
+        """CPU kernel calls of one forward."""
+        return 1
+
+    def dense_work(self) -> DenseWork:
+        """The dense convolution's work."""
+        weights = self.c_in * self.c_out * self.r * self.s
+        return DenseWork(self.rows * weights, weights * self.dtype.itemsize)
+
+    def io_bytes(self, *, pooled: bool) -> tuple[int, int]:
+        """``(input, output)`` bytes, each counted once; ``pooled``: the output after 2x2 pooling."""
+        rows = self.n * (self.p // 2) * (self.q // 2) if pooled else self.rows
+        size = self.dtype.itemsize
+        return self.n * self.c_in * self.h * self.w * size, rows * self.c_out * size
+
 
 @dataclass(frozen=True)
 class LinearProblem:
@@ -127,6 +159,24 @@ class LinearProblem:
         """Multiply-adds of the stored blocks."""
         return round(self.macs_dense * self.stored_share)
 
+    @property
+    def rows(self) -> int:
+        """Rows of the input."""
+        return self.m
+
+    @property
+    def native_calls(self) -> int:
+        """CPU kernel calls of one forward."""
+        return 1
+
+    def dense_work(self) -> DenseWork:
+        """The dense layer's work."""
+        return DenseWork(self.macs_dense, self.in_features * self.out_features * self.dtype.itemsize)
+
+    def io_bytes(self, *, pooled: bool = False) -> tuple[int, int]:
+        """``(input, output)`` bytes, each counted once; a linear layer pools nothing."""
+        return self.m * self.in_features * self.dtype.itemsize, self.m * self.out_features * self.dtype.itemsize
+
 
 @dataclass(frozen=True)
 class LowRankLinearProblem:
@@ -152,6 +202,24 @@ class LowRankLinearProblem:
         """Multiply-adds of both factors."""
         return self.m * self.rank * (self.in_features + self.out_features)
 
+    @property
+    def rows(self) -> int:
+        """Rows of the input."""
+        return self.m
+
+    @property
+    def native_calls(self) -> int:
+        """CPU kernel calls of one forward."""
+        return 2
+
+    def dense_work(self) -> DenseWork:
+        """The merged dense layer's work."""
+        return DenseWork(self.macs_dense, self.in_features * self.out_features * self.dtype.itemsize)
+
+    def io_bytes(self, *, pooled: bool = False) -> tuple[int, int]:
+        """``(input, output)`` bytes, each counted once; a linear layer pools nothing."""
+        return self.m * self.in_features * self.dtype.itemsize, self.m * self.out_features * self.dtype.itemsize
+
 
 @dataclass(frozen=True)
 class LowRankConvProblem:
@@ -172,12 +240,41 @@ class LowRankConvProblem:
     block_shape: ClassVar[tuple[int, int]] = (1, 1)
 
     @property
+    def output_size(self) -> tuple[int, int]:
+        """Height and width of the output."""
+        kernel = self.kernel_size
+        return (
+            conv_output_size(self.h, kernel[0], self.stride[0], self.padding[0], self.dilation[0]),
+            conv_output_size(self.w, kernel[1], self.stride[1], self.padding[1], self.dilation[1]),
+        )
+
+    @property
+    def rows(self) -> int:
+        """Output pixels of all images."""
+        p, q = self.output_size
+        return self.n * p * q
+
+    @property
     def macs_dense(self) -> int:
         """Multiply-adds of the merged dense convolution, padding included."""
         kernel = self.kernel_size
-        p = conv_output_size(self.h, kernel[0], self.stride[0], self.padding[0], self.dilation[0])
-        q = conv_output_size(self.w, kernel[1], self.stride[1], self.padding[1], self.dilation[1])
-        return self.n * p * q * self.factor_shapes[0][1] * self.factor_shapes[-1][0] * kernel[0] * kernel[1]
+        return self.rows * self.factor_shapes[0][1] * self.factor_shapes[-1][0] * kernel[0] * kernel[1]
+
+    @property
+    def native_calls(self) -> int:
+        """CPU kernel calls of one forward."""
+        return len(self.factor_shapes)
+
+    def dense_work(self) -> DenseWork:
+        """The merged dense convolution's work."""
+        kernel = self.kernel_size
+        weights = self.factor_shapes[0][1] * self.factor_shapes[-1][0] * kernel[0] * kernel[1]
+        return DenseWork(self.macs_dense, weights * self.dtype.itemsize)
+
+    def io_bytes(self, *, pooled: bool = False) -> tuple[int, int]:
+        """``(input, output)`` bytes, each counted once; a low-rank convolution pools nothing."""
+        size = self.dtype.itemsize
+        return self.n * self.h * self.w * self.factor_shapes[0][1] * size, self.rows * self.factor_shapes[-1][0] * size
 
     @property
     def kernel_size(self) -> tuple[int, int]:

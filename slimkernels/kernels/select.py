@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from slimkernels import env
-from slimkernels.kernels import KERNELS, KernelSpec, cost_model, tables
+from slimkernels.kernels import KERNELS, KernelSpec, cpu_cost, gpu_cost, tables
 from slimkernels.kernels.problems import Problem, Request, SizedProblem
 
 _ISA_ORDER = ("scalar", "avx2", "avx512")
@@ -277,17 +277,17 @@ def machine_isa() -> str:
 def predicted_seconds(
     spec: KernelSpec, problem: SizedProblem, config: Mapping[str, int] | None = None, index: int = -1
 ) -> float:
-    """Predicted time of a kernel on a problem, only ever compared with other predictions (see `cost_model`)."""
+    """Predicted time of a kernel on a problem, only ever compared with other predictions."""
     if problem.device == "cpu":
         threads = torch.get_num_threads()
         if spec.backend == "reference" or spec.isa is None:
-            return cost_model.cpu_reference_seconds(problem, tables.cpu_rates(machine_isa()), threads)
-        return cost_model.cpu_seconds(problem, tables.cpu_rates(spec.isa), threads)
-    return cost_model.predict_gpu(spec.backend, problem, config or {}, tables.gpu_rates(index)).seconds
+            return cpu_cost.cpu_reference_seconds(problem, tables.cpu_rates(machine_isa()), threads)
+        return cpu_cost.cpu_seconds(problem, tables.cpu_rates(spec.isa), threads)
+    return gpu_cost.predict_gpu(spec.backend, problem, config or {}, tables.gpu_rates(index)).seconds
 
 
 def predicted_dense_seconds(problem: SizedProblem, index: int = -1) -> float:
     """Predicted time of the dense layer (torch's own) that a problem replaces."""
     if problem.device == "cpu":
-        return cost_model.cpu_dense_seconds(problem, tables.cpu_rates(machine_isa()), torch.get_num_threads())
-    return cost_model.gpu_dense(problem, tables.gpu_rates(index)).seconds
+        return cpu_cost.cpu_dense_seconds(problem, tables.cpu_rates(machine_isa()), torch.get_num_threads())
+    return gpu_cost.gpu_dense(problem, tables.gpu_rates(index)).seconds

@@ -21,8 +21,9 @@ import torch
 from slimkernels import env
 from slimkernels.files import atomic_path
 from slimkernels.kernels.break_even import Curve, break_even_json, curves
-from slimkernels.kernels.cost_model import CPU_RATES, H200, CpuRates, GpuRates
+from slimkernels.kernels.cpu_cost import CPU_RATES, CpuRates
 from slimkernels.kernels.devices import device_name
+from slimkernels.kernels.gpu_rates import KNOWN, GpuRates, scaled_rates
 from slimkernels.kernels.problems import (
     ConvProblem,
     LinearProblem,
@@ -193,19 +194,13 @@ def table_for(device: str, index: int = -1) -> tuple[Table | None, bool]:
 
 
 def gpu_rates(index: int = -1) -> GpuRates:
-    """Ceilings of a CUDA device: its table's, or the H200's scaled by the number of processors."""
+    """Ceilings of a CUDA device: its table's, those of a known card, or the nearest card's scaled to this one."""
     table, own = table_for("cuda", index)
     if own and table is not None and isinstance(table.rates, GpuRates):
         return table.rates
-    name = device_name("cuda", index)
-    if name == H200.name or not torch.cuda.is_available():
-        return H200
-    count = torch.cuda.get_device_properties(max(index, 0)).multi_processor_count
-    share = count / H200.processors
-    return replace(
-        H200, name=name, matrix_flops=H200.matrix_flops * share, dense_flops=H200.dense_flops * share,
-        fma_flops=H200.fma_flops * share, l2_bytes_s=H200.l2_bytes_s * share, processors=count,
-    )  # fmt: skip
+    if not torch.cuda.is_available():
+        return KNOWN[0]
+    return scaled_rates(device_name("cuda", index), torch.cuda.get_device_properties(max(index, 0)))
 
 
 def cpu_rates(isa: str) -> CpuRates:

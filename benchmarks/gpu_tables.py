@@ -1,0 +1,143 @@
+"""The parts of a report that a GPU check adds: what is right, configurations beside their floors, counters, tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gpu_check.summary import config_text
+
+# Suites whose rows are no speeds of the package, or say themselves what is wrong.
+UNTIMED = (
+    "versions", "compile", "correctness", "sweep", "counters", "kernel_counts", "test", "tests", "sanitizer",
+)  # fmt: skip
+_FLOORS = ("l2_us", "dram_us", "matrix_us", "issue_us")
+
+
+def as_record(results: dict[str, Any]) -> dict[str, Any]:
+    """The ``results.json`` of a GPU check in the form of a pytest-benchmark record.
+
+    Rows of passed tests are left out, and the counts of kernels join the networks that they belong to.
+
+    Raises:
+        ValueError: no environment, so nothing ran.
+    """
+    if not results.get("environment"):
+        raise ValueError("report: expected results with an environment, got none: no stage ran")
+    counts = {(r["stage"], r["name"]): r for r in results["rows"] if r.get("suite") == "kernel_counts"}
+    entries = []
+    for row in results["rows"]:
+        if row["suite"] == "kernel_counts" or (row["suite"] == "test" and row["outcome"] == "passed"):
+            continue
+        counted = counts.get((row["stage"], row["name"]), {}) if row["suite"] == "vgg" else {}
+        info = {**row, **{k: v for k, v in counted.items() if k in ("kernels", "dense_kernels")}}
+        entries.append({"name": row["name"], "extra_info": {k: v for k, v in info.items() if k != "name"}})
+    tests = [r for r in results["rows"] if r.get("suite") == "test"]
+    for stage in dict.fromkeys(r["stage"] for r in tests):
+        own = {r["name"]: r["outcome"] for r in tests if r["stage"] == stage}
+        totals = {outcome: sum(v == outcome for v in own.values()) for outcome in ("passed", "failed", "skipped")}
+        collected = [r["count"] for r in results["rows"] if r.get("suite") == "tests" and r["stage"] == stage]
+        totals["not_reached"] = max(0, (collected or [len(own)])[0] - len(own))
+        entries.append({"name": "totals", "extra_info": {"suite": "tests", "stage": stage, **totals}})
+    environment = dict(results["environment"])
+    return {"machine_info": {"slimkernels": environment}, "benchmarks": entries, "stages": results["stages"]}
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def correctness_table(rows: list[dict[str, Any]]) -> str:
+    """Every checked layer: its kernel, its configuration, the worst error over the bound."""
+    header = ["layer", "batch", "blocks", "kernel", "configuration", "worst error / bound", "verdict"]
+    body = [
+        [
+            r["name"], str(r["batch"]), "x".join(map(str, r["block_shape"])), r.get("kernel", ""),
+            config_text(r.get("config", {})), f"{r['worst_over_bound']:.2f}" if "worst_over_bound" in r else "",
+            "right" if r["match"] else "**wrong**: " + "; ".join(r.get("errors", [])).replace("|", "/")[:300],
+        ]
+        for r in rows
+    ]  # fmt: skip
+    return table(header, body)
+
+
+def sweep_table(rows: list[dict[str, Any]]) -> str:
+    """Every configuration: microseconds beside its floors, and beside the dense layer; the fastest in bold."""
+    header = ["layer", "kernel", "configuration", "p50 [us]", "L2 floor", "memory floor", "matrix floor", "issue floor",
+              "dense [us]", "verdict"]  # fmt: skip
+    best: dict[str, float] = {}
+    for r in rows:
+        if r["match"] and "p50_ms" in r:
+            best[r["name"]] = min(best.get(r["name"], float("inf")), r["p50_ms"])
+    body = []
+    for r in rows:
+        time = f"{1e3 * r['p50_ms']:.1f}" if "p50_ms" in r else ""
+        body.append(
+            [
+                r["name"], r["kernel"], config_text(r["config"]),
+                f"**{time}**" if time and best.get(r["name"]) == r["p50_ms"] else time,
+                *(f"{r[key]:.1f}" if key in r else "" for key in _FLOORS), f"{1e3 * r['dense_p50_ms']:.1f}",
+                "right" if r["match"] else "**wrong**: " + "; ".join(r.get("errors", [])).replace("|", "/")[:300],
+            ]
+        )  # fmt: skip
+    return table(header, body)
+
+
+def counters_table(rows: list[dict[str, Any]]) -> str:
+    """Hardware counters, one column a profiled kernel."""
+    names = list(dict.fromkeys(name for r in rows for name in r["metrics"]))
+    header = ["counter", *(f"{r['name']} {config_text(r['config'])}" for r in rows)]
+    return table(header, [[n, *(f"{r['metrics'][n]:.6g}" if n in r["metrics"] else "" for r in rows)] for n in names])
+
+
+def tests_table(rows: list[dict[str, Any]]) -> str:
+    """How many tests passed, failed, were skipped or not reached."""
+    header = ["stage", "passed", "failed", "skipped", "not reached"]
+    totals = [r for r in rows if "passed" in r]
+    return table(
+        header, [[r["stage"], *(str(r[k]) for k in ("passed", "failed", "skipped", "not_reached"))] for r in totals]
+    )
+
+
+def failures_table(rows: list[dict[str, Any]]) -> str:
+    """Tests that failed, with the last line of what they said, and why others were skipped."""
+    failed = [r for r in rows if r["outcome"] == "failed"]
+    last = [(r.get("message", "").strip().splitlines() or [""])[-1] for r in failed]
+    return table(["failed test", "stage", "message"],
+                 [[r["name"], r["stage"], m.replace("|", "/")[:200]] for r, m in zip(failed, last)])  # fmt: skip
+
+
+def sanitizer_table(rows: list[dict[str, Any]]) -> str:
+    """What the sanitizers said."""
+    body = [[r["name"], f"{r['kernels']} of {r['of']}", r["summary"]] for r in rows]
+    return table(["tool", "kernels", "summary"], body)
+
+
+def stages_table(stages: list[dict[str, Any]]) -> str:
+    """Every stage: seconds of its limit, and how it ended."""
+    body = [[s["stage"], str(s["call"]), f"{s['seconds']} / {s['limit']}", s["status"]] for s in stages]
+    return table(["stage", "call", "seconds", "ended"], body)
+
+
+def sections(record: dict[str, Any]) -> list[str]:
+    """Titles and tables of what a GPU check adds to a record; empty for any other record."""
+
+    def own(suite: str) -> list[dict[str, Any]]:
+        return [r for r in record["rows"] if r["suite"] == suite]
+
+    parts: list[str] = []
+    for suite, title, make in (
+        ("correctness", "Correctness of what was timed", correctness_table),
+        ("sweep", "Configurations, layer by layer", sweep_table),
+        ("counters", "Hardware counters", counters_table),
+        ("tests", "GPU tests", tests_table),
+        ("test", "Failed tests", failures_table),
+        ("sanitizer", "Sanitizers", sanitizer_table),
+    ):
+        rows = own(suite)
+        if rows and (suite != "test" or any(r["outcome"] == "failed" for r in rows)):
+            parts += [f"## {title}\n", make(rows)]
+    if record.get("stages"):
+        parts += ["## Stages\n", stages_table(record["stages"])]
+    return parts

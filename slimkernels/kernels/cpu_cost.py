@@ -1,0 +1,84 @@
+"""Predicted time of a layer on a CPU: multiply-adds inside the image over a fitted rate, plus a fixed cost a call.
+
+A prediction is only ever compared with another prediction, or printed beside a measurement.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from slimkernels.kernels.problems import (
+    LANES,
+    NARROWEST_CHANNELS_LAST,
+    ConvProblem,
+    LinearProblem,
+    LowRankConvProblem,
+    LowRankLinearProblem,
+    SizedProblem,
+    strip_width,
+)
+
+
+@dataclass(frozen=True)
+class CpuRates:
+    """Fitted rates of one CPU and instruction set, in FLOP/s per thread (two per multiply-add).
+
+    Attributes:
+        isa: instruction set of the sparse kernels.
+        dense_flops: torch's dense convolution, taps in the padding included. dense_call_s: its fixed cost a call,
+            seconds. dense_bytes_s: reading its weights, bytes/s over all threads; infinite where that does not show.
+        sparse_flops: stored multiply-adds inside the image, in strips of 16 channels and more.
+        sparse_flops_strip8: the same where ``block_out`` leaves strips of 8. sparse_call_s: fixed cost a call.
+    """
+
+    isa: str
+    dense_flops: float
+    dense_call_s: float
+    dense_bytes_s: float
+    sparse_flops: float
+    sparse_flops_strip8: float
+    sparse_call_s: float
+
+
+# Where no table was measured: avx2 near what two Zen 3 cores reach on VGG-19's layers, avx512 what two Zen 5 cores do,
+# scalar a guess.
+CPU_RATES = {
+    "scalar": CpuRates("scalar", 40e9, 8e-6, 2e10, 6e9, 6e9, 8e-6),
+    "avx2": CpuRates("avx2", 75e9, 8e-6, 2e10, 70e9, 52e9, 8e-6),
+    "avx512": CpuRates("avx512", 220e9, 8e-6, 2e10, 165e9, 85e9, 8e-6),
+}
+
+
+# Rate of strips of 1, 2 and 4 channels over that of 16, and the copies they need, bytes/s a thread: Zen 5, AVX-512,
+# measured.
+_NARROW_STRIPS = {1: 0.4, 2: 0.6, 4: 1.0}
+_COPY_BYTES_S = 1e10
+
+
+def cpu_seconds(problem: SizedProblem, rates: CpuRates, threads: int) -> float:
+    """A native kernel on a CPU problem."""
+    rate, copied = rates.sparse_flops, 0.0
+    if isinstance(problem, ConvProblem | LinearProblem):
+        strip = strip_width(problem.block_shape[0], rates.isa)
+        if strip == NARROWEST_CHANNELS_LAST:
+            rate = rates.sparse_flops_strip8
+        elif strip < NARROWEST_CHANNELS_LAST:
+            images = problem.n if isinstance(problem, ConvProblem) else problem.m
+            lanes = LANES[rates.isa]
+            rate *= _NARROW_STRIPS[strip] * images / max(1, -(-images // lanes) * lanes)
+            copied = sum(problem.io_bytes(pooled=problem.epilogue == "relu_maxpool2")) / _COPY_BYTES_S
+    return (2 * problem.macs / rate + copied) / threads + problem.native_calls * rates.sparse_call_s
+
+
+def cpu_dense_seconds(problem: SizedProblem, rates: CpuRates, threads: int) -> float:
+    """Torch's dense layer that a CPU problem replaces."""
+    dense = problem.dense_work()
+    arithmetic = 2 * dense.macs / (rates.dense_flops * threads)
+    return arithmetic + dense.weight_bytes / rates.dense_bytes_s + rates.dense_call_s
+
+
+def cpu_reference_seconds(problem: SizedProblem, rates: CpuRates, threads: int) -> float:
+    """A reference kernel on a CPU problem: a dense layer, or the factors as dense layers."""
+    if isinstance(problem, LowRankLinearProblem | LowRankConvProblem):
+        return 2 * problem.macs / (rates.dense_flops * threads) + problem.native_calls * rates.dense_call_s
+    return cpu_dense_seconds(problem, rates, threads)

@@ -1,0 +1,535 @@
+"""The GPU check without a GPU: its plan and commands, its time boxes, what is left on disk, and its report."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import slimkernels as sk
+from slimkernels.inference import warm_up
+from slimkernels.kernels import cost_model, tables
+from slimkernels.kernels.problems import ConvProblem
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import gpu_tables  # noqa: E402
+import report  # noqa: E402
+from gpu_check import __main__ as driver  # noqa: E402
+from gpu_check import (  # noqa: E402
+    correctness,
+    counters,
+    layers,
+    measure,
+    plan,
+    precompile,
+    rows,
+    sanitizer,
+    summary,
+    sweep,
+    telling,
+    versions,
+)
+from gpu_check.plan import Stage  # noqa: E402
+
+MODULES = {
+    "correctness": correctness, "counters": counters, "precompile": precompile, "sanitizer": sanitizer, "sweep": sweep,
+    "versions": versions,
+}  # fmt: skip
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{BENCHMARKS}"}
+
+
+# The plan
+
+
+@pytest.mark.parametrize("call", plan.CALL_SECONDS)
+def test_the_stages_of_a_call_fit(call: int) -> None:
+    total = sum(s.seconds for s in plan.stages_of(call) if not s.spare)
+    assert 0 < total <= plan.CALL_SECONDS[call]
+    assert plan.CALL_SECONDS == {1: 540, 2: 230}
+    assert f"{total:>7}  in all, of at most {plan.CALL_SECONDS[call]}" in plan.plan_text()
+
+
+def test_the_plan_is_printed_by_the_script() -> None:
+    shell = subprocess.run(
+        [str(BENCHMARKS / "gpu_check.sh"), "--plan"], env={**environment(), "PYTHON": sys.executable},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert shell.stdout.strip() == plan.plan_text().strip()
+    for stage in plan.STAGES:
+        assert re.search(rf"^ *\(?{stage.seconds}\)?  {stage.name} ", shell.stdout, re.MULTILINE), stage.name
+
+
+def test_stages_have_names_of_their_own_and_spare_ones_come_last() -> None:
+    assert len({s.name for s in plan.STAGES}) == len(plan.STAGES)
+    for call in plan.CALL_SECONDS:
+        spare = [s.spare for s in plan.stages_of(call)]
+        assert spare == sorted(spare)
+    with pytest.raises(ValueError, match=r"^gpu_check: expected 1, 2 or stages among versions, .*, got nonsense$"):
+        driver.chosen(["nonsense"])
+    assert [s.name for s in driver.chosen(["sweep", "vgg"])[0]] == ["sweep", "vgg"]
+
+
+def filled(stage: Stage) -> list[str]:
+    return [part.replace("{rows}", "rows.jsonl").replace("{state}", "state") for part in stage.command]
+
+
+@pytest.mark.parametrize("stage", [s for s in plan.STAGES if s.command[1] != "pytest"], ids=lambda s: s.name)
+def test_the_arguments_of_a_stage_parse(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to the point where a device is asked for."""
+    name = stage.command[1].removeprefix("gpu_check.")
+    monkeypatch.setattr(
+        versions if name == "versions" else MODULES[name].options, "options" if name == "versions" else "prepare", None
+    )
+    with pytest.raises((TypeError, AttributeError)) as stopped:
+        MODULES[name].main(filled(stage)[2:])
+    assert "NoneType" in str(stopped.value)
+
+
+def collected(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments, "--collect-only"], cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+
+
+def test_the_suites_of_the_stages_collect(tmp_path: Path) -> None:
+    """The union of their options and of what they name, since a stage's options hold for every suite."""
+    stages = [filled(s) for s in plan.STAGES if s.command[1] == "pytest" and "gpu_check.telling" not in s.command]
+    named = dict.fromkeys(part for command in stages for part in command if part.startswith("benchmarks/"))
+    others = dict.fromkeys(
+        part for command in stages for part in command[2:] if part not in named and part not in ("-m", "pytest")
+    )
+    options = [part for part in others if "no:cacheprovider" not in part and part != "-p"]
+    following = [pair for command in stages for pair in itertools.pairwise(command)]
+    pairs = [f"{option}={value}" for option, value in following if option.startswith("--") and value[0] != "-"]
+    flags = [part for part in options if part.startswith("-") and not any(p.startswith(f"{part}=") for p in pairs)]
+    done = collected(["-m", "pytest", *dict.fromkeys(flags), *dict.fromkeys(pairs), *named])
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in named:
+        assert name.split("/")[-1] in done.stdout.replace("\n", " ") or "::" not in name, name
+
+
+def test_the_list_of_test_files_is_every_file_with_gpu_tests() -> None:
+    mark = re.compile(r"^\s*(@gpu$|@pytest\.mark\.gpu|pytestmark = pytest\.mark\.gpu)|marks=.*mark\.gpu", re.MULTILINE)
+    files = (ROOT / "tests").glob("test_*.py")
+    marked = {f"tests/{path.name}" for path in files if mark.search(path.read_text())}
+    assert marked == set(plan.GPU_TESTS)
+
+
+# The order of the tests
+
+
+def test_the_most_telling_tests_come_first_and_all_are_written(tmp_path: Path) -> None:
+    """Failures, skips and errors as they come; a second run takes what failed, then what the first did not reach."""
+    (tmp_path / "test_other.py").write_text("def test_last(): pass\n")
+    (tmp_path / "test_graphs.py").write_text(
+        "import pytest\ndef test_bad(): assert 1 == 2\ndef test_good(): pass\n"
+        "def test_left_out(): pytest.skip('not here')\n"
+    )
+    base = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "gpu_check.telling", "-c", os.devnull]
+    variables = {**environment(), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    first = tmp_path / "first.jsonl"
+    order = ["test_other.py", "test_graphs.py"]
+    subprocess.run([*base, "--rows", str(first), *order], cwd=tmp_path, env=variables, capture_output=True)
+    found = rows.of_suite(rows.read(first), "test")
+    assert [(r["name"].split("::")[1], r["outcome"]) for r in found] == [
+        ("test_bad", "failed"), ("test_good", "passed"), ("test_left_out", "skipped"), ("test_last", "passed"),
+    ]  # fmt: skip
+    assert rows.of_suite(rows.read(first), "tests")[0]["count"] == 4 and "assert 1 == 2" in found[0]["message"]
+
+    kept = [r for r in rows.read(first) if r["name"] != "test_other.py::test_last"]
+    first.write_text("".join(json.dumps(r) + "\n" for r in kept))
+    second = tmp_path / "second.jsonl"
+    again = [*base, "--rows", str(second), "--again", str(first), *order]
+    subprocess.run(again, cwd=tmp_path, env=variables, capture_output=True)
+    assert [r["name"].split("::")[1] for r in rows.of_suite(rows.read(second), "test")] == ["test_bad", "test_last"]
+
+
+def test_the_headline_kernels_come_before_the_long_tail() -> None:
+    names = [
+        "tests/test_triton_gpu.py::test_conv_block_shapes[64x16-stride]",
+        "tests/test_triton_backward_gpu.py::test_a[bfloat16]",
+        "tests/test_graphs.py::test_a_captured_network",
+        "tests/test_triton_gpu.py::test_every_configuration_the_tuner_may_try[float32-small]",
+    ]
+    assert sorted(names, key=telling.rank) == names
+    assert telling.rank("tests/test_nowhere.py::test_x") == len(telling.ORDER)
+
+
+# Time boxes
+
+
+def script(code: str, name: str = "one", seconds: int = 20, **fields: object) -> Stage:
+    return Stage(name, 1, seconds, "", ("-c", code), **fields)  # type: ignore[arg-type]
+
+
+def row_code(value: int) -> str:
+    row = json.dumps({"suite": "x", "name": "n", "value": value})
+    return f"open(r'{{rows}}', 'a').write({row!r} + '\\n')\n"
+
+
+def runner(tmp_path: Path, seconds: float = 60, grace: float = 1.0) -> driver.Runner:
+    return driver.Runner(tmp_path / "state", tmp_path / "out", seconds, grace=grace, closing=1.0)
+
+
+def results(tmp_path: Path) -> dict:
+    return json.loads((tmp_path / "out" / "results.json").read_text())
+
+
+def statuses(tmp_path: Path) -> dict[str, str]:
+    return {s["stage"]: s["status"] for s in results(tmp_path)["stages"]}
+
+
+def test_a_failing_stage_is_recorded_and_the_next_one_runs(tmp_path: Path) -> None:
+    stages = [script(row_code(1) + "raise SystemExit(3)"), script(row_code(2), "two")]
+    assert not runner(tmp_path).run(stages)
+    assert statuses(tmp_path) == {"one": "failed: status 3", "two": "ok"}
+    assert [(r["stage"], r["value"]) for r in results(tmp_path)["rows"]] == [("one", 1), ("two", 2)]
+
+
+def test_a_hanging_stage_is_interrupted_and_keeps_what_it_has(tmp_path: Path) -> None:
+    """It hears SIGINT, as pytest does to print its summary, and ends by itself."""
+    code = row_code(1) + "import time\ntry:\n time.sleep(60)\nexcept KeyboardInterrupt:\n print('the summary')\n"
+    assert not runner(tmp_path).run([script(code, seconds=2), script("", "two")])
+    assert statuses(tmp_path) == {"one": "out of time", "two": "ok"}
+    assert "the summary" in (tmp_path / "out" / "log.txt").read_text()
+    assert [r["value"] for r in results(tmp_path)["rows"]] == [1]
+
+
+def test_a_stage_that_ignores_the_interrupt_is_killed_with_its_children(tmp_path: Path) -> None:
+    deaf = "import os, signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+    child = deaf + "print(os.getpid(), flush=True)\ntime.sleep(60)\n"
+    code = f"{row_code(1)}{deaf}import subprocess, sys\n"
+    code += f"subprocess.Popen([sys.executable, '-c', {child!r}])\ntime.sleep(60)\n"
+    assert not runner(tmp_path).run([script(code, seconds=2), script("", "two")])
+    assert statuses(tmp_path) == {"one": "out of time, killed", "two": "ok"}
+    pid = int((tmp_path / "state" / "logs" / "one.txt").read_text().split()[0])
+    time.sleep(0.2)
+    status = Path(f"/proc/{pid}/status")
+    assert not status.exists() or "State:\tZ" in status.read_text()
+    assert [r["value"] for r in results(tmp_path)["rows"]] == [1]
+
+
+def test_what_outlives_a_stage_is_killed(tmp_path: Path) -> None:
+    child = "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    code = f"import subprocess, sys\nprint({child}.pid)\n"
+    assert runner(tmp_path).run([script(code)])
+    time.sleep(0.2)
+    status = Path(f"/proc/{int((tmp_path / 'state' / 'logs' / 'one.txt').read_text())}/status")
+    assert not status.exists() or "State:\tZ" in status.read_text()
+
+
+def test_a_call_ends_at_its_deadline(tmp_path: Path) -> None:
+    """The last stages get no time, and the grace period and the closing stay inside."""
+    stages = [script("import time; time.sleep(60)", seconds=4), script("", "two", seconds=2)]
+    run = driver.Runner(tmp_path / "state", tmp_path / "out", 5, grace=0.5, closing=0.5)
+    assert not run.run(stages)
+    assert statuses(tmp_path) == {"one": "out of time", "two": "no time"}
+
+
+def test_results_are_on_disk_before_the_next_stage_begins(tmp_path: Path) -> None:
+    path = tmp_path / "out" / "results.json"
+    seen = f"import json; print([r['value'] for r in json.load(open(r'{path}'))['rows']])"
+    runner(tmp_path).run([script(row_code(7)), script(seen, "two")])
+    assert (tmp_path / "state" / "logs" / "two.txt").read_text().strip() == "[7]"
+
+
+def test_a_repeated_stage_replaces_its_rows_and_others_stay(tmp_path: Path) -> None:
+    runner(tmp_path).run([script(row_code(1)), script(row_code(2), "two")])
+    runner(tmp_path).run([script(row_code(3))])
+    assert sorted((r["stage"], r["value"]) for r in results(tmp_path)["rows"]) == [("one", 3), ("two", 2)]
+
+
+def test_a_call_that_is_stopped_from_outside_keeps_its_results(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom gpu_check import __main__ as d, plan\n"
+        "stage = plan.Stage('one', 1, 50, '', ('-c', 'import time; print(1, flush=True); time.sleep(50)'))\n"
+        "d.chosen = lambda names: ([stage], 100.0)\n"
+        f"sys.exit(d.main(['one', '--no-build', '--state', r'{tmp_path / 'state'}', '--out', r'{tmp_path / 'out'}']))\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment(), stdout=subprocess.PIPE, text=True)
+    log = tmp_path / "state" / "logs" / "one.txt"
+    end = time.monotonic() + 20
+    while not (log.exists() and log.read_text()) and time.monotonic() < end:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=20)
+    assert process.returncode == 1 and "stopped from outside" in output and (tmp_path / "out" / "results.json").exists()
+
+
+def test_the_build_is_waited_for_only_where_it_is_needed(tmp_path: Path) -> None:
+    marker = tmp_path / "built"
+    look = f"import os; print(os.path.exists(r'{marker}'))"
+    run = runner(tmp_path)
+    run.build([sys.executable, "-c", f"import time; time.sleep(1.5); open(r'{marker}', 'w').close()"])
+    assert run.run([script(look), script(look, "two", build_wait=10)])
+    logs = {name: (tmp_path / "state" / "logs" / f"{name}.txt").read_text().strip() for name in ("one", "two")}
+    assert logs == {"one": "False", "two": "True"} and results(tmp_path)["notes"]["build"] == "ok"
+
+
+def test_what_is_taken_home_is_small(tmp_path: Path) -> None:
+    """At most eight files of plain names in one folder, the log cut to its end."""
+    state = tmp_path / "state"
+    state.mkdir()
+    for name in ("tests.xml", "again.xml", "counters.csv", "build.txt"):
+        (state / name).write_text("x")
+    (state / "swept" / "tuned").mkdir(parents=True)
+    (state / "swept" / "tuned" / "nvidia-h200.json").write_text("{}")
+    runner(tmp_path).run([script("print('x' * 3_000_000); print('the end')")])
+    files = sorted((tmp_path / "out").rglob("*"))
+    assert len(files) == 8 and all(re.fullmatch(r"[A-Za-z0-9._-]+", f.name) and f.is_file() for f in files)
+    assert sum(f.stat().st_size for f in files) < 2**24 and (tmp_path / "out" / "log.txt").read_text().endswith(
+        "the end\n"
+    )
+
+
+def test_a_second_machine_takes_over_what_the_first_brought_home(tmp_path: Path) -> None:
+    test = {"suite": "test", "name": "tests/test_a.py::test_b", "outcome": "failed"}
+    run = driver.Runner(tmp_path / "state", tmp_path / "out", 60)
+    rows.append(run.results.rows_path("tests"), {"environment": {"commit": None}}, test)
+    run.results.stage(Stage("tests", 1, 10, "", ()), "failed: status 1", 1.0)
+    table = tmp_path / "state" / "swept" / "tuned" / "nvidia-h100.json"
+    table.parent.mkdir(parents=True)
+    table.write_text(json.dumps({"device": "nvidia-h100", "rates": {"a": 1}, "entries": [1], "break_even": [2]}))
+    run.results.write()
+
+    other = driver.Runner(tmp_path / "state2", tmp_path / "out2", 60)
+    other.results.restore(tmp_path / "out")
+    assert rows.of_suite(rows.read(other.results.rows_path("tests")), "test") == [{"stage": "tests", **test}]
+    assert json.loads((tmp_path / "state2/swept/tuned/nvidia-h100.json").read_text())["entries"] == [1]
+    rates = json.loads((tmp_path / "state2/measured/tuned/nvidia-h100.json").read_text())
+    assert rates["entries"] == [] and rates["rates"] == {"a": 1}
+    with pytest.raises(ValueError, match=r"^gpu_check: expected a folder with results.json, got "):
+        other.results.restore(tmp_path)
+
+
+# Problems, checks and floors
+
+
+def test_the_problems_of_a_row_are_those_of_the_pruned_network() -> None:
+    """So the kernels that are compiled, checked and swept beforehand are those that the network launches."""
+    network, sparsity, block_shape = "vgg19_cifar", 0.95, (128, 16)
+    torch.manual_seed(0)
+    model = sk.models.build(network, 10).eval()
+    convs = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d)][1:]
+    for name, conv in convs:
+        sk.prune_(model, sparsity, (min(block_shape[0], conv.out_channels), block_shape[1]), layers=[name])
+    shapes = tuple({(min(block_shape[0], c.out_channels), block_shape[1]) for _, c in convs})
+    x = torch.randn(1, 3, 32, 32)
+    policy = sk.Policy(measure=False, min_speedup=0.0, check_model=False, dense_layers=False, block_shapes=shapes)
+    fast = sk.convert(sk.finalize_(model), example_inputs=(x,), policy=policy)
+    found: dict[ConvProblem, list[str]] = {}
+    for k in warm_up(fast, x, calls=2).kernels:
+        found.setdefault(k.problem, []).append(k.layer)
+    row = layers.NetworkRow(network, 1, sparsity, block_shape)
+    assert set(row.problems("cpu")) == set(found)
+    assert [len(layer.names) for layer in layers.NETWORKS[network]] == [len(found[p]) for p in row.problems("cpu")]
+
+
+def test_both_networks_have_eleven_distinct_layers() -> None:
+    assert {name: len(found) for name, found in layers.NETWORKS.items()} == {"vgg19_cifar": 11, "vgg16_bn": 11}
+    assert [layers.layer_name(p) for p in layers.HEADLINE.problems()][:3] == ["conv1_2", "conv2_1", "conv2_2"]
+    assert set(counters.LAYERS) <= {layers.layer_name(p) for p in layers.HEADLINE.problems()}
+
+
+SMALL = ConvProblem(
+    3, 32, 8, 8, 32, 3, 3, (1, 1), (1, 1), (1, 1), (16, 1), 72, torch.float32, "cpu", "relu_maxpool2"
+)  # fmt: skip
+
+
+def test_a_right_layer_is_checked_and_a_wrong_one_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = correctness.checked(SMALL)
+    assert row["match"] and row["errors"] == [] and 0 < row["worst_over_bound"] < 1
+    call = layers.Bench.call
+
+    def last_image_lost(self, choice):
+        y = call(self, choice)
+        y[-1, 3] += 0.01
+        return y
+
+    monkeypatch.setattr(layers.Bench, "call", last_image_lost)
+    row = correctness.checked(SMALL)
+    assert not row["match"] and any("elements out of bounds" in e for e in row["errors"])
+    assert any(e.startswith("on the CPU") for e in row["errors"])
+
+
+def test_an_element_left_unwritten_and_runs_that_differ_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = layers.Bench.call
+
+    def unwritten(self, choice):
+        y = call(self, choice)
+        out = torch.empty_like(y)
+        out[..., :-1] = y[..., :-1]
+        return out
+
+    monkeypatch.setattr(layers.Bench, "call", unwritten)
+    assert not correctness.checked(SMALL)["match"]
+    noise = iter(range(100))
+    monkeypatch.setattr(layers.Bench, "call", lambda self, choice: call(self, choice) * (1 + 1e-7 * next(noise)))
+    assert "3 runs differ" in correctness.checked(SMALL)["errors"]
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_layer_that_raises_is_a_row() -> None:
+    row = correctness.checked(replace(SMALL, epilogue="sigmoid"))
+    assert not row["match"] and len(row["errors"]) == 1
+
+
+def test_floors_of_a_layer_by_hand() -> None:
+    """conv3_2 of VGG-19: 1024 images of 8x8, 256 -> 256, 36 of 288 (128, 16) blocks in two block rows."""
+    p = next(p for p in layers.HEADLINE.problems() if layers.layer_name(p) == "conv3_2")
+    config = {"BLOCK_M": 256, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4}
+    rates = replace(cost_model.H200, l2_bytes_s=5.5e12, memory_bytes_s=3e12, matrix_flops=790e12)
+    floors = measure.floors_us(p, config, rates, 1.98e9)
+    tiles, depth = 256 * 2, 36 * 16 / 2
+    assert p.nnz_blocks == 36
+    assert floors["l2_us"] == pytest.approx(1e6 * tiles * depth * 384 * 2 / 5.5e12)
+    assert floors["matrix_us"] == pytest.approx(1e6 * 2 * 65536 * 128 * 2 * depth / 790e12)
+    assert floors["dram_us"] == pytest.approx(1e6 * 2 * (2 * 65536 * 256 + 36 * 128 * 16) / 3e12)
+    assert floors["issue_us"] == pytest.approx(1e6 * tiles * 8 * (2000 + 4.5 * 162) / 4 / 132 / 1.98e9)
+
+
+def test_a_sweep_rehearsed_on_the_cpu_leaves_rows_and_a_table(tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    arguments = ["--device", "cpu", "--batch", "1", "--layers", "1", "--state", str(tmp_path), "--rows", str(out)]
+    sweep.main(arguments)
+    found = rows.of_suite(rows.read(out), "sweep")
+    assert found and all(r["match"] and r["p50_ms"] > 0 and r["dense_p50_ms"] > 0 for r in found)
+    (table,) = (tmp_path / "swept" / "tuned").glob("*.json")
+    assert len(tables.Table.load(table).entries) == 1
+
+
+def test_jobs_to_compile_are_each_there_once() -> None:
+    found = precompile.jobs(["headline"], "cpu", training=True)
+    keys = [(p, None if c is None else (c.name, str(sorted(c.config.items())))) for p, c in found]
+    assert len(set(keys)) == len(keys)
+    training = [p for p, c in found if c is None]
+    assert len(training) == 8 and {(p.n, p.epilogue) for p in training} == {(precompile.TRAINING_BATCH, "none")}
+    assert {p for p, c in found if c is not None} >= set(layers.HEADLINE.problems("cpu"))
+    seconds, error = precompile.run((replace(SMALL, epilogue="none"), None))
+    assert error is None and seconds > 0
+    assert "ValueError" in (precompile.run((replace(SMALL, epilogue="sigmoid"), layers.choice_of(SMALL)))[1] or "")
+
+
+# The profiler's report and the versions
+
+
+def test_metrics_that_the_profiler_does_not_know_are_left_out() -> None:
+    listing = "Device NVIDIA H100\nlts__t_sectors   Counter  # of LTS sectors\ndram__bytes_read  Counter bytes\n"
+    wanted = ("lts__t_sectors.sum", "l1tex__gone.sum", "dram__bytes_read.sum", "launch__grid_size")
+    assert counters.known_metrics(wanted, listing) == [wanted[0], wanted[2], wanted[3]]
+
+
+def test_the_profilers_csv_is_read() -> None:
+    text = (
+        '==PROF== Connected\n"ID","Kernel Name","lts__t_sectors.sum","gpu__time_duration.sum"\n"","","sector","ns"\n'
+        '"0","bsr_conv2d_fwd_kernel","1,234","56.5"\n"1","bsr_conv2d_fwd_kernel","n/a","7"\n'
+    )
+    assert counters.parsed_csv(text) == [
+        {"lts__t_sectors.sum": 1234.0, "gpu__time_duration.sum": 56.5}, {"gpu__time_duration.sum": 7.0},
+    ]  # fmt: skip
+    assert counters.parsed_csv("==ERROR== nothing") == []
+
+
+def test_a_triton_cache_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tarfile
+
+    (tmp_path / "made" / "abc").mkdir(parents=True)
+    (tmp_path / "made" / "abc" / "kernel.cubin").write_bytes(b"x")
+    with tarfile.open(tmp_path / "triton-cache.tar.xz", "w:xz") as packed:
+        packed.add(tmp_path / "made" / "abc", "abc")
+    monkeypatch.setenv("TRITON_CACHE_TARBALL", str(tmp_path / "triton-cache.tar.xz"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    out = tmp_path / "rows.jsonl"
+    versions.main(["--device", "cpu", "--rows", str(out)])
+    (row,) = rows.of_suite(rows.read(out), "versions")
+    assert row["cached_kernels"] == 1 and (tmp_path / "cache" / "abc" / "kernel.cubin").exists()
+    assert rows.read(out)[0]["environment"]["threads"] == torch.get_num_threads()
+
+
+# The report
+
+
+def example() -> dict:
+    config = {"BLOCK_M": 256, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4, "SPLITS": 1}
+    environment = {"commit": None, "cpu": "cpu", "gpu": "NVIDIA H200", "torch": "2.11", "threads": 16, "dirty": None,
+                   "platform": "Linux", "argv": []}  # fmt: skip
+    layer = {
+        "name": "conv3_2",
+        "batch": 1024,
+        "block_shape": [128, 16],
+        "kernel": "bsr_conv2d__triton",
+        "config": config,
+    }
+    vgg = {"suite": "vgg", "stage": "vgg", "name": "test_vgg_gpu[headline]", "network": "vgg19_cifar",
+           "sparsity": 0.875, "batch": 1024, "block_shape": [128, 16], "match": True, "error_ratio": 1.1,
+           "p20_ms": 0.5, "p50_ms": 0.51, "p80_ms": 0.52, "n": 9, "dense_p50_ms": 1.53, "speedup": 3.0,
+           "images_per_s": 2e6, "recorded": True, "baselines_p50_ms": {"graph": 1.53, "eager": 1.9},
+           "predicted_ms": 0.4, "predicted_dense_ms": 1.4}  # fmt: skip
+    found = [
+        {"suite": "correctness", "stage": "correctness", **layer, "row": "headline", "match": False,
+         "errors": ["3 runs differ"]},
+        {"suite": "sweep", "stage": "sweep", **layer, "match": True, "p50_ms": 0.034, "dense_p50_ms": 0.129,
+         "l2_us": 20.6, "dram_us": 22.4, "matrix_us": 12.2, "issue_us": 11.0},
+        {"suite": "counters", "stage": "counters", **layer, "match": True, "metrics": {"lts__t_sectors.sum": 5.0}},
+        vgg,
+        {"suite": "kernel_counts", "stage": "vgg", "name": vgg["name"], "match": True, "kernels": 18,
+         "dense_kernels": 37},
+        {"suite": "tests", "stage": "tests", "name": "collected", "count": 3},
+        {"suite": "test", "stage": "tests", "name": "tests/a.py::b", "outcome": "failed",
+         "message": "E  assert 1 == 2"},
+        {"suite": "test", "stage": "tests", "name": "tests/a.py::c", "outcome": "passed"},
+        {"suite": "sanitizer", "stage": "sanitizer", "name": "memcheck", "match": True, "kernels": 11, "of": 11,
+         "summary": "ERROR SUMMARY: 0 errors"},
+    ]  # fmt: skip
+    stages = [{"stage": "vgg", "call": 1, "status": "ok", "seconds": 50.0, "limit": 75, "compiled": 3}]
+    return {"format": 1, "environment": environment, "notes": {}, "stages": stages, "rows": found}
+
+
+def test_results_become_a_record_and_a_report(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(example()))
+    record = report.merged([path], "abc123")
+    assert record["environment"]["commit"] == "abc123" and record["stages"] == example()["stages"]
+    text = report.markdown(record)
+    for wanted in ("**3.00x**", "18, 37", "**wrong**: 3 runs differ", "**34.0**", "22.4", "lts__t_sectors.sum",
+                   "| tests | 1 | 1 | 0 | 1 |", "assert 1 == 2", "ERROR SUMMARY: 0 errors", "256x128x64 w8 s4",
+                   ):  # fmt: skip
+        assert wanted in text, wanted
+    assert "tests/a.py::c" not in json.dumps(record)
+    with pytest.raises(ValueError, match=r"^report: expected results with an environment"):
+        gpu_tables.as_record({**example(), "environment": None})
+    unchecked = example()
+    next(r for r in unchecked["rows"] if r["suite"] == "vgg")["match"] = False
+    path.write_text(json.dumps(unchecked))
+    with pytest.raises(ValueError, match="was not checked against the reference"):
+        report.merged([path], "abc123")
+
+
+def test_the_closing_table_shows_what_matters_and_stays_short() -> None:
+    result = example()
+    text = summary.summary(result)
+    for wanted in ("3.00x", "WRONG headline conv3_2: 3 runs differ", "floors l2 21 dram 22", "FAILED tests/a.py::b",
+                   "1 not reached", "memcheck: 11 of 11", "vgg          call 1   50.0/75  s  ok, 3 compiled",
+                   ):  # fmt: skip
+        assert wanted in text, wanted
+    result["rows"] += [{**result["rows"][6], "name": f"tests/a.py::{i}" * 20} for i in range(500)]
+    result["rows"].append({"suite": "vgg", "name": "cut short"})
+    text = summary.summary(result)
+    assert len(text) <= summary.MOST_CHARACTERS and "not shown: KeyError" in text and "== stages" in text
