@@ -38,10 +38,6 @@ from gpu_check import plan  # noqa: E402
 KEPT = (".cubin", ".json", ".so")
 # What the stages of the check launch: `gpu_check.layers.ROWS` by name.
 ROWS = ("headline", "blocks_64x16", "sparsity_95", "batch_16", "batch_1", "vgg16_224")
-# The layers whose gradients are warmed: those of a training step.
-TRAINED = "headline"
-
-
 class Job(NamedTuple):
     """One call of a launching function: its kernel in `KERNELS`, the problem and the configuration."""
 
@@ -60,14 +56,16 @@ def prepare(folder: str, libcuda: str) -> None:
 
 
 def jobs() -> list[Job]:
-    """Everything to be compiled: forward layers of the rows and the sweep, then the gradients of a training step."""
+    """Everything to be compiled: forward layers of the rows and the sweep, and the layers of a training step."""
     from gpu_check import layers, precompile
 
-    forward = [Job(choice.name, p, dict(choice.config)) for p, choice in precompile.jobs(ROWS, "cuda")]
-    trained = layers.ROWS[TRAINED].problems("cuda")
-    backward = [Job(f"{op}__triton", p, {}) for p in trained for op in ("bsr_conv2d_dgrad", "bsr_conv2d_wgrad")]
-    pools = [Job("relu_maxpool2_backward__triton", p, {}) for p in trained if p.epilogue == "relu_maxpool2"]
-    return forward + backward + pools
+    found = []
+    for p, choice in precompile.jobs(ROWS, "cuda", training=True):
+        forward = choice or layers.choice_of(p)
+        found.append(Job(forward.name, p, dict(forward.config)))
+        if choice is None:
+            found += [Job(f"{op}__triton", p, {}) for op in ("bsr_conv2d_dgrad", "bsr_conv2d_wgrad")]
+    return found
 
 
 def launch(job: Job) -> None:
@@ -88,9 +86,6 @@ def launch(job: Job) -> None:
     shape = (p.c_out, p.c_in, p.r, p.s)
     grad = sized(p.n, p.c_out, p.p, p.q)
     call = KERNELS[job.kernel].launch
-    if p.epilogue == "relu_maxpool2" and job.kernel.startswith("relu_maxpool2"):
-        call(sized(p.n, p.c_out, p.p // 2, p.q // 2), grad)
-        return
     # The number of stored blocks decides, not which they are.
     pattern = testing.random_bsr(shape, p.block_shape, 1 - p.stored_share, dtype=p.dtype)
     columns = pattern.col_indices.new_zeros(p.nnz_blocks)
@@ -216,6 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=ROOT / ".gpu-cache" / "triton-cache.tar.xz")
     parser.add_argument("--folder", type=Path, default=Path(plan.TRITON_CACHE), help="the device's must be the same")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--add", action="store_true", help="to what the folder holds, instead of making all of it")
     parser.add_argument("--limit", type=int, default=None, help="only so many jobs")
     parser.add_argument("--check", action="store_true", help="look every kernel up; nothing is compiled")
     parsed = parser.parse_args(arguments)
@@ -232,7 +228,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "\n".join([*misses, f"{len(work)} jobs, {len(misses)} not in the cache, {time.monotonic() - begun:.0f} s"])
         )
         raise SystemExit(bool(misses))
-    shutil.rmtree(parsed.folder, ignore_errors=True)
+    if not parsed.add:
+        shutil.rmtree(parsed.folder, ignore_errors=True)
     errors = in_processes(work, parsed.processes, setting)
     utilities()
     files = prune(parsed.folder)

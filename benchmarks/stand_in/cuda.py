@@ -116,6 +116,27 @@ def graph(cuda_graph: CUDAGraph, pool: Any = None, stream: Any = None, **kwargs:
     cuda_graph.calls = calls
 
 
+class Profile:
+    """A profile whose events are the names of ops and kernels."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._names: list[str] = []
+
+    def __enter__(self) -> Profile:
+        from stand_in import device_tensor
+
+        device_tensor.profiled = self._names
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        from stand_in import device_tensor
+
+        device_tensor.profiled = None
+
+    def events(self) -> list[Any]:
+        return [SimpleNamespace(name=name, device_type=torch.autograd.DeviceType.CUDA) for name in self._names]
+
+
 @contextlib.contextmanager
 def _nothing(*args: Any, **kwargs: Any) -> Iterator[None]:
     yield
@@ -154,6 +175,10 @@ def install() -> None:
         return model if model is not None else lambda function: function
 
     torch.compile = compile
+    torch.profiler.profile = Profile
+    autocast = torch.autocast
+    # In C++ the tensors are the CPU's.
+    torch.autocast = torch.amp.autocast = lambda device_type, *args, **kwargs: autocast("cpu", *args, **kwargs)
     torch.Generator = Generator
     tensor = torch.tensor
 

@@ -23,6 +23,8 @@ MIXED = {"copy_", "_to_copy", "index", "index_put_", "index_put", "_index_put_im
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "unique_dim", "_unique2", "unique_consecutive"}
 # The graph that is being captured, a list of calls, innermost last.
 capturing: list[list[tuple[Callable[..., Any], Any, Any, Any]]] = []
+# Names of the ops and kernels that run while a profile is taken.
+profiled: list[str] | None = None
 _checking = True
 
 
@@ -150,6 +152,8 @@ def run(func: Any, args: Any, kwargs: Any) -> Any:
         from stand_in.launches import run_op
 
         return run_op(name, args, kwargs)
+    if profiled is not None and any(isinstance(t, DeviceTensor) for t in tensors):
+        profiled.append(name)
     plain_args, plain_kwargs = tree_map(unwrap, (args, kwargs))
     call = _fused_relu if name == "cudnn_convolution_relu" else func
     result = call(*plain_args, **plain_kwargs)

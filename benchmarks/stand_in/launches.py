@@ -6,8 +6,10 @@ import functools
 import importlib
 import inspect
 import json
+import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
@@ -77,12 +79,36 @@ def launcher(source: Any, metadata: Any) -> Callable[..., None]:
     """What launches a kernel, as Triton asks its driver for it."""
 
     def run(x: int, y: int, z: int, *rest: Any) -> None:
+        if device_tensor.profiled is not None:
+            device_tensor.profiled.append(metadata.name)
         # stream, function, packed metadata, launch metadata, two hooks, the kernel's arguments.
         given = dict(zip(source.fn.arg_names, rest[6:], strict=True))
         check_launch(metadata.name, (x, y, z), given, source.attrs, source.constants)
         record(metadata.name, (x, y, z), given, {name: getattr(metadata, name) for name in _OPTIONS})
+        if metadata.name in EMULATED:
+            EMULATED[metadata.name](given)
 
     return run
+
+
+def _gather(given: dict[str, Any]) -> None:
+    """The gather of ``bench_ceilings.py``; longer than its check it is only timed."""
+    x, out, tile_rows, row = given["x_ptr"].inner, given["out_ptr"].inner, given["TILE"], given["ROW"]
+    if given["steps"] > 8:
+        return
+    words = torch.arange(given["SLICE"] * given["SLICES"])
+    for program in range(out.shape[0]):
+        total = torch.zeros(tile_rows, dtype=out.dtype)
+        for step in range(given["steps"]):
+            tile = (program * 7919 + step * 104729) % given["tiles"]
+            first = (step * 31 + words // given["SLICE"] * 17 + program) % (row // given["SLICE"]) * given["SLICE"]
+            rows = x[tile * tile_rows : (tile + 1) * tile_rows]
+            total += rows[:, first + words % given["SLICE"]].sum(1, dtype=out.dtype)
+        out[program] = total
+
+
+# Kernels of the benchmarks themselves, which no reference stands for, by name.
+EMULATED = {"gather": _gather}
 
 
 def record(name: str, grid: tuple[int, ...], given: dict[str, Any], options: dict[str, Any]) -> None:
@@ -181,6 +207,25 @@ def plain_type(value: Any) -> type:
     return type(value)
 
 
+def _few_images(layers: Any) -> None:
+    """The rows of the GPU check at the batch of SLIMKERNELS_STAND_IN_IMAGES, its large images at 32x32."""
+    most = int(os.environ.get("SLIMKERNELS_STAND_IN_IMAGES") or 0)
+    if most:
+        for name, row in layers.ROWS.items():
+            layers.ROWS[name] = replace(row, batch=min(row.batch, most))
+        layers.HEADLINE = layers.ROWS["headline"]
+        large = layers.NETWORKS["vgg16_bn"]
+        layers.NETWORKS["vgg16_bn"] = tuple(replace(layer, size=layer.size * 32 // 224) for layer in large)
+
+
+def _small_images(models: Any) -> None:
+    plain = models.input_shape
+    if os.environ.get("SLIMKERNELS_STAND_IN_IMAGES"):
+        models.input_shape = lambda name: (plain(name)[0], 32, 32)
+
+
+# What is done to other modules when they are imported.
+_AFTER_IMPORT = {"gpu_check.layers": _few_images, "slimkernels.models": _small_images}
 # Modules that pass tensors of unknown classes over, and would take a `DeviceTensor` for one.
 _ASK_TYPES = ("slimkernels.conversion.layers", "slimkernels.conversion.units")
 
@@ -190,7 +235,7 @@ class _Finder(MetaPathFinder):
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
         functions = LAUNCHERS.get(name.removeprefix(_PACKAGE), {}) if name.startswith(_PACKAGE) else {}
-        if not functions and name not in _ASK_TYPES:
+        if not functions and name not in _ASK_TYPES and name not in _AFTER_IMPORT:
             return None
         spec = PathFinder.find_spec(name, path, target)
         if spec is None or spec.loader is None:
@@ -203,6 +248,8 @@ class _Finder(MetaPathFinder):
                 setattr(module, function, _with_values(getattr(module, function), op))
             if name in _ASK_TYPES:
                 module.type = plain_type
+            if name in _AFTER_IMPORT:
+                _AFTER_IMPORT[name](module)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
