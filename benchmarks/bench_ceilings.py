@@ -19,8 +19,8 @@ import torch
 
 from slimkernels import timing
 from slimkernels.kernels import native, select
-from slimkernels.kernels.cost_model import GpuRates
 from slimkernels.kernels.devices import device_name
+from slimkernels.kernels.gpu_rates import GpuRates
 from slimkernels.kernels.tables import Table, gpu_rates
 from slimkernels.tuning import captured
 
@@ -129,6 +129,18 @@ def put_rate(state: Path | None, name: str, rate: float) -> None:
     select.forget()
 
 
+def clock_under_load(call: Callable[[], Any]) -> float | None:
+    """Clock of the processors while calls are running, Hz; None where the driver's library does not tell."""
+    for _ in range(50):
+        call()
+    try:
+        return 1e6 * torch.cuda.clock_rate()
+    except (RuntimeError, ModuleNotFoundError, AttributeError):
+        return None
+    finally:
+        torch.cuda.synchronize()
+
+
 def _record(
     benchmark: Any, what: str, rate: float, unit: str, predicted: float | None, measured: timing.Timing
 ) -> None:
@@ -164,6 +176,10 @@ def test_matrix_rate(benchmark: Any, record: Any, device: str, smoke: bool, stat
         measured = cuda_timing(lambda: a @ b)
         rate, predicted = 2 * size**3 / measured.p50, gpu_rates().matrix_flops
         put_rate(state, "matrix_flops", rate)
+        clock = clock_under_load(lambda: a @ b)
+        if clock is not None:
+            benchmark.extra_info["clock_hz"] = clock
+            put_rate(state, "clock_hz", clock)
     else:
         start = time.perf_counter()
         rate, predicted = native.peak_flops(seconds=0.05 if smoke else 0.5), None

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from gpu_check.summary import config_text
+from gpu_check.summary import FLOORS, config_text
 
 # Suites whose rows are no speeds of the package, or say themselves what is wrong.
 UNTIMED = (
     "versions", "compile", "correctness", "sweep", "counters", "kernel_counts", "test", "tests", "sanitizer",
 )  # fmt: skip
-_FLOORS = ("l2_us", "dram_us", "matrix_us", "issue_us")
 
 
 def as_record(results: dict[str, Any]) -> dict[str, Any]:
@@ -64,8 +63,8 @@ def correctness_table(rows: list[dict[str, Any]]) -> str:
 
 def sweep_table(rows: list[dict[str, Any]]) -> str:
     """Every configuration: microseconds beside its floors, and beside the dense layer; the fastest in bold."""
-    header = ["layer", "kernel", "configuration", "p50 [us]", "L2 floor", "memory floor", "matrix floor", "issue floor",
-              "dense [us]", "verdict"]  # fmt: skip
+    header = ["layer", "kernel", "configuration", "p50 [us]", "L2", "memory", "matrix", "issue", "tags",
+              "predicted [us]", "dense [us]", "verdict"]  # fmt: skip
     best: dict[str, float] = {}
     for r in rows:
         if r["match"] and "p50_ms" in r:
@@ -77,7 +76,7 @@ def sweep_table(rows: list[dict[str, Any]]) -> str:
             [
                 r["name"], r["kernel"], config_text(r["config"]),
                 f"**{time}**" if time and best.get(r["name"]) == r["p50_ms"] else time,
-                *(f"{r[key]:.1f}" if key in r else "" for key in _FLOORS), f"{1e3 * r['dense_p50_ms']:.1f}",
+                *(f"{r[key]:.1f}" if key in r else "" for key in FLOORS), f"{1e3 * r['dense_p50_ms']:.1f}",
                 "right" if r["match"] else "**wrong**: " + "; ".join(r.get("errors", [])).replace("|", "/")[:300],
             ]
         )  # fmt: skip

@@ -19,7 +19,8 @@ from torch import nn
 
 import slimkernels as sk
 from slimkernels.inference import warm_up
-from slimkernels.kernels import cost_model, tables
+from slimkernels.kernels import tables
+from slimkernels.kernels.gpu_rates import H200
 from slimkernels.kernels.problems import ConvProblem
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -391,18 +392,16 @@ def test_a_layer_that_raises_is_a_row() -> None:
     assert not row["match"] and len(row["errors"]) == 1
 
 
-def test_floors_of_a_layer_by_hand() -> None:
+def test_limits_of_a_layer_by_hand() -> None:
     """conv3_2 of VGG-19: 1024 images of 8x8, 256 -> 256, 36 of 288 (128, 16) blocks in two block rows."""
     p = next(p for p in layers.HEADLINE.problems() if layers.layer_name(p) == "conv3_2")
     config = {"BLOCK_M": 256, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4}
-    rates = replace(cost_model.H200, l2_bytes_s=5.5e12, memory_bytes_s=3e12, matrix_flops=790e12)
-    floors = measure.floors_us(p, config, rates, 1.98e9)
+    found = measure.floors_us(p, config, replace(H200, l2_bytes_s=5.5e12, matrix_flops=790e12))
     tiles, depth = 256 * 2, 36 * 16 / 2
     assert p.nnz_blocks == 36
-    assert floors["l2_us"] == pytest.approx(1e6 * tiles * depth * 384 * 2 / 5.5e12)
-    assert floors["matrix_us"] == pytest.approx(1e6 * 2 * 65536 * 128 * 2 * depth / 790e12)
-    assert floors["dram_us"] == pytest.approx(1e6 * 2 * (2 * 65536 * 256 + 36 * 128 * 16) / 3e12)
-    assert floors["issue_us"] == pytest.approx(1e6 * tiles * 8 * (2000 + 4.5 * 162) / 4 / 132 / 1.98e9)
+    assert found["l2_us"] == pytest.approx(1e6 * tiles * depth * 384 * 2 / 5.5e12)
+    assert found["matrix_us"] == pytest.approx(1e6 * 2 * 65536 * 128 * 2 * depth / 790e12)
+    assert found["predicted_us"] > found["l2_us"] and set(summary.FLOORS) < set(found)
 
 
 def test_a_sweep_rehearsed_on_the_cpu_leaves_rows_and_a_table(tmp_path: Path) -> None:
@@ -486,7 +485,7 @@ def example() -> dict:
         {"suite": "correctness", "stage": "correctness", **layer, "row": "headline", "match": False,
          "errors": ["3 runs differ"]},
         {"suite": "sweep", "stage": "sweep", **layer, "match": True, "p50_ms": 0.034, "dense_p50_ms": 0.129,
-         "l2_us": 20.6, "dram_us": 22.4, "matrix_us": 12.2, "issue_us": 11.0},
+         "l2_us": 20.6, "memory_us": 22.4, "matrix_us": 12.2, "issue_us": 11.0},
         {"suite": "counters", "stage": "counters", **layer, "match": True, "metrics": {"lts__t_sectors.sum": 5.0}},
         vgg,
         {"suite": "kernel_counts", "stage": "vgg", "name": vgg["name"], "match": True, "kernels": 18,
@@ -525,7 +524,7 @@ def test_results_become_a_record_and_a_report(tmp_path: Path) -> None:
 def test_the_closing_table_shows_what_matters_and_stays_short() -> None:
     result = example()
     text = summary.summary(result)
-    for wanted in ("3.00x", "WRONG headline conv3_2: 3 runs differ", "floors l2 21 dram 22", "FAILED tests/a.py::b",
+    for wanted in ("3.00x", "WRONG headline conv3_2: 3 runs differ", "floors l2 21 memory 22", "FAILED tests/a.py::b",
                    "1 not reached", "memcheck: 11 of 11", "vgg          call 1   50.0/75  s  ok, 3 compiled",
                    ):  # fmt: skip
         assert wanted in text, wanted

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -406,3 +407,67 @@ def test_shipped_tables_load_and_name_kernels_that_exist(path) -> None:
     assert table.device == path.stem and table.entries and table.rates is not None
     assert {e.kernel for e in table.entries} <= set(KERNELS)
     assert all(KERNELS[e.kernel].op == e.problem.op for e in table.entries)
+
+
+class RecordedStreams:
+    """Stands in for what `captured` and `graphed` use of torch.cuda; ``events`` holds what happened, in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.events: list[tuple[str, ...]] = []
+        self._current = "current"
+        log = self.events
+
+        class Stream:
+            def __init__(self, name: str = "side") -> None:
+                self.name = name
+
+            def wait_stream(self, other: Stream) -> None:
+                log.append((self.name, "waits for", other.name))
+
+        @contextmanager
+        def stream(entered: Stream):
+            before, self._current = self._current, entered.name
+            yield
+            self._current = before
+
+        class Graph:
+            def replay(self) -> None:
+                log.append(("replayed",))
+
+            def pool(self) -> None:
+                return None
+
+        fakes = {
+            "Stream": Stream, "stream": stream, "current_stream": lambda *_: Stream(self._current),
+            "synchronize": lambda *_: log.append(("synchronised",)), "CUDAGraph": Graph,
+            "graph": lambda *_, **__: nullcontext(), "device": lambda *_: nullcontext(),
+        }  # fmt: skip
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+    def call(self, *_: object) -> None:
+        self.events.append((self._current, "calls"))
+
+
+def test_a_side_stream_waits_for_the_inputs_and_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy to the GPU that is still on its way when a kernel reads it: wrong numbers, and indices out of bounds."""
+    from slimkernels.inference.cuda_graph import CudaGraphs
+
+    class Model(nn.Module):
+        def __init__(self, streams: RecordedStreams) -> None:
+            super().__init__()
+            self.streams = streams
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.streams.call()
+            return x
+
+    for begin in (
+        lambda own: tuning.captured(own.call, "cuda"),
+        lambda own: CudaGraphs(Model(own).eval(), torch.device("cuda"), 2, False).record((torch.zeros(1),), {}),
+    ):
+        streams = RecordedStreams(monkeypatch)
+        begin(streams)
+        calls = [i for i, event in enumerate(streams.events) if event == ("side", "calls")]
+        assert len(calls) == 2 and ("side", "waits for", "current") in streams.events[: calls[0]]
+        assert ("synchronised",) in streams.events[calls[-1] :]

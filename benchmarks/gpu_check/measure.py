@@ -9,16 +9,10 @@ from typing import Any
 import torch
 
 from slimkernels import timing
-from slimkernels.kernels.cost_model import GpuRates
+from slimkernels.kernels.gpu_cost import gpu_block_sparse
+from slimkernels.kernels.gpu_rates import GpuRates
 from slimkernels.kernels.problems import ConvProblem
 from slimkernels.tuning import captured
-
-# Instructions of one warp of the 256x128x64 tile on 8 warps, read from its sm_90 code: outside the main loop, and in
-# one of its steps. A smaller tile's step is taken to shrink with its multiply-adds.
-FIXED_INSTRUCTIONS = 2000
-STEP_INSTRUCTIONS = 162
-_STEP_MACS_A_WARP = 256 * 128 * 64 // 8
-_SCHEDULERS = 4
 
 
 def replay_timing(call: Callable[[], Any], device: str, *, bursts: int = 9, burst_s: float = 0.002) -> timing.Timing:
@@ -44,34 +38,14 @@ def replay_timing(call: Callable[[], Any], device: str, *, bursts: int = 9, burs
     return timing.percentiles([burst(calls) for _ in range(bursts)])
 
 
-def clock_hz() -> float:
-    """The highest clock of the processors; 1.98 GHz where torch does not tell."""
-    rate = getattr(torch.cuda.get_device_properties(0), "clock_rate", 0) if torch.cuda.is_available() else 0
-    return 1e3 * rate if rate else 1.98e9
+def floors_us(p: ConvProblem, config: Mapping[str, int], rates: GpuRates) -> dict[str, float | str]:
+    """Microseconds that each limit alone would take: L2, memory, matrix units, issue slots, L1 tags; the prediction.
 
-
-def floors_us(p: ConvProblem, config: Mapping[str, int], rates: GpuRates, clock: float) -> dict[str, float]:
-    """Microseconds that each limit alone would take: gathers from L2, device memory, matrix units, issue slots.
-
-    All processors are taken to be busy to the end: neither waves nor launches are counted.
-
-    Args:
-        config: with ``BLOCK_M``, ``BLOCK_N``, ``BLOCK_K`` and ``num_warps``.
+    The limits take all processors to be busy to the end; waves, latency and launches are in the prediction only, whose
+    largest part ``bound`` names.
     """
-    block_m, block_n, block_k = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
-    pixels, item = p.n * p.p * p.q, p.dtype.itemsize
-    block_rows = -(-p.c_out // p.block_shape[0])
-    splits = config.get("SPLITS", 1)
-    tiles = -(-pixels // block_m) * block_rows * -(-p.block_shape[0] // block_n) * splits
-    depth = p.nnz_blocks * p.block_shape[1] / block_rows / splits
-    steps = depth / block_k
-    step = STEP_INSTRUCTIONS * block_m * block_n * block_k / config["num_warps"] / _STEP_MACS_A_WARP
-    instructions = tiles * config["num_warps"] * (FIXED_INSTRUCTIONS + steps * step)
-    stored = pixels // 4 if p.epilogue == "relu_maxpool2" else pixels
-    nbytes = item * (p.n * p.h * p.w * p.c_in + stored * p.c_out + p.nnz_blocks * p.block_shape[0] * p.block_shape[1])
-    return {
-        "l2_us": 1e6 * tiles * depth * (block_m + block_n) * item / rates.l2_bytes_s,
-        "dram_us": 1e6 * nbytes / rates.memory_bytes_s,
-        "matrix_us": 1e6 * 2 * tiles * block_m * block_n * depth / rates.matrix_flops,
-        "issue_us": 1e6 * instructions / _SCHEDULERS / rates.processors / clock,
-    }
+    found = gpu_block_sparse(p, config, rates)
+    limits = {"l2": found.l2_s, "memory": found.memory_s, "matrix": found.matrix_s, "issue": found.issue_s,
+              "tags": found.tags_s}  # fmt: skip
+    micro = {f"{name}_us": 1e6 * seconds for name, seconds in limits.items()}
+    return {**micro, "predicted_us": 1e6 * found.seconds, "bound": found.bound}

@@ -8,6 +8,7 @@ from typing import Any
 from gpu_check import rows
 
 MOST_CHARACTERS = 11_000
+FLOORS = ("l2_us", "memory_us", "matrix_us", "issue_us", "tags_us", "predicted_us")
 _MESSAGE = 160
 
 
@@ -86,7 +87,7 @@ def sweep_lines(found: list[dict[str, Any]]) -> list[str]:
             lines.append(f"{name}: nothing ran: {'; '.join(measured[0].get('errors', []))[:_MESSAGE]}")
             continue
         best = min(own, key=lambda r: (not r["match"], r["p50_ms"]))
-        floors = " ".join(f"{k[:-3]} {best[k]:.0f}" for k in ("l2_us", "dram_us", "matrix_us", "issue_us") if k in best)
+        floors = " ".join(f"{k[:-3]} {best[k]:.0f}" for k in FLOORS if k in best)
         lines.append(
             f"{name}: first {1e3 * own[0]['p50_ms']:.1f} us, best {1e3 * best['p50_ms']:.1f} us "
             f"{best['kernel'].removeprefix('bsr_conv2d__')} {config_text(best['config'])}; floors {floors}; "

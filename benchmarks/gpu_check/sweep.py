@@ -1,9 +1,10 @@
 """Which configuration of each layer is fastest, and what binds it? The distinct layers of the headline, six
 configurations each, replayed from CUDA graphs and checked against float64.
 
-Every row carries four floors from the measured ceilings: gathers from L2, device memory, matrix units, issue slots. The
-kernels as first written were expected at two to three times the L2 floor, with one block a processor. The fastest of
-each layer goes into a tuned table of the device, which `slimkernels` reads where SLIMKERNELS_CACHE_DIR points there.
+Every row carries the cost model's limits at the measured ceilings: L2, memory, matrix units, issue slots, L1 tags, and
+its prediction. The kernels as first written were expected at two to three times the L2 limit, with one block a
+processor. The fastest of each layer goes into a tuned table of the device, which `slimkernels` reads where
+SLIMKERNELS_CACHE_DIR points there.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from gpu_check import layers, measure, options, rows
-from gpu_check.summary import config_text
+from gpu_check.summary import FLOORS, config_text
 from slimkernels import timing
 from slimkernels.kernels import KERNELS
 from slimkernels.kernels.devices import device_name
@@ -73,7 +74,7 @@ def sweep_layer(p: ConvProblem, rows_path: Path | None) -> Entry | None:
             timed = measure.replay_timing(lambda choice=choice: bench.call(choice), p.device)
             row |= timed.as_ms()
             if p.device == "cuda" and "BLOCK_M" in choice.config:
-                row |= measure.floors_us(p, choice.config, gpu_rates(0), measure.clock_hz())
+                row |= measure.floors_us(p, choice.config, gpu_rates(0))
             if result.passed and (best is None or timed.p20 < best[0]):
                 best = timed.p20, choice
         except Exception as error:  # a configuration that cannot run is a row, and the others go on
@@ -90,7 +91,7 @@ def line(row: dict) -> str:
     text = f"{row['name']:<8} {row['kernel']} {config_text(row['config'])}:"
     if "p50_ms" in row:
         text += f" {1e3 * row['p50_ms']:.1f} us"
-    floors = [f"{key[:-3]} {row[key]:.1f}" for key in ("l2_us", "dram_us", "matrix_us", "issue_us") if key in row]
+    floors = [f"{key[:-3]} {row[key]:.1f}" for key in FLOORS if key in row]
     return " ".join([text, *floors, *row.get("errors", [])])
 
 
