@@ -1,7 +1,7 @@
 """Fills Triton's cache for the GPU check, without a GPU: ``python benchmarks/warm_triton_cache.py``.
 
 The kernels are launched as on the device, through Triton's own path, on a stand-in for one H100 (`stand_in`), so that
-Triton compiles them for sm_90 and keeps them under the keys that it will look up there. What it keeps beside the machine
+Triton compiles them for sm_90 and keeps them under the keys that it will look up there. What it keeps beside machine
 code is left out, and the rest packed into ``.gpu-cache/triton-cache.tar.xz``; the first stage of the check unpacks it
 into the folder where it was made (`gpu_check.plan.TRITON_CACHE`): Triton writes absolute paths into its cache.
 
@@ -17,6 +17,8 @@ cannot be loaded (an older C library) Triton makes it again.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import multiprocessing
 import os
 import shutil
@@ -38,6 +40,8 @@ from gpu_check import plan  # noqa: E402
 KEPT = (".cubin", ".json", ".so")
 # What the stages of the check launch: `gpu_check.layers.ROWS` by name.
 ROWS = ("headline", "blocks_64x16", "sparsity_95", "batch_16", "batch_1", "vgg16_224")
+
+
 class Job(NamedTuple):
     """One call of a launching function: its kernel in `KERNELS`, the problem and the configuration."""
 
@@ -115,8 +119,6 @@ def compiled(job: Job) -> str | None:
 
 def _launchers() -> Any:
     """Inside, Triton's own code that launches is made for every kernel before the stand-in's runs."""
-    import contextlib
-
     from stand_in import launches
     from triton.runtime import driver
 
@@ -126,10 +128,8 @@ def _launchers() -> Any:
             from triton.backends.nvidia import driver as nvidia
 
             if hasattr(nvidia, "make_launcher"):
-                try:
+                with contextlib.suppress(ImportError):  # made and kept; no driver is here to load it with
                     nvidia.CudaLauncher(source, metadata)
-                except ImportError:
-                    pass  # made and kept; this machine has no driver to load it with
             return launches.launcher(source, metadata)
 
         driver.active.launcher_cls = make
@@ -150,20 +150,18 @@ def utilities() -> None:
     """Triton's C code that loads kernels and reads properties of the device."""
     from triton.backends.nvidia import driver as nvidia
 
-    try:
+    with contextlib.suppress(ImportError):
         nvidia.CudaUtils()
-    except ImportError:
-        pass
 
 
 def refuse_to_compile() -> None:
     """From here on a kernel that is not in the cache raises."""
-    from triton.backends.nvidia.compiler import CUDABackend
+    from triton.compiler import ASTSource
 
-    def stages(self: Any, *args: Any) -> None:
+    def make_ir(self: Any, *args: Any) -> None:
         raise RuntimeError("not in the cache")
 
-    CUDABackend.add_stages = stages
+    ASTSource.make_ir = make_ir
 
 
 def looked_up(job: Job) -> str | None:
@@ -176,7 +174,11 @@ def looked_up(job: Job) -> str | None:
 
 
 def prune(folder: Path) -> list[Path]:
-    """Removes what a launch does not read; the files that stay."""
+    """Removes what a launch does not read, from the lists of files too; the files that stay."""
+    for path in folder.rglob("__grp__*.json"):
+        listed = json.loads(path.read_text())["child_paths"]
+        kept_paths = {name: place for name, place in listed.items() if name.endswith(KEPT)}
+        path.write_text(json.dumps({"child_paths": kept_paths}))
     kept = []
     for path in sorted(folder.rglob("*")):
         if path.is_dir():

@@ -1,13 +1,13 @@
 """Every stage of the GPU check without a GPU: imports, fixtures, command lines, grids, alignments, files.
 
 The stages run as on a GPU, by the same runner and with the same commands, on a stand-in for one (`stand_in`) that every
-Python process takes up by ``sitecustomize``; ncu, compute-sanitizer and nvidia-smi are scripts that run their command and
-say what the tool would say. Networks have one image of 32x32, and the arguments in `EXTRA` come behind a stage's own.
-Afterwards every stage must have ended well and left rows that match, and every kernel must have been launched.
+Python process takes up by ``sitecustomize``; ncu, compute-sanitizer and nvidia-smi are scripts that run their command
+and say what the tool would say. Networks have one image of 32x32, and the arguments in `EXTRA` come behind a stage's
+own. Afterwards every stage must have ended well and left rows that match, and every kernel must have been launched.
 
-Times mean nothing here, and neither do results: they are the references'. What a GPU alone can show is whether the kernels
-compute what their references do, races, real streams, and speed. Not run are tests that look inside the compiler or
-torch's own CUDA parts (`NOT_HERE`).
+Times mean nothing here, and neither do results: they are the references'. What a GPU alone can show is whether the
+kernels compute what their references do, races, real streams, and speed. Not run are tests that look inside the
+compiler or torch's own CUDA parts (`NOT_HERE`).
 """
 
 from __future__ import annotations
@@ -32,25 +32,30 @@ from gpu_check.plan import Stage
 NOT_HERE = (
     "compile", "export", "opcheck", "ddp", "tf32", "channels_last_goes_through", "no_more_kernels", "cuda",
 )  # fmt: skip
-# A few tests of every kind; the others differ in sizes.
-SOME_TESTS = "(captured or split or composition or default_tile or streams) and not " + " and not ".join(NOT_HERE)
-_FEW = ("-k", SOME_TESTS, "-n", "2", "--maxfail", "5")
+_NOT = " and not ".join(NOT_HERE)
+
+
+def _some(*names: str) -> tuple[str, ...]:
+    """A few tests, by parts of their names; the others differ in sizes."""
+    return ("-k", f"({' or '.join(names)}) and not {_NOT}", "-n", "2", "--maxfail", "5")
+
+
 _QUICK = ("--seconds", "0.01")
 # Arguments that come behind those of a stage, and replace them: the machine here is small.
 EXTRA = {
     "compile": ("--processes", "2", "--names", "batch_1", "--no-sweep"),
     "ceilings": ("--smoke",),
-    "correctness": ("--names", "headline", "batch_1"),
+    "correctness": ("--names", "headline"),
     "vgg": _QUICK,
     "sweep": ("--layers", "2"),
-    "rows": (*_QUICK, "-k", "batch_1 or sparsity_95"),
-    "tests": _FEW,
-    "autotune": _QUICK,
+    "rows": (*_QUICK, "-k", "batch_1 and not batch_16"),
+    "tests": _some("captured", "split", "training_matches", "autocast", "streams"),
+    "autotune": ("--collect-only",),  # as "vgg" but for torch.compile, which returns the module here
     "compile_2": ("--processes", "2"),
     "vgg16": _QUICK,
     "swept": _QUICK,
     "training": (*_QUICK, "--smoke"),
-    "again": _FEW,
+    "again": _some("m_lt_tile"),
     "low_rank": ("--smoke",),
 }
 # Kernels that must have been launched somewhere.
@@ -106,7 +111,7 @@ def environment(folder: Path) -> dict[str, str]:
     """Variables under which every Python process has the stand-in."""
     return {
         "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(folder),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")])),
         "SLIMKERNELS_STAND_IN_LAUNCHES": str(folder / "launches.jsonl"),
         "SLIMKERNELS_STAND_IN_IMAGES": "1",
         "TRITON_CACHE_DIR": str(folder / "triton"),
@@ -126,10 +131,16 @@ def faults(state: Path, stages: Sequence[Stage], ended: dict[str, str], launches
         if ended.get(stage.name) != "ok":
             found.append(f"{stage.name}: {ended.get(stage.name, 'did not run')}")
         kept = rows.read(state / "rows" / f"{stage.name}.jsonl")
-        if not kept and stage.name != "again":
+        if not kept and stage.name not in ("again", "autotune"):
             found.append(f"{stage.name}: no rows")
-        found += [f"{stage.name}: {row.get('name')} does not match: {str(row)[:300]}" for row in kept if row.get("match") is False]
-    launched = Counter(json.loads(line)["kernel"] for line in launches.read_text().splitlines()) if launches.exists() else {}
+        found += [
+            f"{stage.name}: {row.get('name')} does not match: {str(row)[:300]}"
+            for row in kept
+            if row.get("match") is False
+        ]
+    launched = (
+        Counter(json.loads(line)["kernel"] for line in launches.read_text().splitlines()) if launches.exists() else {}
+    )
     if len(stages) == len(plan.STAGES):
         found += [f"{kernel} was never launched" for kernel in KERNELS if not launched.get(kernel)]
     print(", ".join(f"{kernel} {count}" for kernel, count in sorted(launched.items())))

@@ -177,8 +177,14 @@ def install() -> None:
     torch.compile = compile
     torch.profiler.profile = Profile
     autocast = torch.autocast
-    # In C++ the tensors are the CPU's.
-    torch.autocast = torch.amp.autocast = lambda device_type, *args, **kwargs: autocast("cpu", *args, **kwargs)
+
+    def cpu_autocast(device_type: str, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if device_type == "cuda":  # in C++ the tensors are the CPU's
+            dtype = dtype or torch.float16
+            torch.set_autocast_dtype("cuda", dtype)
+        return autocast("cpu", dtype, *args, **kwargs)
+
+    torch.autocast = torch.amp.autocast = cpu_autocast
     torch.Generator = Generator
     tensor = torch.tensor
 

@@ -7,7 +7,7 @@ computed from them is too.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,8 @@ MIXED = {"copy_", "_to_copy", "index", "index_put_", "index_put", "_index_put_im
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "unique_dim", "_unique2", "unique_consecutive"}
 # The graph that is being captured, a list of calls, innermost last.
 capturing: list[list[tuple[Callable[..., Any], Any, Any, Any]]] = []
+# Whether a copy to the CPU is meant as one: torch's own C++ names the device that it sees, which is the CPU.
+_leaving = False
 # Names of the ops and kernels that run while a profile is taken.
 profiled: list[str] | None = None
 _checking = True
@@ -70,7 +72,7 @@ class DeviceTensor(Tensor):
         return self.inner.data_ptr()
 
     def cpu(self, memory_format: Any = torch.preserve_format) -> Tensor:
-        return aten._to_copy(self, device=torch.device("cpu"), memory_format=memory_format)
+        return _leave(self, memory_format=memory_format)
 
     def cuda(self, *args: Any, **kwargs: Any) -> Tensor:
         return self
@@ -79,7 +81,7 @@ class DeviceTensor(Tensor):
         device, dtype, _, memory_format = torch._C._nn._parse_to(*_without_tensor(args), **kwargs)
         options = {"memory_format": memory_format or torch.preserve_format}
         if device is not None and device.type == "cpu":
-            return aten._to_copy(self, device=device, dtype=dtype or self.dtype, **options)
+            return _leave(self, dtype=dtype or self.dtype, **options)
         moved = self if dtype in (None, self.dtype) else aten._to_copy(self, dtype=dtype, **options)
         return moved if memory_format is None else moved.contiguous(memory_format=memory_format)
 
@@ -102,6 +104,16 @@ class DeviceTensor(Tensor):
         return f"DeviceTensor({self.inner!r})"
 
 
+def _leave(tensor: DeviceTensor, **options: Any) -> Tensor:
+    """A copy on the CPU."""
+    global _leaving
+    _leaving = True
+    try:
+        return aten._to_copy(tensor, device=torch.device("cpu"), **options)
+    finally:
+        _leaving = False
+
+
 def _without_tensor(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """``to(other)`` as ``to(device, dtype)``; a boolean or a copy flag stays."""
     if args and isinstance(args[0], Tensor):
@@ -122,7 +134,7 @@ def _name(func: Any) -> str:
     return func.overloadpacket.__name__ if hasattr(func, "overloadpacket") else str(func)
 
 
-def _check(func: Any, name: str, tensors: Sequence[Tensor], kwargs: Mapping[str, Any], to_device: bool) -> None:
+def _check(func: Any, name: str, tensors: Sequence[Tensor]) -> None:
     """What a GPU would refuse."""
     on_device = any(isinstance(t, DeviceTensor) for t in tensors)
     if on_device and name not in MIXED:
@@ -131,11 +143,8 @@ def _check(func: Any, name: str, tensors: Sequence[Tensor], kwargs: Mapping[str,
             raise RuntimeError(
                 f"{func}: expected all tensors on cuda:0, got one of shape {tuple(stray[0].shape)} on cpu"
             )
-    generator = kwargs.get("generator")
-    if (on_device or to_device) and isinstance(generator, torch.Generator) and generator.device.type != "cuda":
-        raise RuntimeError(f"{func}: Expected a 'cuda' device type for generator but found 'cpu'")
     if capturing and on_device and _checking:
-        leaves = name == "_to_copy" and str(kwargs.get("device", "cuda")) == "cpu"
+        leaves = name == "_to_copy" and _leaving
         leaves |= name == "copy_" and not all(isinstance(t, DeviceTensor) for t in tensors)
         if name in READS or leaves:
             raise RuntimeError(f"{func}: operation not permitted when stream is capturing")
@@ -147,7 +156,7 @@ def run(func: Any, args: Any, kwargs: Any) -> Any:
     tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
     device = kwargs.get("device")
     to_device = device is not None and torch.device(device).type == "cuda"
-    _check(func, name, tensors, kwargs, to_device)
+    _check(func, name, tensors)
     if func.namespace == "slimkernels":
         from stand_in.launches import run_op
 
@@ -159,8 +168,7 @@ def run(func: Any, args: Any, kwargs: Any) -> Any:
     result = call(*plain_args, **plain_kwargs)
     if capturing and "empty" not in name and (to_device or any(isinstance(t, DeviceTensor) for t in tensors)):
         capturing[-1].append((call, plain_args, plain_kwargs, result))
-    # Without a device argument a result is where its arguments are.
-    wrap = to_device if device is not None else any(isinstance(t, DeviceTensor) for t in tensors)
+    wrap = to_device or (any(isinstance(t, DeviceTensor) for t in tensors) and not _leaving)
     given = {id(unwrap(t)): t for t in tensors}
 
     def wrapped(value: Any) -> Any:

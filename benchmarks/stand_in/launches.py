@@ -96,15 +96,13 @@ def _gather(given: dict[str, Any]) -> None:
     x, out, tile_rows, row = given["x_ptr"].inner, given["out_ptr"].inner, given["TILE"], given["ROW"]
     if given["steps"] > 8:
         return
-    words = torch.arange(given["SLICE"] * given["SLICES"])
-    for program in range(out.shape[0]):
-        total = torch.zeros(tile_rows, dtype=out.dtype)
-        for step in range(given["steps"]):
-            tile = (program * 7919 + step * 104729) % given["tiles"]
-            first = (step * 31 + words // given["SLICE"] * 17 + program) % (row // given["SLICE"]) * given["SLICE"]
-            rows = x[tile * tile_rows : (tile + 1) * tile_rows]
-            total += rows[:, first + words % given["SLICE"]].sum(1, dtype=out.dtype)
-        out[program] = total
+    width, tiles = given["SLICE"], given["tiles"]
+    words, programs = torch.arange(width * given["SLICES"]), torch.arange(out.shape[0])[:, None]
+    out.zero_()
+    for step in range(given["steps"]):
+        rows = (programs * 7919 + step * 104729) % tiles * tile_rows + torch.arange(tile_rows)
+        first = (step * 31 + words // width * 17 + programs) % (row // width) * width
+        out += x[rows[:, :, None], (first + words % width)[:, None, :]].sum(2, dtype=out.dtype)
 
 
 # Kernels of the benchmarks themselves, which no reference stands for, by name.
@@ -224,8 +222,26 @@ def _small_images(models: Any) -> None:
         models.input_shape = lambda name: (plain(name)[0], 32, 32)
 
 
+def _autocast_of_cuda(library: Any) -> None:
+    """Autocast of ops on device tensors, which in C++ is the CPU's, by the rule for CUDA."""
+    plain = library.register_autocast
+
+    def register(name: str, cast: Callable[[str, tuple[Any, ...]], tuple[Any, ...]]) -> None:
+        def on_device(device: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            stands_in = any(isinstance(value, DeviceTensor) for value in tree_flatten(args)[0])
+            return cast("cuda" if stands_in else device, args)
+
+        plain(name, on_device)
+
+    library.register_autocast = register
+
+
 # What is done to other modules when they are imported.
-_AFTER_IMPORT = {"gpu_check.layers": _few_images, "slimkernels.models": _small_images}
+_AFTER_IMPORT = {
+    "gpu_check.layers": _few_images,
+    "slimkernels.models": _small_images,
+    "slimkernels.ops.library": _autocast_of_cuda,
+}
 # Modules that pass tensors of unknown classes over, and would take a `DeviceTensor` for one.
 _ASK_TYPES = ("slimkernels.conversion.layers", "slimkernels.conversion.units")
 
