@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import json
 import multiprocessing
 import os
@@ -54,6 +55,8 @@ def prepare(folder: str, libcuda: str) -> None:
     """In every process before Triton is imported: where its cache is, and the stand-in."""
     os.environ.update(TRITON_CACHE_DIR=folder, TRITON_DEFAULT_FP_FUSION="1", TRITON_LIBCUDA_PATH=libcuda)
     os.environ.pop("TRITON_INTERPRET", None)
+    # Under its name nothing else is loaded any more, so that the launching code finds what it was linked against.
+    ctypes.CDLL(os.path.join(libcuda, "libcuda.so.1"))
     import stand_in
 
     stand_in.install(compiling=True, values=False)
