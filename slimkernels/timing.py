@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 # A burst must outlast the untimed first call by enough calls to matter; 20 ms holds 20 calls of a 1 ms network.
 _BURST_S = 0.02
+# On CUDA one reading: a synchronisation takes some 10 us, as long as a small layer.
+_CUDA_READING_S = 1e-3
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,23 @@ def _clock() -> float:
     return time.perf_counter()
 
 
+def _calls_a_reading(call: Callable[[], Any]) -> int:
+    """Calls between two looks at the clock: 1, on CUDA as many as take a millisecond."""
+    if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
+        return 1
+    start = _clock()
+    call()
+    return max(1, min(1000, int(_CUDA_READING_S / max(_clock() - start, 1e-6))))
+
+
 def interleaved(
     callables: Mapping[str, Callable[[], Any]], seconds: float = 1.0, min_rounds: int = 5
 ) -> dict[str, Timing]:
     """Times every callable in turns, for ``seconds`` each on average and for ``min_rounds`` turns at least.
 
     A turn is one untimed call, then timed calls for 20 ms (at least one). The order rotates from round to round.
-    Gradients are off during the calls. On CUDA each timed call is bracketed by a device synchronisation.
+    Gradients are off during the calls. On CUDA a reading is the mean of as many calls as take a millisecond, between
+    two device synchronisations.
 
     Args:
         callables: name -> function without arguments.
@@ -81,6 +93,7 @@ def interleaved(
     with torch.inference_mode():
         for name in names:  # the first call may compile, pack weights or start threads
             callables[name]()
+        repeats = {name: _calls_a_reading(callables[name]) for name in names}
         deadline = _clock() + seconds * len(names)
         rounds = 0
         while rounds < min_rounds or _clock() < deadline:
@@ -91,9 +104,10 @@ def interleaved(
                 burst_end = _clock() + _BURST_S
                 while True:
                     start = _clock()
-                    call()
+                    for _ in range(repeats[name]):
+                        call()
                     stop = _clock()
-                    record.append(stop - start)
+                    record.append((stop - start) / repeats[name])
                     if stop >= burst_end:
                         break
             rounds += 1

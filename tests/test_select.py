@@ -13,7 +13,7 @@ import torch
 from slimkernels import ops
 from slimkernels.cases import ConvCase, LinearCase, LowRankConvCase, LowRankLinearCase
 from slimkernels.kernels import KERNELS
-from slimkernels.kernels.select import candidates, choose, predicted_dense_seconds, predicted_seconds
+from slimkernels.kernels.select import candidates, choose, configurations, predicted_dense_seconds, predicted_seconds
 
 CASES = [ConvCase(), LinearCase(), LowRankLinearCase(), LowRankConvCase()]
 IDS = [c.op for c in CASES]
@@ -85,6 +85,16 @@ def test_a_backend_without_a_kernel_raises_with_every_reason() -> None:
 def test_auto_falls_back_to_the_reference_and_says_so(change, why) -> None:
     choice = choose(replace(ConvCase(), **change).problem())
     assert choice.name == "bsr_conv2d__reference" and why in choice.reason and "bsr_conv2d_f32__scalar" in choice.reason
+
+
+def test_the_reference_is_no_contender_on_a_gpu(monkeypatch) -> None:
+    """It multiplies the zeros: where a block-sparse kernel runs, neither ``auto`` nor `tune` considers it."""
+    monkeypatch.setattr("slimkernels.kernels.triton.runtime.available", lambda: None)
+    for case in (ConvCase(dtype=torch.bfloat16), LinearCase(dtype=torch.bfloat16)):
+        names = {spec.name for spec, _ in configurations(case.problem("cuda"))}
+        assert names and all("__triton" in name for name in names), names
+    low_rank = {spec.name for spec, _ in configurations(LowRankConvCase(dtype=torch.bfloat16).problem("cuda"))}
+    assert "low_rank_conv2d__reference" in low_rank, "the factors one by one multiply nothing in vain"
 
 
 @pytest.mark.skipif(not NATIVE, reason="native library not built")

@@ -132,3 +132,21 @@ def test_no_commit_outside_a_checkout(monkeypatch, tmp_path):
     monkeypatch.setattr(timing, "__file__", str(tmp_path / "slimkernels" / "timing.py"))
     data = timing.environment()
     assert data["commit"] is None and data["dirty"] is None
+
+
+def test_a_reading_on_cuda_is_many_calls_between_two_synchronisations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small kernel's time is its own, not that of the synchronisation: readings are divided by their calls."""
+    events: list[str] = []
+    for name, fake in (
+        ("is_available", lambda: True), ("is_initialized", lambda: True), ("synchronize", lambda: events.append("|")),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, fake)
+    clock = [0.0]
+
+    def call() -> None:
+        clock[0] += 1e-5
+        events.append(".")
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    found = timing.interleaved({"small": call}, seconds=0.0, min_rounds=1)["small"]
+    assert found.p50 == pytest.approx(1e-5) and f"|{'.' * 100}|" in "".join(events)

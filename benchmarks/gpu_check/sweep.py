@@ -9,8 +9,10 @@ SLIMKERNELS_CACHE_DIR points there.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -21,26 +23,29 @@ from slimkernels import timing
 from slimkernels.kernels import KERNELS
 from slimkernels.kernels.devices import device_name
 from slimkernels.kernels.problems import ConvProblem, problem_json
-from slimkernels.kernels.select import KernelChoice, configurations
+from slimkernels.kernels.select import KernelChoice, configurations, predicted_seconds
 from slimkernels.kernels.tables import Entry, Table, gpu_rates
 
 CONFIGURATIONS = 6
-# Of the first kernel, and of each other kernel: they differ in the order of the work, not in its amount.
-_OF_THE_FIRST, _OF_OTHERS = 4, 1
+_TILE = ("BLOCK_M", "BLOCK_N", "num_warps")
 
 
 def ways(p: ConvProblem) -> list[KernelChoice]:
-    """The configurations to time, those of the kernel that is tried first ahead of one of each other kernel."""
-    by_kernel: dict[str, list[KernelChoice]] = {}
-    for spec, config in configurations(p):
-        by_kernel.setdefault(spec.name, []).append(KernelChoice(spec.name, config))
-    found: list[KernelChoice] = [layers.choice_of(p)]
-    for i, choices in enumerate(by_kernel.values()):
-        found += choices[: _OF_OTHERS if i else _OF_THE_FIRST]
-    rest = [choice for choices in by_kernel.values() for choice in choices]
-    unique: dict[str, KernelChoice] = {}
-    for choice in [*found, *rest]:
-        unique.setdefault(layers.choice_key(p, choice.name, choice.config), choice)
+    """The configurations to time: what ``auto`` runs, of its kernel one of each tile, and one of each other kernel.
+
+    Of several with the same tile the likeliest comes first; the second ones fill what is left.
+    """
+    index = torch.cuda.current_device() if p.device == "cuda" else -1
+    auto = layers.choice_of(p)
+    likeliest = sorted(configurations(p), key=lambda way: predicted_seconds(way[0], p, way[1], index))
+    tiles: Counter[tuple[Any, ...]] = Counter()
+    ranked: list[tuple[int, KernelChoice]] = []
+    for spec, config in likeliest:
+        tile = (spec.name, *(config.get(k) for k in _TILE)) if spec.name == auto.name else (spec.name,)
+        ranked.append((tiles[tile], KernelChoice(spec.name, config)))
+        tiles[tile] += 1
+    ranked.sort(key=lambda pair: pair[0])
+    unique = {layers.choice_key(p, c.name, c.config): c for c in [auto, *(choice for _, choice in ranked)]}
     return list(unique.values())[:CONFIGURATIONS]
 
 

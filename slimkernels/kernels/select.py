@@ -122,7 +122,10 @@ def _contenders(kept: list[KernelSpec]) -> list[KernelSpec]:
     # which lost on every convolution of a low-rank VGG-19 at batch 1 and won on one of ten shapes at batch 16.
     sparse = kept[0].op.startswith("bsr") or kept[0].isa is not None
     return [
-        s for s in kept if s.isa == isa or (s.isa is None and (s is kept[0] or s.backend != "reference" or not sparse))
+        s
+        for s in kept
+        if (s.isa is not None and s.isa == isa)
+        or (s.isa is None and (s is kept[0] or s.backend != "reference" or not sparse))
     ]
 
 
