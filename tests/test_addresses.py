@@ -1,6 +1,6 @@
 """Addresses of the Triton kernels at a GPU's sizes, replayed by Triton's interpreter without memory.
 
-TRITON_INTERPRET is read where @triton.jit decorates, so the tests live in address_cases.py and real_tile_cases.py and
+TRITON_INTERPRET is read where @triton.jit decorates, so the tests live in address_cases.py and two more files and
 run in processes of their own; to see them one by one: `TRITON_INTERPRET=1 pytest tests/address_cases.py`.
 """
 
@@ -40,13 +40,18 @@ def passed(file: str, marker: str) -> int:
     return int(re.search(r"(\d+) passed", summary)[1])
 
 
-def test_addresses() -> None:
-    assert passed("address_cases.py", "not slow") >= 40
+FILES = {"address_cases.py": (20, 80), "address_gradient_cases.py": (15, 90)}
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_addresses(file: str) -> None:
+    assert passed(file, "not slow") >= FILES[file][0]
 
 
 @pytest.mark.slow
-def test_addresses_of_every_layer_and_block_shape() -> None:
-    assert passed("address_cases.py", "slow") >= 120
+@pytest.mark.parametrize("file", FILES)
+def test_addresses_of_every_layer_and_block_shape(file: str) -> None:
+    assert passed(file, "slow") >= FILES[file][1]
 
 
 def test_real_tiles_in_values() -> None:
