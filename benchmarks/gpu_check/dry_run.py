@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import stat
 import sys
 import tempfile
@@ -158,6 +159,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ.update(environment(state / "tools"))
     stages = [rehearsed(s) for s in plan.STAGES if not parsed.stages or s.name in parsed.stages]
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    # However it ends, the stage that runs ends with it.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
     begun = time.monotonic()
     runner = Runner(state, state / "out", seconds=3600)
     runner.run(stages)
