@@ -345,3 +345,59 @@ def test_a_named_layer_that_does_not_run_is_an_error():
 
     with pytest.raises(ValueError, match="expected layer 'unused' of the student to run in its forward pass"):
         distill(Detour(), net(), blobs(32), epochs=1, loss=Hint({"unused": "0"}), progress=False)
+
+
+# ---- teachers that cannot teach
+
+
+def test_a_student_that_would_change_its_teacher_is_refused(teacher):
+    before = copy.deepcopy(teacher.state_dict())
+    body = list(teacher)[:7]
+    view = net()
+    view[7].weight.data = teacher[7].weight.data  # the same memory in another parameter
+    frozen_but_for_statistics = nn.Sequential(*body, nn.Linear(512, 4)).train()
+    for parameter in nn.ModuleList(body).parameters():
+        parameter.requires_grad_(False)
+    refused = {
+        "0.weight": nn.Sequential(*[copy.deepcopy(layer).requires_grad_() for layer in body], nn.Linear(512, 4)),
+        "7.weight": view,
+        "1.running_mean": frozen_but_for_statistics,
+    }
+    refused["0.weight"][0] = teacher[0].requires_grad_()
+    for name, student in refused.items():
+        with pytest.raises(ValueError, match=rf"a student that shares nothing .*got '{name}'.*deepcopy"):
+            distill(student, teacher, blobs(), epochs=1, progress=False)
+        teacher[0].requires_grad_(False)
+    with pytest.raises(ValueError, match="the same object"):
+        distill(teacher, nn.DataParallel(teacher), blobs(), epochs=1, progress=False)
+    kept = nn.Sequential(*body, nn.Linear(512, 4))
+    for layer in kept[:7]:
+        layer.eval()
+    distill(kept, teacher, blobs(), epochs=1, progress=False)  # frozen layers may be shared
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+
+
+def test_a_teacher_s_logits_may_rule_classes_out_but_must_not_be_nan():
+    class Masked(nn.Module):
+        def __init__(self, value: float) -> None:
+            super().__init__()
+            self.body, self.value = net(), value
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x) + torch.tensor([0.0, 0.0, 0.0, self.value])
+
+    for loss in ("kd", "dkd"):
+        history = distill(net(), Masked(-float("inf")), blobs(), loss=loss, epochs=1, lr=1e-3, progress=False)
+        assert 0 < history[0].loss < float("inf")
+        for value in (float("nan"), float("inf")):
+            with pytest.raises(ValueError, match=r"distill: expected finite logits of the teacher, got NaN or \+inf"):
+                distill(net(), Masked(value), blobs(), loss=loss, epochs=1, progress=False)
+
+
+@pytest.mark.parametrize("term", [Hint, AttentionTransfer])
+@pytest.mark.parametrize("value", [float("nan"), -float("inf")])
+def test_layers_of_the_teacher_that_are_not_finite_are_named(teacher, term, value):
+    with torch.no_grad():
+        teacher[3].bias[0] = value
+    with pytest.raises(ValueError, match=r"distill: expected finite (output of layer '3'|logits) of the teacher"):
+        distill(net(), teacher, blobs(), loss=term("3"), epochs=1, progress=False)

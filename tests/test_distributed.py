@@ -95,7 +95,7 @@ def test_two_ranks_resume_to_the_same_weights(two):
 
 def test_only_rank_0_writes(two, folder):
     assert sorted(p.name for p in folder.iterdir()) == [
-        "bn", "log-0", "part.pt", "rank0.pt", "rank1.pt", "whole.pt",
+        "bn", "log-0", "part.previous.pt", "part.pt", "rank0.pt", "rank1.pt", "whole.previous.pt", "whole.pt",
     ]  # fmt: skip
     with open(folder / "log-0" / "steps.csv", newline="") as file:
         assert [int(row["step"]) for row in csv.DictReader(file)] == list(range(12))

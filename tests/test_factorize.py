@@ -310,8 +310,8 @@ REASONS = {
     "masked": "expected a plain weight, got parametrizations on ['weight']",
     "legacy": "expected weight to be a Parameter, got a computed one",
     "hooked": "expected no hooks, got a layer that carries some",
-    "tied_a": "expected parameters of its own, got some shared with another layer",
-    "tied_b": "expected parameters of its own, got some shared with another layer",
+    "tied_a": "expected a weight that nothing else reads, but its weight is shared with another layer",
+    "tied_b": "expected a weight that nothing else reads, but its weight is shared with another layer",
 }
 
 

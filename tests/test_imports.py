@@ -35,8 +35,8 @@ PACKAGES = {
     ),
     "data": ("__init__", "datasets", "decoded, tensor_loader"),
     "conversion": (
-        "__init__", "convert_model", "units", "options", "measure, report", "container", "plan", "analysis", "folding",
-        "chains", "layers", "graph",
+        "__init__", "convert_model", "units, outputs", "options", "measure, report", "container, placement, hub",
+        "plan", "analysis", "folding", "chains", "layers", "readers", "calls", "graph", "wrappers",
     ),
     "inference": (
         "__init__", "recordings", "cuda_graph, replay, warming", "recording", "chains", "native_layers, memory",
@@ -44,7 +44,7 @@ PACKAGES = {
     ),
     "kernels": (
         "select", "__init__", "cpu_gradients, native_low_rank", "native, cuda, reference, triton", "tables",
-        "break_even, cpu_cost, devices, gpu_cost", "gpu_rates", "problems, transposed"
+        "break_even, cpu_cost, devices, gpu_cost", "gpu_rates", "problems, strided_pointwise, transposed"
     ),
     "kernels/triton": (
         "bsr_conv2d, bsr_conv2d_backward_w, bsr_conv2d_backward_x, low_rank_linear, low_rank_conv2d, "

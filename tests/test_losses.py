@@ -194,3 +194,37 @@ def test_other_losses_refuse():
         attention_transfer_loss(torch.zeros(1, 2, 3, 3), torch.zeros(1, 2, 4, 3))
     with pytest.raises(ValueError, match=r"attention_transfer_loss: .* got student \(1, 2\) and teacher"):
         attention_transfer_loss(torch.zeros(1, 2), torch.zeros(1, 2))
+
+
+def test_a_class_the_teacher_rules_out_adds_nothing():
+    """Teacher logits of -inf: torch's divergence from probabilities, which of logarithms is NaN; the same gradient."""
+    z, v, _ = logits(classes=5)
+    v = v.detach().clone()
+    v[:, 3], v[0, :2] = -math.inf, -math.inf
+    loss = soft_target_loss(z, v, 2.0)
+    (gradient,) = torch.autograd.grad(loss, z)
+    expected = 4.0 * F.kl_div(F.log_softmax(z / 2, 1), F.softmax(v / 2, 1), reduction="batchmean")
+    torch.testing.assert_close(loss, expected, **TIGHT)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, z)[0], **TIGHT)
+
+    ruled_out = z.detach().clone()
+    ruled_out[:, 3] = -math.inf  # by the student too: 0 log(0 / 0) is 0
+    without = [0, 1, 2, 4]
+    both = soft_target_loss(ruled_out.requires_grad_(), v, 2.0)
+    torch.testing.assert_close(both, soft_target_loss(z[:, without], v[:, without], 2.0), **TIGHT)
+    assert torch.autograd.grad(both, ruled_out)[0].isfinite().all()
+
+
+def test_decoupled_distillation_with_classes_ruled_out():
+    z, v, target = logits(classes=5)
+    v = v.detach().clone()
+    v[torch.arange(len(v)), (target + 1) % 5] = -math.inf
+    beta = 1 - F.softmax(v / 2, 1).gather(1, target[:, None])[:, 0]
+    whole = decoupled_kd_loss(z, v, target, 2.0, beta=beta)
+    torch.testing.assert_close(whole, soft_target_loss(z, v, 2.0), **TIGHT)
+    certain = torch.full_like(v, -math.inf).scatter(1, target[:, None], 1.0)  # nothing is said about the others
+    tckd, nckd = decoupled_kd_parts(z, certain, target, 2.0)
+    torch.testing.assert_close(tckd, -F.log_softmax(z / 2, 1).gather(1, target[:, None])[:, 0], **TIGHT)
+    assert torch.equal(nckd, torch.zeros_like(nckd))
+    assert torch.autograd.grad(decoupled_kd_loss(z, certain, target), z)[0].isfinite().all()
+    assert soft_target_loss(z, torch.full_like(v, -math.inf)).isnan()  # a teacher that gives no class anything

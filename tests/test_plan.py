@@ -54,7 +54,7 @@ def test_json_round_trip() -> None:
         ({"stride": None}, "expected stride of 2 sizes, got None"),
         ({"padding": (-1, 0)}, "expected padding of 2 sizes"),
         ({"format": "low_rank", "block_shape": None, "kind": "cp"}, "expected kind in svd, tai, tucker2, got 'cp'"),
-        ({"format": "low_rank", "block_shape": None, "kind": "tai"}, "expected positive ranks, got None"),
+        ({"format": "low_rank", "block_shape": None, "kind": "tai"}, "expected 1 positive ranks, got None"),
     ],
 )
 def test_layer_plans_are_validated(change: dict[str, Any], message: str) -> None:

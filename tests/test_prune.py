@@ -374,7 +374,7 @@ def test_weights_that_cannot_be_masked_raise():
     net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64))
     net[1].weight = net[0].weight
     with pytest.raises(ValueError, match=r"weight of layer '0' to be its own, got one shared by \['0', '1'\]"):
-        prune_(net, 0.5)
+        prune_(net, 0.5, layers=["0", "1"])
 
     net = small_net()
     torch_prune.l1_unstructured(net[2], "weight", 0.5)

@@ -190,13 +190,29 @@ def test_keys_see_every_part():
 def test_a_finished_step_needs_its_key_and_its_state(tmp_path):
     state, result = tmp_path / "1.pt", tmp_path / "1.json"
     state.write_bytes(b"weights")
-    store.write_json(result, {"key": "k", "state_sha256": store.file_sha256(state)})
+    store.write_result(result, {"key": "k", "state_sha256": store.file_sha256(state)})
     assert store.finished(result, "k", state) is not None
     assert store.finished(result, "other", state) is None
     state.write_bytes(b"weightt")
     assert store.finished(result, "k", state) is None
     result.write_text("{")
     assert store.finished(result, "k") is None
+
+
+def test_a_result_with_one_changed_bit_is_not_believed(tmp_path):
+    path, value = tmp_path / "1.json", {"key": "k", "losses": [0.125, 2.0], "settings": {"epochs": 3}, "pair": (1, 2)}
+    store.write_result(path, value)
+    data = path.read_bytes()
+    assert store.read_result(path) == {**value, "pair": [1, 2]}
+    believed = 0
+    for bit in range(8 * len(data)):
+        broken = bytearray(data)
+        broken[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(broken)
+        found = store.read_result(path)
+        assert found is None or found == {**value, "pair": [1, 2]}
+        believed += found is not None
+    assert believed < len(data) // 4  # white space between the values, another exponent letter
 
 
 def test_pareto_front():

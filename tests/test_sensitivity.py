@@ -91,6 +91,11 @@ def test_an_interrupted_scan_goes_on_where_it_stopped(tmp_path):
             ValueError, match=r"expected the unfinished scan of this model in .*scan.json, got none: it "
         ):
             sensitivity_scan(model, loader(), shares, (8, 1), path=path)
+    data = path.read_text()
+    digit = next(i for i in range(data.index("layers"), len(data)) if data[i] in "123")
+    path.write_text(data[:digit] + "4" + data[digit + 1 :])
+    with pytest.raises(ValueError, match="its values are not those of its SHA-256"):
+        sensitivity_scan(net(), loader(), (0.5, 0.75), (8, 1), path=path)
     path.write_text("{")
     with pytest.raises(ValueError, match=r"expected the unfinished scan of this model"):
         sensitivity_scan(net(), loader(), (0.5, 0.75), (8, 1), path=path)

@@ -16,15 +16,18 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from slimkernels.compress.callbacks import Callback
+from slimkernels.compress.distill import distill
 from slimkernels.compress.evaluation import device_of, mode_of
 from slimkernels.compress.gradual import GradualPruning
 from slimkernels.compress.prune import masks, prune_
+from slimkernels.compress.terms import Hint
 from slimkernels.compress.train import evaluate, fine_tune
 from slimkernels.compress.training_config import TrainConfig, build_optimizer
 from slimkernels.data import TensorLoader, digits_loaders
+from slimkernels.files import seal
 from slimkernels.models import vgg_digits
 
 
@@ -263,10 +266,11 @@ def test_resume_refuses_what_does_not_belong(tmp_path):
     with pytest.raises(ValueError, match=r"a difference at '7\.bias'"):
         fine_tune(wider, loader(), epochs=1, progress=False, checkpoint=path, resume=True)
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="unreadable file"):
+    with pytest.raises(ValueError, match="does not end with its SHA-256"):
         fine_tune(net(), loader(), epochs=1, progress=False, checkpoint=path, resume=True)
     torch.save({"format": 99}, path)
-    with pytest.raises(ValueError, match="training checkpoint of format 2"):
+    seal(path)
+    with pytest.raises(ValueError, match="training checkpoint of format 3"):
         fine_tune(net(), loader(), epochs=1, progress=False, checkpoint=path, resume=True)
     with pytest.raises(ValueError, match="a checkpoint path with resume=True"):
         fine_tune(net(), loader(), epochs=1, progress=False, resume=True)
@@ -291,6 +295,116 @@ def test_modes_are_restored_per_module():
     with pytest.raises(KeyboardInterrupt):
         fine_tune(model.eval(), loader(), epochs=1, progress=False, callbacks=[StopAt(2)])
     assert not any(module.training for module in model.modules())
+
+
+class NormEval(nn.Module):
+    """Keeps its batch norm in eval mode by a ``train`` method of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = net()
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.body[1].eval()
+        return self
+
+    def forward(self, x):
+        return self.body(x)
+
+
+@pytest.mark.parametrize("before", ["fresh", "train", "eval"])
+@pytest.mark.parametrize("run", ["fine_tune", "distill"])
+def test_a_train_method_of_the_model_s_own_is_respected(before, run):
+    model = NormEval()
+    if before != "fresh":
+        model.train(before == "train")
+    norm, modes = model.body[1], [module.training for module in model.modules()]
+    statistics = norm.running_mean.clone()
+    settings = {"epochs": 2, "lr": 1e-3, "ema_decay": 0.5, "progress": False}
+    if run == "fine_tune":
+        fine_tune(model, loader(), loader(), **settings)
+    else:
+        distill(model, net(), loader(), loader(), **settings)
+    assert torch.equal(norm.running_mean, statistics) and int(norm.num_batches_tracked) == 0
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_layers_that_were_put_into_eval_mode_stay_there_and_others_are_trained():
+    model = nn.Sequential(net()[:3], nn.BatchNorm2d(32), nn.Flatten(), nn.Linear(512, 3))
+    model[0].eval()
+    seen = []
+
+    class Look(Callback):
+        def on_step_end(self, step, total_steps, model):
+            seen.append([module.training for module in model.modules()])
+
+    modes = [module.training for module in model.modules()]
+    fine_tune(model, loader(), loader(), epochs=2, progress=False, callbacks=[Look()])
+    assert all(look == modes for look in seen) and len(seen) == 12
+    assert int(model[0][1].num_batches_tracked) == 0 and int(model[1].num_batches_tracked) == 12
+    model.eval()
+    fine_tune(model, loader(), epochs=1, progress=False)  # evaluated before: nothing in it counts as frozen
+    assert int(model[0][1].num_batches_tracked) == 6 and not model.training
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.optim.swa_utils.AveragedModel, torch.compile])
+@pytest.mark.parametrize("run", ["fine_tune", "distill"])
+def test_the_model_inside_a_wrapper_is_trained(wrap, run):
+    inside, plain = net(), net()
+    wrapped = wrap(inside)
+    inside = wrapped.module if hasattr(wrapped, "module") else inside
+    settings = {"epochs": 1, "progress": False, "callbacks": [GradualPruning(0.5, (16, 1))]}
+    for model in (wrapped, plain):
+        if run == "fine_tune":
+            fine_tune(model, loader(), **settings)
+        else:
+            distill(model, nn.DataParallel(net(seed=1)), loader(), loss=Hint("0"), **settings)
+    assert same(inside, plain) and list(masks(inside)) == ["3"]
+
+
+@pytest.mark.parametrize("run", ["fine_tune", "distill"])
+@pytest.mark.parametrize("what", ["no length", "generator", "dict", "text", "soft labels", "one sample", "auxiliary"])
+def test_what_the_loop_cannot_take_is_named_with_a_way_out(run, what):
+    images, labels = samples(17)
+    model = net()
+
+    class Stream(IterableDataset):
+        def __iter__(self):
+            yield from zip(images, labels, strict=True)
+
+    class Auxiliary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = net()
+
+        def forward(self, x):
+            y = self.body(x)
+            return (y, y) if self.training else y
+
+    cases = {
+        "no length": (DataLoader(Stream(), 4), TypeError, "a loader with a length, .* got DataLoader.*__len__"),
+        "generator": (iter([(images, labels)]), TypeError, "a loader with a length, .* got list_iterator"),
+        "dict": ([{"pixels": images, "labels": labels}], TypeError, "got a dict with pixels, labels; .*collate_fn"),
+        "text": ([(images, "ab")], TypeError, "got a tuple of Tensor, str; .*collate_fn"),
+        "soft labels": ([(images, torch.rand(17, 3))], ValueError, r"int64 labels .*labels.argmax\(1\)"),
+        "one sample": (
+            DataLoader(TensorDataset(images, labels), 16),
+            ValueError,
+            "at least 2 .*drop_last=True",
+        ),
+        "auxiliary": ([(images, labels)], ValueError, "from the model, got tuple in train mode; .*auxiliary outputs"),
+    }
+    batches, error, message = cases[what]
+    if what == "one sample":
+        model = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    elif what == "auxiliary":
+        model = Auxiliary()
+    with pytest.raises(error, match=rf"^{run}: expected .*{message}"):
+        if run == "fine_tune":
+            fine_tune(model, batches, epochs=1, progress=False)
+        else:
+            distill(model, net(seed=1), batches, epochs=1, progress=False)
 
 
 def test_mode_of_calls_train_only_when_something_changes():

@@ -24,9 +24,11 @@ from slimkernels.compress.schedules import check_sparsity
 from slimkernels.compress.selection import prunable_layers, readable_weight
 from slimkernels.conversion import measure as stopwatch
 from slimkernels.conversion.analysis import CANDIDATE_BLOCK_SHAPES, problems, usable_kernel, weight_layer_names
-from slimkernels.conversion.graph import Call, InputSet, capture, input_sets, scratch_copy
+from slimkernels.conversion.calls import Call, capture
+from slimkernels.conversion.graph import InputSet, input_sets, scratch_copy
 from slimkernels.conversion.layers import LayerWeight, layer_weight, type_obstacle, weight_obstacle
-from slimkernels.conversion.options import dense_twin, example_input
+from slimkernels.conversion.options import dense_twin
+from slimkernels.conversion.wrappers import unwrapped
 from slimkernels.formats import block_shape_2d
 from slimkernels.kernels import KERNELS
 from slimkernels.kernels.select import predicted_dense_seconds, predicted_seconds
@@ -189,6 +191,7 @@ def latency_budget(
         >>> sk.prune_(model, plan.sparsity, plan.block_shapes)                          # doctest: +SKIP
     """
     op = "latency_budget"
+    model = unwrapped(op, model)
     if unit not in ("speedup", "ms"):
         raise ValueError(f"{op}: expected unit 'speedup' or 'ms', got {unit!r}")
     if isinstance(target, bool) or not isinstance(target, (int, float)) or not 0 < target < math.inf:
@@ -236,7 +239,7 @@ def _layers(
     """The prunable layers that the example inputs reach, and the weights and calls of all other ones."""
     picked = {layer.name: layer for layer in prunable_layers(op, model, layers, exclude, skip_first)}
     names = weight_layer_names(model)
-    calls = {name: sum(per_input, ()) for name, per_input in capture(model, sets, names).items()}
+    calls = {name: sum(per_input, ()) for name, per_input in capture(model, sets, names, op=op).calls.items()}
     found, others = [], []
     for name in names:
         module: Any = model.get_submodule(name)
@@ -344,7 +347,7 @@ class _Times:
         key = (tuple(weight.weight.shape), weight.stride, weight.padding, weight.dilation, layer.calls, way)
         if key not in self._known:
             module = build().eval()
-            inputs = [example_input(call, weight.weight) for call in layer.calls]
+            inputs = [stopwatch.example_input(call, weight.weight) for call in layer.calls]
 
             def run() -> None:
                 with torch.no_grad():

@@ -14,10 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.dropout import _DropoutNd
 
 from slimkernels.compress.callbacks import Callback
 from slimkernels.compress.engine import EpochStats, Loader, TrainConfig, TrainingStep, run
-from slimkernels.compress.evaluation import checked_logits, device_of, epoch_seed, mode_of
+from slimkernels.compress.evaluation import (
+    batches_of,
+    checked_batch,
+    checked_logits,
+    device_of,
+    epoch_seed,
+    mode_of,
+    train_mode_of,
+    without_wrapper,
+)
 from slimkernels.compress.features import FeatureTap
 from slimkernels.compress.losses import check_share, check_temperature, kd_loss
 from slimkernels.compress.terms import Signals, Term, as_terms
@@ -53,6 +63,7 @@ class DistillationStep(TrainingStep):
         cache: bool = False,
     ) -> None:
         super().__init__(student)
+        teacher = without_wrapper("distill", teacher) if any(term.pairs for term in terms) else teacher
         self._teacher = (teacher,)  # in a tuple, so that it is no submodule
         # With no share in the loss a trainable term would have parameters without a gradient, which DDP refuses.
         self._terms, self._temperature = tuple(terms) if soft_weight > 0.0 else (), temperature
@@ -87,12 +98,13 @@ class DistillationStep(TrainingStep):
                 "distill: expected teacher and student with the same number of classes, "
                 f"got {targets.shape[1]} of the teacher and {logits.shape[1]} of the student"
             )
+        _check_finite(targets, teacher_features)
         built = (term.matcher(student_features, teacher_features) for term in self._terms)
         return [nn.Identity() if matcher is None else matcher for matcher in built]
 
     def forward(self, images: Tensor, labels: Tensor, indices: Tensor | None = None) -> Tensor:
         with self._student_tap.recording() as student_features:
-            logits = self.model(images)
+            logits = checked_logits("distill", self.model, images)
         hard = F.cross_entropy(logits, labels, label_smoothing=self._label_smoothing)
         if self._soft_weight == 0.0:
             return hard
@@ -128,6 +140,14 @@ class DistillationStep(TrainingStep):
             "temperature": self._temperature,
             "soft_weight": self._soft_weight,
         }
+
+
+def _check_finite(logits: Tensor, features: Mapping[str, Tensor]) -> None:
+    """Refuses a teacher whose signals would make every loss NaN; -inf is a logit that the losses take."""
+    bad = [("logits", "NaN or +inf")] if bool((logits.isnan() | logits.isposinf()).any()) else []
+    bad += [(f"output of layer {name!r}", "NaN or infinity") for name, t in features.items() if not t.isfinite().all()]
+    if bad:
+        raise ValueError(f"distill: expected finite {bad[0][0]} of the teacher, got {bad[0][1]}")
 
 
 class _LogitCache:
@@ -185,7 +205,8 @@ def distill(
 
     Args:
         student: returns logits ``(N, classes)``.
-        teacher: returns logits of the same shape on the same images; it may live on another device.
+        teacher: returns logits of the same shape on the same images; it may live on another device. A logit of -inf is
+            a class that it rules out.
         loss: "kd", "dkd", a `terms.Term`, or several: `terms.KD`, `terms.DecoupledKD`, `terms.Hint`,
             `terms.AttentionTransfer`. Cross-entropy is always the rest of the loss.
         temperature: T > 0 of the terms that give none of their own; SlimNets used 20.
@@ -200,10 +221,11 @@ def distill(
         Statistics of every epoch.
 
     Raises:
-        ValueError: teacher and student are one object or differ in their number of classes, an unknown layer name (near
-            matches are listed), a bad temperature or weight, an augmenting loader or terms with layers together with
-            ``cache_logits``, an optimizer object together with a trainable term, and all that `fine_tune` raises.
-        TypeError: an override that is no field of `TrainConfig`, or a loss that is no term.
+        ValueError: teacher and student are one object, share layers that training would change or differ in their
+            number of classes, NaN in what the teacher returns, an unknown layer name (near matches are listed), a bad
+            temperature or weight, an augmenting loader or terms with layers together with ``cache_logits``, an
+            optimizer object together with a trainable term, and all that `fine_tune` raises.
+        TypeError: a loss that is no term, and all that `fine_tune` raises.
         FloatingPointError: the loss became NaN or infinite; the message names epoch and step.
     """
     check_temperature("distill", temperature)
@@ -212,8 +234,8 @@ def distill(
     if isinstance(optimizer, str):
         overrides["optimizer"], optimizer = optimizer, None
     config = build_config("distill", config, overrides)
-    if student is teacher:
-        raise ValueError("distill: expected two models, got the same object as student and teacher")
+    student = without_wrapper("distill", student)
+    _check_apart(student, teacher)
     if cache_logits:
         _check_cacheable(train_loader, terms)
     with epoch_seed(config.seed, -1, device_of(student)):
@@ -233,6 +255,33 @@ def distill(
         )  # fmt: skip
 
 
+def _check_apart(student: nn.Module, teacher: nn.Module) -> None:
+    """Refuses a teacher that training the student would change, through tensors or layers that they share."""
+    teacher = without_wrapper("distill", teacher)
+    if student is teacher:
+        raise ValueError("distill: expected two models, got the same object as student and teacher")
+    taught = {_memory(tensor) for tensor in (*teacher.parameters(), *teacher.buffers()) if tensor.numel()}
+    layers = set(teacher.modules())
+    shared = [name for name, p in student.named_parameters() if p.requires_grad and _memory(p) in taught]
+    with train_mode_of(student):
+        for name, module in student.named_modules():
+            if module.training:
+                shared += [f"{name}.{key}" for key, b in module.named_buffers(recurse=False) if _memory(b) in taught]
+                shared += [name] if module in layers and isinstance(module, _DropoutNd) else []
+    if shared:
+        raise ValueError(
+            f"distill: expected a student that shares nothing it trains with its teacher, got {shared[0]!r} and "
+            f"{len(shared) - 1} more of the teacher's own; build the student on copy.deepcopy of the layers, or freeze "
+            "them with requires_grad_(False) and eval()"
+        )
+
+
+def _memory(tensor: Tensor) -> object:
+    """Equal for tensors in the same memory; the tensor itself where it has none to compare."""
+    plain = tensor.layout == torch.strided and not tensor.is_meta
+    return (tensor.device, tensor.untyped_storage().data_ptr()) if plain else id(tensor)
+
+
 def _check_cacheable(loader: Any, terms: Sequence[Term]) -> None:
     augmented = [name for name in ("crop_padding", "flip", "cutout", "augment") if getattr(loader, name, None)]
     if augmented:
@@ -250,12 +299,11 @@ def _check_cacheable(loader: Any, terms: Sequence[Term]) -> None:
 
 def _sample(loader: Loader) -> Tensor:
     """Two images of the loader's first batch; its own generator is left as it was."""
-    if len(loader) == 0:
-        raise ValueError("distill: expected at least one training batch, got an empty loader")
+    batches_of("distill", loader)
     generator = getattr(loader, "generator", None)
     state = generator.get_state() if isinstance(generator, torch.Generator) else None
     try:
-        return next(iter(loader))[0][:2]
+        return checked_batch("distill", next(iter(loader)))[0][:2]
     finally:
         if isinstance(generator, torch.Generator) and state is not None:
             generator.set_state(state)

@@ -23,13 +23,16 @@ from slimkernels.compress.callbacks import Callback
 from slimkernels.compress.ema import WeightAverage
 from slimkernels.compress.evaluation import (
     Loader,
+    batches_of,
     check_labels,
+    checked_batch,
     checked_logits,
     device_of,
     epoch_seed,
     evaluate,
     mode_of,
     set_epoch,
+    train_mode_of,
 )
 from slimkernels.compress.processes import (
     RankBatches,
@@ -43,6 +46,7 @@ from slimkernels.compress.steps import CrossEntropyStep, TrainingStep
 from slimkernels.compress.trackers import RunLog, progress_bar
 from slimkernels.compress.training_checkpoint import RunState, read_checkpoint, restore, save_checkpoint
 from slimkernels.compress.training_config import EpochStats, TrainConfig, build_optimizer, build_scheduler
+from slimkernels.nn.strided_pointwise import StridedPointwiseGuard, strided_pointwise_guarded
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -71,14 +75,14 @@ def run(
 
     ``name`` begins every message.
     """
-    if len(train_loader) == 0:
-        raise ValueError(f"{name}: expected at least one training batch, got an empty loader")
+    batches_of(name, train_loader)
     if resume and checkpoint is None:
         raise ValueError(f"{name}: expected a checkpoint path with resume=True, got None")
     with (
         session(name, device_of(step.model), config.precision) as accelerator,
         _deterministic(config.deterministic),
-        _channels_last(step, enabled=optimizer is None),
+        strided_pointwise_guarded(step),
+        _channels_last(step, enabled=optimizer is None and not _scripted(step)),
     ):
         training = _Training(name, step, train_loader, config, tuple(callbacks), optimizer, accelerator)
         return training.run(val_loader, progress, Path(checkpoint) if checkpoint is not None else None, resume, log_dir)
@@ -103,6 +107,7 @@ class _Training:
             self.step.to(self.accelerator.device)
         self.device = device_of(self.step.model)
         self.micro_batches = len(self.loader)
+        self.relaid = not _scripted(self.step)
         self.steps = -(-self.micro_batches // self.config.accumulate)
         self.total_steps = self.config.epochs * self.steps
 
@@ -117,7 +122,7 @@ class _Training:
         self.log = RunLog(log_dir, self.history, done * self.steps) if log_dir is not None and self.main else None
         try:
             with (
-                mode_of(self.step, training=True),
+                train_mode_of(self.step.model),
                 progress_bar(progress and self.main, self.config.epochs, self.steps, done) as self.advance,
             ):
                 for epoch in range(done, self.config.epochs):
@@ -217,11 +222,11 @@ class _Training:
         ranks = RankBatches(self.loader, self.accelerator.process_index, self.accelerator.num_processes)
         accumulate = self.config.accumulate
         taken, loss, classes = 0, None, None
-        for (images, labels, *indices), weight in reseeded(ranks, self.config.seed, epoch, self.device):
+        for parts, weight in reseeded(ranks, self.config.seed, epoch, self.device):
             if taken == self.micro_batches:
                 raise ValueError(f"{self.name}: expected {self.micro_batches} batches (the loader's length), got more")
-            batch = [part.to(self.device, non_blocking=True) for part in (images, labels, *indices)]
-            if images.dim() == 4:
+            batch = [part.to(self.device, non_blocking=True) for part in checked_batch(self.name, parts)]
+            if batch[0].dim() == 4 and self.relaid:
                 batch[0] = batch[0].contiguous(memory_format=torch.channels_last)
             now = epoch * self.steps + taken // accumulate
             first, last = taken % accumulate == 0, (taken + 1) % accumulate == 0 or taken + 1 == self.micro_batches
@@ -248,7 +253,8 @@ class _Training:
         """Adds the weighted gradient of a micro-batch; its detached, weighted loss."""
         quiet = self.accelerator.no_sync(self.wrapped) if self.many and not synchronise else nullcontext()
         with quiet:
-            loss = self.forward(*batch)
+            with StridedPointwiseGuard(), _batch_norm_of_one(self.name, batch[0]):
+                loss = self.forward(*batch)
             if weight != 1.0:
                 loss = loss * weight
             self.accelerator.backward(loss)
@@ -327,6 +333,25 @@ class _Losses:
 
     def mean(self) -> float:
         return self.total / self.training.steps
+
+
+@contextmanager
+def _batch_norm_of_one(name: str, images: Tensor) -> Iterator[None]:
+    """Says what to do about torch's error on a batch too small for batch norm."""
+    try:
+        yield
+    except ValueError as error:
+        if len(images) > 1 or "more than 1 value per channel" not in str(error):
+            raise
+        raise ValueError(
+            f"{name}: expected batches of at least 2 samples for batch norm in train mode, got 1; set drop_last=True, "
+            "another batch_size, or the layer to eval()"
+        ) from error
+
+
+def _scripted(module: nn.Module) -> bool:
+    """Whether torch.jit runs a part of the module, which `StridedPointwiseGuard` then does not see."""
+    return any(isinstance(part, torch.jit.ScriptModule) for part in module.modules())
 
 
 @contextmanager

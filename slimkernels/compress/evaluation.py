@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from slimkernels.conversion.wrappers import unwrapped
 
 
 class Loader(Protocol):
@@ -23,6 +25,7 @@ def evaluate(model: nn.Module, loader: Loader) -> float:
 
     Raises:
         ValueError: the loader holds no sample, or logits are not ``(N, classes)``.
+        TypeError: a batch that is no tuple or list of tensors.
     """
     correct, total = count_correct(model, loader)
     if total == 0:
@@ -37,7 +40,8 @@ def count_correct(model: nn.Module, batches: Any) -> tuple[Tensor, int]:
     correct = torch.zeros((), dtype=torch.int64, device=device)
     total = 0
     with mode_of(model, training=False):
-        for images, labels, *_ in batches:
+        for batch in batches:
+            images, labels, *_ = checked_batch("evaluate", batch)
             logits = checked_logits("evaluate", model, images.to(device, non_blocking=True))
             correct += (logits.argmax(1) == labels.to(device, non_blocking=True)).sum()
             total += len(labels)
@@ -51,18 +55,49 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
+def without_wrapper(name: str, model: nn.Module) -> nn.Module:
+    """The model inside DataParallel, DistributedDataParallel, AveragedModel or `torch.compile`; ``name`` is the public
+    function's. A scripted model is no wrapper."""
+    return model if isinstance(model, torch.jit.ScriptModule) else unwrapped(name, model)
+
+
 @contextmanager
 def mode_of(model: nn.Module, *, training: bool) -> Iterator[None]:
     """Train or eval mode inside the block; each submodule's own mode afterwards, set through its ``train`` method."""
+    with _modes_restored(model):
+        if any(module.training != training for module in model.modules()):
+            model.train(training)
+        yield
+
+
+@contextmanager
+def train_mode_of(model: nn.Module) -> Iterator[None]:
+    """Train mode inside the block, as the model's user wants it; each submodule's own mode afterwards.
+
+    ``model.train()`` is called, so that a model's own ``train`` method decides. Beside that, submodules in eval mode
+    (frozen batch norm) stay so if the model itself is in train mode. If the model itself is in eval mode, that is taken
+    for what its last use left, and nothing in it counts as frozen.
+    """
+    with _modes_restored(model):
+        frozen = {module for module in model.modules() if not module.training} if model.training else set()
+        model.train(True)
+        _set_modes([(module, module.training and module not in frozen) for module in model.modules()])
+        yield
+
+
+@contextmanager
+def _modes_restored(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
-    if any(mode != training for _, mode in modes):
-        model.train(training)
     try:
         yield
     finally:
-        for module, mode in modes:  # parents come first, so a child's differing mode is set last
-            if module.training != mode:
-                module.train(mode)
+        _set_modes(modes)
+
+
+def _set_modes(modes: list[tuple[nn.Module, bool]]) -> None:
+    for module, mode in modes:  # parents come first, so a child's differing mode is set last
+        if module.training != mode:
+            module.train(mode)
 
 
 @contextmanager
@@ -93,16 +128,63 @@ def set_epoch(loader: Any, epoch: int) -> None:
 def checked_logits(name: str, model: nn.Module, images: Tensor) -> Tensor:
     """``model(images)``, which has to be ``(N, classes)``; messages begin with ``name``."""
     logits = model(images)
-    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(images):
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"{name}: expected logits of shape ({len(images)}, classes) from the model, got {got}")
+    if not isinstance(logits, Tensor):
+        mode = "train" if model.training else "eval"
+        raise ValueError(
+            f"{name}: expected logits of shape ({len(images)}, classes) from the model, got {type(logits).__name__} in "
+            f"{mode} mode; switch off auxiliary outputs (torchvision: aux_logits=False) or wrap the model in a module "
+            "that returns the logits alone"
+        )
+    if logits.dim() != 2 or logits.shape[0] != images.shape[0]:
+        raise ValueError(
+            f"{name}: expected logits of shape ({len(images)}, classes) from the model, got {tuple(logits.shape)}"
+        )
     return logits
+
+
+def batches_of(name: str, loader: Any) -> int:
+    """The number of batches, at least one; messages begin with ``name``.
+
+    Raises:
+        TypeError: the loader has no length. ValueError: it is empty.
+    """
+    try:
+        batches = len(loader)
+    except TypeError as error:
+        raise TypeError(
+            f"{name}: expected a loader with a length, its number of batches, got {type(loader).__name__}: {error}; "
+            "give an IterableDataset a __len__, or put the batches into a list"
+        ) from error
+    if batches == 0:
+        raise ValueError(f"{name}: expected at least one training batch, got an empty loader")
+    return batches
+
+
+def checked_batch(name: str, batch: Any) -> Sequence[Tensor]:
+    """``batch``, which has to be a tuple or list ``(images, labels, ...)`` of tensors; messages begin with ``name``.
+
+    Raises:
+        TypeError: it is something else, such as a dict.
+    """
+    if isinstance(batch, (tuple, list)) and len(batch) >= 2 and all(isinstance(part, Tensor) for part in batch):
+        return batch
+    if isinstance(batch, Mapping):
+        got = f"{type(batch).__name__} with {', '.join(map(str, batch))}"
+    elif isinstance(batch, (tuple, list)):
+        got = f"{type(batch).__name__} of {', '.join(type(part).__name__ for part in batch) or 'nothing'}"
+    else:
+        got = type(batch).__name__
+    raise TypeError(
+        f"{name}: expected batches (images, labels) or (images, labels, indices) of tensors, got a {got}; "
+        "a DataLoader's collate_fn can make them"
+    )
 
 
 def check_labels(name: str, labels: Tensor, classes: int) -> None:
     """Refuses labels that are not int64 ``(N,)`` in ``[0, classes)``."""
     if labels.dtype != torch.int64 or labels.dim() != 1:
-        raise ValueError(f"{name}: expected int64 labels of shape (N,), got {labels.dtype} {tuple(labels.shape)}")
+        soft = "; of soft labels, labels.argmax(1) are the classes" if labels.is_floating_point() else ""
+        raise ValueError(f"{name}: expected int64 labels of shape (N,), got {labels.dtype} {tuple(labels.shape)}{soft}")
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= classes:
         raise ValueError(

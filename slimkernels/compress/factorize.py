@@ -17,13 +17,25 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from slimkernels.compress.decompositions import svd_conv, tai, truncated_svd, tucker2
+from slimkernels.compress.evaluation import device_of
 from slimkernels.compress.layer_costs import Budget, factor_params
 from slimkernels.compress.layer_ranks import FactorizableLayer, asked_ranks, ranks_within
 from slimkernels.compress.ranks import check_energy, lost_shares, rank_by_energy
 from slimkernels.compress.selection import SelectedLayer, select_layers
 from slimkernels.compress.whitening import match_batch_norms, output_moments, refit_last_factors, whitened_svd
+from slimkernels.conversion.calls import capture
+from slimkernels.conversion.graph import input_sets
+from slimkernels.conversion.readers import weight_readers
+from slimkernels.conversion.wrappers import unwrapped
 from slimkernels.formats import LOW_RANK_KINDS, LowRankWeight
-from slimkernels.nn import LowRankConv2d, LowRankLinear, resolved_padding, unsupported_conv_reason
+from slimkernels.nn import (
+    LowRankConv2d,
+    LowRankLinear,
+    guard_strided_pointwise_,
+    resolved_padding,
+    unsupported_conv_reason,
+)
+from slimkernels.nn.strided_pointwise import PixelsRead
 
 Rank = int | Sequence[int]
 
@@ -86,14 +98,16 @@ def factorize_(
 
     A layer is left dense, with the reason in `factorization_report`, where the factors would hold no fewer
     parameters than the weight, where it is grouped, pads by other than zeros, is a sub-class, carries hooks or
-    parametrizations, or shares its weight. A layer given by its exact name is factorized even where it does not
-    shrink; where it cannot be, the call raises.
+    parametrizations, or where something else than its own call reads its weight (a tied embedding, torch's attention,
+    a forward that uses ``layer.weight``; see `slimkernels.conversion.readers`). A layer given by its exact name is
+    factorized even where it does not shrink; where it cannot be, the call raises.
 
     Ranks come from exactly one of ``rank``, ``energy`` and ``budget``. A rank that is named is taken as it is; one that
     is chosen is rounded up to what the kernels like, wherever that stays smaller than dense.
 
     Args:
-        model: any module holding nn.Linear or nn.Conv2d below itself.
+        model: any module holding nn.Linear or nn.Conv2d below itself. Of a wrapper (DataParallel,
+            DistributedDataParallel, AveragedModel, `torch.compile`) the model inside is factorized, by its own names.
         method: "svd" (kxk then 1x1), "tai" (kx1 then 1xk) or "tucker2" (1x1, kxk, 1x1).
         rank: one rank for all layers, capped for "tucker2" at the channel counts; or a dict from layer name or
             fnmatch pattern to a rank, ``(rank_in, rank_out)`` allowed for "tucker2", which then also says which
@@ -113,10 +127,11 @@ def factorize_(
             by as little as possible at their rank, and energy means that of their outputs; of "tai" and "tucker2" the
             last factor is fitted to the data (see `whitening`).
         calibration_batches: uses so many batches only.
-        example_inputs: tensor, or tuple of arguments, whose sizes count for budgets of FLOPs and time.
+        example_inputs: tensor, or tuple of arguments, whose sizes count for budgets of FLOPs and time. A run on them
+            also shows which weights are read, where a model cannot be traced.
 
     Returns:
-        The model itself.
+        What was passed as ``model``.
 
     Raises:
         ValueError: not exactly one of rank, energy and budget, one of them out of range, an unknown name (near matches
@@ -124,6 +139,7 @@ def factorize_(
             is changed then.
         TypeError: an argument of the wrong type.
     """
+    given, model = model, unwrapped("factorize_", model)
     if method not in LOW_RANK_KINDS:
         raise ValueError(f"factorize_: expected method in {LOW_RANK_KINDS}, got {method!r}")
     if sum(way is not None for way in (rank, energy, budget)) != 1:
@@ -150,10 +166,10 @@ def factorize_(
     records: dict[str, LayerFactorization] = {}
     todo: dict[str, FactorizableLayer] = {}
     keys = {layer.name: layer.key for layer in picked}
-    shared = _shared_parameters(model)
+    readers = _weight_readers(model, example_inputs) if picked else {}
     for selected in picked:
         name, module, explicit = selected.name, selected.module, selected.explicit
-        refusal = _refusal(selected, model, shared)
+        refusal = _refusal(selected, model, readers)
         if refusal is None:
             todo[name] = FactorizableLayer(name, module, _kind(module, method), explicit, asked_multiple=multiple)
             todo[name].check_finite()
@@ -197,14 +213,15 @@ def factorize_(
     if calibration is not None and normed & set(twins):
         norms = {name: twins[name].batch_norm for name in twins if name in normed}
         match_batch_norms("factorize_", model, norms, calibration, calibration_batches)  # type: ignore[arg-type]
+    guard_strided_pointwise_(model)
     in_order = {layer.name: records[layer.name] for layer in picked}
     object.__setattr__(model, _REPORT, {**getattr(model, _REPORT, {}), **in_order})
-    return model
+    return given
 
 
 def factorization_report(model: nn.Module) -> tuple[LayerFactorization, ...]:
     """What `factorize_` did to each layer it looked at; empty where it was never called on this model."""
-    return tuple(getattr(model, _REPORT, {}).values())
+    return tuple(getattr(unwrapped("factorization_report", model), _REPORT, {}).values())
 
 
 def _kind(module: nn.Module, method: str) -> str:
@@ -219,15 +236,18 @@ def _replace(model: nn.Module, twins: Mapping[int, nn.Module]) -> None:
                 setattr(parent, child_name, twins[id(child)])
 
 
-def _shared_parameters(model: nn.Module) -> set[int]:
-    """Parameters that more than one module holds."""
-    seen: set[int] = set()
-    shared: set[int] = set()
-    for module in model.modules():
-        own = {id(p) for p in module._parameters.values() if p is not None}
-        shared |= own & seen
-        seen |= own
-    return shared
+def _weight_readers(model: nn.Module, example_inputs: Any) -> dict[int, str]:
+    """By the id of a module: why its weight is not its own alone, a module under several names being one."""
+    seen = None
+    if example_inputs is not None:
+        device = device_of(model)
+        sets = [
+            (tuple(x.to(device) if isinstance(x, Tensor) else x for x in args), kwargs)
+            for args, kwargs in input_sets(example_inputs)
+        ]
+        layers = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+        seen = capture(model, sets, layers, op="factorize_").reads
+    return {id(model.get_submodule(name)): why for name, why in weight_readers(model, seen=seen).items()}
 
 
 def _kept(name: str, module: Any, reason: str) -> LayerFactorization:
@@ -235,8 +255,8 @@ def _kept(name: str, module: Any, reason: str) -> LayerFactorization:
     return LayerFactorization(name, None, (), 0.0, count, count, reason)
 
 
-def _refusal(layer: SelectedLayer, model: nn.Module, shared: set[int]) -> str | None:
-    """Why a layer cannot be replaced, or None."""
+def _refusal(layer: SelectedLayer, model: nn.Module, readers: Mapping[int, str]) -> str | None:
+    """Why a layer cannot be replaced, or None. ``readers`` is `_weight_readers` of the model."""
     module: Any = layer.module
     if module is model:
         return f"expected a layer inside a model, got the model itself, a {type(module).__name__}; use from_dense"
@@ -247,10 +267,11 @@ def _refusal(layer: SelectedLayer, model: nn.Module, shared: set[int]) -> str | 
         return f"expected nn.Linear or nn.Conv2d, got the sub-class {type(module).__name__}"
     if not isinstance(module._parameters.get("weight"), nn.Parameter):
         return "expected weight to be a Parameter, got a computed one (torch.nn.utils.prune?)"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    before = [hook for hook in module._forward_pre_hooks.values() if not isinstance(hook, PixelsRead)]
+    if module._forward_hooks or before or module._backward_hooks or module._backward_pre_hooks:
         return "expected no hooks, got a layer that carries some, which would be lost"
-    if any(id(p) in shared for p in module._parameters.values() if p is not None):
-        return "expected parameters of its own, got some shared with another layer"
+    if id(module) in readers:
+        return f"expected a weight that nothing else reads, but {readers[id(module)]}"
     return unsupported_conv_reason(module) if isinstance(module, nn.Conv2d) else None
 
 

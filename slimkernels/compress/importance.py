@@ -22,6 +22,8 @@ from torch.nn import functional as F
 from slimkernels.compress.evaluation import device_of, mode_of
 from slimkernels.compress.granularity import Units
 from slimkernels.compress.selection import block_shapes_of, prunable_layers, readable_weight
+from slimkernels.conversion.wrappers import unwrapped
+from slimkernels.nn.strided_pointwise import strided_pointwise_guarded
 
 Importance = Callable[[Tensor, tuple[int, int]], Tensor]
 Loss = Callable[[Any, Tensor], Tensor]
@@ -212,7 +214,8 @@ def _scores(
     exclude: str | Iterable[str] | None = None,
     skip_first: bool = True,
 ) -> dict[str, Tensor]:
-    picked = prunable_layers(op, model, layers, exclude, skip_first)
+    model = unwrapped(op, model)
+    picked = prunable_layers(op, model, layers, exclude, skip_first, verb="score")
     blocks = block_shapes_of(op, model, picked, block_shape)
     weights = {layer.name: readable_weight(op, layer.name, layer.module) for layer in picked}
     units = {name: Units.of(weight.shape, blocks[name], granularity) for name, weight in weights.items()}
@@ -224,7 +227,7 @@ def _scores(
     try:
         for weight in weights.values():
             weight.requires_grad_(True)
-        with mode_of(model, training=False), torch.enable_grad():
+        with mode_of(model, training=False), torch.enable_grad(), strided_pointwise_guarded(model):
             for i, (inputs, labels, *_) in enumerate(loader):
                 if batches is not None and i >= batches:
                     break

@@ -172,7 +172,8 @@ def measured_seconds(modules: Sequence[nn.Module], calls: Sequence[Call], like: 
     from slimkernels.conversion.measure import typical_seconds
 
     inputs = [torch.randn(call.shape, dtype=like.dtype, device=like.device) for call in calls]
-    inputs = [x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in inputs]
+    if like.dim() == 4:
+        inputs = [x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in inputs]
 
     def runner(module: nn.Module) -> Any:
         module.eval()

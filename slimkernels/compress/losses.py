@@ -1,7 +1,8 @@
 """Distillation losses: what a student has to match of its teacher, as functions of tensors.
 
 Throughout, z are the student's logits and v the teacher's, ``(N, classes)``, T is the temperature and p the softmax.
-Teachers get no gradient. Half precision is computed in float32, float64 in float64.
+Teachers get no gradient. Half precision is computed in float32, float64 in float64. A teacher's logit may be -inf: a
+class that it rules out.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def soft_target_loss(student_logits: Tensor, teacher_logits: Tensor, temperature
     """
     check_temperature("soft_target_loss", temperature)
     z, v = _logits("soft_target_loss", student_logits, teacher_logits)
-    return temperature**2 * _batch_kl(F.log_softmax(v / temperature, dim=1), F.log_softmax(z / temperature, dim=1))
+    return temperature**2 * _kl(F.log_softmax(v / temperature, dim=1), F.log_softmax(z / temperature, dim=1)).mean()
 
 
 def kd_loss(
@@ -107,6 +108,8 @@ def decoupled_kd_parts(
         return F.log_softmax(pair, dim=1), F.log_softmax(rest, dim=1)
 
     (student_pair, student_rest), (teacher_pair, teacher_rest) = split(z), split(v)
+    # A teacher that gives all other classes a logit of -inf says nothing about them: their softmax would be 0 / 0.
+    teacher_rest = teacher_rest.masked_fill(teacher_pair[:, 1:].isneginf(), -math.inf)
     return _kl(teacher_pair, student_pair), _kl(teacher_rest, student_rest)
 
 
@@ -181,9 +184,9 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
 
 
 def _kl(log_q: Tensor, log_p: Tensor) -> Tensor:
-    """``KL(q || p)`` of every row."""
-    return F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(1)
+    """``KL(q || p)`` of every row.
 
-
-def _batch_kl(log_q: Tensor, log_p: Tensor) -> Tensor:
-    return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
+    A class to which q gives nothing adds 0, as in torch's ``kl_div`` of probabilities; of logarithms that is NaN.
+    """
+    q = log_q.exp()
+    return (q * (log_q - log_p).masked_fill(q == 0, 0.0)).sum(1)

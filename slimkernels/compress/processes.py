@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from slimkernels.compress.evaluation import Loader, count_correct, reseed
+from slimkernels.compress.evaluation import Loader, checked_batch, count_correct, reseed
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -87,6 +87,7 @@ class RankBatches:
             yield from _sliced_dataloader(loader, self.rank, self.world, sizes)
         else:
             for batch in loader:
+                checked_batch("RankBatches", batch)
                 sizes.append(len(batch[1]))
                 rows = rank_rows(len(batch[1]), self.rank, self.world)
                 yield tuple(part[rows] for part in batch)

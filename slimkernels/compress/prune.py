@@ -29,6 +29,7 @@ from slimkernels.compress.selection import (
     prunable_layers,
     readable_weight,
 )
+from slimkernels.conversion.wrappers import unwrapped
 from slimkernels.formats import BlockMask
 
 __all__ = ["apply_masks_", "cubic_schedule", "finalize_", "linear_schedule", "mask_sparsity", "masks", "prune_"]
@@ -68,11 +69,14 @@ def prune_(
     than before changes nothing.
 
     By default every Conv2d with groups=1 except the first, and every Linear with at least 64 input and output
-    features except the last layer of the model (the classifier) is pruned. An exact name in ``layers`` or
-    ``sparsity`` overrides these defaults; a pattern overrides all but ``skip_first``.
+    features except the last layer of the model (the classifier) is pruned. Layers whose zeros `slimkernels.convert`
+    could not use stay dense, and a warning says why: sub-classes with a forward of their own, padding by other than
+    zeros, weights that something else reads too (attention projections, tied embeddings). An exact name in ``layers``
+    or ``sparsity`` overrides these defaults; a pattern overrides those on the sizes of a Linear.
 
     Args:
-        model: any module holding nn.Conv2d or nn.Linear, sub-classes included.
+        model: any module holding nn.Conv2d or nn.Linear, sub-classes included. Of a wrapper (DataParallel,
+            DistributedDataParallel, AveragedModel, `torch.compile`) the model inside is pruned, by its own names.
         sparsity: share of units to mask, in [0, 1); or a dict from layer name or fnmatch pattern to such a share,
             which then also says which layers are pruned (a name beats a pattern, an earlier pattern a later one).
         block_shape: ``(block_out, block_in)``; blocks lie within one filter tap (`formats`). Or a dict of them by
@@ -94,13 +98,13 @@ def prune_(
         skip_first: leaves the model's first Conv2d dense.
 
     Returns:
-        The model itself.
+        What was passed as ``model``.
 
     Raises:
         ValueError: sparsity outside [0, 1), a name that matches no layer (near matches are listed), non-finite
             scores, a named layer with groups != 1, a weight that is shared, already parametrized by something else
-            or masked with another block shape, no gradient where one is needed, no layer left to prune. Nothing is
-            changed then.
+            or masked with another block shape, no gradient where one is needed, no layer left to prune by these rules.
+            Nothing is changed then.
         TypeError: an argument of the wrong type.
 
     Example:
@@ -111,6 +115,7 @@ def prune_(
         >>> int(masks(net)["1"].mask.sum()), masks(net)["1"].mask.numel()
         (288, 1152)
     """
+    given, model = model, unwrapped("prune_", model)
     if scope not in ("layer", "global"):
         raise ValueError(f"prune_: expected scope 'layer' or 'global', got {scope!r}")
     check_granularity("prune_", granularity)
@@ -126,8 +131,8 @@ def prune_(
         _prepare(layer, share, blocks[layer.name], granularity, importance, scope == "global")
         for layer, share in selected
     ]
-    if not prunable:
-        raise ValueError("prune_: expected at least one Conv2d or Linear to prune, got none after the exclusions")
+    if not prunable:  # a warning said why
+        return given
     _check_finite(prunable)
     _check_shared(model, prunable)
     if scope == "global":
@@ -139,13 +144,13 @@ def prune_(
             )
     for layer in prunable:
         _install(layer)
-    return model
+    return given
 
 
 def masks(model: nn.Module) -> dict[str, BlockMask]:
     """The `formats.BlockMask` of every masked layer, by layer name."""
     found: dict[str, BlockMask] = {}
-    for name, module in model.named_modules():
+    for name, module in unwrapped("masks", model).named_modules():
         if parametrize.is_parametrized(module, "weight"):
             for parametrization in module.parametrizations.weight:
                 if isinstance(parametrization, BlockMask):
@@ -177,8 +182,9 @@ def apply_masks_(model: nn.Module, optimizer: torch.optim.Optimizer | None = Non
     Returns:
         The model itself.
     """
-    for name, mask in masks(model).items():
-        weight: Any = model.get_submodule(name).parametrizations.weight.original  # type: ignore[union-attr]
+    inside = unwrapped("apply_masks_", model)
+    for name, mask in masks(inside).items():
+        weight: Any = inside.get_submodule(name).parametrizations.weight.original  # type: ignore[union-attr]
         tensors = [weight]
         if optimizer is not None:
             state = optimizer.state.get(weight, {})
@@ -197,11 +203,12 @@ def finalize_(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: a masked weight carries another parametrization as well. Nothing is changed then.
     """
-    found = masks(model)
+    inside = unwrapped("finalize_", model)
+    found = masks(inside)
     for name in found:
-        lone_mask("finalize_", name, model.get_submodule(name))
+        lone_mask("finalize_", name, inside.get_submodule(name))
     for name, mask in found.items():
-        module: Any = model.get_submodule(name)
+        module: Any = inside.get_submodule(name)
         original = module.parametrizations.weight.original
         zero_masked_(original, mask)
         # Not torch's remove_parametrizations: it deletes the property from a class that copies of the module share.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -12,6 +13,9 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from slimkernels.conversion.graph import trace
+from slimkernels.conversion.layers import type_obstacle
+from slimkernels.conversion.readers import weight_readers
 from slimkernels.formats import BlockMask, block_shape_2d
 
 PRUNABLE = (nn.Conv2d, nn.Linear)
@@ -121,11 +125,15 @@ def prunable_layers(
     exclude: str | Iterable[str] | None,
     skip_first: bool,
     layers_argument: str = "layers",
+    verb: str = "prune",
 ) -> list[SelectedLayer]:
     """The layers that a pruning call touches, by the rules that `slimkernels.prune_` states.
 
+    A warning lists the layers that would be pruned, were they not such that conversion cannot take them. Where that is
+    all of them, the result is empty.
+
     Raises:
-        ValueError: an entry matches nothing, or names a layer with groups != 1.
+        ValueError: an entry matches nothing, or names a layer with groups != 1, or no layer is left by the rules.
     """
     picked = select_layers(op, model, PRUNABLE, layers, exclude, layers_argument)
     every = [module for module in model.modules() if isinstance(module, PRUNABLE)]
@@ -145,7 +153,48 @@ def prunable_layers(
                 if narrow or (module is every[-1] and len(every) > 1):
                     continue
         out.append(layer)
-    return out
+    if not out:
+        raise ValueError(f"{op}: expected at least one Conv2d or Linear to {verb}, got none after the exclusions")
+    reasons = _no_gain(model, out)
+    if reasons:
+        _warn_of_skipped(op, reasons)
+    return [layer for layer in out if layer.name not in reasons]
+
+
+def _no_gain(model: nn.Module, picked: Sequence[SelectedLayer]) -> dict[str, str]:
+    """Layers that nobody named and whose zeros conversion could not use -> why: accuracy would be lost for nothing.
+
+    These are the questions that conversion asks, but for hooks, which come and go while a model trains.
+    """
+    asked = [layer for layer in picked if not layer.explicit and layer.module is not model]
+    if not asked:
+        return {}
+    readers = weight_readers(model, [trace(model)])  # in eval mode, in which the sparse model will run
+    names = {id(module): name for name, module in model.named_modules()}
+    found = {}
+    for layer in asked:
+        if is_lazy(layer.module._parameters.get("weight")):
+            continue  # it has to be refused by name: after the first call it may be taken
+        reason = type_obstacle(layer.module) or readers.get(names[id(layer.module)])
+        if reason is not None:
+            found[layer.name] = reason
+    return found
+
+
+def _warn_of_skipped(op: str, reasons: Mapping[str, str]) -> None:
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        by_reason.setdefault(reason, []).append(name)
+    lines = []
+    for reason, names in by_reason.items():
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        lines.append(f"{', '.join(names[:3])}{more} ({reason})")
+    count = "1 layer stays" if len(reasons) == 1 else f"{len(reasons)} layers stay"
+    warnings.warn(
+        f"{op}: {count} dense, because convert could not use zeros there: {'; '.join(lines)}. To prune such a layer "
+        "all the same give its exact name; exclude silences this",
+        stacklevel=5,
+    )
 
 
 def block_shapes_of(

@@ -28,7 +28,8 @@ from slimkernels.compress.progress import counting_bar
 from slimkernels.compress.prune import finalize_, prune_
 from slimkernels.compress.schedules import check_sparsity
 from slimkernels.compress.selection import block_shapes_of, prunable_layers, readable_weight
-from slimkernels.files import atomic_path
+from slimkernels.conversion.wrappers import unwrapped
+from slimkernels.files import atomic_path, sealed_json, unsealed_json
 
 SCAN_VERSION = 1
 _UNPRUNED = "(none)"  # no layer can be called that
@@ -170,12 +171,13 @@ def sensitivity_scan(
         ValueError: a bad argument, an empty loader, a layer that cannot be pruned, or a file of another scan.
     """
     op = "sensitivity_scan"
+    model = unwrapped(op, model)
     check_granularity(op, granularity)
     check_importance(op, importance)
     tried = tuple(sorted({check_sparsity(op, "sparsities", share) for share in sparsities} - {0.0}))
     if not tried:
         raise ValueError(f"{op}: expected at least one sparsity above 0, got {tuple(sparsities)}")
-    picked = prunable_layers(op, model, layers, exclude, skip_first)
+    picked = prunable_layers(op, model, layers, exclude, skip_first, verb="scan")
     blocks = block_shapes_of(op, model, picked, block_shape)
     weights = {layer.name: readable_weight(op, layer.name, layer.module).numel() for layer in picked}
     if not weights:
@@ -264,7 +266,7 @@ def _read(op: str, path: Path, key: str) -> dict[str, list[tuple[float, float]]]
     if not path.exists():
         return {}
     try:
-        state = json.loads(path.read_text())
+        state = unsealed_json(path.read_bytes())
         if state["version"] != SCAN_VERSION or state["key"] != key:
             raise ValueError("it belongs to another model or to other arguments")
         return {name: [(float(a), float(b)) for a, b in rows] for name, rows in state["layers"].items()}
@@ -275,4 +277,5 @@ def _read(op: str, path: Path, key: str) -> dict[str, list[tuple[float, float]]]
 def _write(path: Path, key: str, found: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps({"version": SCAN_VERSION, "key": key, "layers": found}, indent=1))
+        state = sealed_json({"version": SCAN_VERSION, "key": key, "layers": found})
+        temporary.write_text(json.dumps(state, indent=1))

@@ -25,11 +25,12 @@ from slimkernels.compress.prune import finalize_
 from slimkernels.conversion.folding import batch_norm_scale_shift
 from slimkernels.conversion.graph import fx_graph, has_hooks, input_sets, trace, unique_names
 from slimkernels.conversion.layers import (
-    shared_tensor_layers,
     structure_obstacle,
     type_obstacle,
     weight_obstacle,
 )
+from slimkernels.conversion.readers import shared_tensor_layers, weight_readers
+from slimkernels.conversion.wrappers import unwrapped
 from slimkernels.nn import resolved_padding
 
 # Layers that act on each number alone, so that a constant channel stays constant. Dropout is one in eval mode.
@@ -118,6 +119,7 @@ def shrink_(model: nn.Module, example_inputs: Any = None, *, fold_borders: bool 
         >>> shrink_(net).channels
         {'0': (8, 4)}
     """
+    model = unwrapped("shrink_", model)
     if not isinstance(model, nn.Module):
         raise TypeError(f"shrink_: expected model to be an nn.Module, got {type(model).__name__}")
     try:
@@ -137,6 +139,7 @@ def _shrink(model: nn.Module, graph: fx.Graph, fold_borders: bool) -> ShrinkRepo
     parameters = sum(p.numel() for p in model.parameters())
     structure = trace(model)
     uniques, shared = unique_names(model), shared_tensor_layers(model)
+    readers = weight_readers(model, [structure])
 
     def obstacle(name: str) -> str | None:
         if structure.calls.get(name, 0) != 1:
@@ -144,7 +147,7 @@ def _shrink(model: nn.Module, graph: fx.Graph, fold_borders: bool) -> ShrinkRepo
         found = type_obstacle(model.get_submodule(name))
         return (
             found
-            or structure_obstacle(model, structure, name, uniques, shared)
+            or structure_obstacle(name, uniques, readers)
             or weight_obstacle(
                 model.get_submodule(name).weight  # type: ignore[arg-type]
             )

@@ -7,6 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from slimkernels.compress.evaluation import checked_logits
+
 
 class TrainingStep(nn.Module):
     """Network and loss in one module, so that both are replicated (DDP), autocast and compiled together.
@@ -40,4 +42,5 @@ class CrossEntropyStep(TrainingStep):
         self.label_smoothing = label_smoothing
 
     def forward(self, images: Tensor, labels: Tensor, indices: Tensor | None = None) -> Tensor:
-        return F.cross_entropy(self.model(images), labels, label_smoothing=self.label_smoothing)
+        logits = checked_logits("fine_tune", self.model, images)
+        return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)

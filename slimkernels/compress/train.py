@@ -12,6 +12,7 @@ from torch import nn
 
 from slimkernels.compress.callbacks import Callback
 from slimkernels.compress.engine import CrossEntropyStep, EpochStats, Loader, TrainConfig, evaluate, run
+from slimkernels.compress.evaluation import without_wrapper
 
 __all__ = ["EpochStats", "Loader", "TrainConfig", "build_config", "evaluate", "fine_tune"]
 
@@ -37,14 +38,19 @@ def fine_tune(
     0's. At the end every rank holds the same model.
 
     Args:
-        model: returns logits ``(N, classes)``; it keeps its train/eval mode after the call.
-        train_loader: batches ``(images, labels)`` with labels int64 ``(N,)``; if it has ``set_epoch``, that is called.
+        model: returns logits ``(N, classes)`` in train mode too. Of a wrapper (DataParallel, DistributedDataParallel,
+            AveragedModel, `torch.compile`) the model inside is trained; ``compile=True`` compiles it. ``model.train()``
+            is called for the run, so a ``train`` method of its own decides; if the model itself is in train mode,
+            submodules in eval mode (frozen batch norm) stay so. Every submodule has its own mode back after the call.
+        train_loader: batches ``(images, labels)`` with labels int64 ``(N,)`` and a length, the number of batches; if it
+            has ``set_epoch``, that is called.
         val_loader: evaluated after every epoch when given.
         config: the settings of the run; ``overrides`` are fields of it, ``fine_tune(..., epochs=3)`` needs no config.
         callbacks: called at fixed moments of the run, for instance a `gradual.GradualPruning`.
         optimizer: one that already holds the parameters, in place of the configured one.
         progress: shows a bar on stderr if that is a terminal.
-        checkpoint: file rewritten, atomically, after every epoch.
+        checkpoint: file rewritten, atomically, after every epoch, with a SHA-256 of itself; the one before it stays
+            as ``<name>.previous<suffix>``.
         resume: continue from ``checkpoint`` if it exists; on the CPU the final weights equal those of an uninterrupted
             run.
         log_dir: folder of this run's ``epochs.csv`` and ``steps.csv`` (see `trackers.RunLog`), and of TensorBoard's
@@ -55,15 +61,17 @@ def fine_tune(
 
     Raises:
         ValueError: an empty loader, a bad argument, labels outside the logits' range, a checkpoint of another recipe or
-            model.
-        TypeError: an override that is no field of `TrainConfig`.
+            model, or a damaged one (the message then says whether the one before it is whole), a batch of one sample
+            with batch norm in train mode.
+        TypeError: an override that is no field of `TrainConfig`, a loader without a length, batches of other things
+            than tensors.
         FloatingPointError: the loss became NaN or infinite; the message names epoch and step.
         OSError: a checkpoint could not be written; the one before it is left whole.
     """
     if isinstance(optimizer, str):
         overrides["optimizer"], optimizer = optimizer, None
     config = build_config("fine_tune", config, overrides)
-    step = CrossEntropyStep(model, config.label_smoothing)
+    step = CrossEntropyStep(without_wrapper("fine_tune", model), config.label_smoothing)
     return run(
         "fine_tune", step, train_loader, val_loader, config, callbacks=callbacks, optimizer=optimizer,
         progress=progress, checkpoint=checkpoint, resume=resume, log_dir=log_dir,

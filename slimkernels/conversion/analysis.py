@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from slimkernels import env
+from slimkernels.conversion.calls import Call, capture
 from slimkernels.conversion.chains import FactorChain, find_chains
-from slimkernels.conversion.graph import Call, ModelGraph, capture, input_sets, parametrized_type, trace, unique_names
+from slimkernels.conversion.graph import input_sets, parametrized_type, trace, unique_names
 from slimkernels.conversion.layers import (
     LOW_RANK_LAYERS,
     SPARSE_LAYERS,
@@ -22,11 +23,12 @@ from slimkernels.conversion.layers import (
     Pair,
     declared_block_shape,
     layer_weight,
-    shared_tensor_layers,
     structure_obstacle,
     type_obstacle,
     weight_obstacle,
 )
+from slimkernels.conversion.readers import weight_readers
+from slimkernels.conversion.wrappers import unwrapped
 from slimkernels.formats import block_grid, weight_shape_4d
 from slimkernels.kernels import KERNELS
 from slimkernels.kernels.problems import ConvProblem, LinearProblem
@@ -93,7 +95,7 @@ class LayerStats:
         declared: block shape declared by a mask or a block-sparse module.
         patterns: candidate block shapes, the fastest by prediction first.
         ranks: inner sizes of a low-rank layer.
-        calls: per example input, every call of the layer.
+        calls: per example input, every call of the layer, those with an empty batch left out.
         macs: multiply-adds of the dense layer over all calls of the first example input, padding included.
         bytes_dense, bytes_stored: of the dense weight, and of what is or would be stored (values and indices).
     """
@@ -149,26 +151,29 @@ def analyze(model: nn.Module, example_inputs: Any = None) -> ModelStats:
     Raises:
         ValueError: the model does not run on the example inputs. TypeError: example inputs of another form.
     """
+    model = unwrapped("analyze", model)
     sets = input_sets(example_inputs)
     graph = trace(model)
     names = weight_layer_names(model)
-    calls = capture(model, sets, names)
-    uniques, shared = unique_names(model), shared_tensor_layers(model)
+    recorded = capture(model, sets, names, op="analyze")
+    uniques, readers = unique_names(model), weight_readers(model, [graph], recorded.reads if sets else None)
     weights, layers = {}, []
     for name in names:
         module = model.get_submodule(name)
-        obstacle, weight = obstacle_or_weight(model, graph, name, uniques, shared)
+        obstacle, weight = obstacle_or_weight(module, name, uniques, readers)
         if weight is not None and obstacle is None and name in uniques:
             weights[name] = weight
-        layers.append(_layer_stats(name, module, obstacle, weight, calls.get(name, ())))
+        layers.append(_layer_stats(name, module, obstacle, weight, recorded.calls.get(name, ())))
     return ModelStats(tuple(layers), tuple(find_chains(graph, weights)), graph.reason)
 
 
 def obstacle_or_weight(
-    model: nn.Module, graph: ModelGraph, name: str, uniques: Mapping[str, nn.Module], shared: frozenset[str]
+    module: nn.Module, name: str, uniques: Mapping[str, nn.Module], readers: Mapping[str, str]
 ) -> tuple[str | None, LayerWeight | None]:
-    """Why conversion cannot take a layer (None when it can), and its weight where there is one to read."""
-    module = model.get_submodule(name)
+    """Why conversion cannot take a layer (None when it can), and its weight where there is one to read.
+
+    ``uniques`` and ``readers`` are those of `slimkernels.conversion.layers.structure_obstacle`.
+    """
     obstacle = type_obstacle(module)
     if obstacle is not None:
         return obstacle, None
@@ -177,7 +182,7 @@ def obstacle_or_weight(
         obstacle = obstacle or weight_obstacle(tensor)
     if obstacle is not None:
         return obstacle, None
-    return structure_obstacle(model, graph, name, uniques, shared), layer_weight(module)
+    return structure_obstacle(name, uniques, readers), layer_weight(module)
 
 
 def weight_layer_names(model: nn.Module) -> list[str]:

@@ -90,7 +90,7 @@ def _chain(names: tuple[str, ...], layers: list[LayerWeight]) -> FactorChain | N
         return None
     if any(a.shape[0] != b.shape[1] for a, b in itertools.pairwise(tensors)):
         return None
-    geometry = _geometry(layers)
+    geometry = merged_geometry(layers)
     if geometry is None:
         return None
     kind, stride, padding, dilation = geometry
@@ -116,7 +116,7 @@ def _is_pointwise(layer: LayerWeight) -> bool:
     return tuple(layer.weight.shape[2:]) == (1, 1) and layer.stride == (1, 1) and layer.padding == (0, 0)
 
 
-def _geometry(layers: list[LayerWeight]) -> tuple[str, Pair, Pair, Pair] | None:
+def merged_geometry(layers: list[LayerWeight]) -> tuple[str, Pair, Pair, Pair] | None:
     """``(kind, stride, padding, dilation)`` of the merged layer; None where the layers are no known factorization."""
     if not layers[0].is_conv:
         return ("svd", (1, 1), (0, 0), (1, 1)) if len(layers) == 2 else None

@@ -3,6 +3,9 @@
 Metadata fields: ``format`` (``slimkernels``), ``format_version``, ``plan`` (`ModelPlan.to_json`), ``extra_state``
 (JSON: what modules keep besides tensors), ``sha256`` (JSON: of ``plan``, of ``extra_state`` and of every tensor as
 ``tensor:<name>``, over its dtype, shape and bytes). No pickle anywhere. Reading checks all of it before it is used.
+
+The hashes guard against accidents: a bad disk, a broken download, a file cut short. They are no signature: whoever can
+write the file can write its hashes. So nothing that reads a file trusts it because its hashes hold.
 """
 
 from __future__ import annotations
@@ -11,14 +14,14 @@ import hashlib
 import json
 import math
 import os
+import reprlib
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import torch
 from torch import Tensor
 
-from slimkernels.conversion.plan import ModelPlan
+from slimkernels.conversion.plan import ModelPlan, parse_json
 from slimkernels.files import atomic_path
 
 FORMAT, FORMAT_VERSION = "slimkernels", "1"
@@ -38,6 +41,8 @@ _DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER = 100_000_000
+# Of a tensor. No size may be larger than this even where another is 0 and the tensor has no bytes at all.
+_MAX_DIMENSIONS, _MAX_ELEMENTS = 64, 2**62
 
 
 @dataclass(frozen=True)
@@ -80,65 +85,71 @@ def write(path: str | os.PathLike[str], plan: ModelPlan, state: dict[str, Any]) 
 
 
 def read(path: str | os.PathLike[str]) -> Contents:
-    """Reads and checks a whole file.
+    """Reads and checks a whole file. The memory it asks for is a small multiple of the file's size.
 
     Raises:
         ValueError: the file is damaged or of another kind; the message names the field at fault. OSError: no such file.
     """
-    data = Path(path).read_bytes()
-    header, start = _header(data, str(path))
-    metadata, plan = _metadata(header, str(path))
-    hashes = _json_object(metadata["sha256"], "metadata field 'sha256'", str(path))
-    tensors = {}
-    position = 0
-    spans = sorted(
-        ((name, *_entry(name, entry, str(path))) for name, entry in header.items() if name != "__metadata__"),
-        key=lambda span: (span[3], span[4]),
-    )
-    for name, dtype, shape, begin, end in spans:
-        if begin != position:
-            _refuse(path, f"tensor {name!r}: data_offsets", f"begin at {position}", begin)
-        position = end
-        if start + end > len(data):
-            _refuse(path, f"tensor {name!r}: data", f"{end - begin} bytes", f"{max(len(data) - start - begin, 0)}")
-        raw = bytearray(data[start + begin : start + end])
-        tensor = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
-        tensors[name] = tensor.reshape(shape)
-    if start + position != len(data):
-        _refuse(path, "file size", f"{start + position} bytes", len(data))
-    for name, tensor in tensors.items():
-        _check_hash(path, f"tensor {name!r}", hashes.get(f"tensor:{name}"), _tensor_hash(tensor))
-    missing = sorted(set(hashes) - {"plan", "extra_state"} - {f"tensor:{name}" for name in tensors})
-    if missing:
-        _refuse(path, "metadata field 'sha256'", "a tensor for every entry", f"none for {missing[0]!r}")
-    extra = _json_object(metadata["extra_state"], "metadata field 'extra_state'", str(path))
-    return Contents(plan, tensors, extra, len(data))
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        header, start = _header(file, size, path)
+        metadata, plan, hashes = _metadata(header, path)
+        entries = [(name, *_entry(name, entry, path)) for name, entry in header.items() if name != "__metadata__"]
+        entries.sort(key=lambda entry: entry[3:])
+        position = 0
+        for name, _, _, begin, end in entries:
+            if begin != position:
+                _refuse(path, f"tensor {name!r}: data_offsets", f"begin at {position}", begin)
+            position = end
+            if start + end > size:
+                _refuse(path, f"tensor {name!r}: data", f"{end - begin} bytes", max(size - start - begin, 0))
+        if start + position != size:
+            _refuse(path, "file size", f"{start + position} bytes", size)
+        missing = sorted(set(hashes) - {"plan", "extra_state"} - {f"tensor:{entry[0]}" for entry in entries})
+        if missing:
+            _refuse(path, "metadata field 'sha256'", "a tensor for every entry", f"none for {reprlib.repr(missing[0])}")
+        tensors = {}
+        for name, dtype, shape, begin, end in entries:
+            tensors[name] = tensor = _tensor(file, dtype, shape, end - begin, f"tensor {name!r}", path)
+            _check_hash(path, f"tensor {name!r}", hashes.get(f"tensor:{name}"), _tensor_hash(tensor))
+            if dtype is torch.bool and bool((tensor.view(torch.uint8) > 1).any()):
+                _refuse(path, f"tensor {name!r}: data", "bytes 0 and 1 of a BOOL tensor", "another")
+    extra = _json_object(metadata["extra_state"], "metadata field 'extra_state'", path)
+    return Contents(plan, tensors, extra, size)
+
+
+def _tensor(file: BinaryIO, dtype: torch.dtype, shape: tuple[int, ...], nbytes: int, field: str, path: Any) -> Tensor:
+    """The next tensor of the file, on memory of its own."""
+    if nbytes == 0:
+        return torch.empty(shape, dtype=dtype)
+    raw = bytearray(nbytes)
+    got = file.readinto(raw)  # type: ignore[attr-defined]
+    if got != nbytes:
+        _refuse(path, f"{field}: data", f"{nbytes} bytes", got)
+    return torch.frombuffer(raw, dtype=dtype).reshape(shape)
 
 
 def read_plan(path: str | os.PathLike[str]) -> tuple[ModelPlan, int]:
     """The plan of a file and the file's size; tensors are not read. Raises like `read`."""
-    size = os.path.getsize(path)
     with open(path, "rb") as file:
-        head = file.read(8)
-        length = int.from_bytes(head, "little")
-        data = head + file.read(min(length, _MAX_HEADER))
-    header, _ = _header(data, str(path))
-    return _metadata(header, str(path))[1], size
+        size = os.fstat(file.fileno()).st_size
+        header, _ = _header(file, size, path)
+        return _metadata(header, path)[1], size
 
 
 def _refuse(path: Any, field: str, expected: str, got: Any) -> NoReturn:
     raise ValueError(f"load: {path}: {field}: expected {expected}, got {got}")
 
 
-def _header(data: bytes, path: str) -> tuple[dict[str, Any], int]:
-    """The header's JSON object and where the tensors' bytes begin."""
-    if len(data) < 8:
-        _refuse(path, "header length", "8 bytes", f"a file of {len(data)}")
-    length = int.from_bytes(data[:8], "little")
-    if not 2 <= length <= min(len(data) - 8, _MAX_HEADER):
-        _refuse(path, "header length", f"2 to {min(len(data) - 8, _MAX_HEADER)}", length)
+def _header(file: BinaryIO, size: int, path: Any) -> tuple[dict[str, Any], int]:
+    """The header's JSON object and where the tensors' bytes begin; the file is read up to there."""
+    if size < 8:
+        _refuse(path, "header length", "8 bytes", f"a file of {size}")
+    length, longest = int.from_bytes(file.read(8), "little"), min(size - 8, _MAX_HEADER)
+    if not 2 <= length <= longest:
+        _refuse(path, "header length", f"2 to {longest}", length)
     try:
-        text = data[8 : 8 + length].decode("utf-8")
+        text = file.read(length).decode("utf-8")
     except UnicodeDecodeError as error:
         _refuse(path, "header", "UTF-8", error)
     if not text.rstrip(" ").endswith("}"):
@@ -146,24 +157,18 @@ def _header(data: bytes, path: str) -> tuple[dict[str, Any], int]:
     return _json_object(text, "header", path), 8 + length
 
 
-def _json_object(text: Any, field: str, path: str) -> dict[str, Any]:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            raise ValueError("a name occurs twice")
-        return found
-
+def _json_object(text: str, field: str, path: Any) -> dict[str, Any]:
     try:
-        value = json.loads(text, object_pairs_hook=once)
-    except (ValueError, TypeError, RecursionError) as error:
+        value = parse_json(text)
+    except ValueError as error:
         raise ValueError(f"load: {path}: {field}: expected JSON, got {error}") from error
     if not isinstance(value, dict):
         _refuse(path, field, "a JSON object", type(value).__name__)
     return value
 
 
-def _metadata(header: dict[str, Any], path: str) -> tuple[dict[str, str], ModelPlan]:
-    """The checked metadata fields and the plan."""
+def _metadata(header: dict[str, Any], path: Any) -> tuple[dict[str, str], ModelPlan, dict[str, Any]]:
+    """The checked metadata fields, the plan and the hashes."""
     metadata = header.get("__metadata__")
     if not isinstance(metadata, dict):
         _refuse(path, "header field '__metadata__'", "an object", type(metadata).__name__)
@@ -172,42 +177,52 @@ def _metadata(header: dict[str, Any], path: str) -> tuple[dict[str, str], ModelP
             _refuse(path, f"metadata field {name!r}", "a string", type(metadata.get(name)).__name__)
     unknown = sorted(set(metadata) - set(_FIELDS))
     if unknown:
-        _refuse(path, "metadata", f"the fields {', '.join(_FIELDS)}", repr(unknown[0]))
+        _refuse(path, "metadata", f"the fields {', '.join(_FIELDS)}", reprlib.repr(unknown[0]))
     for name, value in (("format", FORMAT), ("format_version", FORMAT_VERSION)):
         if metadata[name] != value:
-            _refuse(path, f"metadata field {name!r}", repr(value), repr(metadata[name]))
+            _refuse(path, f"metadata field {name!r}", repr(value), reprlib.repr(metadata[name]))
     hashes = _json_object(metadata["sha256"], "metadata field 'sha256'", path)
     for name in ("plan", "extra_state"):
-        _check_hash(path, f"metadata field {name!r}", hashes.get(name), _text_hash(metadata[name]))
+        try:
+            digest = _text_hash(metadata[name])
+        except UnicodeEncodeError as error:
+            _refuse(path, f"metadata field {name!r}", "text", error)
+        _check_hash(path, f"metadata field {name!r}", hashes.get(name), digest)
     try:
-        return metadata, ModelPlan.from_json(metadata["plan"])
+        return metadata, ModelPlan.from_json(metadata["plan"]), hashes
     except ValueError as error:
         raise ValueError(f"load: {path}: metadata field 'plan': {error}") from error
 
 
 def _check_hash(path: Any, field: str, expected: Any, got: str) -> None:
     if expected != got:
-        _refuse(path, field, f"SHA-256 {expected}", got)
+        _refuse(path, field, f"SHA-256 {expected[:64] if isinstance(expected, str) else reprlib.repr(expected)}", got)
 
 
-def _entry(name: str, entry: Any, path: str) -> tuple[torch.dtype, tuple[int, ...], int, int]:
+def _entry(name: str, entry: Any, path: Any) -> tuple[torch.dtype, tuple[int, ...], int, int]:
     """dtype, shape and byte range of a tensor's header entry."""
     field = f"tensor {name!r}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        _refuse(path, field, "dtype, shape and data_offsets", entry)
+        _refuse(path, field, "dtype, shape and data_offsets", reprlib.repr(entry))
     dtype = _DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     if dtype is None:
-        _refuse(path, f"{field}: dtype", f"one of {', '.join(_DTYPES)}", entry["dtype"])
-    for key in ("shape", "data_offsets"):
-        if not isinstance(entry[key], list) or any(type(v) is not int or v < 0 for v in entry[key]):
-            _refuse(path, f"{field}: {key}", "non-negative integers", entry[key])
-    if len(entry["data_offsets"]) != 2:
-        _refuse(path, f"{field}: data_offsets", "2 numbers", entry["data_offsets"])
-    expected = math.prod(entry["shape"]) * dtype.itemsize
-    begin, end = entry["data_offsets"]
+        _refuse(path, f"{field}: dtype", f"one of {', '.join(_DTYPES)}", reprlib.repr(entry["dtype"]))
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    for key, value in (("shape", shape), ("data_offsets", offsets)):
+        if not isinstance(value, list) or any(type(v) is not int or v < 0 for v in value):
+            _refuse(path, f"{field}: {key}", "non-negative integers", reprlib.repr(value))
+    if len(offsets) != 2:
+        _refuse(path, f"{field}: data_offsets", "2 numbers", reprlib.repr(offsets))
+    if len(shape) > _MAX_DIMENSIONS:
+        _refuse(path, f"{field}: shape", f"at most {_MAX_DIMENSIONS} sizes", len(shape))
+    # torch multiplies the sizes, in 64 bits, of empty tensors too.
+    if math.prod(max(size, 1) for size in shape) > _MAX_ELEMENTS // dtype.itemsize:
+        _refuse(path, f"{field}: shape", f"at most {_MAX_ELEMENTS} bytes", reprlib.repr(shape))
+    expected = math.prod(shape) * dtype.itemsize
+    begin, end = offsets
     if end - begin != expected:
-        _refuse(path, f"{field}: data_offsets", f"{expected} bytes", end - begin)
-    return dtype, tuple(entry["shape"]), begin, end
+        _refuse(path, f"{field}: data_offsets", f"{expected} bytes", reprlib.repr(end - begin))
+    return dtype, tuple(shape), begin, end
 
 
 def _text_hash(text: str) -> str:

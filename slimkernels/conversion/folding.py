@@ -91,7 +91,7 @@ def _pair(value: int | tuple[int, ...]) -> tuple[int, ...]:
 
 
 def hidden_reason(
-    model: nn.Module, uniques: Mapping[str, nn.Module], shared: frozenset[str], a: str, b: str
+    model: nn.Module, uniques: Mapping[str, nn.Module], readers: Mapping[str, str], a: str, b: str
 ) -> str | None:
     """Why ``b``, which alone takes the output of ``a``, may not disappear into ``a``; None when it may.
 
@@ -101,8 +101,8 @@ def hidden_reason(
         return "it is registered under several names"
     if has_hooks(uniques[b]):
         return "it carries hooks"
-    if b in shared:
-        return "it shares a parameter with another module"
+    if b in readers:
+        return readers[b]
     for name in set(ancestors(a)) ^ set(ancestors(b)):
         if has_hooks(model.get_submodule(name)):
             return f"{name} carries hooks"
@@ -113,13 +113,15 @@ def find_tail(
     model: nn.Module,
     graph: ModelGraph,
     uniques: Mapping[str, nn.Module],
-    shared: frozenset[str],
+    readers: Mapping[str, str],
     name: str,
     weight: Tensor,
 ) -> tuple[Tail, dict[str, str]]:
     """What follows a convolution or linear layer and may move into it, and why a batch norm that follows stays.
 
     Args:
+        uniques, readers: `slimkernels.conversion.graph.unique_names` and
+            `slimkernels.conversion.readers.weight_readers` of the model.
         name: the layer. weight: its weight, 4-D for a convolution.
     """
     bn = relu = pool = None
@@ -127,7 +129,7 @@ def find_tail(
     last = name
     for follower in graph.chain(name):
         module = model.get_submodule(follower)
-        hidden = hidden_reason(model, uniques, shared, last, follower)
+        hidden = hidden_reason(model, uniques, readers, last, follower)
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and bn is None and relu is None:
             why = batch_norm_obstacle(module, weight.shape[0]) or hidden
             if weight.dim() != 4:

@@ -1,4 +1,4 @@
-"""Structure of a model: copies of it, hooks, which layer feeds which, and the calls that example inputs make.
+"""Structure of a model: copies of it, hooks, which layer feeds which, and its example inputs.
 
 The `torch.fx` graph is analysis only: a model is never rebuilt from it. A model that cannot be traced gives a graph
 without followers and the reason why.
@@ -10,7 +10,7 @@ import copy
 import inspect
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,16 +20,21 @@ from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from slimkernels.conversion.wrappers import without_compiled_parts
+from slimkernels.nn.strided_pointwise import PixelsRead
+
 # Every combination of given and defaulted optional arguments is traced; 2^4 traces of ResNet-18 take 0.3 s.
 _MAX_OPTIONAL_ARGUMENTS = 4
 _REPARAMETRIZING_HOOKS = (prune.BasePruningMethod, WeightNorm, SpectralNorm)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._BatchNorm, nn.ReLU, nn.MaxPool2d)
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def copy_model(model: nn.Module, *, share_parameters: bool = False) -> nn.Module:
-    """A deep copy of ``model``; tensors that torch refuses to copy (a pruned layer's computed weight) are detached.
+    """A deep copy of ``model``, what `torch.compile` made of parts of it undone.
+
+    Tensors that torch refuses to copy (a pruned layer's computed weight) are detached.
 
     Args:
         model: any module; it stays untouched.
@@ -49,7 +54,7 @@ def copy_model(model: nn.Module, *, share_parameters: bool = False) -> nn.Module
             elif parameter is not None and parameter.layout != torch.strided:
                 memo[id(parameter)] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
     try:
-        return copy.deepcopy(model, memo)
+        return without_compiled_parts(copy.deepcopy(model, memo))
     except Exception as error:
         raise TypeError(f"convert: expected a model that can be copied, got {type(model).__name__}: {error}") from error
 
@@ -67,9 +72,9 @@ def scratch_copy(model: nn.Module, *, training: bool = False) -> nn.Module:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether the module carries a forward or backward hook other than those by which torch recomputes a weight."""
+    """Whether the module carries a hook other than those that recompute a weight and those that change no result."""
     hooks = [hook for name in _HOOKS for hook in (getattr(module, name) or {}).values()]
-    return any(not isinstance(hook, _REPARAMETRIZING_HOOKS) for hook in hooks)
+    return any(not isinstance(hook, (*_REPARAMETRIZING_HOOKS, PixelsRead)) for hook in hooks)
 
 
 def bake(module: nn.Module) -> None:
@@ -118,6 +123,12 @@ def ancestors(name: str) -> list[str]:
     return [".".join(parts[:i]) for i in range(len(parts))]
 
 
+def in_a_line(error: BaseException) -> str:
+    """The type of an error and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+
+
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     """Puts ``new`` where ``name`` is."""
     parent, _, child = name.rpartition(".")
@@ -158,7 +169,7 @@ class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, _CONTAINERS):
+        if isinstance(m, CONTAINERS):
             return False
         if isinstance(m, _LAYERS) and type(m).forward.__module__.startswith("torch.nn"):
             return True
@@ -167,19 +178,12 @@ class _Tracer(fx.Tracer):
         )
 
 
-def opaque_ancestor(model: nn.Module, name: str) -> str | None:
-    """Type name of an enclosing torch layer that may read this module's tensors itself, such as MultiheadAttention."""
-    for ancestor in ancestors(name):
-        module = model.get_submodule(ancestor)
-        if not isinstance(module, _CONTAINERS) and type(module).__module__.startswith("torch.nn"):
-            return type(module).__name__
-    return None
-
-
 def trace(model: nn.Module, *, training: bool = False) -> ModelGraph:
     """The call structure of ``model`` in the given mode. Never raises: what cannot be traced gives ``reason``."""
     try:
         scratch = scratch_copy(model, training=training)
+        if "forward" in vars(scratch):
+            return ModelGraph(reason="its forward was replaced on the instance, past its class")
         signature = inspect.signature(type(scratch).forward)
         optional = {
             name: p.default
@@ -193,11 +197,11 @@ def trace(model: nn.Module, *, training: bool = False) -> ModelGraph:
         graphs = []
         for given in itertools.product((False, True), repeat=len(optional)):
             concrete = {name: default for (name, default), g in zip(optional.items(), given, strict=True) if not g}
-            tracer = _Tracer()
-            graphs.append(_structure(scratch, tracer.trace(scratch, concrete_args=concrete or None)))
+            # What the forward draws at random does not depend on its input, so it is drawn in earnest.
+            with torch.random.fork_rng(devices=()):
+                graphs.append(_structure(scratch, _Tracer().trace(scratch, concrete_args=concrete or None)))
     except Exception as error:  # user code runs under the tracer and may raise anything
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
-        return ModelGraph(reason=f"torch.fx cannot trace it ({type(error).__name__}: {first_line})")
+        return ModelGraph(reason=f"torch.fx cannot trace it ({in_a_line(error)})")
     calls: Counter[str] = Counter()
     for graph in graphs:
         calls |= Counter(graph.calls)
@@ -224,8 +228,7 @@ def fx_graph(model: nn.Module) -> fx.Graph:
     try:
         return _Tracer().trace(scratch, concrete_args=defaults or None)
     except Exception as error:  # user code runs under the tracer and may raise anything
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
-        raise ValueError(f"torch.fx cannot trace it ({type(error).__name__}: {first_line})") from error
+        raise ValueError(f"torch.fx cannot trace it ({in_a_line(error)})") from error
 
 
 def _structure(model: nn.Module, graph: fx.Graph) -> ModelGraph:
@@ -250,16 +253,6 @@ def _single_consumer(model: nn.Module, node: fx.Node) -> fx.Node | None:
         if type(model.get_submodule(str(users[0].target))) is not nn.Identity:
             return users[0]
         node = users[0]
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of a layer: shapes of its input and output, dtype and device of its input."""
-
-    input_shape: tuple[int, ...]
-    output_shape: tuple[int, ...]
-    dtype: torch.dtype
-    device: str
 
 
 InputSet = tuple[tuple[Any, ...], dict[str, Any]]
@@ -290,44 +283,3 @@ def input_sets(example_inputs: Any) -> list[InputSet]:
         "convert: expected example_inputs to be a tensor, a tuple of arguments, a mapping of keyword arguments, or a "
         f"list of these, got {type(example_inputs).__name__}"
     )
-
-
-def capture(
-    model: nn.Module, sets: Sequence[InputSet], names: Sequence[str], *, training: bool = False
-) -> dict[str, tuple[tuple[Call, ...], ...]]:
-    """Runs a scratch copy of the model on every input and records the calls of the named layers.
-
-    Returns:
-        name -> per input, its calls; a layer that was called with anything but one positional tensor is left out.
-
-    Raises:
-        ValueError: the model raised; the message names the input.
-    """
-    if not sets:
-        return {}
-    scratch = scratch_copy(model, training=training)
-    records: dict[str, list[list[Call]]] = {name: [] for name in names}
-    odd: set[str] = set()
-
-    def record(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            if len(args) != 1 or kwargs or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
-                odd.add(name)
-                return
-            x = args[0]
-            records[name][-1].append(Call(tuple(x.shape), tuple(output.shape), x.dtype, x.device.type))
-
-        return hook
-
-    handles = [scratch.get_submodule(name).register_forward_hook(record(name), with_kwargs=True) for name in names]
-    for i, (args, kwargs) in enumerate(sets):
-        for calls in records.values():
-            calls.append([])
-        try:
-            with torch.no_grad():
-                scratch(*args, **kwargs)
-        except Exception as error:
-            raise ValueError(f"convert: the model does not run on example input {i}: {error}") from error
-    for handle in handles:
-        handle.remove()
-    return {name: tuple(map(tuple, calls)) for name, calls in records.items() if name not in odd}

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 from torch.nn.utils import parametrize
 
-from slimkernels.conversion.graph import ModelGraph, bake, copy_model, has_hooks, opaque_ancestor, parametrized_type
+from slimkernels.conversion.graph import bake, copy_model, has_hooks, parametrized_type
 from slimkernels.formats import BlockMask
 from slimkernels.nn import BlockSparseConv2d, BlockSparseLinear, LowRankConv2d, LowRankLinear, resolved_padding
+from slimkernels.nn.strided_pointwise import PixelsRead
 
 WEIGHT_LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear)
 SPARSE_LAYERS = (BlockSparseConv2d, BlockSparseLinear)
@@ -156,42 +157,20 @@ def layer_weight(module: nn.Module) -> LayerWeight:
 
 def computes_weight(module: nn.Module) -> bool:
     """Whether a parametrization or one of torch's hooks computes the weight."""
-    return parametrize.is_parametrized(module) or (bool(module._forward_pre_hooks) and not has_hooks(module))
+    hooks = [hook for hook in module._forward_pre_hooks.values() if not isinstance(hook, PixelsRead)]
+    return parametrize.is_parametrized(module) or (bool(hooks) and not has_hooks(module))
 
 
-def structure_obstacle(
-    model: nn.Module, graph: ModelGraph, name: str, uniques: Mapping[str, nn.Module], shared: frozenset[str]
-) -> str | None:
+def structure_obstacle(name: str, uniques: Mapping[str, nn.Module], readers: Mapping[str, str]) -> str | None:
     """Why the place of a layer in its model forbids to replace it; None when nothing does.
 
-    ``uniques`` and ``shared`` are `slimkernels.conversion.graph.unique_names` and `shared_tensor_layers` of the model.
+    ``uniques`` and ``readers`` are `slimkernels.conversion.graph.unique_names` and
+    `slimkernels.conversion.readers.weight_readers` of the model.
     """
     if not name:
         return "it is the model itself: put it into an nn.Sequential"
     if name not in uniques:
         return "the module is registered under several names"
-    module = uniques[name]
-    if has_hooks(module):
+    if has_hooks(uniques[name]):
         return "it carries hooks"
-    opaque = opaque_ancestor(model, name)
-    if opaque is not None:
-        return f"it is part of {opaque}, which may read its weight"
-    if name in graph.tensor_reads:
-        return "the forward reads its weight past the layer"
-    if name in shared:
-        return "its weight is shared with another layer"
-    return None
-
-
-def shared_tensor_layers(model: nn.Module) -> frozenset[str]:
-    """Names of modules that hold a parameter which another module holds too, the object or its memory."""
-    owners: dict[object, set[str]] = {}
-    for name, module in model.named_modules():
-        for leaf in module._parameters.values():
-            if leaf is None or isinstance(leaf, nn.UninitializedParameter):
-                continue
-            layer = name.split(".parametrizations")[0]
-            plain = type(leaf) is nn.Parameter and leaf.layout == torch.strided
-            key = leaf.untyped_storage()._cdata if plain else id(leaf)
-            owners.setdefault(key, set()).add(layer)
-    return frozenset(name for names in owners.values() if len(names) > 1 for name in names)
+    return readers.get(name)

@@ -1,4 +1,7 @@
-"""The stopwatch of conversion: callables timed in turns, so that a change of clock rate hits all of them."""
+"""The stopwatch of conversion: callables timed in turns, so that a change of clock rate hits all of them.
+
+`LayerRun` is such a callable: the calls that example inputs make of one layer.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
+from slimkernels.conversion.calls import Call
+from slimkernels.nn.strided_pointwise import StridedPointwiseGuard
 
 # A reading is repeated calls of at least this long: perf_counter and a CUDA event cost about 0.1 us and 2 us.
 _MIN_READING_S = 100e-6
@@ -65,3 +72,44 @@ def _cuda_reading(run: Callable[[], Any], calls: int) -> float:
     end.record()
     torch.cuda.synchronize()
     return start.elapsed_time(end) / 1e3 / calls
+
+
+def example_input(call: Call, weight: Tensor) -> Tensor:
+    """A normal random input of a call's shape, channels_last for an image; torch's global generator is left alone."""
+    generator = torch.Generator(weight.device).manual_seed(0)
+    x = torch.randn(call.input_shape, generator=generator, device=weight.device, dtype=torch.float32).to(weight.dtype)
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 and weight.dim() == 4 else x
+
+
+class RunError(RuntimeError):
+    """A timed module raised an error, which is the cause of this one."""
+
+    def __init__(self, run: LayerRun) -> None:
+        super().__init__("a timed module failed")
+        self.run = run
+
+
+class LayerRun:
+    """One call of a module on all inputs, forward and, while training, backward; an error of it is a `RunError`."""
+
+    def __init__(self, module: nn.Module, inputs: list[Tensor], training: bool) -> None:
+        self.module, self.training = module, training
+        self.inputs = [x.requires_grad_(True) for x in inputs] if training else inputs
+        self.wanted = [p for p in module.parameters() if p.requires_grad]
+
+    def __call__(self) -> None:
+        try:
+            self._call()
+        except Exception as error:
+            raise RunError(self) from error
+
+    def _call(self) -> None:
+        if not self.training:
+            with torch.no_grad():
+                for x in self.inputs:
+                    self.module(x)
+            return
+        for x in self.inputs:
+            with StridedPointwiseGuard():
+                y = self.module(x)
+            torch.autograd.grad(y, [x, *self.wanted], torch.ones_like(y))

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from slimkernels.conversion import measure
-from slimkernels.conversion.analysis import Call, PatternStats, problems, rank_patterns, usable_kernel, zero_share
+from slimkernels.conversion.analysis import PatternStats, problems, rank_patterns, usable_kernel, zero_share
+from slimkernels.conversion.calls import Call
 from slimkernels.conversion.chains import FactorChain
 from slimkernels.conversion.folding import Tail
+from slimkernels.conversion.graph import in_a_line
 from slimkernels.conversion.layers import LayerWeight
 from slimkernels.conversion.plan import Policy, faster_everywhere
 from slimkernels.formats import block_mask
@@ -61,13 +63,17 @@ class Option:
 
 @dataclass(frozen=True)
 class Decision:
-    """The option taken, how the unit would stay dense, why, and the times of dense and of the best other option."""
+    """The option taken, how the unit would stay dense, why, and the times of dense and of the best other option.
+
+    ``failure`` says which candidates raised an error, and what; the decision was made without them.
+    """
 
     option: Option
     stay: Option
     reason: str
     dense_ms: tuple[float, ...] = ()
     other_ms: tuple[float, ...] = ()
+    failure: str = ""
 
 
 def _epilogues(unit: Unit, policy: Policy) -> list[str]:
@@ -216,13 +222,25 @@ def dense_twin(weight: LayerWeight) -> nn.Module:
 
 
 def decide(unit: Unit, policy: Policy) -> Decision:
-    """The fastest way to run a unit that is faster than dense at every example input."""
-    sizes = [call.input_shape for calls in unit.calls for call in calls] if unit.calls else None
+    """The fastest way to run a unit that is faster than dense at every example input.
+
+    A candidate that raises an error, out of memory included, drops out; where none can be built or measured at all, the
+    unit stays as it is. `Decision.failure` says so.
+    """
     stay = Option(
         {"layer": None, "bsr": "dense", "low_rank": "low_rank"}[unit.source], [*unit.dense, *_rest(unit, "none")]
     )
+    try:
+        return _decide(unit, stay, policy)
+    except Exception as error:  # one layer's trouble does not end the conversion of all others
+        text = f"its candidates could not be built or measured: {in_a_line(error)}"
+        return Decision(stay, stay, text, failure=text)
+
+
+def _decide(unit: Unit, stay: Option, policy: Policy) -> Decision:
+    sizes = [call.input_shape for calls in unit.calls for call in calls] if unit.calls else None
     if unit.calls and not sizes:
-        return Decision(stay, stay, "the example inputs do not reach it")
+        return Decision(stay, stay, "the example inputs do not reach it, or with an empty batch only")
     if unit.chain is not None:
         options, merged, why = low_rank_options(unit, policy)
         if unit.source != "low_rank":
@@ -243,16 +261,52 @@ def decide(unit: Unit, policy: Policy) -> Decision:
 
 
 def _by_measurement(unit: Unit, stay: Option, options: list[Option], policy: Policy) -> Decision:
-    every = [stay, *options]
+    options, failures = list(options), []
     for calls in unit.calls:
-        inputs = [example_input(call, unit.weight.weight) for call in calls]
+        inputs = [measure.example_input(call, unit.weight.weight) for call in calls]
         if not inputs:
             continue
-        runs = [_Run(nn.Sequential(*option.modules), inputs, unit.training) for option in every]
-        device = unit.weight.weight.device.type
-        found = measure.typical_seconds(runs, device=device, repeats=policy.repeats, budget_s=policy.budget_s)
+        failures += _time(unit, stay, options, inputs, policy)
+    failure = "; ".join(failures)
+    if not options:
+        return Decision(stay, stay, failure, failure=failure)
+    decision = _fastest(unit, stay, options, policy)
+    return replace(decision, reason=f"{decision.reason}; {failure}", failure=failure) if failure else decision
+
+
+def _time(unit: Unit, stay: Option, options: list[Option], inputs: list[Tensor], policy: Policy) -> list[str]:
+    """Appends the seconds of one example input to every option; those that fail leave the list, and why is returned.
+
+    Raises:
+        Whatever the layers as they are raise: without their time there is nothing to compare with.
+    """
+    device, failures = unit.weight.weight.device.type, []
+    while options:
+        every = [stay, *options]
+        runs = [measure.LayerRun(nn.Sequential(*option.modules), inputs, unit.training) for option in every]
+        try:
+            found = measure.typical_seconds(runs, device=device, repeats=policy.repeats, budget_s=policy.budget_s)
+        except measure.RunError as error:
+            at, cause = runs.index(error.run), error.__cause__
+            assert cause is not None
+            if at == 0:
+                raise cause from None
+            failures.append(f"{_label(options.pop(at - 1))} failed: {in_a_line(cause)}")
+            continue
         for option, seconds in zip(every, found, strict=True):
             option.seconds.append(seconds)
+        break
+    return failures
+
+
+def _label(option: Option) -> str:
+    if option.pattern is not None:
+        return f"the candidate of {option.pattern.block_shape} blocks"
+    return "the merged dense layer" if option.format == "dense" else "the low-rank layer"
+
+
+def _fastest(unit: Unit, stay: Option, options: list[Option], policy: Policy) -> Decision:
+    """The decision between options that all have been timed."""
 
     def share(option: Option) -> float:
         return sum(o / d for o, d in zip(option.seconds, stay.seconds, strict=True))
@@ -329,29 +383,3 @@ def _low_rank_by_cost_model(
         f"by the cost model: predicted {ratio:.2f}x the speed of {_baseline(unit, stay)} at the least favourable size"
     )
     return Decision(taken, stay, text)
-
-
-def example_input(call: Call, weight: Tensor) -> Tensor:
-    """A normal random input of a call's shape, channels_last for an image; torch's global generator is left alone."""
-    generator = torch.Generator(weight.device).manual_seed(0)
-    x = torch.randn(call.input_shape, generator=generator, device=weight.device, dtype=torch.float32).to(weight.dtype)
-    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 and weight.dim() == 4 else x
-
-
-class _Run:
-    """One call of a module on all inputs, forward and, while training, backward."""
-
-    def __init__(self, module: nn.Module, inputs: list[Tensor], training: bool) -> None:
-        self.module, self.training = module, training
-        self.inputs = [x.requires_grad_(True) for x in inputs] if training else inputs
-        self.wanted = [p for p in module.parameters() if p.requires_grad]
-
-    def __call__(self) -> None:
-        if not self.training:
-            with torch.no_grad():
-                for x in self.inputs:
-                    self.module(x)
-            return
-        for x in self.inputs:
-            y = self.module(x)
-            torch.autograd.grad(y, [x, *self.wanted], torch.ones_like(y))

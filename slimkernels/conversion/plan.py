@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
@@ -20,6 +22,8 @@ COST_MODEL = "cost model"
 DECIDED = (MEASURED, COST_MODEL, SHAPELESS)
 PLAN_VERSION = 1
 SWAP_DTYPES = ("float64", "float32", "float16", "bfloat16")
+# Sizes, strides and ranks beyond this fit no kernel; other integers are byte counts.
+_MAX_SIZE, _MAX_INT = 2**31 - 1, 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -137,31 +141,68 @@ class LayerPlan:
             raise ValueError(f"{where}: expected format in {', '.join(FORMATS)} of a swap alone, got {self.format!r}")
         if (self.into is None) != (self.action not in ("fold", "fuse")):
             raise ValueError(f"{where}: expected into of a fold or fuse alone, got {self.into!r}")
+        if self.action != "keep" and not self.name:
+            raise ValueError(f"{where}: expected {self.action} of a module inside the model, got the model itself")
+        shape = self.weight_shape
+        if shape is not None and not _sizes_fit(shape, 0):
+            raise ValueError(f"{where}: expected weight_shape of sizes up to {_MAX_SIZE}, got {_shown(shape)}")
+        if self.mask_block_shape is not None and (self.action != "keep" or not _sizes_fit(self.mask_block_shape, 1, 2)):
+            raise ValueError(
+                f"{where}: expected mask_block_shape of 2 positive sizes of a kept layer, "
+                f"got {_shown(self.mask_block_shape)}"
+            )
+        if self.channels_last and not (shape is not None and len(shape) == 4 and self.format in (None, "dense")):
+            raise ValueError(f"{where}: expected channels_last of a dense convolution alone")
+        for name in ("sparsity", "block_sparsity"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{where}: expected {name} in [0, 1], got {getattr(self, name)}")
+        for name in ("bytes_dense", "bytes_stored"):
+            if not 0 <= getattr(self, name) <= _MAX_INT:
+                raise ValueError(f"{where}: expected {name} in [0, {_MAX_INT}], got {_shown(getattr(self, name))}")
         if self.action == "swap":
             self._check_swap(where)
+            return
+        for name in ("block_shape", "kind", "ranks", "stride", "padding", "dilation"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{where}: expected {name} of a swap alone, got {_shown(getattr(self, name))}")
 
     def _check_swap(self, where: str) -> None:
         shape = self.weight_shape
         if shape is None or len(shape) not in (2, 4) or min(shape) < 1:
-            raise ValueError(f"{where}: expected weight_shape of 2 or 4 positive sizes, got {shape}")
-        if (self.block_shape is None) != (self.format != "bsr"):
-            raise ValueError(f"{where}: expected block_shape of format 'bsr' alone, got {self.block_shape}")
-        if self.block_shape is not None and (len(self.block_shape) != 2 or min(self.block_shape) < 1):
-            raise ValueError(f"{where}: expected block_shape of 2 positive sizes, got {self.block_shape}")
-        if self.format == "low_rank":
-            if self.kind not in LOW_RANK_KINDS:
-                raise ValueError(f"{where}: expected kind in {', '.join(LOW_RANK_KINDS)}, got {self.kind!r}")
-            if not self.ranks or min(self.ranks) < 1:
-                raise ValueError(f"{where}: expected positive ranks, got {self.ranks}")
+            raise ValueError(f"{where}: expected weight_shape of 2 or 4 positive sizes, got {_shown(shape)}")
+        conv = len(shape) == 4
+        block_shape = self.block_shape
+        if (block_shape is None) != (self.format != "bsr"):
+            raise ValueError(f"{where}: expected block_shape of format 'bsr' alone, got {_shown(block_shape)}")
+        if block_shape is not None and not _sizes_fit(block_shape, 1, 2):
+            raise ValueError(f"{where}: expected block_shape of 2 positive sizes, got {_shown(block_shape)}")
+        self._check_low_rank(where, conv)
         if self.dtype not in SWAP_DTYPES:
             raise ValueError(f"{where}: expected dtype in {', '.join(SWAP_DTYPES)}, got {self.dtype!r}")
-        if self.epilogue not in EPILOGUES["bsr_conv2d"]:
-            raise ValueError(f"{where}: expected epilogue in {sorted(EPILOGUES['bsr_conv2d'])}, got {self.epilogue!r}")
-        if len(shape) == 4:
-            for name in ("stride", "padding", "dilation"):
-                pair = getattr(self, name)
-                if pair is None or len(pair) != 2 or min(pair) < (name != "padding"):
-                    raise ValueError(f"{where}: expected {name} of 2 sizes, got {pair}")
+        op = f"{self.format}_{'conv2d' if conv else 'linear'}"
+        epilogues = EPILOGUES.get(op, frozenset({"none"}))
+        if self.epilogue not in epilogues:
+            raise ValueError(f"{where}: expected epilogue in {sorted(epilogues)}, got {self.epilogue!r}")
+        for name in ("stride", "padding", "dilation"):
+            pair = getattr(self, name)
+            if not conv and pair is not None:
+                raise ValueError(f"{where}: expected {name} of a convolution alone, got {_shown(pair)}")
+            if conv and (pair is None or not _sizes_fit(pair, int(name != "padding"), 2)):
+                raise ValueError(f"{where}: expected {name} of 2 sizes, got {_shown(pair)}")
+
+    def _check_low_rank(self, where: str, conv: bool) -> None:
+        """``kind`` and ``ranks``: of format ``low_rank`` alone, and as many ranks as the kind has."""
+        if self.format != "low_rank":
+            if self.kind is not None or self.ranks is not None:
+                got = f"{self.kind!r} and {_shown(self.ranks)}"
+                raise ValueError(f"{where}: expected kind and ranks of format 'low_rank' alone, got {got}")
+            return
+        kinds = LOW_RANK_KINDS if conv else ("svd",)
+        if self.kind not in kinds:
+            raise ValueError(f"{where}: expected kind in {', '.join(kinds)}, got {self.kind!r}")
+        count = 2 if self.kind == "tucker2" else 1
+        if self.ranks is None or not _sizes_fit(self.ranks, 1, count):
+            raise ValueError(f"{where}: expected {count} positive ranks, got {_shown(self.ranks)}")
 
 
 @dataclass(frozen=True)
@@ -191,14 +232,15 @@ class ModelPlan:
     def __post_init__(self) -> None:
         if self.decided not in DECIDED:
             raise ValueError(f"ModelPlan: expected decided in {DECIDED}, got {self.decided!r}")
-        names: set[str] = set()
+        if self.threads < 1:
+            raise ValueError(f"ModelPlan: expected threads >= 1, got {_shown(self.threads)}")
+        layers: dict[str, LayerPlan] = {}
         for layer in self.layers:
-            if layer.name in names:
+            if layer.name in layers:
                 raise ValueError(f"ModelPlan: expected each layer once, got {layer.name!r} twice")
-            names.add(layer.name)
+            layers[layer.name] = layer
         for layer in self.layers:
-            if layer.into is not None and layer.into not in names:
-                raise ValueError(f"LayerPlan {layer.name!r}: expected into to name a layer, got {layer.into!r}")
+            _check_target(layer, layers)
 
     def __getitem__(self, name: str) -> LayerPlan:
         for layer in self.layers:
@@ -223,14 +265,14 @@ class ModelPlan:
             ValueError: not JSON, another version, or a field that is missing, unknown or out of range; named.
         """
         try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            data = parse_json(text)
+        except ValueError as error:
             raise ValueError(f"ModelPlan: expected JSON, got {error}") from error
         if not isinstance(data, dict):
             raise ValueError(f"ModelPlan: expected a JSON object, got {type(data).__name__}")
         version = data.pop("plan_version", None)
-        if version != PLAN_VERSION:
-            raise ValueError(f"ModelPlan: expected plan_version {PLAN_VERSION}, got {version!r}")
+        if type(version) is not int or version != PLAN_VERSION:
+            raise ValueError(f"ModelPlan: expected plan_version {PLAN_VERSION}, got {_shown(version)}")
         layers = data.get("layers")
         if not isinstance(layers, list):
             raise ValueError(f"ModelPlan: expected layers to be a list, got {type(layers).__name__}")
@@ -238,9 +280,58 @@ class ModelPlan:
         return _from_plain(cls, data, "ModelPlan")
 
 
+def _check_target(layer: LayerPlan, layers: Mapping[str, LayerPlan]) -> None:
+    """Raises ValueError where ``into`` names no layer, or one that can take nothing over."""
+    where, allowed = f"LayerPlan {layer.name!r}", ("swap",) if layer.action == "fuse" else ("swap", "keep", "fold")
+    if layer.into is None:
+        return
+    if layer.into not in layers:
+        raise ValueError(f"{where}: expected into to name a layer, got {layer.into!r}")
+    target = layers[layer.into]
+    if target.action not in allowed:
+        words = f"{layer.into!r} of action {target.action!r}"
+        raise ValueError(f"{where}: expected into to name a layer of action {' or '.join(allowed)}, got {words}")
+    # A batch norm may be inside a factor that is inside another layer; that one stays.
+    end = target if target.into is None else layers.get(target.into)
+    if end is None or end.action not in ("swap", "keep"):
+        raise ValueError(f"{where}: expected into to lead to a layer that stays, got {layer.into!r}")
+
+
 def faster_everywhere(dense: Sequence[float], other: Sequence[float], min_speedup: float) -> bool:
     """The rule of every swap: ``dense >= min_speedup * other`` at each size."""
     return len(dense) > 0 and all(d >= min_speedup * o for d, o in zip(dense, other, strict=True))
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text in which no name occurs twice, no number is NaN or infinite, and all text is Unicode.
+
+    Raises:
+        ValueError: anything else, too deep a nesting included.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("a name occurs twice")
+        return found
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"the number {name}")
+
+    try:
+        text.encode()  # half of a surrogate pair is no text
+        return json.loads(text, object_pairs_hook=once, parse_constant=refuse)
+    except (TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(str(error)) from error
+
+
+def _sizes_fit(sizes: tuple[int, ...], least: int, count: int | None = None) -> bool:
+    return (count is None or len(sizes) == count) and all(least <= size <= _MAX_SIZE for size in sizes)
+
+
+def _shown(value: Any) -> str:
+    """A value from a file in a message: shortened, however long or deep it is."""
+    return reprlib.repr(value)
 
 
 def _from_plain(cls: type, data: Any, where: str) -> Any:
@@ -250,16 +341,16 @@ def _from_plain(cls: type, data: Any, where: str) -> Any:
     fields = {f.name: f for f in dataclasses.fields(cls)}
     unknown = sorted(set(data) - set(fields))
     if unknown:
-        raise ValueError(f"{where}: unknown field {unknown[0]!r}")
+        raise ValueError(f"{where}: unknown field {_shown(unknown[0])}")
     hints, arguments = get_type_hints(cls), {}
     for name, f in fields.items():
         if name not in data:
             if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
                 raise ValueError(f"{where}: expected field {name!r}, got none")
             continue
-        value = _tupled(data[name])
+        value = tuple(data[name]) if isinstance(data[name], list) else data[name]
         if not _fits(value, str(hints[name])):
-            raise ValueError(f"{where}: expected {name} to be {f.type}, got {data[name]!r}")
+            raise ValueError(f"{where}: expected {name} to be {f.type}, got {_shown(data[name])}")
         arguments[name] = value
     try:
         return cls(**arguments)
@@ -267,27 +358,34 @@ def _from_plain(cls: type, data: Any, where: str) -> Any:
         raise ValueError(f"{where}: {error}") from error
 
 
-def _tupled(value: Any) -> Any:
-    return tuple(map(_tupled, value)) if isinstance(value, list) else value
-
-
 def _fits(value: Any, hint: str) -> bool:
-    """Whether a JSON value has the type of a field of the plan; the hints are those that this file uses."""
+    """Whether a JSON value has the type of a field of the plan; the hints are those that this file uses.
+
+    Numbers are finite, integers those of 64 bits, and text can be written as UTF-8.
+    """
     if value is None:
         return "None" in hint
     if "tuple" in hint:
         if not isinstance(value, tuple):
             return False
-        kinds: tuple[type, ...] = (int, float) if "float" in hint else (int,) if "int" in hint else (object,)
-        if "str" in hint:
-            kinds = (str,)
-        return all(isinstance(item, kinds) and not isinstance(item, bool) for item in value)
+        for kind in ("float", "int", "str"):
+            if kind in hint:
+                return all(_fits(item, kind) and item is not None for item in value)
+        return True  # of layers, which were read before
     if "Mapping" in hint:
-        return isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
+        return isinstance(value, dict) and all(_fits(key, "str") and _fits(v, "str") for key, v in value.items())
     if "bool" in hint:
         return isinstance(value, bool)
     if "float" in hint:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
+        return _fits(value, "int") or (isinstance(value, float) and math.isfinite(value))
     if "int" in hint:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, str)
+        return type(value) is int and -_MAX_INT <= value <= _MAX_INT
+    return isinstance(value, str) and _is_unicode(value)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

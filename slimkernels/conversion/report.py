@@ -11,6 +11,7 @@ from torch import nn
 
 from slimkernels.conversion.container import read_plan
 from slimkernels.conversion.plan import LayerPlan, ModelPlan
+from slimkernels.conversion.wrappers import unwrapped
 
 _COLUMNS = ("layer", "type", "action", "stored as", "kernel", "zeros", "KiB", "dense ms", "ms", "reason")
 _RIGHT = {"zeros", "KiB", "dense ms", "ms"}
@@ -125,13 +126,15 @@ def explain(subject: nn.Module | ModelPlan | str | os.PathLike[str]) -> Report:
     """What happened to each layer of a converted model, and why.
 
     Args:
-        subject: a model from `convert` or `load`, a `ModelPlan`, or the path of a ``.slim.safetensors`` file.
+        subject: a model from `convert` or `load`, a wrapper around one (DataParallel, AveragedModel, `torch.compile`),
+            a `ModelPlan`, or the path of a ``.slim.safetensors`` file.
 
     Raises:
         TypeError: anything else. ValueError: a model that was not converted; a damaged file, the field at fault named.
     """
     if isinstance(subject, ModelPlan):
         return Report(subject)
+    subject = unwrapped("explain", subject)
     if isinstance(subject, nn.Module):
         plan = getattr(subject, "slimkernels_plan", None)
         if not isinstance(plan, ModelPlan):

@@ -11,30 +11,33 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from slimkernels.conversion.analysis import obstacle_or_weight, weight_layer_names, zero_share
+from slimkernels.conversion.calls import capture
 from slimkernels.conversion.chains import FactorChain, find_chains
 from slimkernels.conversion.folding import Tail, find_tail, fold_chain, fold_weight
 from slimkernels.conversion.graph import (
     InputSet,
     ModelGraph,
     bake,
-    capture,
     copy_model,
     has_hooks,
+    in_a_line,
     parametrized_type,
     trace,
     unique_names,
 )
+from slimkernels.conversion.hub import unguard_publishing
 from slimkernels.conversion.layers import (
     LOW_RANK_LAYERS,
     SPARSE_LAYERS,
     WEIGHT_LAYERS,
     LayerWeight,
     declared_block_shape,
-    shared_tensor_layers,
     weight_obstacle,
 )
 from slimkernels.conversion.options import Decision, Unit, dense_twin, low_rank_module
 from slimkernels.conversion.plan import LayerPlan, Policy
+from slimkernels.conversion.readers import weight_readers
+from slimkernels.conversion.wrappers import plain_name
 from slimkernels.formats import BlockMask, block_grid, block_shape_2d
 from slimkernels.nn import LowRankConv2d, LowRankLinear
 
@@ -77,10 +80,10 @@ class Survey:
 class _Structure:
     graph: ModelGraph
     uniques: Mapping[str, nn.Module]
-    shared: frozenset[str]
+    readers: Mapping[str, str]
 
     def tail(self, model: nn.Module, name: str, weight: Tensor) -> tuple[Tail, dict[str, str]]:
-        return find_tail(model, self.graph, self.uniques, self.shared, name, weight)
+        return find_tail(model, self.graph, self.uniques, self.readers, name, weight)
 
 
 def prepare(model: nn.Module, *, training: bool) -> nn.Module:
@@ -88,6 +91,7 @@ def prepare(model: nn.Module, *, training: bool) -> nn.Module:
     copied = copy_model(model)
     for name in (PLAN_ATTRIBUTE, GUARD_ATTRIBUTE):
         copied.__dict__.pop(name, None)
+    unguard_publishing(copied)
     nn.Module.train(copied, training)
     if not training:
         for module in list(copied.modules()):
@@ -102,19 +106,24 @@ def survey(model: nn.Module, sets: list[InputSet], policy: Policy, *, training: 
     Raises:
         ValueError: the model does not run on an example input; ``Policy.exclude`` names no layer.
     """
-    declared = {n: b for n, m in model.named_modules() if (b := declared_block_shape(m)) is not None}
-    masks = {n: mask for n, m in model.named_modules() if (mask := _mask(m)) is not None}
+    layers = [(plain_name(name), module) for name, module in model.named_modules()]
+    declared = {n: b for n, m in layers if (b := declared_block_shape(m)) is not None}
+    masks = {n: mask for n, m in layers if (mask := _mask(m)) is not None}
     copied = prepare(model, training=training)
     names = weight_layer_names(copied)
     found = Survey(copied, training, next((t.device.type for t in copied.parameters()), "cpu"))
-    structure = _Structure(trace(copied, training=training), unique_names(copied), shared_tensor_layers(copied))
-    graph = structure.graph
+    recorded = capture(copied, sets, names, training=training)
+    graph = trace(copied, training=training)
+    # A model that is to be trained will be evaluated as well, and its eval mode may read what training does not.
+    graphs = [graph, trace(copied)] if training else [graph]
+    readers = weight_readers(copied, graphs, recorded.reads if sets else None)
+    structure = _Structure(graph, unique_names(copied), readers)
     if graph.reason is not None and not training:
         found.notes.append(f"nothing is folded or fused: {graph.reason}")
-    calls = capture(copied, sets, names, training=training)
+    calls = recorded.calls
     found.excluded = _excluded(names, policy.exclude)
     for name in names:
-        obstacle, weight = obstacle_or_weight(copied, graph, name, structure.uniques, structure.shared)
+        obstacle, weight = obstacle_or_weight(copied.get_submodule(name), name, structure.uniques, readers)
         if obstacle is None and sets and name not in calls:
             obstacle = "it is called with something else than one tensor"
         if obstacle is not None or weight is None:
@@ -175,7 +184,10 @@ def _form_units(
             if tail.bn is not None and not policy.fold_bn:
                 reasons, tail = {tail.bn: "Policy.fold_bn is off"}, Tail()
             found.batch_norm_reasons.update(reasons)
-        found.units.append(_unit(found, names, chain, tail, calls.get(name, ()), masks.get(name)))
+        try:
+            found.units.append(_unit(found, names, chain, tail, calls.get(name, ()), masks.get(name)))
+        except Exception as error:  # such as the product of two factors that does not fit into memory
+            found.obstacles |= dict.fromkeys(names, f"it cannot be prepared: {in_a_line(error)}")
     if policy.fold_bn and not found.training:
         _fold_into_kept(found, structure)
     folded = {unit.tail.bn for unit in found.units} | set(found.foldable)
@@ -214,7 +226,7 @@ def _fold_into_kept(found: Survey, structure: _Structure) -> None:
     """Batch norm behind a convolution that stays for its groups or padding folds all the same."""
     for name in found.obstacles:
         module = structure.uniques.get(name)
-        if type(module) is not nn.Conv2d or name in structure.shared or name in structure.graph.tensor_reads:
+        if type(module) is not nn.Conv2d or name in structure.readers:
             continue
         if has_hooks(module) or module.weight.is_meta or type(module.weight) is not nn.Parameter:
             continue

@@ -56,8 +56,8 @@ def problem_of(module: nn.Module, x: Tensor) -> SizedProblem:
         TypeError: another module.
     """
     dtype, device = x.dtype, x.device.type
-    n, (h, w) = max(x.shape[:-3].numel(), 1), (x.shape[-2:] if x.dim() > 2 else (1, 1))
-    rows = x.shape[:-1].numel()
+    rows = x.shape[:-1].numel()  # of a linear layer, whatever the number of dimensions
+    n, (h, w) = x.shape[:-3].numel(), (x.shape[-2:] if x.dim() > 2 else (1, 1))
     if isinstance(module, BlockSparseConv2d):
         return ConvProblem(
             n, module.in_channels, h, w, module.out_channels, *module.kernel_size, module.stride, module.padding,

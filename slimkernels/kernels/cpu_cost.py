@@ -65,7 +65,8 @@ def cpu_seconds(problem: SizedProblem, rates: CpuRates, threads: int) -> float:
         elif strip < NARROWEST_CHANNELS_LAST:
             images = problem.n if isinstance(problem, ConvProblem) else problem.m
             lanes = LANES[rates.isa]
-            rate *= _NARROW_STRIPS[strip] * images / max(1, -(-images // lanes) * lanes)
+            # A batch without images is no work, at any rate.
+            rate *= _NARROW_STRIPS[strip] * (images / (-(-images // lanes) * lanes) if images else 1.0)
             copied = sum(problem.io_bytes(pooled=problem.epilogue == "relu_maxpool2")) / _COPY_BYTES_S
     return (2 * problem.macs / rate + copied) / threads + problem.native_calls * rates.sparse_call_s
 

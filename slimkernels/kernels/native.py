@@ -191,7 +191,12 @@ class PackedConv2d:
     def rows(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The output for contiguous float32 CPU rows ``(..., in)``, the weight being that of a linear layer."""
         y = torch.empty((*x.shape[:-1], self.c_out), dtype=torch.float32)
-        self._run(x, y, bias, x.numel() // self.c_in, 1, 1, 1, 1)
+        rows = x.numel() // self.c_in
+        if self.narrow:
+            # Two dimensions: in front of the layout copies, four would be taken for those of a batch of images.
+            self._run(x.view(rows, self.c_in), y.view(rows, self.c_out), bias, rows, 1, 1, 1, 1)
+        else:
+            self._run(x, y, bias, rows, 1, 1, 1, 1)
         return y
 
     def _run(self, x: Tensor, y: Tensor, bias: Tensor | None, n: int, h: int, w: int, p: int, q: int) -> None:

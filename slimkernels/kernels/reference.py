@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from slimkernels.formats import BSRWeight, _to_blocks
 from slimkernels.kernels.problems import factor_geometry
+from slimkernels.kernels.strided_pointwise import convolution_backward
 
 
 def apply_epilogue(y: Tensor, epilogue: str) -> Tensor:
@@ -93,27 +94,11 @@ def bsr_conv2d_dgrad(
     """The gradient of `bsr_conv2d`'s input, ``image`` (H, W), through the dense weight; ``transposed`` is unused."""
     dense = _dense_weight(values, crow_indices, col_indices, weight_shape, block_shape)
     x = grad.new_empty((grad.shape[0], weight_shape[1], *image)).contiguous(memory_format=torch.channels_last)
-    pointwise = _is_strided_pointwise(weight_shape, stride, padding)
-    taken = x[:, :, :: stride[0], :: stride[1]].contiguous(memory_format=torch.channels_last) if pointwise else x
-    step = [1, 1] if pointwise else list(stride)
-    grad_x = torch.ops.aten.convolution_backward(
-        grad.contiguous(memory_format=torch.channels_last), taken, dense, None, step, list(padding), list(dilation),
-        False, [0, 0], 1, [True, False, False],
-    )[0]  # fmt: skip
-    if pointwise:
-        x = torch.zeros_like(x)
-        x[:, :, :: stride[0], :: stride[1]] = grad_x
-        grad_x = x
+    grad_x, _ = convolution_backward(
+        grad.contiguous(memory_format=torch.channels_last), x, dense, stride, padding, dilation, (True, False)
+    )
+    assert grad_x is not None
     return grad_x.contiguous(memory_format=torch.channels_last)
-
-
-def _is_strided_pointwise(weight_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> bool:
-    """Whether a convolution reads every stride-th pixel only: 1x1 without padding.
-
-    Said so to oneDNN (torch 2.15) with 2, 3, 5 or 7 channels_last input channels, its weight gradient writes past its
-    buffers, so those pixels are taken first.
-    """
-    return max(weight_shape[2:]) == 1 and max(padding) == 0 and max(stride) > 1
 
 
 def bsr_conv2d_wgrad(
@@ -121,12 +106,11 @@ def bsr_conv2d_wgrad(
     block_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
 ) -> Tensor:  # fmt: skip
     """The gradient of `bsr_conv2d`'s values, cut out of the dense weight's gradient; spare blocks get 0."""
-    if _is_strided_pointwise(weight_shape, stride, padding):
-        x, stride = x[:, :, :: stride[0], :: stride[1]].contiguous(memory_format=torch.channels_last), (1, 1)
-    grad_w = torch.ops.aten.convolution_backward(
-        grad.contiguous(memory_format=torch.channels_last), x, x.new_empty(tuple(weight_shape)), None, list(stride),
-        list(padding), list(dilation), False, [0, 0], 1, [False, True, False],
-    )[1]  # fmt: skip
+    _, grad_w = convolution_backward(
+        grad.contiguous(memory_format=torch.channels_last), x, x.new_empty(tuple(weight_shape)), stride, padding,
+        dilation, (False, True),
+    )  # fmt: skip
+    assert grad_w is not None
     weight = BSRWeight(values, crow_indices, col_indices, tuple(weight_shape), tuple(block_shape))  # type: ignore[arg-type]
     grad_values = torch.zeros_like(values, memory_format=torch.contiguous_format)
     rows, cols = weight.block_rows(), col_indices[: weight.nnz_blocks].long()

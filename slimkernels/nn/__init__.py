@@ -3,12 +3,14 @@
 from slimkernels.nn.attributes import resolved_padding, unsupported_conv_reason
 from slimkernels.nn.block_sparse import BlockSparseConv2d, BlockSparseLinear
 from slimkernels.nn.low_rank import LowRankConv2d, LowRankLinear
+from slimkernels.nn.strided_pointwise import guard_strided_pointwise_
 
 __all__ = [
     "BlockSparseConv2d",
     "BlockSparseLinear",
     "LowRankConv2d",
     "LowRankLinear",
+    "guard_strided_pointwise_",
     "resolved_padding",
     "unsupported_conv_reason",
 ]

@@ -21,6 +21,7 @@ from slimkernels.kernels.problems import (
     factor_geometry,
 )
 from slimkernels.kernels.select import choose, launcher, resolve_gradient
+from slimkernels.kernels.strided_pointwise import convolution_backward
 from slimkernels.ops.library import (
     OPS,
     cast_floats,
@@ -216,10 +217,9 @@ def _conv2d_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     for i in reversed(range(len(factors))):
         stride, padding, dilation = ctx.geometry[i]
         need_input = i > 0 or need_x
-        grad, grad_factors[i], _ = torch.ops.aten.convolution_backward(
-            grad, inputs[i], factors[i], None, list(stride), list(padding), list(dilation), False, [0, 0], 1,
-            [need_input, bool(need_factors), False],
-        )  # fmt: skip
+        grad, grad_factors[i] = convolution_backward(
+            grad, inputs[i], factors[i], stride, padding, dilation, (need_input, bool(need_factors))
+        )
     return grad if need_x else None, grad_factors, grad_bias, [None] * ctx.packed_count, *[None] * 6
 
 

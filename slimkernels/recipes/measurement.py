@@ -23,7 +23,7 @@ from slimkernels.files import atomic_path
 from slimkernels.inference import graphed
 from slimkernels.recipes.rows import Workplace
 from slimkernels.recipes.schema import Row
-from slimkernels.recipes.store import write_json
+from slimkernels.recipes.store import write_result
 
 # Of a network and its converted twin in float32: largest difference of the logits over the largest logit.
 MAX_RELATIVE_DEVIATION = 1e-3
@@ -78,7 +78,7 @@ def measure(place: Workplace, rows: Sequence[Row], *, seed: int = 0, compile: bo
         "notes": list(dict.fromkeys(notes)),
         "rows": measured,
     }
-    write_json(place.out / "measurement.json", result)
+    write_result(place.out / "measurement.json", result)
     return result
 
 

@@ -23,10 +23,11 @@ from slimkernels.compress.factorize import factorization_report, factorize_
 from slimkernels.compress.gradual import GradualPruning
 from slimkernels.compress.prune import finalize_, masks, prune_
 from slimkernels.compress.train import EpochStats, TrainConfig, evaluate, fine_tune
+from slimkernels.compress.training_checkpoint import remove_checkpoint
 from slimkernels.data import TensorLoader
-from slimkernels.files import atomic_path
+from slimkernels.files import atomic_path, file_sha256
 from slimkernels.recipes.schema import TRAINING_VERBS, Recipe, Row, Step
-from slimkernels.recipes.store import file_sha256, finished, key_of, read_json, write_json
+from slimkernels.recipes.store import finished, key_of, read_result, write_result
 
 Say = Callable[[str], None]
 
@@ -60,7 +61,7 @@ class Workplace:
 
     def result(self, row: Row, seed: int) -> dict[str, Any] | None:
         """The finished row's result, whatever recipe made it; None where there is none."""
-        return read_json(self.folder(row, seed) / "row.json")
+        return read_result(self.folder(row, seed) / "row.json")
 
     def network(self, name: str, seed: int) -> nn.Module:
         """The finished network of a row, in eval mode; rows that it needs are run first."""
@@ -109,7 +110,7 @@ def run_row(place: Workplace, row: Row, seed: int) -> tuple[dict[str, Any], nn.M
             "seconds": sum(step.get("seconds", 0.0) for step in steps),
             "steps": steps,
         }
-        write_json(folder / "row.json", stored)
+        write_result(folder / "row.json", stored)
         place.say(f"    {row.name}: accuracy {stored['accuracy']:.2%}")
     return stored, model
 
@@ -161,7 +162,7 @@ def _run_step(
         facts = _change(model, step)
         result = {"key": key, "verb": step.verb, **facts}
         if finished(stem.with_suffix(".json"), key) is None:
-            write_json(stem.with_suffix(".json"), result)
+            write_result(stem.with_suffix(".json"), result)
         return key, result
     state = stem.with_suffix(".pt")
     result = finished(stem.with_suffix(".json"), key, state)
@@ -212,9 +213,9 @@ def _train(
     config = TrainConfig(**settings, seed=seed)
     callbacks = [pruning(step.companions["prune"])] if "prune" in step.companions else []
     checkpoint, mark = stem.with_suffix(".ckpt"), stem.with_suffix(".running.json")
-    if (read_json(mark) or {}).get("key") != key:
-        checkpoint.unlink(missing_ok=True)
-        write_json(mark, {"key": key})
+    if (read_result(mark) or {}).get("key") != key:
+        remove_checkpoint(checkpoint)
+        write_result(mark, {"key": key})
     started = time.perf_counter()
     common: dict[str, Any] = {
         "callbacks": callbacks, "progress": place.progress, "checkpoint": checkpoint, "resume": True,
@@ -241,8 +242,8 @@ def _train(
         "losses": [stats.loss for stats in history],
         "settings": step.as_dict(),
     }
-    write_json(stem.with_suffix(".json"), result)
-    checkpoint.unlink(missing_ok=True)
+    write_result(stem.with_suffix(".json"), result)
+    remove_checkpoint(checkpoint)
     mark.unlink(missing_ok=True)
     return result
 

@@ -1,7 +1,8 @@
 """Finished steps on disk: a JSON of what came out, and the key by which a later run knows that it is still valid.
 
 A step's key is the SHA-256 of its settings and of everything that went into it: the state before it, the teacher, the
-data, the seed. A finished step is skipped when its key and the SHA-256 of its state file still hold.
+data, the seed. A finished step is skipped when its key, the SHA-256 of its result and that of its state file still
+hold; else it is run again.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from slimkernels.files import atomic_path
+from slimkernels.files import atomic_path, file_sha256, sealed_json, unsealed_json
 
 # Part of every key: raised when a change of this package makes earlier results incomparable.
 RESULTS_VERSION = 1
@@ -32,15 +33,6 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"key_of: expected JSON-able values, got {type(value).__name__}")
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes a JSON object atomically; the folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,18 +40,22 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
         temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object of a file; None where there is none, or not a whole one."""
+def write_result(path: Path, value: Mapping[str, Any]) -> None:
+    """Like `write_json`, with a SHA-256 of the values, without which `read_result` does not believe them."""
+    write_json(path, sealed_json(value))
+
+
+def read_result(path: Path) -> dict[str, Any] | None:
+    """What `write_result` wrote; None where there is no file, or one that is not whole."""
     try:
-        value = json.loads(path.read_text())
+        return unsealed_json(path.read_bytes())
     except (OSError, ValueError):
         return None
-    return value if isinstance(value, dict) else None
 
 
 def finished(path: Path, key: str, state: Path | None = None) -> dict[str, Any] | None:
     """The result in ``path`` if it belongs to ``key`` and the ``state`` file beside it is the one that it speaks of."""
-    result = read_json(path)
+    result = read_result(path)
     if result is None or result.get("key") != key:
         return None
     if state is not None and (not state.is_file() or file_sha256(state) != result.get("state_sha256")):

@@ -9,7 +9,7 @@ from typing import Any
 
 from slimkernels import timing
 from slimkernels.recipes.schema import Recipe, Row
-from slimkernels.recipes.store import read_json
+from slimkernels.recipes.store import read_result
 
 # What the reproduction is after: the sizes and accuracies of SlimNets, and a speed that it did not have.
 GOALS = {"compression": 85.0, "relative_accuracy": 0.98, "speedup_cpu": 20.0, "speedup_gpu": 8.0}
@@ -23,7 +23,7 @@ def summarise(out: Path, recipe: Recipe, data: Mapping[str, Any]) -> dict[str, A
     Raises:
         ValueError: the teacher, the recipe's first row, is not finished.
     """
-    measured = read_json(out / "measurement.json") or {}
+    measured = read_result(out / "measurement.json") or {}
     rows = [entry for row in recipe.rows if (entry := _row(out, row, measured)) is not None]
     if not rows or rows[0]["name"] != recipe.rows[0].name:
         raise ValueError(f"report: expected row {recipe.rows[0].name!r} to be finished, got none in {out}")
@@ -55,7 +55,7 @@ def summarise(out: Path, recipe: Recipe, data: Mapping[str, Any]) -> dict[str, A
 
 def _row(out: Path, row: Row, measured: Mapping[str, Any]) -> dict[str, Any] | None:
     results = [
-        result for path in sorted((out / "rows" / row.slug).glob("seed*/row.json")) if (result := read_json(path))
+        result for path in sorted((out / "rows" / row.slug).glob("seed*/row.json")) if (result := read_result(path))
     ]
     if not results:
         return None

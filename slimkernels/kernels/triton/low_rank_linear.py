@@ -173,7 +173,7 @@ def default_config(
     block_m = min(block_m, max(16, next_power_of_2(m_total)))
     if tensor_cores and block_m < 64 and wide <= 128:
         warps = 4
-    splits = min(cdiv(out_features, block_n), max(1, processors // cdiv(m_total, block_m)))
+    splits = min(cdiv(out_features, block_n), max(1, processors // max(1, cdiv(m_total, block_m))))
     stages = 3
     while stages > 1 and _shared_bytes(stages, block_m, block_n, block_k, wide, dtype.itemsize) > shared_memory:
         stages -= 1
