@@ -243,7 +243,7 @@ _AFTER_IMPORT = {
     "slimkernels.ops.library": _autocast_of_cuda,
 }
 # Modules that pass tensors of unknown classes over, and would take a `DeviceTensor` for one.
-_ASK_TYPES = ("slimkernels.conversion.layers", "slimkernels.conversion.units")
+_ASK_TYPES = tuple(f"slimkernels.conversion.{name}" for name in ("layers", "readers", "units"))
 
 
 class _Finder(MetaPathFinder):
