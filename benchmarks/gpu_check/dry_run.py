@@ -48,7 +48,7 @@ EXTRA = {
     "ceilings": ("--smoke",),
     "correctness": ("--names", "headline"),
     "vgg": _QUICK,
-    "sweep": ("--layers", "2"),
+    "sweep": ("--layers", "1"),
     "rows": (*_QUICK, "-k", "batch_1 and not batch_16"),
     "tests": _some("captured", "split", "training_matches", "autocast", "streams"),
     "autotune": ("--collect-only",),  # as "vgg" but for torch.compile, which returns the module here
