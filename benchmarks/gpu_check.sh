@@ -2,6 +2,7 @@
 # What a machine with a CUDA GPU should show, in two calls of at most 540 and 230 seconds: is it right, how fast is it, why.
 #
 #   benchmarks/gpu_check.sh --plan       stages, seconds and both sums; runs nothing
+#   benchmarks/gpu_check.sh --dry-run    every stage without a GPU, on a stand-in that computes nothing on one: four minutes
 #   benchmarks/gpu_check.sh 1            ceilings, correctness, VGG-19, configurations, counters, GPU tests, sanitizer
 #   benchmarks/gpu_check.sh 2            VGG-16, VGG-19 as tuned by call 1, a training step, what failed in call 1, low rank
 #   benchmarks/gpu_check.sh STAGE...     stages by name

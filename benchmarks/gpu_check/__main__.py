@@ -171,6 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="gpu_check", description=__doc__)
     parser.add_argument("what", nargs="*", help="1, 2, or names of stages")
     parser.add_argument("--plan", action="store_true", help="print stages, seconds and sums; run nothing")
+    parser.add_argument("--dry-run", action="store_true", help="all stages, or those named, on a stand-in for a GPU")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or STATE / "out"), help="what to keep")
     parser.add_argument("--state", type=Path, default=STATE, help="everything, kept from call to call")
     parser.add_argument("--from", dest="before", type=Path, default=None, help="an --out folder of an earlier call")
@@ -179,6 +180,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if parsed.plan:
         print(plan.plan_text())
         return 0
+    if parsed.dry_run:
+        from gpu_check import dry_run
+
+        return dry_run.main(parsed.what)
     try:
         stages, seconds = chosen(parsed.what)
     except ValueError as error:

@@ -63,6 +63,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = failed + fresh
 
 
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """That nothing is left to run again is no failure."""
+    if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and session.config.getoption("--again") is not None:
+        session.exitstatus = pytest.ExitCode.OK
+
+
 class _Writer:
     """Writes each test's outcome as it is known."""
 

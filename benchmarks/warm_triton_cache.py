@@ -1,0 +1,253 @@
+"""Fills Triton's cache for the GPU check, without a GPU: ``python benchmarks/warm_triton_cache.py``.
+
+The kernels are launched as on the device, through Triton's own path, on a stand-in for one H100 (`stand_in`), so that
+Triton compiles them for sm_90 and keeps them under the keys that it will look up there. What it keeps beside machine
+code is left out, and the rest packed into ``.gpu-cache/triton-cache.tar.xz``; the first stage of the check unpacks it
+into the folder where it was made (`gpu_check.plan.TRITON_CACHE`): Triton writes absolute paths into its cache.
+
+A key holds Triton's version and code, its compiler's, ptxas's version, the kernel's source and constants, and
+TRITON_DEFAULT_FP_FUSION. So use the device's Python minor version and Triton, and make the cache again after every
+change of a kernel; a miss costs the time of one compilation. ``--check`` looks every kernel up in a new process
+that cannot compile.
+
+The C code that launches a kernel is compiled once a signature; it is made here too, against an empty libcuda. Where it
+cannot be loaded (an older C library) Triton makes it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from gpu_check import plan  # noqa: E402
+
+KEPT = (".cubin", ".json", ".so")
+# What the stages of the check launch: `gpu_check.layers.ROWS` by name.
+ROWS = ("headline", "blocks_64x16", "sparsity_95", "batch_16", "batch_1", "vgg16_224")
+
+
+class Job(NamedTuple):
+    """One call of a launching function: its kernel in `KERNELS`, the problem and the configuration."""
+
+    kernel: str
+    problem: Any
+    config: dict[str, int]
+
+
+def prepare(folder: str, libcuda: str) -> None:
+    """In every process before Triton is imported: where its cache is, and the stand-in."""
+    os.environ.update(TRITON_CACHE_DIR=folder, TRITON_DEFAULT_FP_FUSION="1", TRITON_LIBCUDA_PATH=libcuda)
+    os.environ.pop("TRITON_INTERPRET", None)
+    # Under its name nothing else is loaded any more, so that the launching code finds what it was linked against.
+    ctypes.CDLL(os.path.join(libcuda, "libcuda.so.1"))
+    import stand_in
+
+    stand_in.install(compiling=True, values=False)
+
+
+def jobs() -> list[Job]:
+    """Everything to be compiled: forward layers of the rows and the sweep, and the layers of a training step."""
+    from gpu_check import layers, precompile
+
+    found = []
+    for p, choice in precompile.jobs(ROWS, "cuda", training=True):
+        forward = choice or layers.choice_of(p)
+        found.append(Job(forward.name, p, dict(forward.config)))
+        if choice is None:
+            found += [Job(f"{op}__triton", p, {}) for op in ("bsr_conv2d_dgrad", "bsr_conv2d_wgrad")]
+    return found
+
+
+def launch(job: Job) -> None:
+    """Launches a job's kernels on tensors that have sizes and no values."""
+    import torch
+    from stand_in.device_tensor import DeviceTensor
+
+    from slimkernels import testing
+    from slimkernels.kernels import KERNELS
+    from slimkernels.kernels.triton.bsr_conv2d_index import forward_order
+
+    p = job.problem
+
+    def sized(*shape: int) -> Any:
+        layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+        return DeviceTensor(torch.empty(shape, dtype=p.dtype, device="meta", memory_format=layout))
+
+    shape = (p.c_out, p.c_in, p.r, p.s)
+    grad = sized(p.n, p.c_out, p.p, p.q)
+    call = KERNELS[job.kernel].launch
+    # The number of stored blocks decides, not which they are.
+    pattern = testing.random_bsr(shape, p.block_shape, 1 - p.stored_share, dtype=p.dtype)
+    columns = pattern.col_indices.new_zeros(p.nnz_blocks)
+    columns[: len(pattern.col_indices)] = pattern.col_indices[: p.nnz_blocks]
+    index = pattern.crow_indices.clamp(max=p.nnz_blocks).cuda(), columns.cuda()
+    weight = sized(p.nnz_blocks, *p.block_shape), *index
+    geometry = (shape, p.block_shape, p.stride, p.padding, p.dilation)
+    x = sized(p.n, p.c_in, p.h, p.w)
+    if job.kernel.startswith("bsr_conv2d_dgrad"):
+        call(grad, *weight, None, (p.h, p.w), *geometry)
+    elif job.kernel.startswith("bsr_conv2d_wgrad"):
+        call(grad, x, *weight, *geometry)
+    else:
+        order = [forward_order(*index, shape, p.block_shape)]
+        call(x, *weight, sized(p.c_out), order, *geometry, p.epilogue, **({"config": job.config} if job.config else {}))
+
+
+def compiled(job: Job) -> str | None:
+    """Compiles a job and the C code that launches it; the error's text if there was one."""
+    try:
+        with _launchers():
+            launch(job)
+    except Exception as error:  # compilers raise whatever they like
+        return f"{job.kernel} {job.problem} {job.config}: {type(error).__name__}: {error}"[:600]
+    return None
+
+
+def _launchers() -> Any:
+    """Inside, Triton's own code that launches is made for every kernel before the stand-in's runs."""
+    from stand_in import launches
+    from triton.runtime import driver
+
+    @contextlib.contextmanager
+    def making() -> Iterator[None]:
+        def make(source: Any, metadata: Any) -> Callable[..., None]:
+            from triton.backends.nvidia import driver as nvidia
+
+            if hasattr(nvidia, "make_launcher"):
+                with contextlib.suppress(ImportError):  # made and kept; no driver is here to load it with
+                    nvidia.CudaLauncher(source, metadata)
+            return launches.launcher(source, metadata)
+
+        driver.active.launcher_cls = make
+        yield
+
+    return making()
+
+
+def empty_libcuda(folder: Path) -> None:
+    """A libcuda.so.1 without contents, to link against."""
+    source = folder / "empty.c"
+    source.write_text("")
+    command = ["gcc", "-shared", "-Wl,-soname,libcuda.so.1", "-o", str(folder / "libcuda.so.1"), str(source)]
+    subprocess.run(command, check=True)
+
+
+def utilities() -> None:
+    """Triton's C code that loads kernels and reads properties of the device."""
+    from triton.backends.nvidia import driver as nvidia
+
+    with contextlib.suppress(ImportError):
+        nvidia.CudaUtils()
+
+
+def refuse_to_compile() -> None:
+    """From here on a kernel that is not in the cache raises."""
+    from triton.compiler import ASTSource
+
+    def make_ir(self: Any, *args: Any) -> None:
+        raise RuntimeError("not in the cache")
+
+    ASTSource.make_ir = make_ir
+
+
+def looked_up(job: Job) -> str | None:
+    """None where all kernels of a job are in the cache."""
+    try:
+        launch(job)
+    except Exception as error:
+        return f"{job.kernel} {job.problem} {job.config}: {type(error).__name__}: {error}"[:600]
+    return None
+
+
+def prune(folder: Path) -> list[Path]:
+    """Removes what a launch does not read, from the lists of files too; the files that stay."""
+    for path in folder.rglob("__grp__*.json"):
+        listed = json.loads(path.read_text())["child_paths"]
+        kept_paths = {name: place for name, place in listed.items() if name.endswith(KEPT)}
+        path.write_text(json.dumps({"child_paths": kept_paths}))
+    kept = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir():
+            continue
+        if path.suffix in KEPT:
+            kept.append(path)
+        else:
+            path.unlink()
+    for path in sorted((p for p in folder.rglob("*") if p.is_dir()), reverse=True):
+        if not any(path.iterdir()):
+            path.rmdir()
+    return kept
+
+
+def pack(folder: Path, files: Iterable[Path], archive: Path) -> None:
+    """Packs the cache with paths relative to its folder."""
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(archive, "w:xz", preset=9) as tar:
+        for path in files:
+            tar.add(path, path.relative_to(folder))
+
+
+def in_processes(work: list[Job], processes: int, setting: tuple[str, str]) -> list[str]:
+    """Compiles all jobs; errors."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, prepare, setting) as pool:
+        return [error for error in pool.map(compiled, work) if error is not None]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / ".gpu-cache" / "triton-cache.tar.xz")
+    parser.add_argument("--folder", type=Path, default=Path(plan.TRITON_CACHE), help="the device's must be the same")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--add", action="store_true", help="to what the folder holds, instead of making all of it")
+    parser.add_argument("--limit", type=int, default=None, help="only so many jobs")
+    parser.add_argument("--check", action="store_true", help="look every kernel up; nothing is compiled")
+    parsed = parser.parse_args(arguments)
+    scratch = tempfile.TemporaryDirectory()
+    empty_libcuda(Path(scratch.name))
+    setting = str(parsed.folder), scratch.name
+    prepare(*setting)
+    begun = time.monotonic()
+    work = jobs()[: parsed.limit]
+    if parsed.check:
+        refuse_to_compile()
+        misses = [error for error in map(looked_up, work) if error is not None]
+        print(
+            "\n".join([*misses, f"{len(work)} jobs, {len(misses)} not in the cache, {time.monotonic() - begun:.0f} s"])
+        )
+        raise SystemExit(bool(misses))
+    if not parsed.add:
+        shutil.rmtree(parsed.folder, ignore_errors=True)
+    errors = in_processes(work, parsed.processes, setting)
+    utilities()
+    files = prune(parsed.folder)
+    pack(parsed.folder, files, parsed.out)
+    count = {suffix: sum(path.suffix == suffix for path in files) for suffix in KEPT}
+    size = sum(path.stat().st_size for path in files)
+    print("\n".join(errors))
+    print(
+        f"{len(work)} jobs, {len(errors)} errors, {count['.cubin']} kernels and {count['.so']} launchers, "
+        f"{size / 2**20:.1f} MB, packed {parsed.out.stat().st_size / 2**20:.1f} MB, {time.monotonic() - begun:.0f} s"
+    )
+    raise SystemExit(bool(errors))
+
+
+if __name__ == "__main__":
+    main()
