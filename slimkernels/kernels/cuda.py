@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from slimkernels import _extension
-from slimkernels.kernels.problems import Pair, conv_output_size, factor_geometry
+from slimkernels.kernels.problems import Pair, check_geometry, conv_output_size, factor_geometry
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _ERROR_CUDA = 3  # SLIM_ERROR_CUDA of csrc/kernels.h
@@ -107,10 +107,11 @@ def _run_bsr(
     """Fill y; x and y are dense in (n, h, w, c) order and `image` is x's (n, h, w)."""
     module = _module(op, x, values=values, crow_indices=crow_indices, col_indices=col_indices, bias=bias)
     relu = _relu(op, epilogue)
+    check_geometry(op, stride, padding, dilation)
     c_out, c_in, r, s = weight_shape
     block_out, block_in = block_shape
     rows = -(-c_out // block_out)
-    if crow_indices.numel() != rows + 1 or tuple(values.shape[1:]) != (block_out, block_in):
+    if crow_indices.numel() != rows + 1 or values.dim() != 3 or tuple(values.shape[1:]) != (block_out, block_in):
         raise ValueError(
             f"{op}: expected values (nnz_blocks, {block_out}, {block_in}) and {rows + 1} crow_indices, "
             f"got {tuple(values.shape)} and {crow_indices.numel()}"
