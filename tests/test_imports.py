@@ -44,7 +44,8 @@ PACKAGES = {
     ),
     "kernels": (
         "select", "__init__", "cpu_gradients, native_low_rank, peak", "native, cuda, reference, triton",
-        "strips, tables", "break_even, cpu_cost, devices, gpu_cost", "far_taps, gpu_rates", "problems, strided_pointwise, transposed"
+        "strips, tables", "break_even, cpu_cost, devices, gpu_cost", "far_taps, gpu_rates",
+        "problems, strided_pointwise, transposed",
     ),
     "kernels/triton": (
         "bsr_conv2d, bsr_conv2d_backward_w, bsr_conv2d_backward_x, low_rank_linear, low_rank_conv2d, "
