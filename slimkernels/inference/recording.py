@@ -267,10 +267,7 @@ class Recording:
         source, target = self._laid_out(head, x), self._laid_out(tail, y)
         if source is not x:
             self._append(lambda: source.copy_(x))
-        rows = [
-            t if self._reads_images(node) else t.view(-1, t.shape[-1]) for node, t in ((head, source), (tail, target))
-        ]
-        steps = chain.steps(*rows, self.workspace)
+        steps = chain.steps(self._images_or_rows(head, source), self._images_or_rows(tail, target), self.workspace)
         isa = chain.layers[0].isa
         # Where a thread could be in this chain while another is still in the one before, and memory has changed hands
         # in between or their pieces differ, this chain starts when all are done: in a call of its own.
@@ -285,6 +282,9 @@ class Recording:
         """The tensor if it lies as a native node wants it, else a new one that does."""
         layout = self._layout(node)
         return tensor if tensor.is_contiguous(memory_format=layout) else torch.empty_like(tensor, memory_format=layout)
+
+    def _images_or_rows(self, node: Node, tensor: Tensor) -> Tensor:
+        return tensor if self._reads_images(node) else tensor.view(-1, tensor.shape[-1])
 
     def _layout(self, node: Node) -> torch.memory_format:
         """How images or rows of a native node lie."""
