@@ -231,6 +231,7 @@ class Steps {
     return isa_->run_steps(steps_.data(), static_cast<int64_t>(steps_.size()), threads);
   }
   int run_delayed(int32_t threads, uint32_t seed) const {
+    if (!threads_fit(threads)) throw py::value_error("Steps: expected at least one thread");
     if (isa_ == nullptr) return SLIM_ERROR_UNSUPPORTED;
     py::gil_scoped_release release;
     return isa_->run_delayed_steps(steps_.data(), static_cast<int64_t>(steps_.size()), threads, seed);
