@@ -177,10 +177,10 @@ PyObject* conv2d_f32(PyObject*, PyObject* const* args, Py_ssize_t count) {
     v[i] = PyLong_AsLongLong(args[i + 1]);
     if (v[i] == -1 && PyErr_Occurred()) return nullptr;
   }
-  const std::string fault = threads_fit(v[kMembers]) ? run_fault(v) : "expected at least one thread";
-  if (!fault.empty()) return PyErr_Format(PyExc_ValueError, "conv2d_f32: %s", fault.c_str());
   const Isa* isa = supported_isa(name);
   if (isa == nullptr) return PyLong_FromLong(SLIM_ERROR_UNSUPPORTED);
+  const std::string fault = threads_fit(v[kMembers]) ? run_fault(v) : "expected at least one thread";
+  if (!fault.empty()) return PyErr_Format(PyExc_ValueError, "conv2d_f32: %s", fault.c_str());
   const SlimStepF32 step = {SLIM_STEP_CONV2D, -1, conv2d_of(v)};
   int status;
   {
@@ -209,6 +209,7 @@ void entry_offsets(const std::array<int64_t, kMembers>& members, uintptr_t offse
 class Steps {
  public:
   Steps(const std::string& isa, const std::vector<std::array<int64_t, 2 + kMembers>>& steps) : isa_(supported_isa(isa.c_str())) {
+    if (isa_ == nullptr) return;  // every run says so
     for (const auto& v : steps) {
       const int64_t* const members = v.data() + 2;
       std::string fault;

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,6 +51,16 @@ MODULES = {
     "correctness": correctness, "counters": counters, "precompile": precompile, "sanitizer": sanitizer, "sweep": sweep,
     "versions": versions,
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def precision_of_products() -> Iterator[None]:
+    """Stages set torch's precision switches for their own process; here they are put back."""
+    switches = (torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul)
+    before = [s.fp32_precision for s in switches]  # type: ignore[attr-defined]
+    yield
+    for switch, precision in zip(switches, before):
+        switch.fp32_precision = precision  # type: ignore[attr-defined]
 
 
 def environment() -> dict[str, str]:

@@ -20,5 +20,6 @@ def prepare(device: str) -> None:
     """Full float32 precision for references; raises RuntimeError where the device is not there."""
     if device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("gpu_check: torch sees no CUDA device")
-    for switches in (torch.backends.cudnn.conv, torch.backends.cuda.matmul):
+    # torch refuses to compile where convolutions and recurrent layers of cuDNN have different switches.
+    for switches in (torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul):
         switches.fp32_precision = "ieee"  # type: ignore[attr-defined]
