@@ -5,7 +5,7 @@
 #   benchmarks/gpu_check.sh --dry-run    every stage without a GPU, on a stand-in that computes nothing on one: four minutes
 #   benchmarks/gpu_check.sh 1            ceilings, correctness, VGG-19, configurations, counters, GPU tests, sanitizer
 #   benchmarks/gpu_check.sh 2            VGG-16, VGG-19 as tuned by call 1, a training step, what failed in call 1, low rank
-#   benchmarks/gpu_check.sh STAGE...     stages by name
+#   benchmarks/gpu_check.sh STAGE...     stages by name; --seconds N: no more than so many in all
 #
 # On a machine that is rented by the minute: copy the repository and, where it exists, .gpu-cache/ (a Triton cache made without
 # a GPU, triton-cache.tar.*) to the machine and run, one after the other on the same machine,

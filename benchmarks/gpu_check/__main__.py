@@ -175,6 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or STATE / "out"), help="what to keep")
     parser.add_argument("--state", type=Path, default=STATE, help="everything, kept from call to call")
     parser.add_argument("--from", dest="before", type=Path, default=None, help="an --out folder of an earlier call")
+    parser.add_argument("--seconds", type=float, default=None, help="of the whole call, instead of the plan's")
     parser.add_argument("--no-build", action="store_true", help="do not build the extension")
     parsed = parser.parse_args(arguments)
     if parsed.plan:
@@ -188,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stages, seconds = chosen(parsed.what)
     except ValueError as error:
         parser.error(str(error))
-    runner = Runner(parsed.state, parsed.out, seconds)
+    runner = Runner(parsed.state, parsed.out, parsed.seconds or seconds)
     if parsed.before is not None:
         runner.results.restore(parsed.before)
 
