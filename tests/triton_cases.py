@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ BLOCK_SHAPES = {
 # The shapes between, for the slow run.
 MORE_BLOCK_SHAPES = {
     **BLOCK_SHAPES,
+    (24, 16): (48, 32),
     (32, 16): (64, 32),
     (64, 32): (128, 64),
     (128, 64): (256, 128),
@@ -114,6 +115,41 @@ SPLIT_CASES = {
     "splits_ragged_maxpool": ConvCase(image=(1, 5, 7), cut=(-2, -2), epilogue="relu_maxpool2", splits=2, block_k=32),
     "splits_maxpool_wide": ConvCase(image=(3, 7, 9), epilogue="relu_maxpool2", splits=2, block_k=32, block_m=128),
 }
+# A stage is one slice of one tap: its column, slot and mask are scalars. Blocks of (32, 32) hold two such stages.
+ONE_SLICE_CASES = {
+    "one_slice": ConvCase(image=(2, 5, 7), block_m=32, block_k=16),
+    "one_slice_ragged": ConvCase(cut=(-2, -2), block_k=16),
+    "one_slice_zero_block_row": ConvCase(pattern="zero_block_row", block_k=16, bias=False, epilogue="none"),
+    "one_slice_without_border": ConvCase(image=(1, 6, 6), padding=(0, 0), block_k=16),
+    "one_slice_49_taps": ConvCase(image=(1, 4, 4), kernel=(7, 7), padding=(3, 3), sparsity=0.9, block_k=16),
+    "one_slice_index_64": ConvCase(image=(1, 4, 4), index_64=True, block_k=16),
+    "one_slice_maxpool": ConvCase(image=(1, 5, 7), epilogue="relu_maxpool2", block_m=32, block_k=16),
+    "one_slice_taps_together": ConvCase(variant="taps_together", cut=(-2, -2), block_k=16),
+    "one_slice_weights_on_m": ConvCase(variant="weights_on_m", image=(2, 5, 7), block_m=16, block_k=16),
+}
+# One output position a tile: every way in which taps can lie outside, and images that do not fill a tile.
+IMAGES_CASES = {
+    "images": ConvCase(image=(5, 4, 4)),
+    "images_two_tiles": ConvCase(image=(35, 2, 2), block_m=32),
+    "images_ragged": ConvCase(image=(3, 5, 4), cut=(-2, 0), epilogue="none"),
+    "images_zero_block_row": ConvCase(image=(3, 3, 3), pattern="zero_block_row", bias=False),
+    "images_no_blocks": ConvCase(image=(3, 3, 3), pattern="no_blocks"),
+    "images_all_dense": ConvCase(image=(2, 3, 4), pattern="all_dense"),
+    "images_one_pixel": ConvCase(image=(17, 1, 1), block_m=16),
+    "images_stride": ConvCase(image=(3, 7, 6), stride=(3, 2), padding=(1, 2)),
+    "images_dilation": ConvCase(image=(3, 5, 6), dilation=(2, 3), padding=(2, 3)),
+    "images_padding_exceeds_image": ConvCase(image=(3, 2, 2), padding=(4, 3)),
+    "images_kernel_1x3": ConvCase(image=(3, 4, 4), kernel=(1, 3), padding=(0, 1)),
+    "images_kernel_2x5": ConvCase(image=(3, 4, 4), kernel=(2, 5), padding=(1, 2)),
+    "images_storage_order": ConvCase(image=(3, 4, 4), ordered=False),
+    "images_group_of_tiles": ConvCase(image=(5, 3, 3), block_m=16, group_m=4),
+    "images_index_64": ConvCase(image=(3, 4, 4), index_64=True),
+    "images_batch_0": ConvCase(image=(0, 4, 4)),
+}
+IMAGES_CASES = {name: replace(case, variant="images_on_m", block_k=16) for name, case in IMAGES_CASES.items()}
+# With blocks of (32, 32): half of the last block is no channel of the image.
+IMAGES_RAGGED_C_IN = replace(IMAGES_CASES["images_ragged"], cut=(-2, -2))
+IMAGES_CASES["images_default_tile"] = ConvCase(image=(3, 4, 4), variant="images_on_m", block_m=None)
 # Every kernel of the op beside the first, on the kinds of code that they do not share.
 VARIANTS = ("weights_on_m", "taps_together", "shared_input")
 VARIANT_CASES = ("m_gt_tile", "ragged_half_block", "zero_block_row", "maxpool_odd")

@@ -16,8 +16,11 @@ from triton.runtime import interpreter
 from triton_cases import (
     CONV_CASES,
     CORE_CASES,
+    IMAGES_CASES,
+    IMAGES_RAGGED_C_IN,
     LOW_RANK_CASES,
     MORE_BLOCK_SHAPES,
+    ONE_SLICE_CASES,
     SPLIT_CASES,
     VARIANT_CASES,
     VARIANTS,
@@ -64,6 +67,39 @@ def height_shared(block_shape: tuple[int, int], variant: str) -> bool:
 @pytest.mark.parametrize("name", [*CONV_CASES, *SPLIT_CASES])
 def test_conv(name: str) -> None:
     check_conv((CONV_CASES | SPLIT_CASES)[name], (16, 16), torch.float32)
+
+
+@pytest.mark.parametrize("block_shape", ((16, 16), (32, 32)), ids=("16x16", "32x32"))
+@pytest.mark.parametrize("name", ONE_SLICE_CASES)
+def test_conv_one_slice_a_stage(name: str, block_shape: tuple[int, int]) -> None:
+    check_conv(ONE_SLICE_CASES[name], block_shape, torch.float32)
+
+
+@pytest.mark.parametrize("name", IMAGES_CASES)
+def test_conv_one_position_a_tile(name: str) -> None:
+    check_conv(IMAGES_CASES[name], (16, 16), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("block_shape", "dtype"), [((32, 32), torch.float32), ((64, 16), torch.float16), ((24, 16), torch.bfloat16)]
+)
+def test_conv_one_position_a_tile_of_other_blocks(block_shape: tuple[int, int], dtype: torch.dtype) -> None:
+    for name in ("images_ragged", "images_stride", "images_default_tile"):
+        check_conv(IMAGES_CASES[name], block_shape, dtype)
+    if block_shape == (32, 32):
+        check_conv(IMAGES_RAGGED_C_IN, block_shape, dtype)
+
+
+def test_conv_one_position_a_tile_says_what_it_does_not_take() -> None:
+    for change, words in (
+        ({"epilogue": "relu_maxpool2"}, "no max-pool"),
+        ({"kernel": (5, 5), "padding": (2, 2)}, "at most 3 rows of taps"),
+        ({"block_k": 32}, "stages of channels that follow each other"),
+    ):
+        case = replace(IMAGES_CASES["images"], **change)
+        x, weight, bias = build(case, (16, 16), torch.float32)
+        with pytest.raises(ValueError, match=f"^bsr_conv2d: expected .*{words}"):
+            run_conv(case, x, weight, bias)
 
 
 @shapes

@@ -157,16 +157,17 @@ def _rows() -> list[KernelSpec]:
 
 
 def _triton_forward_rows(dtypes: frozenset[torch.dtype]) -> list[KernelSpec]:
-    """The four kernels of `triton.bsr_conv2d`; the first is the one that a call without sizes gets."""
+    """The kernels of `triton.bsr_conv2d`; the first is the one that a call without sizes gets."""
     rows = []
     for variant, reason in (
         ("pixels_on_m", "triton.runtime.shape_reason"),
         ("weights_on_m", "triton.runtime.shape_reason"),
+        ("images_on_m", "triton.bsr_conv2d_config.images_reason"),
         ("taps_together", "triton.bsr_conv2d_config.taps_together_reason"),
         ("shared_input", "triton.bsr_conv2d_config.shared_input_reason"),
     ):
         for op, function in (("bsr_conv2d", "launch"), ("bsr_linear", "launch_linear")):
-            if (op, variant) == ("bsr_linear", "taps_together"):
+            if op == "bsr_linear" and variant in ("taps_together", "images_on_m"):
                 continue
             name = f"{op}__triton" + ("" if variant == "pixels_on_m" else f"_{variant}")
             rows.append(

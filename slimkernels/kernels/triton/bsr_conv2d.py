@@ -6,6 +6,7 @@ and is made once for each (`_plan`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -13,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from slimkernels.kernels.triton import bsr_conv2d_shared
+from slimkernels.kernels.triton import bsr_conv2d_images, bsr_conv2d_shared
 from slimkernels.kernels.triton.bsr_conv2d_config import default_config, grid_integers, group_m
 from slimkernels.kernels.triton.bsr_conv2d_geometry import Geometry, check
-from slimkernels.kernels.triton.bsr_conv2d_index import forward_order
+from slimkernels.kernels.triton.bsr_conv2d_index import forward_order, order_size
 from slimkernels.kernels.triton.bsr_conv2d_kernel import bsr_conv2d_fwd_kernel
 from slimkernels.kernels.triton.bsr_conv2d_split import BLOCK_CHANNELS, BLOCK_ROWS, bsr_conv2d_reduce_kernel
 from slimkernels.kernels.triton.launcher import Launch
@@ -99,7 +100,8 @@ def _order(packed: Sequence[Tensor], geometry: Geometry) -> Tensor | None:
     """The `forward_order` in `packed`; other kernels' packs come the same way and are passed over."""
     if len(packed) != 1 or packed[0].dtype != torch.int32:
         return None
-    return packed[0] if packed[0].numel() == 4 * geometry.block_rows + 2 * geometry.capacity else None
+    size = order_size(geometry.block_rows, geometry.capacity, math.prod(geometry.weight_shape[2:]))
+    return packed[0] if packed[0].numel() == size else None
 
 
 def _run(
@@ -129,8 +131,12 @@ def _run(
         return y
     keep_in_l1 = variant == "taps_together"
     order = _order(packed, geometry)
-    if order is None and keep_in_l1:
+    if order is None and (keep_in_l1 or variant == "images_on_m"):
         order = forward_order(crow_indices, col_indices, geometry.weight_shape, geometry.block_shape)
+    if variant == "images_on_m":
+        assert order is not None
+        bsr_conv2d_images.run(x, values, order, col_indices, bias, y, geometry, config, limits)
+        return y
     rows = crow_indices if order is None else order
     columns = order[4 * geometry.block_rows :] if keep_in_l1 and order is not None else col_indices
     plan = _plan(
@@ -170,7 +176,7 @@ def launch(
         packed: one tensor, `bsr_conv2d_index.forward_order` (longest block rows first); anything else is passed over.
         weight_shape: (C_out, C_in, R, S). epilogue: "none", "relu" or "relu_maxpool2" (2x2, stride 2, floor mode).
         config: a configuration of `bsr_conv2d_config`; None or {} takes its `default_config`.
-        variant: "pixels_on_m", "weights_on_m", "taps_together" or "shared_input".
+        variant: "pixels_on_m", "weights_on_m", "images_on_m", "taps_together" or "shared_input".
 
     float32 multiplies in IEEE precision unless torch.backends.cudnn.conv.fp32_precision is "tf32".
 

@@ -1,6 +1,6 @@
-"""Tile configurations of the forward convolution: a default by arithmetic, and the list a tuner tries.
+"""Tile configurations of the forward convolution: a default by rules, and the list a tuner tries.
 
-Nothing here imports Triton or needs a GPU; nothing here was measured on one. A configuration holds
+Nothing here imports Triton or needs a GPU. A configuration holds
 
     BLOCK_M        pixels of a tile            BLOCK_N   output channels of a tile (at most one block row's)
     BLOCK_K        input channels of a stage   num_warps, num_stages
@@ -8,11 +8,14 @@ Nothing here imports Triton or needs a GPU; nothing here was measured on one. A 
     SPLITS         programs that share one tile's stored blocks; absent: 1
     INDEX_64       1 forces 64-bit addresses, which are otherwise used from 2^31 elements on
 
-The plan of a default tile. A program's prologue and epilogue cost as much as one to three K stages, and a pruned layer
-has 2 to 9 of those. Programs that share a processor hide them behind each other's loads (`programs_a_processor`), but
-their tiles are smaller and load more for each product: 128 pixels x 128 channels moves 1.33 times the bytes of
-256 x 128 and leaves room for a second program, so the large tile is for rows of DEEP_STAGES and more. A pipeline deeper
-than a row has steps holds memory that another program could use; beyond three stages it gives way to one.
+Measured on an H200 (bf16, VGG-19 on 32x32 images, batch 1024, 87.5% zeros; benchmarks/results/nvidia-h200):
+
+* A stage is one slice: the consecutive channels of one tap that a block holds, 16 to 64. Stages of several slices, four
+  of 16 say, take 1.2 to 2.1 times as long at the same tile, whatever their number.
+* 128 pixels on four warps beat 256 pixels on eight by 1.1 to 1.3, and 64 pixels on four by 1.1 to 1.2, except where
+  that leaves a processor fewer than four programs: there 64 pixels win by up to 1.2.
+* About 96 channels in flight are best: six stages of 16, three of 32. Eight stages of 16 lose a tenth of the time,
+  three lose up to a quarter.
 """
 
 from __future__ import annotations
@@ -39,12 +42,9 @@ L2_BYTES = 16 * 2**20
 # over 132 processors at best, one processor's own port at worst).
 MIN_STAGES_SAVED = 8
 MIN_STAGES_A_SPLIT = 4
-# Where a tile of 256 pixels moves fewer bytes than two of 128 pixels by more than the prologue and epilogue it cannot
-# hide: those take about 3500 cycles and a stage of 256 x 128 x 64 about 2070 from L2 (arithmetic, not measured).
-DEEP_STAGES = 6
-# Four stages of 256 x 128 x 64, 16-bit, which sm_90 and sm_100 hold. Their products read tiles from shared memory;
-# mma.sync, on every other GPU, reads them through registers, which take the place of one stage.
-ROOMY_SHARED_MEMORY = 4 * (256 + 128) * 64 * 2
+# Input channels in flight, 16-bit (see above), and programs a processor below which tiles are halved.
+CHANNELS_IN_FLIGHT = 96
+FEW_PROGRAMS = 4
 # Registers of a processor, threads it holds, and shared memory that a program takes beside its buffers: the system's
 # kilobyte and at most one of the kernel's own.
 REGISTER_FILE, MAX_THREADS, SHARED_OVERHEAD = 65536, 2048, 2048
@@ -96,7 +96,7 @@ def grid_integers(tiles_m: int, n_tiles: int, group: int) -> tuple[int, ...]:
 def splits_for(programs: int, stages: int, processors: int) -> int:
     """Programs that share one tile's stored blocks: 1 unless the grid leaves processors idle and stages are saved.
 
-    Args: programs of the unsplit grid; stages K stages of an average block row; processors of the device.
+    Args: programs of the unsplit grid; stages of 128 bytes of channels of an average block row; processors.
     """
     splits = min(processors // max(programs, 1), stages // MIN_STAGES_A_SPLIT, 32)
     return splits if splits > 1 and stages - cdiv(stages, splits) >= MIN_STAGES_SAVED else 1
@@ -125,54 +125,44 @@ def default_config(
     """
     block_out, block_in = block_shape
     block_n = min(max(next_power_of_2(block_out), 16), 128)
-    block_k = 64 if dtype.itemsize == 2 else 32
-    slice_bytes = power_of_2_divisor(c_in, 16), power_of_2_divisor(block_in, 16)
-    steps = DEEP_STAGES if blocks is None else cdiv(blocks * block_in, block_rows * block_k)
-    copied = tensor_cores and min(slice_bytes) * dtype.itemsize >= 16
-    # 16-bit tiles from shared memory to wgmma or tcgen05, with room for several programs or for a large one.
-    roomy = copied and dtype.itemsize == 2 and shared_memory >= ROOMY_SHARED_MEMORY
+    wide = 128 // dtype.itemsize
+    one_slice = min(power_of_2_divisor(c_in, wide), power_of_2_divisor(block_in, wide))
+    copied = tensor_cores and one_slice * dtype.itemsize >= 16
+    warps = 4
     if not tensor_cores:
         # FMA units take both operands from registers: on 4 warps a 64 x 64 tile at K = 16 spills 8 bytes on sm_80.
-        block_m, block_n, block_k, warps, stages = 64, min(block_n, 64), 16, 4, 3
+        block_m, block_n, block_k, stages = 64, min(block_n, 64), 16, 3
     elif not copied:
         # Slices below 16 bytes are gathered element by element into registers, 16 a thread at 64 x 32.
-        block_m, block_n, block_k, warps, stages = 64, min(block_n, 64), 32, 4, 3
-    elif block_n == 128 and roomy and steps >= DEEP_STAGES:
-        block_m, warps, stages = 256, 8, 4
+        block_m, block_n, block_k, stages = 64, min(block_n, 64), 32, 3
+    elif one_slice < 16:
+        # Products are 16 channels deep at least, so that a stage is several slices, and then better many.
+        block_m, block_k, warps, stages = 128, wide, 8 if block_n == 128 else 4, 3
     else:
-        block_m, warps, stages = 128, 8 if block_n == 128 else 4, 4
+        block_m, block_k = 128, one_slice
+        stages = max(2, CHANNELS_IN_FLIGHT * 2 // dtype.itemsize // one_slice)
     # Pixels on N may be as few as 16 without leaving wgmma, whose M is 64.
     least = 16 if weights_on_m else 64
     floor = min(least, max(16, next_power_of_2(m_total)))
     tiles_n = block_rows * cdiv(block_out, block_n)
     # A smaller tile loads more for each product: it pays where every half still finds an idle processor.
-    while block_m > floor and (block_m >= 2 * m_total or 2 * cdiv(m_total, block_m) * tiles_n <= processors):
+    while block_m > floor and (
+        block_m >= 2 * m_total
+        or 2 * cdiv(m_total, block_m) * tiles_n <= processors
+        or (copied and block_m == 128 and cdiv(m_total, block_m) * tiles_n < FEW_PROGRAMS * processors)
+    ):
         block_m //= 2
     if not tensor_cores:
         warps = 8 if block_m * block_n >= 4096 else 4
-    elif block_m < 128 or (pool and roomy and block_m == 128 and not weights_on_m):
-        # A window's pixels lie in one thread's registers where a warp has 32 rows of the tile.
+    elif block_m < 128:
         warps = 4
     config = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": warps, "num_stages": stages}
-    if roomy:
-        shared = cdiv(m_total, block_m) * tiles_n > processors
-        config["num_stages"] = _stages(config, steps, dtype.itemsize, shared_memory if shared else 0)
     while config["num_stages"] > 2 and shared_bytes(config, dtype.itemsize) > shared_memory:
         config["num_stages"] -= 1
     if blocks is not None:
-        config["SPLITS"] = splits_for(cdiv(m_total, block_m) * tiles_n, steps, processors)
+        depth = cdiv(blocks * block_in, block_rows * wide)
+        config["SPLITS"] = splits_for(cdiv(m_total, block_m) * tiles_n, depth, processors)
     return config
-
-
-def _stages(config: Mapping[str, int], steps: int, itemsize: int, shared_memory: int) -> int:
-    """Stages of a pipeline over so many steps: two to four, three where that lets a processor hold more programs.
-
-    shared_memory: 0 where no processor gets a second program.
-    """
-    if steps < 4:
-        return max(steps, 2)
-    held = [programs_a_processor({**config, "num_stages": n}, itemsize, shared_memory) for n in (3, 4)]
-    return 3 if held[0] > held[1] else 4
 
 
 def shared_input_config(
@@ -194,6 +184,9 @@ def shared_input_config(
     )  # fmt: skip
     wide = min(max(next_power_of_2(block_shape[0]), 16), 64)
     config["BLOCK_N"] = wide
+    if tensor_cores and config["BLOCK_K"] < 128 // dtype.itemsize and config["BLOCK_M"] == 128:
+        # Its columns and slots are vectors in any case.
+        config["BLOCK_K"], config["num_stages"] = 128 // dtype.itemsize, 4
     if not tensor_cores:
         config["BLOCK_M"], config["num_warps"] = 32, 4 if rows * wide <= 64 else 8
     elif rows * wide == 128:
@@ -201,6 +194,47 @@ def shared_input_config(
     while config["num_stages"] > 2 and shared_bytes(config, dtype.itemsize, rows) > shared_memory:
         config["num_stages"] -= 1
     return config
+
+
+def images_config(
+    images: int,
+    block_shape: Sequence[int],
+    c_in: int,
+    dtype: torch.dtype,
+    *,
+    tensor_cores: bool = True,
+    shared_memory: int = SHARED_MEMORY_SM80,
+) -> Config:
+    """The default of the kernel with one output position a tile: a stage is one slice, a tile 64 or 128 images.
+
+    Args: images of the batch; the rest as `default_config`.
+    """
+    block_n = min(max(next_power_of_2(block_shape[0]), 16), 128 if tensor_cores else 64)
+    block_m = max(16, min(64, next_power_of_2(images)))
+    wide = 128 // dtype.itemsize if tensor_cores else 16
+    block_k = min(power_of_2_divisor(c_in, wide), power_of_2_divisor(block_shape[1], wide))
+    stages = max(2, 64 * 2 // dtype.itemsize // block_k) if tensor_cores else 3
+    warps = 8 if not tensor_cores and block_m * block_n >= 4096 else 4
+    config = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": warps, "num_stages": stages}
+    while config["num_stages"] > 2 and shared_bytes(config, dtype.itemsize) > shared_memory:
+        config["num_stages"] -= 1
+    return config
+
+
+def images_reason(problem: Problem) -> str | None:
+    """None where a tile of one output position leaves out taps, else why not; CPU tensors need the interpreter."""
+    if not isinstance(problem, ConvProblem):
+        return "a linear layer has one tap"
+    if problem.epilogue == "relu_maxpool2":
+        return "a max-pool wants the four pixels of a window in one tile"
+    if problem.r > 3:
+        return f"walks at most 3 rows of taps, not {problem.r}"
+    if max(problem.padding) == 0:
+        return "without padding every tap is inside the image"
+    width = min(power_of_2_divisor(problem.c_in, 16), power_of_2_divisor(problem.block_shape[1], 16))
+    if width < 16:
+        return f"a stage of the product is 16 channels of one tap, and only {width} follow each other"
+    return shape_reason(problem)
 
 
 def device_configs(variant: str, problem: SizedProblem) -> list[Config]:
@@ -257,6 +291,8 @@ def configs(
         raise TypeError(f"configs: expected a ConvProblem or LinearProblem, got {type(problem).__name__}")
     m_total, c_in, c_out = _shape(problem)
     block_out, block_in = problem.block_shape
+    if variant == "images_on_m" and isinstance(problem, ConvProblem):
+        return _images_configs(problem, tensor_cores, shared_memory)
     block_rows, itemsize = cdiv(c_out, block_out), problem.dtype.itemsize
     if tensor_cores is None:
         tensor_cores = problem.dtype != torch.float32 or _tf32(problem)
@@ -271,9 +307,8 @@ def configs(
         )  # fmt: skip
     narrow = min(power_of_2_divisor(c_in, 16), power_of_2_divisor(block_in, 16)) * itemsize < 16
     found = [first]
-    steps = cdiv(problem.nnz_blocks * block_in, block_rows * first["BLOCK_K"])
-    fewest = 2 if shared_memory >= ROOMY_SHARED_MEMORY else 3
-    for tile in _tiles(first, tensor_cores and not narrow, variant, itemsize, range(fewest, max(steps, fewest) + 1)):
+    steps = cdiv(problem.nnz_blocks * block_in, block_rows * (128 // itemsize))
+    for tile in _tiles(first, tensor_cores and not narrow, variant, itemsize):
         config = {**first, **tile}
         if config["BLOCK_M"] < 2 * m_total and shared_bytes(config, itemsize, rows) <= shared_memory:
             found.append(config)
@@ -290,23 +325,34 @@ def configs(
     return unique
 
 
+def _images_configs(problem: ConvProblem, tensor_cores: bool | None, shared_memory: int) -> list[Config]:
+    if tensor_cores is None:
+        tensor_cores = problem.dtype != torch.float32 or _tf32(problem)
+    first = images_config(
+        problem.n, problem.block_shape, problem.c_in, problem.dtype, tensor_cores=tensor_cores,
+        shared_memory=shared_memory,
+    )  # fmt: skip
+    found = [first]
+    for block_m in (128, 64):
+        for stages in (first["num_stages"], 4):
+            config = {**first, "BLOCK_M": block_m, "num_stages": min(stages, first["num_stages"])}
+            if tensor_cores and block_m < 2 * problem.n and config not in found:
+                found.append(config)
+    return found
+
+
 def _tf32(problem: ConvProblem | LinearProblem) -> bool:
     switches = torch.backends.cudnn.conv if isinstance(problem, ConvProblem) else torch.backends.cuda.matmul
     return switches.fp32_precision == "tf32"  # type: ignore[attr-defined]
 
 
-def _tiles(first: Config, wide: bool, variant: str, itemsize: int, depths: range) -> list[Config]:
-    """Tiles to try beside the default's; `wide` where slices are copied in 16-byte pieces to tensor cores.
-
-    depths: numbers of stages, of which four at most are tried. The fewest leave room for the most programs a
-    processor, four bear the longest latency; a pipeline deeper than a row's steps does neither.
-    """
+def _tiles(first: Config, wide: bool, variant: str, itemsize: int) -> list[Config]:
+    """Tiles to try beside the default's; `wide` where slices are copied in 16-byte pieces to tensor cores."""
     if not wide:
         return [{"BLOCK_M": m} for m in (32, 64) if m != first["BLOCK_M"]]
-    stage = 128 // itemsize
-    depths = depths[: 5 - depths.start]
+    depth = first["num_stages"]
     tiles = []
-    for block_m, warps in ((256, 8), (128, 8), (128, 4), (64, 4), (32, 4), (16, 4)):
+    for block_m, warps in ((128, 4), (64, 4), (256, 8), (128, 8), (32, 4), (16, 4)):
         # 256 pixels a warpgroup, or 128 x 128 on one, leave less than 64 registers beside the accumulator; pixels
         # on N below 64 only where weights are on M. TF32 at 256 pixels spills on sm_100: 8 bytes at 256 x 32.
         accumulators = block_m * first["BLOCK_N"] * (4 if variant == "shared_input" else 1)
@@ -314,8 +360,6 @@ def _tiles(first: Config, wide: bool, variant: str, itemsize: int, depths: range
             continue
         if block_m < 64 and variant != "weights_on_m":
             continue
-        tile = {"BLOCK_M": block_m, "BLOCK_K": stage, "num_warps": warps}
-        tiles += [{**tile, "num_stages": n} for n in depths]
-        if block_m == first["BLOCK_M"] and warps == first["num_warps"]:
-            tiles.append({**tile, "BLOCK_K": stage // 2, "num_stages": min(5, 2 * depths[-1])})
+        tile = {"BLOCK_M": block_m, "num_warps": warps}
+        tiles += [{**tile, "num_stages": n} for n in dict.fromkeys((depth, max(2, depth * 2 // 3), max(2, depth // 2)))]
     return tiles

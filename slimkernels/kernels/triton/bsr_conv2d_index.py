@@ -7,6 +7,7 @@ All are int32 on the pattern's device, valid as long as `crow_indices` and `col_
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -48,6 +49,31 @@ def taps_together(crow_indices: Tensor, col_indices: Tensor, groups: int) -> Ten
     key = torch.where(stored, (rows * groups + channel_groups) * 2**24 + taps, torch.iinfo(torch.int64).max)
     order = torch.argsort(key, stable=True)
     return torch.stack([col_indices[order], order.to(torch.int32)], 1).contiguous()
+
+
+def tap_starts(crow_indices: Tensor, col_indices: Tensor, groups: int, taps: int) -> Tensor:
+    """(block_rows, taps + 1): the first block of every tap of a row, and the row's end.
+
+    groups: column groups a tap. Columns of a row ascend, so a tap's blocks follow each other. Nothing waits for the
+    device.
+    """
+    capacity, block_rows = col_indices.numel(), crow_indices.numel() - 1
+    keys = _block_rows(crow_indices, capacity).long() * taps + col_indices.long() // groups
+    stored = torch.arange(capacity, device=col_indices.device) < crow_indices[-1]
+    keys = torch.where(stored, keys, torch.iinfo(torch.int64).max)
+    rows = torch.arange(block_rows, device=col_indices.device)[:, None]
+    wanted = rows * taps + torch.arange(taps + 1, device=col_indices.device)
+    return torch.searchsorted(keys, wanted.contiguous()).to(torch.int32)
+
+
+def tap_starts_offset(block_rows: int, capacity: int) -> int:
+    """Where `tap_starts` begins in a `forward_order`."""
+    return 4 * block_rows + 2 * capacity
+
+
+def order_size(block_rows: int, capacity: int, taps: int) -> int:
+    """Elements of a `forward_order`."""
+    return tap_starts_offset(block_rows, capacity) + block_rows * (taps + 1)
 
 
 def rows_sharing_input(block_out: int) -> int:
@@ -107,12 +133,14 @@ def column_groups(weight_shape: Sequence[int], block_shape: Sequence[int]) -> in
 def forward_order(
     crow_indices: Tensor, col_indices: Tensor, weight_shape: Sequence[int], block_shape: Sequence[int]
 ) -> Tensor:
-    """What the launches take as `packed[0]`: `row_table` and `taps_together`, one after the other in one tensor.
+    """What the launches take as `packed[0]`: `row_table`, `taps_together`, `tap_starts` one after the other.
 
-    Its size, 4 block_rows + 2 capacity, does not change with the pattern. Launches also run without, in storage order.
+    Its size, `order_size`, does not change with the pattern. Most launches also run without, in storage order.
     """
-    entries = taps_together(crow_indices, col_indices, column_groups(weight_shape, block_shape))
-    return torch.cat([row_table(crow_indices).flatten(), entries.flatten()])
+    groups, taps = column_groups(weight_shape, block_shape), math.prod(weight_shape[2:])
+    entries = taps_together(crow_indices, col_indices, groups)
+    starts = tap_starts(crow_indices, col_indices, groups, taps)
+    return torch.cat([row_table(crow_indices).flatten(), entries.flatten(), starts.flatten()])
 
 
 _CHECKED = Checked()

@@ -121,7 +121,11 @@ def bsr_conv2d_fwd_kernel(
         DIL_H, DIL_W, BORDER, POOL, POOL_LOW, POOL_HIGH, INDEX_64, BLOCK_M,
     )  # fmt: skip
     offs_m = tl.multiple_of(offs_m, SLICE)
-    offs_k = begin + tl.arange(0, BLOCK_K)
+    # Where a stage is one slice, its place in the row, block and tap are scalars.
+    ONE_SLICE: tl.constexpr = SLICE == BLOCK_K
+    offs_k = tl.cast(begin, tl.int32)
+    if not ONE_SLICE:
+        offs_k += tl.arange(0, BLOCK_K)
     offs_n = (tile_n % SUB_TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
     out_channel = row * BSR_OUT + offs_n
     mask_n = out_channel < C_OUT
@@ -137,7 +141,8 @@ def bsr_conv2d_fwd_kernel(
         w_row_ptr += first.to(index_type) * BLOCK
 
     # The column of step t+1 is loaded in step t and carried in a register: loaded where it is used, the gather below
-    # becomes indirect and Triton divides its pipeline depth by the levels of indirection.
+    # becomes indirect and Triton divides its pipeline depth by the levels of indirection; loaded two steps before, it
+    # does not pipeline the loop at all.
     entry = offs_k.to(tl.uint32) // BSR_IN * FIELDS
     column = tl.load(columns_row_ptr + entry, mask=offs_k < end, other=0)
     slot = column
@@ -156,24 +161,30 @@ def bsr_conv2d_fwd_kernel(
         acc = tl.broadcast_to(bias[None, :], (BLOCK_M, BLOCK_N))
     # An empty row takes a step of nothing: a loop that is entered in any case needs no second copy of the accumulator.
     for k in range(begin, tl.maximum(end, 1) if SPLITS == 1 else end, BLOCK_K):
-        kk = k + tl.arange(0, BLOCK_K)
+        kk = k
+        if not ONE_SLICE:
+            kk += tl.arange(0, BLOCK_K)
         stored = kk < end
         in_block = (kk.to(tl.uint32) % BSR_IN).to(tl.int32)
         x_tile = gather_x(
             x_ptr, offs_m, bits, in_h, in_w, column, stored, in_block, h, w,
-            C_IN, S, DIL_H, DIL_W, GROUPS, BSR_IN, SLICE, BORDER, RAGGED_IN, INDEX_64, KEEP_IN_L1,
+            C_IN, S, DIL_H, DIL_W, GROUPS, BSR_IN, SLICE, BORDER, RAGGED_IN, INDEX_64, KEEP_IN_L1, ONE_SLICE,
         )  # fmt: skip
         if not KEEP_IN_L1:
             slot = (kk.to(tl.uint32) // BSR_IN).to(tl.int32)
         offs_w = slot.to(index_type) * BLOCK + in_block
-        offs_w = tl.multiple_of(tl.max_contiguous(offs_w, SLICE), SLICE)
-        mask_w = tl.max_constancy(stored, SLICE)[:, None]
-        if BSR_OUT % BLOCK_N != 0:
-            mask_w = mask_w & (offs_n < BSR_OUT)[None, :]
-        if POINTERS:
-            w_tile_ptrs = channel_ptrs[None, :] + offs_w[:, None]
+        if ONE_SLICE:
+            w_tile_ptrs = channel_ptrs[None, :] + tl.arange(0, BLOCK_K)[:, None] + tl.multiple_of(offs_w, SLICE)
+            mask_w = (stored & (offs_n < BSR_OUT))[None, :]
         else:
-            w_tile_ptrs = w_row_ptr + (offs_channel[None, :] + offs_w[:, None])
+            offs_w = tl.multiple_of(tl.max_contiguous(offs_w, SLICE), SLICE)
+            mask_w = tl.max_constancy(stored, SLICE)[:, None]
+            if BSR_OUT % BLOCK_N != 0:
+                mask_w = mask_w & (offs_n < BSR_OUT)[None, :]
+            if POINTERS:
+                w_tile_ptrs = channel_ptrs[None, :] + offs_w[:, None]
+            else:
+                w_tile_ptrs = w_row_ptr + (offs_channel[None, :] + offs_w[:, None])
         w_tile = tl.load(w_tile_ptrs, mask=mask_w, other=0.0)
 
         next_k = kk + BLOCK_K

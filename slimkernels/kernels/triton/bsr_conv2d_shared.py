@@ -142,7 +142,7 @@ def bsr_conv2d_fwd_kernel_shared(
         in_block = (kk.to(tl.uint32) % BSR_IN).to(tl.int32)
         x_tile = gather_x(
             x_ptr, offs_m, bits, in_h, in_w, column, kk < end, in_block, h, w,
-            C_IN, S, DIL_H, DIL_W, GROUPS, BSR_IN, SLICE, BORDER, RAGGED_IN, INDEX_64, False,
+            C_IN, S, DIL_H, DIL_W, GROUPS, BSR_IN, SLICE, BORDER, RAGGED_IN, INDEX_64, False, False,
         )  # fmt: skip
         w0 = _weights(values_ptr, slot0, in_block, offs_n, BSR_OUT, BSR_IN, SLICE, INDEX_64, BLOCK_N)
         w1 = _weights(values_ptr, slot1, in_block, offs_n, BSR_OUT, BSR_IN, SLICE, INDEX_64, BLOCK_N)

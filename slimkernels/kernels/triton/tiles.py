@@ -171,8 +171,12 @@ def gather_x(
     RAGGED_IN: tl.constexpr,
     INDEX_64: tl.constexpr,
     KEEP_IN_L1: tl.constexpr,
+    ONE_SLICE: tl.constexpr,
 ):
     """The input tile (BLOCK_M, BLOCK_K) of block columns `column`, 0 where not `stored`; `in_block` a block's channel.
+
+    With ONE_SLICE the stage is SLICE consecutive channels of one tap: column, stored and in_block, the first channel's,
+    are scalars. Otherwise each is a vector of BLOCK_K.
 
     A column's tap and channel are decoded by constant divisors: a table of element offsets saves 10 instructions of the
     main loop (sm_90, 128 x 128 x 64) for a second load a step and a table per image size. The masks cost 16 as one bit
@@ -185,23 +189,34 @@ def gather_x(
     tap_h = row * DIL_H
     tap_w = (tap - row * S) * DIL_W
     offs_x = (tap_h.to(index_type) * w + tap_w) * C_IN + channel
-    offs_x = tl.multiple_of(tl.max_contiguous(offs_x, SLICE), SLICE)
     if RAGGED_IN:
         stored = stored & (channel < C_IN)
-    if BORDER == TAP_BITS:
-        tap_bit = tl.max_constancy(tl.where(stored, 1 << tap, 0), SLICE)
-        mask = (bits[:, None] & tap_bit[None, :]) != 0
-        mask = tl.max_constancy(mask, [1, SLICE])
+    if ONE_SLICE:
+        inside = bits == bits
+        if BORDER == TAP_BITS:
+            inside = (bits & (1 << tap)) != 0
+        elif BORDER == COMPARE:
+            inside = ((in_h + tap_h).to(tl.uint32) < h) & ((in_w + tap_w).to(tl.uint32) < w)
+        mask = (inside & stored)[:, None]
+        # The sum of the first two terms stays the same from stage to stage.
+        x_ptrs = (x_ptr + offs_m)[:, None] + tl.arange(0, SLICE)[None, :] + tl.multiple_of(offs_x, SLICE)
     else:
-        mask = tl.max_constancy(stored, SLICE)[None, :]
-        if BORDER == COMPARE:
-            row_inside = (in_h[:, None] + tap_h[None, :]).to(tl.uint32) < h
-            mask = mask & row_inside & ((in_w[:, None] + tap_w[None, :]).to(tl.uint32) < w)
+        offs_x = tl.multiple_of(tl.max_contiguous(offs_x, SLICE), SLICE)
+        if BORDER == TAP_BITS:
+            tap_bit = tl.max_constancy(tl.where(stored, 1 << tap, 0), SLICE)
+            mask = (bits[:, None] & tap_bit[None, :]) != 0
             mask = tl.max_constancy(mask, [1, SLICE])
+        else:
+            mask = tl.max_constancy(stored, SLICE)[None, :]
+            if BORDER == COMPARE:
+                row_inside = (in_h[:, None] + tap_h[None, :]).to(tl.uint32) < h
+                mask = mask & row_inside & ((in_w[:, None] + tap_w[None, :]).to(tl.uint32) < w)
+                mask = tl.max_constancy(mask, [1, SLICE])
+        x_ptrs = (x_ptr + offs_m)[:, None] + offs_x[None, :]
     if KEEP_IN_L1:
-        x_tile = tl.load((x_ptr + offs_m)[:, None] + offs_x[None, :], mask=mask, other=0.0, cache_modifier=".ca")
+        x_tile = tl.load(x_ptrs, mask=mask, other=0.0, cache_modifier=".ca")
     else:
-        x_tile = tl.load((x_ptr + offs_m)[:, None] + offs_x[None, :], mask=mask, other=0.0)
+        x_tile = tl.load(x_ptrs, mask=mask, other=0.0)
     return x_tile
 
 
