@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from precision import fp32_precision
 from torch import nn
 
 import slimkernels as sk
@@ -56,11 +57,8 @@ MODULES = {
 @pytest.fixture(autouse=True)
 def precision_of_products() -> Iterator[None]:
     """Stages set torch's precision switches for their own process; here they are put back."""
-    switches = (torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul)
-    before = [s.fp32_precision for s in switches]  # type: ignore[attr-defined]
-    yield
-    for switch, precision in zip(switches, before):
-        switch.fp32_precision = precision  # type: ignore[attr-defined]
+    with fp32_precision("ieee"):
+        yield
 
 
 def environment() -> dict[str, str]:
