@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -13,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,6 +32,7 @@ BENCHMARKS = ROOT / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import gpu_tables  # noqa: E402
+import peers  # noqa: E402
 import report  # noqa: E402
 from gpu_check import __main__ as driver  # noqa: E402
 from gpu_check import (  # noqa: E402
@@ -449,10 +452,67 @@ def test_the_profilers_csv_is_read() -> None:
         '==PROF== Connected\n"ID","Kernel Name","lts__t_sectors.sum","gpu__time_duration.sum"\n"","","sector","ns"\n'
         '"0","bsr_conv2d_fwd_kernel","1,234","56.5"\n"1","bsr_conv2d_fwd_kernel","n/a","7"\n'
     )
-    assert counters.parsed_csv(text) == [
+    wanted = ("lts__t_sectors.sum", "gpu__time_duration.sum")
+    assert counters.parsed_csv(text, wanted) == [
         {"lts__t_sectors.sum": 1234.0, "gpu__time_duration.sum": 56.5}, {"gpu__time_duration.sum": 7.0},
     ]  # fmt: skip
-    assert counters.parsed_csv("==ERROR== nothing") == []
+    assert counters.parsed_csv(text, wanted[:1]) == [{"lts__t_sectors.sum": 1234.0}, {}]
+    assert counters.parsed_csv("==ERROR== nothing", wanted) == []
+
+
+def test_nothing_but_what_was_asked_for_is_read() -> None:
+    """A real report has the device's attributes in front, and four statistics of every metric."""
+    text = (
+        '"ID","device__attribute_architecture","numa__cpu_affinity","lts__t_sectors.avg","lts__t_sectors.sum"\n'
+        '"","","","sector","sector"\n"0","384","3","2","8"\n'
+    )
+    assert counters.parsed_csv(text, counters.METRICS) == [{"lts__t_sectors.sum": 8.0}]
+
+
+def test_reasons_of_waiting_are_those_that_the_profiler_knows() -> None:
+    stem = "smsp__average_warps_issue_stalled_"
+    listing = "\n".join(
+        f"{stem}{name}  Ratio  average"
+        for name in (
+            "long_scoreboard_per_issue_active", "long_scoreboard_not_issued_per_issue_active",
+            "math_pipe_throttle_per_issue_active", "barrier_per_warp_active",
+        )
+    )  # fmt: skip
+    found = counters.stall_metrics(listing + "\nlts__t_sectors Counter sectors\n")
+    assert found == [f"{stem}{n}_per_issue_active.ratio" for n in ("long_scoreboard", "math_pipe_throttle")]
+    assert counters.stall_metrics("") == []
+    metrics = {"lts__t_sectors.sum": 5.0, **dict(zip(found, (0.25, 1.5)))}
+    first, second = summary.counter_lines([{"suite": "counters", "name": "conv3_2", "config": {}, "metrics": metrics}])
+    assert first == "conv3_2 default: t_sectors.sum 5"
+    assert second == "    warps waiting for: math_pipe_throttle 1.50 long_scoreboard 0.25"
+
+
+def test_kernels_of_a_call_are_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten calls of two kernels, one of them launched twice, on a profiler that hands events over in another order."""
+    names, start = ("conv", "pool", "conv"), itertools.count()
+    cuda = torch.autograd.DeviceType.CUDA
+
+    def event(name: str, us: float) -> SimpleNamespace:
+        return SimpleNamespace(
+            name=name, device_type=cuda, time_range=SimpleNamespace(start=next(start), elapsed_us=lambda: us)
+        )
+
+    ran = [event(name, us) for call in range(10) for name, us in zip(names, (10.0 + call, 3.0, 20.0 + call))]
+    ran.append(SimpleNamespace(name="a copy on the host", device_type=torch.autograd.DeviceType.CPU))
+    profile = contextlib.nullcontext(SimpleNamespace(events=lambda: ran[::-1]))
+    monkeypatch.setattr(torch.profiler, "profile", lambda **options: profile)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    calls: list[int] = []
+    kernels, launches = peers.kernel_times(lambda: calls.append(1), calls=10)
+    assert len(calls) == 11
+    assert kernels == [{"name": "conv", "us": 39.0, "calls": 2.0}, {"name": "pool", "us": 3.0, "calls": 1.0}]
+    assert launches == [{"name": n, "us": us} for n, us in zip(names, (14.5, 3.0, 24.5))]
+    row = {"suite": "kernel_counts", "stage": "vgg", "name": "headline", "kernel_times": kernels}
+    assert summary.kernel_lines([row]) == [
+        "[vgg] headline ours: 42 us in 3 kernels", "    39.0 us, 2 x conv", "    3.0 us, 1 x pool",
+    ]  # fmt: skip
+    ran.append(event("conv", 1.0))
+    assert peers.kernel_times(lambda: None, calls=10)[1] == []
 
 
 def test_a_triton_cache_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -498,7 +558,7 @@ def example() -> dict:
         {"suite": "counters", "stage": "counters", **layer, "match": True, "metrics": {"lts__t_sectors.sum": 5.0}},
         vgg,
         {"suite": "kernel_counts", "stage": "vgg", "name": vgg["name"], "match": True, "kernels": 18,
-         "dense_kernels": 37},
+         "dense_kernels": 37, "kernel_times": [{"name": "bsr_conv2d_fwd_kernel", "us": 412.5, "calls": 15.0}]},
         {"suite": "tests", "stage": "tests", "name": "collected", "count": 3},
         {"suite": "test", "stage": "tests", "name": "tests/a.py::b", "outcome": "failed",
          "message": "E  assert 1 == 2"},
@@ -517,6 +577,7 @@ def test_results_become_a_record_and_a_report(tmp_path: Path) -> None:
     assert record["environment"]["commit"] == "abc123" and record["stages"] == example()["stages"]
     text = report.markdown(record)
     for wanted in ("**3.00x**", "18, 37", "**wrong**: 3 runs differ", "**34.0**", "22.4", "lts__t_sectors.sum",
+                   "| ours | bsr_conv2d_fwd_kernel | 15 | 412.5 |",
                    "| tests | 1 | 1 | 0 | 1 |", "assert 1 == 2", "ERROR SUMMARY: 0 errors", "256x128x64 w8 s4",
                    ):  # fmt: skip
         assert wanted in text, wanted
