@@ -34,6 +34,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import gpu_tables  # noqa: E402
 import peers  # noqa: E402
 import report  # noqa: E402
+import warm_triton_cache  # noqa: E402
 from gpu_check import __main__ as driver  # noqa: E402
 from gpu_check import (  # noqa: E402
     correctness,
@@ -529,6 +530,25 @@ def test_a_triton_cache_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (row,) = rows.of_suite(rows.read(out), "versions")
     assert row["cached_kernels"] == 1 and (tmp_path / "cache" / "abc" / "kernel.cubin").exists()
     assert rows.read(out)[0]["environment"]["threads"] == torch.get_num_threads()
+
+
+def test_launchers_made_without_a_driver_name_it_as_what_they_need(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without that they find none of its functions on the device, and Triton makes them again."""
+    warm_triton_cache.empty_libcuda(tmp_path)
+    environment: dict[str, str] = {"TRITON_INTERPRET": "1"}
+    monkeypatch.setattr(warm_triton_cache.os, "environ", environment)
+    monkeypatch.setattr(warm_triton_cache.ctypes, "CDLL", lambda path: None)
+    monkeypatch.setitem(sys.modules, "stand_in", SimpleNamespace(install=lambda **options: None))
+    warm_triton_cache.prepare(str(tmp_path / "cache"), str(tmp_path))
+    monkeypatch.undo()
+    source, made = tmp_path / "launch.c", tmp_path / "launch.so"
+    source.write_text("int cuLaunch(void);\nint launch(void) { return cuLaunch(); }\n")
+    # As Triton calls a compiler; Debian's leaves out by default what is not needed, others do when told to.
+    command = [environment["CC"], str(source), "-shared", "-fPIC", "-o", str(made), "-l:libcuda.so.1", f"-L{tmp_path}"]
+    subprocess.run(command, check=True)
+    assert b"libcuda.so.1" in made.read_bytes() and "TRITON_INTERPRET" not in environment
 
 
 # The report
