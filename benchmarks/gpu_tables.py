@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from gpu_check.counters import METRICS
-from gpu_check.summary import FLOORS, STALL, config_text
+from gpu_check.summary import FLOORS, STALL, config_text, said
 
 # Suites whose rows are no speeds of the package, or say themselves what is wrong.
 UNTIMED = (
@@ -30,6 +30,8 @@ def as_record(results: dict[str, Any]) -> dict[str, Any]:
             continue
         counted = counts.get((row["stage"], row["name"]), {}) if row["suite"] == "vgg" else {}
         info = {**row, **{k: v for k, v in counted.items() if "kernel" in k}}
+        if row["suite"] == "test":
+            info["message"] = said(row.get("message", ""))
         if row["suite"] == "counters":  # the profiler's report holds the attributes of the device, too
             info["metrics"] = {k: v for k, v in row["metrics"].items() if k in METRICS or STALL in k}
         entries.append({"name": row["name"], "extra_info": {k: v for k, v in info.items() if k != "name"}})
@@ -114,11 +116,10 @@ def tests_table(rows: list[dict[str, Any]]) -> str:
 
 
 def failures_table(rows: list[dict[str, Any]]) -> str:
-    """Tests that failed, with the last line of what they said, and why others were skipped."""
+    """Tests that failed, each with what it said."""
     failed = [r for r in rows if r["outcome"] == "failed"]
-    last = [(r.get("message", "").strip().splitlines() or [""])[-1] for r in failed]
     return table(["failed test", "stage", "message"],
-                 [[r["name"], r["stage"], m.replace("|", "/")[:200]] for r, m in zip(failed, last)])  # fmt: skip
+                 [[r["name"], r["stage"], r.get("message", "").replace("|", "/")[:200]] for r in failed])  # fmt: skip
 
 
 def sanitizer_table(rows: list[dict[str, Any]]) -> str:

@@ -581,7 +581,7 @@ def example() -> dict:
          "dense_kernels": 37, "kernel_times": [{"name": "bsr_conv2d_fwd_kernel", "us": 412.5, "calls": 15.0}]},
         {"suite": "tests", "stage": "tests", "name": "collected", "count": 3},
         {"suite": "test", "stage": "tests", "name": "tests/a.py::b", "outcome": "failed",
-         "message": "E  assert 1 == 2"},
+         "message": ">  assert one == two\nE  assert 1 == 2\n\n/a/machine/a.py:7: AssertionError"},
         {"suite": "test", "stage": "tests", "name": "tests/a.py::c", "outcome": "passed"},
         {"suite": "sanitizer", "stage": "sanitizer", "name": "memcheck", "match": True, "kernels": 11, "of": 11,
          "summary": "ERROR SUMMARY: 0 errors"},
@@ -609,6 +609,14 @@ def test_results_become_a_record_and_a_report(tmp_path: Path) -> None:
     path.write_text(json.dumps(unchecked))
     with pytest.raises(ValueError, match="was not checked against the reference"):
         report.merged([path], "abc123")
+
+
+def test_what_a_failed_test_said_is_its_error() -> None:
+    assert summary.said("E   torch.SomeError: it broke\nE   Set VERBOSE=1\n\nfile.py:7: SomeError") == (
+        "torch.SomeError: it broke"
+    )
+    assert summary.said("E   assert 1 == 2\nfile.py:7: AssertionError") == "assert 1 == 2"
+    assert summary.said("Timeout") == "Timeout" and summary.said("") == ""
 
 
 def test_the_closing_table_shows_what_matters_and_stays_short() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from gpu_check import rows
 MOST_CHARACTERS = 11_000
 FLOORS = ("l2_us", "memory_us", "matrix_us", "issue_us", "tags_us", "predicted_us")
 _MESSAGE = 160
+_ERROR = re.compile(r"[\w.]+(Error|Exception|Failed)\b")
 STALL = "smsp__average_warps_issue_stalled_"
 
 
@@ -123,6 +125,18 @@ def kernel_lines(found: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def said(message: str) -> str:
+    """The line of a failed test's message that says what went wrong.
+
+    Of the lines that pytest marks, the last that begins with an error's name (some errors go on with advice), else the
+    last; without marks the last line of all.
+    """
+    lines = message.strip().splitlines() or [""]
+    marked = [line[1:].strip() for line in lines if line.startswith("E ")]
+    named = [line for line in marked if _ERROR.match(line)]
+    return (named or marked or lines)[-1]
+
+
 def test_lines(found: list[dict[str, Any]]) -> list[str]:
     """Passed, failed, skipped and not reached, by stage; then what failed."""
     lines = []
@@ -133,8 +147,7 @@ def test_lines(found: list[dict[str, Any]]) -> list[str]:
         counts = {o: sum(v == o for v in own.values()) for o in ("passed", "failed", "skipped")}
         lines.append(f"{stage}: {counts}, {collected - len(own)} not reached")
     for r in [r for r in tests if r["outcome"] == "failed"][:12]:
-        last = (r.get("message", "").strip().splitlines() or [""])[-1]
-        lines.append(f"FAILED {r['name']}: {last[:_MESSAGE]}")
+        lines.append(f"FAILED {r['name']}: {said(r.get('message', ''))[:_MESSAGE]}")
     for r in rows.of_suite(found, "sanitizer"):
         lines.append(f"{r['name']}: {r['kernels']} of {r['of']} kernels, {r['summary']}")
     return lines
