@@ -31,7 +31,7 @@ def as_record(results: dict[str, Any]) -> dict[str, Any]:
         counted = counts.get((row["stage"], row["name"]), {}) if row["suite"] == "vgg" else {}
         info = {**row, **{k: v for k, v in counted.items() if "kernel" in k}}
         if row["suite"] == "test":
-            info["message"] = said(row.get("message", ""))
+            info["message"] = said(row)
         if row["suite"] == "counters":  # the profiler's report holds the attributes of the device, too
             info["metrics"] = {k: v for k, v in row["metrics"].items() if k in METRICS or STALL in k}
         entries.append({"name": row["name"], "extra_info": {k: v for k, v in info.items() if k != "name"}})

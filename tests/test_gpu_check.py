@@ -166,6 +166,7 @@ def test_the_most_telling_tests_come_first_and_all_are_written(tmp_path: Path) -
         ("test_bad", "failed"), ("test_good", "passed"), ("test_left_out", "skipped"), ("test_last", "passed"),
     ]  # fmt: skip
     assert rows.of_suite(rows.read(first), "tests")[0]["count"] == 4 and "assert 1 == 2" in found[0]["message"]
+    assert found[0]["error"] == "assert 1 == 2"
 
     kept = [r for r in rows.read(first) if r["name"] != "test_other.py::test_last"]
     first.write_text("".join(json.dumps(r) + "\n" for r in kept))
@@ -612,11 +613,11 @@ def test_results_become_a_record_and_a_report(tmp_path: Path) -> None:
 
 
 def test_what_a_failed_test_said_is_its_error() -> None:
-    assert summary.said("E   torch.SomeError: it broke\nE   Set VERBOSE=1\n\nfile.py:7: SomeError") == (
-        "torch.SomeError: it broke"
-    )
-    assert summary.said("E   assert 1 == 2\nfile.py:7: AssertionError") == "assert 1 == 2"
-    assert summary.said("Timeout") == "Timeout" and summary.said("") == ""
+    long = {"message": "E   torch.SomeError: it broke\nE   Set VERBOSE=1\n\nfile.py:7: SomeError"}
+    assert summary.said(long) == "torch.SomeError: it broke"
+    assert summary.said(long | {"error": "OtherError: first"}) == "OtherError: first"
+    assert summary.said({"message": "E   assert 1 == 2\nfile.py:7: AssertionError"}) == "assert 1 == 2"
+    assert summary.said({"message": "Timeout"}) == "Timeout" and summary.said({}) == ""
 
 
 def test_the_closing_table_shows_what_matters_and_stays_short() -> None:

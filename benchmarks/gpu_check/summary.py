@@ -125,13 +125,15 @@ def kernel_lines(found: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def said(message: str) -> str:
-    """The line of a failed test's message that says what went wrong.
+def said(row: Mapping[str, Any]) -> str:
+    """The line of a failed test's row that says what went wrong: its error, else one of the end of its message.
 
     Of the lines that pytest marks, the last that begins with an error's name (some errors go on with advice), else the
     last; without marks the last line of all.
     """
-    lines = message.strip().splitlines() or [""]
+    if row.get("error"):
+        return row["error"]
+    lines = row.get("message", "").strip().splitlines() or [""]
     marked = [line[1:].strip() for line in lines if line.startswith("E ")]
     named = [line for line in marked if _ERROR.match(line)]
     return (named or marked or lines)[-1]
@@ -147,7 +149,7 @@ def test_lines(found: list[dict[str, Any]]) -> list[str]:
         counts = {o: sum(v == o for v in own.values()) for o in ("passed", "failed", "skipped")}
         lines.append(f"{stage}: {counts}, {collected - len(own)} not reached")
     for r in [r for r in tests if r["outcome"] == "failed"][:12]:
-        lines.append(f"FAILED {r['name']}: {said(r.get('message', ''))[:_MESSAGE]}")
+        lines.append(f"FAILED {r['name']}: {said(r)[:_MESSAGE]}")
     for r in rows.of_suite(found, "sanitizer"):
         lines.append(f"{r['name']}: {r['kernels']} of {r['of']} kernels, {r['summary']}")
     return lines
