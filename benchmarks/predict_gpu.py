@@ -84,14 +84,14 @@ def document() -> str:
         "# What the cost model expects on a GPU",
         "",
         "These are predictions of the cost model, made by `python benchmarks/predict_gpu.py`, with the ceilings of",
-        "`slimkernels/kernels/gpu_rates.py`: those of the H200 were measured. Microseconds, bf16. ReLU and 2x2 max-pool",
-        "are fused on our side, ReLU on the dense side. The first layer stays dense on both sides; it is counted with a",
-        "fused ReLU, which a kept layer does not have on a GPU yet.",
+        "`slimkernels/kernels/gpu_rates.py`: those of the H200 were measured. Microseconds, bf16. ReLU and 2x2",
+        "max-pool are fused on our side, ReLU on the dense side. The first layer stays dense on both sides; it is",
+        "counted with a fused ReLU, which a kept layer does not have on a GPU yet.",
         "",
-        "**They are far too low.** On an H200 the pruned layers of VGG-19 at batch 1024 and 87.5% zeros took 643 us one",
-        "after the other, where 237 are predicted below, and the whole network 1100 us; the fastest dense network took",
+        "**They are far too low.** On an H200 the pruned layers of VGG-19 at batch 1024 and 87.5% zeros took 643 us",
+        "one after the other, where 237 were predicted, and the whole network 1100 us; the fastest dense network took",
         "1750. `benchmarks/results/nvidia-h200` has the measurements layer by layer, and hardware counters by which no",
-        "limit of this table was reached. The cause is under study.",
+        "limit of these tables was reached. The cause is under study.",
     ]
     for rates in (H100, H200):
         for row in (layers.ROWS[name] for name in ROWS):

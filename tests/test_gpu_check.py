@@ -33,6 +33,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import gpu_tables  # noqa: E402
 import peers  # noqa: E402
+import predict_gpu  # noqa: E402
 import report  # noqa: E402
 import warm_triton_cache  # noqa: E402
 from gpu_check import __main__ as driver  # noqa: E402
@@ -438,6 +439,26 @@ def test_jobs_to_compile_are_each_there_once() -> None:
     seconds, error = precompile.run((replace(SMALL, epilogue="none"), None))
     assert error is None and seconds > 0
     assert "ValueError" in (precompile.run((replace(SMALL, epilogue="sigmoid"), layers.choice_of(SMALL)))[1] or "")
+
+
+def test_predictions_are_of_the_layers_that_are_measured() -> None:
+    """A line for each distinct layer of the network and its first one; the last line is the whole of the others."""
+    for name in ("batch_1", "vgg16_224"):
+        row = layers.ROWS[name]
+        lines = list(predict_gpu.layer_table(row, H200))
+        first, *others = lines[2:-1]
+        assert first.startswith("| 3 -> 64 @ ") and "stays dense" in first
+        assert [line.split(" | ")[0] for line in others] == [
+            f"| {predict_gpu.title(layer)}" for layer in layers.NETWORKS[row.network]
+        ]
+        counts = [len(layer.names) for layer in layers.NETWORKS[row.network]]
+        dense = [float(line.split(" | ")[1]) for line in (first, *others)]
+        ours = [float(line.split(" | ")[2]) for line in others]
+        cells = lines[-1].replace("*", "").split(" | ")
+        assert float(cells[1]) == pytest.approx(sum(n * t for n, t in zip([1, *counts], dense, strict=True)), rel=0.02)
+        whole = dense[0] + sum(n * t for n, t in zip(counts, ours, strict=True))
+        assert float(cells[2].split(",")[0]) == pytest.approx(whole, rel=0.02)
+    assert sum(len(layer.names) for layer in layers.NETWORKS["vgg19_cifar"]) == 15
 
 
 # The profiler's report and the versions
