@@ -79,8 +79,8 @@ STAGES = (
           "runs bit-equal, once through a CUDA graph.",
           _module("correctness")),
     Stage("vgg", 1, 75,
-          "VGG-19, batch 1024, 87.5%, (128, 16) blocks, against eager, CUDA graphs and torch.compile, and the kernels of "
-          "both sides: 1.59x at first (1.10 ms on an H200), 4x the goal.",
+          "VGG-19, batch 1024, 87.5%, (128, 16) blocks, against eager, CUDA graphs and torch.compile, and the kernels "
+          "of both sides: 1.59x at first (1.10 ms on an H200), 4x the goal.",
           _suite(*_networks("headline"), "--compile", "default", "--seconds", "1.5", *_CHECKS)),
     Stage("sweep", 1, 65,
           "Which configuration of each layer is fastest, and what binds it: microseconds beside the floors of L2, "
