@@ -220,8 +220,11 @@ def checked_layers(kernels: Iterable[LayerKernel], known: Iterable[Path]) -> lis
 
 
 def counts_of_kernels(info: dict[str, Any], ours: Callable[[], Any], dense: Callable[[], Any]) -> None:
-    """Adds to a row how many kernels both sides launch."""
-    info |= {"kernels": peers.kernel_count(ours), "dense_kernels": peers.kernel_count(dense)}
+    """Adds to a row how many kernels both sides launch, and how long each of them takes."""
+    for side, call in (("", ours), ("dense_", dense)):
+        kernels, launches = peers.kernel_times(call)
+        info[f"{side}kernels"] = round(sum(kernel["calls"] for kernel in kernels))
+        info |= {f"{side}kernel_times": kernels, f"{side}kernel_launches": launches}
 
 
 @pytest.mark.parametrize("row", layers.ROWS.values(), ids=layers.ROWS)
@@ -275,7 +278,7 @@ def test_vgg_gpu(
 
     def count() -> None:
         counts_of_kernels(kernels, ours, baselines[best])
-        info.update(kernels=kernels["kernels"], dense_kernels=kernels["dense_kernels"])
+        info.update({name: value for name, value in kernels.items() if "kernel" in name})
         gpu_rows.append(request.config.getoption("--rows"), kernels)
 
     afterwards.append(count)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from gpu_check.summary import FLOORS, config_text
+from gpu_check.counters import METRICS
+from gpu_check.summary import FLOORS, STALL, config_text, said
 
 # Suites whose rows are no speeds of the package, or say themselves what is wrong.
 UNTIMED = (
@@ -15,7 +16,7 @@ UNTIMED = (
 def as_record(results: dict[str, Any]) -> dict[str, Any]:
     """The ``results.json`` of a GPU check in the form of a pytest-benchmark record.
 
-    Rows of passed tests are left out, and the counts of kernels join the networks that they belong to.
+    Rows of passed tests are left out, and the kernels of a network join its row.
 
     Raises:
         ValueError: no environment, so nothing ran.
@@ -28,7 +29,11 @@ def as_record(results: dict[str, Any]) -> dict[str, Any]:
         if row["suite"] == "kernel_counts" or (row["suite"] == "test" and row["outcome"] == "passed"):
             continue
         counted = counts.get((row["stage"], row["name"]), {}) if row["suite"] == "vgg" else {}
-        info = {**row, **{k: v for k, v in counted.items() if k in ("kernels", "dense_kernels")}}
+        info = {**row, **{k: v for k, v in counted.items() if "kernel" in k}}
+        if row["suite"] == "test":
+            info["message"] = said(row)
+        if row["suite"] == "counters":  # the profiler's report holds the attributes of the device, too
+            info["metrics"] = {k: v for k, v in row["metrics"].items() if k in METRICS or STALL in k}
         entries.append({"name": row["name"], "extra_info": {k: v for k, v in info.items() if k != "name"}})
     tests = [r for r in results["rows"] if r.get("suite") == "test"]
     for stage in dict.fromkeys(r["stage"] for r in tests):
@@ -90,6 +95,17 @@ def counters_table(rows: list[dict[str, Any]]) -> str:
     return table(header, [[n, *(f"{r['metrics'][n]:.6g}" if n in r["metrics"] else "" for r in rows)] for n in names])
 
 
+def kernels_table(rows: list[dict[str, Any]]) -> str:
+    """What each network spends in which kernels, ours and those of the fastest dense one."""
+    body = [
+        [r["name"], side, t["name"][:90].replace("|", "/"), f"{t['calls']:g}", f"{t['us']:.1f}"]
+        for r in rows
+        for side, key in (("ours", "kernel_times"), ("dense", "dense_kernel_times"))
+        for t in r.get(key) or []
+    ]
+    return table(["row", "side", "kernel", "launches", "all of them [us]"], body)
+
+
 def tests_table(rows: list[dict[str, Any]]) -> str:
     """How many tests passed, failed, were skipped or not reached."""
     header = ["stage", "passed", "failed", "skipped", "not reached"]
@@ -100,11 +116,10 @@ def tests_table(rows: list[dict[str, Any]]) -> str:
 
 
 def failures_table(rows: list[dict[str, Any]]) -> str:
-    """Tests that failed, with the last line of what they said, and why others were skipped."""
+    """Tests that failed, each with what it said."""
     failed = [r for r in rows if r["outcome"] == "failed"]
-    last = [(r.get("message", "").strip().splitlines() or [""])[-1] for r in failed]
     return table(["failed test", "stage", "message"],
-                 [[r["name"], r["stage"], m.replace("|", "/")[:200]] for r, m in zip(failed, last)])  # fmt: skip
+                 [[r["name"], r["stage"], r.get("message", "").replace("|", "/")[:200]] for r in failed])  # fmt: skip
 
 
 def sanitizer_table(rows: list[dict[str, Any]]) -> str:
@@ -129,12 +144,15 @@ def sections(record: dict[str, Any]) -> list[str]:
     for suite, title, make in (
         ("correctness", "Correctness of what was timed", correctness_table),
         ("sweep", "Configurations, layer by layer", sweep_table),
+        ("vgg", "Kernels of the networks", kernels_table),
         ("counters", "Hardware counters", counters_table),
         ("tests", "GPU tests", tests_table),
         ("test", "Failed tests", failures_table),
         ("sanitizer", "Sanitizers", sanitizer_table),
     ):
         rows = own(suite)
+        if suite == "vgg":
+            rows = [r for r in rows if r.get("kernel_times")]
         if rows and (suite != "test" or any(r["outcome"] == "failed" for r in rows)):
             parts += [f"## {title}\n", make(rows)]
     if record.get("stages"):

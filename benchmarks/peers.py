@@ -232,13 +232,34 @@ class _Compiled(nn.Module):
         return self.run[0](x)
 
 
-def kernel_count(call: Callable[[], Any]) -> int:
-    """CUDA kernels (copies included) of one call, counted by torch's profiler."""
+# A kernel's name says what it is in its first characters; those made from templates go on for a thousand.
+_KERNEL_NAME = 160
+
+
+def kernel_times(call: Callable[[], Any], calls: int = 5) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """What a call spends on the device, kernel by kernel (copies included), by torch's profiler.
+
+    Returns: ``(kernels, launches)``. kernels: ``name``, ``us`` and ``calls`` of one call, those of one name together,
+    the longest first. launches: ``name`` and ``us`` of every launch of one call in the order in which they ran; empty
+    where the calls launched different numbers of kernels. Both are means over some calls.
+    """
     from torch.profiler import ProfilerActivity, profile
 
     call()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
-        call()
+        for _ in range(calls):
+            call()
         torch.cuda.synchronize()
-    return sum(1 for event in recorded.events() if event.device_type == torch.autograd.DeviceType.CUDA)
+    ran = [event for event in recorded.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    ran.sort(key=lambda event: event.time_range.start)
+    found: dict[str, list[float]] = {}
+    for event in ran:
+        found.setdefault(event.name[:_KERNEL_NAME], []).append(event.time_range.elapsed_us())
+    kernels = [{"name": name, "us": sum(us) / calls, "calls": len(us) / calls} for name, us in found.items()]
+    each, rest = divmod(len(ran), calls)
+    launches = [
+        {"name": ran[i].name[:_KERNEL_NAME], "us": sum(e.time_range.elapsed_us() for e in ran[i::each]) / calls}
+        for i in range(0 if rest else each)
+    ]
+    return sorted(kernels, key=lambda kernel: -kernel["us"]), launches

@@ -54,6 +54,7 @@ class Job(NamedTuple):
 def prepare(folder: str, libcuda: str) -> None:
     """In every process before Triton is imported: where its cache is, and the stand-in."""
     os.environ.update(TRITON_CACHE_DIR=folder, TRITON_DEFAULT_FP_FUSION="1", TRITON_LIBCUDA_PATH=libcuda)
+    os.environ["CC"] = os.path.join(libcuda, "cc")
     os.environ.pop("TRITON_INTERPRET", None)
     # Under its name nothing else is loaded any more, so that the launching code finds what it was linked against.
     ctypes.CDLL(os.path.join(libcuda, "libcuda.so.1"))
@@ -142,11 +143,17 @@ def _launchers() -> Any:
 
 
 def empty_libcuda(folder: Path) -> None:
-    """A libcuda.so.1 without contents, to link against."""
-    source = folder / "empty.c"
+    """A libcuda.so.1 without contents, and the compiler ``cc`` that links against it.
+
+    A library that offers no symbol is one that nothing needs, and some linkers leave those out. What they make has no
+    way to the device's own libcuda, which torch loads for itself alone, and cannot be loaded there.
+    """
+    source, compiler = folder / "empty.c", folder / "cc"
     source.write_text("")
     command = ["gcc", "-shared", "-Wl,-soname,libcuda.so.1", "-o", str(folder / "libcuda.so.1"), str(source)]
     subprocess.run(command, check=True)
+    compiler.write_text('#!/bin/sh\nexec gcc -Wl,--no-as-needed "$@"\n')
+    compiler.chmod(0o755)
 
 
 def utilities() -> None:

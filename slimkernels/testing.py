@@ -6,7 +6,11 @@ A result ``out`` in dtype d is compared with a reference computed in float64 fro
 * as a whole, ``rms(out - ref) <= (1 + (C - 1) / sqrt(numel)) rms(u_out |ref| + (u_mul + u_acc sqrt(k)) scale)``.
 
 ``u`` is half a unit in the last place: ``u_out`` of the output's dtype, ``u_mul`` of the factors as the unit that
-multiplies sees them (2^-11 for TF32, the dtype of a rounded intermediate), ``u_acc`` of the accumulator. ``k``
+multiplies sees them (2^-11 for factors rounded to TF32, the dtype of a rounded intermediate), ``u_acc`` of the
+accumulator. Tensor cores that read float32 do not round it: they drop its low 13 bits. That takes between 0 and 2^-10
+of a factor, at most 2^-11 on average (`TF32_DROPPED`), and always towards zero: what the factors of a term lose adds
+up and does not cancel over the terms. So ``u_mul`` is then 2^-11 times the factors of a term: two of a product, four
+of a chain of two products, whose intermediate loses bits as the inputs do. ``k``
 counts the terms of one output and ``scale = sqrt(sum_i (x_i w_i)^2)`` is the same operation on squares: rounding
 errors of a sum of k independent terms grow as ``u sqrt(k) scale``, not as their worst case ``u k sum |x_i w_i|``
 (Higham and Mary, SIAM J. Sci. Comput. 41(5), 2019). So the bound is statistical, for inputs of mean zero.
@@ -36,6 +40,7 @@ from slimkernels.formats import BSRWeight, block_grid
 C = 4.0
 UNIT_ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 TF32_ROUNDOFF = 2.0**-11
+TF32_DROPPED = 2.0**-11
 EPILOGUES = ("none", "relu", "relu_maxpool2")
 
 
@@ -88,6 +93,7 @@ def compare(
         ref: float64 reference of the same shape. scale: float64, the same operation on squared inputs, square-rooted.
         terms: number of terms summed per output; a number, or a tensor that broadcasts to ``ref``.
         u_mul: unit roundoff of the multiplied factors when it is coarser than the accumulator's (`TF32_ROUNDOFF`).
+            `TF32_DROPPED` times the factors of a term where the low bits of float32 are dropped.
         nonfinite: True if NaN and infinities may occur; they must then be the same in both, element by element. False:
             any non-finite element fails.
         block_shape: names the block row of the worst element in the message.

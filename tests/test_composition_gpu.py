@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from precision import fp32_precision
 from torch import Tensor, nn
 
 import slimkernels as sk
@@ -34,13 +35,8 @@ def off(got: Tensor, expected: Tensor) -> float:
 @pytest.fixture(autouse=True)
 def full_float32_precision() -> Iterator[None]:
     """Convolutions and products of float32 as such: by default torch's dense convolutions multiply in TF32."""
-    switches = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
-    before = [switch.fp32_precision for switch in switches]
-    for switch in switches:
-        switch.fp32_precision = "ieee"
-    yield
-    for switch, old in zip(switches, before, strict=True):
-        switch.fp32_precision = old
+    with fp32_precision("ieee"):
+        yield
 
 
 def trainable(device: str = "cuda", dtype: torch.dtype = torch.float32) -> tuple[nn.Module, nn.Module]:

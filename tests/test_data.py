@@ -219,6 +219,17 @@ def test_a_data_set_kept_on_the_host_gives_the_same_batches(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(epoch_of(loader), expected, strict=True))
 
 
+def test_a_device_is_the_same_with_and_without_its_number(monkeypatch):
+    """As "cuda" and the "cuda:0" of its tensors: a data set that is where batches are made is not fetched."""
+    expected = epoch_of(data.TensorLoader(*ramp(23), batch_size=5, **AUGMENTED))
+    numbered = torch.device("cpu", 0)
+    assert torch.empty(0, device=numbered).device != numbered
+    loader = data.TensorLoader(*ramp(23), batch_size=5, device=numbered, **AUGMENTED)
+    monkeypatch.setattr(data.TensorLoader, "_fetch", lambda *args: pytest.fail("fetched from where it is"))
+    assert loader.device == loader.images.device == loader.labels.device
+    assert all(torch.equal(a, b) for a, b in zip(epoch_of(loader), expected, strict=True))
+
+
 def test_image_folder(tmp_path):
     train, test = data.image_folder_loaders(write_images(tmp_path), batch_size=4, augment=False)
     assert train.classes == ("cat", "dog") and train.samples == test.samples == 6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -13,9 +14,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from precision import fp32_precision
 from torch import nn
 
 import slimkernels as sk
@@ -29,7 +32,10 @@ BENCHMARKS = ROOT / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import gpu_tables  # noqa: E402
+import peers  # noqa: E402
+import predict_gpu  # noqa: E402
 import report  # noqa: E402
+import warm_triton_cache  # noqa: E402
 from gpu_check import __main__ as driver  # noqa: E402
 from gpu_check import (  # noqa: E402
     correctness,
@@ -56,11 +62,8 @@ MODULES = {
 @pytest.fixture(autouse=True)
 def precision_of_products() -> Iterator[None]:
     """Stages set torch's precision switches for their own process; here they are put back."""
-    switches = (torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul)
-    before = [s.fp32_precision for s in switches]  # type: ignore[attr-defined]
-    yield
-    for switch, precision in zip(switches, before):
-        switch.fp32_precision = precision  # type: ignore[attr-defined]
+    with fp32_precision("ieee"):
+        yield
 
 
 def environment() -> dict[str, str]:
@@ -164,6 +167,7 @@ def test_the_most_telling_tests_come_first_and_all_are_written(tmp_path: Path) -
         ("test_bad", "failed"), ("test_good", "passed"), ("test_left_out", "skipped"), ("test_last", "passed"),
     ]  # fmt: skip
     assert rows.of_suite(rows.read(first), "tests")[0]["count"] == 4 and "assert 1 == 2" in found[0]["message"]
+    assert found[0]["error"] == "assert 1 == 2"
 
     kept = [r for r in rows.read(first) if r["name"] != "test_other.py::test_last"]
     first.write_text("".join(json.dumps(r) + "\n" for r in kept))
@@ -437,6 +441,26 @@ def test_jobs_to_compile_are_each_there_once() -> None:
     assert "ValueError" in (precompile.run((replace(SMALL, epilogue="sigmoid"), layers.choice_of(SMALL)))[1] or "")
 
 
+def test_predictions_are_of_the_layers_that_are_measured() -> None:
+    """A line for each distinct layer of the network and its first one; the last line is the whole of the others."""
+    for name in ("batch_1", "vgg16_224"):
+        row = layers.ROWS[name]
+        lines = list(predict_gpu.layer_table(row, H200))
+        first, *others = lines[2:-1]
+        assert first.startswith("| 3 -> 64 @ ") and "stays dense" in first
+        assert [line.split(" | ")[0] for line in others] == [
+            f"| {predict_gpu.title(layer)}" for layer in layers.NETWORKS[row.network]
+        ]
+        counts = [len(layer.names) for layer in layers.NETWORKS[row.network]]
+        dense = [float(line.split(" | ")[1]) for line in (first, *others)]
+        ours = [float(line.split(" | ")[2]) for line in others]
+        cells = lines[-1].replace("*", "").split(" | ")
+        assert float(cells[1]) == pytest.approx(sum(n * t for n, t in zip([1, *counts], dense, strict=True)), rel=0.02)
+        whole = dense[0] + sum(n * t for n, t in zip(counts, ours, strict=True))
+        assert float(cells[2].split(",")[0]) == pytest.approx(whole, rel=0.02)
+    assert sum(len(layer.names) for layer in layers.NETWORKS["vgg19_cifar"]) == 15
+
+
 # The profiler's report and the versions
 
 
@@ -451,10 +475,67 @@ def test_the_profilers_csv_is_read() -> None:
         '==PROF== Connected\n"ID","Kernel Name","lts__t_sectors.sum","gpu__time_duration.sum"\n"","","sector","ns"\n'
         '"0","bsr_conv2d_fwd_kernel","1,234","56.5"\n"1","bsr_conv2d_fwd_kernel","n/a","7"\n'
     )
-    assert counters.parsed_csv(text) == [
+    wanted = ("lts__t_sectors.sum", "gpu__time_duration.sum")
+    assert counters.parsed_csv(text, wanted) == [
         {"lts__t_sectors.sum": 1234.0, "gpu__time_duration.sum": 56.5}, {"gpu__time_duration.sum": 7.0},
     ]  # fmt: skip
-    assert counters.parsed_csv("==ERROR== nothing") == []
+    assert counters.parsed_csv(text, wanted[:1]) == [{"lts__t_sectors.sum": 1234.0}, {}]
+    assert counters.parsed_csv("==ERROR== nothing", wanted) == []
+
+
+def test_nothing_but_what_was_asked_for_is_read() -> None:
+    """A real report has the device's attributes in front, and four statistics of every metric."""
+    text = (
+        '"ID","device__attribute_architecture","numa__cpu_affinity","lts__t_sectors.avg","lts__t_sectors.sum"\n'
+        '"","","","sector","sector"\n"0","384","3","2","8"\n'
+    )
+    assert counters.parsed_csv(text, counters.METRICS) == [{"lts__t_sectors.sum": 8.0}]
+
+
+def test_reasons_of_waiting_are_those_that_the_profiler_knows() -> None:
+    stem = "smsp__average_warps_issue_stalled_"
+    listing = "\n".join(
+        f"{stem}{name}  Ratio  average"
+        for name in (
+            "long_scoreboard_per_issue_active", "long_scoreboard_not_issued_per_issue_active",
+            "math_pipe_throttle_per_issue_active", "barrier_per_warp_active",
+        )
+    )  # fmt: skip
+    found = counters.stall_metrics(listing + "\nlts__t_sectors Counter sectors\n")
+    assert found == [f"{stem}{n}_per_issue_active.ratio" for n in ("long_scoreboard", "math_pipe_throttle")]
+    assert counters.stall_metrics("") == []
+    metrics = {"lts__t_sectors.sum": 5.0, **dict(zip(found, (0.25, 1.5)))}
+    first, second = summary.counter_lines([{"suite": "counters", "name": "conv3_2", "config": {}, "metrics": metrics}])
+    assert first == "conv3_2 default: t_sectors.sum 5"
+    assert second == "    warps waiting for: math_pipe_throttle 1.50 long_scoreboard 0.25"
+
+
+def test_kernels_of_a_call_are_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten calls of two kernels, one of them launched twice, on a profiler that hands events over in another order."""
+    names, start = ("conv", "pool", "conv"), itertools.count()
+    cuda = torch.autograd.DeviceType.CUDA
+
+    def event(name: str, us: float) -> SimpleNamespace:
+        return SimpleNamespace(
+            name=name, device_type=cuda, time_range=SimpleNamespace(start=next(start), elapsed_us=lambda: us)
+        )
+
+    ran = [event(name, us) for call in range(10) for name, us in zip(names, (10.0 + call, 3.0, 20.0 + call))]
+    ran.append(SimpleNamespace(name="a copy on the host", device_type=torch.autograd.DeviceType.CPU))
+    profile = contextlib.nullcontext(SimpleNamespace(events=lambda: ran[::-1]))
+    monkeypatch.setattr(torch.profiler, "profile", lambda **options: profile)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    calls: list[int] = []
+    kernels, launches = peers.kernel_times(lambda: calls.append(1), calls=10)
+    assert len(calls) == 11
+    assert kernels == [{"name": "conv", "us": 39.0, "calls": 2.0}, {"name": "pool", "us": 3.0, "calls": 1.0}]
+    assert launches == [{"name": n, "us": us} for n, us in zip(names, (14.5, 3.0, 24.5))]
+    row = {"suite": "kernel_counts", "stage": "vgg", "name": "headline", "kernel_times": kernels}
+    assert summary.kernel_lines([row]) == [
+        "[vgg] headline ours: 42 us in 3 kernels", "    39.0 us, 2 x conv", "    3.0 us, 1 x pool",
+    ]  # fmt: skip
+    ran.append(event("conv", 1.0))
+    assert peers.kernel_times(lambda: None, calls=10)[1] == []
 
 
 def test_a_triton_cache_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -471,6 +552,25 @@ def test_a_triton_cache_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (row,) = rows.of_suite(rows.read(out), "versions")
     assert row["cached_kernels"] == 1 and (tmp_path / "cache" / "abc" / "kernel.cubin").exists()
     assert rows.read(out)[0]["environment"]["threads"] == torch.get_num_threads()
+
+
+def test_launchers_made_without_a_driver_name_it_as_what_they_need(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without that they find none of its functions on the device, and Triton makes them again."""
+    warm_triton_cache.empty_libcuda(tmp_path)
+    environment: dict[str, str] = {"TRITON_INTERPRET": "1"}
+    monkeypatch.setattr(warm_triton_cache.os, "environ", environment)
+    monkeypatch.setattr(warm_triton_cache.ctypes, "CDLL", lambda path: None)
+    monkeypatch.setitem(sys.modules, "stand_in", SimpleNamespace(install=lambda **options: None))
+    warm_triton_cache.prepare(str(tmp_path / "cache"), str(tmp_path))
+    monkeypatch.undo()
+    source, made = tmp_path / "launch.c", tmp_path / "launch.so"
+    source.write_text("int cuLaunch(void);\nint launch(void) { return cuLaunch(); }\n")
+    # As Triton calls a compiler; Debian's leaves out by default what is not needed, others do when told to.
+    command = [environment["CC"], str(source), "-shared", "-fPIC", "-o", str(made), "-l:libcuda.so.1", f"-L{tmp_path}"]
+    subprocess.run(command, check=True)
+    assert b"libcuda.so.1" in made.read_bytes() and "TRITON_INTERPRET" not in environment
 
 
 # The report
@@ -500,10 +600,10 @@ def example() -> dict:
         {"suite": "counters", "stage": "counters", **layer, "match": True, "metrics": {"lts__t_sectors.sum": 5.0}},
         vgg,
         {"suite": "kernel_counts", "stage": "vgg", "name": vgg["name"], "match": True, "kernels": 18,
-         "dense_kernels": 37},
+         "dense_kernels": 37, "kernel_times": [{"name": "bsr_conv2d_fwd_kernel", "us": 412.5, "calls": 15.0}]},
         {"suite": "tests", "stage": "tests", "name": "collected", "count": 3},
         {"suite": "test", "stage": "tests", "name": "tests/a.py::b", "outcome": "failed",
-         "message": "E  assert 1 == 2"},
+         "message": ">  assert one == two\nE  assert 1 == 2\n\n/a/machine/a.py:7: AssertionError"},
         {"suite": "test", "stage": "tests", "name": "tests/a.py::c", "outcome": "passed"},
         {"suite": "sanitizer", "stage": "sanitizer", "name": "memcheck", "match": True, "kernels": 11, "of": 11,
          "summary": "ERROR SUMMARY: 0 errors"},
@@ -519,6 +619,7 @@ def test_results_become_a_record_and_a_report(tmp_path: Path) -> None:
     assert record["environment"]["commit"] == "abc123" and record["stages"] == example()["stages"]
     text = report.markdown(record)
     for wanted in ("**3.00x**", "18, 37", "**wrong**: 3 runs differ", "**34.0**", "22.4", "lts__t_sectors.sum",
+                   "| ours | bsr_conv2d_fwd_kernel | 15 | 412.5 |",
                    "| tests | 1 | 1 | 0 | 1 |", "assert 1 == 2", "ERROR SUMMARY: 0 errors", "256x128x64 w8 s4",
                    ):  # fmt: skip
         assert wanted in text, wanted
@@ -530,6 +631,14 @@ def test_results_become_a_record_and_a_report(tmp_path: Path) -> None:
     path.write_text(json.dumps(unchecked))
     with pytest.raises(ValueError, match="was not checked against the reference"):
         report.merged([path], "abc123")
+
+
+def test_what_a_failed_test_said_is_its_error() -> None:
+    long = {"message": "E   torch.SomeError: it broke\nE   Set VERBOSE=1\n\nfile.py:7: SomeError"}
+    assert summary.said(long) == "torch.SomeError: it broke"
+    assert summary.said(long | {"error": "OtherError: first"}) == "OtherError: first"
+    assert summary.said({"message": "E   assert 1 == 2\nfile.py:7: AssertionError"}) == "assert 1 == 2"
+    assert summary.said({"message": "Timeout"}) == "Timeout" and summary.said({}) == ""
 
 
 def test_the_closing_table_shows_what_matters_and_stays_short() -> None:

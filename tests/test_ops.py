@@ -18,7 +18,9 @@ from slimkernels import ops
 from slimkernels.cases import Case, ConvCase, LinearCase, LowRankConvCase, LowRankLinearCase
 from slimkernels.formats import BSRWeight
 from slimkernels.kernels import KERNELS, select
+from slimkernels.kernels.transposed import transpose_index
 from slimkernels.nn import BlockSparseConv2d, BlockSparseLinear, LowRankConv2d, LowRankLinear
+from slimkernels.ops import bsr
 from slimkernels.testing import (
     UNIT_ROUNDOFF,
     assert_close,
@@ -104,6 +106,29 @@ def test_opcheck(case: Case) -> None:
     for grad in (False, True):
         inputs = with_floats(args, [t.detach().clone().requires_grad_(grad) for t in floats(args)])
         torch.library.opcheck(getattr(OPS, case.op).default, inputs)
+
+
+@pytest.mark.parametrize("given", (False, True), ids=("left at its default", "given"))
+@pytest.mark.parametrize("case", (CONV, CASES[4]), ids=lambda c: c.op)
+def test_one_gradient_for_each_argument_that_reaches_autograd(case: Case, given: bool, monkeypatch) -> None:
+    """The dispatcher leaves out a last argument at its default; up to torch 2.11 a gradient for it is an error."""
+    counts: list[tuple[int, int]] = []
+    gradients = bsr._gradients
+
+    def counted(ctx, grads) -> tuple:
+        found = gradients(ctx, grads)
+        counts.append((len(found), len(ctx.needs_input_grad)))
+        return found
+
+    monkeypatch.setattr(bsr, "_gradients", counted)
+    args = arguments(case)
+    weight = case.inputs()[1]
+    shape, stride = (*weight.weight_shape, 1, 1)[:4], getattr(case, "stride", (1, 1))
+    index = transpose_index(*args[2:4], shape, weight.block_shape, stride, getattr(case, "dilation", (1, 1)))
+    x = args[0].clone().requires_grad_()
+    getattr(OPS, case.op)(x, *args[1:], *([index] if given else [])).sum().backward()
+    expected = len(args) + given
+    assert counts == [(expected, expected)] and x.grad is not None
 
 
 @every_case

@@ -21,6 +21,7 @@ from slimkernels.cases import (
 from slimkernels.formats import block_grid
 from slimkernels.kernels import KERNELS
 from slimkernels.testing import (
+    TF32_DROPPED,
     TF32_ROUNDOFF,
     UNIT_ROUNDOFF,
     assert_close,
@@ -90,6 +91,28 @@ def test_mutants_fail_under_the_tf32_bound(mutate, size: str) -> None:
         out = F.conv2d(tf32(x), densify(w).float(), bias, *geometry)
         assert compare(out, ref, u_mul=TF32_ROUNDOFF, **bound).passed is right
     assert not compare(F.conv2d(tf32(x), densify(rounded).float(), bias, *geometry), ref, **bound).passed
+
+
+def dropped(t: torch.Tensor) -> torch.Tensor:
+    """float32 as tensor cores read it in TF32: without its 13 low bits."""
+    return (t.view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_dropped_bits_of_a_chain_add_up_over_its_four_factors(seed: int) -> None:
+    case = LowRankLinearCase(m=300, in_features=512, out_features=256, rank=64, epilogue="relu", seed=seed)
+    x, U, V, bias = case.inputs()
+    ref, bound = case.expected(x, U, V, bias)
+
+    def chain(U: torch.Tensor) -> torch.Tensor:
+        inner = (dropped(x).double() @ dropped(V).double().T).float()
+        return torch.relu((dropped(inner).double() @ dropped(U).double().T).float() + bias)
+
+    assert_close(chain(U), ref, **{**bound, "u_mul": 4 * TF32_DROPPED})
+    assert not compare(chain(U), ref, **{**bound, "u_mul": 2 * TF32_DROPPED}).passed, "the bound of one product"
+    mutant = U.clone()
+    mutant[3, 5] = 0
+    assert not compare(chain(mutant), ref, **{**bound, "u_mul": 4 * TF32_DROPPED}).passed
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=IDS)

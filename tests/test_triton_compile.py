@@ -16,6 +16,7 @@ import pytest
 
 pytest.importorskip("triton")
 CHECK = Path(__file__).with_name("triton_compile_check.py")
+ONES = Path(__file__).with_name("triton_ones_check.py")
 # What a block may use: A100, H100/H200, B200.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TENSOR_CORE = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
@@ -24,14 +25,19 @@ REGISTER_FILE = 64 * 1024
 Row = dict[str, Any]
 
 
-def compiled(cache: Path, *flags: str) -> list[Row]:
-    """Rows of triton_compile_check.py, compiled afresh."""
+def printed(script: Path, cache: Path, *flags: str) -> dict[str, Any]:
+    """The JSON that a script prints which compiles kernels, with an empty cache."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(CHECK.parent.parent)}
-    command = [sys.executable, "-W", "ignore", str(CHECK), "--json", *flags]
+    command = [sys.executable, "-W", "ignore", str(script), *flags]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-8000:]
-    return json.loads(done.stdout)["rows"]
+    return json.loads(done.stdout)
+
+
+def compiled(cache: Path, *flags: str) -> list[Row]:
+    """Rows of triton_compile_check.py, compiled afresh."""
+    return printed(CHECK, cache, "--json", *flags)["rows"]
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +101,15 @@ def test_tall_blocks_keep_their_pipeline(quick: list[Row]) -> None:
         # Where a processor holds several programs, three stages leave room for one more of them.
         several = row["target"]["arch"] >= 90 and row["target"]["m_total"] == 65536
         assert row["config"]["num_stages"] == (3 if several else 4), row["target"]["name"]
+
+
+def test_every_integer_argument_may_be_one(tmp_path: Path) -> None:
+    found = printed(ONES, tmp_path)
+    kernels, rows = found["kernels"], found["rows"]
+    assert len(kernels) >= 8 and {kernel for kernel, _, _ in rows} == set(kernels)
+    assert {len(ones) > 1 for _, ones, _ in rows} == {True, False} and len(rows) > 200
+    errors = [f"{kernel} with {', '.join(ones)} = 1: {error}" for kernel, ones, error in rows if error is not None]
+    assert not errors, "\n".join(errors)
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from precision import fp32_precision
 from triton_cases import (
     CONV_CASES,
     CORE_CASES,
@@ -24,7 +25,6 @@ from triton_cases import (
     check_low_rank,
     check_nonfinite,
     compare_conv,
-    fp32_precision,
     run_conv,
 )
 
@@ -93,12 +93,12 @@ def test_conv_default_tiles_of_a_large_image(dtype: torch.dtype, block_shape: tu
 
 @shapes
 def test_conv_tf32(block_shape: tuple[int, int]) -> None:
-    """With torch's switch at tf32 the factors lose 13 bits (dropped, not rounded: 2^-10 each), and no more."""
+    """With torch's switch at tf32 both factors lose their 13 low bits (dropped, not rounded), and no more."""
     case = ConvCase(image=(3, 17, 19), sparsity=0.8, epilogue="none", block_m=None)
     x, weight, bias = build(case, block_shape, torch.float32)
     with fp32_precision("tf32"):
         y = run_conv(case, x, weight, bias, "cuda")
-    result = compare_conv(y, case, x, weight, bias, u_mul=2.0**-10)
+    result = compare_conv(y, case, x, weight, bias, u_mul=2 * testing.TF32_DROPPED)
     assert result.passed, result.message
     assert not compare_conv(y, case, x, weight, bias).passed, "tf32 was asked for and IEEE arithmetic ran"
 

@@ -6,6 +6,7 @@ import json
 import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -407,6 +408,17 @@ def test_shipped_tables_load_and_name_kernels_that_exist(path) -> None:
     assert table.device == path.stem and table.entries and table.rates is not None
     assert {e.kernel for e in table.entries} <= set(KERNELS)
     assert all(KERNELS[e.kernel].op == e.problem.op for e in table.entries)
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("nvidia-*.json")), ids=lambda p: p.stem)
+def test_shipped_tables_of_gpus_decide_on_their_device(path, monkeypatch, recwarn) -> None:
+    """Every entry is found as its own problem, with the device's measured ceilings, and nothing is said about it."""
+    monkeypatch.setattr(tables, "SHIPPED", SHIPPED)
+    monkeypatch.setattr(tables, "device_name", lru_cache(lambda *args: path.stem))
+    entries = Table.load(path).entries
+    assert all(tables.nearest(e.problem) == (e, 0.0) for e in entries)
+    assert tables.gpu_rates().name == path.stem and not recwarn.list
+    assert all(e.seconds < e.dense_seconds for e in entries)
 
 
 class RecordedStreams:

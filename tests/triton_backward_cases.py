@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from precision import fp32_precision
 from torch import Tensor
 from torch.nn import functional as F
-from triton_cases import BLOCK_SHAPES, fp32_precision
+from triton_cases import BLOCK_SHAPES
 
 from slimkernels import testing
 from slimkernels.formats import BSRWeight, _to_blocks

@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from precision import fp32_precision
 from triton_backward_cases import (  # fmt: skip
     CORE_CASES,
     GRADIENT_CASES,
@@ -19,7 +20,7 @@ from triton_backward_cases import (  # fmt: skip
     references,
     run,
 )
-from triton_cases import BLOCK_SHAPES, fp32_precision
+from triton_cases import BLOCK_SHAPES
 
 from slimkernels import ops, testing
 from slimkernels.formats import BSRWeight

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from precision import fp32_precision
 from triton.runtime import interpreter
 from triton_cases import (
     CONV_CASES,
@@ -31,7 +32,6 @@ from triton_cases import (
     check_low_rank,
     check_nonfinite,
     compare_conv,
-    fp32_precision,
     run_conv,
     tile,
 )

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import torch
 
 from gpu_check import layers, options, rows
-from gpu_check.summary import config_text
+from gpu_check.summary import counter_lines
 
 LAYERS = ("conv1_2", "conv3_2", "conv5_1")
 METRICS = (
@@ -32,6 +33,9 @@ METRICS = (
     "launch__shared_mem_per_block", "launch__occupancy_limit_shared_mem", "launch__grid_size",
     "launch__waves_per_multiprocessor",
 )  # fmt: skip
+# What a scheduler's warps wait for: as many of them, on average, each time it issues. Which reasons there are depends
+# on the chip and on ncu, so they are taken from the query. `summary.STALL` is the part that their names share.
+STALL_REASON = re.compile(r"smsp__average_warps_issue_stalled_(?!\w*_not_issued_)\w+_per_issue_active")
 # The launch figures are no counters of the chip, and the query does not list them.
 _ALWAYS = "launch__"
 
@@ -46,8 +50,18 @@ def known_metrics(wanted: Iterable[str], listing: str) -> list[str]:
     return [m for m in wanted if m.startswith(_ALWAYS) or m.split(".")[0] in names]
 
 
-def parsed_csv(text: str) -> list[dict[str, float]]:
-    """Metrics of each profiled launch in order, from ``ncu --csv --page raw``: a header, a line of units, then data."""
+def stall_metrics(listing: str) -> list[str]:
+    """The reasons of waiting that ncu's query lists, each as the ratio that ncu's own report of warp states shows."""
+    names = {line.split()[0] for line in listing.splitlines() if line.strip()}
+    return [f"{name}.ratio" for name in sorted(names) if STALL_REASON.fullmatch(name)]
+
+
+def parsed_csv(text: str, metrics: Collection[str]) -> list[dict[str, float]]:
+    """These metrics of each profiled launch in order, from ``ncu --csv --page raw``.
+
+    The text is a header, a line of units, then data. Its columns also hold every attribute of the device, and each
+    metric's other statistics; those are left out.
+    """
     lines = [line for line in text.splitlines() if line.startswith('"')]
     if not lines:
         return []
@@ -62,7 +76,7 @@ def parsed_csv(text: str) -> list[dict[str, float]]:
                 numbers[name] = float((value or "").replace(",", ""))
             except ValueError:
                 continue
-        found.append({k: v for k, v in numbers.items() if "__" in k})
+        found.append({name: numbers[name] for name in metrics if name in numbers})
     return found
 
 
@@ -92,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if shutil.which("ncu") is None:
         raise SystemExit("counters: ncu is not on this machine")
     listing = subprocess.run(["ncu", "--query-metrics"], capture_output=True, text=True, timeout=20).stdout
-    metrics = known_metrics(METRICS, listing)
+    metrics = known_metrics(METRICS, listing) + stall_metrics(listing)
     report = parsed.state / "counters.csv"
     command = ["ncu", "--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "raw",
                "--print-units", "base", "--log-file", str(report), "--kernel-name", "regex:bsr_conv2d",
@@ -102,13 +116,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:  # out of time: what was profiled so far is in the report
         status = 130
     text = report.read_text(errors="replace") if report.exists() else ""
-    launches = parsed_csv(text)
+    launches = parsed_csv(text, metrics)
     problems = {layers.layer_name(p): p for p in layers.HEADLINE.problems()}
     for name, numbers in zip(LAYERS, launches):
         choice = layers.choice_of(problems[name])
         row = {"suite": "counters", "name": name, "match": True, "kernel": choice.name, "config": dict(choice.config)}
         rows.append(parsed.rows, row | {"metrics": numbers})
-        print(name, config_text(choice.config), numbers)
+        print("\n".join(counter_lines([row | {"metrics": numbers}])))
     if status or len(launches) < len(LAYERS):
         print(text[-3000:])
         raise SystemExit(f"counters: ncu ended with status {status} and {len(launches)} of {len(LAYERS)} launches")

@@ -20,6 +20,6 @@ def prepare(device: str) -> None:
     """Full float32 precision for references; raises RuntimeError where the device is not there."""
     if device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("gpu_check: torch sees no CUDA device")
-    # torch refuses to compile where convolutions and recurrent layers of cuDNN have different switches.
-    for switches in (torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul):
-        switches.fp32_precision = "ieee"  # type: ignore[attr-defined]
+    # These set every part of torch's state; ``fp32_precision`` of one operation leaves one in which torch's compilers
+    # raise.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False

@@ -69,8 +69,8 @@ STAGES = (
     Stage("versions", 1, 10, "What runs here: device, clocks, versions, a Triton cache made beforehand.",
           _module("versions")),
     Stage("ceilings", 1, 25,
-          "Gather from L2 at 32, 64, 128 contiguous bytes (5.5 TB/s hoped for), matrix product (790 TFLOP/s), dense "
-          "convolution (550 to 600), copy (3.0 TB/s on an H100, 4.3 on an H200), a launch in a graph (1.3 us).",
+          "Gather from L2 at 32, 64, 128 contiguous bytes (9.8 TB/s on an H200), matrix product (757 TFLOP/s), dense "
+          "convolution (745), copy (3.0 TB/s on an H100, 4.24 on an H200), a launch in a graph (1.03 us).",
           _suite("benchmarks/bench_ceilings.py", "--state", "{state}")),
     Stage("compile", 1, 35, "Every kernel of the stages below, compiled 14 at once: 110, each 0.8 s of one core.",
           _module("precompile", "--processes", "14")),
@@ -79,16 +79,16 @@ STAGES = (
           "runs bit-equal, once through a CUDA graph.",
           _module("correctness")),
     Stage("vgg", 1, 75,
-          "VGG-19, batch 1024, 87.5%, (128, 16) blocks, against eager, CUDA graphs and torch.compile: 2.1x expected of "
-          "the kernels as first written (0.77 to 0.98 ms on an H100), 3x wanted, 4x the goal.",
+          "VGG-19, batch 1024, 87.5%, (128, 16) blocks, against eager, CUDA graphs and torch.compile, and the kernels "
+          "of both sides: 1.59x at first (1.10 ms on an H200), 4x the goal.",
           _suite(*_networks("headline"), "--compile", "default", "--seconds", "1.5", *_CHECKS)),
     Stage("sweep", 1, 65,
           "Which configuration of each layer is fastest, and what binds it: microseconds beside the floors of L2, "
           "device memory, matrix units and issue slots.",
           _module("sweep", "--state", "{state}")),
     Stage("counters", 1, 30,
-          "Why: L2 sectors, L1 tags, issue slots and DRAM bytes of three kernels (ncu). Sixteen tags a copy of 32-byte "
-          "slices would equal the matrix time.",
+          "Why: L2 sectors, L1 tags, issue slots, DRAM bytes and what warps wait for, of three kernels (ncu). Sixteen "
+          "tags a copy of 32-byte slices would equal the matrix time.",
           _module("counters", "--state", "{state}")),
     Stage("rows", 1, 50,
           "(64, 16) blocks (2.2x wanted), 95% (3.8x H100, 4.5x H200), batch 1 and 16 (1.5x) with every pruned layer "

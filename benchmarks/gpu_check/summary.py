@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,6 +11,8 @@ from gpu_check import rows
 MOST_CHARACTERS = 11_000
 FLOORS = ("l2_us", "memory_us", "matrix_us", "issue_us", "tags_us", "predicted_us")
 _MESSAGE = 160
+_ERROR = re.compile(r"[\w.]+(Error|Exception|Failed)\b")
+STALL = "smsp__average_warps_issue_stalled_"
 
 
 def _ms(row: Mapping[str, Any], key: str) -> str:
@@ -97,12 +100,43 @@ def sweep_lines(found: list[dict[str, Any]]) -> list[str]:
 
 
 def counter_lines(found: list[dict[str, Any]]) -> list[str]:
-    """The counters of the profiled kernels."""
+    """The counters of the profiled kernels, then what their warps wait for, the longest waits first."""
     lines = []
     for r in rows.of_suite(found, "counters"):
-        values = " ".join(f"{k.split('__', 1)[1]} {v:.4g}" for k, v in r["metrics"].items())
+        stalls = {k.split(STALL)[1].split("_per_issue")[0]: v for k, v in r["metrics"].items() if STALL in k}
+        values = " ".join(f"{k.split('__', 1)[1]} {v:.4g}" for k, v in r["metrics"].items() if STALL not in k)
         lines.append(f"{r['name']} {config_text(r['config'])}: {values}"[:900])
+        if stalls:
+            longest = sorted(stalls.items(), key=lambda item: -item[1])
+            lines.append("    warps waiting for: " + " ".join(f"{k} {v:.2f}" for k, v in longest[:8]))
     return lines
+
+
+def kernel_lines(found: list[dict[str, Any]]) -> list[str]:
+    """The ten kernels of each network that take longest, ours and of the fastest dense one, in microseconds."""
+    lines = []
+    for r in rows.of_suite(found, "kernel_counts"):
+        for side, key in (("ours", "kernel_times"), ("dense", "dense_kernel_times")):
+            times = r.get(key) or []
+            if times:
+                total, count = sum(t["us"] for t in times), sum(t["calls"] for t in times)
+                lines.append(f"[{r['stage']}] {r['name']} {side}: {total:.0f} us in {count:g} kernels")
+                lines += [f"    {t['us']:.1f} us, {t['calls']:g} x {t['name'][:70]}" for t in times[:10]]
+    return lines
+
+
+def said(row: Mapping[str, Any]) -> str:
+    """The line of a failed test's row that says what went wrong: its error, else one of the end of its message.
+
+    Of the lines that pytest marks, the last that begins with an error's name (some errors go on with advice), else the
+    last; without marks the last line of all.
+    """
+    if row.get("error"):
+        return row["error"]
+    lines = row.get("message", "").strip().splitlines() or [""]
+    marked = [line[1:].strip() for line in lines if line.startswith("E ")]
+    named = [line for line in marked if _ERROR.match(line)]
+    return (named or marked or lines)[-1]
 
 
 def test_lines(found: list[dict[str, Any]]) -> list[str]:
@@ -115,8 +149,7 @@ def test_lines(found: list[dict[str, Any]]) -> list[str]:
         counts = {o: sum(v == o for v in own.values()) for o in ("passed", "failed", "skipped")}
         lines.append(f"{stage}: {counts}, {collected - len(own)} not reached")
     for r in [r for r in tests if r["outcome"] == "failed"][:12]:
-        last = (r.get("message", "").strip().splitlines() or [""])[-1]
-        lines.append(f"FAILED {r['name']}: {last[:_MESSAGE]}")
+        lines.append(f"FAILED {r['name']}: {said(r)[:_MESSAGE]}")
     for r in rows.of_suite(found, "sanitizer"):
         lines.append(f"{r['name']}: {r['kernels']} of {r['of']} kernels, {r['summary']}")
     return lines
@@ -134,7 +167,8 @@ def compile_lines(found: list[dict[str, Any]]) -> list[str]:
 
 
 SECTIONS: tuple[tuple[str, Callable[[list[dict[str, Any]]], list[str]]], ...] = (
-    ("compiled", compile_lines), ("counters", counter_lines), ("ceilings", ceiling_lines), ("sweep", sweep_lines),
+    ("compiled", compile_lines), ("counters", counter_lines), ("kernels", kernel_lines), ("ceilings", ceiling_lines),
+    ("sweep", sweep_lines),
     ("tests", test_lines), ("correctness", correctness_lines), ("networks", network_lines),
 )  # fmt: skip
 

@@ -96,4 +96,7 @@ class _Writer:
         }  # fmt: skip
         if report.failed:
             row["message"] = str(report.longrepr)[-_MESSAGE:]
+            crash = getattr(report.longrepr, "reprcrash", None)
+            if crash is not None:  # a long error's first line is not in the end of the message
+                row["error"] = (crash.message.strip().splitlines() or [""])[0][:_MESSAGE]
         rows.append(self._path, row)

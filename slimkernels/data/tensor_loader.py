@@ -82,7 +82,8 @@ class TensorLoader:
             raise ValueError(
                 f"TensorLoader: expected crop_padding >= 0 and cutout >= 0, got {crop_padding} and {cutout}"
             )
-        self.device = torch.device(device)
+        # As tensors name it: "cuda" is a tensor's cuda:0.
+        self.device = torch.empty(0, device=device).device
         home = self.device if _fits(images, self.device) else torch.device("cpu")
         self.images = images.to(home).contiguous(memory_format=torch.channels_last)
         self.labels = labels.to(home)

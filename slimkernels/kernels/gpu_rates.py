@@ -35,10 +35,12 @@ class GpuRates:
     latency_s: float = 0.4e-6
 
 
-# Measured: the matrix and memory rates of H100 and H200 (bf16 product of 8192^3 on random data, device copy).
-# Not measured yet, leads that `slimkernels tune` and benchmarks/bench_ceilings.py replace: L2, the dense convolution's
-# share, the float32 rate (the vendor's 67 TFLOP/s at 0.9), launch, clock, latency, and everything about the A100.
-H200 = GpuRates("nvidia-h200", 790e12, 600e12, 60e12, 4.3e12, 5.5e12, 132, 1.3e-6, l2_capacity=60 * 2**20)
+# The H200's were measured by benchmarks/bench_ceilings.py (benchmarks/results/nvidia-h200): matrix product, dense 3x3
+# convolution, copy, a gather from L2 (the same at 32, 64 and 128 contiguous bytes), launch, clock. Not measured: its
+# float32 rate (the vendor's 67 TFLOP/s at 0.9) and latency.
+H200 = GpuRates("nvidia-h200", 757e12, 745e12, 60e12, 4.24e12, 9.8e12, 132, 1.03e-6, 1.92e9, 60 * 2**20)
+# The H100's matrix and memory rates were measured (bf16 product of 8192^3 on random data, device copy). The rest is the
+# H200's: it is the same chip with as many processors, other memory and a smaller L2. About the A100 all is assumed.
 H100 = replace(H200, name="nvidia-h100", matrix_flops=798e12, memory_bytes_s=3.0e12, l2_capacity=50 * 2**20)
 A100 = GpuRates(
     "nvidia-a100", 280e12, 230e12, 17e12, 1.75e12, 4.2e12, 108, 1.5e-6, 1.41e9, 40 * 2**20, 163 * 1024, 0.4e-6

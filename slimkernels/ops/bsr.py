@@ -268,13 +268,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.arguments, ctx.packed_count = arguments, len(packed)
 
 
-def _gradients(ctx: Any, grads: tuple[Tensor, Tensor, Tensor], arguments_after_packed: int) -> tuple[Any, ...]:
+def _gradients(ctx: Any, grads: tuple[Tensor, Tensor, Tensor]) -> tuple[Any, ...]:
+    """One gradient for each argument that reached autograd: torch's dispatcher leaves out a last one at its default,
+    and up to torch 2.11 one gradient more than arguments is an error where an argument is a list of tensors.
+    """
     need_x, need_values, need_bias = (ctx.needs_input_grad[i] for i in (0, 1, 4))
     grad_x, grad_values, grad_bias = grads
-    return (
+    first = (
         grad_x if need_x else None, grad_values if need_values else None, None, None, grad_bias if need_bias else None,
-        [None] * ctx.packed_count, *[None] * arguments_after_packed,
+        [None] * ctx.packed_count,
     )  # fmt: skip
+    return (*first, *[None] * (len(ctx.needs_input_grad) - len(first)))
 
 
 def _output_mask(ctx: Any) -> list[bool]:
@@ -283,7 +287,7 @@ def _output_mask(ctx: Any) -> list[bool]:
 
 def _bsr_conv2d_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     grads = OPS.bsr_conv2d_backward(grad, *ctx.saved_tensors, *ctx.arguments, _output_mask(ctx))
-    return _gradients(ctx, grads, 8)
+    return _gradients(ctx, grads)
 
 
 def _bsr_linear_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -296,7 +300,7 @@ def _bsr_linear_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     )  # fmt: skip
     if ctx.needs_input_grad[0]:
         grad_x = grad_x.reshape(x.shape)
-    return _gradients(ctx, (grad_x, grad_values, grad_bias), 5)
+    return _gradients(ctx, (grad_x, grad_values, grad_bias))
 
 
 def _second_derivative(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:

@@ -92,7 +92,8 @@ def bsr_conv2d_bwd_x_kernel(
     first_w = (kind_w + STRIDE_W - pad_w % STRIDE_W) % STRIDE_W
     rows = (h - first_h + STRIDE_H - 1) // STRIDE_H
     columns = (w - first_w + STRIDE_W - 1) // STRIDE_W
-    m_total = images.to(index_type) * rows * columns
+    # An argument that is 1 arrives as a constant, which has no method `to`.
+    m_total = tl.cast(images, index_type) * rows * columns
     start_m = tile_m.to(index_type) * BLOCK_M
     if start_m >= m_total:
         return

@@ -39,7 +39,8 @@ def bsr_conv2d_reduce_kernel(
     bias = tl.zeros((BLOCK_N,), dtype=tl.float32)
     if HAS_BIAS:
         bias += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-    stride = rows.to(tl.int64) * PIXELS * c_out
+    # An argument that is 1 arrives as a constant, which has no method `to`.
+    stride = tl.cast(rows, tl.int64) * PIXELS * c_out
     result = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for pixel in tl.static_range(PIXELS):
         first_ptr = partial_ptr + (offs_m * PIXELS + pixel)[:, None] * c_out + offs_n[None, :]

@@ -27,7 +27,7 @@ def divide(n, factor, shift):
 
     factor and shift: `runtime.division` of the divisor. As a constant it would compile a kernel for each image size.
     """
-    return (tl.umulhi(n.to(tl.uint32) << 1, factor.to(tl.uint32)) >> shift).to(tl.int32)
+    return (tl.umulhi(n.to(tl.uint32) << 1, tl.cast(factor, tl.uint32)) >> shift).to(tl.int32)
 
 
 @triton.jit
