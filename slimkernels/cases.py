@@ -15,7 +15,14 @@ from torch import Tensor
 
 from slimkernels import testing
 from slimkernels.formats import BSRWeight
-from slimkernels.kernels import KERNELS, ConvProblem, LinearProblem, LowRankConvProblem, LowRankLinearProblem
+from slimkernels.kernels import (
+    KERNELS,
+    ConvProblem,
+    FusedConvProblem,
+    LinearProblem,
+    LowRankConvProblem,
+    LowRankLinearProblem,
+)
 from slimkernels.testing import UNIT_ROUNDOFF, Comparison, assert_close, random_bsr, random_tensor
 
 Pair: TypeAlias = tuple[int, int]
@@ -238,7 +245,60 @@ class LowRankConvCase:
         )  # fmt: skip
 
 
-Case: TypeAlias = ConvCase | LinearCase | LowRankLinearCase | LowRankConvCase
+@dataclass(frozen=True)
+class FusedConvCase:
+    """A dense convolution with its epilogue; ``contiguous``: x in NCHW order instead of channels_last."""
+
+    name: str = "fused_conv"
+    n: int = 2
+    c_in: int = 3
+    h: int = 9
+    w: int = 7
+    c_out: int = 16
+    kernel_size: Pair = (3, 3)
+    stride: Pair = (1, 1)
+    padding: Pair = (1, 1)
+    dilation: Pair = (1, 1)
+    bias: bool = True
+    epilogue: str = "none"
+    contiguous: bool = False
+    dtype: torch.dtype = torch.float32
+    seed: int = 0
+    op: ClassVar[str] = "fused_conv2d"
+
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """``(x, weight channels_last, bias or None)`` on the CPU."""
+        x = random_tensor(self.n, self.c_in, self.h, self.w, seed=self.seed, dtype=self.dtype)
+        weight = random_tensor(self.c_out, self.c_in, *self.kernel_size, seed=self.seed + 1, dtype=self.dtype)
+        bias = random_tensor(self.c_out, seed=self.seed + 2, dtype=self.dtype) if self.bias else None
+        if not self.contiguous:
+            x = x.contiguous(memory_format=torch.channels_last)
+        return x, weight.contiguous(memory_format=torch.channels_last), bias
+
+    def launch_args(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
+        """Arguments of a `KernelSpec.launch` of this op."""
+        return x, weight, bias, list(self.stride), list(self.padding), list(self.dilation), self.epilogue
+
+    def expected(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, dict[str, Any]]:
+        """The float64 reference and the keyword arguments of `testing.assert_close` for it."""
+        geometry = self.stride, self.padding, self.dilation
+        square = None if bias is None else bias.double().square()
+        y = testing.conv2d_float64(x, weight.double(), bias, *geometry)
+        # A max-pool cannot move a result by more than the largest error in its window.
+        scale = testing.conv2d_float64(x.double().square(), weight.double().square(), square, *geometry).sqrt()
+        terms = weight[0].numel() + (bias is not None)
+        bound = {"scale": testing.apply_epilogue(scale, self.epilogue), "terms": terms}
+        return testing.apply_epilogue(y, self.epilogue), bound
+
+    def problem(self, device: str = "cpu") -> FusedConvProblem:
+        """The case as the dispatcher sees it."""
+        return FusedConvProblem(
+            self.n, self.c_in, self.h, self.w, self.c_out, *self.kernel_size, self.stride, self.padding, self.dilation,
+            self.dtype, device, self.epilogue,
+        )  # fmt: skip
+
+
+Case: TypeAlias = ConvCase | LinearCase | LowRankLinearCase | LowRankConvCase | FusedConvCase
 
 
 def launch(kernel_name: str, case: Case, inputs: Any, device: str = "cpu", threads: int | None = None) -> Tensor:

@@ -26,13 +26,14 @@ from slimkernels.conversion.wrappers import unwrapped
 from slimkernels.formats import BlockMask, block_grid
 from slimkernels.kernels.problems import Request
 from slimkernels.kernels.select import resolve
-from slimkernels.nn import BlockSparseConv2d, BlockSparseLinear, LowRankConv2d, LowRankLinear
+from slimkernels.nn import BlockSparseConv2d, BlockSparseLinear, FusedConv2d, LowRankConv2d, LowRankLinear
 
 _DROP_IN = {
     ("bsr", True): BlockSparseConv2d,
     ("bsr", False): BlockSparseLinear,
     ("low_rank", True): LowRankConv2d,
     ("low_rank", False): LowRankLinear,
+    ("fused", True): FusedConv2d,
     ("dense", True): nn.Conv2d,
     ("dense", False): nn.Linear,
 }
@@ -205,6 +206,8 @@ def _empty(layer: LayerPlan, tensors: dict[str, Tensor], device: torch.device) -
     if layer.format == "bsr":
         indices = {k: tensors[f"{layer.name}.{k}"].clone() for k in ("crow_indices", "col_indices")}
         return cls(shape[1], shape[0], *geometry, layer.bias, block_shape=layer.block_shape, **indices, **common)
+    if layer.format == "fused":
+        return cls(shape[1], shape[0], *geometry, layer.bias, **common)
     if conv:
         return cls(shape[1], shape[0], *geometry, layer.bias, kind=layer.kind, ranks=layer.ranks, **common)
     assert layer.ranks is not None
@@ -215,9 +218,7 @@ def _kernel(layer: LayerPlan, dtype: torch.dtype, device: torch.device) -> str:
     """The kernel that the model was tied to where it runs here, else ``auto``."""
     if not layer.tied or layer.kernel is None:
         return "auto"
-    op = {"bsr": "bsr", "low_rank": "low_rank"}[layer.format or ""] + (
-        "_conv2d" if len(layer.weight_shape or ()) == 4 else "_linear"
-    )
+    op = f"{layer.format}_{'conv2d' if len(layer.weight_shape or ()) == 4 else 'linear'}"
     try:
         resolve(layer.kernel, Request(op, dtype, device.type, layer.block_shape or (1, 1), layer.epilogue))
     except ValueError:

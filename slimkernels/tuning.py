@@ -22,6 +22,7 @@ from slimkernels.kernels.cpu_cost import CPU_RATES, CpuRates
 from slimkernels.kernels.problems import (
     PROBLEM_TYPES,
     ConvProblem,
+    FusedConvProblem,
     LinearProblem,
     LowRankConvProblem,
     LowRankLinearProblem,
@@ -29,7 +30,7 @@ from slimkernels.kernels.problems import (
 )
 from slimkernels.kernels.select import KernelChoice
 from slimkernels.kernels.tables import Entry, Table
-from slimkernels.nn import BlockSparseConv2d, BlockSparseLinear, LowRankConv2d, LowRankLinear
+from slimkernels.nn import BlockSparseConv2d, BlockSparseLinear, FusedConv2d, LowRankConv2d, LowRankLinear
 
 # (input channels, output channels, kernel, image height and width): layers of VGG-19 on CIFAR-10, VGG-16 on ImageNet,
 # and one pointwise layer.
@@ -178,6 +179,15 @@ def build(problem: SizedProblem) -> tuple[nn.Module, nn.Module, Tensor]:
                 padding=problem.padding, dilation=problem.dilation, epilogue=problem.epilogue,
             )  # fmt: skip
             x = randn(problem.n, factors[0].shape[1], problem.h, problem.w)
+        elif isinstance(problem, FusedConvProblem):
+            taps = (problem.r, problem.s)
+            layer = FusedConv2d(
+                problem.c_in, problem.c_out, taps, problem.stride, problem.padding, problem.dilation,
+                epilogue=problem.epilogue, device=problem.device, dtype=problem.dtype,
+            )  # fmt: skip
+            for parameter in layer.parameters():
+                parameter.copy_(randn(*parameter.shape))
+            x = randn(problem.n, problem.c_in, problem.h, problem.w)
         else:
             return _block_sparse(problem, randn, generator)
     layer = layer.eval().requires_grad_(False)

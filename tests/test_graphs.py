@@ -73,7 +73,7 @@ def test_warm_up_needs_a_second_call() -> None:
 
 
 def test_problems_of_layers_and_of_others() -> None:
-    with pytest.raises(TypeError, match="expected a block-sparse or low-rank layer, got Conv2d"):
+    with pytest.raises(TypeError, match="expected a block-sparse, low-rank or fused layer, got Conv2d"):
         problem_of(nn.Conv2d(1, 1, 1), images(1))
     layer = pruned_net()[0]
     assert problem_of(layer, images(3)[0]) == problem_of(layer, images(1)), "an image without a batch is a batch of one"

@@ -15,11 +15,11 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from slimkernels import ops
-from slimkernels.cases import Case, ConvCase, LinearCase, LowRankConvCase, LowRankLinearCase
+from slimkernels.cases import Case, ConvCase, FusedConvCase, LinearCase, LowRankConvCase, LowRankLinearCase
 from slimkernels.formats import BSRWeight
 from slimkernels.kernels import KERNELS, select
 from slimkernels.kernels.transposed import transpose_index
-from slimkernels.nn import BlockSparseConv2d, BlockSparseLinear, LowRankConv2d, LowRankLinear
+from slimkernels.nn import BlockSparseConv2d, BlockSparseLinear, FusedConv2d, LowRankConv2d, LowRankLinear
 from slimkernels.ops import bsr
 from slimkernels.testing import (
     UNIT_ROUNDOFF,
@@ -42,6 +42,8 @@ SCHEMAS = {
     "str kernel) -> Tensor",
     "low_rank_conv2d": "(Tensor x, Tensor[] factors, Tensor? bias, Tensor[] packed, SymInt[2] stride, "
     "SymInt[2] padding, SymInt[2] dilation, str kind, str epilogue, str kernel) -> Tensor",
+    "fused_conv2d": "(Tensor x, Tensor weight, Tensor? bias, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, "
+    "str epilogue, str kernel) -> Tensor",
 }
 CONV = ConvCase(n=2, c_in=6, h=7, w=6, c_out=16, block_shape=(8, 2), sparsity=0.5, stride=(2, 1), padding=(1, 2))
 CASES: list[Case] = [
@@ -57,6 +59,9 @@ CASES: list[Case] = [
     LowRankConvCase(kind="svd", ranks=(3,), epilogue="relu"),
     LowRankConvCase(kind="tucker2", ranks=(3, 5), bias=False),
     replace(CONV, c_in=3, kernel_size=(1, 1), stride=(2, 3), padding=(0, 0)),
+    FusedConvCase(stride=(2, 1), padding=(1, 2), dilation=(1, 2)),
+    FusedConvCase(epilogue="relu", bias=False),
+    FusedConvCase(epilogue="relu_maxpool2"),
 ]
 IDS = [f"{c.op}-{getattr(c, 'kind', c.epilogue)}-{i}" for i, c in enumerate(CASES)]
 every_case = pytest.mark.parametrize("case", CASES, ids=IDS)
@@ -476,6 +481,7 @@ class Net(nn.Module):
         keep = torch.nn.functional.interpolate(random_tensor(1, 6, 3, 3, seed=0), scale_factor=1)[0] > 0
         with torch.no_grad():
             dense.weight.mul_(keep)
+        self.first = FusedConv2d.from_dense(nn.Conv2d(6, 6, 3, padding=1), "relu")
         # Two channels a block: the pack is a copy in another order, not a view of the values.
         self.conv = BlockSparseConv2d.from_dense(dense, (8, 2), epilogue="relu_maxpool2")
         self.factors = LowRankConv2d(16, 8, 3, padding=1, kind="tai", ranks=(4,), epilogue="relu")
@@ -483,7 +489,7 @@ class Net(nn.Module):
         self.head = LowRankLinear(16, 5, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.factors(self.conv(x)).mean((2, 3))
+        x = self.factors(self.conv(self.first(x))).mean((2, 3))
         return self.head(self.linear(x))
 
 

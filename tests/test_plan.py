@@ -42,7 +42,7 @@ def test_json_round_trip() -> None:
     ("change", "message"),
     [
         ({"action": "drop"}, "expected action in swap, keep, fold, fuse, got 'drop'"),
-        ({"format": None}, "expected format in bsr, low_rank, dense of a swap alone, got None"),
+        ({"format": None}, "expected format in bsr, low_rank, fused, dense of a swap alone, got None"),
         ({"format": "coo"}, "got 'coo'"),
         ({"into": "x"}, "expected into of a fold or fuse alone, got 'x'"),
         ({"weight_shape": None}, "expected weight_shape of 2 or 4 positive sizes, got None"),

@@ -209,13 +209,17 @@ def compile_launch(launch: Launch, pointers: list[str], arch: int) -> Any:
     signature: dict[str, str] = {}
     constants = dict(launch.constants)
     hints: dict[tuple[int, ...], Any] = {}
+    whatever = {parameter.name for parameter in launch.kernel.params if parameter.do_not_specialize}
     for i, name in enumerate(launch.kernel.arg_names):
         if i < len(pointers):
             signature[name], hints[(i,)] = pointers[i], [["tt.divisibility", 16]]
         elif i < len(pointers) + len(launch.integers):
             value = launch.integers[i - len(pointers)]
-            signature[name] = "constexpr" if value == 1 else "i32" if value < 2**31 else "i64"
+            signature[name] = "i32" if value < 2**31 else "i64"
+            if name in whatever:
+                continue
             if value == 1:
+                signature[name] = "constexpr"
                 constants[name] = 1
             elif value % 16 == 0:
                 hints[(i,)] = [["tt.divisibility", 16]]
@@ -252,7 +256,7 @@ def compile_kernel(
         if name in aligned and name not in constants:
             hints[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=dict(constants), attrs=hints)
-    options = {"num_warps": config["num_warps"], "num_stages": config["num_stages"]}
+    options = {name: config[name] for name in ("num_warps", "num_stages")}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 

@@ -16,21 +16,22 @@ import torch
 
 from gpu_check import layers, options, rows
 from gpu_check.summary import config_text
-from slimkernels.kernels.problems import ConvProblem, problem_json
+from slimkernels.kernels.problems import ConvProblem, FusedConvProblem, problem_json
 from slimkernels.kernels.select import KernelChoice
 from slimkernels.testing import compare
 
 RUNS = 3
 
 
-def check(p: ConvProblem, choice: KernelChoice | None = None) -> dict[str, Any]:
+def check(p: ConvProblem | FusedConvProblem, choice: KernelChoice | None = None) -> dict[str, Any]:
     """The row of one problem; ``match`` is True where everything agreed, ``errors`` says what did not."""
     bench = layers.Bench(p)
     choice = choice or layers.choice_of(p)
     row: dict[str, Any] = {
         "suite": "correctness", "name": layers.layer_name(p), "key": layers.choice_key(p, choice.name, choice.config),
         "problem": problem_json(p), "batch": p.n, "block_shape": list(p.block_shape),
-        "stored_share": round(p.stored_share, 4), "kernel": choice.name, "config": dict(choice.config), "match": False,
+        "stored_share": round(getattr(p, "stored_share", 1.0), 4), "kernel": choice.name,
+        "config": dict(choice.config), "match": False,
     }  # fmt: skip
     errors: list[str] = []
     with layers.poisoned_memory():
@@ -65,7 +66,7 @@ def replayed(bench: layers.Bench, choice: KernelChoice) -> torch.Tensor:
     return y
 
 
-def checked(p: ConvProblem, choice: KernelChoice | None = None) -> dict[str, Any]:
+def checked(p: ConvProblem | FusedConvProblem, choice: KernelChoice | None = None) -> dict[str, Any]:
     """`check`, an exception being a row that does not match."""
     try:
         return check(p, choice)
@@ -83,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.prepare(parsed.device)
     wrong = 0
     for name in parsed.names:
-        for p in layers.ROWS[name].problems(parsed.device):
+        for p in layers.ROWS[name].every(parsed.device):
             begun = time.monotonic()
             row = checked(layers.at_batch(p, parsed.batch)) | {"row": name, "seconds": time.monotonic() - begun}
             rows.append(parsed.rows, row)

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from slimkernels import testing, tuning
+from slimkernels.cases import FusedConvCase
 from slimkernels.formats import block_grid
-from slimkernels.kernels.problems import ConvProblem, problem_json
+from slimkernels.kernels.problems import ConvProblem, FusedConvProblem, problem_json
 from slimkernels.kernels.select import KernelChoice, choose, forced
 
 
@@ -73,6 +74,18 @@ class NetworkRow:
             for layer in NETWORKS[self.network]
         ]
 
+    def first(self, device: str = "cuda") -> FusedConvProblem:
+        """The problem of the network's first convolution, 3 -> 64 channels, which stays dense."""
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        size = NETWORKS[self.network][0].size
+        return FusedConvProblem(
+            self.batch, 3, size, size, 64, 3, 3, (1, 1), (1, 1), (1, 1), dtype, device, "relu"
+        )  # fmt: skip
+
+    def every(self, device: str = "cuda") -> list[ConvProblem | FusedConvProblem]:
+        """The first convolution's problem, then those of `problems`."""
+        return [self.first(device), *self.problems(device)]
+
 
 # By value: the headline, other blocks, the higher sparsity, small batches, large images; then what completes the table.
 ROWS = {
@@ -106,8 +119,10 @@ def problem(
     )  # fmt: skip
 
 
-def layer_name(p: ConvProblem) -> str:
+def layer_name(p: ConvProblem | FusedConvProblem) -> str:
     """``conv3_4`` for a problem of one of the networks, its sizes elsewhere."""
+    if isinstance(p, FusedConvProblem) and (p.c_in, p.c_out) == (3, 64):
+        return "conv1_1"
     for layers in NETWORKS.values():
         for layer in layers:
             if (p.c_in, p.c_out, p.h, p.epilogue) == (layer.c_in, layer.c_out, layer.size, layer.epilogue):
@@ -115,17 +130,17 @@ def layer_name(p: ConvProblem) -> str:
     return f"{p.c_in}-{p.c_out}@{p.h}"
 
 
-def choice_of(p: ConvProblem) -> KernelChoice:
+def choice_of(p: ConvProblem | FusedConvProblem) -> KernelChoice:
     """What ``kernel="auto"`` runs on a problem: the kernel and configuration that the networks' rows time."""
     return choose(p, index=torch.cuda.current_device() if p.device == "cuda" else -1)
 
 
-def at_batch(p: ConvProblem, batch: int | None) -> ConvProblem:
+def at_batch(p: Any, batch: int | None) -> Any:
     """The same layer with so many images; None leaves it as it is."""
     return p if batch is None else replace(p, n=batch)
 
 
-def choice_key(p: ConvProblem, kernel: str, config: Mapping[str, int]) -> str:
+def choice_key(p: ConvProblem | FusedConvProblem, kernel: str, config: Mapping[str, int]) -> str:
     """One line that says exactly which kernel ran on what: two rows with the same key launched the same code."""
     return json.dumps({"problem": problem_json(p), "kernel": kernel, "config": dict(config)}, sort_keys=True)
 
@@ -145,7 +160,7 @@ def poisoned_memory() -> Iterator[None]:
 class Bench:
     """One layer on the device with seeded random values, and its float64 result, computed at the first check."""
 
-    problem: ConvProblem
+    problem: ConvProblem | FusedConvProblem
 
     def __post_init__(self) -> None:
         self.layer, self.dense, self.x = tuning.build(self.problem)
@@ -161,6 +176,11 @@ class Bench:
         p, layer = self.problem, self.layer
         x = self.x[images].to(device or self.x.device)
         bias = None if layer.bias is None else layer.bias.detach().to(x.device)
+        if isinstance(p, FusedConvProblem):
+            case = FusedConvCase(
+                stride=p.stride, padding=p.padding, dilation=p.dilation, epilogue=p.epilogue, dtype=p.dtype
+            )
+            return case.expected(x, layer.weight.detach().to(x.device), bias)
         arguments = (x, layer.weight_bsr(), bias, p.stride, p.padding, p.dilation, p.epilogue)
         scale, terms = testing.scale_bsr_conv2d(*arguments)
         return testing.reference_bsr_conv2d(*arguments), {"scale": scale, "terms": terms, "block_shape": p.block_shape}

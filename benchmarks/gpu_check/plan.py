@@ -55,7 +55,7 @@ def _networks(*names: str) -> tuple[str, ...]:
 
 # The files with tests that need a GPU, the most telling first (`telling` orders the tests inside them).
 GPU_TESTS = (
-    "tests/test_triton_gpu.py", "tests/test_triton_backward_gpu.py", "tests/test_graphs.py",
+    "tests/test_triton_gpu.py", "tests/test_triton_backward_gpu.py", "tests/test_fused_gpu.py", "tests/test_graphs.py",
     "tests/test_composition_gpu.py", "tests/test_cuda.py", "tests/test_engine.py",
 )  # fmt: skip
 # One at a time, in the given order: 14 compilers of 16 cores, and the time box cuts off the least telling tests.

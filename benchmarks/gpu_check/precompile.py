@@ -17,10 +17,10 @@ import torch
 from gpu_check import layers, options, rows
 from gpu_check.summary import config_text
 from gpu_check.sweep import ways
-from slimkernels.kernels.problems import ConvProblem
+from slimkernels.kernels.problems import ConvProblem, FusedConvProblem
 from slimkernels.kernels.select import KernelChoice
 
-Job = tuple[ConvProblem, KernelChoice | None]
+Job = tuple[ConvProblem | FusedConvProblem, KernelChoice | None]
 # The batch of a training step in ``bench_backward.py``.
 TRAINING_BATCH = 512
 
@@ -29,10 +29,10 @@ def jobs(names: Iterable[str], device: str, swept: bool = True, training: bool =
     """What the rows of these names launch, the sweep and a training step (a job without a choice), each once."""
     found: dict[str, Job] = {}
     for name in names:
-        for p in layers.ROWS[name].problems(device):
+        for p in layers.ROWS[name].every(device):
             choice = layers.choice_of(p)
             found.setdefault(layers.choice_key(p, choice.name, choice.config), (p, choice))
-    for p in layers.HEADLINE.problems(device) if swept else ():
+    for p in layers.HEADLINE.every(device) if swept else ():
         for choice in ways(p):
             found.setdefault(layers.choice_key(p, choice.name, choice.config), (p, choice))
     training_step = replace(layers.HEADLINE, batch=TRAINING_BATCH).problems(device) if training else []

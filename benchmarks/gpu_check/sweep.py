@@ -22,7 +22,7 @@ from gpu_check.summary import FLOORS, config_text
 from slimkernels import timing
 from slimkernels.kernels import KERNELS
 from slimkernels.kernels.devices import device_name
-from slimkernels.kernels.problems import ConvProblem, problem_json
+from slimkernels.kernels.problems import ConvProblem, FusedConvProblem, problem_json
 from slimkernels.kernels.select import KernelChoice, configurations, predicted_seconds
 from slimkernels.kernels.tables import Entry, Table, gpu_rates
 
@@ -30,7 +30,7 @@ CONFIGURATIONS = 6
 _TILE = ("BLOCK_M", "BLOCK_N", "num_warps")
 
 
-def ways(p: ConvProblem) -> list[KernelChoice]:
+def ways(p: ConvProblem | FusedConvProblem) -> list[KernelChoice]:
     """The configurations to time: what ``auto`` runs, of its kernel one of each tile, and one of each other kernel.
 
     Of several with the same tile the likeliest comes first; the second ones fill what is left.
@@ -61,7 +61,7 @@ def dense_seconds(bench: layers.Bench) -> float:
         return measure.replay_timing(call, bench.problem.device, bursts=5).p50
 
 
-def sweep_layer(p: ConvProblem, rows_path: Path | None) -> Entry | None:
+def sweep_layer(p: ConvProblem | FusedConvProblem, rows_path: Path | None) -> Entry | None:
     """Measures one layer, its rows written as they come; the fastest that is right, None where none is."""
     bench = layers.Bench(p)
     dense = dense_seconds(bench)
@@ -78,7 +78,7 @@ def sweep_layer(p: ConvProblem, rows_path: Path | None) -> Entry | None:
                 row["errors"] = [result.message]
             timed = measure.replay_timing(lambda choice=choice: bench.call(choice), p.device)
             row |= timed.as_ms()
-            if p.device == "cuda" and "BLOCK_M" in choice.config:
+            if isinstance(p, ConvProblem) and p.device == "cuda" and "BLOCK_M" in choice.config:
                 row |= measure.floors_us(p, choice.config, gpu_rates(0))
             if result.passed and (best is None or timed.p20 < best[0]):
                 best = timed.p20, choice
@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if parsed.device == "cuda":
         table.rates = gpu_rates(0)
     wrong = []
-    for p in layers.HEADLINE.problems(parsed.device)[: parsed.layers]:
+    for p in layers.HEADLINE.every(parsed.device)[: parsed.layers]:
         p = layers.at_batch(p, parsed.batch)
         try:
             entry = sweep_layer(p, parsed.rows)

@@ -38,7 +38,7 @@ def demo_table(result: DemoResult) -> None:
     for entry in result.entries:
         times = [f"{entry.latency[b]['p50_ms']:.3f}  {entry.speedup[b]:.2f}x" for b in batches]
         difference = "" if entry.max_abs_difference is None else f"{entry.max_abs_difference:.1e}"
-        words = {"bsr": "block-sparse", "low_rank": "low-rank", "dense": "merged"}
+        words = {"bsr": "block-sparse", "low_rank": "low-rank", "fused": "fused dense", "dense": "merged"}
         swapped = ", ".join(f"{count} {words[name]}" for name, count in entry.swapped.items())
         table.add_row(entry.name, f"{entry.accuracy:.2%}", f"{entry.bytes / 1e3:,.0f} kB", *times, swapped, difference)
     console = _console()

@@ -16,8 +16,8 @@ from slimkernels.conversion.calls import Call, capture
 from slimkernels.conversion.chains import FactorChain, find_chains
 from slimkernels.conversion.graph import input_sets, parametrized_type, trace, unique_names
 from slimkernels.conversion.layers import (
+    DROP_IN_LAYERS,
     LOW_RANK_LAYERS,
-    SPARSE_LAYERS,
     WEIGHT_LAYERS,
     LayerWeight,
     Pair,
@@ -31,7 +31,7 @@ from slimkernels.conversion.readers import weight_readers
 from slimkernels.conversion.wrappers import unwrapped
 from slimkernels.formats import block_grid, weight_shape_4d
 from slimkernels.kernels import KERNELS
-from slimkernels.kernels.problems import ConvProblem, LinearProblem
+from slimkernels.kernels.problems import ConvProblem, FusedConvProblem, LinearProblem
 from slimkernels.kernels.select import candidates, choose, predicted_dense_seconds, predicted_seconds
 from slimkernels.kernels.tables import layer_curves
 
@@ -187,7 +187,7 @@ def obstacle_or_weight(
 
 def weight_layer_names(model: nn.Module) -> list[str]:
     """Names of the layers that analysis lists, in the order of ``named_modules``."""
-    kinds = (*WEIGHT_LAYERS, *SPARSE_LAYERS, *LOW_RANK_LAYERS)
+    kinds = (*WEIGHT_LAYERS, *DROP_IN_LAYERS)
     return [name for name, module in model.named_modules() if isinstance(module, kinds)]
 
 
@@ -295,6 +295,17 @@ def problems(
             epilogue,
         )
         for n, h, w in images
+    ]
+
+
+def fused_problems(weight: LayerWeight, sizes: Sequence[Sequence[int]] | None, epilogue: str) -> list[FusedConvProblem]:
+    """The problem of a dense convolution with its epilogue at each input shape; as `problems` of a block-sparse one."""
+    return [
+        FusedConvProblem(
+            p.n, p.c_in, p.h, p.w, p.c_out, p.r, p.s, p.stride, p.padding, p.dilation, p.dtype, p.device, epilogue
+        )
+        for p in problems(weight, ((1, 1), 0), sizes, epilogue)
+        if isinstance(p, ConvProblem)
     ]
 
 

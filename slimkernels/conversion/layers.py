@@ -13,12 +13,21 @@ from torch.nn.utils import parametrize
 
 from slimkernels.conversion.graph import bake, copy_model, has_hooks, parametrized_type
 from slimkernels.formats import BlockMask
-from slimkernels.nn import BlockSparseConv2d, BlockSparseLinear, LowRankConv2d, LowRankLinear, resolved_padding
+from slimkernels.nn import (
+    BlockSparseConv2d,
+    BlockSparseLinear,
+    FusedConv2d,
+    LowRankConv2d,
+    LowRankLinear,
+    resolved_padding,
+)
 from slimkernels.nn.strided_pointwise import PixelsRead
 
 WEIGHT_LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear)
 SPARSE_LAYERS = (BlockSparseConv2d, BlockSparseLinear)
 LOW_RANK_LAYERS = (LowRankConv2d, LowRankLinear)
+FUSED_LAYERS = (FusedConv2d,)
+DROP_IN_LAYERS = (*SPARSE_LAYERS, *LOW_RANK_LAYERS, *FUSED_LAYERS)
 Pair = tuple[int, int]
 
 
@@ -86,7 +95,7 @@ def declared_block_shape(module: nn.Module) -> Pair | None:
 
 def type_obstacle(module: nn.Module) -> str | None:
     """Why the layer itself cannot be taken; None when it can."""
-    if isinstance(module, (*SPARSE_LAYERS, *LOW_RANK_LAYERS)):
+    if isinstance(module, DROP_IN_LAYERS):
         return None
     kind = parametrized_type(module)
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
@@ -131,14 +140,14 @@ def weight_obstacle(weight: Tensor) -> str | None:
 
 
 def layer_weight(module: nn.Module) -> LayerWeight:
-    """The dense weight of a Conv2d, Linear, block-sparse or low-rank layer, masks and parametrizations applied.
+    """The dense weight of a Conv2d, Linear or drop-in layer, masks and parametrizations applied.
 
     The caller has seen no `type_obstacle`; a weight with a `weight_obstacle` is returned as it is.
     """
     declared = declared_block_shape(module)
     trainable = any(p.requires_grad for p in module.parameters(recurse=True))
     dense: Any = module
-    if isinstance(module, (*SPARSE_LAYERS, *LOW_RANK_LAYERS)):
+    if isinstance(module, DROP_IN_LAYERS):
         dense = module.to_dense()  # type: ignore[operator]
     elif computes_weight(module):
         dense = copy_model(module)

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from slimkernels.conversion import measure
-from slimkernels.conversion.analysis import PatternStats, problems, rank_patterns, usable_kernel, zero_share
+from slimkernels.conversion.analysis import (
+    PatternStats,
+    fused_problems,
+    problems,
+    rank_patterns,
+    usable_kernel,
+    zero_share,
+)
 from slimkernels.conversion.calls import Call
 from slimkernels.conversion.chains import FactorChain
 from slimkernels.conversion.folding import Tail
@@ -21,7 +28,7 @@ from slimkernels.formats import block_mask
 from slimkernels.kernels import KERNELS
 from slimkernels.kernels.problems import LowRankConvProblem, LowRankLinearProblem, SizedProblem
 from slimkernels.kernels.select import choose, predicted_dense_seconds, predicted_seconds
-from slimkernels.nn import BlockSparseConv2d, BlockSparseLinear, LowRankConv2d, LowRankLinear
+from slimkernels.nn import BlockSparseConv2d, BlockSparseLinear, FusedConv2d, LowRankConv2d, LowRankLinear
 
 
 @dataclass
@@ -145,6 +152,30 @@ def _block_sparse_option(unit: Unit, policy: Policy, pattern: PatternStats, epil
     return Option("bsr", [module, *_rest(unit, epilogue)], epilogue, kernel, pattern)
 
 
+def fused_options(unit: Unit, policy: Policy, sizes: Sequence[Sequence[int]] | None) -> list[Option]:
+    """The dense convolution with what follows it in one kernel, with as much of that as a kernel takes.
+
+    Empty where this device has no kernel for it but torch's own layers, and while training.
+    """
+    found: list[Option] = []
+    if unit.training or not unit.weight.is_conv:
+        return found
+    for epilogue in _epilogues(unit, policy):
+        try:
+            kernel = choose(fused_problems(unit.weight, sizes, epilogue)[0], policy.backend).name
+        except ValueError:
+            continue
+        if KERNELS[kernel].backend == "reference":
+            continue
+        asked = "auto" if policy.backend == "auto" else kernel
+        module = FusedConv2d.from_dense(dense_twin(unit.weight), epilogue, asked)  # type: ignore[arg-type]
+        found.append(Option("fused", [module.eval(), *_rest(unit, epilogue)], epilogue, kernel))
+        # As with blocks, a pool of its own may be the faster one.
+        if epilogue != "relu_maxpool2" or not policy.measure or sizes is None:
+            break
+    return found[:2]
+
+
 def low_rank_options(unit: Unit, policy: Policy) -> tuple[list[Option], Option | None, str]:
     """``(as one low-rank module, merged to dense, why there is no low-rank option)``.
 
@@ -253,11 +284,37 @@ def _decide(unit: Unit, stay: Option, policy: Policy) -> Decision:
             stay = options.pop()
     else:
         options, why = block_sparse_options(unit, policy, sizes)
+        fused = fused_options(unit, policy, sizes)
+        if policy.measure and sizes:
+            options += fused
+        elif fused:
+            return _fused_by_cost_model(unit, stay, options, fused[0], policy, sizes, why)
     if not options:
         return Decision(stay, stay, why)
     if policy.measure and sizes:
-        return _by_measurement(unit, stay, options, policy)
+        decision = _by_measurement(unit, stay, options, policy)
+        return replace(decision, reason=f"{why}; {decision.reason}") if why and unit.chain is None else decision
     return _by_cost_model(unit, stay, options, policy, sizes is None)
+
+
+def _fused_by_cost_model(
+    unit: Unit, stay: Option, sparse: list[Option], fused: Option, policy: Policy,
+    sizes: Sequence[Sequence[int]] | None, why: str,
+) -> Decision:  # fmt: skip
+    """Block-sparse where that is predicted to be faster than dense, else dense with its epilogue where that is."""
+    decision = Decision(stay, stay, why)
+    if sparse:
+        decision = _by_cost_model(unit, stay, sparse, policy, sizes is None)
+    asked = fused_problems(unit.weight, sizes, fused.epilogue)
+    assert fused.kernel is not None
+    dense = [predicted_seconds(KERNELS["fused_conv2d__reference"], p) for p in asked]
+    other = [predicted_seconds(KERNELS[fused.kernel], p) for p in asked]
+    if decision.option is not stay or not faster_everywhere(dense, other, policy.min_speedup):
+        return decision
+    how = "decided without shapes" if sizes is None else "by the cost model"
+    ratio = min(d / max(o, 1e-12) for d, o in zip(dense, other, strict=True))
+    text = f"{decision.reason}; {how}: dense, predicted {ratio:.2f}x or more faster with what follows in its kernel"
+    return Decision(fused, stay, text)
 
 
 def _by_measurement(unit: Unit, stay: Option, options: list[Option], policy: Policy) -> Decision:
@@ -302,7 +359,8 @@ def _time(unit: Unit, stay: Option, options: list[Option], inputs: list[Tensor],
 def _label(option: Option) -> str:
     if option.pattern is not None:
         return f"the candidate of {option.pattern.block_shape} blocks"
-    return "the merged dense layer" if option.format == "dense" else "the low-rank layer"
+    words = {"dense": "the merged dense layer", "fused": "the dense layer with its epilogue"}
+    return words.get(option.format or "", "the low-rank layer")
 
 
 def _fastest(unit: Unit, stay: Option, options: list[Option], policy: Policy) -> Decision:
@@ -321,6 +379,8 @@ def _fastest(unit: Unit, stay: Option, options: list[Option], policy: Policy) ->
         text = f"measured {1 / max(share(taken) / len(stay.seconds), 1e-12):.2f}x the speed of {_baseline(unit, stay)}"
         if taken.pattern is not None and taken.pattern.nnz_blocks == taken.pattern.blocks:
             text += ", with every block stored"
+        if taken.format == "fused":
+            text += f" as it is, {taken.kernel} taking in what follows"
         return Decision(taken, stay, text, dense_ms, tuple(1e3 * s for s in taken.seconds))
     worst = max(range(len(stay.seconds)), key=lambda i: best.seconds[i] / stay.seconds[i])
     text = (

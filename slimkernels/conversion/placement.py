@@ -22,8 +22,7 @@ from slimkernels.conversion.chains import merged_geometry
 from slimkernels.conversion.folding import batch_norm_obstacle, is_pool2
 from slimkernels.conversion.graph import ancestors, parametrized_type, unique_names
 from slimkernels.conversion.layers import (
-    LOW_RANK_LAYERS,
-    SPARSE_LAYERS,
+    DROP_IN_LAYERS,
     WEIGHT_LAYERS,
     LayerWeight,
     type_obstacle,
@@ -32,7 +31,6 @@ from slimkernels.conversion.plan import LayerPlan, ModelPlan
 from slimkernels.formats import BSRWeight, LowRankWeight, block_grid, weight_shape_4d
 from slimkernels.nn import resolved_padding
 
-DROP_IN_LAYERS = (*SPARSE_LAYERS, *LOW_RANK_LAYERS)
 _DROP_INS = frozenset(kind.__name__ for kind in DROP_IN_LAYERS)
 # A block beyond its layer is legal, most of it being padding; but a file without a single block could claim any size.
 _LARGEST_EMPTY_BLOCK = 2**16
@@ -57,7 +55,7 @@ def swapped_names(layer: LayerPlan) -> list[str]:
     """The tensors of a swapped layer, by their names in the module."""
     if layer.format == "bsr":
         names = ["values", "crow_indices", "col_indices"]
-    elif layer.format == "dense":
+    elif layer.format in ("dense", "fused"):
         names = ["weight"]
     elif len(layer.weight_shape or ()) == 2:
         names = ["V", "U"]
@@ -87,7 +85,7 @@ def _check_swapped(layer: LayerPlan, tensors: Mapping[str, Any]) -> None:
         if values.numel() == 0 and block > max(_LARGEST_EMPTY_BLOCK, weights):
             raise ValueError(f"expected block_shape of a layer of shape {shape}, got {layer.block_shape}")
         BSRWeight(**found, weight_shape=weight_shape_4d(shape), block_shape=layer.block_shape).validate()
-    elif layer.format == "dense":
+    elif layer.format in ("dense", "fused"):
         _check_shape(layer, "weight", found["weight"], shape)
     else:
         for name, expected in _factor_shapes(layer).items():

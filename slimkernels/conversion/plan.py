@@ -16,7 +16,7 @@ from slimkernels.formats import LOW_RANK_KINDS, block_shape_2d
 from slimkernels.kernels import EPILOGUES
 
 ACTIONS = ("swap", "keep", "fold", "fuse")
-FORMATS = ("bsr", "low_rank", "dense")
+FORMATS = ("bsr", "low_rank", "fused", "dense")
 MEASURED, SHAPELESS = "measured", "cost model, without shapes"
 COST_MODEL = "cost model"
 DECIDED = (MEASURED, COST_MODEL, SHAPELESS)
@@ -89,7 +89,8 @@ class LayerPlan:
         action: ``swap`` (replaced by a module of ``format``), ``keep`` (a batch norm may be folded into it), ``fold``
             (a batch norm or a factor, now inside ``into``), ``fuse`` (a ReLU or max-pool, now in ``into``'s epilogue).
         reason: why.
-        format: of a swapped module: ``bsr``, ``low_rank``, or ``dense`` (a merged chain).
+        format: of a swapped module: ``bsr``, ``low_rank``, ``fused`` (dense, its epilogue in the same kernel), or
+            ``dense`` (a merged chain).
         into: the module that took over a folded or fused one.
         supported: False where conversion cannot take this layer at all (``strict=True`` raises for these).
         weight_shape, block_shape, kind, ranks, bias, stride, padding, dilation: what a swapped module is built from.
@@ -171,6 +172,8 @@ class LayerPlan:
         if shape is None or len(shape) not in (2, 4) or min(shape) < 1:
             raise ValueError(f"{where}: expected weight_shape of 2 or 4 positive sizes, got {_shown(shape)}")
         conv = len(shape) == 4
+        if self.format == "fused" and not conv:
+            raise ValueError(f"{where}: expected format 'fused' of a convolution alone, got weight_shape {shape}")
         block_shape = self.block_shape
         if (block_shape is None) != (self.format != "bsr"):
             raise ValueError(f"{where}: expected block_shape of format 'bsr' alone, got {_shown(block_shape)}")

@@ -27,6 +27,8 @@ from slimkernels.conversion.graph import (
 )
 from slimkernels.conversion.hub import unguard_publishing
 from slimkernels.conversion.layers import (
+    DROP_IN_LAYERS,
+    FUSED_LAYERS,
     LOW_RANK_LAYERS,
     SPARSE_LAYERS,
     WEIGHT_LAYERS,
@@ -130,8 +132,8 @@ def survey(model: nn.Module, sets: list[InputSet], policy: Policy, *, training: 
             found.obstacles[name] = obstacle or "it has no weight"
         elif name not in found.excluded:
             module = structure.uniques[name]
-            drop_in = isinstance(module, (*SPARSE_LAYERS, *LOW_RANK_LAYERS))
-            if drop_in and (training or module.epilogue != "none"):
+            converted = training or isinstance(module, FUSED_LAYERS) or getattr(module, "epilogue", "none") != "none"
+            if isinstance(module, DROP_IN_LAYERS) and converted:
                 found.converted.add(name)
                 continue
             found.weights[name] = replace(
@@ -168,8 +170,7 @@ def _form_units(
     plain = {
         name: weight
         for name, weight in found.weights.items()
-        if not isinstance(modules[name], (*LOW_RANK_LAYERS, *SPARSE_LAYERS))
-        and zero_share(weight.weight) <= _FACTOR_ZEROS
+        if not isinstance(modules[name], DROP_IN_LAYERS) and zero_share(weight.weight) <= _FACTOR_ZEROS
     }
     chains = {c.names[0]: c for c in find_chains(structure.graph, plain, training=found.training)}
     inside = {name for chain in chains.values() for name in chain.names[1:]}
@@ -274,7 +275,7 @@ def kept_plan(found: Survey, name: str, changed: nn.Module | None) -> LayerPlan:
     kind = parametrized_type(original).__name__
     excluded = name in found.excluded
     stored = nbytes(stored_tensors(module))
-    if isinstance(original, (*SPARSE_LAYERS, *LOW_RANK_LAYERS)):
+    if isinstance(original, DROP_IN_LAYERS):
         reason = "excluded by the policy" if excluded else found.obstacles.get(name, "")
         return replace(drop_in_plan(name, original, reason), supported=name not in found.obstacles)
     return LayerPlan(
@@ -344,6 +345,8 @@ def drop_in_plan(name: str, module: Any, reason: str) -> LayerPlan:
         rows, cols = block_grid(shape, module.block_shape)
         sparsity = 1 - module.weight_bsr().nnz_blocks / (rows * cols)
         plan = replace(plan, format="bsr", block_shape=block_shape_2d(module.block_shape), block_sparsity=sparsity)
+    elif isinstance(module, FUSED_LAYERS):
+        plan = replace(plan, format="fused")
     elif isinstance(module, LOW_RANK_LAYERS):
         ranks = tuple(module.ranks) if isinstance(module, LowRankConv2d) else (module.rank,)
         plan = replace(plan, format="low_rank", kind=getattr(module, "kind", "svd"), ranks=ranks)

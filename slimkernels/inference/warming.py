@@ -13,15 +13,16 @@ from torch import Tensor, nn
 from slimkernels.inference.inputs import served_sets
 from slimkernels.kernels.problems import (
     ConvProblem,
+    FusedConvProblem,
     LinearProblem,
     LowRankConvProblem,
     LowRankLinearProblem,
     SizedProblem,
 )
 from slimkernels.kernels.select import choose
-from slimkernels.nn import BlockSparseConv2d, BlockSparseLinear, LowRankConv2d, LowRankLinear
+from slimkernels.nn import BlockSparseConv2d, BlockSparseLinear, FusedConv2d, LowRankConv2d, LowRankLinear
 
-_LAYERS = (BlockSparseConv2d, BlockSparseLinear, LowRankConv2d, LowRankLinear)
+_LAYERS = (BlockSparseConv2d, BlockSparseLinear, LowRankConv2d, LowRankLinear, FusedConv2d)
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class WarmUp:
 
     Attributes:
         first_s, steady_s: seconds of the first call and of the fastest later one, per example input.
-        kernels: of every block-sparse and low-rank layer, per size that it was called with.
+        kernels: of every drop-in layer, per size that it was called with.
     """
 
     first_s: tuple[float, ...]
@@ -50,7 +51,7 @@ class WarmUp:
 
 
 def problem_of(module: nn.Module, x: Tensor) -> SizedProblem:
-    """The problem that a block-sparse or low-rank layer solves for an input; outside autocast.
+    """The problem that a drop-in layer solves for an input; outside autocast.
 
     Raises:
         TypeError: another module.
@@ -78,7 +79,12 @@ def problem_of(module: nn.Module, x: Tensor) -> SizedProblem:
             n, h, w, module.kind, shapes, module.stride, module.padding, module.dilation, dtype, device,  # type: ignore[arg-type]
             module.epilogue,
         )  # fmt: skip
-    raise TypeError(f"problem_of: expected a block-sparse or low-rank layer, got {type(module).__name__}")
+    if isinstance(module, FusedConv2d):
+        return FusedConvProblem(
+            n, module.in_channels, h, w, module.out_channels, *module.kernel_size, module.stride, module.padding,
+            module.dilation, dtype, device, module.epilogue,
+        )  # fmt: skip
+    raise TypeError(f"problem_of: expected a block-sparse, low-rank or fused layer, got {type(module).__name__}")
 
 
 def _synchronise(device: torch.device) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from slimkernels.kernels import cpu_gradients, native, native_low_rank, reference
 from slimkernels.kernels.problems import (
     ConvProblem,
+    FusedConvProblem,
     LinearProblem,
     LowRankConvProblem,
     LowRankLinearProblem,
@@ -28,6 +29,8 @@ from slimkernels.kernels.problems import (
 )
 
 OPS = ("bsr_conv2d", "bsr_linear", "low_rank_linear", "low_rank_conv2d")
+# Layers that stay dense, with what follows them in the same kernel.
+DENSE_OPS = ("fused_conv2d",)
 # What gradients are made of; a block-sparse linear layer is the convolution of single pixels.
 GRADIENT_OPS = ("bsr_conv2d_dgrad", "bsr_conv2d_wgrad", "relu_maxpool2_backward", "low_rank_linear_dgrad")
 EPILOGUES = {
@@ -35,6 +38,7 @@ EPILOGUES = {
     "bsr_linear": frozenset({"none", "relu"}),
     "low_rank_linear": frozenset({"none", "relu"}),
     "low_rank_conv2d": frozenset({"none", "relu"}),
+    "fused_conv2d": frozenset({"none", "relu", "relu_maxpool2"}),
     **{op: frozenset({"none"}) for op in GRADIENT_OPS},
 }
 ALL_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
@@ -50,7 +54,7 @@ class KernelSpec:
 
     Attributes:
         name: key in ``KERNELS``, ``<op>[_<dtype>]__<backend or isa>``.
-        op: the op it implements, one of ``OPS`` or ``GRADIENT_OPS``.
+        op: the op it implements, one of ``OPS``, ``DENSE_OPS`` or ``GRADIENT_OPS``.
         backend: ``reference``, ``cpu``, ``triton`` or ``cuda``.
         isa: CPU instruction set it needs, None elsewhere.
         dtypes: dtypes of activations and weights.
@@ -106,7 +110,7 @@ def _rows() -> list[KernelSpec]:
     rows = [
         KernelSpec(f"{op}__reference", op, "reference", None, ALL_DTYPES, EPILOGUES[op], frozenset({"cpu", "cuda"}),
                    getattr(reference, op), _always)
-        for op in OPS + GRADIENT_OPS
+        for op in OPS + DENSE_OPS + GRADIENT_OPS
     ]  # fmt: skip
     for isa in ("avx512", "avx2", "scalar"):
         for op, launch in (
@@ -153,7 +157,20 @@ def _rows() -> list[KernelSpec]:
             KernelSpec(f"{op}__cuda", op, "cuda", None, half, relu, frozenset({"cuda"}), _lazy("cuda", f"launch_{op}"),
                        _lazy("cuda", "available"))
         )  # fmt: skip
-    return rows
+    return rows + _fused_rows(half)
+
+
+def _fused_rows(dtypes: frozenset[torch.dtype]) -> list[KernelSpec]:
+    """Dense convolutions with an epilogue: of few input channels by Triton, of any with a ReLU by cuDNN."""
+    op = "fused_conv2d"
+    return [
+        KernelSpec(f"{op}__triton", op, "triton", None, dtypes, EPILOGUES[op], frozenset({"cuda", "cpu"}),
+                   _lazy("triton.fused_conv2d", "launch"), _lazy("triton.runtime", "available"),
+                   _lazy("triton.fused_conv2d_config", "shape_reason"),
+                   _lazy("triton.fused_conv2d_config", "device_configs")),
+        KernelSpec(f"{op}__cudnn", op, "cuda", None, dtypes, frozenset({"relu", "relu_maxpool2"}), frozenset({"cuda"}),
+                   _lazy("cudnn", "launch_fused_conv2d"), _lazy("cudnn", "available")),
+    ]  # fmt: skip
 
 
 def _triton_forward_rows(dtypes: frozenset[torch.dtype]) -> list[KernelSpec]:
@@ -183,11 +200,13 @@ def _triton_forward_rows(dtypes: frozenset[torch.dtype]) -> list[KernelSpec]:
 KERNELS: dict[str, KernelSpec] = {spec.name: spec for spec in _rows()}
 
 __all__ = [
+    "DENSE_OPS",
     "EPILOGUES",
     "GRADIENT_OPS",
     "KERNELS",
     "OPS",
     "ConvProblem",
+    "FusedConvProblem",
     "KernelSpec",
     "LinearProblem",
     "LowRankConvProblem",

@@ -108,8 +108,8 @@ class Request(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ConvProblem:
-    """A block-sparse convolution."""
+class _Convolution:
+    """The sizes of a convolution and what follows from them, whatever its weight is stored as."""
 
     n: int
     c_in: int
@@ -121,12 +121,6 @@ class ConvProblem:
     stride: tuple[int, int]
     padding: tuple[int, int]
     dilation: tuple[int, int]
-    block_shape: tuple[int, int]
-    nnz_blocks: int
-    dtype: torch.dtype
-    device: str
-    epilogue: str = "none"
-    op: ClassVar[str] = "bsr_conv2d"
 
     @property
     def p(self) -> int:
@@ -139,22 +133,11 @@ class ConvProblem:
         return conv_output_size(self.w, self.s, self.stride[1], self.padding[1], self.dilation[1])
 
     @property
-    def stored_share(self) -> float:
-        """Stored weights (padded entries included) over all weights."""
-        block_out, block_in = self.block_shape
-        return self.nnz_blocks * block_out * block_in / (self.c_out * self.c_in * self.r * self.s)
-
-    @property
     def macs_dense(self) -> int:
         """Multiply-adds of the dense convolution that lie inside the image."""
         rows = taps_in_image(self.h, self.r, self.stride[0], self.padding[0], self.dilation[0])
         cols = taps_in_image(self.w, self.s, self.stride[1], self.padding[1], self.dilation[1])
         return self.n * self.c_in * self.c_out * rows * cols
-
-    @property
-    def macs(self) -> int:
-        """Multiply-adds of the stored blocks that lie inside the image, a uniform pattern over taps assumed."""
-        return round(self.macs_dense * self.stored_share)
 
     @property
     def rows(self) -> int:
@@ -169,13 +152,52 @@ class ConvProblem:
     def dense_work(self) -> DenseWork:
         """The dense convolution's work."""
         weights = self.c_in * self.c_out * self.r * self.s
-        return DenseWork(self.rows * weights, weights * self.dtype.itemsize)
+        return DenseWork(self.rows * weights, weights * self.dtype.itemsize)  # type: ignore[attr-defined]
 
     def io_bytes(self, *, pooled: bool) -> tuple[int, int]:
         """``(input, output)`` bytes, each counted once; ``pooled``: the output after 2x2 pooling."""
         rows = self.n * (self.p // 2) * (self.q // 2) if pooled else self.rows
-        size = self.dtype.itemsize
+        size: int = self.dtype.itemsize  # type: ignore[attr-defined]
         return self.n * self.c_in * self.h * self.w * size, rows * self.c_out * size
+
+
+@dataclass(frozen=True)
+class ConvProblem(_Convolution):
+    """A block-sparse convolution."""
+
+    block_shape: tuple[int, int]
+    nnz_blocks: int
+    dtype: torch.dtype
+    device: str
+    epilogue: str = "none"
+    op: ClassVar[str] = "bsr_conv2d"
+
+    @property
+    def stored_share(self) -> float:
+        """Stored weights (padded entries included) over all weights."""
+        block_out, block_in = self.block_shape
+        return self.nnz_blocks * block_out * block_in / (self.c_out * self.c_in * self.r * self.s)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of the stored blocks that lie inside the image, a uniform pattern over taps assumed."""
+        return round(self.macs_dense * self.stored_share)
+
+
+@dataclass(frozen=True)
+class FusedConvProblem(_Convolution):
+    """A dense convolution with the bias, ReLU and pool behind it."""
+
+    dtype: torch.dtype
+    device: str
+    epilogue: str = "none"
+    op: ClassVar[str] = "fused_conv2d"
+    block_shape: ClassVar[tuple[int, int]] = (1, 1)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds that lie inside the image."""
+        return self.macs_dense
 
 
 @dataclass(frozen=True)
@@ -344,7 +366,7 @@ class LowRankConvProblem:
 
 
 Pair: TypeAlias = tuple[int, int]
-SizedProblem: TypeAlias = ConvProblem | LinearProblem | LowRankLinearProblem | LowRankConvProblem
+SizedProblem: TypeAlias = ConvProblem | LinearProblem | LowRankLinearProblem | LowRankConvProblem | FusedConvProblem
 Problem: TypeAlias = Request | SizedProblem
 
 
@@ -390,7 +412,9 @@ def native_obstacle(isa: str, problem: Problem) -> str | None:
     return None
 
 
-PROBLEM_TYPES = {cls.op: cls for cls in (ConvProblem, LinearProblem, LowRankLinearProblem, LowRankConvProblem)}
+PROBLEM_TYPES = {
+    cls.op: cls for cls in (ConvProblem, LinearProblem, LowRankLinearProblem, LowRankConvProblem, FusedConvProblem)
+}
 
 
 def problem_json(problem: SizedProblem) -> dict[str, Any]:

@@ -149,3 +149,12 @@ def low_rank_conv2d(
     for i, (factor, (stride_i, padding_i, dilation_i)) in enumerate(zip(factors, geometry)):
         x = convolution(x, factor, bias if i == len(factors) - 1 else None, stride_i, padding_i, dilation_i)
     return apply_epilogue(x, epilogue).contiguous(memory_format=torch.channels_last)
+
+
+def fused_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], epilogue: str,
+) -> Tensor:  # fmt: skip
+    """``epilogue(conv2d(x, weight) + bias)``: torch's convolution and the passes behind it."""
+    y = convolution(x, weight, bias, stride, padding, dilation)
+    return apply_epilogue(y, epilogue).contiguous(memory_format=torch.channels_last)

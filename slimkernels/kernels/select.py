@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from slimkernels import env
-from slimkernels.kernels import KERNELS, KernelSpec, cpu_cost, gpu_cost, tables
-from slimkernels.kernels.problems import Problem, Request, SizedProblem
+from slimkernels.kernels import KERNELS, KernelSpec, cpu_cost, fused_cost, gpu_cost, tables
+from slimkernels.kernels.problems import FusedConvProblem, Problem, Request, SizedProblem
 
 _ISA_ORDER = ("scalar", "avx2", "avx512")
 _BACKEND_ORDER = ("triton", "cuda", "cpu", "reference")
@@ -288,6 +288,8 @@ def predicted_seconds(
         return cpu_cost.cpu_seconds(problem, tables.cpu_rates(spec.isa), threads)
     one_position = spec.name.endswith("_images_on_m")
     rates = tables.gpu_rates(index)
+    if isinstance(problem, FusedConvProblem):
+        return fused_cost.predict_fused(spec.backend, problem, config or {}, rates).seconds
     return gpu_cost.predict_gpu(spec.backend, problem, config or {}, rates, one_position=one_position).seconds
 
 
@@ -295,4 +297,6 @@ def predicted_dense_seconds(problem: SizedProblem, index: int = -1) -> float:
     """Predicted time of the dense layer (torch's own) that a problem replaces."""
     if problem.device == "cpu":
         return cpu_cost.cpu_dense_seconds(problem, tables.cpu_rates(machine_isa()), torch.get_num_threads())
+    if isinstance(problem, FusedConvProblem):
+        return fused_cost.predict_fused("reference", problem, {}, tables.gpu_rates(index)).seconds
     return gpu_cost.gpu_dense(problem, tables.gpu_rates(index)).seconds

@@ -26,6 +26,7 @@ from slimkernels.kernels.devices import device_name
 from slimkernels.kernels.gpu_rates import KNOWN, GpuRates, scaled_rates
 from slimkernels.kernels.problems import (
     ConvProblem,
+    FusedConvProblem,
     LinearProblem,
     LowRankLinearProblem,
     SizedProblem,
@@ -216,6 +217,8 @@ def sizes_of(problem: SizedProblem) -> tuple[float, ...]:
     if isinstance(problem, ConvProblem):
         pixels, taps = problem.n * problem.p * problem.q, problem.r * problem.s
         return pixels, problem.c_in, problem.c_out, taps, math.prod(problem.stride), max(problem.stored_share, 1e-4)
+    if isinstance(problem, FusedConvProblem):
+        return problem.rows, problem.c_in, problem.c_out, problem.r * problem.s, math.prod(problem.stride)
     if isinstance(problem, LinearProblem):
         return problem.m, problem.in_features, problem.out_features, max(problem.stored_share, 1e-4)
     if isinstance(problem, LowRankLinearProblem):

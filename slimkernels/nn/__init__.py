@@ -1,13 +1,15 @@
-"""Drop-in modules: block-sparse and low-rank twins of ``nn.Conv2d`` and ``nn.Linear``."""
+"""Drop-in modules: block-sparse, low-rank and fused dense twins of ``nn.Conv2d`` and ``nn.Linear``."""
 
 from slimkernels.nn.attributes import resolved_padding, unsupported_conv_reason
 from slimkernels.nn.block_sparse import BlockSparseConv2d, BlockSparseLinear
+from slimkernels.nn.fused import FusedConv2d
 from slimkernels.nn.low_rank import LowRankConv2d, LowRankLinear
 from slimkernels.nn.strided_pointwise import guard_strided_pointwise_
 
 __all__ = [
     "BlockSparseConv2d",
     "BlockSparseLinear",
+    "FusedConv2d",
     "LowRankConv2d",
     "LowRankLinear",
     "guard_strided_pointwise_",

@@ -6,9 +6,11 @@ Equations (``x`` activations, ``W`` the weight that the stored blocks or factors
 - `bsr_linear`: ``epilogue(x W^T + bias)``, only stored blocks read
 - `low_rank_linear`: ``epilogue((x V^T) U^T + bias)``
 - `low_rank_conv2d`: ``epilogue(conv(...conv(x, F_1)..., F_k) + bias)``
+- `fused_conv2d`: ``epilogue(conv2d(x, W) + bias)``, W dense
 """
 
 from slimkernels.ops.bsr import bsr_conv2d, bsr_linear
+from slimkernels.ops.fused import fused_conv2d
 from slimkernels.ops.low_rank import low_rank_conv2d, low_rank_linear
 
-__all__ = ["bsr_conv2d", "bsr_linear", "low_rank_conv2d", "low_rank_linear"]
+__all__ = ["bsr_conv2d", "bsr_linear", "fused_conv2d", "low_rank_conv2d", "low_rank_linear"]

@@ -47,6 +47,8 @@ _SCHEMAS = (
     "low_rank_linear_dgrad(Tensor grad, Tensor U, Tensor V, str kernel) -> (Tensor, Tensor)",
     "low_rank_conv2d(Tensor x, Tensor[] factors, Tensor? bias, Tensor[] packed, int[2] stride, int[2] padding, "
     "int[2] dilation, str kind, str epilogue, str kernel) -> Tensor",
+    "fused_conv2d(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, str epilogue, "
+    "str kernel) -> Tensor",
 )
 for _schema in _SCHEMAS:
     LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))

@@ -13,7 +13,7 @@ from slimkernels.recipes.schema import Recipe
 from slimkernels.recipes.store import write_json
 from slimkernels.recipes.summary import summarise
 
-_SWAPPED = {"bsr": "block-sparse", "low_rank": "low-rank", "dense": "merged"}
+_SWAPPED = {"bsr": "block-sparse", "low_rank": "low-rank", "fused": "fused dense", "dense": "merged"}
 
 
 def write_report(out: Path, recipe: Recipe, data: Mapping[str, Any]) -> dict[str, Any]:
