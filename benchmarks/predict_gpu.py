@@ -17,7 +17,9 @@ from pathlib import Path
 import torch
 from gpu_check import layers
 
-from slimkernels.kernels.gpu_cost import Prediction, gpu_block_sparse, gpu_dense
+from slimkernels.kernels.gpu_cost import gpu_block_sparse
+from slimkernels.kernels.gpu_dense_cost import gpu_dense
+from slimkernels.kernels.gpu_prediction import Prediction
 from slimkernels.kernels.gpu_rates import H100, H200, GpuRates
 from slimkernels.kernels.problems import ConvProblem
 from slimkernels.kernels.triton.bsr_conv2d_config import configs

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from slimkernels import env
-from slimkernels.kernels import KERNELS, KernelSpec, cpu_cost, gpu_cost, tables
+from slimkernels.kernels import KERNELS, KernelSpec, cpu_cost, gpu_cost, gpu_dense_cost, tables
 from slimkernels.kernels.problems import Problem, Request, SizedProblem
 
 _ISA_ORDER = ("scalar", "avx2", "avx512")
@@ -295,4 +295,4 @@ def predicted_dense_seconds(problem: SizedProblem, index: int = -1) -> float:
     """Predicted time of the dense layer (torch's own) that a problem replaces."""
     if problem.device == "cpu":
         return cpu_cost.cpu_dense_seconds(problem, tables.cpu_rates(machine_isa()), torch.get_num_threads())
-    return gpu_cost.gpu_dense(problem, tables.gpu_rates(index)).seconds
+    return gpu_dense_cost.gpu_dense(problem, tables.gpu_rates(index)).seconds
