@@ -128,9 +128,10 @@ def gpu_low_rank(problem: LowRankLinearProblem | LowRankConvProblem, config: Con
     tiles = tiles_m * splits
     wide = config.get("RANK", 1 << max(rank - 1, 15).bit_length())
     # A rank above the tile is computed again for every tile of outputs.
-    times, padded = (
-        (splits, wide) if rank <= wide else (ceil_div(n, config.get("BLOCK_N", 64)), ceil_div(rank, wide) * wide)
-    )
+    if rank <= wide:
+        times, padded = splits, wide
+    else:
+        times, padded = ceil_div(n, config.get("BLOCK_N", 64)), ceil_div(rank, wide) * wide
     flops = 2.0 * tiles_m * block_m * padded * (k * times + n)
     l2 = tiles_m * times * (block_m + padded) * k * size + tiles_m * padded * n * size
     memory = traffic_s((m * (k + n) + rank * (k + n)) * size, rates)
