@@ -3,19 +3,18 @@
 A block-sparse tile kernel gathers ``BLOCK_M`` pixels and ``BLOCK_N`` output channels a K step from L2. Four times are
 computed, and the largest is the prediction, plus the launch:
 
-* loads: what the pieces of the input, the bytes and device memory cost one after the other. On an H200 the time of 131
-  configurations of eleven layers (8 to 80 us) follows the sum of three terms within 9% on average, 31% at worst: 0.83
-  clocks a processor for every piece of consecutive input channels, 0.37 for every 32 bytes of input and weights, and
-  the time of device memory in full; a constant 5.8 us, the launch included, comes on top. They do not overlap as a
-  roofline would have it: the largest of L2 at its measured 9.8 TB/s, device memory and matrix units is half of the
-  measured time. Measurements: benchmarks/results/nvidia-h200/layer-configurations.json;
+* loads: what the pieces of the input, the bytes and device memory cost one after the other. On an H200 the time of 104
+  configurations of eleven layers (8 to 80 us), their stages one slice each and 64 to 128 channels in flight, follows
+  the sum of three terms within 13% on average, 38% at worst (tests/test_cost_model.py): 0.83 clocks a processor for
+  every piece of consecutive input channels, 0.37 for every 32 bytes of input and weights, and the time of device memory
+  in full; a constant 5.8 us, the launch included, comes on top. They do not overlap as a roofline would have it: the
+  largest of L2 at its measured 9.8 TB/s, device memory and matrix units is half of the measured time. Measurements: benchmarks/results/nvidia-h200/layer-configurations.json;
 * matrix units: work over rate, times how much more the busiest processor has than the average one;
 * issue slots: instructions of the compiled kernels over the clock;
-* the chain: one tile after another on one processor, each with its loads' latency. It decides for small batches, where
-  few tiles run.
+* the chain: one tile after another on one processor, each with its loads' latency. For small batches, where few tiles
+  run, it takes the place of the constant among the loads.
 
-A vendor's dense kernel is the largest of arithmetic, device memory and chain. A prediction is only ever compared with
-another prediction, or printed beside a measurement.
+A prediction is only ever compared with another prediction, or printed beside a measurement.
 """
 
 from __future__ import annotations
