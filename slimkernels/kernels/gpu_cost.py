@@ -8,7 +8,8 @@ computed, and the largest is the prediction, plus the launch:
   the sum of three terms within 13% on average, 38% at worst (tests/test_cost_model.py): 0.83 clocks a processor for
   every piece of consecutive input channels, 0.37 for every 32 bytes of input and weights, and the time of device memory
   in full; a constant 5.8 us, the launch included, comes on top. They do not overlap as a roofline would have it: the
-  largest of L2 at its measured 9.8 TB/s, device memory and matrix units is half of the measured time. Measurements: benchmarks/results/nvidia-h200/layer-configurations.json;
+  largest of L2 at its measured 9.8 TB/s, device memory and matrix units is half of the measured time. Measurements:
+  benchmarks/results/nvidia-h200/layer-configurations.json;
 * matrix units: work over rate, times how much more the busiest processor has than the average one;
 * issue slots: instructions of the compiled kernels over the clock;
 * the chain: one tile after another on one processor, each with its loads' latency. For small batches, where few tiles
