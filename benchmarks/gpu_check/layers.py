@@ -19,6 +19,7 @@ from slimkernels import testing, tuning
 from slimkernels.formats import block_grid
 from slimkernels.kernels.problems import ConvProblem, problem_json
 from slimkernels.kernels.select import KernelChoice, choose, forced
+from slimkernels.kernels.triton.bsr_conv2d_config import device_configs, images_reason
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,15 @@ def layer_name(p: ConvProblem) -> str:
 def choice_of(p: ConvProblem) -> KernelChoice:
     """What ``kernel="auto"`` runs on a problem: the kernel and configuration that the networks' rows time."""
     return choose(p, index=torch.cuda.current_device() if p.device == "cuda" else -1)
+
+
+def choices_of(p: ConvProblem) -> list[KernelChoice]:
+    """`choice_of`, and the default of the kernel of one position a tile where that takes the layer and is not it."""
+    found = [choice_of(p)]
+    name = "bsr_conv2d__triton_images_on_m"
+    if p.device == "cuda" and found[0].name != name and images_reason(p) is None:
+        found.append(KernelChoice(name, device_configs("images_on_m", p)[0]))
+    return found
 
 
 def at_batch(p: ConvProblem, batch: int | None) -> ConvProblem:
