@@ -17,6 +17,7 @@ from address_layers import (
     IMAGENET,
     Layer,
     every_layer,
+    every_unpooled_layer,
     nhwc,
     on_an_h100,  # noqa: F401 (a fixture)
     unravelled,
@@ -45,8 +46,11 @@ def forward(
     )  # fmt: skip
 
 
-def check_forward_program(layer: Layer, weight: BSRWeight, accesses: Accesses) -> None:
-    """What a program writes decides what it may read: see the module's docstring."""
+def check_forward_program(layer: Layer, weight: BSRWeight, accesses: Accesses, variant: str = "pixels_on_m") -> None:
+    """What a program writes decides what it may read: see the module's docstring.
+
+    With one position a tile the weights of taps that lie outside the image are not read.
+    """
     out = layer.size // 2 if layer.pool else layer.size
     written = accesses.written("y_ptr")
     assert len(np.unique(written)) == len(written), "an output is written twice"
@@ -64,6 +68,11 @@ def check_forward_program(layer: Layer, weight: BSRWeight, accesses: Accesses) -
         inside_row = channels[channels // block_out == row] % block_out
         for block in range(crow[row], crow[row + 1]):
             tap, group = divmod(int(col[block]), groups)
+            if variant == "images_on_m":
+                position = np.unique(p) + tap // 3 - 1, np.unique(q) + tap % 3 - 1
+                assert [len(place) for place in position] == [1, 1], "a tile of several positions"
+                if not all(0 <= place[0] < layer.size for place in position):
+                    continue
             read = np.arange(group * block_in, (group + 1) * block_in)
             for dp, dq in product(steps, steps):
                 scale = len(steps)
@@ -71,8 +80,9 @@ def check_forward_program(layer: Layer, weight: BSRWeight, accesses: Accesses) -
                 expected_x.append(nhwc(layer, n, h, w, read, layer.c_in))
             places = (block * block_out + inside_row)[:, None] * block_in + np.arange(block_in)[None, :]
             expected_w.append(places.ravel())
-    assert np.array_equal(accesses.read("x_ptr"), np.unique(np.concatenate(expected_x)))
-    assert np.array_equal(accesses.read("values_ptr"), np.unique(np.concatenate(expected_w)))
+    nothing = np.empty(0, np.int64)
+    assert np.array_equal(accesses.read("x_ptr"), np.unique(np.concatenate([nothing, *expected_x])))
+    assert np.array_equal(accesses.read("values_ptr"), np.unique(np.concatenate([nothing, *expected_w])))
     assert np.array_equal(accesses.read("bias_ptr"), channels)
 
 
@@ -85,6 +95,19 @@ def test_forward(monkeypatch: pytest.MonkeyPatch, layer: Layer, block_shape: tup
     assert launched.arguments["INDEX_64"] is False and replay.hints > 0
     for accesses in launched.programs.values():
         check_forward_program(layer, weight, accesses)
+
+
+@every_unpooled_layer
+def test_forward_of_one_position_a_tile(
+    monkeypatch: pytest.MonkeyPatch, layer: Layer, block_shape: tuple[int, int]
+) -> None:
+    weight = weight_of(layer, block_shape)
+    with replaying(monkeypatch, sample) as replay:
+        forward(layer, weight, variant="images_on_m")
+    (launched,) = replay.launches
+    assert launched.kernel == "bsr_conv2d_fwd_kernel_images" and replay.hints > 0
+    for accesses in launched.programs.values():
+        check_forward_program(layer, weight, accesses, "images_on_m")
 
 
 # Small enough that every program runs: each output is written by exactly one of them.
@@ -107,6 +130,23 @@ def test_every_output_is_written_once(monkeypatch: pytest.MonkeyPatch, name: str
     written = np.concatenate([accesses.written("y_ptr") for accesses in launched.programs.values()])
     outputs = layer.batch * layer.c_out * layer.size**2 // (4 if layer.pool else 1)
     assert np.array_equal(np.sort(written), np.arange(outputs))
+
+
+@pytest.mark.parametrize(("batch", "group_m"), [(70, None), (70, 3), (5, 1)])
+def test_every_output_is_written_once_by_one_position_a_tile(
+    monkeypatch: pytest.MonkeyPatch, batch: int, group_m: int | None
+) -> None:
+    """Two tiles of images, the second one not full, at each of nine positions, in groups that do not divide them."""
+    layer = Layer(32, 256, 3, False, batch)
+    weight = weight_of(layer, (128, 32), 0.8)
+    tile = {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 16, "num_warps": 4, "num_stages": 4}
+    with replaying(monkeypatch, everything) as replay:
+        forward(layer, weight, tile | ({"GROUP_M": group_m} if group_m else {}), "images_on_m")
+    (launched,) = replay.launches
+    for accesses in launched.programs.values():
+        check_forward_program(layer, weight, accesses, "images_on_m")
+    written = np.concatenate([accesses.written("y_ptr") for accesses in launched.programs.values()])
+    assert np.array_equal(np.sort(written), np.arange(batch * 256 * 9))
 
 
 @pytest.mark.parametrize("variant", ("weights_on_m", "taps_together", "shared_input"))
@@ -164,17 +204,18 @@ def test_split_and_reduce(monkeypatch: pytest.MonkeyPatch, layer: Layer) -> None
 
 
 @pytest.mark.parametrize("batch", (32767, 32768), ids=("below", "at"))
-@pytest.mark.parametrize("pool", (False, True), ids=("plain", "pool"))
-def test_forward_around_2_to_the_31(monkeypatch: pytest.MonkeyPatch, batch: int, pool: bool) -> None:
+@pytest.mark.parametrize("kind", ("plain", "pool", "images_on_m"))
+def test_forward_around_2_to_the_31(monkeypatch: pytest.MonkeyPatch, batch: int, kind: str) -> None:
     """One image fewer than 2^31 elements of input, the last addresses in 32 bits, and the first in 64."""
-    layer = Layer(64, 128, 32, pool, batch)
+    layer = Layer(64, 128, 32, kind == "pool", batch)
+    variant = kind if kind == "images_on_m" else "pixels_on_m"
     weight = weight_of(layer, (128, 16))
     with replaying(monkeypatch, sample) as replay:
-        forward(layer, weight)
+        forward(layer, weight, variant=variant)
     (launched,) = replay.launches
     assert launched.arguments["INDEX_64"] is (batch * 64 * 32 * 32 > INT32_MAX)
     for accesses in launched.programs.values():
-        check_forward_program(layer, weight, accesses)
+        check_forward_program(layer, weight, accesses, variant)
 
 
 def test_first_convolution(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -194,15 +194,17 @@ def replaying(monkeypatch: Any, choose: Callable[[Launched], Iterable[Program]])
         element = pointers.get_element_ty()
         kind = interpreter._get_np_dtype(element)
         result = np.zeros(pointers.data.shape, kind) if other is None else other.data.astype(kind)
-        found = replay.offsets(pointers, mask.data, "load")
+        # A mask that was a scalar holds integers, by which an array would be indexed.
+        active = mask.data.astype(bool)
+        found = replay.offsets(pointers, active, "load")
         if found is not None:
             region, offsets = found
             here().loads.setdefault(region.name, []).append(offsets)
-            result[mask.data] = 0 if region.data is None else region.data[offsets]
+            result[active] = 0 if region.data is None else region.data[offsets]
         return handle(result, element)
 
     def store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> None:
-        found = replay.offsets(pointers, mask.data, "store")
+        found = replay.offsets(pointers, mask.data.astype(bool), "store")
         if found is not None:
             here().stores.setdefault(found[0].name, []).append(found[1])
 

@@ -40,7 +40,7 @@ def passed(file: str, marker: str) -> int:
     return int(re.search(r"(\d+) passed", summary)[1])
 
 
-FILES = {"address_cases.py": (20, 80), "address_gradient_cases.py": (15, 90)}
+FILES = {"address_cases.py": (30, 120), "address_gradient_cases.py": (15, 90)}
 
 
 @pytest.mark.parametrize("file", FILES)

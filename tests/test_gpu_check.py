@@ -23,9 +23,11 @@ from torch import nn
 
 import slimkernels as sk
 from slimkernels.inference import warm_up
-from slimkernels.kernels import tables
+from slimkernels.kernels import KERNELS, KernelSpec, tables
 from slimkernels.kernels.gpu_rates import H200
 from slimkernels.kernels.problems import ConvProblem
+from slimkernels.kernels.select import KernelChoice
+from slimkernels.kernels.triton.bsr_conv2d_config import configs, images_reason
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -417,6 +419,41 @@ def test_limits_of_a_layer_by_hand() -> None:
     assert found["l2_us"] == pytest.approx(1e6 * tiles * depth * 384 * 2 / 5.5e12)
     assert found["matrix_us"] == pytest.approx(1e6 * 2 * 65536 * 128 * 2 * depth / 790e12)
     assert found["predicted_us"] > found["l2_us"] and set(summary.FLOORS) < set(found)
+    # One position a tile: 121 of 144 taps are inside the image, and only those are loaded and multiplied.
+    some = measure.floors_us(p, config, replace(H200, l2_bytes_s=5.5e12, matrix_flops=790e12), one_position=True)
+    assert all(some[key] == pytest.approx(found[key] * 121 / 144) for key in ("l2_us", "matrix_us", "tags_us"))
+    assert some["memory_us"] == found["memory_us"] and some["predicted_us"] < found["predicted_us"]
+
+
+@pytest.fixture
+def forward_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The choice is made from the forward kernels as if a GPU were there, by the model."""
+
+    def listed(p: ConvProblem) -> Iterator[tuple[KernelSpec, dict[str, int]]]:
+        for variant in ("pixels_on_m", "weights_on_m", "images_on_m", "taps_together"):
+            spec = KERNELS["bsr_conv2d__triton" + ("" if variant == "pixels_on_m" else f"_{variant}")]
+            if variant != "images_on_m" or images_reason(p) is None:
+                yield from ((spec, c) for c in configs(p, variant, shared_memory=227 * 1024, processors=132))
+
+    monkeypatch.setattr(sweep, "configurations", listed)
+    monkeypatch.setattr(tables, "gpu_rates", lambda *_: H200)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(layers, "choose", lambda p, index: KernelChoice("bsr_conv2d__triton", configs(p)[0]))
+
+
+@pytest.mark.usefixtures("forward_kernels")
+def test_one_position_a_tile_is_swept_and_checked_where_it_takes_the_layer() -> None:
+    name = "bsr_conv2d__triton_images_on_m"
+    taken = 0
+    for p in layers.HEADLINE.problems():
+        expected = p.epilogue != "relu_maxpool2"
+        assert (name in {choice.name for choice in sweep.ways(p)}) == expected
+        first, *others = layers.choices_of(p)
+        assert first.name == "bsr_conv2d__triton" and [c.name for c in others] == [name] * expected
+        taken += expected
+    assert taken == 6
+    checked = {(p, c.name) for p, c in precompile.jobs(["headline"], "cuda", swept=False) if c is not None}
+    assert checked >= {(p, name) for p in layers.HEADLINE.problems() if p.epilogue != "relu_maxpool2"}
 
 
 def test_a_sweep_rehearsed_on_the_cpu_leaves_rows_and_a_table(tmp_path: Path) -> None:

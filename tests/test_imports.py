@@ -45,13 +45,13 @@ PACKAGES = {
     "kernels": (
         "select", "__init__", "cpu_gradients, native_low_rank, peak", "cudnn",
         "native, cuda, reference, triton", "strips, tables, fused_cost", "break_even, cpu_cost, devices, gpu_cost",
-        "far_taps, gpu_rates",
+        "far_taps, gpu_dense_cost", "gpu_prediction", "gpu_rates",
         "problems, strided_pointwise, transposed",
     ),
     "kernels/triton": (
         "bsr_conv2d, bsr_conv2d_backward_w, bsr_conv2d_backward_x, low_rank_linear, low_rank_conv2d, "
         "relu_maxpool2_backward, fused_conv2d",
-        "bsr_conv2d_shared, bsr_conv2d_kernel, bsr_conv2d_split, fused_conv2d_kernel",
+        "bsr_conv2d_images, bsr_conv2d_shared, bsr_conv2d_kernel, bsr_conv2d_split, fused_conv2d_kernel",
         "bsr_conv2d_geometry, bsr_conv2d_config, fused_conv2d_config",
         "bsr_conv2d_index, tiles, launcher", "runtime", "__init__",
     ),

@@ -17,25 +17,15 @@ import sass
 
 pytest.importorskip("triton")
 CHECK = Path(__file__).with_name("vgg_compile_check.py")
-# (pixels, channels, warps) of a tile: the most instructions outside the main loop of a pipeline of two stages, what a
-# further stage may add, and the most in the loop. Triton 3.6 and 3.8 differ by up to ten.
+# By pixels and channels of a tile on four warps, with six stages of one slice: the most instructions outside the main
+# loop, without and with a max-pool, the most in the loop, and the programs that share a processor. Triton 3.6 and 3.8
+# differ by up to twelve.
 LIMITS = {
-    (128, 64, 4): (480, 110, 170),
-    (128, 128, 8): (420, 75, 120),
-    (128, 128, 4): (590, 110, 165),
-    (256, 128, 8): (640, 80, 160),
+    (128, 128): (655, 630, 101, 3),
+    (128, 64): (530, 515, 102, 5),
+    (64, 128): (475, 605, 88, 5),
+    (64, 64): (395, 445, 77, 8),
 }
-# Programs that share a processor, by block height and layer; the others' are those of their family's line.
-HELD = {
-    (128, "conv1_2, pool"): 4,
-    (128, "conv4_2"): 1,
-    (128, "conv4_4, pool"): 1,
-    (128, "conv5_1"): 1,
-    (128, "conv5_4, pool"): 1,
-    (64, "conv1_2, pool"): 4,
-    (64, "conv2_1"): 4,
-}
-USUALLY_HELD = {128: 2, 64: 3}
 
 LISTING = """
 	code for sm_90
@@ -80,25 +70,33 @@ def check(row: dict[str, Any]) -> None:
     name, config = f"{row['layer']} {row['block_shape']}", row["config"]
     block_m, block_n, block_k = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
     warps, stages = config["num_warps"], config["num_stages"]
+    # A stage is the sixteen channels of one block.
+    assert (block_k, warps, stages) == (row["block_shape"][1], 4, 6), f"{name}: {config}"
     # A warp takes part in the products of its warpgroup, 64 rows and 16 columns of K each.
     products = block_m // (16 * warps) * (block_k // 16)
     assert row["products"] == [f"HGMMA.64x{block_n}x16.F32.BF16"] * products, f"{name}: {row['products']}"
     copies = (block_m + block_n) * block_k * 2 // (16 * 32 * warps)
     assert row["copies"] == ["LDGSTS.E.BYPASS.128"] * copies, f"{name}: {row['copies']}"
-    assert row["spills"] == 0 and row["shuffles"] == 0, f"{name}: {row['spills']} spills, {row['shuffles']} shuffles"
-    straight, a_stage, loop = LIMITS[block_m, block_n, warps]
-    straight += (stages - 2) * a_stage
+    # A pool window's pixels lie in one thread's registers where a warp has 32 rows of the tile; else threads exchange
+    # every accumulator once.
+    shuffles = block_m * block_n // (32 * warps) if row["pool"] and block_m < 32 * warps else 0
+    assert row["spills"] == 0 and row["shuffles"] == shuffles, f"{name}: {row['spills']} spills, {row['shuffles']}"
+    straight, pooled, loop, programs = LIMITS[block_m, block_n]
+    straight = pooled if row["pool"] else straight
     assert row["straight"] <= straight, f"{name}: {row['straight']} instructions outside the loop, not {straight}"
     assert row["loop"] <= loop, f"{name}: {row['loop']} instructions in the loop, not {loop}"
-    assert row["registers"] <= row["planned_registers"], f"{name}: {row['registers']}, not {row['planned_registers']}"
-    height = row["block_shape"][0]
-    assert row["held"] == row["planned"] == HELD.get((height, row["layer"]), USUALLY_HELD[height]), name
+    assert row["planned_registers"] - 12 <= row["registers"] <= row["planned_registers"], f"{name}: {row['registers']}"
+    assert row["held"] == row["planned"] == programs, f"{name}: {row['held']} programs, planned {row['planned']}"
 
 
 def test_code_of_an_early_a_deep_and_a_pooled_layer(tmp_path: Path) -> None:
-    """One of each kind of tile: 64 channels, 128, 128 pooled; 256 pixels is left to the slow run."""
-    found = rows(tmp_path, "--layers", "conv1_2, pool", "conv3_2", "conv3_4, pool", "--blocks", "128x16")
-    assert len(found) == 3 and {row["pool"] for row in found} == {True, False}
+    """One of each kind of tile: 64 channels pooled, 128, and 64 pixels pooled."""
+    found = rows(tmp_path, "--layers", "conv1_2, pool", "conv3_2", "conv4_4, pool", "--blocks", "128x16")
+    tiles = {(row["config"]["BLOCK_M"], row["config"]["BLOCK_N"]) for row in found}
+    assert tiles == {(128, 64), (128, 128), (64, 128)}
+    # The two products and four copies of 16 bytes a thread of the largest tile.
+    (large,) = (row for row in found if row["layer"] == "conv3_2")
+    assert (len(large["products"]), len(large["copies"])) == (2, 4)
     for row in found:
         check(row)
 
@@ -106,6 +104,6 @@ def test_code_of_an_early_a_deep_and_a_pooled_layer(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_code_of_every_layer(tmp_path: Path) -> None:
     found = rows(tmp_path)
-    assert len(found) == 22
+    assert len(found) == 22 and {(r["config"]["BLOCK_M"], r["config"]["BLOCK_N"]) for r in found} == set(LIMITS)
     for row in found:
         check(row)

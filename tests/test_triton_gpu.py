@@ -13,8 +13,11 @@ from precision import fp32_precision
 from triton_cases import (
     CONV_CASES,
     CORE_CASES,
+    IMAGES_CASES,
+    IMAGES_RAGGED_C_IN,
     LOW_RANK_CASES,
     MORE_BLOCK_SHAPES,
+    ONE_SLICE_CASES,
     SPLIT_CASES,
     VARIANT_CASES,
     VARIANTS,
@@ -44,6 +47,24 @@ def test_conv(dtype: torch.dtype, name: str) -> None:
     check_conv((CONV_CASES | SPLIT_CASES)[name], (16, 16), dtype, "cuda")
 
 
+@pytest.mark.parametrize("block_shape", ((16, 16), (32, 32), (128, 32)), ids=lambda s: f"{s[0]}x{s[1]}")
+@pytest.mark.parametrize("name", [*ONE_SLICE_CASES, *IMAGES_CASES])
+def test_conv_one_slice_a_stage(name: str, block_shape: tuple[int, int]) -> None:
+    """Stages of one slice in both kinds of kernels; blocks of 32 channels hold two of them."""
+    for dtype in DTYPES.values():
+        check_conv((ONE_SLICE_CASES | IMAGES_CASES)[name], block_shape, dtype, "cuda")
+
+
+@dtypes
+def test_conv_one_position_a_tile(dtype: torch.dtype) -> None:
+    """Half of the last block is no channel of the image; default tiles of two sizes of batch, the last one ragged."""
+    check_conv(IMAGES_RAGGED_C_IN, (32, 32), dtype, "cuda")
+    for block_shape in ((32, 16), (64, 64), (128, 16), (256, 16)):
+        for image in ((3, 9, 7), (200, 8, 8)):
+            case = ConvCase(image=image, sparsity=0.875, variant="images_on_m", block_m=None)
+            check_conv(case, block_shape, dtype, "cuda")
+
+
 @shapes
 @pytest.mark.parametrize("name", CORE_CASES)
 def test_conv_block_shapes(name: str, block_shape: tuple[int, int]) -> None:
@@ -65,7 +86,7 @@ def test_conv_variants(variant: str, block_shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("image", ((1, 4, 4), (8, 32, 32)), ids=("small", "large"))
-@pytest.mark.parametrize("variant", ("pixels_on_m", *VARIANTS))
+@pytest.mark.parametrize("variant", ("pixels_on_m", "images_on_m", *VARIANTS))
 @dtypes
 def test_every_configuration_the_tuner_may_try(dtype: torch.dtype, variant: str, image: tuple[int, int, int]) -> None:
     block_shape = (64, 16)
@@ -175,17 +196,19 @@ def test_launch_follows_the_device_of_x(case: ConvCase) -> None:
             assert y.device == torch.device(device) and result.passed, result.message
 
 
-@pytest.mark.parametrize("variant", ("pixels_on_m", *VARIANTS))
+@pytest.mark.parametrize("variant", ("pixels_on_m", "images_on_m", *VARIANTS))
 def test_split_and_unsplit_kernels_repeat_bit_for_bit(variant: str) -> None:
-    case = replace(SPLIT_CASES["splits"], variant=variant)
+    case = IMAGES_CASES["images"] if variant == "images_on_m" else replace(SPLIT_CASES["splits"], variant=variant)
     x, weight, bias = build(case, (64, 16), torch.float32)
     first = run_conv(case, x, weight, bias, "cuda")
     assert all(torch.equal(run_conv(case, x, weight, bias, "cuda"), first) for _ in range(5))
 
 
-@pytest.mark.parametrize("variant", ("pixels_on_m", *VARIANTS))
-def test_captured_in_a_graph(variant: str) -> None:
-    case = replace(SPLIT_CASES["splits"], variant=variant)
+@pytest.mark.parametrize("ordered", (True, False), ids=("ordered", "storage_order"))
+@pytest.mark.parametrize("variant", ("pixels_on_m", "images_on_m", *VARIANTS))
+def test_captured_in_a_graph(variant: str, ordered: bool) -> None:
+    case = IMAGES_CASES["images"] if variant == "images_on_m" else replace(SPLIT_CASES["splits"], variant=variant)
+    case = replace(case, ordered=ordered)
     x, weight, bias = build(case, (64, 16), torch.float16)
     x, bias = x.cuda(), bias.cuda()
     parts = (t.cuda() for t in (weight.values, weight.crow_indices, weight.col_indices))

@@ -21,7 +21,7 @@ pytest.importorskip("triton")
 from test_triton_compile import REGISTER_FILE, SHARED_LIMIT, TENSOR_CORE
 from test_triton_interpret import passed
 
-from slimkernels.kernels import KERNELS, gpu_cost
+from slimkernels.kernels import KERNELS, gpu_dense_cost
 from slimkernels.kernels.gpu_rates import H200
 from slimkernels.kernels.problems import LowRankConvProblem, LowRankLinearProblem
 from slimkernels.kernels.select import predicted_seconds
@@ -123,13 +123,13 @@ def test_a_fused_convolution_saves_its_intermediate() -> None:
     shapes = ((64, 256, 3, 3), (256, 64, 1, 1))
     common = ((1, 1), (1, 1), (1, 1), torch.bfloat16, "cuda")
     problem = LowRankConvProblem(2048, 8, 8, "svd", shapes, *common)
-    fused, factors = gpu_cost.gpu_low_rank(problem, {}, H200), gpu_cost.gpu_factors(problem, H200)
+    fused, factors = gpu_dense_cost.gpu_low_rank(problem, {}, H200), gpu_dense_cost.gpu_factors(problem, H200)
     intermediate = 2 * 2048 * 64 * 64 * 2  # 2048 images of 8x8 pixels and 64 channels in bf16, written and read
     memory = factors.memory_s + factors.passes[0].memory_s
     assert memory - fused.memory_s == pytest.approx(intermediate / H200.memory_bytes_s) and not fused.passes
     wide = LowRankConvProblem(2048, 8, 8, "svd", ((512, 256, 3, 3), (256, 512, 1, 1)), *common)
     tai = LowRankConvProblem(2048, 8, 8, "tai", ((64, 256, 3, 1), (256, 64, 1, 3)), *common)
-    assert len(gpu_cost.gpu_low_rank(wide, {}, H200).passes) == len(gpu_cost.gpu_low_rank(tai, {}, H200).passes) == 1
+    assert [len(gpu_dense_cost.gpu_low_rank(p, {}, H200).passes) for p in (wide, tai)] == [1, 1]
 
 
 def test_configurations_keep_the_rank_in_one_tile() -> None:

@@ -24,6 +24,7 @@ from slimkernels.kernels.devices import cpu_device_name, device_name
 from slimkernels.kernels.gpu_rates import H200
 from slimkernels.kernels.problems import ConvProblem, LinearProblem, LowRankConvProblem, LowRankLinearProblem
 from slimkernels.kernels.tables import Entry, Table
+from slimkernels.kernels.triton.bsr_conv2d_config import configs
 
 SHIPPED = Path(sk.__file__).parent / "tuned"
 CONV = ConvProblem(1, 80, 8, 8, 64, 3, 3, (1, 1), (1, 1), (1, 1), (16, 1), 288, torch.float32, "cpu", "relu")
@@ -419,6 +420,12 @@ def test_shipped_tables_of_gpus_decide_on_their_device(path, monkeypatch, recwar
     assert all(tables.nearest(e.problem) == (e, 0.0) for e in entries)
     assert tables.gpu_rates().name == path.stem and not recwarn.list
     assert all(e.seconds < e.dense_seconds for e in entries)
+    # An entry whose configuration the library does not list would be passed over.
+    for e in entries:
+        assert KERNELS[e.kernel].backend == "triton", e
+        variant = e.kernel.removeprefix("bsr_conv2d__triton").lstrip("_") or "pixels_on_m"
+        limits = {"shared_memory": H200.shared_memory, "processors": H200.processors}
+        assert dict(e.config) in configs(e.problem, variant, **limits), e
 
 
 class RecordedStreams:

@@ -28,7 +28,7 @@ from triton.compiler import ASTSource
 
 from slimkernels.kernels.problems import ConvProblem
 from slimkernels.kernels.triton import bsr_conv2d as triton_bsr_conv2d
-from slimkernels.kernels.triton import bsr_conv2d_shared
+from slimkernels.kernels.triton import bsr_conv2d_images, bsr_conv2d_shared
 from slimkernels.kernels.triton import low_rank_linear as triton_low_rank_linear
 from slimkernels.kernels.triton.bsr_conv2d_config import configs
 from slimkernels.kernels.triton.bsr_conv2d_geometry import Geometry
@@ -119,6 +119,7 @@ def quick() -> list[Target]:
         Target(100, "fp16", (128, 16), variant="taps_together"),
         Target(90, "bf16", (64, 16), variant="weights_on_m", m_total=16),
         Target(80, "bf16", (32, 32), variant="shared_input"),
+        *(Target(arch, "bf16", (128, 16), variant="images_on_m") for arch in LIMITS),
         Target(90, "bf16", (16, 1)),
         Target(80, "fp32", (64, 16), precision="tf32"),
         Target(90, "fp32", (64, 16)),
@@ -150,7 +151,11 @@ def everything() -> list[Target]:
             targets += [Target(arch, "bf16", shape, variant="weights_on_m", m_total=m) for m in (16, 64, 65536)]
         targets += [Target(arch, "bf16", shape, variant="taps_together") for shape in ((16, 1), (64, 16), (128, 16))]
         targets += [Target(arch, "bf16", s, variant="shared_input") for s in ((16, 1), (16, 16), (32, 32), (64, 16))]
-        for variant in ("weights_on_m", "taps_together", "shared_input"):
+        targets += [Target(arch, "bf16", s, variant="images_on_m") for s in ((16, 16), (32, 32), (64, 64), (256, 16))]
+        targets += [Target(arch, "fp16", (64, 16), variant="images_on_m", m_total=64)]
+        targets += [Target(arch, "bf16", (128, 16), variant="images_on_m", index_64=True, epilogue="none")]
+        targets += [Target(arch, "bf16", (128, 32), variant="images_on_m", c_in=240)]
+        for variant in ("weights_on_m", "images_on_m", "taps_together", "shared_input"):
             targets += [Target(arch, "fp32", (64, 16), variant=variant, precision=p) for p in ("ieee", "tf32")]
         targets += [Target(arch, "bf16", (rank,)) for rank in (16, 64, 128, 256, 512)]
         targets += [Target(arch, "fp32", (rank,)) for rank in (64, 256, 512)]
@@ -175,6 +180,8 @@ def listed(arch: int) -> list[Target]:
         Target(arch, "bf16", (32, 32), variant="shared_input"),
     ]
     bases += [Target(arch, "bf16", (128, 16), variant="taps_together")]
+    bases += [Target(arch, "bf16", s, variant="images_on_m") for s in ((16, 16), (32, 32), (64, 16), (128, 16))]
+    bases += [Target(arch, "fp32", (128, 16), variant="images_on_m", precision="tf32")]
     for base in bases:
         seen = set()
         for i, config in enumerate(base.listed()):
@@ -200,6 +207,8 @@ def conv_launch(target: Target) -> tuple[Launch, dict[str, int]]:
     if target.variant == "shared_input":
         groups = cdiv(geometry.block_rows, rows_sharing_input(problem.block_shape[0]))
         return bsr_conv2d_shared._plan(geometry, groups, items, limits), config
+    if target.variant == "images_on_m":
+        return bsr_conv2d_images._plan(geometry, items, limits), config
     variants = target.variant == "taps_together", target.variant == "weights_on_m"
     return triton_bsr_conv2d._plan(geometry, True, *variants, items, limits).forward, config
 
@@ -233,7 +242,8 @@ def _conv(target: Target) -> tuple[Any, dict[str, int]]:
     launch, config = conv_launch(target)
     pointer = f"*{target.dtype}"
     y = "*fp32" if launch.constants.get("SPLITS", 1) > 1 else pointer
-    return compile_launch(launch, [pointer, pointer, "*i32", "*i32", pointer, y], target.arch), config
+    index = ["*i32"] * (3 if target.variant == "images_on_m" else 2)
+    return compile_launch(launch, [pointer, pointer, *index, pointer, y], target.arch), config
 
 
 def compile_kernel(

@@ -19,9 +19,12 @@ import torch
 import triton
 from triton_compile_check import LIMITS, compile_launch, resource_usage
 
+from slimkernels.kernels.gpu_cost import gpu_block_sparse
+from slimkernels.kernels.gpu_prediction import Tile
+from slimkernels.kernels.gpu_rates import H200
 from slimkernels.kernels.problems import ConvProblem
 from slimkernels.kernels.triton import bsr_conv2d
-from slimkernels.kernels.triton.bsr_conv2d_config import configs, planned_registers, programs_a_processor
+from slimkernels.kernels.triton.bsr_conv2d_config import configs
 from slimkernels.kernels.triton.bsr_conv2d_geometry import Geometry
 from slimkernels.kernels.triton.runtime import cdiv
 
@@ -41,8 +44,8 @@ LAYERS = {
     "conv5_1": (512, 512, 2, False),
     "conv5_4, pool": (512, 512, 2, True),
 }
-# An H100: processors, schedulers of each, clock (GHz), bytes a second of L2 and of device memory, 16-bit FLOP a second.
-PROCESSORS, SCHEDULERS, CLOCK, L2, MEMORY, MATRIX = 132, 4, 1.755, 5.5e12, 3.0e12, 790e12
+# Limits of the cost model that are printed.
+PRINTED = ("loads", "issue", "l2", "matrix", "memory", "chain")
 
 
 def layer(name: str, block_shape: tuple[int, int]) -> ConvProblem:
@@ -82,8 +85,10 @@ def measure(target: tuple[str, tuple[int, int]]) -> dict[str, Any]:
     config = configs(problem, tensor_cores=True, shared_memory=shared_memory, processors=processors)[0]
     kernel = compiled(problem, config)
     usage, code = resource_usage(kernel.asm["cubin"]), sass.disassemble(kernel.asm["cubin"])
+    tile = Tile(*(config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")))
     registers, shared = usage["REG"], kernel.metadata.shared + usage["SHARED"]
-    row = {
+    prediction = gpu_block_sparse(problem, config, H200)
+    return {
         "layer": name,
         "block_shape": block_shape,
         "pool": LAYERS[name][3],
@@ -96,51 +101,28 @@ def measure(target: tuple[str, tuple[int, int]]) -> dict[str, Any]:
         "spills": sum(i.kind in ("LDL", "STL") for i in code.instructions),
         "registers": registers,
         "shared": shared,
-        "planned_registers": planned_registers(config),
-        "planned": programs_a_processor(config, problem.dtype.itemsize, shared_memory),
+        "planned_registers": tile.registers,
+        "planned": tile.resident(problem.dtype.itemsize, H200),
         "held": held(registers, shared, config["num_warps"]),
+        "limits_us": {name: 1e6 * prediction.limits[name] for name in PRINTED},
+        "predicted_us": 1e6 * prediction.seconds,
     }
-    return {**row, "predicted_us": predict(problem, row)}
-
-
-def predict(problem: ConvProblem, row: dict[str, Any]) -> dict[str, float]:
-    """Microseconds of a layer on an H100 by each limit, and in all, from the instructions of its kernel.
-
-    issue: every warp's instructions through the schedulers. A processor that holds one program at a time adds the
-    straight-line code to the limit of the loop; where it holds more, one's hides behind another's. No waves.
-    """
-    config = row["config"]
-    block_m, block_n, warps = config["BLOCK_M"], config["BLOCK_N"], config["num_warps"]
-    block_rows, block_in = cdiv(problem.c_out, problem.block_shape[0]), problem.block_shape[1]
-    depth = problem.nnz_blocks * block_in / block_rows
-    steps = cdiv(round(depth), config["BLOCK_K"])
-    outputs = problem.n * problem.p * problem.q
-    programs = cdiv(outputs, block_m) * block_rows * cdiv(problem.block_shape[0], block_n)
-    cycles = programs * warps / (PROCESSORS * SCHEDULERS) / (CLOCK * 1e3)
-    straight, loop = row["straight"] * cycles, row["loop"] * steps * cycles
-    l2 = programs * (block_m + block_n) * depth * 2 / L2 * 1e6
-    matrix = 2 * programs * block_m * block_n * steps * config["BLOCK_K"] / MATRIX * 1e6
-    images = problem.n * problem.c_in * problem.h * problem.w + outputs * problem.c_out // (4 if row["pool"] else 1)
-    memory = 2 * images / MEMORY * 1e6
-    one = max(l2, matrix, loop) + straight
-    several = max(l2, matrix, loop + straight)
-    total = max(several if row["held"] > 1 and programs > PROCESSORS else one, memory)
-    return {"issue": straight + loop, "l2": l2, "matrix": matrix, "memory": memory, "total": total}
 
 
 def markdown(rows: list[dict[str, Any]]) -> Iterator[str]:
     yield (
         "| layer | blocks | tile, warps, stages | straight | loop | registers | KB shared | programs an SM | shuffles "
-        "| issue, L2, matrix, memory | predicted |"
+        f"| {', '.join(PRINTED)} | predicted |"
     )
     yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
     for row in rows:
-        c, us, block = row["config"], row["predicted_us"], "x".join(map(str, row["block_shape"]))
+        c, block = row["config"], "x".join(map(str, row["block_shape"]))
         tile = f"{c['BLOCK_M']}x{c['BLOCK_N']}x{c['BLOCK_K']}, {c['num_warps']}, {c['num_stages']}"
-        limits = ", ".join(f"{us[k]:.0f}" for k in ("issue", "l2", "matrix", "memory"))
+        limits = ", ".join(f"{us:.0f}" for us in row["limits_us"].values())
         yield (
             f"| {row['layer']} | {block} | {tile} | {row['straight']} | {row['loop']} | {row['registers']} "
-            f"| {row['shared'] / 1024:.0f} | {row['held']} | {row['shuffles']} | {limits} | {us['total']:.0f} us |"
+            f"| {row['shared'] / 1024:.0f} | {row['held']} | {row['shuffles']} "
+            f"| {limits} | {row['predicted_us']:.0f} us |"
         )
 
 

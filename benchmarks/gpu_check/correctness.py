@@ -1,5 +1,5 @@
 """Are the kernels that the rows time right? Each distinct layer at its full batch, by the kernel and configuration that
-the rows run, against float64.
+the rows run, against float64; those of the headline by the kernel of one position a tile, too.
 
 The reference is the dense convolution in float64 on the device (no TF32 anywhere) under the bound of
 `slimkernels.testing`; three images of it are computed on the CPU as well. Output memory holds NaN before every run;
@@ -85,12 +85,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     wrong = 0
     for name in parsed.names:
         for p in layers.ROWS[name].every(parsed.device):
-            begun = time.monotonic()
-            row = checked(layers.at_batch(p, parsed.batch)) | {"row": name, "seconds": time.monotonic() - begun}
-            rows.append(parsed.rows, row)
-            wrong += not row["match"]
-            verdict = "ok" if row["match"] else "WRONG: " + "; ".join(row["errors"])
-            print(f"{name} {row['name']} {row.get('kernel', '')} {config_text(row.get('config', {}))}: {verdict}")
+            p = layers.at_batch(p, parsed.batch)
+            for choice in layers.choices_of(p) if name == "headline" else [None]:
+                begun = time.monotonic()
+                row = checked(p, choice) | {"row": name, "seconds": time.monotonic() - begun}
+                rows.append(parsed.rows, row)
+                wrong += not row["match"]
+                verdict = "ok" if row["match"] else "WRONG: " + "; ".join(row["errors"])
+                print(f"{name} {row['name']} {row.get('kernel', '')} {config_text(row.get('config', {}))}: {verdict}")
     if wrong:
         raise SystemExit(f"{wrong} layers are wrong")
 

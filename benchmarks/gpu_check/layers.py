@@ -20,6 +20,7 @@ from slimkernels.cases import FusedConvCase
 from slimkernels.formats import block_grid
 from slimkernels.kernels.problems import ConvProblem, FusedConvProblem, problem_json
 from slimkernels.kernels.select import KernelChoice, choose, forced
+from slimkernels.kernels.triton.bsr_conv2d_config import device_configs, images_reason
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,15 @@ def layer_name(p: ConvProblem | FusedConvProblem) -> str:
 def choice_of(p: ConvProblem | FusedConvProblem) -> KernelChoice:
     """What ``kernel="auto"`` runs on a problem: the kernel and configuration that the networks' rows time."""
     return choose(p, index=torch.cuda.current_device() if p.device == "cuda" else -1)
+
+
+def choices_of(p: ConvProblem | FusedConvProblem) -> list[KernelChoice]:
+    """`choice_of`, and the default of the kernel of one position a tile where that takes the layer and is not it."""
+    found = [choice_of(p)]
+    name = "bsr_conv2d__triton_images_on_m"
+    if isinstance(p, ConvProblem) and p.device == "cuda" and found[0].name != name and images_reason(p) is None:
+        found.append(KernelChoice(name, device_configs("images_on_m", p)[0]))
+    return found
 
 
 def at_batch(p: Any, batch: int | None) -> Any:

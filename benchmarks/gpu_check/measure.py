@@ -42,14 +42,18 @@ def replay_timing(call: Callable[[], Any], device: str, *, bursts: int = 9, burs
     return timing.percentiles([burst(calls) for _ in range(bursts)])
 
 
-def floors_us(p: ConvProblem, config: Mapping[str, int], rates: GpuRates) -> dict[str, float | str]:
+def floors_us(
+    p: ConvProblem, config: Mapping[str, int], rates: GpuRates, *, one_position: bool = False
+) -> dict[str, float | str]:
     """Microseconds that each limit alone would take: L2, memory, matrix units, issue slots, L1 tags; the prediction.
 
     The limits take all processors to be busy to the end; waves, latency and launches are in the prediction only, whose
-    largest part ``bound`` names.
+    largest part ``bound`` names. ``loads`` is the largest for most: what the loads take one after the other.
+
+    one_position: the kernel's tiles hold one output position each, and it leaves out the taps outside the image.
     """
-    found = gpu_block_sparse(p, config, rates)
-    limits = {"l2": found.l2_s, "memory": found.memory_s, "matrix": found.matrix_s, "issue": found.issue_s,
-              "tags": found.tags_s}  # fmt: skip
+    found = gpu_block_sparse(p, config, rates, one_position=one_position)
+    limits = {"loads": found.loads_s, "l2": found.l2_s, "memory": found.memory_s, "matrix": found.matrix_s,
+              "issue": found.issue_s, "tags": found.tags_s}  # fmt: skip
     micro = {f"{name}_us": 1e6 * seconds for name, seconds in limits.items()}
     return {**micro, "predicted_us": 1e6 * found.seconds, "bound": found.bound}

@@ -30,8 +30,8 @@ def jobs(names: Iterable[str], device: str, swept: bool = True, training: bool =
     found: dict[str, Job] = {}
     for name in names:
         for p in layers.ROWS[name].every(device):
-            choice = layers.choice_of(p)
-            found.setdefault(layers.choice_key(p, choice.name, choice.config), (p, choice))
+            for choice in layers.choices_of(p) if name == "headline" else [layers.choice_of(p)]:
+                found.setdefault(layers.choice_key(p, choice.name, choice.config), (p, choice))
     for p in layers.HEADLINE.every(device) if swept else ():
         for choice in ways(p):
             found.setdefault(layers.choice_key(p, choice.name, choice.config), (p, choice))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from slimkernels.kernels.gpu_cost import Config, Prediction, dense_kernel, traffic_s
+from slimkernels.kernels.gpu_dense_cost import dense_kernel
+from slimkernels.kernels.gpu_prediction import Config, Prediction, traffic_s
 from slimkernels.kernels.gpu_rates import GpuRates
 from slimkernels.kernels.problems import FusedConvProblem
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from slimkernels import env
-from slimkernels.kernels import KERNELS, KernelSpec, cpu_cost, fused_cost, gpu_cost, tables
+from slimkernels.kernels import KERNELS, KernelSpec, cpu_cost, fused_cost, gpu_cost, gpu_dense_cost, tables
 from slimkernels.kernels.problems import FusedConvProblem, Problem, Request, SizedProblem
 
 _ISA_ORDER = ("scalar", "avx2", "avx512")
@@ -299,4 +299,4 @@ def predicted_dense_seconds(problem: SizedProblem, index: int = -1) -> float:
         return cpu_cost.cpu_dense_seconds(problem, tables.cpu_rates(machine_isa()), torch.get_num_threads())
     if isinstance(problem, FusedConvProblem):
         return fused_cost.predict_fused("reference", problem, {}, tables.gpu_rates(index)).seconds
-    return gpu_cost.gpu_dense(problem, tables.gpu_rates(index)).seconds
+    return gpu_dense_cost.gpu_dense(problem, tables.gpu_rates(index)).seconds

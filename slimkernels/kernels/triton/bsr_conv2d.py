@@ -52,8 +52,7 @@ def _plan(
     c_in, c_out = geometry.x_shape[1], geometry.weight_shape[0]
     config = dict(config_items) or default_config(
         m_total, geometry.block_rows, geometry.block_shape, c_in, geometry.dtype, blocks=geometry.capacity,
-        weights_on_m=weights_on_m, pool=geometry.epilogue == "relu_maxpool2",
-        tensor_cores=geometry.tensor_cores, shared_memory=limits[0], processors=limits[1],
+        weights_on_m=weights_on_m, tensor_cores=geometry.tensor_cores, shared_memory=limits[0], processors=limits[1],
     )  # fmt: skip
     tiles_m = cdiv(m_total, config["BLOCK_M"])
     group = group_m(config, c_in, geometry.stride, geometry.dtype.itemsize)

@@ -45,9 +45,6 @@ MIN_STAGES_A_SPLIT = 4
 # Input channels in flight, 16-bit (see above), and programs a processor below which tiles are halved.
 CHANNELS_IN_FLIGHT = 96
 FEW_PROGRAMS = 4
-# Registers of a processor, threads it holds, and shared memory that a program takes beside its buffers: the system's
-# kilobyte and at most one of the kernel's own.
-REGISTER_FILE, MAX_THREADS, SHARED_OVERHEAD = 65536, 2048, 2048
 
 Config = dict[str, int]
 
@@ -56,28 +53,6 @@ def shared_bytes(config: Mapping[str, int], itemsize: int, rows: int = 1) -> int
     """Shared memory of the pipeline's buffers, bytes; `rows` block rows of BLOCK_N channels read one input tile."""
     tiles = config["BLOCK_M"] + rows * config["BLOCK_N"]
     return config["num_stages"] * tiles * config["BLOCK_K"] * itemsize
-
-
-def planned_registers(config: Mapping[str, int], rows: int = 1) -> int:
-    """At most so many registers a thread takes for 16-bit tiles on sm_90: its accumulators and its addresses.
-
-    tests/test_triton_sass.py holds the compiled kernels to it.
-    """
-    accumulators = config["BLOCK_M"] * config["BLOCK_N"] * rows // (32 * config["num_warps"])
-    return -(-(accumulators * 5 // 4 + 48) // 8) * 8
-
-
-def programs_a_processor(config: Mapping[str, int], itemsize: int, shared_memory: int, rows: int = 1) -> int:
-    """Programs that a processor holds at a time, by registers, shared memory and threads.
-
-    shared_memory: bytes one program may use; a processor has a kilobyte more.
-    """
-    threads = 32 * config["num_warps"]
-    return min(
-        REGISTER_FILE // (planned_registers(config, rows) * threads),
-        (shared_memory + 1024) // (shared_bytes(config, itemsize, rows) + SHARED_OVERHEAD),
-        MAX_THREADS // threads,
-    )
 
 
 def group_m(config: Mapping[str, int], c_in: int, stride: Sequence[int], itemsize: int) -> int:
@@ -111,17 +86,15 @@ def default_config(
     *,
     blocks: int | None = None,
     weights_on_m: bool = False,
-    pool: bool = False,
     tensor_cores: bool = True,
     shared_memory: int = SHARED_MEMORY_SM80,
     processors: int = 108,
 ) -> Config:
-    """Tile constants for one convolution, by arithmetic (nothing here is measured on a GPU).
+    """Tile constants for one convolution, by the rules of this module.
 
     Args: m_total output pixels; block_rows rows of the BSR; c_in input channels; blocks stored blocks (None: those of a
-    deep layer, never split); weights_on_m the kernel whose MMA has output channels on M; pool whether 2x2 windows are
-    pooled; tensor_cores False for IEEE float32; shared_memory bytes one block may use; processors the number of SMs to
-    keep busy.
+    deep layer, never split); weights_on_m the kernel whose MMA has output channels on M; tensor_cores False for IEEE
+    float32; shared_memory bytes one block may use; processors the number of SMs to keep busy.
     """
     block_out, block_in = block_shape
     block_n = min(max(next_power_of_2(block_out), 16), 128)
@@ -205,7 +178,7 @@ def images_config(
     tensor_cores: bool = True,
     shared_memory: int = SHARED_MEMORY_SM80,
 ) -> Config:
-    """The default of the kernel with one output position a tile: a stage is one slice, a tile 64 or 128 images.
+    """The default of the kernel with one output position a tile: a stage is one slice, a tile at most 64 images.
 
     Args: images of the batch; the rest as `default_config`.
     """
@@ -303,7 +276,7 @@ def configs(
     else:
         first = default_config(
             m_total, block_rows, problem.block_shape, c_in, problem.dtype, blocks=problem.nnz_blocks,
-            weights_on_m=variant == "weights_on_m", pool=problem.epilogue == "relu_maxpool2", **limits,
+            weights_on_m=variant == "weights_on_m", **limits,
         )  # fmt: skip
     narrow = min(power_of_2_divisor(c_in, 16), power_of_2_divisor(block_in, 16)) * itemsize < 16
     found = [first]
@@ -333,10 +306,13 @@ def _images_configs(problem: ConvProblem, tensor_cores: bool | None, shared_memo
         shared_memory=shared_memory,
     )  # fmt: skip
     found = [first]
-    for block_m in (128, 64):
-        for stages in (first["num_stages"], 4):
-            config = {**first, "BLOCK_M": block_m, "num_stages": min(stages, first["num_stages"])}
-            if tensor_cores and block_m < 2 * problem.n and config not in found:
+    itemsize = problem.dtype.itemsize
+    deep = CHANNELS_IN_FLIGHT * 2 // itemsize // first["BLOCK_K"]
+    for block_m in (128, 64) if tensor_cores else ():
+        for stages in (first["num_stages"], deep):
+            config = {**first, "BLOCK_M": block_m, "num_stages": max(2, stages)}
+            fits = block_m < 2 * problem.n and shared_bytes(config, itemsize) <= shared_memory
+            if fits and config not in found:
                 found.append(config)
     return found
 
