@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from slimkernels import nn
 from slimkernels.cases import ConvCase
 from slimkernels.cli import bench
-from slimkernels.compress.prune import finalize_, prune_
+from slimkernels.compress.pruning.prune import finalize_, prune_
 from slimkernels.conversion import convert
 from slimkernels.conversion.plan import Policy
 from slimkernels.models import vgg19_cifar

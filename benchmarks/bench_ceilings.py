@@ -18,11 +18,11 @@ import pytest
 import torch
 
 from slimkernels import timing
-from slimkernels.kernels import select
-from slimkernels.kernels.devices import device_name
-from slimkernels.kernels.gpu_rates import GpuRates
+from slimkernels.dispatch import select
+from slimkernels.dispatch.devices import device_name
+from slimkernels.dispatch.gpu_rates import GpuRates
+from slimkernels.dispatch.tables import Table, gpu_rates
 from slimkernels.kernels.peak import peak_flops as measured_peak
-from slimkernels.kernels.tables import Table, gpu_rates
 from slimkernels.tuning import captured
 
 GATHER_BYTES = (32, 64, 128)

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from slimkernels import nn
 from slimkernels.cases import LowRankConvCase, LowRankLinearCase, to_device
+from slimkernels.dispatch.select import predicted_seconds
 from slimkernels.kernels import KERNELS
-from slimkernels.kernels.select import predicted_seconds
 from slimkernels.testing import assert_close
 from slimkernels.tuning import captured
 

@@ -18,10 +18,11 @@ from torch.nn import functional as F
 
 from slimkernels import nn
 from slimkernels.cases import ConvCase, assert_matches_reference
-from slimkernels.kernels import KERNELS, native
+from slimkernels.dispatch.select import KernelChoice, configurations, predicted_seconds
+from slimkernels.kernels import KERNELS
+from slimkernels.kernels.cpu import conv2d as native
 from slimkernels.kernels.peak import peak_flops as measured_peak
 from slimkernels.kernels.problems import LANES, ConvProblem, strip_width
-from slimkernels.kernels.select import KernelChoice, configurations, predicted_seconds
 from slimkernels.tuning import captured
 
 DEVICE_TYPE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -25,13 +25,13 @@ from torch import Tensor, nn
 
 from slimkernels import models, timing
 from slimkernels.cli import bench
-from slimkernels.compress.factorize import factorize_
-from slimkernels.compress.prune import finalize_, prune_
+from slimkernels.compress.factorization.factorize import factorize_
+from slimkernels.compress.pruning.prune import finalize_, prune_
 from slimkernels.conversion import convert
 from slimkernels.conversion.plan import Policy
+from slimkernels.dispatch.select import KernelChoice, predicted_dense_seconds, predicted_seconds
 from slimkernels.inference import LayerKernel, graphed, warm_up
 from slimkernels.kernels import KERNELS
-from slimkernels.kernels.select import KernelChoice, predicted_dense_seconds, predicted_seconds
 from slimkernels.models import vgg19_cifar
 
 # Sparsity, batch, block shape, and whether ours is recorded (`slimkernels.graphed`) or called module by module.

@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from gpu_check import layers
 
-from slimkernels.kernels.gpu_cost import gpu_block_sparse
-from slimkernels.kernels.gpu_dense_cost import gpu_dense
-from slimkernels.kernels.gpu_prediction import Prediction
-from slimkernels.kernels.gpu_rates import H100, H200, GpuRates
+from slimkernels.dispatch.gpu_cost import gpu_block_sparse
+from slimkernels.dispatch.gpu_dense_cost import gpu_dense
+from slimkernels.dispatch.gpu_prediction import Prediction
+from slimkernels.dispatch.gpu_rates import H100, H200, GpuRates
 from slimkernels.kernels.problems import ConvProblem
 from slimkernels.kernels.triton.bsr_conv2d_config import configs, images_reason
 
@@ -93,7 +93,7 @@ def document() -> str:
         "# What the cost model expects on a GPU",
         "",
         "These are predictions of the cost model, made by `python benchmarks/predict_gpu.py`, with the ceilings of",
-        "`slimkernels/kernels/gpu_rates.py`: those of the H200 were measured. Microseconds, bf16. ReLU and 2x2",
+        "`slimkernels/dispatch/gpu_rates.py`: those of the H200 were measured. Microseconds, bf16. ReLU and 2x2",
         "max-pool are fused on our side, ReLU on the dense side. The first layer stays dense on both sides; it is",
         "counted with a fused ReLU, which a kept layer does not have on a GPU yet.",
         "",

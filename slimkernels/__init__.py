@@ -23,24 +23,24 @@ _PUBLIC = {
     "LowRankWeight": "formats",
     "ModelPlan": "conversion.plan",
     "LayerPlan": "conversion.plan",
-    "GradualPruning": "compress.gradual",
+    "GradualPruning": "compress.pruning.gradual",
     "Policy": "conversion.plan",
     "analyze": "conversion.analysis",
     "convert": "conversion",
-    "distill": "compress.distill",
-    "evaluate": "compress.train",
+    "distill": "compress.distillation.distill",
+    "evaluate": "compress.training.train",
     "explain": "conversion",
-    "factorize_": "compress.factorize",
-    "finalize_": "compress.prune",
-    "fine_tune": "compress.train",
+    "factorize_": "compress.factorization.factorize",
+    "finalize_": "compress.pruning.prune",
+    "fine_tune": "compress.training.train",
     "graphed": "inference",
-    "latency_budget": "compress.budget",
+    "latency_budget": "compress.pruning.budget",
     "load": "checkpoint",
-    "masks": "compress.prune",
-    "prune_": "compress.prune",
+    "masks": "compress.pruning.prune",
+    "prune_": "compress.pruning.prune",
     "save": "checkpoint",
-    "sensitivity_scan": "compress.sensitivity",
-    "shrink_": "compress.shrink",
+    "sensitivity_scan": "compress.pruning.sensitivity",
+    "shrink_": "compress.pruning.shrink",
     "update_pattern": "pattern",
     "warm_up": "inference",
 }
@@ -51,14 +51,14 @@ __all__ = [*_PUBLIC, *_SUBMODULES, "__version__", "ops"]
 if TYPE_CHECKING:
     from slimkernels import compress, formats, kernels, models, nn
     from slimkernels.checkpoint import load, save
-    from slimkernels.compress.budget import latency_budget
-    from slimkernels.compress.distill import distill
-    from slimkernels.compress.factorize import factorize_
-    from slimkernels.compress.gradual import GradualPruning
-    from slimkernels.compress.prune import finalize_, masks, prune_
-    from slimkernels.compress.sensitivity import sensitivity_scan
-    from slimkernels.compress.shrink import shrink_
-    from slimkernels.compress.train import evaluate, fine_tune
+    from slimkernels.compress.distillation.distill import distill
+    from slimkernels.compress.factorization.factorize import factorize_
+    from slimkernels.compress.pruning.budget import latency_budget
+    from slimkernels.compress.pruning.gradual import GradualPruning
+    from slimkernels.compress.pruning.prune import finalize_, masks, prune_
+    from slimkernels.compress.pruning.sensitivity import sensitivity_scan
+    from slimkernels.compress.pruning.shrink import shrink_
+    from slimkernels.compress.training.train import evaluate, fine_tune
     from slimkernels.conversion import convert, explain
     from slimkernels.conversion.analysis import analyze
     from slimkernels.conversion.plan import LayerPlan, ModelPlan, Policy

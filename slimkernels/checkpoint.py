@@ -23,9 +23,9 @@ from slimkernels.conversion.placement import adds_bias, adds_mask, bias_size
 from slimkernels.conversion.plan import LayerPlan, ModelPlan
 from slimkernels.conversion.units import PLAN_ATTRIBUTE, drop_in_plan, prepare
 from slimkernels.conversion.wrappers import unwrapped
+from slimkernels.dispatch.select import resolve
 from slimkernels.formats import BlockMask, block_grid
 from slimkernels.kernels.problems import Request
-from slimkernels.kernels.select import resolve
 from slimkernels.nn import BlockSparseConv2d, BlockSparseLinear, FusedConv2d, LowRankConv2d, LowRankLinear
 
 _DROP_IN = {

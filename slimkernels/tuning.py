@@ -16,9 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from slimkernels import timing
+from slimkernels.dispatch import select
+from slimkernels.dispatch.cpu_cost import CPU_RATES, CpuRates
+from slimkernels.dispatch.select import KernelChoice
+from slimkernels.dispatch.tables import Entry, Table
 from slimkernels.formats import block_grid
-from slimkernels.kernels import KERNELS, KernelSpec, select
-from slimkernels.kernels.cpu_cost import CPU_RATES, CpuRates
+from slimkernels.kernels import KERNELS, KernelSpec
 from slimkernels.kernels.problems import (
     PROBLEM_TYPES,
     ConvProblem,
@@ -28,8 +31,6 @@ from slimkernels.kernels.problems import (
     LowRankLinearProblem,
     SizedProblem,
 )
-from slimkernels.kernels.select import KernelChoice
-from slimkernels.kernels.tables import Entry, Table
 from slimkernels.nn import BlockSparseConv2d, BlockSparseLinear, FusedConv2d, LowRankConv2d, LowRankLinear
 
 # (input channels, output channels, kernel, image height and width): layers of VGG-19 on CIFAR-10, VGG-16 on ImageNet,

@@ -15,7 +15,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from torch import Tensor
 
-from slimkernels.kernels import native
+from slimkernels.kernels.cpu import conv2d as native
 
 settings.register_profile(
     "slimkernels",
@@ -126,7 +126,7 @@ def poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
             caller = sys._getframe(1).f_globals.get("__name__", "")
             if not caller.startswith("slimkernels."):
                 return original(*args, **kwargs)
-            if _BORDERS.active and caller == "slimkernels.kernels.native":
+            if _BORDERS.active and caller == "slimkernels.kernels.cpu.conv2d":
                 like = original(*args, **{**kwargs, "device": "meta"})
                 if like.is_floating_point():
                     return _BORDERS.allocate(like)
@@ -140,12 +140,12 @@ def poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def sentinel_borders(poisoned_allocations: None) -> Iterator[SentinelBorders]:
-    """Surrounds what ``kernels.native`` allocates with sentinels, which ``check()`` and the end of the test inspect."""
+    """Surrounds what ``kernels.cpu`` allocates with sentinels, which ``check()`` and the end of the test inspect."""
     _BORDERS.active, _BORDERS.checked = True, 0
     try:
         yield _BORDERS
         _BORDERS.check()
-        assert _BORDERS.checked, "no output was allocated by kernels.native: the fixture guards nothing here"
+        assert _BORDERS.checked, "no output was allocated by kernels.cpu: the fixture guards nothing here"
     finally:
         _BORDERS.active = False
         _BORDERS.buffers.clear()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from slimkernels import Policy
-from slimkernels.kernels import native
+from slimkernels.kernels.cpu import conv2d as native
 from slimkernels.testing import random_tensor
 
 BACKEND = "auto" if native.unavailable_reason("scalar") is None else "reference"

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from slimkernels.compress.callbacks import Callback
-from slimkernels.compress.gradual import GradualPruning
-from slimkernels.compress.prune import masks
-from slimkernels.compress.train import fine_tune
+from slimkernels.compress.pruning.gradual import GradualPruning
+from slimkernels.compress.pruning.prune import masks
+from slimkernels.compress.training.callbacks import Callback
+from slimkernels.compress.training.train import fine_tune
 from slimkernels.data import TensorLoader
 
 

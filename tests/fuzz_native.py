@@ -21,8 +21,8 @@ from torch.nn import functional as F
 
 from slimkernels import _extension, ops
 from slimkernels.formats import BSRWeight, block_grid
-from slimkernels.kernels import native
-from slimkernels.kernels.native_low_rank import pack_factors
+from slimkernels.kernels.cpu import conv2d as native
+from slimkernels.kernels.cpu.low_rank import pack_factors
 from slimkernels.kernels.problems import LANES, factor_geometry, strip_width
 from slimkernels.nn import BlockSparseConv2d, BlockSparseLinear, LowRankConv2d, LowRankLinear
 

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 import slimkernels as sk
-from slimkernels.compress import budget
-from slimkernels.compress.budget import LayerChoice, latency_budget
-from slimkernels.compress.prune import masks, prune_
+from slimkernels.compress.pruning import budget
+from slimkernels.compress.pruning.budget import LayerChoice, latency_budget
+from slimkernels.compress.pruning.prune import masks, prune_
 from slimkernels.conversion.analysis import analyze
 from slimkernels.formats import block_norms
-from slimkernels.kernels import native
+from slimkernels.kernels.cpu import conv2d as native
 
 pytestmark = pytest.mark.skipif(native.unavailable_reason("scalar") is not None, reason="no native kernel is built")
 

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import slimkernels as sk
-from slimkernels.inference import Replay, chains
-from slimkernels.inference.chains import Piece, pieces
-from slimkernels.kernels import native
+from slimkernels.inference import Replay
+from slimkernels.inference import native_chain as chains
+from slimkernels.inference.native_chain import Piece, pieces
+from slimkernels.kernels.cpu import conv2d as native
 from slimkernels.kernels.problems import LANES
 
 ISAS = [isa for isa in LANES if native.unavailable_reason(isa) is None]

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import slimkernels as sk
-from slimkernels.inference import Replay, chains, recording
+from slimkernels.inference import Replay
+from slimkernels.inference import cpu_recording as recording
+from slimkernels.inference import native_chain as chains
 from slimkernels.inference.concurrency import byte_ranges, conflict
-from slimkernels.kernels import native
+from slimkernels.kernels.cpu import conv2d as native
 from slimkernels.kernels.problems import LANES
 
 ISAS = [isa for isa in LANES if native.unavailable_reason(isa) is None]

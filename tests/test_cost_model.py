@@ -12,12 +12,13 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from slimkernels.kernels import KERNELS, cpu_cost, gpu_dense_cost, select, tables
-from slimkernels.kernels.cpu_cost import CpuRates
-from slimkernels.kernels.gpu_cost import gpu_block_sparse, inside_share
-from slimkernels.kernels.gpu_dense_cost import gpu_dense
-from slimkernels.kernels.gpu_prediction import Prediction, Tile, gather_flops
-from slimkernels.kernels.gpu_rates import H100, H200, GpuRates, scaled_rates
+from slimkernels.dispatch import cpu_cost, gpu_dense_cost, select, tables
+from slimkernels.dispatch.cpu_cost import CpuRates
+from slimkernels.dispatch.gpu_cost import gpu_block_sparse, inside_share
+from slimkernels.dispatch.gpu_dense_cost import gpu_dense
+from slimkernels.dispatch.gpu_prediction import Prediction, Tile, gather_flops
+from slimkernels.dispatch.gpu_rates import H100, H200, GpuRates, scaled_rates
+from slimkernels.kernels import KERNELS
 from slimkernels.kernels.problems import ConvProblem, LinearProblem, LowRankConvProblem, LowRankLinearProblem
 from slimkernels.kernels.triton.bsr_conv2d_config import configs
 

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from slimkernels import convert
-from slimkernels.compress.distill import DistillationStep, distill
-from slimkernels.compress.factorize import factorize_
-from slimkernels.compress.gradual import GradualPruning
-from slimkernels.compress.losses import attention_transfer_loss, decoupled_kd_loss, hint_loss, kd_loss
-from slimkernels.compress.prune import masks, prune_
-from slimkernels.compress.terms import KD, AttentionTransfer, DecoupledKD, Hint, Signals, Term
-from slimkernels.compress.train import TrainConfig, evaluate, fine_tune
+from slimkernels.compress.distillation.distill import DistillationStep, distill
+from slimkernels.compress.distillation.losses import attention_transfer_loss, decoupled_kd_loss, hint_loss, kd_loss
+from slimkernels.compress.distillation.terms import KD, AttentionTransfer, DecoupledKD, Hint, Signals, Term
+from slimkernels.compress.factorization.factorize import factorize_
+from slimkernels.compress.pruning.gradual import GradualPruning
+from slimkernels.compress.pruning.prune import masks, prune_
+from slimkernels.compress.training.train import TrainConfig, evaluate, fine_tune
 from slimkernels.data import TensorLoader
 from slimkernels.nn import BlockSparseConv2d, LowRankConv2d
 

@@ -14,15 +14,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from slimkernels.compress import engine, processes
-from slimkernels.compress.callbacks import Callback
-from slimkernels.compress.ema import WeightAverage
-from slimkernels.compress.engine import CrossEntropyStep, TrainConfig, TrainingStep
-from slimkernels.compress.evaluation import evaluate
-from slimkernels.compress.gradual import GradualPruning
-from slimkernels.compress.prune import finalize_, masks, prune_
-from slimkernels.compress.train import fine_tune
-from slimkernels.compress.training_config import build_scheduler
+from slimkernels.compress.pruning.gradual import GradualPruning
+from slimkernels.compress.pruning.prune import finalize_, masks, prune_
+from slimkernels.compress.training import engine, processes
+from slimkernels.compress.training.callbacks import Callback
+from slimkernels.compress.training.config import build_scheduler
+from slimkernels.compress.training.ema import WeightAverage
+from slimkernels.compress.training.engine import CrossEntropyStep, TrainConfig, TrainingStep
+from slimkernels.compress.training.evaluation import evaluate
+from slimkernels.compress.training.train import fine_tune
 from slimkernels.data import TensorLoader
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 from slimkernels import convert, models
-from slimkernels.compress.factorize import (
+from slimkernels.compress.factorization.factorize import (
     factorization_report,
     factorize_,
     rank_by_energy,
@@ -23,8 +23,8 @@ from slimkernels.compress.factorize import (
     truncated_svd,
     tucker2,
 )
-from slimkernels.compress.layer_costs import factor_params
-from slimkernels.compress.prune import prune_
+from slimkernels.compress.factorization.layer_costs import factor_params
+from slimkernels.compress.pruning.prune import prune_
 from slimkernels.formats import LowRankWeight
 from slimkernels.nn import LowRankConv2d, LowRankLinear
 
@@ -486,7 +486,7 @@ def test_latency_budgets_choose_ranks(measure):
     factorized = [r for r in factorization_report(net) if r.kind is not None]
     assert factorized and all(r.ranks[0] % 8 == 0 for r in factorized)
     if not measure:  # by the cost model: seconds are affine in the stored work
-        from slimkernels.compress.layer_costs import Call, predicted_seconds
+        from slimkernels.compress.factorization.layer_costs import Call, predicted_seconds
 
         dense, now, fresh = 0.0, 0.0, [nn.Conv2d(64, 128, 3, padding=1), nn.Conv2d(128, 128, 3, padding=1)]
         for layer, record, channels in zip(fresh, factorization_report(net), (64, 128), strict=True):

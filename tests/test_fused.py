@@ -19,9 +19,10 @@ from torch.nn import functional as F
 
 import slimkernels as sk
 from slimkernels.cases import FusedConvCase, assert_matches_reference
+from slimkernels.dispatch import fused_cost, select
+from slimkernels.dispatch.gpu_rates import H200
 from slimkernels.inference import problem_of
-from slimkernels.kernels import KERNELS, cudnn, fused_cost, reference, select
-from slimkernels.kernels.gpu_rates import H200
+from slimkernels.kernels import KERNELS, cudnn, reference
 from slimkernels.kernels.problems import FusedConvProblem, problem_from_json, problem_json
 from slimkernels.nn import FusedConv2d
 from slimkernels.ops import fused_conv2d

@@ -17,8 +17,8 @@ from torch import nn
 
 import slimkernels as sk
 from slimkernels.cases import FusedConvCase, assert_matches_reference, to_device
+from slimkernels.dispatch.select import KernelChoice, choose, configurations, forced
 from slimkernels.kernels.problems import FusedConvProblem
-from slimkernels.kernels.select import KernelChoice, choose, configurations, forced
 from slimkernels.kernels.triton.fused_conv2d import launch
 from slimkernels.nn import FusedConv2d
 from slimkernels.testing import assert_close

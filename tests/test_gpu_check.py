@@ -22,11 +22,12 @@ from precision import fp32_precision
 from torch import nn
 
 import slimkernels as sk
+from slimkernels.dispatch import tables
+from slimkernels.dispatch.gpu_rates import H200
+from slimkernels.dispatch.select import KernelChoice
 from slimkernels.inference import warm_up
-from slimkernels.kernels import KERNELS, KernelSpec, tables
-from slimkernels.kernels.gpu_rates import H200
+from slimkernels.kernels import KERNELS, KernelSpec
 from slimkernels.kernels.problems import ConvProblem
-from slimkernels.kernels.select import KernelChoice
 from slimkernels.kernels.triton.bsr_conv2d_config import configs, images_reason
 
 ROOT = Path(__file__).resolve().parents[1]

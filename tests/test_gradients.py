@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from slimkernels.dispatch.select import resolve_gradient
 from slimkernels.formats import BSRWeight, _to_blocks, block_grid, expand_mask
-from slimkernels.kernels import KERNELS, cpu_gradients
+from slimkernels.kernels import KERNELS
+from slimkernels.kernels.cpu import gradients as cpu_gradients
 from slimkernels.kernels.problems import Request
-from slimkernels.kernels.select import resolve_gradient
 from slimkernels.kernels.transposed import pack_size, split_index, transpose_index
 from slimkernels.nn import BlockSparseConv2d, BlockSparseLinear
 from slimkernels.pattern import update_pattern

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from slimkernels.compress import gradual
-from slimkernels.compress.gradual import GradualPruning
-from slimkernels.compress.prune import apply_masks_, finalize_, mask_sparsity, masks, prune_
-from slimkernels.compress.schedules import cubic_schedule
+from slimkernels.compress.pruning import gradual
+from slimkernels.compress.pruning.gradual import GradualPruning
+from slimkernels.compress.pruning.prune import apply_masks_, finalize_, mask_sparsity, masks, prune_
+from slimkernels.compress.pruning.schedules import cubic_schedule
 from slimkernels.formats import expand_mask
 
 
@@ -150,7 +150,7 @@ def test_momentum_would_fill_the_parameter_without_the_callback():
 
 
 def test_a_moving_average_of_the_model_keeps_the_zeros():
-    from slimkernels.compress.ema import WeightAverage
+    from slimkernels.compress.training.ema import WeightAverage
 
     model, callback = net(), GradualPruning(0.75, (8, 1), end=0.5, times=4)
     callback.prepare(model, 10)

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import slimkernels as sk
+from slimkernels.dispatch.select import choose
 from slimkernels.inference import GraphedModel, problem_of
 from slimkernels.kernels import KERNELS
-from slimkernels.kernels.select import choose
 
 
 def pruned_net(device: str = "cpu", dtype: torch.dtype = torch.float32, block: tuple[int, int] = (16, 1)) -> nn.Module:

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from slimkernels.compress.granularity import Units
-from slimkernels.compress.importance import GradientScores, movement_scores, taylor_scores, unit_scores
-from slimkernels.compress.prune import masks, prune_
+from slimkernels.compress.pruning.granularity import Units
+from slimkernels.compress.pruning.importance import GradientScores, movement_scores, taylor_scores, unit_scores
+from slimkernels.compress.pruning.prune import masks, prune_
 
 
 def net() -> nn.Sequential:

@@ -19,7 +19,7 @@ MAX_LINES = 450
 # Imports point only to the right; modules of one entry do not import each other. A package stands for all its modules.
 CHAIN = (
     "cli", "recipes", "data, models", "compress", "checkpoint, inference", "conversion, tuning", "pattern",
-    "nn", "ops", "kernels", "_extension, formats", "files, timing, tensors", "env",
+    "nn", "ops", "dispatch", "kernels", "_extension, formats", "files, timing, tensors", "env",
 )  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(CHAIN) for name in names.split(", ")}
 # For tests and benchmarks: nothing else in the package imports them, and they import no more than this.
@@ -35,19 +35,34 @@ PACKAGES = {
     ),
     "data": ("__init__", "datasets", "decoded, tensor_loader"),
     "conversion": (
-        "__init__", "convert_model", "units, outputs", "options", "measure, report", "container, placement, hub",
-        "plan", "analysis", "folding", "chains", "layers", "readers", "calls", "graph", "wrappers",
+        "__init__", "convert_model", "units, outputs", "candidates", "measure, report", "container, placement, hub",
+        "plan", "analysis", "folding", "factor_chains", "layers", "readers", "calls", "graph", "wrappers",
+    ),
+    "compress": ("distillation, factorization, pruning", "training", "selection, progress", "__init__"),
+    "compress/pruning": (
+        "budget, gradual, sensitivity, shrink", "prune", "importance", "granularity, schedules", "__init__",
+    ),
+    "compress/factorization": (
+        "factorize", "layer_ranks", "layer_costs, whitening, ranks", "decompositions", "__init__",
+    ),
+    "compress/distillation": ("distill", "terms", "features, losses", "__init__"),
+    "compress/training": (
+        "train", "engine", "checkpoint, processes, trackers", "steps, ema", "evaluation, config", "callbacks",
+        "__init__",
     ),
     "inference": (
-        "__init__", "recordings", "cuda_graph, replay, warming", "recording", "chains",
+        "__init__", "graphed_model", "cuda_graph, cpu_replay, warming", "cpu_recording", "native_chain",
         "native_layers, memory, concurrency", "inputs",
     ),
+    "dispatch": (
+        "select", "tables, fused_cost", "break_even, cpu_cost, devices, gpu_cost", "gpu_dense_cost", "gpu_prediction",
+        "gpu_rates", "__init__",
+    ),
     "kernels": (
-        "select", "__init__", "cpu_gradients, native_low_rank, peak", "cudnn",
-        "native, cuda, reference, triton", "strips, tables, fused_cost", "break_even, cpu_cost, devices, gpu_cost",
-        "far_taps, gpu_dense_cost", "gpu_prediction", "gpu_rates",
+        "__init__", "peak, cudnn", "cpu, cuda, triton", "reference, strips", "far_taps",
         "problems, strided_pointwise, transposed",
     ),
+    "kernels/cpu": ("gradients, low_rank", "conv2d", "__init__"),
     "kernels/triton": (
         "bsr_conv2d, bsr_conv2d_backward_w, bsr_conv2d_backward_x, low_rank_linear, low_rank_conv2d, "
         "relu_maxpool2_backward, fused_conv2d",
@@ -139,14 +154,14 @@ def test_imports_inside_a_package_point_only_to_the_right(package: str) -> None:
 
 
 def test_only_the_two_trust_boundaries_hand_out_addresses() -> None:
-    """data_ptr() of a tensor reaches native code in kernels/native.py and kernels/cuda.py alone."""
-    allowed = {"kernels/native.py", "kernels/cuda.py"}
+    """data_ptr() of a tensor reaches native code in kernels/cpu/conv2d.py and kernels/cuda.py alone."""
+    allowed = {"kernels/cpu/conv2d.py", "kernels/cuda.py"}
     calls = {
         str(path.relative_to(PACKAGE))
         for path in modules()
         if "_extension" in {n.split(".")[0] for n, _ in imports(path)} and ".data_ptr()" in path.read_text()
     }
-    assert calls <= allowed and "kernels/native.py" in calls
+    assert calls <= allowed and "kernels/cpu/conv2d.py" in calls
 
 
 @pytest.mark.parametrize("path", modules(), ids=label)

@@ -22,7 +22,7 @@ from slimkernels.cases import (
     launch,
 )
 from slimkernels.kernels import DENSE_OPS, EPILOGUES, GRADIENT_OPS, KERNELS, OPS
-from slimkernels.kernels.native import pack_strips
+from slimkernels.kernels.cpu.conv2d import pack_strips
 from slimkernels.testing import assert_close, naive_bsr_conv2d, naive_bsr_linear, naive_epilogue, random_bsr
 
 # A kernel that this machine cannot run is skipped once, with its reason, in test_kernel_of_the_table.

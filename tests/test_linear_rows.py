@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from slimkernels import Policy, analyze, convert
-from slimkernels.compress import layer_costs
+from slimkernels.compress.factorization import layer_costs
 from slimkernels.conversion.analysis import problems
 from slimkernels.conversion.layers import LayerWeight
+from slimkernels.dispatch.select import choose, predicted_dense_seconds, predicted_seconds
 from slimkernels.inference import problem_of, warm_up
 from slimkernels.kernels import KERNELS
 from slimkernels.kernels.problems import ConvProblem, LinearProblem, LowRankLinearProblem
-from slimkernels.kernels.select import choose, predicted_dense_seconds, predicted_seconds
 from slimkernels.nn import BlockSparseConv2d, BlockSparseLinear, LowRankLinear
 from slimkernels.testing import random_tensor
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from slimkernels.compress.losses import (
+from slimkernels.compress.distillation.losses import (
     attention_map,
     attention_transfer_loss,
     decoupled_kd_loss,

@@ -18,8 +18,10 @@ from slimkernels.cases import Case, LowRankConvCase, LowRankLinearCase, launch
 from slimkernels.conversion import measure
 from slimkernels.conversion.plan import Policy
 from slimkernels.formats import BSRWeight
-from slimkernels.kernels import KERNELS, native, native_low_rank
-from slimkernels.kernels.native_low_rank import PackedLowRank, factor_strip, pack_factor, pack_factors
+from slimkernels.kernels import KERNELS
+from slimkernels.kernels.cpu import conv2d as native
+from slimkernels.kernels.cpu import low_rank as native_low_rank
+from slimkernels.kernels.cpu.low_rank import PackedLowRank, factor_strip, pack_factor, pack_factors
 from slimkernels.nn import LowRankConv2d, LowRankLinear
 from slimkernels.testing import assert_close, random_tensor
 

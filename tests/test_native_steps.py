@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from slimkernels.kernels import native
+from slimkernels.kernels.cpu import conv2d as native
 from slimkernels.kernels.problems import LANES
 
 ISAS = [isa for isa in LANES if native.unavailable_reason(isa) is None]

@@ -16,8 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from slimkernels import ops
 from slimkernels.cases import Case, ConvCase, FusedConvCase, LinearCase, LowRankConvCase, LowRankLinearCase
+from slimkernels.dispatch import select
 from slimkernels.formats import BSRWeight
-from slimkernels.kernels import KERNELS, select
+from slimkernels.kernels import KERNELS
 from slimkernels.kernels.transposed import transpose_index
 from slimkernels.nn import BlockSparseConv2d, BlockSparseLinear, FusedConv2d, LowRankConv2d, LowRankLinear
 from slimkernels.ops import bsr

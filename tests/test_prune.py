@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils import prune as torch_prune
 
-from slimkernels.compress.granularity import GRANULARITIES, Units, zero_masked_
-from slimkernels.compress.prune import cubic_schedule, finalize_, mask_sparsity, masks, prune_
+from slimkernels.compress.pruning.granularity import GRANULARITIES, Units, zero_masked_
+from slimkernels.compress.pruning.prune import cubic_schedule, finalize_, mask_sparsity, masks, prune_
 from slimkernels.formats import BlockMask, block_grid, block_mask, block_norms, expand_mask
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from slimkernels.compress.ranks import (
+from slimkernels.compress.factorization.ranks import (
     RankOption,
     _evb_tau,
     energy_rank,

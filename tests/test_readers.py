@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from slimkernels import Policy, convert, explain, factorize_, prune_
-from slimkernels.compress.factorize import factorization_report
-from slimkernels.compress.prune import masks
+from slimkernels.compress.factorization.factorize import factorization_report
+from slimkernels.compress.pruning.prune import masks
 from slimkernels.conversion.calls import capture
 from slimkernels.conversion.readers import weight_readers
 from slimkernels.nn import BlockSparseConv2d, BlockSparseLinear, LowRankConv2d, LowRankLinear

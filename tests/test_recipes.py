@@ -10,7 +10,7 @@ import torch
 import yaml
 from torch import nn
 
-from slimkernels.compress.train import TrainConfig
+from slimkernels.compress.training.train import TrainConfig
 from slimkernels.recipes import rows, sources, store
 from slimkernels.recipes.figures import pareto_front
 from slimkernels.recipes.schema import load_recipe, parse_recipe, recipe_names

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import slimkernels as sk
 from slimkernels.inference import GraphedModel, Replay
-from slimkernels.inference import replay as replay_module
+from slimkernels.inference import cpu_replay as replay_module
 
 
 def converted(*layers: nn.Module, sparsity: float = 0.75) -> nn.Module:

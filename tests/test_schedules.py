@@ -6,7 +6,12 @@ import itertools
 
 import pytest
 
-from slimkernels.compress.schedules import cubic_schedule, iterative_schedule, linear_schedule, one_shot_schedule
+from slimkernels.compress.pruning.schedules import (
+    cubic_schedule,
+    iterative_schedule,
+    linear_schedule,
+    one_shot_schedule,
+)
 
 
 def test_cubic_is_the_published_formula():

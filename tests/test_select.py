@@ -12,8 +12,8 @@ import torch
 
 from slimkernels import ops
 from slimkernels.cases import ConvCase, LinearCase, LowRankConvCase, LowRankLinearCase
+from slimkernels.dispatch.select import candidates, choose, configurations, predicted_dense_seconds, predicted_seconds
 from slimkernels.kernels import KERNELS
-from slimkernels.kernels.select import candidates, choose, configurations, predicted_dense_seconds, predicted_seconds
 
 CASES = [ConvCase(), LinearCase(), LowRankLinearCase(), LowRankConvCase()]
 IDS = [c.op for c in CASES]

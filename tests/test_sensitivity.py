@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from slimkernels.compress.prune import finalize_, masks, prune_
-from slimkernels.compress.sensitivity import SensitivityReport, sensitivity_scan
+from slimkernels.compress.pruning.prune import finalize_, masks, prune_
+from slimkernels.compress.pruning.sensitivity import SensitivityReport, sensitivity_scan
 
 
 def net() -> nn.Sequential:

@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import slimkernels as sk
-from slimkernels.compress.prune import prune_
-from slimkernels.compress.shrink import shrink_
+from slimkernels.compress.pruning.prune import prune_
+from slimkernels.compress.pruning.shrink import shrink_
 
 
 def seeded(model: nn.Module) -> nn.Module:

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import slimkernels as sk
-from slimkernels.compress.importance import taylor_scores
+from slimkernels.compress.pruning.importance import taylor_scores
 from slimkernels.formats import BSRWeight
 from slimkernels.kernels import reference
 from slimkernels.kernels.strided_pointwise import pixels_read

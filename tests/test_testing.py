@@ -299,7 +299,7 @@ def allocate():
 
 @pytest.mark.parametrize("where", ["before", "after"])
 def test_sentinel_border_finds_a_stray_write(where: str, sentinel_borders) -> None:
-    namespace = {"__name__": "slimkernels.kernels.native"}
+    namespace = {"__name__": "slimkernels.kernels.cpu.conv2d"}
     exec("import torch\ndef allocate(): return torch.empty((2, 3, 4, 5), memory_format=torch.channels_last)", namespace)
     out = namespace["allocate"]()
     assert out.is_contiguous(memory_format=torch.channels_last) and out.isnan().all()

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from slimkernels.cases import ConvCase, launch
-from slimkernels.kernels import KERNELS, native
+from slimkernels.kernels import KERNELS
+from slimkernels.kernels.cpu import conv2d as native
 from slimkernels.nn import BlockSparseConv2d, BlockSparseLinear
 from slimkernels.testing import random_tensor
 

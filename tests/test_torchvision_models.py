@@ -16,7 +16,7 @@ from torchvision.models.convnext import CNBlockConfig
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from slimkernels import Policy, convert, explain, finalize_, prune_
-from slimkernels.compress.prune import masks
+from slimkernels.compress.pruning.prune import masks
 
 QUICK = Policy(repeats=1, budget_s=0, measured_candidates=1, backend=BACKEND)
 

@@ -18,14 +18,14 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from slimkernels.compress.callbacks import Callback
-from slimkernels.compress.distill import distill
-from slimkernels.compress.evaluation import device_of, mode_of
-from slimkernels.compress.gradual import GradualPruning
-from slimkernels.compress.prune import masks, prune_
-from slimkernels.compress.terms import Hint
-from slimkernels.compress.train import evaluate, fine_tune
-from slimkernels.compress.training_config import TrainConfig, build_optimizer
+from slimkernels.compress.distillation.distill import distill
+from slimkernels.compress.distillation.terms import Hint
+from slimkernels.compress.pruning.gradual import GradualPruning
+from slimkernels.compress.pruning.prune import masks, prune_
+from slimkernels.compress.training.callbacks import Callback
+from slimkernels.compress.training.config import TrainConfig, build_optimizer
+from slimkernels.compress.training.evaluation import device_of, mode_of
+from slimkernels.compress.training.train import evaluate, fine_tune
 from slimkernels.data import TensorLoader, digits_loaders
 from slimkernels.files import seal
 from slimkernels.models import vgg_digits

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from slimkernels import files, fine_tune
-from slimkernels.compress import training_checkpoint
-from slimkernels.compress.callbacks import Callback
-from slimkernels.compress.training_checkpoint import previous_checkpoint, read_checkpoint, remove_checkpoint
+from slimkernels.compress.training import checkpoint as training_checkpoint
+from slimkernels.compress.training.callbacks import Callback
+from slimkernels.compress.training.checkpoint import previous_checkpoint, read_checkpoint, remove_checkpoint
 from slimkernels.data import TensorLoader
 
 

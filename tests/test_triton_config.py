@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from slimkernels import testing
+from slimkernels.dispatch.gpu_prediction import Tile
+from slimkernels.dispatch.gpu_rates import H200
 from slimkernels.formats import BSRWeight
 from slimkernels.kernels import KERNELS
-from slimkernels.kernels.gpu_prediction import Tile
-from slimkernels.kernels.gpu_rates import H200
 from slimkernels.kernels.problems import ConvProblem, LinearProblem
 from slimkernels.kernels.triton import bsr_conv2d_config as config
 from slimkernels.kernels.triton import bsr_conv2d_index as index

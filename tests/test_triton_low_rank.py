@@ -21,10 +21,11 @@ pytest.importorskip("triton")
 from test_triton_compile import REGISTER_FILE, SHARED_LIMIT, TENSOR_CORE
 from test_triton_interpret import passed
 
-from slimkernels.kernels import KERNELS, gpu_dense_cost
-from slimkernels.kernels.gpu_rates import H200
+from slimkernels.dispatch import gpu_dense_cost
+from slimkernels.dispatch.gpu_rates import H200
+from slimkernels.dispatch.select import predicted_seconds
+from slimkernels.kernels import KERNELS
 from slimkernels.kernels.problems import LowRankConvProblem, LowRankLinearProblem
-from slimkernels.kernels.select import predicted_seconds
 from slimkernels.kernels.triton.low_rank_linear import RANK_TILE, default_config, device_configs
 
 CASES = Path(__file__).with_name("triton_low_rank_interpret_cases.py")

@@ -13,11 +13,12 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from slimkernels import _extension, formats, ops
+from slimkernels.dispatch.select import choose
 from slimkernels.formats import BSRWeight
-from slimkernels.kernels import KERNELS, far_taps, native
-from slimkernels.kernels.native_low_rank import PackedLowRank, pack_factors
+from slimkernels.kernels import KERNELS, far_taps
+from slimkernels.kernels.cpu import conv2d as native
+from slimkernels.kernels.cpu.low_rank import PackedLowRank, pack_factors
 from slimkernels.kernels.problems import ConvProblem, LowRankConvProblem
-from slimkernels.kernels.select import choose
 from slimkernels.kernels.transposed import transpose_index
 from slimkernels.kernels.triton.bsr_conv2d_index import check_order, forward_order
 from slimkernels.nn import BlockSparseConv2d, BlockSparseLinear, LowRankConv2d, LowRankLinear

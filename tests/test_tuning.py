@@ -17,13 +17,14 @@ from typer.testing import CliRunner
 import slimkernels as sk
 from slimkernels import tuning
 from slimkernels.cli.app import app
-from slimkernels.kernels import KERNELS, cpu_cost, select, tables
-from slimkernels.kernels.break_even import Curve, curves
-from slimkernels.kernels.cpu_cost import CPU_RATES, CpuRates
-from slimkernels.kernels.devices import cpu_device_name, device_name
-from slimkernels.kernels.gpu_rates import H200
+from slimkernels.dispatch import cpu_cost, select, tables
+from slimkernels.dispatch.break_even import Curve, curves
+from slimkernels.dispatch.cpu_cost import CPU_RATES, CpuRates
+from slimkernels.dispatch.devices import cpu_device_name, device_name
+from slimkernels.dispatch.gpu_rates import H200
+from slimkernels.dispatch.tables import Entry, Table
+from slimkernels.kernels import KERNELS
 from slimkernels.kernels.problems import ConvProblem, LinearProblem, LowRankConvProblem, LowRankLinearProblem
-from slimkernels.kernels.tables import Entry, Table
 from slimkernels.kernels.triton.bsr_conv2d_config import configs
 
 SHIPPED = Path(sk.__file__).parent / "tuned"

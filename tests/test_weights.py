@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from slimkernels.cli.weights import load_model, read_weights, write_weights
-from slimkernels.compress.factorize import factorize_
-from slimkernels.compress.prune import finalize_, prune_
+from slimkernels.compress.factorization.factorize import factorize_
+from slimkernels.compress.pruning.prune import finalize_, prune_
 from slimkernels.files import atomic_path
 from slimkernels.models import vgg_digits
 

@@ -8,8 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from slimkernels.compress.decompositions import tai, truncated_svd, tucker2
-from slimkernels.compress.whitening import moment_spectrum, output_moments, refit_last_factors, whitened_svd
+from slimkernels.compress.factorization.decompositions import tai, truncated_svd, tucker2
+from slimkernels.compress.factorization.whitening import (
+    moment_spectrum,
+    output_moments,
+    refit_last_factors,
+    whitened_svd,
+)
 from slimkernels.nn import LowRankConv2d
 
 

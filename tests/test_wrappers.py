@@ -13,9 +13,9 @@ from torch import distributed, nn
 from torch.optim.swa_utils import AveragedModel
 
 from slimkernels import analyze, convert, explain, factorize_, finalize_, load, prune_, save
-from slimkernels.compress.factorize import factorization_report
-from slimkernels.compress.prune import apply_masks_, mask_sparsity, masks
-from slimkernels.compress.shrink import shrink_
+from slimkernels.compress.factorization.factorize import factorization_report
+from slimkernels.compress.pruning.prune import apply_masks_, mask_sparsity, masks
+from slimkernels.compress.pruning.shrink import shrink_
 from slimkernels.conversion.wrappers import unwrapped
 from slimkernels.nn import BlockSparseConv2d, LowRankConv2d
 

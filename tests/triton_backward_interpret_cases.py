@@ -103,7 +103,7 @@ def listed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             return spec.launch(*args, **kwargs)
 
         monkeypatch.setitem(KERNELS, name, type(spec)(**{**spec.__dict__, "launch": launch}))
-    from slimkernels.kernels import select
+    from slimkernels.dispatch import select
 
     select.forget()
     yield ran

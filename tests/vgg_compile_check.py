@@ -19,9 +19,9 @@ import torch
 import triton
 from triton_compile_check import LIMITS, compile_launch, resource_usage
 
-from slimkernels.kernels.gpu_cost import gpu_block_sparse
-from slimkernels.kernels.gpu_prediction import Tile
-from slimkernels.kernels.gpu_rates import H200
+from slimkernels.dispatch.gpu_cost import gpu_block_sparse
+from slimkernels.dispatch.gpu_prediction import Tile
+from slimkernels.dispatch.gpu_rates import H200
 from slimkernels.kernels.problems import ConvProblem
 from slimkernels.kernels.triton import bsr_conv2d
 from slimkernels.kernels.triton.bsr_conv2d_config import configs

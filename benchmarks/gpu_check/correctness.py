@@ -16,8 +16,8 @@ import torch
 
 from gpu_check import layers, options, rows
 from gpu_check.summary import config_text
+from slimkernels.dispatch.select import KernelChoice
 from slimkernels.kernels.problems import ConvProblem, FusedConvProblem, problem_json
-from slimkernels.kernels.select import KernelChoice
 from slimkernels.testing import compare
 
 RUNS = 3

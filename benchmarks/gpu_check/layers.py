@@ -17,9 +17,9 @@ import torch
 
 from slimkernels import testing, tuning
 from slimkernels.cases import FusedConvCase
+from slimkernels.dispatch.select import KernelChoice, choose, forced
 from slimkernels.formats import block_grid
 from slimkernels.kernels.problems import ConvProblem, FusedConvProblem, problem_json
-from slimkernels.kernels.select import KernelChoice, choose, forced
 from slimkernels.kernels.triton.bsr_conv2d_config import device_configs, images_reason
 
 

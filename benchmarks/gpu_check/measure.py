@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from slimkernels import timing
-from slimkernels.kernels.gpu_cost import gpu_block_sparse
-from slimkernels.kernels.gpu_rates import GpuRates
+from slimkernels.dispatch.gpu_cost import gpu_block_sparse
+from slimkernels.dispatch.gpu_rates import GpuRates
 from slimkernels.kernels.problems import ConvProblem
 from slimkernels.tuning import captured
 

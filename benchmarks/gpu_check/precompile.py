@@ -17,8 +17,8 @@ import torch
 from gpu_check import layers, options, rows
 from gpu_check.summary import config_text
 from gpu_check.sweep import ways
+from slimkernels.dispatch.select import KernelChoice
 from slimkernels.kernels.problems import ConvProblem, FusedConvProblem
-from slimkernels.kernels.select import KernelChoice
 
 Job = tuple[ConvProblem | FusedConvProblem, KernelChoice | None]
 # The batch of a training step in ``bench_backward.py``.

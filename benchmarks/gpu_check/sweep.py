@@ -20,11 +20,11 @@ from torch.nn import functional as F
 from gpu_check import layers, measure, options, rows
 from gpu_check.summary import FLOORS, config_text
 from slimkernels import timing
+from slimkernels.dispatch.devices import device_name
+from slimkernels.dispatch.select import KernelChoice, configurations, predicted_seconds
+from slimkernels.dispatch.tables import Entry, Table, gpu_rates
 from slimkernels.kernels import KERNELS
-from slimkernels.kernels.devices import device_name
 from slimkernels.kernels.problems import ConvProblem, FusedConvProblem, problem_json
-from slimkernels.kernels.select import KernelChoice, configurations, predicted_seconds
-from slimkernels.kernels.tables import Entry, Table, gpu_rates
 
 CONFIGURATIONS = 6
 _TILE = ("BLOCK_M", "BLOCK_N", "num_warps")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from slimkernels import models, timing
-from slimkernels.compress.prune import finalize_, prune_
+from slimkernels.compress.pruning.prune import finalize_, prune_
 from slimkernels.conversion import convert
 from slimkernels.conversion.plan import ModelPlan, Policy
 

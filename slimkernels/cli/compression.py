@@ -11,7 +11,7 @@ import typer
 from slimkernels.cli import options as o
 
 if TYPE_CHECKING:
-    from slimkernels.compress.train import EpochStats
+    from slimkernels.compress.training.train import EpochStats
 
 _METHODS = ("prune", "svd", "tai", "tucker2")
 
@@ -54,11 +54,11 @@ def compress(
     import copy
 
     from slimkernels.cli.weights import load_model
-    from slimkernels.compress.distill import distill as run_distill
-    from slimkernels.compress.factorize import factorize_
-    from slimkernels.compress.gradual import GradualPruning
-    from slimkernels.compress.prune import finalize_, prune_
-    from slimkernels.compress.train import TrainConfig, fine_tune
+    from slimkernels.compress.distillation.distill import distill as run_distill
+    from slimkernels.compress.factorization.factorize import factorize_
+    from slimkernels.compress.pruning.gradual import GradualPruning
+    from slimkernels.compress.pruning.prune import finalize_, prune_
+    from slimkernels.compress.training.train import TrainConfig, fine_tune
 
     o.check_resume(resume, checkpoint)
     if method not in _METHODS:

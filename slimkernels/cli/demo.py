@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from slimkernels import timing
 from slimkernels.checkpoint import load, save
-from slimkernels.compress.distill import distill
-from slimkernels.compress.factorize import factorize_
-from slimkernels.compress.gradual import GradualPruning
-from slimkernels.compress.prune import finalize_
-from slimkernels.compress.train import evaluate, fine_tune
+from slimkernels.compress.distillation.distill import distill
+from slimkernels.compress.factorization.factorize import factorize_
+from slimkernels.compress.pruning.gradual import GradualPruning
+from slimkernels.compress.pruning.prune import finalize_
+from slimkernels.compress.training.train import evaluate, fine_tune
 from slimkernels.conversion import convert, explain
 from slimkernels.conversion.plan import ModelPlan
 from slimkernels.data import digits_loaders

@@ -15,7 +15,7 @@ from slimkernels import env
 if TYPE_CHECKING:
     from torch import nn
 
-    from slimkernels.compress.train import EpochStats
+    from slimkernels.compress.training.train import EpochStats
     from slimkernels.data import TensorLoader
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]

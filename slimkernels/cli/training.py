@@ -40,7 +40,7 @@ def train(
     import torch
 
     from slimkernels import models
-    from slimkernels.compress.train import TrainConfig, fine_tune
+    from slimkernels.compress.training.train import TrainConfig, fine_tune
 
     o.check_resume(resume, checkpoint)
     config = TrainConfig(
@@ -103,10 +103,10 @@ def distill(
 
     from slimkernels import models
     from slimkernels.cli.weights import load_model
-    from slimkernels.compress.distill import distill as run_distill
-    from slimkernels.compress.gradual import GradualPruning
-    from slimkernels.compress.prune import finalize_
-    from slimkernels.compress.train import TrainConfig
+    from slimkernels.compress.distillation.distill import distill as run_distill
+    from slimkernels.compress.pruning.gradual import GradualPruning
+    from slimkernels.compress.pruning.prune import finalize_
+    from slimkernels.compress.training.train import TrainConfig
 
     o.check_resume(resume, checkpoint)
     callbacks = [GradualPruning(sparsity, o.pair("--block-shape", block_shape), scope=scope)] if sparsity else []

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from slimkernels.kernels.tables import Entry, Table
+    from slimkernels.dispatch.tables import Entry, Table
     from slimkernels.tuning import Family
 
 
@@ -34,9 +34,9 @@ def tune(
     import torch
 
     from slimkernels import timing
-    from slimkernels.kernels import select
-    from slimkernels.kernels.devices import device_name
-    from slimkernels.kernels.tables import Table, user_path
+    from slimkernels.dispatch import select
+    from slimkernels.dispatch.devices import device_name
+    from slimkernels.dispatch.tables import Table, user_path
     from slimkernels.tuning import standard_families
     from slimkernels.tuning import tune as measure
 
@@ -111,7 +111,7 @@ def _progress(total: int, *, hidden: bool) -> Any:
 
 def _summary(table: Table, families: Sequence[Family]) -> list[str]:
     """Break-even sparsity per op and block shape over the measured sizes, and the fitted rates."""
-    from slimkernels.kernels.break_even import curves
+    from slimkernels.dispatch.break_even import curves
 
     wanted = {p for f in families for p in f.problems}
     lines: list[str] = []

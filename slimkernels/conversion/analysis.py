@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from slimkernels import env
 from slimkernels.conversion.calls import Call, capture
-from slimkernels.conversion.chains import FactorChain, find_chains
+from slimkernels.conversion.factor_chains import FactorChain, find_chains
 from slimkernels.conversion.graph import input_sets, parametrized_type, trace, unique_names
 from slimkernels.conversion.layers import (
     DROP_IN_LAYERS,
@@ -29,11 +29,11 @@ from slimkernels.conversion.layers import (
 )
 from slimkernels.conversion.readers import weight_readers
 from slimkernels.conversion.wrappers import unwrapped
+from slimkernels.dispatch.select import candidates, choose, predicted_dense_seconds, predicted_seconds
+from slimkernels.dispatch.tables import layer_curves
 from slimkernels.formats import block_grid, weight_shape_4d
 from slimkernels.kernels import KERNELS
 from slimkernels.kernels.problems import ConvProblem, FusedConvProblem, LinearProblem
-from slimkernels.kernels.select import candidates, choose, predicted_dense_seconds, predicted_seconds
-from slimkernels.kernels.tables import layer_curves
 
 CANDIDATE_BLOCK_SHAPES: tuple[Pair, ...] = (
     (128, 16),

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from slimkernels import __version__
 from slimkernels.conversion import measure
 from slimkernels.conversion.analysis import weight_layer_names
+from slimkernels.conversion.candidates import Decision, Unit, decide
 from slimkernels.conversion.folding import fold_tensors
 from slimkernels.conversion.graph import (
     InputSet,
@@ -27,7 +28,6 @@ from slimkernels.conversion.graph import (
     scratch_copy,
 )
 from slimkernels.conversion.hub import guard_publishing
-from slimkernels.conversion.options import Decision, Unit, decide
 from slimkernels.conversion.outputs import Outputs, call_of, own_tensors
 from slimkernels.conversion.plan import COST_MODEL, MEASURED, SHAPELESS, LayerPlan, ModelPlan, Policy, faster_everywhere
 from slimkernels.conversion.units import (

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from slimkernels.conversion.chains import FactorChain
+from slimkernels.conversion.factor_chains import FactorChain
 from slimkernels.conversion.graph import ModelGraph, ancestors, has_hooks
 from slimkernels.conversion.layers import LayerWeight
 

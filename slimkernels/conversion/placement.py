@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 from torch.nn.utils import parametrize
 
-from slimkernels.conversion.chains import merged_geometry
+from slimkernels.conversion.factor_chains import merged_geometry
 from slimkernels.conversion.folding import batch_norm_obstacle, is_pool2
 from slimkernels.conversion.graph import ancestors, parametrized_type, unique_names
 from slimkernels.conversion.layers import (

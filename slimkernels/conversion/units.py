@@ -12,7 +12,8 @@ from torch.nn.utils import parametrize
 
 from slimkernels.conversion.analysis import obstacle_or_weight, weight_layer_names, zero_share
 from slimkernels.conversion.calls import capture
-from slimkernels.conversion.chains import FactorChain, find_chains
+from slimkernels.conversion.candidates import Decision, Unit, dense_twin, low_rank_module
+from slimkernels.conversion.factor_chains import FactorChain, find_chains
 from slimkernels.conversion.folding import Tail, find_tail, fold_chain, fold_weight
 from slimkernels.conversion.graph import (
     InputSet,
@@ -36,7 +37,6 @@ from slimkernels.conversion.layers import (
     declared_block_shape,
     weight_obstacle,
 )
-from slimkernels.conversion.options import Decision, Unit, dense_twin, low_rank_module
 from slimkernels.conversion.plan import LayerPlan, Policy
 from slimkernels.conversion.readers import weight_readers
 from slimkernels.conversion.wrappers import plain_name

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimkernels.compress.processes import rank_rows
+from slimkernels.compress.training.processes import rank_rows
 
 # Share of a GPU's free memory that a data set may take; the rest is for training.
 _SHARE_OF_FREE_MEMORY = 0.25

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimkernels.kernels.native import PackedConv2d, pack_strips
-from slimkernels.kernels.native_low_rank import pack_factor
+from slimkernels.dispatch.select import resolve
+from slimkernels.kernels.cpu.conv2d import PackedConv2d, pack_strips
+from slimkernels.kernels.cpu.low_rank import pack_factor
 from slimkernels.kernels.problems import Pair, Request, factor_geometry, strip_width
-from slimkernels.kernels.select import resolve
 
 _OPS = torch.ops.slimkernels
 _LINEAR = torch.ops.aten.linear.default

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimkernels.dispatch.select import choose
 from slimkernels.inference.inputs import served_sets
 from slimkernels.kernels.problems import (
     ConvProblem,
@@ -19,7 +20,6 @@ from slimkernels.kernels.problems import (
     LowRankLinearProblem,
     SizedProblem,
 )
-from slimkernels.kernels.select import choose
 from slimkernels.nn import BlockSparseConv2d, BlockSparseLinear, FusedConv2d, LowRankConv2d, LowRankLinear
 
 _LAYERS = (BlockSparseConv2d, BlockSparseLinear, LowRankConv2d, LowRankLinear, FusedConv2d)

@@ -1,7 +1,7 @@
 """The table of kernels: dispatch, tests and benchmarks iterate over ``KERNELS``; what is not listed cannot run.
 
 A kernel's ``launch`` takes its op's arguments without ``kernel`` and returns the output. It makes no choice and checks
-nothing that the op has checked; `slimkernels.kernels.select` chooses.
+nothing that the op has checked; `slimkernels.dispatch.select` chooses.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimkernels.kernels import cpu_gradients, native, native_low_rank, reference
+from slimkernels.kernels import reference
+from slimkernels.kernels.cpu import conv2d as native
+from slimkernels.kernels.cpu import gradients as cpu_gradients
+from slimkernels.kernels.cpu import low_rank as native_low_rank
 from slimkernels.kernels.problems import (
     ConvProblem,
     FusedConvProblem,

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimkernels.dispatch.select import resolve
 from slimkernels.formats import BSRWeight, block_shape_2d, check_pattern
-from slimkernels.kernels import native
+from slimkernels.kernels.cpu import conv2d as native
 from slimkernels.kernels.problems import Request, strip_width
-from slimkernels.kernels.select import resolve
 from slimkernels.kernels.transposed import transpose_index
 from slimkernels.kernels.triton.bsr_conv2d_index import forward_order
 from slimkernels.nn.attributes import AttributesInUse, int_pair, resolved_padding, unsupported_conv_reason

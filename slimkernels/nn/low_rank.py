@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from slimkernels.formats import LOW_RANK_KINDS, LowRankWeight, factor_obstacle
-from slimkernels.kernels.native_low_rank import PackedLowRank, prepare_conv2d, prepare_linear
+from slimkernels.kernels.cpu.low_rank import PackedLowRank, prepare_conv2d, prepare_linear
 from slimkernels.nn.attributes import check_epilogue, int_pair
 from slimkernels.nn.prepacked import PrepackedFactors
 from slimkernels.ops import low_rank_conv2d, low_rank_linear

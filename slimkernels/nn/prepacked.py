@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from slimkernels import env
-from slimkernels.kernels.native_low_rank import TENSORS_PER_FACTOR, PackedLowRank, pack_factors
+from slimkernels.dispatch.select import resolve
+from slimkernels.kernels.cpu.low_rank import TENSORS_PER_FACTOR, PackedLowRank, pack_factors
 from slimkernels.kernels.problems import Request
-from slimkernels.kernels.select import resolve
 from slimkernels.nn.attributes import AttributesInUse
 from slimkernels.ops.library import nothing_watches
 from slimkernels.tensors import Snapshot, is_plain

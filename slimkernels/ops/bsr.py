@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slimkernels.dispatch.select import launcher, resolve_gradient
 from slimkernels.formats import block_grid, check_pattern
 from slimkernels.kernels import KERNELS, reference
 from slimkernels.kernels.problems import (
@@ -19,7 +20,6 @@ from slimkernels.kernels.problems import (
     check_geometry,
     conv_output_size,
 )
-from slimkernels.kernels.select import launcher, resolve_gradient
 from slimkernels.kernels.transposed import check_transposed, pack_size
 from slimkernels.kernels.triton.bsr_conv2d_index import check_order
 from slimkernels.ops.library import (

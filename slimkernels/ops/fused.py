@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slimkernels.dispatch.select import launcher
 from slimkernels.kernels import KERNELS, reference
 from slimkernels.kernels.far_taps import convolution, convolution_backward
 from slimkernels.kernels.problems import FusedConvProblem, check_geometry, conv_output_size
-from slimkernels.kernels.select import launcher
 from slimkernels.ops.library import (
     LIBRARY,
     OPS,

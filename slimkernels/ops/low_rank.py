@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from slimkernels import env
+from slimkernels.dispatch.select import choose, launcher, resolve_gradient
 from slimkernels.formats import factor_obstacle
 from slimkernels.kernels import KERNELS, reference
 from slimkernels.kernels.far_taps import convolution, convolution_backward
@@ -21,7 +22,6 @@ from slimkernels.kernels.problems import (
     conv_output_size,
     factor_geometry,
 )
-from slimkernels.kernels.select import choose, launcher, resolve_gradient
 from slimkernels.ops.library import (
     LIBRARY,
     OPS,

@@ -18,12 +18,12 @@ import torch
 from torch import nn
 
 from slimkernels import models
-from slimkernels.compress.distill import distill
-from slimkernels.compress.factorize import factorization_report, factorize_
-from slimkernels.compress.gradual import GradualPruning
-from slimkernels.compress.prune import finalize_, masks, prune_
-from slimkernels.compress.train import EpochStats, TrainConfig, evaluate, fine_tune
-from slimkernels.compress.training_checkpoint import remove_checkpoint
+from slimkernels.compress.distillation.distill import distill
+from slimkernels.compress.factorization.factorize import factorization_report, factorize_
+from slimkernels.compress.pruning.gradual import GradualPruning
+from slimkernels.compress.pruning.prune import finalize_, masks, prune_
+from slimkernels.compress.training.checkpoint import remove_checkpoint
+from slimkernels.compress.training.train import EpochStats, TrainConfig, evaluate, fine_tune
 from slimkernels.data import TensorLoader
 from slimkernels.files import atomic_path, file_sha256
 from slimkernels.recipes.schema import TRAINING_VERBS, Recipe, Row, Step

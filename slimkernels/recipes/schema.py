@@ -222,7 +222,7 @@ def _settings_of(verb: str) -> Collection[str]:
     import inspect
 
     if verb in TRAINING_VERBS:
-        from slimkernels.compress.train import TrainConfig
+        from slimkernels.compress.training.train import TrainConfig
 
         return {f.name for f in dataclasses.fields(TrainConfig)} - {"seed"} | set(_TRAINING_EXTRAS)
     if verb == "convert":
@@ -231,9 +231,9 @@ def _settings_of(verb: str) -> Collection[str]:
         return {f.name for f in dataclasses.fields(Policy)}
     if verb == "finalize":
         return ()
-    from slimkernels.compress.factorize import factorize_
-    from slimkernels.compress.gradual import GradualPruning
-    from slimkernels.compress.prune import prune_
+    from slimkernels.compress.factorization.factorize import factorize_
+    from slimkernels.compress.pruning.gradual import GradualPruning
+    from slimkernels.compress.pruning.prune import prune_
 
     function: Any = {"prune": prune_, "factorize": factorize_, "gradual": GradualPruning.__init__}[verb]
     keys = set(inspect.signature(function).parameters) - {"model", "self", "options"}

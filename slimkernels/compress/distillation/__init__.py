@@ -1,0 +1,1 @@
+"""Distillation: losses between a student and its teacher, and the training that uses them."""

@@ -1,0 +1,1 @@
+"""Low-rank factorization: decompositions of a weight, ranks per layer, and models whose layers became factors."""

@@ -1,0 +1,1 @@
+"""The training loop of one process or many, what it calls meanwhile, and its checkpoints."""

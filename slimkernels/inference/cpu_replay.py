@@ -1,0 +1,170 @@
+"""`Replay`: a model's inference at one input shape, recorded once as a list of kernel calls on fixed memory (CPU).
+
+A converted network at batch 1 spends as long in Python, in fresh output tensors and in cold weights as in arithmetic.
+The recording removes all three: the modules' code runs once, while recording; every intermediate has its place in one
+workspace, reused as soon as its last reader is done, so that it stays in cache; packed weights lie behind each other,
+in the order in which they are read, on huge pages.
+"""
+
+from __future__ import annotations
+
+import linecache
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree
+
+from slimkernels.inference.cpu_recording import Recording
+
+
+class Replay:
+    """A CPU model recorded for inputs of one shape; calling it runs the recording.
+
+    Weights are taken as they are when recording; later changes of the model are not seen. Branches that depend on the
+    values of tensors cannot be recorded. One call at a time: threads that share a recording wait for each other, since
+    they would share its workspace.
+
+    Args:
+        model: an eval-mode model on the CPU, usually what `slimkernels.convert` returned.
+        example_inputs: a tensor or a tuple of tensors, the positional arguments to record.
+        copy_outputs: return copies. Without, a call returns the workspace, which the next call overwrites.
+
+    Attributes:
+        calls: kernel calls of one run. workspace_bytes, weight_bytes: memory of intermediates, of packed weights.
+
+    Raises:
+        ValueError: a model in training mode or off the CPU, one that `torch.export` cannot capture, one that changes
+            its inputs or buffers, or whose outputs differ from call to call (it draws random numbers).
+        TypeError: example inputs of another form.
+        RuntimeError: the recording does not compute what the model does, which is an error in this library.
+    """
+
+    def __init__(
+        self, model: nn.Module, example_inputs: Tensor | Sequence[Tensor], *, copy_outputs: bool = True
+    ) -> None:
+        inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+        _check(model, inputs)
+        # The memory of an input is its own: expanded elements are held apart, gaps are left out.
+        inputs = tuple(x if torch.empty_like(x).stride() == x.stride() else x.contiguous() for x in inputs)
+        self._lock, self._copy_outputs = threading.Lock(), copy_outputs
+        with torch.no_grad():
+            recording = Recording(_capture(model, inputs), inputs)
+            self._inputs, self._outputs = recording.inputs, recording.outputs
+            self._spec, self._steps = recording.output_spec, recording.steps
+            self.calls = recording.calls
+            self.workspace_bytes, self.weight_bytes = recording.workspace_bytes, recording.weight_bytes
+            expected = model(*inputs)
+            differs = _compare(expected, self(*inputs))
+            if differs is not None and _compare(expected, model(*inputs)) is not None:
+                raise ValueError(
+                    f"Replay: expected outputs that can be reproduced, got others in each call for {differs}: "
+                    "does the model draw random numbers?"
+                )
+            if differs is not None:
+                raise RuntimeError(
+                    f"Replay: the recording computes another {differs} than the model; please report this"
+                )
+
+    @torch.no_grad()
+    def __call__(self, *inputs: Tensor) -> Any:
+        """The model's output for inputs of the recorded shapes and dtypes.
+
+        Raises:
+            ValueError, TypeError: inputs that differ from those recorded.
+        """
+        if len(inputs) != len(self._inputs):
+            raise ValueError(f"Replay: expected {len(self._inputs)} inputs, got {len(inputs)}")
+        for i, (given, recorded) in enumerate(zip(inputs, self._inputs)):
+            if given.shape != recorded.shape:
+                raise ValueError(
+                    f"Replay: expected input {i} of shape {tuple(recorded.shape)}, got {tuple(given.shape)}"
+                )
+            if given.dtype != recorded.dtype or given.device != recorded.device:
+                found, wanted = (f"{t.dtype} on {t.device}" for t in (given, recorded))
+                raise TypeError(f"Replay: expected input {i} of {wanted}, got {found}")
+        with self._lock:
+            for given, recorded in zip(inputs, self._inputs):
+                recorded.copy_(given)
+            for step in self._steps:
+                step()
+            outputs = self._outputs
+            if self._copy_outputs:
+                outputs = [o.clone() if isinstance(o, Tensor) else o for o in outputs]
+        return outputs[0] if self._spec.is_leaf() else _pytree.tree_unflatten(outputs, self._spec)
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(str(tuple(x.shape)) for x in self._inputs)
+        return (
+            f"Replay(inputs {shapes}; {self.calls} calls, workspace {self.workspace_bytes / 2**20:.1f} MiB, "
+            f"packed weights {self.weight_bytes / 2**20:.1f} MiB)"
+        )
+
+
+def _check(model: nn.Module, inputs: Sequence[Any]) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"Replay: expected an nn.Module, got {type(model).__name__}")
+    for x in inputs:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"Replay: expected example inputs to be tensors, got {type(x).__name__}")
+    if any(module.training for module in model.modules()):
+        raise ValueError("Replay: expected a model in eval mode, got one in training mode")
+    for tensor in (*model.parameters(), *model.buffers(), *inputs):
+        if tensor.device.type != "cpu":
+            raise ValueError(f"Replay: expected model and inputs on the CPU, got a tensor on {tensor.device}")
+
+
+def _capture(model: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
+    try:
+        with _sources_forgotten():
+            program = torch.export.export(model, inputs, strict=False).run_decompositions({})
+    except Exception as error:  # whatever the model's own code and torch's capture raise
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"Replay: expected a model that torch.export can capture, got: {first_line}") from error
+    signature = program.graph_signature
+    changed = {**signature.buffers_to_mutate, **signature.user_inputs_to_mutate}
+    if changed:
+        raise ValueError(
+            f"Replay: expected a model that changes nothing, got one that writes to {sorted(changed.values())}"
+        )
+    return program
+
+
+@contextmanager
+def _sources_forgotten() -> Iterator[None]:
+    """Drops the source texts of the modules that torch.fx generates meanwhile.
+
+    It keeps each for tracebacks, for as long as the process lives: 0.1 MiB for every recording of a small network.
+    Modules that other threads generate meanwhile lose these texts, too, and nothing but a line in their tracebacks.
+    """
+    cache = getattr(getattr(fx.graph_module, "_loader", None), "eval_cache", {})
+    before = set(cache)
+    try:
+        yield
+    finally:
+        for key in set(cache) - before:
+            cache.pop(key, None)
+            linecache.cache.pop(key, None)
+
+
+def _compare(expected: Any, got: Any) -> str | None:
+    """The first output that differs by more than the order of its sums explains, or None."""
+    for i, (a, b) in enumerate(zip(_pytree.tree_leaves(expected), _pytree.tree_leaves(got), strict=True)):
+        if isinstance(a, Tensor) and not _is_close(a, b):
+            return f"output {i} of shape {tuple(a.shape)}"
+    return None
+
+
+def _is_close(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or a.dtype is not b.dtype:
+        return False
+    if not (a.dtype.is_floating_point or a.dtype.is_complex):
+        return torch.equal(a, b)
+    finite = a[torch.isfinite(a)]
+    largest = float(finite.abs().max()) if finite.numel() else 0.0
+    # Sums in another order differ by about 1e-6 of the largest value, through many layers by 100 times as much.
+    tolerance = 5e-2 if a.dtype in (torch.float16, torch.bfloat16) else 1e-3
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * largest, equal_nan=True)

@@ -1,0 +1,1 @@
+"""Launchers of the C++ CPU kernels: packing, checks, addresses."""
