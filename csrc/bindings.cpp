@@ -7,9 +7,11 @@
 
 #include <algorithm>
 #include <array>
+#include <cstddef>
 #include <cstring>
 #include <initializer_list>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "kernels.h"
@@ -70,8 +72,41 @@ const Isa* supported_isa(const char* name) {
   return nullptr;
 }
 
-constexpr int kMembers = 26;  // of SlimConv2dF32
 constexpr int64_t kInt32Max = INT32_MAX;
+
+// The members of SlimConv2dF32 by their place in what Python hands over, Conv2dArguments in slimkernels/kernels/cpu/abi.py.
+enum Member : int {
+  kX, kY, kBias, kWeights, kChannels, kTapPtr, kOffsets,  // pointers
+  kN, kH, kW, kCIn, kCOut, kP, kQ,
+  kR, kS, kStrideH, kStrideW, kPadH, kPadW, kDilH, kDilW, kStrip, kRelu, kPool, kLanes,
+  kMembers
+};
+
+// Where a member lies in the struct, in bytes.
+struct MemberPlace {
+  const char* name;
+  size_t offset, size;
+};
+
+#define SLIM_PLACE(name) {#name, offsetof(SlimConv2dF32, name), sizeof(SlimConv2dF32::name)}
+constexpr MemberPlace kPlaces[kMembers] = {
+    SLIM_PLACE(x), SLIM_PLACE(y), SLIM_PLACE(bias), SLIM_PLACE(weights), SLIM_PLACE(channels), SLIM_PLACE(tap_ptr),
+    SLIM_PLACE(offsets), SLIM_PLACE(n), SLIM_PLACE(h), SLIM_PLACE(w), SLIM_PLACE(c_in), SLIM_PLACE(c_out), SLIM_PLACE(p),
+    SLIM_PLACE(q), SLIM_PLACE(r), SLIM_PLACE(s), SLIM_PLACE(stride_h), SLIM_PLACE(stride_w), SLIM_PLACE(pad_h),
+    SLIM_PLACE(pad_w), SLIM_PLACE(dil_h), SLIM_PLACE(dil_w), SLIM_PLACE(strip), SLIM_PLACE(relu), SLIM_PLACE(pool),
+    SLIM_PLACE(lanes)};
+#undef SLIM_PLACE
+
+// Whether the places follow each other without a gap and fill the struct: then none is missing and none comes twice.
+constexpr bool places_fill_the_struct() {
+  size_t end = 0;
+  for (const MemberPlace& place : kPlaces) {
+    if (place.offset != end) return false;
+    end += place.size;
+  }
+  return end == sizeof(SlimConv2dF32);
+}
+static_assert(places_fill_the_struct(), "kPlaces lists the members of SlimConv2dF32 in order");
 
 // The range that a number must lie in.
 struct Bound {
@@ -88,7 +123,7 @@ int outside(const int64_t* values, const Bound* bounds, int count) {
 }
 
 // The members behind the pointers. n is the only size that may pass int32: offsets across images are 64-bit.
-constexpr int kPointers = 7;
+constexpr int kPointers = kN;
 constexpr Bound kConv2dBounds[kMembers - kPointers] = {
     {"n", 1, INT64_MAX}, {"h", 0, kInt32Max}, {"w", 0, kInt32Max}, {"c_in", 1, kInt32Max}, {"c_out", 1, kInt32Max},
     {"p", 1, kInt32Max}, {"q", 1, kInt32Max}, {"r", 1, kInt32Max}, {"s", 1, kInt32Max}, {"stride_h", 1, kInt32Max},
@@ -118,11 +153,12 @@ int64_t output_size(int64_t size, int64_t taps, int64_t stride, int64_t pad, int
 std::string conv2d_fault(const int64_t* v) {
   const int at = outside(v + kPointers, kConv2dBounds, kMembers - kPointers);
   if (at >= 0) return std::string(kConv2dBounds[at].name) + " = " + std::to_string(v[kPointers + at]) + " is out of range";
-  const int64_t h = v[8], w = v[9], c_in = v[10], c_out = v[11], p = v[12], q = v[13], r = v[14], s = v[15], stride_w = v[17];
-  const int64_t pad_h = v[18], pad_w = v[19], dil_h = v[20], dil_w = v[21], strip = v[22], lanes = v[25];
+  const int64_t h = v[kH], w = v[kW], c_in = v[kCIn], c_out = v[kCOut], p = v[kP], q = v[kQ], r = v[kR], s = v[kS];
+  const int64_t stride_w = v[kStrideW], pad_h = v[kPadH], pad_w = v[kPadW], dil_h = v[kDilH], dil_w = v[kDilW];
+  const int64_t strip = v[kStrip], lanes = v[kLanes];
   if (!is_one_of(strip, {1, 2, 4, 8, 16, 24, 32})) return "strip = " + std::to_string(strip) + " is no known width";
   if (!is_one_of(lanes, {1, 4, 8, 16})) return "lanes = " + std::to_string(lanes) + " is no known vector";
-  if (v[5] == 0) return "tap_ptr is NULL";
+  if (v[kTapPtr] == 0) return "tap_ptr is NULL";
   if (!product_fits(h, w, c_in * lanes) || c_in * lanes > kInt32Max) return "an image has 2^31 elements or more";
   if (!product_fits(p, q, c_out * lanes) || c_out * lanes > kInt32Max) return "an output has 2^31 elements or more";
   if (!product_fits(r, s, (c_out + strip - 1) / strip)) return "tap_ptr has 2^31 elements or more";
@@ -135,31 +171,40 @@ std::string conv2d_fault(const int64_t* v) {
 std::string layout_fault(const int64_t* v) {
   const int at = outside(v + kPointers, kLayoutBounds, 4);
   if (at >= 0) return std::string(kLayoutBounds[at].name) + " = " + std::to_string(v[kPointers + at]) + " is out of range";
-  const int64_t n = v[7], h = v[8], w = v[9], c = v[10], lanes = v[25];
+  const int64_t n = v[kN], h = v[kH], w = v[kW], c = v[kCIn], lanes = v[kLanes];
   if (!is_one_of(lanes, {4, 8, 16})) return "lanes = " + std::to_string(lanes) + " is no known vector";
   if (!product_fits(h, w, c * lanes) || c * lanes > kInt32Max) return "an image has 2^31 elements or more";
   return n > (INT64_MAX >> 3) / std::max(h * w * c * lanes, lanes) ? "n is out of range" : "";
 }
 
 SlimConv2dF32 conv2d_of(const int64_t* v) {
-  const auto i32 = [v](int i) { return static_cast<int32_t>(v[i]); };
-  return {pointer<const float>(v[0]),   pointer<float>(v[1]),         pointer<const float>(v[2]),  pointer<const float>(v[3]),
-          pointer<const int32_t>(v[4]), pointer<const int32_t>(v[5]), pointer<const int32_t>(v[6]),
-          v[7], v[8], v[9], v[10], v[11], v[12], v[13],                            // n h w c_in c_out p q
-          i32(14), i32(15), i32(16), i32(17), i32(18), i32(19), i32(20), i32(21),  // r s stride pad dil
-          i32(22), i32(23), i32(24), i32(25)};                                     // strip relu pool lanes
+  SlimConv2dF32 a;
+  for (int i = 0; i < kMembers; ++i) {
+    void* const at = reinterpret_cast<char*>(&a) + kPlaces[i].offset;
+    const int32_t narrow = static_cast<int32_t>(v[i]);
+    std::memcpy(at, kPlaces[i].size == sizeof(narrow) ? static_cast<const void*>(&narrow) : &v[i], kPlaces[i].size);
+  }
+  return a;
 }
 
 // The same of a convolution that is about to run: its tensors are there, and its output has the size that follows from the input's.
 std::string run_fault(const int64_t* v) {
   const std::string fault = conv2d_fault(v);
   if (!fault.empty()) return fault;
-  const int64_t n = v[7], h = v[8], w = v[9], c_in = v[10], c_out = v[11], p = v[12], q = v[13], pool = v[24], lanes = v[25];
-  if (v[0] == 0 || v[1] == 0) return "x or y is NULL";
-  if (p != output_size(h, v[14], v[16], v[18], v[20]) || q != output_size(w, v[15], v[17], v[19], v[21]) || p <= pool || q <= pool)
+  const int64_t n = v[kN], h = v[kH], w = v[kW], c_in = v[kCIn], c_out = v[kCOut], p = v[kP], q = v[kQ];
+  const int64_t pool = v[kPool], lanes = v[kLanes];
+  if (v[kX] == 0 || v[kY] == 0) return "x or y is NULL";
+  if (p != output_size(h, v[kR], v[kStrideH], v[kPadH], v[kDilH]) || q != output_size(w, v[kS], v[kStrideW], v[kPadW], v[kDilW]) ||
+      p <= pool || q <= pool)
     return "p or q is not the size of the output";
   if (n > (INT64_MAX >> 3) / std::max({h * w * c_in * lanes, p * q * c_out * lanes, lanes})) return "n is out of range";
   return "";
+}
+
+std::vector<std::tuple<std::string, size_t, size_t>> conv2d_members() {
+  std::vector<std::tuple<std::string, size_t, size_t>> found;
+  for (const MemberPlace& place : kPlaces) found.emplace_back(place.name, place.offset, place.size);
+  return found;
 }
 
 bool threads_fit(int64_t threads) { return threads >= 1 && threads <= kInt32Max; }
@@ -217,7 +262,7 @@ class Steps {
         fault = "kind = " + std::to_string(v[0]) + " is no known step";
       else if (v[1] < -1 || v[1] > kMaxSlot)
         fault = "slot = " + std::to_string(v[1]) + " is out of range";
-      else if (members[0] == 0 || members[1] == 0)
+      else if (members[kX] == 0 || members[kY] == 0)
         fault = "x or y is NULL";
       else
         fault = v[0] == SLIM_STEP_CONV2D ? run_fault(members) : layout_fault(members);
@@ -332,6 +377,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of slimkernels; csrc/kernels.h holds every function's preconditions.";
   m.def("isas", &isas, "Instruction sets that are compiled in and supported by this CPU, best first.");
   m.def("multiply_adds_f32", &multiply_adds_f32, "(isa, iterations, threads) -> FLOPs done; 0 where the isa does not run.");
+  m.def("conv2d_members", &conv2d_members, "(name, offset, size) in bytes of every member of SlimConv2dF32.");
   m.def("entry_offsets", &entry_offsets, "(members of SlimConv2dF32 in order, address of the offsets, their number)");
   py::class_<Steps>(m, "Steps", "Recorded steps of kernels.h; the caller keeps their memory alive.")
       .def(py::init<const std::string&, const std::vector<std::array<int64_t, 2 + kMembers>>&>(), "isa"_a, "steps"_a)

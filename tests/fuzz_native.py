@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from slimkernels import _extension, ops
 from slimkernels.formats import BSRWeight, block_grid
 from slimkernels.kernels.cpu import conv2d as native
+from slimkernels.kernels.cpu.abi import Conv2dArguments
 from slimkernels.kernels.cpu.low_rank import pack_factors
 from slimkernels.kernels.problems import LANES, factor_geometry, strip_width
 from slimkernels.nn import BlockSparseConv2d, BlockSparseLinear, LowRankConv2d, LowRankLinear
@@ -385,10 +386,8 @@ def low_rank(rng: random.Random) -> None:
         refused(lambda: module(x), "bias of a low-rank module")
 
 
-MEMBERS = (
-    "n", "h", "w", "c_in", "c_out", "p", "q", "r", "s", "stride_h", "stride_w", "pad_h", "pad_w", "dil_h", "dil_w",
-    "strip", "relu", "pool", "lanes",
-)  # fmt: skip
+# The numbers among the arguments.
+MEMBERS = Conv2dArguments._fields[Conv2dArguments._fields.index("n") :]
 
 
 def steps(rng: random.Random) -> None:
@@ -416,8 +415,8 @@ def steps(rng: random.Random) -> None:
     conv.check(y)
     module = _extension.load()[0]
     assert module is not None
-    members, at = list(step.members), rng.randrange(len(MEMBERS))
-    name, value = MEMBERS[at], step.members[7 + at]
+    name = rng.choice(MEMBERS)
+    value = getattr(step.arguments, name)
     illegal = [-1, -(2**31), -(2**63), 2**32 + value, 2**63 - 1]
     if name not in ("h", "w", "pad_h", "pad_w", "relu", "pool"):
         illegal.append(0)
@@ -425,18 +424,18 @@ def steps(rng: random.Random) -> None:
         illegal.remove(2**32 + value)
     if name in ("strip", "lanes"):
         illegal += [3, 5, 64]
-    members[7 + at] = rng.choice(illegal)
-    what = f"{name} = {members[7 + at]}"
+    wrong_value = rng.choice(illegal)
+    members = step.arguments._replace(**{name: wrong_value})
+    what = f"{name} = {wrong_value}"
     refused(lambda: module.Steps(isa, [(0, -1, *members)]), what)
     refused(lambda: module.conv2d_f32(isa, *members, 1), what)
-    layout = list(native.layout_step(x, inner, n).members)
-    layout[7 + at] = members[7 + at]
+    layout = native.layout_step(x, inner, n).arguments._replace(**{name: wrong_value})
     if name in ("n", "h", "w", "c_in", "lanes"):
         refused(lambda: module.Steps(isa, [(1, -1, *layout)]), f"layout step with {what}")
-    refused(lambda: module.Steps(isa, [(rng.choice([3, -1, 2**32]), -1, *step.members)]), "kind")
-    refused(lambda: module.Steps(isa, [(0, rng.choice([-2, 2**31, 2**32]), *step.members)]), "slot")
-    refused(lambda: module.conv2d_f32(isa, *step.members, rng.choice([0, -1, 2**31, 2**32 + 1])), "threads")
-    refused(lambda: module.entry_offsets(step.members, offsets.data_ptr(), offsets.numel() - 1), "room for offsets")
+    refused(lambda: module.Steps(isa, [(rng.choice([3, -1, 2**32]), -1, *step.arguments)]), "kind")
+    refused(lambda: module.Steps(isa, [(0, rng.choice([-2, 2**31, 2**32]), *step.arguments)]), "slot")
+    refused(lambda: module.conv2d_f32(isa, *step.arguments, rng.choice([0, -1, 2**31, 2**32 + 1])), "threads")
+    refused(lambda: module.entry_offsets(step.arguments, offsets.data_ptr(), offsets.numel() - 1), "room for offsets")
 
 
 KINDS = (legal_op, illegal_op, illegal_op, wide_op, module_call, module_call, low_rank, steps)

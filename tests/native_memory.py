@@ -13,21 +13,20 @@ MARGIN = 16  # SLIM_OFFSETS_MARGIN
 
 def ranges(step: Step) -> list[Range]:
     """Every range of bytes that csrc/kernels.h says the step reads or writes."""
-    x, y, bias, weights, channels, tap_ptr, offsets, n, h, w, c_in, c_out, p, q, r, s = step.members[:16]
-    strip, _, pool, lanes = step.members[22:]
-    images = -(-n // lanes) * lanes
+    a = step.arguments
+    images = -(-a.n // a.lanes) * a.lanes
     if step.kind != 0:
-        near, far = n * h * w * c_in, images * h * w * c_in
+        near, far = a.n * a.h * a.w * a.c_in, images * a.h * a.w * a.c_in
         read, written = (near, far) if step.kind == 1 else (far, near)
-        return [(x, x + 4 * read, False), (y, y + 4 * written, True)]
-    runs = -(-c_out // strip) * r * s
-    entries = ctypes.c_int32.from_address(tap_ptr + 4 * runs).value
+        return [(a.x, a.x + 4 * read, False), (a.y, a.y + 4 * written, True)]
+    runs = -(-a.c_out // a.strip) * a.r * a.s
+    entries = ctypes.c_int32.from_address(a.tap_ptr + 4 * runs).value
     read_counts = [
-        (x, images * h * w * c_in), (bias, c_out), (weights, entries * strip), (channels, entries),
-        (tap_ptr, runs + 1), (offsets, entries + MARGIN),
+        (a.x, images * a.h * a.w * a.c_in), (a.bias, a.c_out), (a.weights, entries * a.strip), (a.channels, entries),
+        (a.tap_ptr, runs + 1), (a.offsets, entries + MARGIN),
     ]  # fmt: skip
     found = [(at, at + 4 * count, False) for at, count in read_counts if at and count]
-    return [*found, (y, y + 4 * images * (p >> pool) * (q >> pool) * c_out, True)]
+    return [*found, (a.y, a.y + 4 * images * (a.p >> a.pool) * (a.q >> a.pool) * a.c_out, True)]
 
 
 def together(steps: Sequence[Step]) -> Iterator[tuple[int, int]]:
@@ -54,7 +53,7 @@ def check(steps: Sequence[Step]) -> int:
     touched = [ranges(step) for step in steps]
     for i, found in enumerate(touched):
         own = [r for r in found if r[2]], [r for r in found if not r[2]]
-        assert not overlaps(*own), f"step {i} writes where it reads: {steps[i].members}"
+        assert not overlaps(*own), f"step {i} writes where it reads: {steps[i].arguments}"
     pairs = list(together(steps))
     for i, j in pairs:
         assert not overlaps(touched[i], touched[j]), (

@@ -18,6 +18,8 @@ import pytest
 from slimkernels import _extension
 from slimkernels.cli import info
 from slimkernels.kernels import KERNELS
+from slimkernels.kernels.cpu import abi
+from slimkernels.kernels.cpu.abi import Conv2dArguments
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = ROOT / "csrc" / "cpu"
@@ -303,6 +305,16 @@ def test_conv2d_f32_refuses_what_would_crash(native: ModuleType):
         native.Steps("scalar", [[0, -1, *arguments]])
 
 
+def test_the_record_is_the_struct(native: ModuleType):
+    """Name, offset and size of every member of SlimConv2dF32 are those of Conv2dArguments."""
+    assert abi.mismatch(native) is None and len(native.conv2d_members()) == len(Conv2dArguments._fields) == 26
+    other = ModuleType("other")
+    other.conv2d_members = lambda: [("x", 0, 8), ("bias", 8, 8), *native.conv2d_members()[2:]]
+    assert "expected ('y', 8, 8)" in abi.mismatch(other)
+    other.conv2d_members = lambda: native.conv2d_members()[:-1]
+    assert "has 25, expected 26" in abi.mismatch(other)
+
+
 def test_header_documents_the_argument_order(native: ModuleType):
     """The members of SlimConv2dF32 and the order stated for Python are the same list."""
     header = (ROOT / "csrc" / "kernels.h").read_text()
@@ -311,7 +323,7 @@ def test_header_documents_the_argument_order(native: ModuleType):
     assert struct and stated
     members = re.findall(r"[\w*]+(?=[,;])", re.sub(r"//.*", "", struct.group(1)))
     assert [*(m.strip("*") for m in members), "threads"] == re.sub(r"[\s/]+", " ", stated.group(1)).split(", ")
-    assert len(members) == 26
+    assert tuple(m.strip("*") for m in members) == Conv2dArguments._fields
 
 
 # CUDA C++, from the compiled module

@@ -62,7 +62,7 @@ PACKAGES = {
         "__init__", "peak, cudnn", "cpu, cuda, triton", "reference, strips", "far_taps",
         "problems, strided_pointwise, transposed",
     ),
-    "kernels/cpu": ("gradients, low_rank", "conv2d", "__init__"),
+    "kernels/cpu": ("gradients, low_rank", "conv2d", "abi", "__init__"),
     "kernels/triton": (
         "bsr_conv2d, bsr_conv2d_backward_w, bsr_conv2d_backward_x, low_rank_linear, low_rank_conv2d, "
         "relu_maxpool2_backward, fused_conv2d",

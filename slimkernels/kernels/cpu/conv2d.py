@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from slimkernels import _extension
+from slimkernels.kernels.cpu import abi
+from slimkernels.kernels.cpu.abi import Conv2dArguments, address
 from slimkernels.kernels.problems import (
     INT32_MAX,
     LANES,
@@ -27,6 +29,8 @@ from slimkernels.tensors import is_plain
 @lru_cache(maxsize=1)
 def _library() -> tuple[ModuleType | None, str | None, tuple[str, ...]]:
     module, reason = _extension.load()
+    if module is not None and (different := abi.mismatch(module)) is not None:
+        module, reason = None, different
     return module, reason, tuple(module.isas()) if module is not None else ()
 
 
@@ -221,7 +225,7 @@ class PackedConv2d:
             self._run_innermost(x, y, bias, n, h, w)
             return
         offsets = self._known_offsets(w, 1) if self._geometry[0] * self._geometry[1] > 1 else None
-        members = self._members(x, y, bias, offsets, n, h, w, p, q, 1)
+        members = self._arguments(x, y, bias, offsets, n, h, w, p, q, 1)
         status = self._conv2d(self._isa, *members, torch.get_num_threads())
         if status != 0:
             raise RuntimeError(f"{self._op}: native kernel {self._isa} failed with status {status}")
@@ -246,14 +250,19 @@ class PackedConv2d:
             offsets = self._offsets[w] = self.entry_offsets(w, lanes)
         return offsets
 
-    def _members(
+    def _arguments(
         self, x: Tensor | None, y: Tensor | None, bias: Tensor | None, offsets: Tensor | None, n: int, h: int, w: int,
         p: int, q: int, lanes: int,
-    ) -> tuple[int, ...]:  # fmt: skip
-        """The members of SlimConv2dF32 in order."""
-        pointers = (x, y, bias, *self._packed, offsets)
-        addresses = (0 if t is None else t.data_ptr() for t in pointers)
-        return (*addresses, n, h, w, self.c_in, self.c_out, p, q, *self._geometry, *self._tail, lanes)
+    ) -> Conv2dArguments:  # fmt: skip
+        weights, channels, tap_ptr = self._packed
+        r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w = self._geometry
+        strip, relu, pool = self._tail
+        return Conv2dArguments(
+            x=address(x), y=address(y), bias=address(bias), weights=address(weights), channels=address(channels),
+            tap_ptr=address(tap_ptr), offsets=address(offsets), n=n, h=h, w=w, c_in=self.c_in, c_out=self.c_out, p=p,
+            q=q, r=r, s=s, stride_h=stride_h, stride_w=stride_w, pad_h=pad_h, pad_w=pad_w, dil_h=dil_h, dil_w=dil_w,
+            strip=strip, relu=relu, pool=pool, lanes=lanes,
+        )  # fmt: skip
 
     def entry_offsets(self, w: int, lanes: int = 1) -> Tensor:
         """Elements of x between a pixel's first tap and each entry, for images of this width.
@@ -272,7 +281,7 @@ class PackedConv2d:
         offsets = torch.empty(self._packed[1].numel() + _OFFSETS_MARGIN, dtype=torch.int32)
         module = _library()[0]
         assert module is not None
-        members = self._members(None, None, None, None, 1, 1, w, 1, 1, lanes)
+        members = self._arguments(None, None, None, None, 1, 1, w, 1, 1, lanes)
         module.entry_offsets(members, offsets.data_ptr(), offsets.numel())
         return offsets
 
@@ -315,8 +324,8 @@ class PackedConv2d:
             raise ValueError(f"{self._op}: expected float32 x and y that fit this weight and {n} images, got {got}")
         self._check_for_writes()
         bias = None if bias is None else readable_bias(self._op, bias, self.c_out)
-        members = self._members(x, y, bias, offsets, n, h, w, p, q, lanes)
-        return Step(_CONV2D, members, (self, x, y, bias, offsets))
+        arguments = self._arguments(x, y, bias, offsets, n, h, w, p, q, lanes)
+        return Step(_CONV2D, arguments, (self, x, y, bias, offsets))
 
 
 class Step(NamedTuple):
@@ -327,7 +336,7 @@ class Step(NamedTuple):
     """
 
     kind: int
-    members: tuple[int, ...]
+    arguments: Conv2dArguments
     alive: tuple[Any, ...]
     slot: int = -1
 
@@ -354,7 +363,7 @@ class Steps:
         module = _library()[0]
         assert module is not None
         self._isa, self._alive, self.count = isa, [step.alive for step in steps], len(steps)
-        self._steps = module.Steps(isa, [(step.kind, step.slot, *step.members) for step in steps])
+        self._steps = module.Steps(isa, [(step.kind, step.slot, *step.arguments) for step in steps])
 
     def __call__(self) -> None:
         status = self._steps.run(torch.get_num_threads())
@@ -378,8 +387,8 @@ def layout_step(x: Tensor, y: Tensor, n: int) -> Step:
     fits = near.dim() < 5 and near.shape[0] == n and far.shape == (-(-n // lanes), h, w, channels, lanes)
     if not (fits and n > 0 and _is_dense(x) and _is_dense(y)):
         raise ValueError(f"layout_step: expected {n} images in two layouts, got {tuple(x.shape)} and {tuple(y.shape)}")
-    members = (x.data_ptr(), y.data_ptr(), *[0] * 5, n, h, w, channels, *[0] * 14, lanes)
-    return Step(_TO_IMAGES if to_images else _FROM_IMAGES, members, (x, y))
+    arguments = Conv2dArguments(x=address(x), y=address(y), n=n, h=h, w=w, c_in=channels, lanes=lanes)
+    return Step(_TO_IMAGES if to_images else _FROM_IMAGES, arguments, (x, y))
 
 
 def _image_sizes(x: Tensor) -> tuple[int, int, int, int]:
