@@ -192,7 +192,8 @@ def build(problem: SizedProblem) -> tuple[nn.Module, nn.Module, Tensor]:
         else:
             return _block_sparse(problem, randn, generator)
     layer = layer.eval().requires_grad_(False)
-    dense = layer.to_dense().eval().requires_grad_(False)
+    to_dense: Any = layer.to_dense
+    dense = to_dense().eval().requires_grad_(False)
     return layer, _channels_last(dense), _channels_last(x)
 
 
@@ -313,9 +314,9 @@ def measure_family(family: Family, seconds: float = 0.05) -> list[Entry]:
     dense_s = times["dense"].p20 / each
     entries = []
     for problem in family.problems:
-        own = [(times[key].p20 / each, choice) for key, (p, choice) in ways.items() if p == problem]
-        best, choice = min(own, key=lambda pair: pair[0])
-        entries.append(Entry(problem, choice.name, dict(choice.config), best, dense_s, len(own)))
+        timed = [(times[key].p20 / each, choice) for key, (p, choice) in ways.items() if p == problem]
+        best, choice = min(timed, key=lambda pair: pair[0])
+        entries.append(Entry(problem, choice.name, dict(choice.config), best, dense_s, len(timed)))
     return entries
 
 

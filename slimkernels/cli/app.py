@@ -19,7 +19,7 @@ from slimkernels.cli.tune import tune
 class _Commands(TyperGroup):
     """Turns what a user can cause into one line on stderr and an exit code."""
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         if ctx.params.get("debug"):
             return super().invoke(ctx)
         try:

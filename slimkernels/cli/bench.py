@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -175,7 +176,7 @@ def _rows(
         _check_same(model, fast, x, sparsity)
         plan: ModelPlan = fast.slimkernels_plan  # type: ignore[assignment]
         swapped[sparsity] = len(plan.swapped)
-        callables[f"sparse {sparsity}"] = lambda fast=fast: fast(channels_last)
+        callables[f"sparse {sparsity}"] = partial(fast, channels_last)
     say(f"batch {batch}: timing")
     measured = timing.interleaved(callables, seconds=seconds)
     baseline = min(baselines, key=lambda name: measured[name].p50)

@@ -132,7 +132,7 @@ def convert(
     out = out or Path(f"{weights.name.split('.')[0]}.slim.safetensors")
     save(fast, out)
     if as_json:
-        plan = json.loads(fast.slimkernels_plan.to_json())
+        plan = json.loads(fast.slimkernels_plan.to_json())  # type: ignore[union-attr, operator]
         o.print_json(
             {"file": str(out), "bytes": out.stat().st_size, "model": name, "num_classes": classes, "plan": plan}
         )

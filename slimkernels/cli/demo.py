@@ -11,6 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -225,7 +226,7 @@ def _latencies(
         for variant, call in timing.best_dense(model, x, compile=False).items():
             callables[f"{name}|{variant}"] = call
     for name, model in fast.items():
-        callables[f"{name}, converted"] = lambda model=model: model(channels_last)
+        callables[f"{name}, converted"] = partial(model, channels_last)
     best: dict[str, timing.Timing] = {}
     for name, measured in timing.interleaved(callables, seconds=seconds).items():
         row = name.split("|")[0]

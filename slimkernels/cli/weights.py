@@ -19,6 +19,7 @@ from slimkernels import models
 from slimkernels.conversion.container import FORMAT as CONVERTED_FORMAT
 from slimkernels.files import atomic_path
 from slimkernels.nn import LowRankConv2d, LowRankLinear, resolved_padding
+from slimkernels.nn.attributes import int_pair
 
 _HEADER_KEY = "slimkernels.weights"
 
@@ -172,10 +173,10 @@ def _make_low_rank(model: nn.Module, layer: str, kind: str, ranks: tuple[int, ..
         twin = LowRankConv2d(
             dense.in_channels,
             dense.out_channels,
-            dense.kernel_size,
-            dense.stride,
-            resolved_padding(dense),
-            dense.dilation,
+            int_pair(dense.kernel_size),
+            int_pair(dense.stride),
+            int_pair(resolved_padding(dense)),
+            int_pair(dense.dilation),
             dense.bias is not None,
             kind=kind,
             ranks=ranks,

@@ -173,7 +173,8 @@ def _no_gain(model: nn.Module, picked: Sequence[SelectedLayer]) -> dict[str, str
     names = {id(module): name for name, module in model.named_modules()}
     found = {}
     for layer in asked:
-        if is_lazy(layer.module._parameters.get("weight")):
+        weight = layer.module._parameters.get("weight")
+        if weight is not None and is_lazy(weight):
             continue  # it has to be refused by name: after the first call it may be taken
         reason = type_obstacle(layer.module) or readers.get(names[id(layer.module)])
         if reason is not None:

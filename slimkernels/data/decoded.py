@@ -169,7 +169,7 @@ def _decode(
     labels: dict[str, list[int]] = {"train": [], test_name: []}
     expected: tuple[int, ...] | None = None
     with ThreadPoolExecutor(max_workers=threads) as pool, _bar(progress, len(names)) as advance:
-        for name, image in pool.map(lambda item: (item[0], _pixels(op, source, *item, size)), read):
+        for name, image in pool.map(lambda item: (item[0], _pixels(op, source, item[0], item[1], size)), read):
             expected = expected or tuple(image.shape)
             if tuple(image.shape) != expected:
                 got, wanted = (f"{shape[1]}x{shape[0]}" for shape in (image.shape, expected))
@@ -212,18 +212,18 @@ def _read_cache(path: Path, fingerprint: str) -> Decoded | None:
             metadata = file.metadata() or {}
             if metadata.get("fingerprint") != fingerprint:
                 return None
-            parts = [
+            train, test = (
                 Split(file.get_tensor(f"{split}.images").permute(0, 3, 1, 2), file.get_tensor(f"{split}.labels").long())
                 for split in ("train", "test")
-            ]
+            )
             classes = tuple(json.loads(metadata["classes"]))
     except (OSError, SafetensorError, KeyError, ValueError):
         return None
     whole = all(
         part.images.dtype == torch.uint8 and part.images.dim() == 4 and len(part.images) == len(part.labels)
-        for part in parts
+        for part in (train, test)
     )
-    return Decoded(*parts, classes) if whole else None
+    return Decoded(train, test, classes) if whole else None
 
 
 def _write_cache(path: Path, fingerprint: str, decoded: Decoded) -> None:

@@ -131,15 +131,14 @@ class TensorLoader:
             yield from (self._batch(draws, rows, None) for rows in self._rows())
             return
         with ThreadPoolExecutor(max_workers=1) as pool:
-            waiting: Future[Any] | None = None
-            ahead = None
+            ahead: tuple[slice, Future[Any]] | None = None
             for rows in self._rows():
-                future = pool.submit(self._fetch, draws.order_host[rows])
-                if waiting is not None:
-                    yield self._batch(draws, ahead, waiting.result())
-                waiting, ahead = future, rows
-            if waiting is not None:
-                yield self._batch(draws, ahead, waiting.result())
+                fetching = pool.submit(self._fetch, draws.order_host[rows])
+                if ahead is not None:
+                    yield self._batch(draws, ahead[0], ahead[1].result())
+                ahead = rows, fetching
+            if ahead is not None:
+                yield self._batch(draws, ahead[0], ahead[1].result())
 
     def _rows(self) -> Iterator[slice]:
         for index in range(len(self)):

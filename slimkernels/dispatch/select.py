@@ -196,7 +196,7 @@ def launcher(kernel: str, index: int, problem_type: type[SizedProblem], *sizes: 
     """
     if _FORCED:
         return _bound(_FORCED[-1])
-    return _launcher(kernel, env.backend(), env.isa_cap(), index, problem_type, sizes)
+    return _launcher(kernel, env.backend(), env.isa_cap(), index, problem_type, sizes)  # type: ignore[arg-type]
 
 
 _FORCED: list[KernelChoice] = []

@@ -33,7 +33,7 @@ class Piece(NamedTuple):
     """
 
     start: int
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody asks a piece for
     lanes: int
     slot: int
 

@@ -69,9 +69,10 @@ class AttributesInUse(nn.Module):
 
     def _check_attributes(self) -> None:
         """Raises ValueError, beginning with the module's name, where the attributes have no meaning."""
-        check_epilogue(type(self).__name__, self._op, self.epilogue)
+        module: Any = self  # attributes of the classes below
+        check_epilogue(type(self).__name__, self._op, module.epilogue)
         if hasattr(self, "stride"):
-            check_geometry(type(self).__name__, self.stride, self.padding, self.dilation)
+            check_geometry(type(self).__name__, module.stride, module.padding, module.dilation)
 
     def _attributes_changed(self) -> None:
         """Renews what follows from the attributes."""

@@ -224,10 +224,12 @@ class _BlockSparse(AttributesInUse):
         error_messages = args[-1]
         names = ("values", "crow_indices", "col_indices")
         # A part that the state dict lacks stays, so the parts are checked as they will stand together.
-        found = [state_dict.get(prefix + name, getattr(self, name)) for name in names]
-        if all(isinstance(part, Tensor) for part in found) and found[0].shape == self.values.shape:
+        values, crow_indices, col_indices = (state_dict.get(prefix + name, getattr(self, name)) for name in names)
+        tensors = all(isinstance(part, Tensor) for part in (values, crow_indices, col_indices))
+        if tensors and values.shape == self.values.shape:
             try:
-                BSRWeight(*found, self.weight_bsr().weight_shape, self.block_shape).validate()
+                shape = self.weight_bsr().weight_shape
+                BSRWeight(values, crow_indices, col_indices, shape, self.block_shape).validate()
             except (ValueError, TypeError) as error:
                 error_messages.append(f"{prefix.rstrip('.')}: {error}")
                 return

@@ -293,7 +293,8 @@ def _bsr_conv2d_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 def _bsr_linear_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, *weight, y, transposed = ctx.saved_tensors
     weight_shape, block_shape, epilogue, kernel = ctx.arguments
-    grad, rows, y = (None if t is None else t.reshape(-1, t.shape[-1], 1, 1) for t in (grad, x, y))
+    grad = grad.reshape(-1, grad.shape[-1], 1, 1)
+    rows, y = (None if t is None else t.reshape(-1, t.shape[-1], 1, 1) for t in (x, y))
     grad_x, grad_values, grad_bias = OPS.bsr_conv2d_backward(
         grad, rows, *weight, y, transposed, [*weight_shape, 1, 1], block_shape, [1, 1], [0, 0], [1, 1], epilogue,
         kernel, _output_mask(ctx),
@@ -370,10 +371,10 @@ def bsr_conv2d(
     """
     if has_tangent(x, values, bias):
         weight = (values, crow_indices, col_indices)
-        geometry = (weight_shape, block_shape, stride, padding, dilation, epilogue)
-        _conv2d_output_shape(x, *weight, bias, *geometry, transposed)
+        sizes = (weight_shape, block_shape, stride, padding, dilation)
+        _conv2d_output_shape(x, *weight, bias, *sizes, epilogue, transposed)
         check_pattern("bsr_conv2d", crow_indices, col_indices, weight_shape, block_shape)
-        return reference.bsr_conv2d(x, *weight, bias, (), *geometry)
+        return reference.bsr_conv2d(x, *weight, bias, (), *sizes, epilogue)
     run = _bsr_conv2d if runs_plainly(x, values, crow_indices, col_indices, bias) else OPS.bsr_conv2d.default
     return run(
         x, values, crow_indices, col_indices, bias, list(packed), weight_shape, block_shape, stride, padding, dilation,

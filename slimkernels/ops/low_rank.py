@@ -226,9 +226,10 @@ def _conv2d_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     for i in reversed(range(len(factors))):
         stride, padding, dilation = ctx.geometry[i]
         need_input = i > 0 or need_x
-        grad, grad_factors[i] = convolution_backward(
+        before, grad_factors[i] = convolution_backward(
             grad, inputs[i], factors[i], stride, padding, dilation, (need_input, bool(need_factors))
         )
+        grad = grad if before is None else before  # None is the last one's, where x needs no gradient
     return grad if need_x else None, grad_factors, grad_bias, [None] * ctx.packed_count, *[None] * 6
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -173,10 +174,10 @@ def _time_group(
     for name, (model, fast) in pairs.items():
         masked = timing.best_dense(model, x, compile=False)
         callables["masked", name] = masked["eager channels_last"]
-        callables["converted", name] = lambda fast=fast: fast(x)
+        callables["converted", name] = partial(fast, x)
         recorded = graphed(fast, x)
-        callables["recorded", name] = lambda recorded=recorded: recorded(x)
-    found = timing.interleaved(callables, seconds=seconds)  # type: ignore[type-var, arg-type]
+        callables["recorded", name] = partial(recorded, x)
+    found: dict[Any, timing.Timing] = timing.interleaved(callables, seconds=seconds)  # type: ignore[type-var, arg-type]
     best = min((key for key in found if key[0] == "teacher"), key=lambda key: found[key].p50)
     for name in pairs:
         ways = {way: found[way, name] for way in ("masked", "converted", "recorded")}

@@ -88,7 +88,7 @@ def run_row(place: Workplace, row: Row, seed: int) -> tuple[dict[str, Any], nn.M
         assert row.model is not None
         model = build(row.model, classes, seed)
         identity = key_of(model=row.model, classes=classes, seed=seed)
-    model = model.to(place.device, memory_format=torch.channels_last).train()
+    model = model.to(place.device).to(memory_format=torch.channels_last).train()
     model.requires_grad_(True)
     steps: list[dict[str, Any]] = []
     for number, step in enumerate(row.steps, start=1):
@@ -160,10 +160,10 @@ def _run_step(
     stem = place.folder(row, seed) / f"{number}-{step.verb}"
     if step.verb not in TRAINING_VERBS:
         facts = _change(model, step)
-        result = {"key": key, "verb": step.verb, **facts}
+        changed = {"key": key, "verb": step.verb, **facts}
         if finished(stem.with_suffix(".json"), key) is None:
-            write_result(stem.with_suffix(".json"), result)
-        return key, result
+            write_result(stem.with_suffix(".json"), changed)
+        return key, changed
     state = stem.with_suffix(".pt")
     result = finished(stem.with_suffix(".json"), key, state)
     if result is None:

@@ -76,4 +76,4 @@ def _masked(model: nn.Module) -> Iterator[tuple[Tensor, nn.Module]]:
             for parametrization in module.parametrizations.weight:  # type: ignore[union-attr]
                 mask = getattr(parametrization, "mask", None)
                 if isinstance(mask, Tensor) and mask.dtype == torch.bool:
-                    yield module.parametrizations.weight.original, parametrization  # type: ignore[union-attr]
+                    yield module.parametrizations.weight.original, parametrization  # type: ignore[union-attr, misc]
