@@ -76,6 +76,7 @@ class Family:
         if isinstance(p, LinearProblem | LowRankLinearProblem):
             rank = f" rank {p.rank}" if isinstance(p, LowRankLinearProblem) else ""
             return f"{p.op} {p.in_features}->{p.out_features} @ {p.m}{block}{rank}"
+        assert isinstance(p, LowRankConvProblem), "families of fused convolutions are not tuned"
         return f"{p.op} {p.kind} {p.factor_shapes[0][1]}->{p.factor_shapes[-1][0]} @ {p.n}x{p.h}x{p.w}"
 
 

@@ -38,6 +38,7 @@ from slimkernels.dispatch.gpu_prediction import (
 from slimkernels.dispatch.gpu_rates import GpuRates
 from slimkernels.kernels.problems import (
     ConvProblem,
+    FusedConvProblem,
     LinearProblem,
     LowRankConvProblem,
     LowRankLinearProblem,
@@ -113,7 +114,7 @@ def gpu_block_sparse(
     slow = (_SEVERAL_SLICES if tile.block_k > block_in else 1.0) * (_WIDE_TILE if tile.block_m > 128 else 1.0)
     clocks = tiles * (_PIECE_CLOCKS * tile.block_m * depth / piece + _SECTOR_CLOCKS * tile_bytes / _SECTOR_BYTES)
     chain, resident = chain_of(tile, tiles, steps, item, matrix, True, rates)
-    passes = ()
+    passes: tuple[Prediction, ...] = ()
     if split > 1:  # the partial sums are written, then read by a second kernel
         nbytes += 4 * rows * c_out * split
         partial = traffic_s(4 * rows * c_out * split, rates)
@@ -153,6 +154,7 @@ def predict_gpu(
         return replace(factors, passes=(*factors.passes, *relu_pass(problem, rates)))
     if backend == "reference":  # writes the dense weight, reads it back, and multiplies zeros
         return replace(gpu_dense(problem, rates), launch_s=4 * rates.launch_s)
+    assert not isinstance(problem, FusedConvProblem), "fused_cost predicts those"
     sparse = gpu_block_sparse(problem, config, rates, one_position=one_position)
     if backend == "cuda":  # sums on the plain cores
         return replace(sparse, matrix_s=sparse.matrix_s * rates.matrix_flops / rates.fma_flops)

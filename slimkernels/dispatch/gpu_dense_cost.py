@@ -22,6 +22,7 @@ from slimkernels.dispatch.gpu_prediction import (
 from slimkernels.dispatch.gpu_rates import GpuRates
 from slimkernels.kernels.problems import (
     ConvProblem,
+    FusedConvProblem,
     LowRankConvProblem,
     LowRankLinearProblem,
     SizedProblem,
@@ -48,7 +49,7 @@ def dense_kernel(m: int, n: int, k: int, nbytes: int, dtype: torch.dtype, rates:
             tiles = ceil_div(m, tile.block_m) * ceil_div(n, tile.block_n) * split
             steps = ceil_div(k, tile.block_k * split)
             chain, resident = chain_of(tile, tiles, steps, dtype.itemsize, dense, False, rates)
-            passes = ()
+            passes: tuple[Prediction, ...] = ()
             if split > 1:
                 partial = traffic_s(4 * m * n * (split + 1), rates)
                 passes = (Prediction(0.0, 0.0, partial, rates.launch_s, chain_s=2 * rates.latency_s),)
@@ -78,7 +79,7 @@ def gpu_dense(problem: SizedProblem, rates: GpuRates) -> Prediction:
 
 
 def _output_channels(problem: SizedProblem) -> int:
-    if isinstance(problem, ConvProblem):
+    if isinstance(problem, ConvProblem | FusedConvProblem):
         return problem.c_out
     return problem.factor_shapes[-1][0] if isinstance(problem, LowRankConvProblem) else problem.out_features
 
