@@ -51,6 +51,20 @@ def test_names_of_the_reference_exist(page: Path) -> None:
             assert hasattr(importlib.import_module(module), attribute), f"{label(page)}: {name}"
 
 
+def test_files_of_the_contributors_map_exist() -> None:
+    """``package/{one,two}.py`` in CONTRIBUTING's tables: every file is there, under slimkernels/ or the root."""
+    named = re.findall(
+        r"`([\w./*]*?(?:\{[\w,]+\})?[\w./]*\.(?:py|h|cpp|yaml))`", (ROOT / "CONTRIBUTING.md").read_text()
+    )
+    files = []
+    for name in named:
+        found = re.fullmatch(r"(.*)\{(.*)\}(.*)", name)
+        files += [f"{found[1]}{part}{found[3]}" for part in found[2].split(",")] if found else [name]
+    assert len(files) > 50
+    for file in files:
+        assert any(ROOT.glob(file)) or any((ROOT / "slimkernels").glob(file)), f"CONTRIBUTING.md: no {file}"
+
+
 def documented_modules() -> list[str]:
     """Modules with an example in a docstring."""
     names = [m.name for m in pkgutil.walk_packages(slimkernels.__path__, "slimkernels.") if m.name != "slimkernels._C"]
