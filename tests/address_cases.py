@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from address_layers import (
     CIFAR,
+    DTYPE,
     IMAGENET,
     Layer,
     every_layer,
@@ -26,6 +27,7 @@ from address_layers import (
 )
 from address_replay import Accesses, Launched, everything, replaying, sample
 
+from slimkernels import testing
 from slimkernels.formats import BSRWeight
 from slimkernels.kernels.triton import (
     bsr_conv2d,
@@ -147,6 +149,18 @@ def test_every_output_is_written_once_by_one_position_a_tile(
         check_forward_program(layer, weight, accesses, "images_on_m")
     written = np.concatenate([accesses.written("y_ptr") for accesses in launched.programs.values()])
     assert np.array_equal(np.sort(written), np.arange(batch * 256 * 9))
+
+
+@pytest.mark.parametrize("variant", ("pixels_on_m", "weights_on_m", "taps_together", "images_on_m"))
+def test_an_empty_block_row_reads_nothing(monkeypatch: pytest.MonkeyPatch, variant: str) -> None:
+    layer = Layer(32, 256, 2, False, 20)
+    weight = testing.random_bsr((256, 32, 3, 3), (64, 16), 0.7, seed=1, dtype=DTYPE, pattern="zero_block_row")
+    assert (weight.crow_indices.diff() == 0).any()
+    tile = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 4, "num_stages": 4}
+    with replaying(monkeypatch, everything) as replay:
+        forward(layer, weight, tile, variant)
+    for accesses in replay.launches[0].programs.values():
+        check_forward_program(layer, weight, accesses, variant)
 
 
 @pytest.mark.parametrize("variant", ("weights_on_m", "taps_together", "shared_input"))
