@@ -132,7 +132,7 @@ def bsr_conv2d_fwd_kernel_images(
         channel = (column - tap * GROUPS) * BSR_IN + in_block
         tap_h = (tap.to(tl.uint32) // S).to(tl.int32)
         tap_w = tap - tap_h * S
-        offs_tap = (tap_h * DIL_H * w.to(index_type) + tap_w * DIL_W) * C_IN + channel
+        offs_tap = (tap_h * DIL_H * tl.cast(w, index_type) + tap_w * DIL_W) * C_IN + channel
         stored = step < steps
         inside = stored
         if RAGGED_IN:
