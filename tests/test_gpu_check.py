@@ -27,7 +27,7 @@ from slimkernels.dispatch.gpu_rates import H200
 from slimkernels.dispatch.select import KernelChoice
 from slimkernels.inference import warm_up
 from slimkernels.kernels import KERNELS, KernelSpec
-from slimkernels.kernels.problems import ConvProblem
+from slimkernels.kernels.problems import ConvProblem, FusedConvProblem
 from slimkernels.kernels.triton.bsr_conv2d_config import configs, images_reason
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -439,7 +439,12 @@ def forward_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep, "configurations", listed)
     monkeypatch.setattr(tables, "gpu_rates", lambda *_: H200)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(layers, "choose", lambda p, index: KernelChoice("bsr_conv2d__triton", configs(p)[0]))
+
+    # The first convolution is dense and of another op: its choice does not matter here.
+    def chosen(p: ConvProblem | FusedConvProblem, index: int) -> KernelChoice:
+        return KernelChoice("bsr_conv2d__triton", configs(p)[0] if isinstance(p, ConvProblem) else {})
+
+    monkeypatch.setattr(layers, "choose", chosen)
 
 
 @pytest.mark.usefixtures("forward_kernels")
