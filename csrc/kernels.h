@@ -114,6 +114,34 @@ typedef struct SlimCudaBsrConv2d {
   void* stream;
 } SlimCudaBsrConv2d;
 
+// The same convolution on tensor cores, bf16 or fp16, from weights packed for it (slimkernels/kernels/resident_plan.py):
+//   group_start: (columns, ceil(c_in/16) + 1), a column being 64 or 128 output channels (by `variant`): the first step of each group of 16
+//                input channels, rising through all columns; the last entry of a column is the first of the next
+//   taps:        (steps) tap << 16 | group, in that order
+//   weights:     (steps + 1, column * 16) in the order in which lanes hold them, the last step zero
+// The rest is the plan of a tile: tile_images x tile_rows x tile_cols output pixels, even numbers of rows and columns, at most as many as the
+// variant has. Its input lies in shared memory as a patch of places: a pixel's right neighbour one place on, the one below patch_row, the
+// next image patch_image; of each image load_rows x load_cols places from (load_top, load_left) are read from x, the others are zero.
+typedef struct SlimCudaResidentConv2d {
+  const void* x;
+  void* y;
+  const void* bias;  // c_out values of `dtype`, or NULL
+  const void* weights;
+  const int32_t* group_start;
+  const int32_t* taps;
+  int64_t n, h, w, c_in, c_out, p, q;
+  int32_t r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w;
+  int32_t relu, pool;  // 0 or 1: y = max(y, 0); 2x2 stride-2 max-pool after it; both keep NaN
+  int32_t tile_images, tile_rows, tile_cols, patch_row, patch_image, patch, load_top, load_left, load_rows, load_cols;
+  int32_t slab;     // input channels in a stage of the ring: 16, 32, 64 or 128
+  int32_t stages;   // 2 to 8
+  int32_t steps;    // the most steps that one thread block has
+  int32_t variant, blocks;
+  int32_t dtype;
+  int32_t device;
+  void* stream;
+} SlimCudaResidentConv2d;
+
 // Fused low-rank linear layer: y = epilogue((x V^T) U^T + bias), the (m, rank) product held in shared memory as fp32.
 // Preconditions: x is (m,in), v is (rank,in), u is (out,rank), y is (m,out), all contiguous and of `dtype`; m,in,out >= 1;
 // 1 <= rank <= SLIM_CUDA_MAX_FUSED_RANK.

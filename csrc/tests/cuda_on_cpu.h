@@ -1,5 +1,5 @@
 // Just enough of the CUDA language and runtime to run csrc/cuda on a CPU, one CTA at a time, its threads as coroutines that
-// switch at __syncthreads. Threads run in rising and falling order in turn, which a missing barrier does not survive.
+// switch where they wait.
 // tests/test_cuda.py rewrites kernel<<<...>>>(...) to emulate(...) and `extern __shared__`, which C++ cannot express.
 #pragma once
 #include <math.h>
@@ -22,7 +22,7 @@
 struct Index {
   unsigned x;
 };
-inline Index threadIdx, blockIdx;
+inline Index threadIdx, blockIdx, gridDim;
 
 inline int min(int a, int b) { return a < b ? a : b; }
 
@@ -60,61 +60,119 @@ enum { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 namespace emulated {
 constexpr int kDevices = 2;
 constexpr size_t kStack = 256 * 1024;
-constexpr int kSharedLimit = 99 * 1024;
+inline int shared_limit = 99 * 1024;  // the least that any GPU from sm_80 on has
 inline int current_device = 0, launch_device = -1, dynamic_limit = 48 * 1024;
 inline void* launch_stream = nullptr;
 inline cudaError_t last_error = cudaSuccess;
 inline std::vector<char> dynamic_shared;
+// Threads are coroutines, which hand over where they wait. In orders 0 and 1 all threads run rising and falling; in orders 2 and 3 one warp
+// runs ahead of the others as far as it can, the first or the last. What a warp does in the background happens late in half of the modes.
+// A barrier or a wait that is missing survives some of them, not all.
+constexpr int kModes = 8;
+inline int mode = -1;  // -1: all of them in turn, a block each
+inline bool late = false;
+inline void (*block_begins)() = nullptr;
+inline void (*block_ends)() = nullptr;
+struct Thread {
+  ucontext_t context;
+  bool done = false;
+  std::function<bool()> ready;  // empty: it may run
+};
+inline std::vector<Thread> threads;
 inline ucontext_t scheduler;
-inline ucontext_t* running = nullptr;
-inline bool waiting = false;
+inline unsigned running = 0;
 inline const std::function<void()>* body = nullptr;
+struct Barrier {
+  unsigned arrived = 0;
+  long passed = 0;
+};
+inline Barrier barriers[16];
 
-inline void thread_main() { (*body)(); }
+inline void fail(const char* what) {
+  fprintf(stderr, "cuda_on_cpu: %s\n", what);
+  abort();
+}
 
-inline void block(unsigned threads) {
+inline void thread_main() {
+  (*body)();
+  threads[running].done = true;
+}
+
+// Lets others run until `ready` holds.
+inline void wait_until(std::function<bool()> ready) {
+  if (ready()) return;
+  const unsigned thread = running;
+  threads[thread].ready = std::move(ready);
+  swapcontext(&threads[thread].context, &scheduler);
+}
+
+inline void meet(int id, unsigned expected) {
+  Barrier& barrier = barriers[id];
+  const long passed = barrier.passed;
+  if (++barrier.arrived == expected) {
+    barrier.arrived = 0;
+    ++barrier.passed;
+  } else {
+    wait_until([&barrier, passed] { return barrier.passed != passed; });
+  }
+}
+
+inline bool run_thread(unsigned t) {
+  Thread& thread = threads[t];
+  if (thread.done || (thread.ready && !thread.ready())) return false;
+  thread.ready = nullptr;
+  running = t;
+  threadIdx.x = t;
+  swapcontext(&scheduler, &thread.context);
+  return true;
+}
+
+inline bool run_warp_ahead(unsigned warp, unsigned count) {
+  bool any = false;
+  for (bool again = true; again;) {
+    again = false;
+    for (unsigned t = warp * 32; t < warp * 32 + 32 && t < count; ++t) again |= run_thread(t);
+    any |= again;
+  }
+  return any;
+}
+
+inline void block(unsigned count, int with_mode) {
+  const int order = with_mode % 4;
+  late = (with_mode ^ with_mode / 4) & 1;
   static std::vector<char> stacks;
-  stacks.resize(threads * kStack);
-  std::vector<ucontext_t> contexts(threads);
-  std::vector<bool> done(threads, false);
-  for (unsigned t = 0; t < threads; ++t) {
-    getcontext(&contexts[t]);
-    contexts[t].uc_stack.ss_sp = &stacks[t * kStack];
-    contexts[t].uc_stack.ss_size = kStack;
-    contexts[t].uc_link = &scheduler;
-    makecontext(&contexts[t], thread_main, 0);
+  stacks.resize(count * kStack);
+  threads.assign(count, Thread());
+  for (Barrier& barrier : barriers) barrier = Barrier();
+  for (unsigned t = 0; t < count; ++t) {
+    ucontext_t& context = threads[t].context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = &stacks[t * kStack];
+    context.uc_stack.ss_size = kStack;
+    context.uc_link = &scheduler;
+    makecontext(&context, thread_main, 0);
   }
-  unsigned left = threads;
-  for (unsigned phase = 0; left > 0; ++phase) {
-    unsigned at_barrier = 0;
-    for (unsigned i = 0; i < threads; ++i) {
-      const unsigned t = phase % 2 == 0 ? i : threads - 1 - i;
-      if (done[t]) continue;
-      threadIdx.x = t;
-      running = &contexts[t];
-      waiting = false;
-      swapcontext(&scheduler, running);
-      if (waiting) {
-        ++at_barrier;
-      } else {
-        done[t] = true;
-        --left;
-      }
+  if (block_begins != nullptr) block_begins();
+  const unsigned warps = (count + 31) / 32;
+  for (bool left = true; left;) {
+    bool any = false;
+    if (order < 2) {
+      for (unsigned i = 0; i < count; ++i) any |= run_thread(order == 0 ? i : count - 1 - i);
+    } else {
+      for (unsigned i = 0; i < warps && !any; ++i) any = run_warp_ahead(order == 2 ? i : warps - 1 - i, count);
     }
-    if (at_barrier != 0 && at_barrier != threads) {
-      fprintf(stderr, "cuda_on_cpu: %u of %u threads reached a barrier\n", at_barrier, threads);
-      abort();
-    }
+    left = false;
+    for (const Thread& thread : threads) left |= !thread.done;
+    if (left && !any) fail("threads wait for each other for ever");
   }
+  for (const Barrier& barrier : barriers) {
+    if (barrier.arrived != 0) fail("a thread left while others wait at a barrier");
+  }
+  if (block_ends != nullptr) block_ends();
 }
 }  // namespace emulated
 
-inline void __syncthreads() {
-  const unsigned thread = threadIdx.x;
-  emulated::waiting = true;
-  swapcontext(emulated::running, &emulated::scheduler);
-  threadIdx.x = thread;
-}
+inline void __syncthreads() { emulated::meet(0, unsigned(emulated::threads.size())); }
 
 inline void emulate(const std::function<void()>& kernel, unsigned grid, unsigned threads, int shared, cudaStream_t stream) {
   emulated::launch_device = emulated::current_device;
@@ -124,10 +182,11 @@ inline void emulate(const std::function<void()>& kernel, unsigned grid, unsigned
     return;
   }
   emulated::body = &kernel;
+  gridDim.x = grid;
   for (unsigned b = 0; b < grid; ++b) {
     blockIdx.x = b;
     emulated::dynamic_shared.assign(size_t(shared), char(0xff));  // NaN, as floats
-    emulated::block(threads);
+    emulated::block(threads, emulated::mode < 0 ? int(b % emulated::kModes) : emulated::mode);
   }
 }
 
@@ -154,7 +213,7 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 }
 template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel, int, int bytes) {
-  if (bytes > emulated::kSharedLimit) return emulated::last_error = cudaErrorInvalidValue;
+  if (bytes > emulated::shared_limit) return emulated::last_error = cudaErrorInvalidValue;
   emulated::dynamic_limit = bytes;
   return cudaSuccess;
 }

@@ -1,0 +1,196 @@
+// The hardware instructions that the tensor-core kernels use, one small function each. Shared memory is spoken of by 32-bit address,
+// as the instructions take it. csrc/tests/tensor_cores_on_cpu.h supplies the same functions lane by lane on a CPU.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <stdint.h>
+
+#define SLIM_DEVICE __device__ __forceinline__
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define SLIM_HAS_WGMMA 1
+#else
+#define SLIM_HAS_WGMMA 0
+#endif
+
+namespace slim {
+
+extern __shared__ __align__(1024) unsigned char dynamic_shared_memory[];
+
+namespace hw {
+
+SLIM_DEVICE uint32_t shared_memory() { return uint32_t(__cvta_generic_to_shared(dynamic_shared_memory)); }
+
+SLIM_DEVICE uint32_t load_shared_32(uint32_t at) {
+  uint32_t v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at));
+  return v;
+}
+SLIM_DEVICE uint4 load_shared_128(uint32_t at) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at));
+  return v;
+}
+SLIM_DEVICE void store_shared_32(uint32_t at, uint32_t v) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(v) : "memory");
+}
+SLIM_DEVICE void store_shared_128(uint32_t at, uint4 v) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
+// Global memory that nothing writes while the kernel runs.
+SLIM_DEVICE uint4 load_global_128(const void* at) { return __ldg(static_cast<const uint4*>(at)); }
+SLIM_DEVICE void store_global_128(void* at, uint4 v) { *static_cast<uint4*>(at) = v; }
+
+// 16 bytes from global to shared memory in the background; `inside` false writes zeros and reads nothing.
+SLIM_DEVICE void copy_async_16(uint32_t to, const void* from, bool inside) {
+  const int bytes = inside ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+SLIM_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until at most N of this thread's committed groups are still on their way.
+template <int N>
+SLIM_DEVICE void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+// The same for a number known at run time, at most 6.
+SLIM_DEVICE void copy_async_wait_all_but(int groups) {
+  switch (groups) {
+    case 0: return copy_async_wait<0>();
+    case 1: return copy_async_wait<1>();
+    case 2: return copy_async_wait<2>();
+    case 3: return copy_async_wait<3>();
+    case 4: return copy_async_wait<4>();
+    case 5: return copy_async_wait<5>();
+    default: return copy_async_wait<6>();
+  }
+}
+
+// Waits for all threads of the block, or for `threads` of them that meet at barrier `id` (1 to 15).
+SLIM_DEVICE void synchronize() { __syncthreads(); }
+SLIM_DEVICE void synchronize(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
+// Four 8x8 matrices of 16-bit numbers; lane 8 m + i gives the address of row i of matrix m.
+SLIM_DEVICE void load_matrices(uint32_t (&v)[4], uint32_t at) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+               : "r"(at)
+               : "memory");
+}
+
+// d += a b, 16x16 times 16x8, in a warp.
+template <typename T>
+SLIM_DEVICE void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+template <>
+SLIM_DEVICE void multiply<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+template <>
+SLIM_DEVICE void multiply<__half>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Two numbers rounded to T and packed, `low` in the low half; negative numbers become 0 with RELU, NaN stays.
+template <typename T, bool RELU>
+SLIM_DEVICE uint32_t pack(float low, float high) {
+  uint32_t v;
+  if constexpr (sizeof(T) == 2 && RELU) {
+    if constexpr (__is_same(T, __half)) {
+      asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+    } else {
+      asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+    }
+  } else if constexpr (__is_same(T, __half)) {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+  }
+  return v;
+}
+
+// The larger one; NaN where either is NaN.
+SLIM_DEVICE float larger(float a, float b) {
+  float v;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(v) : "f"(a), "f"(b));
+  return v;
+}
+
+SLIM_DEVICE float load_number(const __nv_bfloat16* at) { return __bfloat162float(__ldg(at)); }
+SLIM_DEVICE float load_number(const __half* at) { return __half2float(__ldg(at)); }
+
+// Four warps together: d += a b, 64x16 times 16x128 or 16x64, in the background. Warp w has the rows from 16 w of a and d in its registers; b, in
+// shared memory, is described by `group_operand`.
+SLIM_DEVICE uint64_t group_operand(uint32_t at, uint32_t depth_stride, uint32_t column_stride) {
+  return uint64_t((at & 0x3ffff) >> 4) | uint64_t(depth_stride >> 4) << 16 | uint64_t(column_stride >> 4) << 32;
+}
+#if SLIM_HAS_WGMMA
+template <typename T>
+SLIM_DEVICE void multiply_group(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b);  // 128 columns
+template <typename T>
+SLIM_DEVICE void multiply_group(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b);  // 64 columns
+#define SLIM_D(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
+template <>
+SLIM_DEVICE void multiply_group<__nv_bfloat16>(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b) {
+  asm volatile(
+      "{\n.reg .pred add;\nsetp.ne.b32 add, 1, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
+      "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, "
+      "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, "
+      "%62, %63}, "
+      "{%64, %65, %66, %67}, %68, add, 1, 1, 0;\n}"
+      : SLIM_D(0), SLIM_D(1), SLIM_D(2), SLIM_D(3), SLIM_D(4), SLIM_D(5), SLIM_D(6), SLIM_D(7),
+        SLIM_D(8), SLIM_D(9), SLIM_D(10), SLIM_D(11), SLIM_D(12), SLIM_D(13), SLIM_D(14), SLIM_D(15)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+template <>
+SLIM_DEVICE void multiply_group<__half>(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b) {
+  asm volatile(
+      "{\n.reg .pred add;\nsetp.ne.b32 add, 1, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
+      "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, "
+      "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, "
+      "%62, %63}, "
+      "{%64, %65, %66, %67}, %68, add, 1, 1, 0;\n}"
+      : SLIM_D(0), SLIM_D(1), SLIM_D(2), SLIM_D(3), SLIM_D(4), SLIM_D(5), SLIM_D(6), SLIM_D(7),
+        SLIM_D(8), SLIM_D(9), SLIM_D(10), SLIM_D(11), SLIM_D(12), SLIM_D(13), SLIM_D(14), SLIM_D(15)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+template <>
+SLIM_DEVICE void multiply_group<__nv_bfloat16>(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b) {
+  asm volatile(
+      "{\n.reg .pred add;\nsetp.ne.b32 add, 1, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
+      "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+      "{%32, %33, %34, %35}, %36, add, 1, 1, 0;\n}"
+      : SLIM_D(0), SLIM_D(1), SLIM_D(2), SLIM_D(3), SLIM_D(4), SLIM_D(5), SLIM_D(6), SLIM_D(7)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+template <>
+SLIM_DEVICE void multiply_group<__half>(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b) {
+  asm volatile(
+      "{\n.reg .pred add;\nsetp.ne.b32 add, 1, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
+      "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+      "{%32, %33, %34, %35}, %36, add, 1, 1, 0;\n}"
+      : SLIM_D(0), SLIM_D(1), SLIM_D(2), SLIM_D(3), SLIM_D(4), SLIM_D(5), SLIM_D(6), SLIM_D(7)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+#undef SLIM_D
+SLIM_DEVICE void multiply_group_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+SLIM_DEVICE void multiply_group_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int N>
+SLIM_DEVICE void multiply_group_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+// What this thread wrote to shared memory is seen by wgmma.
+SLIM_DEVICE void fence_for_multiply_group() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+#endif
+}  // namespace hw
+}  // namespace slim

@@ -1,0 +1,315 @@
+// What csrc/cuda/tensor_cores.cuh offers, on a CPU: instructions of a whole warp are done once its 32 lanes have come, each lane's
+// registers placed as PTX defines them. Copies and group multiplications in the background happen at once, or as late as the waits allow
+// with their destination spoilt until then.
+#pragma once
+#include <deque>
+
+#include "cuda_on_cpu.h"
+
+#define __host__
+#define __grid_constant__
+#define SLIM_DEVICE inline
+#define SLIM_HAS_WGMMA 1
+
+struct uint4 {
+  uint32_t x, y, z, w;
+};
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+
+namespace emulated {
+
+constexpr uint32_t kBase = 1024;  // address of the first byte of shared memory: 0 is never valid
+constexpr int kSpoilt = 0xff;     // NaN in every type
+
+struct Copy {
+  uint32_t to;
+  uint8_t data[16];
+};
+struct GroupProduct {
+  const uint32_t* a[32];
+  float* d[32];
+  int columns;
+  bool half;
+  uint64_t b;
+};
+struct Lane {
+  std::deque<std::vector<Copy>> copies{1};  // committed groups, the open one last
+};
+struct Warp {
+  int arrived = 0;
+  long done = 0;
+  const char* instruction = nullptr;
+  void* arguments[32];
+  std::deque<std::vector<GroupProduct>> products{1};
+};
+inline std::vector<Lane> lanes;
+inline std::vector<Warp> warps;
+inline std::vector<uint16_t> unfenced;  // of each 16 bytes: 1 + the thread whose writes wgmma may not see yet, or 0
+inline long matrix_loads = 0, matrix_conflicts = 0;
+
+// Called where a block begins and where it ends.
+inline void begin_tensor_cores() {
+  lanes.assign(threads.size(), Lane());
+  warps.assign(threads.size() / 32, Warp());
+  unfenced.assign(dynamic_shared.size() / 16 + 1, 0);
+}
+inline void end_tensor_cores() {
+  for (const Lane& lane : lanes) {
+    for (const auto& group : lane.copies) {
+      if (!group.empty()) fail("a thread left with copies on their way");
+    }
+  }
+  for (const Warp& warp : warps) {
+    if (warp.products.size() > 1 || !warp.products.back().empty()) fail("a warp left with products on their way");
+  }
+}
+inline const bool registered = (block_begins = begin_tensor_cores, block_ends = end_tensor_cores, true);
+
+inline uint8_t* shared_at(uint32_t at, uint32_t bytes) {
+  if (at % bytes != 0) fail("a shared address is not aligned");
+  if (at < kBase || at - kBase + bytes > dynamic_shared.size()) fail("a shared address is outside");
+  return reinterpret_cast<uint8_t*>(dynamic_shared.data()) + (at - kBase);
+}
+inline void mark_unfenced(uint32_t at) { unfenced[(at - kBase) / 16] = uint16_t(running + 1); }
+inline void land(const Copy& copy) { memcpy(shared_at(copy.to, 16), copy.data, 16); }
+
+// Runs `all` once, when every lane of the warp has come with its argument.
+template <typename Argument, typename All>
+void together(const char* instruction, Argument& argument, All all) {
+  Warp& warp = warps[running / 32];
+  if (warp.arrived != 0 && warp.instruction != instruction) fail("lanes of a warp meet at different instructions");
+  warp.instruction = instruction;
+  warp.arguments[running % 32] = &argument;
+  if (++warp.arrived == 32) {
+    all([&warp](int lane) -> Argument& { return *static_cast<Argument*>(warp.arguments[lane]); });
+    warp.arrived = 0;
+    ++warp.done;
+  } else {
+    const long done = warp.done;
+    wait_until([&warp, done] { return warp.done != done; });
+  }
+}
+
+inline float number(uint16_t bits, bool half) {
+  if (!half) return __bfloat162float({bits});
+  _Float16 value;
+  memcpy(&value, &bits, 2);
+  return float(value);
+}
+inline float number_of_word(uint32_t word, int which, bool half) { return number(uint16_t(which ? word >> 16 : word), half); }
+inline uint16_t bits_of(float v, bool half) {
+  uint16_t bits;
+  if (half) {
+    const _Float16 value = _Float16(v);
+    memcpy(&bits, &value, 2);
+  } else {
+    bits = __float2bfloat16_rn(v).bits;
+  }
+  return bits;
+}
+
+// How often eight rows of 16 bytes that are read at once fall on a bank that another row has.
+inline void count_conflicts(const uint32_t* rows) {
+  int most = 0;
+  for (uint32_t bank = 0; bank < 8; ++bank) {
+    int count = 0;
+    for (int i = 0; i < 8; ++i) {
+      bool first = true;
+      for (int j = 0; j < i; ++j) first = first && rows[j] != rows[i];
+      count += first && rows[i] / 16 % 8 == bank;
+    }
+    most = count > most ? count : most;
+  }
+  ++matrix_loads;
+  matrix_conflicts += most - 1;
+}
+
+inline void carry_out(const GroupProduct& product) {
+  const uint32_t start = uint32_t(product.b & 0x3fff) << 4, depth_stride = uint32_t(product.b >> 16 & 0x3fff) << 4;
+  const uint32_t column_stride = uint32_t(product.b >> 32 & 0x3fff) << 4;
+  std::vector<float> b(size_t(product.columns) * 16);
+  for (int n = 0; n < product.columns; ++n) {
+    for (int k = 0; k < 16; ++k) {  // matrices of 8 columns x 8 depths, a column's 16 bytes together
+      const uint32_t at = start + n / 8 * column_stride + k / 8 * depth_stride + n % 8 * 16 + k % 8 * 2;
+      if (unfenced[(at - kBase) / 16] != 0) fail("wgmma reads what a thread wrote without a fence");
+      uint16_t bits;
+      memcpy(&bits, shared_at(at, 2), 2);
+      b[size_t(n) * 16 + k] = number(bits, product.half);
+    }
+  }
+  for (int row = 0; row < 16; ++row) {
+    for (int n = 0; n < product.columns; ++n) {
+      float sum = 0;
+      for (int k = 0; k < 16; ++k) {
+        const uint32_t word = product.a[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2];
+        sum += number_of_word(word, k % 2, product.half) * b[size_t(n) * 16 + k];
+      }
+      product.d[row % 8 * 4 + n % 8 / 2][n / 8 * 4 + row / 8 * 2 + n % 2] += sum;
+    }
+  }
+}
+
+}  // namespace emulated
+
+namespace slim {
+namespace hw {
+
+using namespace emulated;
+
+template <typename T>
+constexpr bool is_half = false;
+template <>
+inline constexpr bool is_half<__half> = true;
+
+inline uint32_t shared_memory() { return kBase; }
+inline uint32_t load_shared_32(uint32_t at) {
+  uint32_t v;
+  memcpy(&v, shared_at(at, 4), 4);
+  return v;
+}
+inline uint4 load_shared_128(uint32_t at) {
+  uint4 v;
+  memcpy(&v, shared_at(at, 16), 16);
+  return v;
+}
+inline void store_shared_32(uint32_t at, uint32_t v) {
+  memcpy(shared_at(at, 4), &v, 4);
+  mark_unfenced(at);
+}
+inline void store_shared_128(uint32_t at, uint4 v) {
+  memcpy(shared_at(at, 16), &v, 16);
+  mark_unfenced(at);
+}
+
+inline uint4 load_global_128(const void* at) {
+  if (reinterpret_cast<uintptr_t>(at) % 16 != 0) fail("a global address is not aligned");
+  uint4 v;
+  memcpy(&v, at, 16);
+  return v;
+}
+inline void store_global_128(void* at, uint4 v) {
+  if (reinterpret_cast<uintptr_t>(at) % 16 != 0) fail("a global address is not aligned");
+  memcpy(at, &v, 16);
+}
+inline float load_number(const __nv_bfloat16* at) { return __bfloat162float(*at); }
+inline float load_number(const __half* at) { return __half2float(*at); }
+
+inline void copy_async_16(uint32_t to, const void* from, bool inside) {
+  if (inside && reinterpret_cast<uintptr_t>(from) % 16 != 0) fail("a copy's source is not aligned");
+  Copy copy{to, {}};
+  if (inside) memcpy(copy.data, from, 16);
+  mark_unfenced(to);
+  if (!late) return land(copy);
+  memset(shared_at(to, 16), kSpoilt, 16);
+  lanes[running].copies.back().push_back(copy);
+}
+inline void copy_async_commit() { lanes[running].copies.emplace_back(); }
+inline void copy_async_wait_all_but(int groups) {
+  auto& copies = lanes[running].copies;
+  while (int(copies.size()) > groups + 1) {
+    for (const Copy& copy : copies.front()) land(copy);
+    copies.pop_front();
+  }
+}
+template <int N>
+void copy_async_wait() {
+  copy_async_wait_all_but(N);
+}
+
+inline void synchronize() { meet(0, unsigned(threads.size())); }
+inline void synchronize(int id, int count) { meet(id, unsigned(count)); }
+
+inline void load_matrices(uint32_t (&v)[4], uint32_t at) {
+  struct Argument {
+    uint32_t* v;
+    uint32_t at;
+  } argument{v, at};
+  together("ldmatrix", argument, [](auto of) {
+    for (int m = 0; m < 4; ++m) {
+      uint32_t rows[8];
+      for (int i = 0; i < 8; ++i) rows[i] = of(m * 8 + i).at;
+      count_conflicts(rows);
+      for (int lane = 0; lane < 32; ++lane) memcpy(&of(lane).v[m], shared_at(rows[lane / 4], 16) + lane % 4 * 4, 4);
+    }
+  });
+}
+
+template <typename T>
+void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  struct Argument {
+    float* d;
+    const uint32_t* a;
+    uint32_t b[2];
+  } argument{d, a, {b0, b1}};
+  together("mma", argument, [](auto of) {
+    float rows[16][16], columns[16][8];
+    for (int lane = 0; lane < 32; ++lane) {
+      const int g = lane / 4, q = lane % 4;
+      for (int e = 0; e < 2; ++e) {
+        for (int i = 0; i < 4; ++i) rows[g + i % 2 * 8][q * 2 + e + i / 2 * 8] = number_of_word(of(lane).a[i], e, is_half<T>);
+        for (int i = 0; i < 2; ++i) columns[q * 2 + e + i * 8][g] = number_of_word(of(lane).b[i], e, is_half<T>);
+      }
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int i = 0; i < 4; ++i) {
+        float sum = 0;
+        for (int k = 0; k < 16; ++k) sum += rows[lane / 4 + i / 2 * 8][k] * columns[k][lane % 4 * 2 + i % 2];
+        of(lane).d[i] += sum;
+      }
+    }
+  });
+}
+
+template <typename T, bool RELU>
+uint32_t pack(float low, float high) {
+  const auto rectified = [](float v) { return RELU && v < 0.0f ? 0.0f : v; };
+  return uint32_t(bits_of(rectified(high), is_half<T>)) << 16 | bits_of(rectified(low), is_half<T>);
+}
+inline float larger(float a, float b) { return isnan(a) ? a : isnan(b) ? b : a > b ? a : b; }
+
+inline uint64_t group_operand(uint32_t at, uint32_t depth_stride, uint32_t column_stride) {
+  return uint64_t((at & 0x3ffff) >> 4) | uint64_t(depth_stride >> 4) << 16 | uint64_t(column_stride >> 4) << 32;
+}
+template <typename T, int N>
+void multiply_group(float (&d)[N][4], const uint32_t (&a)[4], uint64_t b) {
+  struct Argument {
+    float* d;
+    const uint32_t* a;
+    uint64_t b;
+  } argument{d[0], a, b};
+  Warp& warp = warps[running / 32];
+  together("wgmma", argument, [&warp](auto of) {
+    GroupProduct product{{}, {}, N * 8, is_half<T>, of(0).b};
+    for (int lane = 0; lane < 32; ++lane) {
+      if (of(lane).b != product.b) fail("lanes describe different operands");
+      product.a[lane] = of(lane).a;
+      product.d[lane] = of(lane).d;
+    }
+    warp.products.back().push_back(product);
+  });
+}
+inline void multiply_group_fence() {}
+inline void multiply_group_commit() {
+  int nothing = 0;
+  Warp& warp = warps[running / 32];
+  together("wgmma.commit", nothing, [&warp](auto) { warp.products.emplace_back(); });
+}
+template <int N>
+void multiply_group_wait() {
+  int nothing = 0;
+  Warp& warp = warps[running / 32];
+  together("wgmma.wait", nothing, [&warp](auto) {
+    while (int(warp.products.size()) > N + 1) {
+      for (const GroupProduct& product : warp.products.front()) carry_out(product);
+      warp.products.pop_front();
+    }
+  });
+}
+inline void fence_for_multiply_group() {
+  for (uint16_t& thread : unfenced) {
+    if (thread == running + 1) thread = 0;
+  }
+}
+
+}  // namespace hw
+}  // namespace slim
