@@ -142,6 +142,30 @@ typedef struct SlimCudaResidentConv2d {
   void* stream;
 } SlimCudaResidentConv2d;
 
+// The first two convolutions of a network in one kernel: a dense 3x3 one (stride 1, padding 1) of images (n,h,w,3) to 64 channels with ReLU,
+// and the block-sparse one of those to at most 64 channels, planned and packed as above with whole rows and one image in a tile, a column of
+// 64 channels and one slab.
+//   first_weights: (2, 4, 32, 8) as lanes hold the 64 x 32 matrix of 30 products a channel, row by row of taps: nine and a zero
+// Preconditions: w even; tile_images 1, load_cols w; (load_rows + 2) * 3 w / 2 at most 1024.
+typedef struct SlimCudaStemConv2d {
+  const void* x;
+  void* y;
+  const void* first_weights;
+  const void* first_bias;  // 64 values of `dtype`, or NULL
+  const void* weights;
+  const void* bias;  // c_out values of `dtype`, or NULL
+  const int32_t* taps;
+  int64_t n, h, w, c_out, p, q;
+  int32_t r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w;
+  int32_t relu, pool;
+  int32_t tile_images, tile_rows, tile_cols, patch_row, patch_image, patch, load_top, load_left, load_rows, load_cols;
+  int32_t steps;
+  int32_t variant, blocks;
+  int32_t dtype;
+  int32_t device;
+  void* stream;
+} SlimCudaStemConv2d;
+
 // Fused low-rank linear layer: y = epilogue((x V^T) U^T + bias), the (m, rank) product held in shared memory as fp32.
 // Preconditions: x is (m,in), v is (rank,in), u is (out,rank), y is (m,out), all contiguous and of `dtype`; m,in,out >= 1;
 // 1 <= rank <= SLIM_CUDA_MAX_FUSED_RANK.

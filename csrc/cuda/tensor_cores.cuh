@@ -31,6 +31,9 @@ SLIM_DEVICE uint4 load_shared_128(uint32_t at) {
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at));
   return v;
 }
+SLIM_DEVICE void store_shared_16(uint32_t at, uint32_t v) {
+  asm volatile("st.shared.u16 [%0], %1;" ::"r"(at), "h"(static_cast<unsigned short>(v)) : "memory");
+}
 SLIM_DEVICE void store_shared_32(uint32_t at, uint32_t v) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(v) : "memory");
 }
@@ -39,6 +42,7 @@ SLIM_DEVICE void store_shared_128(uint32_t at, uint4 v) {
 }
 
 // Global memory that nothing writes while the kernel runs.
+SLIM_DEVICE uint32_t load_global_32(const uint32_t* at) { return __ldg(at); }
 SLIM_DEVICE uint4 load_global_128(const void* at) { return __ldg(static_cast<const uint4*>(at)); }
 SLIM_DEVICE void store_global_128(void* at, uint4 v) { *static_cast<uint4*>(at) = v; }
 

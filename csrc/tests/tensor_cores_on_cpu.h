@@ -172,6 +172,10 @@ inline uint4 load_shared_128(uint32_t at) {
   memcpy(&v, shared_at(at, 16), 16);
   return v;
 }
+inline void store_shared_16(uint32_t at, uint32_t v) {
+  memcpy(shared_at(at, 2), &v, 2);
+  mark_unfenced(at);
+}
 inline void store_shared_32(uint32_t at, uint32_t v) {
   memcpy(shared_at(at, 4), &v, 4);
   mark_unfenced(at);
@@ -181,6 +185,7 @@ inline void store_shared_128(uint32_t at, uint4 v) {
   mark_unfenced(at);
 }
 
+inline uint32_t load_global_32(const uint32_t* at) { return *at; }
 inline uint4 load_global_128(const void* at) {
   if (reinterpret_cast<uintptr_t>(at) % 16 != 0) fail("a global address is not aligned");
   uint4 v;

@@ -1,0 +1,222 @@
+// What the tensor-core convolutions share: a group of four warps multiplies the pixels of a tile, whose input lies in shared memory as a
+// patch, by the stored blocks, whose weights lie there too.
+#pragma once
+#include "kernels.h"
+#include "tensor_cores.cuh"
+
+namespace slim {
+
+// How the warps of a group share a tile. A warp multiplies 16 M_TILES pixels by 8 N_TILES channels; WARPS_M x WARPS_N warps are a group;
+// GROUPS groups share the weights and each walks over tiles of its own, so that one computes while another waits or stores.
+template <int WARPS_M_, int WARPS_N_, int M_TILES_, int N_TILES_, int GROUPS_, bool WGMMA_>
+struct TileShape {
+  static constexpr int WARPS_M = WARPS_M_, WARPS_N = WARPS_N_, M_TILES = M_TILES_, N_TILES = N_TILES_, GROUPS = GROUPS_;
+  static constexpr bool WGMMA = WGMMA_;
+  static constexpr int PIXELS = WARPS_M * M_TILES * 16;  // of a tile
+  static constexpr int WINDOWS = PIXELS / 4;             // a tile is made of 2x2 windows
+  static constexpr int WINDOWS_OF_WARP = M_TILES * 4;
+  static constexpr int COLUMN = N_TILES * 8;          // output channels of a warp, which follow one list of steps
+  static constexpr int STEP_BYTES = COLUMN * 32;      // weights of a step: COLUMN channels x 16 input channels
+  static constexpr int THREADS = GROUPS * 128;
+  static_assert(WARPS_M * WARPS_N == 4 && M_TILES % 2 == 0 && N_TILES % 4 == 0, "tile shape");
+  static_assert(!WGMMA || WARPS_N == 1, "with wgmma four warps multiply by the same weights");
+};
+
+namespace {
+
+struct TilePosition {
+  int64_t image;
+  int32_t y, x;  // of the first output pixel
+};
+
+template <typename Args>
+SLIM_DEVICE TilePosition tile_position(const Args& a, int tile) {
+  const int across = (int(a.q) + a.tile_cols - 1) / a.tile_cols, down = (int(a.p) + a.tile_rows - 1) / a.tile_rows;
+  const int image = tile / (across * down), rest = tile % (across * down);
+  return {int64_t(image) * a.tile_images, rest / across * a.tile_rows, rest % across * a.tile_cols};
+}
+
+template <typename Args>
+SLIM_DEVICE int tile_count(const Args& a) {
+  return int((a.n + a.tile_images - 1) / a.tile_images) * ((int(a.p) + a.tile_rows - 1) / a.tile_rows) *
+         ((int(a.q) + a.tile_cols - 1) / a.tile_cols);
+}
+
+constexpr uint32_t kNoImage = 0x7fff;
+
+// Writes a tile's windows: place of the upper left pixel in the patch, image, and its row and column in the tile.
+template <typename Shape, typename Args>
+SLIM_DEVICE void write_windows(const Args& a, uint32_t windows) {
+  const int across = a.tile_cols / 2, down = a.tile_rows / 2;
+  for (int i = int(threadIdx.x); i < Shape::WINDOWS; i += Shape::THREADS) {
+    const int image = i / (across * down), y = i % (across * down) / across * 2, x = i % across * 2;
+    const bool used = image < a.tile_images;
+    const int place = image * a.patch_image + y * a.stride_h * a.patch_row + x * a.stride_w;
+    hw::store_shared_128(windows + i * 16, make_uint4(used ? place : 0, used ? image : kNoImage, y, x));
+  }
+}
+
+// Writes each step's distance in bytes from a pixel's place to the 16 channels that it multiplies; slabs hold `slab` channels.
+template <typename Shape, typename Args>
+SLIM_DEVICE void write_steps(const Args& a, uint32_t steps, int32_t first, int32_t count, int slab) {
+  for (int i = int(threadIdx.x); i < count; i += Shape::THREADS) {
+    const int32_t word = a.taps[first + i], tap = word >> 16, part = (word & 0xffff) % (slab / 16);
+    hw::store_shared_32(steps + i * 4, (tap / a.s * a.dil_h * a.patch_row + tap % a.s * a.dil_w) * (slab * 2 + 16) + part * 32);
+  }
+}
+
+// A thread block's weights, in the background. Every block begins elsewhere: all at one place would wait for the same part of L2.
+template <typename Shape>
+SLIM_DEVICE void copy_weights(uint32_t to, const void* weights, int32_t first, int32_t count) {
+  const unsigned char* const from = static_cast<const unsigned char*>(weights) + int64_t(first) * Shape::STEP_BYTES;
+  const int turn = count == 0 ? 0 : int(blockIdx.x) % count;
+  for (int i = int(threadIdx.x) * 16; i < count * Shape::STEP_BYTES; i += Shape::THREADS * 16) {
+    int at = i + turn * Shape::STEP_BYTES;
+    if (at >= count * Shape::STEP_BYTES) at -= count * Shape::STEP_BYTES;
+    hw::copy_async_16(to + at, from + at, true);
+  }
+}
+
+// The pixels and channels of one lane, and the products' sums.
+template <typename T, typename Shape>
+struct SparseTile {
+  float sum[Shape::M_TILES][Shape::N_TILES][4];
+  // This lane's rows of the A operand, in bytes from the patch: matrix rows 0 to 7 and 8 to 15 of tile 2 t are the upper and the lower pixel
+  // of one column of eight windows, those of tile 2 t + 1 of the other column.
+  uint32_t place[Shape::M_TILES];
+  uint32_t swapped;  // bit t: of the window that this lane stores, the right column comes first
+  int channel;       // the first of the warp's
+  uint32_t windows;  // the warp's, in shared memory
+
+  // Which column of a window goes first alternates between windows whose places would otherwise share banks: a place is an odd multiple of
+  // 16 bytes, so eight places with different remainders modulo 8 are free of conflicts.
+  template <typename Args>
+  SLIM_DEVICE void find_places(const Args& a, uint32_t all_windows, int warp_m, int lane, int pitch) {
+    swapped = 0;
+    windows = all_windows + warp_m * Shape::WINDOWS_OF_WARP * 16;
+#pragma unroll
+    for (int t = 0; t < Shape::M_TILES / 2; ++t) {
+      uint32_t seen = 0, second = 0;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const uint32_t bit = 1u << (hw::load_shared_32(windows + (t * 8 + i) * 16) & 7);
+        if (seen & bit) second |= 1u << i;
+        seen ^= bit;
+      }
+      const int mine = int(hw::load_shared_32(windows + (t * 8 + (lane & 7)) * 16)) + (lane & 8 ? a.stride_h * a.patch_row : 0);
+      const bool right = second >> (lane & 7) & 1;
+      place[2 * t] = uint32_t(mine + (right ? a.stride_w : 0)) * pitch + (lane >> 4) * 16;
+      place[2 * t + 1] = uint32_t(mine + (right ? 0 : a.stride_w)) * pitch + (lane >> 4) * 16;
+      swapped |= (second >> (lane >> 2) & 1) << t;
+    }
+  }
+
+  // The sums begin with the bias. Column 8 j + 2 q + e of an instruction was packed as channel 32 (j / 4) + 8 q + 2 (j % 4) + e.
+  SLIM_DEVICE void begin(const T* bias, int64_t c_out, int lane) {
+#pragma unroll
+    for (int j = 0; j < Shape::N_TILES; ++j) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int o = channel + (j >> 2) * 32 + (lane & 3) * 8 + (j & 3) * 2 + e;
+        const float first = bias != nullptr && o < c_out ? hw::load_number(bias + o) : 0.0f;
+#pragma unroll
+        for (int i = 0; i < Shape::M_TILES; ++i) sum[i][j][e] = sum[i][j][e + 2] = first;
+      }
+    }
+  }
+
+  // Adds steps [step, end) on a patch; `weights` is what the block holds from its first step on.
+  SLIM_DEVICE void multiply(uint32_t patch, uint32_t steps, uint32_t weights, int step, int end, int lane) {
+#if SLIM_HAS_WGMMA
+    if constexpr (Shape::WGMMA) {
+      uint32_t pixels[2][Shape::M_TILES][4];
+      const auto add = [&](uint32_t (&operand)[Shape::M_TILES][4]) {
+        const uint32_t from = patch + hw::load_shared_32(steps + step * 4);
+#pragma unroll
+        for (int i = 0; i < Shape::M_TILES; ++i) hw::load_matrices(operand[i], place[i] + from);
+        const uint64_t b = hw::group_operand(weights + step * Shape::STEP_BYTES, Shape::COLUMN * 16, 128);
+        hw::multiply_group_fence();
+#pragma unroll
+        for (int i = 0; i < Shape::M_TILES; ++i) hw::multiply_group<T>(sum[i], operand[i], b);
+        hw::multiply_group_commit();
+        ++step;
+      };
+      if ((end - step) & 1) {
+        add(pixels[0]);
+        hw::multiply_group_wait<0>();
+      }
+#pragma unroll 1
+      while (step < end) {  // an operand is overwritten once the product that reads it is done
+        add(pixels[0]);
+        add(pixels[1]);
+        hw::multiply_group_wait<0>();
+      }
+    }
+#endif
+    if constexpr (!Shape::WGMMA) {
+      const uint32_t mine = weights + lane * 16;
+      for (; step < end; ++step) {
+        const uint32_t from = patch + hw::load_shared_32(steps + step * 4);
+        uint32_t pixels[Shape::M_TILES][4];
+#pragma unroll
+        for (int i = 0; i < Shape::M_TILES; ++i) hw::load_matrices(pixels[i], place[i] + from);
+#pragma unroll
+        for (int v = 0; v < Shape::N_TILES / 2; ++v) {
+          const uint4 b = hw::load_shared_128(mine + step * Shape::STEP_BYTES + v * 512);
+#pragma unroll
+          for (int i = 0; i < Shape::M_TILES; ++i) {
+            hw::multiply<T>(sum[i][2 * v], pixels[i], b.x, b.y);
+            hw::multiply<T>(sum[i][2 * v + 1], pixels[i], b.z, b.w);
+          }
+        }
+      }
+    }
+  }
+
+  SLIM_DEVICE static uint4 packed(const float (&v)[8], bool relu) {
+    return relu ? make_uint4(hw::pack<T, true>(v[0], v[1]), hw::pack<T, true>(v[2], v[3]), hw::pack<T, true>(v[4], v[5]), hw::pack<T, true>(v[6], v[7]))
+                : make_uint4(hw::pack<T, false>(v[0], v[1]), hw::pack<T, false>(v[2], v[3]), hw::pack<T, false>(v[4], v[5]), hw::pack<T, false>(v[6], v[7]));
+  }
+
+  // A lane holds eight neighbouring channels of all four pixels of its windows.
+  template <typename Args>
+  SLIM_DEVICE void store(const Args& a, const TilePosition& position, int lane) const {
+    T* const y = static_cast<T*>(a.y);
+#pragma unroll
+    for (int t = 0; t < Shape::M_TILES / 2; ++t) {
+      const uint4 window = hw::load_shared_128(windows + (t * 8 + (lane >> 2)) * 16);
+      const int64_t image = position.image + window.y;
+      const int oy = position.y + int(window.z), ox = position.x + int(window.w);
+      if (window.y == kNoImage || image >= a.n) continue;
+      const int turn = swapped >> t & 1;
+#pragma unroll
+      for (int h = 0; h < Shape::N_TILES / 4; ++h) {
+        const int o = channel + h * 32 + (lane & 3) * 8;
+        if (o >= a.c_out) continue;
+        float v[8];
+        if (a.pool) {
+          const int64_t rows = a.p / 2, cols = a.q / 2;
+          if (oy / 2 >= rows || ox / 2 >= cols) continue;
+#pragma unroll
+          for (int e = 0; e < 8; ++e) {
+            const int j = h * 4 + e / 2, s = e & 1;
+            v[e] = hw::larger(hw::larger(sum[2 * t][j][s], sum[2 * t][j][2 + s]), hw::larger(sum[2 * t + 1][j][s], sum[2 * t + 1][j][2 + s]));
+          }
+          hw::store_global_128(y + ((image * rows + oy / 2) * cols + ox / 2) * a.c_out + o, packed(v, a.relu));
+          continue;
+        }
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          const int py = oy + k % 2, px = ox + (k / 2 ^ turn);
+          if (py >= a.p || px >= a.q) continue;
+#pragma unroll
+          for (int e = 0; e < 8; ++e) v[e] = sum[2 * t + k / 2][h * 4 + e / 2][k % 2 * 2 + (e & 1)];
+          hw::store_global_128(y + ((image * a.p + py) * a.q + px) * a.c_out + o, packed(v, a.relu));
+        }
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace slim
