@@ -7,7 +7,7 @@ namespace slim {
 
 // Where things lie in shared memory, in bytes; the same for host and device.
 struct ResidentLayout {
-  int32_t weights, steps, starts, live, windows, pixels, ring, stage, total;
+  int32_t weights, steps, starts, live, bias, windows, pixels, ring, stage, total;
 };
 
 template <typename Shape>
@@ -18,7 +18,8 @@ __host__ __device__ inline ResidentLayout resident_layout(const SlimCudaResident
   l.steps = a.steps * Shape::STEP_BYTES;
   l.starts = l.steps + a.steps * 4;
   l.live = l.starts + Shape::WARPS_N * (slabs + 1) * 4;
-  l.windows = (l.live + (slabs + 1) * 4 + 15) / 16 * 16;
+  l.bias = (l.live + (slabs + 1) * 4 + 15) / 16 * 16;
+  l.windows = l.bias + Shape::WARPS_N * Shape::COLUMN * 4;
   l.pixels = l.windows + Shape::WINDOWS * 16;
   l.ring = (l.pixels + a.tile_images * a.load_rows * a.load_cols * 16 + 127) / 128 * 128;
   l.stage = (a.patch * (a.slab * 2 + 16) + 127) / 128 * 128;
@@ -28,6 +29,8 @@ __host__ __device__ inline ResidentLayout resident_layout(const SlimCudaResident
 
 namespace {
 
+constexpr int kBatch = 4;
+
 // Fills the slabs of the ring, `stages - 1` ahead of their use.
 template <typename T>
 struct Loader {
@@ -36,15 +39,14 @@ struct Loader {
   int stage_bytes, live_count, tile, tile_step, tiles, at = 0, slot = 0;
   int first_pixel, pixel_step, pixel_count, chunk;
   const T* corner;  // the first pixel of the tile's patch, which may lie outside the image
-  int64_t images_left;
-  int32_t y, x;
+  int32_t images_left, y, x;
 
   SLIM_DEVICE void start_tile() {
     if (tile >= tiles) return;
     const TilePosition p = tile_position(a, tile);
     y = p.y * a.stride_h - a.pad_h + a.load_top;
     x = p.x * a.stride_w - a.pad_w + a.load_left;
-    images_left = a.n - p.image;
+    images_left = int(a.n - p.image < kNoImage ? a.n - p.image : kNoImage);
     corner = static_cast<const T*>(a.x) + ((p.image * a.h + y) * a.w + x) * a.c_in;
   }
   SLIM_DEVICE void fill() {
@@ -52,12 +54,19 @@ struct Loader {
       const int channel = int(hw::load_shared_32(live + at * 4)) * a.slab + chunk * 8;
       const uint32_t to = ring + slot * stage_bytes + chunk * 16;
       const bool stored = channel < a.c_in;
-#pragma unroll 4
-      for (int i = first_pixel; i < pixel_count; i += pixel_step) {
-        const uint4 pixel = hw::load_shared_128(pixels + i * 16);
-        const bool inside = stored && int(pixel.w) < images_left && unsigned(y + int(pixel.z >> 16)) < unsigned(a.h) &&
-                            unsigned(x + int(pixel.z & 0xffff)) < unsigned(a.w);
-        hw::copy_async_16(to + pixel.x, inside ? corner + (int64_t(int(pixel.y)) + channel) : static_cast<const T*>(a.x), inside);
+      const T* const from = corner + channel;
+      for (int i = first_pixel; i < pixel_count; i += kBatch * pixel_step) {
+        uint4 pixel[kBatch];  // all read before the first copy: each of these loads takes long
+#pragma unroll
+        for (int k = 0; k < kBatch; ++k) pixel[k] = hw::load_shared_128(pixels + min(i + k * pixel_step, pixel_count - 1) * 16);
+#pragma unroll
+        for (int k = 0; k < kBatch; ++k) {
+          const bool inside = stored && int(pixel[k].w) < images_left && unsigned(y + int(pixel[k].z >> 16)) < unsigned(a.h) &&
+                              unsigned(x + int(pixel[k].z & 0xffff)) < unsigned(a.w);
+          if (i + k * pixel_step < pixel_count) {
+            hw::copy_async_16(to + pixel[k].x, inside ? from + int(pixel[k].y) : static_cast<const T*>(a.x), inside);
+          }
+        }
       }
       if (++at == live_count) {
         at = 0;
@@ -93,6 +102,7 @@ __global__ void __launch_bounds__(Shape::THREADS, 1) resident_conv2d_kernel(cons
     hw::store_shared_32(base + at.starts + i * 4, column < end_column ? start[min(slab * (a.slab / 16), groups_of_16)] - first_step : 0);
   }
   write_windows<Shape>(a, base + at.windows);
+  write_bias<T, Shape>(base + at.bias, a.bias, first_column * Shape::COLUMN, a.c_out);
   const int loaded = a.load_rows * a.load_cols;
   for (int i = thread; i < a.tile_images * loaded; i += Shape::THREADS) {
     const int image = i / loaded, y = i % loaded / a.load_cols, x = i % a.load_cols;
@@ -151,7 +161,7 @@ __global__ void __launch_bounds__(Shape::THREADS, 1) resident_conv2d_kernel(cons
   const uint32_t starts = base + at.starts + warp_n * (slabs + 1) * 4;
   int slot = 0;
   for (int tile = first_tile; tile < tiles; tile += tile_step) {
-    product.begin(static_cast<const T*>(a.bias), a.c_out, lane);
+    product.begin(base + at.bias + warp_n * Shape::COLUMN * 4, lane);
     for (int l = 0; l < live_count; ++l) {
       hw::copy_async_wait_all_but(a.stages - 2);
       hw::synchronize(1 + group, 128);

@@ -32,6 +32,7 @@ struct TilePosition {
 template <typename Args>
 SLIM_DEVICE TilePosition tile_position(const Args& a, int tile) {
   const int across = (int(a.q) + a.tile_cols - 1) / a.tile_cols, down = (int(a.p) + a.tile_rows - 1) / a.tile_rows;
+  if (across * down == 1) return {int64_t(tile) * a.tile_images, 0, 0};
   const int image = tile / (across * down), rest = tile % (across * down);
   return {int64_t(image) * a.tile_images, rest / across * a.tile_rows, rest % across * a.tile_cols};
 }
@@ -44,7 +45,8 @@ SLIM_DEVICE int tile_count(const Args& a) {
 
 constexpr uint32_t kNoImage = 0x7fff;
 
-// Writes a tile's windows: place of the upper left pixel in the patch, image, and its row and column in the tile.
+// Writes a tile's windows: place of the upper left pixel in the patch, distance of the window's first output from the tile's in elements,
+// row << 16 | column in the tile, and image.
 template <typename Shape, typename Args>
 SLIM_DEVICE void write_windows(const Args& a, uint32_t windows) {
   const int across = a.tile_cols / 2, down = a.tile_rows / 2;
@@ -52,7 +54,18 @@ SLIM_DEVICE void write_windows(const Args& a, uint32_t windows) {
     const int image = i / (across * down), y = i % (across * down) / across * 2, x = i % across * 2;
     const bool used = image < a.tile_images;
     const int place = image * a.patch_image + y * a.stride_h * a.patch_row + x * a.stride_w;
-    hw::store_shared_128(windows + i * 16, make_uint4(used ? place : 0, used ? image : kNoImage, y, x));
+    const int rows = a.pool ? int(a.p) / 2 : int(a.p), cols = a.pool ? int(a.q) / 2 : int(a.q);
+    const int out = ((image * rows + (a.pool ? y / 2 : y)) * cols + (a.pool ? x / 2 : x)) * int(a.c_out);
+    hw::store_shared_128(windows + i * 16, make_uint4(used ? place : 0, out, uint32_t(y) << 16 | x, used ? image : kNoImage));
+  }
+}
+
+// Writes the bias of all channels of a thread block, or zeros, in fp32.
+template <typename T, typename Shape>
+SLIM_DEVICE void write_bias(uint32_t to, const void* bias, int first, int64_t c_out) {
+  for (int i = int(threadIdx.x); i < Shape::COLUMN * Shape::WARPS_N; i += Shape::THREADS) {
+    const float v = bias != nullptr && first + i < c_out ? hw::load_number(static_cast<const T*>(bias) + first + i) : 0.0f;
+    hw::store_shared_32(to + i * 4, hw::bits_of_float(v));
   }
 }
 
@@ -111,16 +124,18 @@ struct SparseTile {
     }
   }
 
-  // The sums begin with the bias. Column 8 j + 2 q + e of an instruction was packed as channel 32 (j / 4) + 8 q + 2 (j % 4) + e.
-  SLIM_DEVICE void begin(const T* bias, int64_t c_out, int lane) {
+  // The sums begin with the bias of the warp's channels. Column 8 j + 2 q + e of an instruction was packed as channel 32 (j / 4) + 8 q +
+  // 2 (j % 4) + e: a lane has eight neighbouring channels of every 32.
+  SLIM_DEVICE void begin(uint32_t bias, int lane) {
 #pragma unroll
-    for (int j = 0; j < Shape::N_TILES; ++j) {
+    for (int h = 0; h < Shape::N_TILES / 2; ++h) {  // four channels each
+      const uint4 four = hw::load_shared_128(bias + (h >> 1) * 128 + (lane & 3) * 32 + (h & 1) * 16);
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int o = channel + (j >> 2) * 32 + (lane & 3) * 8 + (j & 3) * 2 + e;
-        const float first = bias != nullptr && o < c_out ? hw::load_number(bias + o) : 0.0f;
-#pragma unroll
-        for (int i = 0; i < Shape::M_TILES; ++i) sum[i][j][e] = sum[i][j][e + 2] = first;
+      for (int i = 0; i < Shape::M_TILES; ++i) {
+        sum[i][2 * h][0] = sum[i][2 * h][2] = hw::float_of_bits(four.x);
+        sum[i][2 * h][1] = sum[i][2 * h][3] = hw::float_of_bits(four.y);
+        sum[i][2 * h + 1][0] = sum[i][2 * h + 1][2] = hw::float_of_bits(four.z);
+        sum[i][2 * h + 1][1] = sum[i][2 * h + 1][3] = hw::float_of_bits(four.w);
       }
     }
   }
@@ -141,15 +156,22 @@ struct SparseTile {
         hw::multiply_group_commit();
         ++step;
       };
+      const auto settle = [&] {
+#pragma unroll
+        for (int i = 0; i < Shape::M_TILES; ++i) hw::settle(sum[i]);
+      };
+      settle();
       if ((end - step) & 1) {
         add(pixels[0]);
         hw::multiply_group_wait<0>();
+        settle();
       }
 #pragma unroll 1
       while (step < end) {  // an operand is overwritten once the product that reads it is done
         add(pixels[0]);
         add(pixels[1]);
         hw::multiply_group_wait<0>();
+        settle();
       }
     }
 #endif
@@ -181,37 +203,43 @@ struct SparseTile {
   // A lane holds eight neighbouring channels of all four pixels of its windows.
   template <typename Args>
   SLIM_DEVICE void store(const Args& a, const TilePosition& position, int lane) const {
-    T* const y = static_cast<T*>(a.y);
+    const int rows = a.pool ? int(a.p) / 2 : int(a.p), cols = a.pool ? int(a.q) / 2 : int(a.q), c_out = int(a.c_out);
+    const int y = a.pool ? position.y / 2 : position.y, x = a.pool ? position.x / 2 : position.x;
+    const int first = channel + (lane & 3) * 8;
+    T* const out = static_cast<T*>(a.y) + ((position.image * rows + y) * cols + x) * c_out + first;
+    const int images_left = int(a.n - position.image < kNoImage ? a.n - position.image : kNoImage);
 #pragma unroll
     for (int t = 0; t < Shape::M_TILES / 2; ++t) {
       const uint4 window = hw::load_shared_128(windows + (t * 8 + (lane >> 2)) * 16);
-      const int64_t image = position.image + window.y;
-      const int oy = position.y + int(window.z), ox = position.x + int(window.w);
-      if (window.y == kNoImage || image >= a.n) continue;
-      const int turn = swapped >> t & 1;
+      const int oy = position.y + int(window.z >> 16), ox = position.x + int(window.z & 0xffff);
+      const bool here = int(window.w) < images_left;
+      T* const to = out + int(window.y);
+      if (a.pool) {
+        if (!here || oy + 1 >= a.p || ox + 1 >= a.q) continue;
 #pragma unroll
-      for (int h = 0; h < Shape::N_TILES / 4; ++h) {
-        const int o = channel + h * 32 + (lane & 3) * 8;
-        if (o >= a.c_out) continue;
-        float v[8];
-        if (a.pool) {
-          const int64_t rows = a.p / 2, cols = a.q / 2;
-          if (oy / 2 >= rows || ox / 2 >= cols) continue;
+        for (int h = 0; h < Shape::N_TILES / 4; ++h) {
+          float v[8];
 #pragma unroll
           for (int e = 0; e < 8; ++e) {
             const int j = h * 4 + e / 2, s = e & 1;
             v[e] = hw::larger(hw::larger(sum[2 * t][j][s], sum[2 * t][j][2 + s]), hw::larger(sum[2 * t + 1][j][s], sum[2 * t + 1][j][2 + s]));
           }
-          hw::store_global_128(y + ((image * rows + oy / 2) * cols + ox / 2) * a.c_out + o, packed(v, a.relu));
-          continue;
+          if (first + h * 32 < c_out) hw::store_global_128(to + h * 32, packed(v, a.relu));
         }
+        continue;
+      }
+      const int turn = swapped >> t & 1;
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          const int py = oy + k % 2, px = ox + (k / 2 ^ turn);
-          if (py >= a.p || px >= a.q) continue;
+      for (int k = 0; k < 4; ++k) {
+        const int down = k % 2, right = k / 2 ^ turn;
+        if (!here || oy + down >= a.p || ox + right >= a.q) continue;
+        T* const pixel = to + (down * cols + right) * c_out;
 #pragma unroll
-          for (int e = 0; e < 8; ++e) v[e] = sum[2 * t + k / 2][h * 4 + e / 2][k % 2 * 2 + (e & 1)];
-          hw::store_global_128(y + ((image * a.p + py) * a.q + px) * a.c_out + o, packed(v, a.relu));
+        for (int h = 0; h < Shape::N_TILES / 4; ++h) {
+          float v[8];
+#pragma unroll
+          for (int e = 0; e < 8; ++e) v[e] = sum[2 * t + k / 2][h * 4 + e / 2][down * 2 + (e & 1)];
+          if (first + h * 32 < c_out) hw::store_global_128(pixel + h * 32, packed(v, a.relu));
         }
       }
     }

@@ -12,7 +12,7 @@ constexpr int kStemFirstBytes = kStemChannels * 32 * 2;  // its weights: 64 chan
 // Where things lie in shared memory, in bytes. An image row is a pixel of border, its pixels and another border, three channels each; it is
 // held twice, the second time two bytes on, so that every pixel finds its neighbours at a multiple of four bytes in one of them.
 struct StemLayout {
-  int32_t weights, first, steps, windows, pixels, groups, rows, row, copy, group, total;
+  int32_t weights, first, steps, bias, windows, pixels, groups, rows, row, copy, group, total;
 };
 
 template <typename Shape>
@@ -21,7 +21,8 @@ __host__ __device__ inline StemLayout stem_layout(const SlimCudaStemConv2d& a) {
   l.weights = 0;
   l.first = a.steps * Shape::STEP_BYTES;
   l.steps = l.first + kStemFirstBytes;
-  l.windows = (l.steps + a.steps * 4 + 15) / 16 * 16;
+  l.bias = (l.steps + a.steps * 4 + 15) / 16 * 16;  // of the second convolution, then of the first
+  l.windows = l.bias + 2 * kStemChannels * 4;
   l.pixels = l.windows + Shape::WINDOWS * 16;
   l.groups = (l.pixels + (a.load_rows * a.load_cols + 63) / 64 * 64 * 16 + 127) / 128 * 128;
   l.rows = (a.patch * kStemPitch + 127) / 128 * 128;                   // from a group's begin
@@ -84,15 +85,6 @@ SLIM_DEVICE void fill_patch(const SlimCudaStemConv2d& a, const StemLayout& at, u
     offset[i] = pair == 15 ? 0 : pair / 5 * at.row + pair % 5 * 4;
     mask[i] = pair == 15 ? 0 : pair % 5 == 4 ? 0x0000ffffu : 0xffffffffu;
   }
-  float bias[8][2];
-#pragma unroll
-  for (int j = 0; j < 8; ++j) {
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int o = (j >> 2) * 32 + q * 8 + (j & 3) * 2 + e;
-      bias[j][e] = a.first_bias == nullptr ? 0.0f : hw::load_number(static_cast<const T*>(a.first_bias) + o);
-    }
-  }
   for (int m = warp * 16; m < (pixels + 63) / 64 * 64; m += 64) {
     const uint4 upper = hw::load_shared_128(base + at.pixels + (m + g) * 16), lower = hw::load_shared_128(base + at.pixels + (m + 8 + g) * 16);
     uint32_t operand[2][4];
@@ -103,17 +95,22 @@ SLIM_DEVICE void fill_patch(const SlimCudaStemConv2d& a, const StemLayout& at, u
     }
     float sum[8][4];
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      sum[j][0] = sum[j][2] = bias[j][0];
-      sum[j][1] = sum[j][3] = bias[j][1];
+    for (int h = 0; h < 4; ++h) {
+      const uint4 four = hw::load_shared_128(base + at.bias + kStemChannels * 4 + (h >> 1) * 128 + q * 32 + (h & 1) * 16);
+      sum[2 * h][0] = sum[2 * h][2] = hw::float_of_bits(four.x);
+      sum[2 * h][1] = sum[2 * h][3] = hw::float_of_bits(four.y);
+      sum[2 * h + 1][0] = sum[2 * h + 1][2] = hw::float_of_bits(four.z);
+      sum[2 * h + 1][1] = sum[2 * h + 1][3] = hw::float_of_bits(four.w);
     }
 #if SLIM_HAS_WGMMA
     if constexpr (Shape::WGMMA) {
+      hw::settle(sum);
       hw::multiply_group_fence();
 #pragma unroll
       for (int k = 0; k < 2; ++k) hw::multiply_group<T>(sum, operand[k], hw::group_operand(base + at.first + k * 2048, 1024, 128));
       hw::multiply_group_commit();
       hw::multiply_group_wait<0>();
+      hw::settle(sum);
     }
 #endif
     if constexpr (!Shape::WGMMA) {
@@ -161,6 +158,8 @@ __global__ void __launch_bounds__(Shape::THREADS, 1) stem_conv2d_kernel(const __
   rows.load(a, tile, tiles, thread & 127);
   write_steps<Shape>(a, base + at.steps, 0, a.steps, kStemChannels);
   write_windows<Shape>(a, base + at.windows);
+  write_bias<T, Shape>(base + at.bias, a.bias, 0, a.c_out);
+  write_bias<T, Shape>(base + at.bias + kStemChannels * 4, a.first_bias, 0, kStemChannels);
   const int pixels = a.load_rows * a.load_cols;
   for (int i = thread; i < (pixels + 63) / 64 * 64; i += Shape::THREADS) {
     const int y = i / a.load_cols, x = i % a.load_cols;
@@ -183,7 +182,7 @@ __global__ void __launch_bounds__(Shape::THREADS, 1) stem_conv2d_kernel(const __
     rows.load(a, tile + tile_step, tiles, thread & 127);
     fill_patch<T, Shape>(a, at, base, patch, tile, warp, lane);
     hw::synchronize(1 + group, 128);  // the patch is there, and nobody reads the rows any more
-    product.begin(static_cast<const T*>(a.bias), a.c_out, lane);
+    product.begin(base + at.bias, lane);
     product.multiply(patch, base + at.steps, base + at.weights, 0, a.steps, lane);
     product.store(a, tile_position(a, tile), lane);
   }

@@ -126,6 +126,8 @@ SLIM_DEVICE float larger(float a, float b) {
   return v;
 }
 
+SLIM_DEVICE uint32_t bits_of_float(float v) { return __float_as_uint(v); }
+SLIM_DEVICE float float_of_bits(uint32_t v) { return __uint_as_float(v); }
 SLIM_DEVICE float load_number(const __nv_bfloat16* at) { return __bfloat162float(__ldg(at)); }
 SLIM_DEVICE float load_number(const __half* at) { return __half2float(__ldg(at)); }
 
@@ -187,6 +189,15 @@ SLIM_DEVICE void multiply_group<__half>(float (&d)[8][4], const uint32_t (&a)[4]
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 #undef SLIM_D
+// Sums that multiply_group has not begun or has finished: the compiler keeps what it does to them on this side.
+template <int N>
+SLIM_DEVICE void settle(float (&d)[N][4]) {
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) asm volatile("" : "+f"(d[j][e])::"memory");
+  }
+}
 SLIM_DEVICE void multiply_group_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 SLIM_DEVICE void multiply_group_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int N>

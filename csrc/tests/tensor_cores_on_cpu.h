@@ -196,6 +196,16 @@ inline void store_global_128(void* at, uint4 v) {
   if (reinterpret_cast<uintptr_t>(at) % 16 != 0) fail("a global address is not aligned");
   memcpy(at, &v, 16);
 }
+inline uint32_t bits_of_float(float v) {
+  uint32_t bits;
+  memcpy(&bits, &v, 4);
+  return bits;
+}
+inline float float_of_bits(uint32_t bits) {
+  float v;
+  memcpy(&v, &bits, 4);
+  return v;
+}
 inline float load_number(const __nv_bfloat16* at) { return __bfloat162float(*at); }
 inline float load_number(const __half* at) { return __half2float(*at); }
 
@@ -293,6 +303,8 @@ void multiply_group(float (&d)[N][4], const uint32_t (&a)[4], uint64_t b) {
     warp.products.back().push_back(product);
   });
 }
+template <int N>
+void settle(float (&)[N][4]) {}
 inline void multiply_group_fence() {}
 inline void multiply_group_commit() {
   int nothing = 0;
