@@ -137,6 +137,7 @@ typedef struct SlimCudaResidentConv2d {
   int32_t stages;   // 2 to 8
   int32_t steps;    // the most steps that one thread block has
   int32_t variant, blocks;
+  int32_t overlap;  // 0 or 1: it may begin before the kernel in front of it has ended; that one wrote neither weights nor indices
   int32_t dtype;
   int32_t device;
   void* stream;
@@ -161,6 +162,7 @@ typedef struct SlimCudaStemConv2d {
   int32_t tile_images, tile_rows, tile_cols, patch_row, patch_image, patch, load_top, load_left, load_rows, load_cols;
   int32_t steps;
   int32_t variant, blocks;
+  int32_t overlap;  // 0 or 1: it may begin before the kernel in front of it has ended; that one wrote neither weights nor indices
   int32_t dtype;
   int32_t device;
   void* stream;
@@ -187,6 +189,8 @@ typedef struct SlimCudaLowRankLinear {
 enum { SLIM_CUDA_MAX_FUSED_RANK = 640 };
 
 SLIM_HIDDEN int slim_cuda_bsr_conv2d(const SlimCudaBsrConv2d* a);
+SLIM_HIDDEN int slim_cuda_resident_conv2d(const SlimCudaResidentConv2d* a);
+SLIM_HIDDEN int slim_cuda_stem_conv2d(const SlimCudaStemConv2d* a);
 SLIM_HIDDEN int slim_cuda_low_rank_linear(const SlimCudaLowRankLinear* a);
 
 // NULL when the driver serves this build's CUDA runtime, else CUDA's reason (no device, driver too old, ...).

@@ -116,4 +116,23 @@ inline int status(cudaError_t error) {
   return SLIM_ERROR_CUDA;
 }
 
+// Launches kernel(args) with so much dynamic shared memory. With `overlap` it may begin while the kernel in front of it ends, on GPUs that
+// can: it waits for that one by itself.
+template <typename Kernel, typename Args>
+int launch_kernel(Kernel kernel, const Args& args, int blocks, int threads, int shared_bytes, bool overlap) {
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (error != cudaSuccess) return status(error);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = unsigned(blocks);
+  config.blockDim = unsigned(threads);
+  config.dynamicSmemBytes = size_t(shared_bytes);
+  config.stream = static_cast<cudaStream_t>(args.stream);
+  config.attrs = &attribute;
+  config.numAttrs = overlap ? 1 : 0;
+  return status(cudaLaunchKernelEx(&config, kernel, args));
+}
+
 }  // namespace slim

@@ -93,6 +93,7 @@ __global__ void __launch_bounds__(Shape::THREADS, 1) resident_conv2d_kernel(cons
   const int32_t step_count = a.group_start[(end_column - 1) * (groups_of_16 + 1) + groups_of_16] - first_step;
   const int pitch = a.slab * 2 + 16;
 
+  hw::let_next_kernel_begin();
   // Weights first: they come from far away. They arrive with the ring's first slab.
   copy_weights<Shape>(base + at.weights, a.weights, first_step, step_count);
   write_steps<Shape>(a, base + at.steps, first_step, step_count, a.slab);
@@ -147,6 +148,7 @@ __global__ void __launch_bounds__(Shape::THREADS, 1) resident_conv2d_kernel(cons
   loader.pixel_step = 128 / chunks;
   loader.pixel_count = a.tile_images * loaded;
   loader.start_tile();
+  hw::wait_for_previous_kernel();  // which wrote x, or still reads y
   for (int s = 0; s < a.stages - 1; ++s) loader.fill();
 
   SparseTile<T, Shape> product;

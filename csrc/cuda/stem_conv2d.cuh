@@ -148,14 +148,13 @@ __global__ void __launch_bounds__(Shape::THREADS, 1) stem_conv2d_kernel(const __
   const uint32_t base = hw::shared_memory(), patch = base + at.groups + group * at.group;
   const int tiles = tile_count(a), tile_step = int(gridDim.x) * Shape::GROUPS;
 
+  hw::let_next_kernel_begin();
   copy_weights<Shape>(base + at.weights, a.weights, 0, a.steps);
   for (int i = thread * 16; i < kStemFirstBytes; i += Shape::THREADS * 16) {
     hw::copy_async_16(base + at.first + i, static_cast<const unsigned char*>(a.first_weights) + i, true);
   }
   hw::copy_async_commit();
   int tile = group * int(gridDim.x) + int(blockIdx.x);
-  StemRows<T, Shape> rows;
-  rows.load(a, tile, tiles, thread & 127);
   write_steps<Shape>(a, base + at.steps, 0, a.steps, kStemChannels);
   write_windows<Shape>(a, base + at.windows);
   write_bias<T, Shape>(base + at.bias, a.bias, 0, a.c_out);
@@ -167,6 +166,9 @@ __global__ void __launch_bounds__(Shape::THREADS, 1) stem_conv2d_kernel(const __
     hw::store_shared_128(base + at.pixels + i * 16, make_uint4(((y + a.load_top) * a.patch_row + x + a.load_left) * kStemPitch, from, y, i < pixels ? 0 : kNoImage));
   }
   for (int i = thread * 16; i < at.total - at.groups; i += Shape::THREADS * 16) hw::store_shared_128(base + at.groups + i, make_uint4(0, 0, 0, 0));
+  hw::wait_for_previous_kernel();  // which wrote x, or still reads y
+  StemRows<T, Shape> rows;
+  rows.load(a, tile, tiles, thread & 127);
   hw::copy_async_wait<0>();
 #if SLIM_HAS_WGMMA
   if (Shape::WGMMA) hw::fence_for_multiply_group();

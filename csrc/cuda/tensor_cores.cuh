@@ -75,6 +75,19 @@ SLIM_DEVICE void copy_async_wait_all_but(int groups) {
 SLIM_DEVICE void synchronize() { __syncthreads(); }
 SLIM_DEVICE void synchronize(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
+// Where a launch may begin before the kernel in front of it has ended (common.cuh): the next one may begin from here on, and this one
+// waits for what the one in front has written. Without such a launch both do nothing.
+SLIM_DEVICE void let_next_kernel_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+SLIM_DEVICE void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // Four 8x8 matrices of 16-bit numbers; lane 8 m + i gives the address of row i of matrix m.
 SLIM_DEVICE void load_matrices(uint32_t (&v)[4], uint32_t at) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"

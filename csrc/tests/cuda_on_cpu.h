@@ -217,3 +217,31 @@ cudaError_t cudaFuncSetAttribute(Kernel, int, int bytes) {
   emulated::dynamic_limit = bytes;
   return cudaSuccess;
 }
+
+// A launch by configuration.
+struct dim3 {
+  unsigned x = 1;
+  dim3& operator=(unsigned v) {
+    x = v;
+    return *this;
+  }
+};
+enum { cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
+struct cudaLaunchAttribute {
+  int id = 0;
+  struct {
+    int programmaticStreamSerializationAllowed = 0;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+  cudaLaunchAttribute* attrs = nullptr;
+  unsigned numAttrs = 0;
+};
+template <typename Kernel, typename Args>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, Kernel kernel, const Args& args) {
+  emulate([=] { kernel(args); }, config->gridDim.x, config->blockDim.x, int(config->dynamicSmemBytes), config->stream);
+  return cudaGetLastError();
+}
