@@ -73,6 +73,9 @@ const Isa* supported_isa(const char* name) {
 }
 
 constexpr int64_t kInt32Max = INT32_MAX;
+#if SLIM_HAVE_CUDA
+constexpr int64_t kMaxPlaces = 65535;  // places of a patch, far more than shared memory holds
+#endif
 
 // The members of SlimConv2dF32 by their place in what Python hands over, Conv2dArguments in slimkernels/kernels/cpu/abi.py.
 enum Member : int {
@@ -358,6 +361,96 @@ int cuda_bsr_conv2d(uintptr_t x, uintptr_t y, uintptr_t bias, uintptr_t values, 
   return slim_cuda_bsr_conv2d(&a);
 }
 
+// What the two plans of a tile have in common, in the order of their members.
+struct TilePlan {
+  int64_t n, h, w, c_in, c_out, p, q, r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, pool;
+  int64_t images, rows, cols, patch_row, patch_image, patch, load_top, load_left, load_rows, load_cols;
+};
+
+// "" where a tile reads and writes inside its patch and no offset wraps, else what is wrong.
+std::string tile_plan_fault(const TilePlan& t) {
+  if (t.c_in % 8 != 0 || t.c_out % 8 != 0) return "c_in and c_out are not multiples of 8";
+  if (t.p != output_size(t.h, t.r, t.stride_h, t.pad_h, t.dil_h) || t.q != output_size(t.w, t.s, t.stride_w, t.pad_w, t.dil_w) ||
+      t.p <= t.pool || t.q <= t.pool)
+    return "p or q is not the size of the output";
+  if (t.rows % 2 != 0 || t.cols % 2 != 0) return "a tile's rows and columns are not even";
+  if (!product_fits(t.images * t.h, t.w, t.c_in) || !product_fits(t.images * t.p, t.q, t.c_out)) return "the images of a tile have 2^31 elements or more";
+  if (t.images * t.load_rows * t.load_cols > kMaxPlaces) return "a tile reads too many pixels";
+  // All factors are at most 2^16 but the dilations, whose products with the places between rows stay below 2^62.
+  const int64_t before = (t.images - 1) * t.patch_image;
+  const int64_t reach = ((t.rows - 1) * t.stride_h + (t.r - 1) * t.dil_h) * t.patch_row + (t.cols - 1) * t.stride_w + (t.s - 1) * t.dil_w;
+  const int64_t loads = (t.load_top + t.load_rows - 1) * t.patch_row + t.load_left + t.load_cols - 1;
+  if (before + std::max(reach, loads) >= t.patch) return "a tile reaches beyond its patch";
+  const int64_t tiles = (t.p + t.rows - 1) / t.rows * ((t.q + t.cols - 1) / t.cols);
+  if ((t.n + t.images - 1) / t.images > kInt32Max / tiles) return "there are 2^31 tiles or more";
+  return "";
+}
+
+// Ranges of the members of SlimCudaResidentConv2d and SlimCudaStemConv2d that both have.
+#define SLIM_GEOMETRY_BOUNDS                                                                                                        \
+  {"r", 1, kMaxPlaces}, {"s", 1, kMaxPlaces}, {"stride_h", 1, kMaxPlaces}, {"stride_w", 1, kMaxPlaces}, {"pad_h", 0, kMaxPlaces},   \
+      {"pad_w", 0, kMaxPlaces}, {"dil_h", 1, kMaxPlaces}, {"dil_w", 1, kMaxPlaces}, {"relu", 0, 1}, {"pool", 0, 1},                 \
+      {"tile_images", 1, kMaxPlaces}, {"tile_rows", 2, kMaxPlaces}, {"tile_cols", 2, kMaxPlaces}, {"patch_row", 1, kMaxPlaces},     \
+      {"patch_image", 0, kMaxPlaces}, {"patch", 1, kMaxPlaces}, {"load_top", 0, kMaxPlaces}, {"load_left", 0, kMaxPlaces},          \
+      {"load_rows", 1, kMaxPlaces}, {"load_cols", 1, kMaxPlaces}
+
+template <size_t N>
+std::array<int64_t, N> numbers_of(const char* name, const py::args& args) {
+  if (args.size() != N) throw py::type_error(std::string(name) + ": expected " + std::to_string(N) + " arguments, got " + std::to_string(args.size()));
+  std::array<int64_t, N> v;
+  for (size_t i = 0; i < N; ++i) v[i] = py::cast<int64_t>(args[i]);
+  return v;
+}
+
+int cuda_resident_conv2d(const py::args& args) {
+  const auto v = numbers_of<42>("cuda_resident_conv2d", args);
+  constexpr Bound bounds[] = {
+      {"n", 1, INT64_MAX >> 8}, {"h", 1, kInt32Max}, {"w", 1, kInt32Max}, {"c_in", 1, kInt32Max}, {"c_out", 1, kInt32Max}, {"p", 1, kInt32Max},
+      {"q", 1, kInt32Max}, SLIM_GEOMETRY_BOUNDS, {"slab", 16, 128}, {"stages", 2, 8}, {"steps", 0, kMaxPlaces}, {"variant", 0, 2},
+      {"blocks", 1, kInt32Max}, {"overlap", 0, 1}, {"dtype", SLIM_DTYPE_F16, SLIM_DTYPE_BF16}, {"device", 0, kInt32Max}};
+  check_cuda("cuda_resident_conv2d", v.data() + 6, bounds, sizeof(bounds) / sizeof(bounds[0]));
+  const auto i = [&v](int at) { return static_cast<int32_t>(v[at]); };
+  const SlimCudaResidentConv2d a = {
+      pointer<const void>(v[0]), pointer(v[1]), pointer<const void>(v[2]), pointer<const void>(v[3]), pointer<const int32_t>(v[4]),
+      pointer<const int32_t>(v[5]), v[6], v[7], v[8], v[9], v[10], v[11], v[12], i(13), i(14), i(15), i(16), i(17), i(18), i(19), i(20), i(21),
+      i(22), i(23), i(24), i(25), i(26), i(27), i(28), i(29), i(30), i(31), i(32), i(33), i(34), i(35), i(36), i(37), i(38), i(39), i(40),
+      pointer(v[41])};
+  std::string fault = tile_plan_fault({a.n, a.h, a.w, a.c_in, a.c_out, a.p, a.q, a.r, a.s, a.stride_h, a.stride_w, a.pad_h, a.pad_w, a.dil_h,
+                                       a.dil_w, a.pool, a.tile_images, a.tile_rows, a.tile_cols, a.patch_row, a.patch_image, a.patch,
+                                       a.load_top, a.load_left, a.load_rows, a.load_cols});
+  const int64_t channels = a.variant == 2 ? 64 : 128;
+  if (fault.empty() && !is_one_of(a.slab, {16, 32, 64, 128})) fault = "slab = " + std::to_string(a.slab) + " is no known width";
+  if (fault.empty() && a.blocks < (a.c_out + channels - 1) / channels) fault = "there are fewer blocks than rows of channels";
+  if (!fault.empty()) throw py::value_error("cuda_resident_conv2d: " + fault);
+  py::gil_scoped_release release;
+  return slim_cuda_resident_conv2d(&a);
+}
+
+int cuda_stem_conv2d(const py::args& args) {
+  const auto v = numbers_of<40>("cuda_stem_conv2d", args);
+  constexpr Bound bounds[] = {
+      {"n", 1, INT64_MAX >> 8}, {"h", 1, kInt32Max}, {"w", 2, kMaxPlaces}, {"c_out", 1, 64}, {"p", 1, kInt32Max}, {"q", 1, kInt32Max},
+      SLIM_GEOMETRY_BOUNDS, {"steps", 0, kMaxPlaces}, {"variant", 0, 1}, {"blocks", 1, kInt32Max}, {"overlap", 0, 1},
+      {"dtype", SLIM_DTYPE_F16, SLIM_DTYPE_BF16}, {"device", 0, kInt32Max}};
+  check_cuda("cuda_stem_conv2d", v.data() + 7, bounds, sizeof(bounds) / sizeof(bounds[0]));
+  const auto i = [&v](int at) { return static_cast<int32_t>(v[at]); };
+  const SlimCudaStemConv2d a = {
+      pointer<const void>(v[0]), pointer(v[1]), pointer<const void>(v[2]), pointer<const void>(v[3]), pointer<const void>(v[4]),
+      pointer<const void>(v[5]), pointer<const int32_t>(v[6]), v[7], v[8], v[9], v[10], v[11], v[12], i(13), i(14), i(15), i(16), i(17), i(18),
+      i(19), i(20), i(21), i(22), i(23), i(24), i(25), i(26), i(27), i(28), i(29), i(30), i(31), i(32), i(33), i(34), i(35), i(36), i(37), i(38),
+      pointer(v[39])};
+  std::string fault = tile_plan_fault({a.n, a.h, a.w, 64, a.c_out, a.p, a.q, a.r, a.s, a.stride_h, a.stride_w, a.pad_h, a.pad_w, a.dil_h,
+                                       a.dil_w, a.pool, a.tile_images, a.tile_rows, a.tile_cols, a.patch_row, a.patch_image, a.patch,
+                                       a.load_top, a.load_left, a.load_rows, a.load_cols});
+  if (fault.empty() && (a.w % 2 != 0 || a.load_cols != a.w || a.load_left != a.pad_w || a.tile_cols < a.q || a.tile_images != 1))
+    fault = "a tile is not made of whole rows of one image of even width";
+  if (fault.empty() && (a.load_rows + 2) * a.w * 3 / 2 > 1024) fault = "the rows of a tile hold more than 1024 words";
+  if (!fault.empty()) throw py::value_error("cuda_stem_conv2d: " + fault);
+  py::gil_scoped_release release;
+  return slim_cuda_stem_conv2d(&a);
+}
+#undef SLIM_GEOMETRY_BOUNDS
+
 int cuda_low_rank_linear(uintptr_t x, uintptr_t y, uintptr_t bias, uintptr_t u, uintptr_t v, int64_t m, int64_t in, int64_t out,
                          int64_t rank, int32_t relu, int32_t dtype, int32_t device, uintptr_t stream) {
   const int64_t numbers[] = {m, in, out, rank, relu, dtype, device};
@@ -388,6 +481,8 @@ PYBIND11_MODULE(_C, m) {
 #if SLIM_HAVE_CUDA
   m.attr("CUDA_MAX_FUSED_RANK") = int(SLIM_CUDA_MAX_FUSED_RANK);
   m.def("cuda_bsr_conv2d", &cuda_bsr_conv2d, "(members of SlimCudaBsrConv2d in order) -> status");
+  m.def("cuda_resident_conv2d", &cuda_resident_conv2d, "(members of SlimCudaResidentConv2d in order) -> status");
+  m.def("cuda_stem_conv2d", &cuda_stem_conv2d, "(members of SlimCudaStemConv2d in order) -> status");
   m.def("cuda_low_rank_linear", &cuda_low_rank_linear, "(members of SlimCudaLowRankLinear in order) -> status");
   m.def("cuda_error_message", &slim_cuda_error_message, "The last CUDA error of this thread.");
   m.def("cuda_unavailable_reason", &slim_cuda_unavailable_reason, "None when the driver serves this build, else why not.");

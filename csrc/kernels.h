@@ -200,7 +200,8 @@ SLIM_HIDDEN const char* slim_cuda_error_message(void);
 // CUDART_VERSION of this build, 13000 for CUDA 13.0.
 SLIM_HIDDEN int slim_cuda_version(void);
 
-// _C.cuda_bsr_conv2d(x, y, bias, ..., stream), _C.cuda_low_rank_linear(x, y, ..., stream): the members above in order.
+// _C.cuda_bsr_conv2d(x, y, bias, ..., stream), _C.cuda_resident_conv2d, _C.cuda_stem_conv2d, _C.cuda_low_rank_linear(x, y, ..., stream): the
+// members above in order.
 
 #ifdef __cplusplus
 }
