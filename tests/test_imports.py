@@ -59,7 +59,7 @@ PACKAGES = {
         "gpu_rates", "__init__",
     ),
     "kernels": (
-        "__init__", "peak, cudnn", "cpu, cuda, triton", "reference, strips", "far_taps",
+        "__init__", "peak, cudnn, cuda_tensor_cores", "cpu, cuda, triton", "reference, strips, resident_plan", "far_taps",
         "problems, strided_pointwise, transposed",
     ),
     "kernels/cpu": ("gradients, low_rank", "conv2d", "abi", "__init__"),

@@ -61,7 +61,7 @@ namespace emulated {
 constexpr int kDevices = 2;
 constexpr size_t kStack = 256 * 1024;
 inline int shared_limit = 99 * 1024;  // the least that any GPU from sm_80 on has
-inline int current_device = 0, launch_device = -1, dynamic_limit = 48 * 1024;
+inline int current_device = 0, launch_device = -1, launch_shared = 0, dynamic_limit = 48 * 1024;
 inline void* launch_stream = nullptr;
 inline cudaError_t last_error = cudaSuccess;
 inline std::vector<char> dynamic_shared;
@@ -177,6 +177,7 @@ inline void __syncthreads() { emulated::meet(0, unsigned(emulated::threads.size(
 inline void emulate(const std::function<void()>& kernel, unsigned grid, unsigned threads, int shared, cudaStream_t stream) {
   emulated::launch_device = emulated::current_device;
   emulated::launch_stream = stream;
+  emulated::launch_shared = shared;
   if (grid == 0 || shared > emulated::dynamic_limit) {
     emulated::last_error = cudaErrorInvalidValue;
     return;

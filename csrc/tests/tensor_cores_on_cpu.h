@@ -45,7 +45,7 @@ struct Warp {
 inline std::vector<Lane> lanes;
 inline std::vector<Warp> warps;
 inline std::vector<uint16_t> unfenced;  // of each 16 bytes: 1 + the thread whose writes wgmma may not see yet, or 0
-inline long matrix_loads = 0, matrix_conflicts = 0;
+inline long conflicts = 0;  // rows of matrices that waited for another row's bank
 
 // Called where a block begins and where it ends.
 inline void begin_tensor_cores() {
@@ -120,8 +120,7 @@ inline void count_conflicts(const uint32_t* rows) {
     }
     most = count > most ? count : most;
   }
-  ++matrix_loads;
-  matrix_conflicts += most - 1;
+  conflicts += most - 1;
 }
 
 inline void carry_out(const GroupProduct& product) {

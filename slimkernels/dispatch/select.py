@@ -50,7 +50,7 @@ def _rejected(spec: KernelSpec, problem: Problem, backend: str, isa_cap: str | N
     if spec.isa is not None and isa_cap is not None and _ISA_ORDER.index(spec.isa) > _ISA_ORDER.index(isa_cap):
         return f"SLIMKERNELS_ISA caps the instruction set at {isa_cap}"
     if spec.explicit_only:
-        return "its speed hangs on the pattern: it runs on explicit request only"
+        return f"{spec.explicit_only}: it runs on explicit request only"
     return spec.supports(problem) or spec.available()
 
 

@@ -67,7 +67,7 @@ class KernelSpec:
         available: None when this machine can run it, else why not.
         shape_reason: None when it takes the problem's shapes, else why not.
         configs: launch configurations worth trying on a problem, the likeliest first; ``{}`` is the launcher's default.
-        explicit_only: its speed hangs on the pattern, which a problem does not hold, so ``auto`` never takes it.
+        explicit_only: why ``auto`` never takes it, None where it may.
     """
 
     name: str
@@ -81,7 +81,7 @@ class KernelSpec:
     available: Callable[[], str | None]
     shape_reason: Callable[[Problem], str | None] = lambda problem: None
     configs: Callable[[SizedProblem], Sequence[Mapping[str, int]]] = _one_config
-    explicit_only: bool = False
+    explicit_only: str | None = None
 
     def supports(self, problem: Problem) -> str | None:
         """None when the kernel takes this problem, else the reason why not."""
@@ -160,6 +160,13 @@ def _rows() -> list[KernelSpec]:
             KernelSpec(f"{op}__cuda", op, "cuda", None, half, relu, frozenset({"cuda"}), _lazy("cuda", f"launch_{op}"),
                        _lazy("cuda", "available"))
         )  # fmt: skip
+    rows.append(
+        KernelSpec("bsr_conv2d__cuda_tensor_cores", "bsr_conv2d", "cuda", None,
+                   frozenset({torch.bfloat16, torch.float16}), EPILOGUES["bsr_conv2d"], frozenset({"cuda"}),
+                   _lazy("cuda_tensor_cores", "launch_bsr_conv2d"), _lazy("cuda", "available"),
+                   _lazy("cuda_tensor_cores", "shape_reason"),
+                   explicit_only="it has not been measured to be the fastest on any GPU")
+    )  # fmt: skip
     return rows + _fused_rows(half)
 
 
@@ -195,7 +202,7 @@ def _triton_forward_rows(dtypes: frozenset[torch.dtype]) -> list[KernelSpec]:
                            partial(_lazy("triton.bsr_conv2d", function), variant=variant),
                            _lazy("triton.runtime", "available"), _lazy(*reason.rsplit(".", 1)),
                            partial(_lazy("triton.bsr_conv2d_config", "device_configs"), variant),
-                           explicit_only=variant == "shared_input")
+                           explicit_only="its speed hangs on the pattern" if variant == "shared_input" else None)
             )  # fmt: skip
     return rows
 

@@ -5,7 +5,7 @@ Plain arithmetic and tensor operations: nothing here needs a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -32,6 +32,14 @@ class Shape(NamedTuple):
     wgmma: bool
 
 
+# The compiled shapes, by the `variant` of csrc/kernels.h; resident_conv2d.cu and stem_conv2d.cu of csrc/cuda list them.
+VARIANTS = (Shape(128, 64, 2, 2, False), Shape(128, 128, 1, 2, True), Shape(256, 64, 1, 2, True))
+STEM_VARIANTS = (Shape(256, 64, 1, 2, False), Shape(256, 64, 1, 2, True))
+SLABS = (64, 32, 16)  # input channels of a stage, the best first (measured on an H200)
+MAX_PLACES = 65535  # of a patch: kMaxPlaces of csrc/bindings.cpp
+STAGES = (3, 2)  # of the ring; deeper ones gained nothing (measured on an H200)
+
+
 class Tile(NamedTuple):
     """A tile and its patch, the members of the same names in csrc/kernels.h."""
 
@@ -49,6 +57,68 @@ class Tile(NamedTuple):
     def count(self, n: int, p: int, q: int) -> int:
         """Tiles of n output images of p x q pixels."""
         return -(-n // self.images) * -(-p // self.rows) * -(-q // self.cols)
+
+
+class Plan(NamedTuple):
+    """How a convolution runs: the members of the same names in csrc/kernels.h, and the shared memory they take."""
+
+    variant: int
+    tile: Tile
+    slab: int
+    stages: int
+    blocks: int
+    shared_bytes: int
+
+
+def variant_for(block_out: int, wgmma: bool) -> int:
+    """The compiled shape for blocks of so many output channels, on a processor with ``wgmma`` or without."""
+    return 0 if not wgmma else 1 if block_out % 128 == 0 else 2
+
+
+def shared_bytes(shape: Shape, tile: Tile, slab: int, stages: int, c_in: int, steps: int) -> int:
+    """Shared memory of a thread block: `resident_layout` of csrc/cuda/resident_conv2d.cuh."""
+    slabs = -(-c_in // slab)
+    lists = steps * (shape.column * 2 * STEP_CHANNELS + 4) + (shape.columns + 1) * (slabs + 1) * 4
+    tables = _up(lists, 16) + shape.columns * shape.column * 4 + shape.pixels // 4 * 16
+    tables += tile.images * tile.load_rows * tile.load_cols * 16
+    return _up(tables, 128) + shape.groups * stages * _up(tile.patch * (slab * 2 + 16), 128)
+
+
+def plan(
+    variant: int, n: int, c_in: int, h: int, w: int, c_out: int, taps: Pair, stride: Pair, padding: Pair,
+    dilation: Pair, steps: int, limit: int, processors: int, config: Mapping[str, int],
+) -> Plan | None:  # fmt: skip
+    """The plan of a convolution, or None where a thread block's weights and two slabs do not fit shared memory.
+
+    Args: steps the most that a thread block has; limit bytes of shared memory it may use; config ``slab`` and
+    ``stages`` to take instead of the largest that fit.
+    """
+    shape = VARIANTS[variant]
+    p = conv_output_size(h, taps[0], stride[0], padding[0], dilation[0])
+    q = conv_output_size(w, taps[1], stride[1], padding[1], dilation[1])
+    rows = -(-c_out // (shape.column * shape.columns))
+    pixels = shape.pixels
+    while pixels >= 4:  # where strides and dilations make patches large, a part of the shape's pixels
+        tile = choose_tile(pixels, h, w, taps, stride, padding, dilation)
+        for slab, stages in _rings(c_in, config):
+            size = shared_bytes(shape, tile, slab, stages, c_in, steps)
+            if size <= limit and tile.patch < MAX_PLACES:
+                blocks = rows * max(1, min(tile.count(n, p, q), processors // rows))
+                return Plan(variant, tile, slab, stages, blocks, size)
+        pixels //= 2
+    return None
+
+
+def _rings(c_in: int, config: Mapping[str, int]) -> Iterator[tuple[int, int]]:
+    """The slabs and stages to try, the best first."""
+    slabs = [slab for slab in SLABS if slab <= max(c_in, STEP_CHANNELS)]
+    for slab in (config["slab"],) if "slab" in config else slabs:
+        for stages in (config["stages"],) if "stages" in config else STAGES:
+            yield slab, stages
+
+
+def _up(size: int, unit: int) -> int:
+    return -(-size // unit) * unit
 
 
 def _even(size: int) -> int:
@@ -91,9 +161,7 @@ def _conflicts(patch_image: int, images: int, windows: Sequence[tuple[int, int]]
 
 
 @lru_cache(maxsize=1024)
-def choose_tile(
-    pixels: int, h: int, w: int, taps: Pair, stride: Pair, padding: Pair, dilation: Pair
-) -> Tile:
+def choose_tile(pixels: int, h: int, w: int, taps: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Tile:
     """The tile of at most ``pixels`` output pixels, even in both directions, that wastes and reads the least.
 
     Args: pixels of the compiled shape; h, w of an input image; taps (R, S).
@@ -114,14 +182,27 @@ def choose_tile(
     return best[1]
 
 
+class Index(NamedTuple):
+    """The steps of a pattern, which follow from the indices alone.
+
+    Attributes:
+        group_start: int32 ``(columns, groups of 16 input channels + 1)``: first step of each group.
+        taps: int32 ``(steps,)``: tap << 16 | group.
+        most_steps: int32 ``(columns,)`` on the CPU: the most steps that 1, 2, ... columns of a thread block have.
+        order: which part of which block each step is: slot, then column, then group of 16 input channels in the block.
+    """
+
+    group_start: Tensor
+    taps: Tensor
+    most_steps: Tensor
+    order: Tensor
+
+
 class Packed(NamedTuple):
-    """A weight as the kernels read it.
+    """A weight as the kernels read it: `Index` and
 
     Attributes:
         weights: ``(steps + 1, column * 16)`` in the order in which lanes hold them, the last step zero.
-        group_start: int32 ``(columns, groups of 16 input channels + 1)``: first step of each group.
-        taps: int32 ``(steps,)``: tap << 16 | group.
-        most_steps: int32 ``(columns,)`` on the CPU: the most steps that 1, 2, ... neighbouring columns have together.
     """
 
     weights: Tensor
@@ -130,24 +211,23 @@ class Packed(NamedTuple):
     most_steps: Tensor
 
 
-def pack(
-    values: Tensor, crow_indices: Tensor, col_indices: Tensor, weight_shape: Sequence[int], block_shape: Sequence[int],
-    column: int, wgmma: bool,
-) -> Packed:  # fmt: skip
-    """The steps of a BSR weight: a column of output channels times 16 input channels at one tap, by group and then tap.
+def pack_index(
+    crow_indices: Tensor, col_indices: Tensor, weight_shape: Sequence[int], block_shape: Sequence[int], column: int
+) -> Index:
+    """The steps of a BSR pattern: a column of output channels times 16 input channels at a tap, by group, then tap.
 
-    Args: values ... block_shape a valid `slimkernels.formats.BSRWeight` whose block is a multiple of ``(column, 16)``;
-    wgmma whether a group of warps reads the weights from shared memory, instead of each warp into registers.
+    Args: crow_indices ... block_shape a valid `slimkernels.formats.BSRWeight` whose block is a multiple of
+    ``(column, 16)``. Waits for the device.
     """
     c_out, c_in, r, s = weight_shape
     block_out, block_in = block_shape
     device, capacity = col_indices.device, col_indices.numel()
     high, wide = block_out // column, block_in // STEP_CHANNELS
     columns, groups, column_groups = -(-c_out // block_out) * high, -(-c_in // STEP_CHANNELS), -(-c_in // block_in)
-    slots = torch.arange(capacity, device=device)
-    rows = torch.searchsorted(crow_indices[1:].contiguous(), slots.to(torch.int32), right=True)
+    slots = torch.arange(capacity, device=device, dtype=torch.int32)
+    rows = torch.searchsorted(crow_indices[1:].contiguous(), slots, right=True)
     tap, group = col_indices.long() // column_groups, col_indices.long() % column_groups * wide
-    # One key a step, (column, group, tap); what lies behind the stored blocks or the last channel comes last.
+    # One key a step: (column, group, tap). What lies behind the stored blocks or the last channel comes last.
     column_of = (rows * high)[:, None, None] + torch.arange(high, device=device)[:, None]
     group_of = group[:, None, None] + torch.arange(wide, device=device)
     stored = (slots < crow_indices[-1])[:, None, None] & (group_of < groups)
@@ -156,14 +236,24 @@ def pack(
     first = torch.arange(columns * groups, device=device).reshape(columns, groups) * (r * s)
     ends = torch.cat([first, first[:, -1:] + r * s], 1)
     group_start = torch.searchsorted(key, ends.flatten()).to(torch.int32).reshape(columns, groups + 1)
-    taps = (key % (r * s) << 16) | (key // (r * s) % groups)
-    blocks = values.reshape(capacity, high, column, wide, STEP_CHANNELS).transpose(2, 3)
-    steps = blocks.reshape(capacity * high * wide, column, STEP_CHANNELS)[order]
-    packed = values.new_zeros(steps.shape[0] + 1, column * STEP_CHANNELS)
-    packed[:-1] = in_lane_order(steps, wgmma)
-    counts = (group_start[:, -1] - group_start[:, 0]).cpu().to(torch.int32)
+    taps = ((key % (r * s) << 16) | (key // (r * s) % groups)).to(torch.int32)
+    counts = (group_start[:, -1] - group_start[:, 0]).cpu()
     most = [max(int(part.sum()) for part in counts.split(n)) for n in range(1, columns + 1)]
-    return Packed(packed, group_start, taps.to(torch.int32), torch.tensor(most, dtype=torch.int32))
+    return Index(group_start, taps, torch.tensor(most, dtype=torch.int32), order)
+
+
+def pack(
+    values: Tensor, crow_indices: Tensor, col_indices: Tensor, weight_shape: Sequence[int], block_shape: Sequence[int],
+    shape: Shape,
+) -> Packed:  # fmt: skip
+    """A BSR weight packed for a compiled shape; the arguments are those of `pack_index`. Waits for the device."""
+    high, wide = block_shape[0] // shape.column, block_shape[1] // STEP_CHANNELS
+    index = pack_index(crow_indices, col_indices, weight_shape, block_shape, shape.column)
+    blocks = values.reshape(values.shape[0], high, shape.column, wide, STEP_CHANNELS).transpose(2, 3)
+    steps = blocks.reshape(values.shape[0] * high * wide, shape.column, STEP_CHANNELS)[index.order]
+    weights = values.new_zeros(steps.shape[0] + 1, shape.column * STEP_CHANNELS)
+    weights[:-1] = in_lane_order(steps, shape.wgmma)
+    return Packed(weights, index.group_start, index.taps, index.most_steps)
 
 
 def in_lane_order(steps: Tensor, wgmma: bool) -> Tensor:
@@ -176,6 +266,47 @@ def in_lane_order(steps: Tensor, wgmma: bool) -> Tensor:
     half = column // 32
     if wgmma:  # matrices of 8 columns x 8 depths
         parts = steps.reshape(n, half, 4, 4, 2, 2, 8)  # 32 channels, q, j % 4, e, depth // 8, depth % 8
-        return parts.permute(0, 5, 1, 3, 2, 4, 6).reshape(n, -1)
-    parts = steps.reshape(n, half, 4, 2, 2, 2, 2, 4, 2)  # 32 channels, q, j % 4 // 2, j % 2, e, depth // 8, pair, parity
-    return parts.permute(0, 1, 3, 2, 5, 7, 4, 6, 8).reshape(n, -1)
+        return parts.permute(0, 5, 1, 3, 2, 4, 6).reshape(n, column * STEP_CHANNELS)
+    parts = steps.reshape(
+        n, half, 4, 2, 2, 2, 2, 4, 2
+    )  # 32 channels, q, j % 4 // 2, j % 2, e, depth // 8, pair, parity
+    return parts.permute(0, 1, 3, 2, 5, 7, 4, 6, 8).reshape(n, column * STEP_CHANNELS)
+
+
+# The fused stem
+
+STEM_PITCH = 64 * 2 + 16  # bytes of a place: kStemPitch of csrc/cuda/stem_conv2d.cuh
+STEM_WORDS = 1024  # of two numbers, of the image rows that a group holds: 128 threads load kStemWordsOfThread each
+STEM_FIRST_BYTES = 64 * 32 * 2
+
+
+def pack_first(weight: Tensor, wgmma: bool) -> Tensor:
+    """The dense first convolution ``(64, 3, 3, 3)`` as `(2, 1024)`: 32 products of a channel in two steps.
+
+    Each row of taps has ten: three pixels of three channels, and one of no weight; the last two have none.
+    """
+    rows = weight.new_zeros(64, 32)
+    rows[:, :30].view(64, 3, 10)[:, :, :9] = weight.permute(0, 2, 3, 1).reshape(64, 3, 9)
+    steps = rows.view(64, 2, STEP_CHANNELS).transpose(0, 1).contiguous()
+    return in_lane_order(steps, wgmma).contiguous()
+
+
+def stem_shared_bytes(shape: Shape, tile: Tile, steps: int) -> int:
+    """Shared memory of a thread block: `stem_layout` of csrc/cuda/stem_conv2d.cuh."""
+    lists = steps * (shape.column * 2 * STEP_CHANNELS + 4) + STEM_FIRST_BYTES
+    tables = _up(lists, 16) + 2 * 64 * 4 + shape.pixels // 4 * 16 + _up(tile.load_rows * tile.load_cols, 64) * 16
+    rows = (tile.load_rows + 2) * _up((tile.load_cols + 2) * 6 + 4, 16)
+    return _up(tables, 128) + shape.groups * _up(_up(tile.patch * STEM_PITCH, 128) + 2 * rows, 128)
+
+
+def plan_stem(variant: int, n: int, h: int, w: int, steps: int, limit: int, processors: int) -> Plan | None:
+    """The plan of a stem, whole rows of one image in a tile, or None where not two of them fit."""
+    shape = STEM_VARIANTS[variant]
+    taps, one = (3, 3), (1, 1)
+    for rows in range(min(_even(h), shape.pixels // w // 2 * 2), 0, -2):
+        tile = _with_patch(1, rows, w, h, w, h, w, taps, one, one, one)
+        size = stem_shared_bytes(shape, tile, steps)
+        if size <= limit and (tile.load_rows + 2) * w * 3 // 2 <= STEM_WORDS:
+            blocks = min(tile.count(n, h, w), processors)
+            return Plan(variant, tile, 64, 1, blocks, size)
+    return None

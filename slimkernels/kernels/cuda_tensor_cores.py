@@ -1,0 +1,291 @@
+"""Launchers of the tensor-core kernels of csrc/cuda: checks, packed weights and plans; `cuda` has what is common.
+
+`launch_bsr_conv2d` is the block-sparse convolution whose weights stay in shared memory while the images stream by.
+`launch_stem_conv2d` is a network's dense first convolution and the block-sparse second one in one kernel. Neither is a
+choice of ``auto``: they run on explicit request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from slimkernels.kernels import cuda, resident_plan
+from slimkernels.kernels.problems import ConvProblem, Pair, Problem, check_geometry
+from slimkernels.kernels.resident_plan import STEM_VARIANTS, STEP_CHANNELS, VARIANTS, Index, Packed
+from slimkernels.tensors import Checked
+
+NAME = "bsr_conv2d__cuda_tensor_cores"
+_WGMMA_CAPABILITY = (9, 0)  # of the only processors that have wgmma
+_CONFIGS = frozenset({"variant", "slab", "stages", "overlap"})
+_STEM_CHANNELS, _STEM_WORDS = 64, 1024  # kStemChannels and what kStemWordsOfThread allow in csrc/cuda/stem_conv2d.cuh
+
+
+class Limits(NamedTuple):
+    """What a plan needs to know of a device."""
+
+    wgmma: bool
+    shared_memory: int
+    processors: int
+
+
+@lru_cache(maxsize=16)
+def _device_limits(index: int) -> Limits:
+    p = torch.cuda.get_device_properties(index)
+    return Limits((p.major, p.minor) == _WGMMA_CAPABILITY, p.shared_memory_per_block_optin, p.multi_processor_count)
+
+
+def _limits(x: Tensor) -> Limits:
+    return _device_limits(x.device.index)
+
+
+def shape_reason(problem: Problem) -> str | None:
+    """None when the kernel takes the problem's shapes, else why not."""
+    block_out, block_in = problem.block_shape
+    if block_out % 64 != 0 or block_in % STEP_CHANNELS != 0:
+        return f"a block is a multiple of 64 x {STEP_CHANNELS}, not {block_out} x {block_in}"
+    if isinstance(problem, ConvProblem):
+        if problem.c_in % 8 != 0 or problem.c_out % 8 != 0:
+            return f"channels are copied eight at a time, not {problem.c_in} to {problem.c_out}"
+        if problem.r * problem.s >= 2**15 or problem.c_in >= 2**20:
+            return "too many taps or channels"
+    return None
+
+
+_CHECKED = Checked()
+
+
+def _check_packed(op: str, packed: Packed, crow: Tensor, col: Tensor, values: Tensor, weight_shape: Sequence[int],
+           block_shape: Sequence[int], column: int) -> None:  # fmt: skip
+    """Raises ValueError unless the pack's indices are those of the pattern and its weights have the values' size.
+
+    The kernel follows the indices without a check. They are compared once for tensors that stay as they are, and not
+    while a CUDA graph is captured.
+    """
+    weights, group_start, taps, most_steps = packed
+    size = (values.numel() // (column * STEP_CHANNELS) + 1, column * STEP_CHANNELS)
+    if tuple(weights.shape) != size or weights.dtype != values.dtype or not weights.is_contiguous():
+        raise ValueError(
+            f"{op}: expected packed weights {size} of {values.dtype}, contiguous, "
+            f"got {tuple(weights.shape)} of {weights.dtype}"
+        )
+    key = (*weight_shape, *block_shape, column)
+    if _CHECKED.knows(key, group_start, taps, most_steps, crow, col):
+        return
+    if crow.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    expected: Index = resident_plan.pack_index(crow, col, weight_shape, block_shape, column)
+    for got, name in ((group_start, "group_start"), (taps, "taps"), (most_steps, "most_steps")):
+        wanted = getattr(expected, name)
+        if got.device != wanted.device or got.dtype != wanted.dtype or not torch.equal(got, wanted):
+            raise ValueError(f"{op}: expected packed {name} to be that of crow_indices and col_indices")
+    _CHECKED.remember(key, group_start, taps, most_steps, crow, col)
+
+
+def pack(
+    values: Tensor, crow_indices: Tensor, col_indices: Tensor, weight_shape: Sequence[int], block_shape: Sequence[int]
+) -> Packed:
+    """The weight packed for values' device, as `launch_bsr_conv2d` takes it. Waits for the device.
+
+    Args: a valid `slimkernels.formats.BSRWeight` whose block shape `shape_reason` takes.
+    """
+    variant = resident_plan.variant_for(block_shape[0], _limits(values).wgmma)
+    return resident_plan.pack(values, crow_indices, col_indices, weight_shape, block_shape, VARIANTS[variant])
+
+
+def _packed_or_new(
+    op: str, packed: Sequence[Tensor], values: Tensor, crow: Tensor, col: Tensor, weight_shape: Sequence[int],
+    block_shape: Sequence[int], variant: int,
+) -> Packed:  # fmt: skip
+    shape = VARIANTS[variant]
+    if len(packed) == len(Packed._fields) and packed[0].dim() == 2:
+        found = Packed(*packed)
+        if found.weights.shape[1] == shape.column * STEP_CHANNELS:
+            _check_packed(op, found, crow, col, values, weight_shape, block_shape, shape.column)
+            return found
+    if values.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"{op}: the weight must be packed before a CUDA graph is captured: call the layer once")
+    return resident_plan.pack(values, crow, col, weight_shape, block_shape, shape)
+
+
+def launch_bsr_conv2d(
+    x: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, bias: Tensor | None, packed: Sequence[Tensor],
+    weight_shape: Sequence[int], block_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], epilogue: str, config: Mapping[str, int] | None = None,
+) -> Tensor:  # fmt: skip
+    """Block-sparse convolution on tensor cores, the weights of a thread block in shared memory.
+
+    Args:
+        x: ``(N, C_in, H, W)``, float16 or bfloat16 on the GPU; channels_last is taken as it is.
+        values, crow_indices, col_indices: the BSR weight of `slimkernels.formats.BSRWeight`, indices validated there;
+            blocks that are multiples of 64 x 16.
+        bias: ``(C_out,)`` or None.
+        packed: what `pack` returned for this weight, or anything else: then it is packed in this call.
+        epilogue: ``none``, ``relu`` or ``relu_maxpool2``.
+        config: ``slab`` and ``stages`` of the ring; ``variant`` of `resident_plan.VARIANTS`; ``overlap`` 1 lets the
+            kernel begin while the one in front of it ends, which must not have written the packed weight.
+
+    Returns:
+        ``(N, C_out, P, Q)``, pooled where asked for, channels_last, on torch's current stream.
+
+    Raises:
+        ValueError, TypeError: a shape, device or dtype does not fit, or a block row's weights do not fit shared memory.
+        RuntimeError: the kernel cannot run here, or CUDA reports an error.
+    """
+    op, config = "bsr_conv2d", config or {}
+    module = cuda._module(op, x, values=values, crow_indices=crow_indices, col_indices=col_indices, bias=bias)
+    check_geometry(op, stride, padding, dilation)
+    c_out, c_in, r, s = weight_shape
+    if x.dim() != 4 or x.shape[1] != c_in:
+        raise ValueError(f"{op}: expected x of shape (N, {c_in}, H, W), got {tuple(x.shape)}")
+    n, _, h, w = x.shape
+    problem = ConvProblem(n, c_in, h, w, c_out, r, s, _pair(stride), _pair(padding), _pair(dilation),
+                          _pair(block_shape), values.shape[0], x.dtype, x.device.type, epilogue)  # fmt: skip
+    reason = shape_reason(problem)
+    if reason is not None or x.dtype == torch.float32:
+        raise ValueError(f"{op}: the tensor-core kernel does not take this: {reason or 'float32'}")
+    _check_weight(op, values, crow_indices, bias, c_out, block_shape)
+    if set(config) - _CONFIGS:
+        raise ValueError(f"{op}: expected config of {', '.join(sorted(_CONFIGS))}, got {dict(config)}")
+    pool = epilogue == "relu_maxpool2"
+    if epilogue not in ("none", "relu", "relu_maxpool2"):
+        raise ValueError(f"{op}: expected epilogue 'none', 'relu' or 'relu_maxpool2', got {epilogue!r}")
+    p, q = problem.p, problem.q
+    out = (p // 2, q // 2) if pool else (p, q)
+    if min(out) < 1:
+        raise ValueError(f"{op}: expected an output of at least 1x1, got {out[0]}x{out[1]} from x {tuple(x.shape)}")
+    x = x.contiguous(memory_format=torch.channels_last)
+    y = torch.empty((n, c_out, *out), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    if y.numel() == 0:
+        return y
+    values, crow, col = values.contiguous(), crow_indices.contiguous(), col_indices.contiguous()
+    bias = bias if bias is None else bias.contiguous()
+    limits = _limits(x)
+    variant = config.get("variant", resident_plan.variant_for(block_shape[0], limits.wgmma))
+    weight = _packed_or_new(op, packed, values, crow, col, weight_shape, block_shape, variant)
+    columns = min(VARIANTS[variant].columns, weight.most_steps.numel())
+    steps = int(weight.most_steps[columns - 1])
+    plan = resident_plan.plan(
+        variant, n, c_in, h, w, c_out, (r, s), problem.stride, problem.padding, problem.dilation, steps,
+        limits.shared_memory, limits.processors, config,
+    )  # fmt: skip
+    if plan is None:
+        raise ValueError(
+            f"{op}: expected block rows whose weights fit {limits.shared_memory} bytes of shared memory, "
+            f"got one of {steps} steps of {VARIANTS[variant].column} x {STEP_CHANNELS} weights"
+        )
+    status = module.cuda_resident_conv2d(
+        x.data_ptr(), y.data_ptr(), cuda._pointer(bias), weight.weights.data_ptr(), weight.group_start.data_ptr(),
+        weight.taps.data_ptr(), n, h, w, c_in, c_out, p, q, r, s, *stride, *padding, *dilation,
+        int(epilogue != "none"), int(pool), *plan.tile, plan.slab, plan.stages, steps, variant, plan.blocks,
+        config.get("overlap", 0), cuda._DTYPES[x.dtype], *cuda._target(x),
+    )  # fmt: skip
+    cuda._check(op, module, status)
+    return y
+
+
+def _check_weight(
+    op: str, values: Tensor, crow: Tensor, bias: Tensor | None, c_out: int, block_shape: Sequence[int]
+) -> None:
+    block_out, block_in = block_shape
+    rows = -(-c_out // block_out)
+    if crow.numel() != rows + 1 or values.dim() != 3 or tuple(values.shape[1:]) != (block_out, block_in):
+        raise ValueError(
+            f"{op}: expected values (nnz_blocks, {block_out}, {block_in}) and {rows + 1} crow_indices, "
+            f"got {tuple(values.shape)} and {crow.numel()}"
+        )
+    if bias is not None and tuple(bias.shape) != (c_out,):
+        raise ValueError(f"{op}: expected bias of shape ({c_out},), got {tuple(bias.shape)}")
+
+
+def _pair(value: Sequence[int]) -> Pair:
+    return (value[0], value[1])
+
+
+def launch_stem_conv2d(
+    x: Tensor, first_weight: Tensor, first_bias: Tensor | None, values: Tensor, crow_indices: Tensor,
+    col_indices: Tensor, bias: Tensor | None, packed: Sequence[Tensor], weight_shape: Sequence[int],
+    block_shape: Sequence[int], epilogue: str, config: Mapping[str, int] | None = None,
+) -> Tensor:  # fmt: skip
+    """A dense 3x3 convolution of images to 64 channels, its ReLU, and the block-sparse 3x3 one behind it.
+
+    Both have stride 1 and padding 1. What lies between them stays in shared memory, rounded to x's dtype.
+
+    Args:
+        x: ``(N, 3, H, W)``, W even, float16 or bfloat16 on the GPU.
+        first_weight: ``(64, 3, 3, 3)``. first_bias: ``(64,)`` or None.
+        values, crow_indices, col_indices, bias: the second convolution, as `launch_bsr_conv2d` takes them, of shape
+            ``(C_out <= 64, 64, 3, 3)`` and blocks of 64 output channels.
+        packed: what `pack_stem` returned for both weights, or anything else: then they are packed in this call.
+        epilogue: of the second convolution.
+        config: ``variant`` of `resident_plan.STEM_VARIANTS`; ``overlap`` as `launch_bsr_conv2d` has it.
+
+    Returns:
+        ``(N, C_out, H, W)``, pooled where asked for, channels_last.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `launch_bsr_conv2d`.
+    """
+    op, config = "stem_conv2d", config or {}
+    module = cuda._module(op, x, first_weight=first_weight, first_bias=first_bias, values=values, bias=bias,
+                          crow_indices=crow_indices, col_indices=col_indices)  # fmt: skip
+    if x.dim() != 4 or x.shape[1] != 3 or x.shape[3] % 2 != 0 or x.dtype == torch.float32:
+        raise ValueError(f"{op}: expected x of shape (N, 3, H, even W) in 16 bits, got {tuple(x.shape)} of {x.dtype}")
+    c_out, *rest = weight_shape
+    if rest != [_STEM_CHANNELS, 3, 3] or c_out > 64 or c_out % 8 or block_shape[0] != 64 or block_shape[1] % 16:
+        raise ValueError(
+            f"{op}: expected weight_shape (up to 64, {_STEM_CHANNELS}, 3, 3) and blocks of 64 x multiples of 16, "
+            f"got {tuple(weight_shape)} and {tuple(block_shape)}"
+        )
+    if tuple(first_weight.shape) != (_STEM_CHANNELS, 3, 3, 3):
+        raise ValueError(f"{op}: expected first_weight ({_STEM_CHANNELS}, 3, 3, 3), got {tuple(first_weight.shape)}")
+    if first_bias is not None and tuple(first_bias.shape) != (_STEM_CHANNELS,):
+        raise ValueError(f"{op}: expected first_bias ({_STEM_CHANNELS},), got {tuple(first_bias.shape)}")
+    _check_weight(op, values, crow_indices, bias, c_out, block_shape)
+    pool = epilogue == "relu_maxpool2"
+    if epilogue not in ("none", "relu", "relu_maxpool2"):
+        raise ValueError(f"{op}: expected epilogue 'none', 'relu' or 'relu_maxpool2', got {epilogue!r}")
+    n, _, h, w = x.shape
+    out = (h // 2, w // 2) if pool else (h, w)
+    x = x.contiguous(memory_format=torch.channels_last)
+    y = torch.empty((n, c_out, *out), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    if y.numel() == 0:
+        return y
+    values, crow, col = values.contiguous(), crow_indices.contiguous(), col_indices.contiguous()
+    first_bias, bias = (b if b is None else b.contiguous() for b in (first_bias, bias))
+    limits = _limits(x)
+    variant = config.get("variant", int(limits.wgmma))
+    shape = STEM_VARIANTS[variant]
+    if len(packed) == 1 + len(Packed._fields):
+        first, weight = packed[0], Packed(*packed[1:])
+        if tuple(first.shape) != (2, 1024) or first.dtype != x.dtype or first.device != x.device:
+            raise ValueError(f"{op}: expected packed first weights (2, 1024) of {x.dtype}, got {tuple(first.shape)}")
+        _check_packed(op, weight, crow, col, values, weight_shape, block_shape, shape.column)
+    else:
+        first, weight = pack_stem(first_weight, values, crow, col, weight_shape, block_shape, variant)
+    steps = int(weight.most_steps[0])
+    plan = resident_plan.plan_stem(variant, n, h, w, steps, limits.shared_memory, limits.processors)
+    if plan is None:
+        raise ValueError(f"{op}: expected images of rows that fit shared memory, got {tuple(x.shape)}")
+    status = module.cuda_stem_conv2d(
+        x.data_ptr(), y.data_ptr(), first.data_ptr(), cuda._pointer(first_bias), weight.weights.data_ptr(),
+        cuda._pointer(bias), weight.taps.data_ptr(), n, h, w, c_out, h, w, 3, 3, 1, 1, 1, 1, 1, 1,
+        int(epilogue != "none"), int(pool), *plan.tile, steps, variant, plan.blocks, config.get("overlap", 0),
+        cuda._DTYPES[x.dtype], *cuda._target(x),
+    )  # fmt: skip
+    cuda._check(op, module, status)
+    return y
+
+
+def pack_stem(
+    first_weight: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, weight_shape: Sequence[int],
+    block_shape: Sequence[int], variant: int | None = None,
+) -> tuple[Tensor, Packed]:  # fmt: skip
+    """Both weights packed as `launch_stem_conv2d` takes them, for values' device. Waits for the device."""
+    shape = STEM_VARIANTS[int(_limits(values).wgmma) if variant is None else variant]
+    first = resident_plan.pack_first(first_weight, shape.wgmma)
+    return first, resident_plan.pack(values, crow_indices, col_indices, weight_shape, block_shape, shape)
