@@ -224,6 +224,23 @@ def test_a_row_beyond_shared_memory_is_refused(device: Device):
         device.launch(case, case.inputs(), 1)
 
 
+@pytest.mark.parametrize(
+    ("variant", "limits", "message"),
+    [
+        (3, Limits(True, HOPPER_SHARED, 2), "expected variant in 0 to 2, got 3"),
+        (2, Limits(False, HOPPER_SHARED, 2), "variant 2 needs a GPU of compute capability 9.0"),
+        (1, Limits(True, HOPPER_SHARED, 2), "variant 1 takes blocks of a multiple of 128 channels"),
+    ],
+)
+def test_a_shape_that_does_not_run_here_is_refused(
+    variant: int, limits: Limits, message: str, device: Device, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(cuda_tensor_cores, "_limits", lambda x: limits)
+    case = ConvCase(c_in=32, c_out=64, block_shape=(64, 16), dtype=BF16)
+    with pytest.raises(ValueError, match=f"^bsr_conv2d: {message}"):
+        device.launch(case, case.inputs(), variant)
+
+
 # The fused stem
 
 
@@ -353,7 +370,7 @@ BREAKS = {
         "stem_conv2d.cuh", "hw::synchronize(1 + group, 128);  // the rows are there", "// the rows are there", "stem"),
     "the barrier behind the patch": (
         "stem_conv2d.cuh", "hw::synchronize(1 + group, 128);  // the patch is there", "// the patch is there", "stem"),
-    "zeros outside": ("stem_conv2d.cuh", "inside ? packed : make_uint4(0, 0, 0, 0)", "packed", "stem"),
+    "zeros outside": ("stem_conv2d.cuh", "inside ? packed : make_uint4(0, 0, 0, 0)", "packed", "stem_strips"),
     "the unwanted number": ("stem_conv2d.cuh", "0x0000ffffu", "0xffffffffu", "stem_nan"),
 }  # fmt: skip
 
@@ -381,6 +398,8 @@ def fails(what: str, device: Device, mode: int) -> bool:
             case = ConvCase("broken", n=9, c_in=64, c_out=128, sparsity=0.7, dtype=BF16)
             if what == "stem":
                 check_stem(StemCase("broken", n=5, h=16, w=16), device, variant=0)
+            elif what == "stem_strips":
+                check_stem(StemCase("broken", n=1, h=32, w=32), device, variant=0)
             elif what == "stem_nan":
                 test_stem_nonfinite_pixels_reach_what_reads_them(device)
             else:

@@ -19,7 +19,7 @@ __host__ __device__ inline ResidentLayout resident_layout(const SlimCudaResident
   l.starts = l.steps + a.steps * 4;
   l.live = l.starts + Shape::WARPS_N * (slabs + 1) * 4;
   l.bias = (l.live + (slabs + 1) * 4 + 15) / 16 * 16;
-  l.windows = l.bias + Shape::WARPS_N * Shape::COLUMN * 4;
+  l.windows = l.bias + Shape::WARPS_N * Shape::COLUMN * kBiasBytes;
   l.pixels = l.windows + Shape::WINDOWS * 16;
   l.ring = (l.pixels + a.tile_images * a.load_rows * a.load_cols * 16 + 127) / 128 * 128;
   l.stage = (a.patch * (a.slab * 2 + 16) + 127) / 128 * 128;
@@ -80,7 +80,7 @@ struct Loader {
 };
 
 template <typename T, typename Shape>
-__global__ void __launch_bounds__(Shape::THREADS, 1) resident_conv2d_kernel(const __grid_constant__ SlimCudaResidentConv2d a) {
+SLIM_DEVICE void resident_conv2d(const SlimCudaResidentConv2d& a) {
   const ResidentLayout at = resident_layout<Shape>(a);
   const int thread = int(threadIdx.x), lane = thread & 31, group = thread >> 7, warp = thread >> 5 & 3;
   const int warp_m = warp % Shape::WARPS_M, warp_n = warp / Shape::WARPS_M;
@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(Shape::THREADS, 1) resident_conv2d_kernel(cons
   const uint32_t starts = base + at.starts + warp_n * (slabs + 1) * 4;
   int slot = 0;
   for (int tile = first_tile; tile < tiles; tile += tile_step) {
-    product.begin(base + at.bias + warp_n * Shape::COLUMN * 4, lane);
+    product.begin(base + at.bias + warp_n * Shape::COLUMN * kBiasBytes, lane);
     for (int l = 0; l < live_count; ++l) {
       hw::copy_async_wait_all_but(a.stages - 2);
       hw::synchronize(1 + group, 128);
@@ -176,6 +176,15 @@ __global__ void __launch_bounds__(Shape::THREADS, 1) resident_conv2d_kernel(cons
     product.store(a, tile_position(a, tile), lane);
   }
   hw::copy_async_wait<0>();
+}
+
+template <typename T, typename Shape>
+__global__ void __launch_bounds__(Shape::THREADS, 1) resident_conv2d_kernel(const __grid_constant__ SlimCudaResidentConv2d a) {
+  if constexpr (!Shape::WGMMA || SLIM_HAS_WGMMA) {
+    resident_conv2d<T, Shape>(a);
+  } else {
+    hw::stop();  // compiled for another processor: the launcher does not choose it
+  }
 }
 
 }  // namespace

@@ -60,14 +60,17 @@ SLIM_DEVICE void write_windows(const Args& a, uint32_t windows) {
   }
 }
 
-// Writes the bias of all channels of a thread block, or zeros, in fp32.
+// Writes the bias of all channels of a thread block, or zeros, in fp32. Every pair of channels comes twice, as the four sums of a lane want
+// it: from any other order the compiler keeps the sums of one tile apart and moves them into place in each step.
 template <typename T, typename Shape>
 SLIM_DEVICE void write_bias(uint32_t to, const void* bias, int first, int64_t c_out) {
   for (int i = int(threadIdx.x); i < Shape::COLUMN * Shape::WARPS_N; i += Shape::THREADS) {
     const float v = bias != nullptr && first + i < c_out ? hw::load_number(static_cast<const T*>(bias) + first + i) : 0.0f;
-    hw::store_shared_32(to + i * 4, hw::bits_of_float(v));
+    hw::store_shared_32(to + i / 2 * 16 + i % 2 * 4, hw::bits_of_float(v));
+    hw::store_shared_32(to + i / 2 * 16 + i % 2 * 4 + 8, hw::bits_of_float(v));
   }
 }
+constexpr int kBiasBytes = 8;  // of a channel
 
 // Writes each step's distance in bytes from a pixel's place to the 16 channels that it multiplies; slabs hold `slab` channels.
 template <typename Shape, typename Args>
@@ -124,20 +127,27 @@ struct SparseTile {
     }
   }
 
+  // Keeps the compiler from moving or merging registers across: the sums of a product in the background, and the many that begin alike.
+  SLIM_DEVICE void settle() {
+#pragma unroll
+    for (int i = 0; i < Shape::M_TILES; ++i) hw::settle(sum[i]);
+  }
+
   // The sums begin with the bias of the warp's channels. Column 8 j + 2 q + e of an instruction was packed as channel 32 (j / 4) + 8 q +
   // 2 (j % 4) + e: a lane has eight neighbouring channels of every 32.
   SLIM_DEVICE void begin(uint32_t bias, int lane) {
 #pragma unroll
-    for (int h = 0; h < Shape::N_TILES / 2; ++h) {  // four channels each
-      const uint4 four = hw::load_shared_128(bias + (h >> 1) * 128 + (lane & 3) * 32 + (h & 1) * 16);
+    for (int j = 0; j < Shape::N_TILES; ++j) {
+      const uint4 four = hw::load_shared_128(bias + (j >> 2) * 256 + (lane & 3) * 64 + (j & 3) * 16);
 #pragma unroll
       for (int i = 0; i < Shape::M_TILES; ++i) {
-        sum[i][2 * h][0] = sum[i][2 * h][2] = hw::float_of_bits(four.x);
-        sum[i][2 * h][1] = sum[i][2 * h][3] = hw::float_of_bits(four.y);
-        sum[i][2 * h + 1][0] = sum[i][2 * h + 1][2] = hw::float_of_bits(four.z);
-        sum[i][2 * h + 1][1] = sum[i][2 * h + 1][3] = hw::float_of_bits(four.w);
+        sum[i][j][0] = hw::float_of_bits(four.x);
+        sum[i][j][1] = hw::float_of_bits(four.y);
+        sum[i][j][2] = hw::float_of_bits(four.z);
+        sum[i][j][3] = hw::float_of_bits(four.w);
       }
     }
+    settle();
   }
 
   // Adds steps [step, end) on a patch; `weights` is what the block holds from its first step on.
@@ -155,10 +165,6 @@ struct SparseTile {
         for (int i = 0; i < Shape::M_TILES; ++i) hw::multiply_group<T>(sum[i], operand[i], b);
         hw::multiply_group_commit();
         ++step;
-      };
-      const auto settle = [&] {
-#pragma unroll
-        for (int i = 0; i < Shape::M_TILES; ++i) hw::settle(sum[i]);
       };
       settle();
       if ((end - step) & 1) {

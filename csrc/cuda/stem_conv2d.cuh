@@ -22,7 +22,7 @@ __host__ __device__ inline StemLayout stem_layout(const SlimCudaStemConv2d& a) {
   l.first = a.steps * Shape::STEP_BYTES;
   l.steps = l.first + kStemFirstBytes;
   l.bias = (l.steps + a.steps * 4 + 15) / 16 * 16;  // of the second convolution, then of the first
-  l.windows = l.bias + 2 * kStemChannels * 4;
+  l.windows = l.bias + 2 * kStemChannels * kBiasBytes;
   l.pixels = l.windows + Shape::WINDOWS * 16;
   l.groups = (l.pixels + (a.load_rows * a.load_cols + 63) / 64 * 64 * 16 + 127) / 128 * 128;
   l.rows = (a.patch * kStemPitch + 127) / 128 * 128;                   // from a group's begin
@@ -95,12 +95,12 @@ SLIM_DEVICE void fill_patch(const SlimCudaStemConv2d& a, const StemLayout& at, u
     }
     float sum[8][4];
 #pragma unroll
-    for (int h = 0; h < 4; ++h) {
-      const uint4 four = hw::load_shared_128(base + at.bias + kStemChannels * 4 + (h >> 1) * 128 + q * 32 + (h & 1) * 16);
-      sum[2 * h][0] = sum[2 * h][2] = hw::float_of_bits(four.x);
-      sum[2 * h][1] = sum[2 * h][3] = hw::float_of_bits(four.y);
-      sum[2 * h + 1][0] = sum[2 * h + 1][2] = hw::float_of_bits(four.z);
-      sum[2 * h + 1][1] = sum[2 * h + 1][3] = hw::float_of_bits(four.w);
+    for (int j = 0; j < 8; ++j) {
+      const uint4 four = hw::load_shared_128(base + at.bias + kStemChannels * kBiasBytes + (j >> 2) * 256 + q * 64 + (j & 3) * 16);
+      sum[j][0] = hw::float_of_bits(four.x);
+      sum[j][1] = hw::float_of_bits(four.y);
+      sum[j][2] = hw::float_of_bits(four.z);
+      sum[j][3] = hw::float_of_bits(four.w);
     }
 #if SLIM_HAS_WGMMA
     if constexpr (Shape::WGMMA) {
@@ -141,7 +141,7 @@ SLIM_DEVICE void fill_patch(const SlimCudaStemConv2d& a, const StemLayout& at, u
 }
 
 template <typename T, typename Shape>
-__global__ void __launch_bounds__(Shape::THREADS, 1) stem_conv2d_kernel(const __grid_constant__ SlimCudaStemConv2d a) {
+SLIM_DEVICE void stem_conv2d(const SlimCudaStemConv2d& a) {
   static_assert(Shape::WARPS_N == 1 && Shape::COLUMN == 64, "one column of 64 channels");
   const StemLayout at = stem_layout<Shape>(a);
   const int thread = int(threadIdx.x), lane = thread & 31, group = thread >> 7, warp = thread >> 5 & 3;
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(Shape::THREADS, 1) stem_conv2d_kernel(const __
   write_steps<Shape>(a, base + at.steps, 0, a.steps, kStemChannels);
   write_windows<Shape>(a, base + at.windows);
   write_bias<T, Shape>(base + at.bias, a.bias, 0, a.c_out);
-  write_bias<T, Shape>(base + at.bias + kStemChannels * 4, a.first_bias, 0, kStemChannels);
+  write_bias<T, Shape>(base + at.bias + kStemChannels * kBiasBytes, a.first_bias, 0, kStemChannels);
   const int pixels = a.load_rows * a.load_cols;
   for (int i = thread; i < (pixels + 63) / 64 * 64; i += Shape::THREADS) {
     const int y = i / a.load_cols, x = i % a.load_cols;
@@ -187,6 +187,15 @@ __global__ void __launch_bounds__(Shape::THREADS, 1) stem_conv2d_kernel(const __
     product.begin(base + at.bias, lane);
     product.multiply(patch, base + at.steps, base + at.weights, 0, a.steps, lane);
     product.store(a, tile_position(a, tile), lane);
+  }
+}
+
+template <typename T, typename Shape>
+__global__ void __launch_bounds__(Shape::THREADS, 1) stem_conv2d_kernel(const __grid_constant__ SlimCudaStemConv2d a) {
+  if constexpr (!Shape::WGMMA || SLIM_HAS_WGMMA) {
+    stem_conv2d<T, Shape>(a);
+  } else {
+    hw::stop();  // compiled for another processor: the launcher does not choose it
   }
 }
 

@@ -71,6 +71,9 @@ SLIM_DEVICE void copy_async_wait_all_but(int groups) {
   }
 }
 
+// Ends the kernel with an error.
+SLIM_DEVICE void stop() { __trap(); }
+
 // Waits for all threads of the block, or for `threads` of them that meet at barrier `id` (1 to 15).
 SLIM_DEVICE void synchronize() { __syncthreads(); }
 SLIM_DEVICE void synchronize(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
@@ -96,6 +99,15 @@ SLIM_DEVICE void load_matrices(uint32_t (&v)[4], uint32_t at) {
                : "memory");
 }
 
+// Keeps the compiler from moving what it does to these sums across, and from merging equal ones.
+template <int N>
+SLIM_DEVICE void settle(float (&d)[N][4]) {
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) asm volatile("" : "+f"(d[j][e])::"memory");
+  }
+}
 // d += a b, 16x16 times 16x8, in a warp.
 template <typename T>
 SLIM_DEVICE void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
@@ -202,15 +214,6 @@ SLIM_DEVICE void multiply_group<__half>(float (&d)[8][4], const uint32_t (&a)[4]
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 #undef SLIM_D
-// Sums that multiply_group has not begun or has finished: the compiler keeps what it does to them on this side.
-template <int N>
-SLIM_DEVICE void settle(float (&d)[N][4]) {
-#pragma unroll
-  for (int j = 0; j < N; ++j) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) asm volatile("" : "+f"(d[j][e])::"memory");
-  }
-}
 SLIM_DEVICE void multiply_group_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 SLIM_DEVICE void multiply_group_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int N>

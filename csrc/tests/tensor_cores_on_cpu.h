@@ -230,6 +230,8 @@ void copy_async_wait() {
   copy_async_wait_all_but(N);
 }
 
+inline void stop() { fail("a kernel stopped"); }
+
 inline void synchronize() { meet(0, unsigned(threads.size())); }
 inline void synchronize(int id, int count) { meet(id, unsigned(count)); }
 

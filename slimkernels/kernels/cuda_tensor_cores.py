@@ -16,7 +16,7 @@ from torch import Tensor
 
 from slimkernels.kernels import cuda, resident_plan
 from slimkernels.kernels.problems import ConvProblem, Pair, Problem, check_geometry
-from slimkernels.kernels.resident_plan import STEM_VARIANTS, STEP_CHANNELS, VARIANTS, Index, Packed
+from slimkernels.kernels.resident_plan import STEM_VARIANTS, STEP_CHANNELS, VARIANTS, Index, Packed, Shape
 from slimkernels.tensors import Checked
 
 NAME = "bsr_conv2d__cuda_tensor_cores"
@@ -166,6 +166,7 @@ def launch_bsr_conv2d(
     bias = bias if bias is None else bias.contiguous()
     limits = _limits(x)
     variant = config.get("variant", resident_plan.variant_for(block_shape[0], limits.wgmma))
+    _check_variant(op, variant, VARIANTS, limits, block_shape)
     weight = _packed_or_new(op, packed, values, crow, col, weight_shape, block_shape, variant)
     columns = min(VARIANTS[variant].columns, weight.most_steps.numel())
     steps = int(weight.most_steps[columns - 1])
@@ -186,6 +187,17 @@ def launch_bsr_conv2d(
     )  # fmt: skip
     cuda._check(op, module, status)
     return y
+
+
+def _check_variant(
+    op: str, variant: int, variants: Sequence[Shape], limits: Limits, block_shape: Sequence[int]
+) -> None:
+    if not 0 <= variant < len(variants):
+        raise ValueError(f"{op}: expected variant in 0 to {len(variants) - 1}, got {variant}")
+    if variants[variant].wgmma and not limits.wgmma:
+        raise ValueError(f"{op}: variant {variant} needs a GPU of compute capability 9.0")
+    if block_shape[0] % variants[variant].column != 0:
+        raise ValueError(f"{op}: variant {variant} takes blocks of a multiple of {variants[variant].column} channels")
 
 
 def _check_weight(
@@ -259,6 +271,7 @@ def launch_stem_conv2d(
     first_bias, bias = (b if b is None else b.contiguous() for b in (first_bias, bias))
     limits = _limits(x)
     variant = config.get("variant", int(limits.wgmma))
+    _check_variant(op, variant, STEM_VARIANTS, limits, block_shape)
     shape = STEM_VARIANTS[variant]
     if len(packed) == 1 + len(Packed._fields):
         first, weight = packed[0], Packed(*packed[1:])

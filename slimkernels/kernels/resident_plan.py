@@ -79,7 +79,7 @@ def shared_bytes(shape: Shape, tile: Tile, slab: int, stages: int, c_in: int, st
     """Shared memory of a thread block: `resident_layout` of csrc/cuda/resident_conv2d.cuh."""
     slabs = -(-c_in // slab)
     lists = steps * (shape.column * 2 * STEP_CHANNELS + 4) + (shape.columns + 1) * (slabs + 1) * 4
-    tables = _up(lists, 16) + shape.columns * shape.column * 4 + shape.pixels // 4 * 16
+    tables = _up(lists, 16) + shape.columns * shape.column * 8 + shape.pixels // 4 * 16
     tables += tile.images * tile.load_rows * tile.load_cols * 16
     return _up(tables, 128) + shape.groups * stages * _up(tile.patch * (slab * 2 + 16), 128)
 
@@ -294,7 +294,7 @@ def pack_first(weight: Tensor, wgmma: bool) -> Tensor:
 def stem_shared_bytes(shape: Shape, tile: Tile, steps: int) -> int:
     """Shared memory of a thread block: `stem_layout` of csrc/cuda/stem_conv2d.cuh."""
     lists = steps * (shape.column * 2 * STEP_CHANNELS + 4) + STEM_FIRST_BYTES
-    tables = _up(lists, 16) + 2 * 64 * 4 + shape.pixels // 4 * 16 + _up(tile.load_rows * tile.load_cols, 64) * 16
+    tables = _up(lists, 16) + 2 * 64 * 8 + shape.pixels // 4 * 16 + _up(tile.load_rows * tile.load_cols, 64) * 16
     rows = (tile.load_rows + 2) * _up((tile.load_cols + 2) * 6 + 4, 16)
     return _up(tables, 128) + shape.groups * _up(_up(tile.patch * STEM_PITCH, 128) + 2 * rows, 128)
 
