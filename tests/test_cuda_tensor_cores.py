@@ -7,7 +7,9 @@ several orders, in some of which one warp runs ahead.
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,12 +19,13 @@ from typing import Any
 import pytest
 import torch
 from cuda_emulation import ROOT, Emulator, compiled, emulate
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from slimkernels.cases import ConvCase, to_device
 from slimkernels.kernels import KERNELS, cuda, cuda_tensor_cores, resident_plan
 from slimkernels.kernels.cuda_tensor_cores import Limits
+from slimkernels.nn import BlockSparseConv2d
 from slimkernels.testing import (
     UNIT_ROUNDOFF,
     assert_close,
@@ -442,3 +445,64 @@ def test_compiled_shapes_are_those_of_the_sources():
 def test_never_a_choice_of_auto():
     spec = KERNELS[cuda_tensor_cores.NAME]
     assert spec.explicit_only and spec.op == "bsr_conv2d" and spec.dtypes == {BF16, FP16}
+
+
+# The pack that a module keeps
+
+
+def test_a_module_keeps_the_pack_in_eval_mode(monkeypatch: pytest.MonkeyPatch):
+    """Packed on the CPU here, where only the call cannot run: built, renewed and dropped as the CPU kernels' packs."""
+    use(compiled(), monkeypatch)
+    monkeypatch.setattr(BlockSparseConv2d, "_wants_tensor_cores", lambda self: self.kernel == cuda_tensor_cores.NAME)
+    conv = nn.Conv2d(32, 128, 3, padding=1).to(BF16)
+    module = BlockSparseConv2d.from_dense(conv, (128, 16)).eval()
+    assert len(module._packed()) != 4
+    module.kernel = cuda_tensor_cores.NAME
+
+    def expect_pack(module: BlockSparseConv2d) -> None:
+        packed = module._packed()
+        weight = module.weight_bsr()
+        parts = (weight.values, weight.crow_indices, weight.col_indices, weight.weight_shape, weight.block_shape)
+        with torch.no_grad():
+            assert all(torch.equal(a, b) for a, b in zip(packed, cuda_tensor_cores.pack(*parts), strict=True))
+
+    module.requires_grad_(False)
+    expect_pack(module)
+    module.values.mul_(2)
+    assert module._packed() == []  # written since: the call packs by itself
+    module.prepack()
+    expect_pack(module)
+    module.load_state_dict({name: tensor + (name == "values") for name, tensor in module.state_dict().items()})
+    expect_pack(module)
+    for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        expect_pack(copied)
+    module.train()
+    assert not any(name.startswith("tensor_core") for name, _ in module.named_buffers())
+    module.eval()
+    expect_pack(module)
+    assert not any(name.startswith("tensor_core") for name in module.state_dict())
+
+
+@pytest.mark.gpu
+def test_a_module_runs_its_pack_in_a_cuda_graph():
+    if cuda.available() is not None:
+        pytest.skip(str(cuda.available()))
+    case = ConvCase(n=4, c_in=64, c_out=128, block_shape=(128, 16), sparsity=0.7, epilogue="relu", dtype=BF16)
+    x, weight, bias = to_device(case.inputs(), "cuda")
+    conv = nn.Conv2d(64, 128, 3, padding=1).to("cuda", BF16)
+    with torch.no_grad():
+        conv.weight.copy_(weight.to_dense())
+        assert conv.bias is not None
+        conv.bias.copy_(bias)
+    module = BlockSparseConv2d.from_dense(conv, (128, 16), epilogue="relu").eval().requires_grad_(False)
+    module.kernel = cuda_tensor_cores.NAME
+    expected = module(x)
+    reference, bound = case.expected(*case.inputs())
+    assert_close(expected, reference, **bound)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = module(x)
+    out.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(out, expected)

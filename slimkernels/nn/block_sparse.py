@@ -8,20 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimkernels.dispatch.select import resolve
 from slimkernels.formats import BSRWeight, block_shape_2d, check_pattern
 from slimkernels.kernels.cpu import conv2d as native
-from slimkernels.kernels.problems import Request, strip_width
+from slimkernels.kernels.problems import strip_width
 from slimkernels.kernels.transposed import transpose_index
 from slimkernels.kernels.triton.bsr_conv2d_index import forward_order
 from slimkernels.nn.attributes import AttributesInUse, int_pair, resolved_padding, unsupported_conv_reason
+from slimkernels.nn.packed_for_kernel import PackedForKernel
 from slimkernels.ops import bsr_conv2d, bsr_linear
 from slimkernels.ops.library import nothing_watches
 from slimkernels.tensors import Snapshot, is_plain
 
 
-class _BlockSparse(AttributesInUse):
-    """What the block-sparse modules share: the weight's tensors, their transposed index, and the CPU kernels' pack.
+class _BlockSparse(PackedForKernel, AttributesInUse):
+    """What the block-sparse modules share: the weight's tensors, their transposed index, and the kernels' packs.
 
     The transposed index (`slimkernels.kernels.transposed`) serves the gradient of the input. It follows the pattern
     alone, is a buffer outside of the state dict, and is rewritten in place when the pattern changes. So is the order in
@@ -46,7 +46,8 @@ class _BlockSparse(AttributesInUse):
     epilogue: str
     kernel: str
     _fixed = frozenset({"weight_shape", "block_shape"})
-    _packed_names = ("packed_weights", "packed_channels", "packed_tap_ptr")
+    _strip_names = ("packed_weights", "packed_channels", "packed_tap_ptr")  # of the CPU kernels
+    _packed_names = _strip_names + PackedForKernel._tensor_core_names
 
     def _init_weight(
         self, weight_shape: Sequence[int], block_shape: Sequence[int], crow_indices: Tensor, col_indices: Tensor,
@@ -120,9 +121,13 @@ class _BlockSparse(AttributesInUse):
         """Builds the prepacked weight of the present values where a kernel of this machine uses one. Eval mode only."""
         self.drop_packed()
         values = self.values
-        if self.training or not values.is_cpu or not is_plain(values) or type(values.data) is not Tensor:
+        if self.training or not is_plain(values) or type(values.data) is not Tensor:
             return
-        isa = self._isa()
+        if self._wants_tensor_cores():
+            self._pack_for_tensor_cores()
+            self._remember_source()
+            return
+        isa = self._isa() if values.is_cpu else None
         if isa is None:
             return
         weight = self.weight_bsr()
@@ -132,23 +137,18 @@ class _BlockSparse(AttributesInUse):
                 values, self.crow_indices, self.col_indices, weight.weight_shape, self.block_shape,
                 strip_width(self.block_shape[0], isa),
             )  # fmt: skip
-        for name, tensor in zip(self._packed_names, packed):
+        for name, tensor in zip(self._strip_names, packed):
             setattr(self, name, tensor)
         self._prepare(isa)
 
-    def _isa(self) -> str | None:
-        """Instruction set of the CPU kernel that the module's calls take; None where they take none."""
-        values = self.values
-        request = Request(self._op, values.dtype, values.device.type, self.block_shape, self.epilogue)
-        try:
-            return resolve(self.kernel, request).isa
-        except ValueError:  # the forward says why
-            return None
-
     def _prepare(self, isa: str) -> None:
         """Keeps the packed weight as a ready call; ``kernel="auto"`` and the environment were asked now."""
-        packed: list[Any] = [self._buffers[name] for name in self._packed_names]
+        packed: list[Any] = [self._buffers[name] for name in self._strip_names]
         self._prepared = native.PackedConv2d(isa, packed, *self._call_geometry(), self.epilogue, self._op)
+        self._remember_source()
+
+    def _remember_source(self) -> None:
+        """Notes what was packed, so that later writes to it are seen."""
         crow, col = self.crow_indices, self.col_indices
         counted = not (crow.is_inference() or col.is_inference())
         self._packed_from = Snapshot(self.values), crow, col, crow._version + col._version if counted else None
@@ -189,8 +189,8 @@ class _BlockSparse(AttributesInUse):
 
     def _packed(self) -> list[Tensor]:
         buffers = self._buffers
-        weights = buffers["packed_weights"]
-        if weights is None:
+        names = next((n for n in (self._strip_names, self._tensor_core_names) if buffers[n[0]] is not None), None)
+        if names is None:
             return [self.order] if self.values.is_cuda and not torch.compiler.is_exporting() else []
         values = self.values
         if torch.compiler.is_compiling():
@@ -200,7 +200,7 @@ class _BlockSparse(AttributesInUse):
             usable = self._pack_is_current() and not (values.requires_grad and torch.is_grad_enabled())
         if not usable:
             return []
-        return [weights, buffers["packed_channels"], buffers["packed_tap_ptr"]]  # type: ignore[list-item]
+        return [buffers[name] for name in names]  # type: ignore[misc]
 
     def train(self, mode: bool = True) -> Any:
         super().train(mode)
@@ -258,6 +258,8 @@ class _BlockSparse(AttributesInUse):
                 self.drop_packed()
             else:
                 self._prepare(isa)
+        elif self._buffers[self._tensor_core_names[0]] is not None:
+            self.prepack()
 
     def _repr_tail(self) -> str:
         blocks = self.weight_bsr().nnz_blocks
