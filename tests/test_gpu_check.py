@@ -22,6 +22,7 @@ from precision import fp32_precision
 from torch import nn
 
 import slimkernels as sk
+from slimkernels import timing
 from slimkernels.dispatch import tables
 from slimkernels.dispatch.gpu_rates import H200
 from slimkernels.dispatch.select import KernelChoice
@@ -52,13 +53,14 @@ from gpu_check import (  # noqa: E402
     summary,
     sweep,
     telling,
+    tensor_cores,
     versions,
 )
 from gpu_check.plan import Stage  # noqa: E402
 
 MODULES = {
     "correctness": correctness, "counters": counters, "precompile": precompile, "sanitizer": sanitizer, "sweep": sweep,
-    "versions": versions,
+    "tensor_cores": tensor_cores, "versions": versions,
 }  # fmt: skip
 
 
@@ -695,3 +697,34 @@ def test_the_closing_table_shows_what_matters_and_stays_short() -> None:
     result["rows"].append({"suite": "vgg", "name": "cut short"})
     text = summary.summary(result)
     assert len(text) <= summary.MOST_CHARACTERS and "not shown: KeyError" in text and "== stages" in text
+
+
+# The tensor-core kernels of CUDA C++
+
+
+def test_the_tensor_core_stage_times_and_checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels' calls are those of the emulation; one that is wrong, and one that cannot run, are rows."""
+    from cuda_emulation import compiled
+
+    from slimkernels.kernels import cuda, cuda_tensor_cores
+
+    compiled().library.set_mode(-1, 227 * 1024)
+    monkeypatch.setattr(cuda, "_require", lambda op, x: compiled())
+    monkeypatch.setattr(cuda, "_target", lambda x: (0, 0))
+    monkeypatch.setattr(cuda_tensor_cores, "_limits", lambda x: cuda_tensor_cores.Limits(True, 227 * 1024, 2))
+    monkeypatch.setattr(
+        measure, "replay_timing", lambda call, *_, **__: timing.percentiles([0.001 * bool(len(call()))])
+    )
+    p = replace(layers.HEADLINE.problems("cpu")[0], n=1, h=8, w=8, dtype=torch.bfloat16)
+    found = [*tensor_cores.of_stem(p, None), *tensor_cores.of_layer(p, None)]
+    assert all(row["match"] for row in found), [row.get("errors") for row in found]
+    ours = [row for row in found if row["kernel"] == cuda_tensor_cores.NAME]
+    assert [row["config"]["variant"] for row in ours] == [2, 0, 2, 2] and len(found) == 3 + 1 + 4
+    text = summary.tensor_core_lines(found)
+    assert text[0] == "stem     cuda_tensor_cores: 1000.0 us variant 1"
+    launch = cuda_tensor_cores.launch_bsr_conv2d
+    monkeypatch.setattr(cuda_tensor_cores, "launch_bsr_conv2d", lambda *a: launch(*a) * (2 if a[-1]["variant"] else 1))
+    wrong = list(tensor_cores.of_layer(p, None))
+    assert [row["match"] for row in wrong] == [True, False, True, False, False]
+    assert "WRONG" in summary.tensor_core_lines(wrong)[1]
+    assert len(list(tensor_cores.of_layer(p, "no GPU"))) == 1 and not list(tensor_cores.of_stem(p, "no GPU"))

@@ -49,6 +49,7 @@ EXTRA = {
     "correctness": ("--names", "headline"),
     "vgg": _QUICK,
     "sweep": ("--layers", "1"),
+    "tensor_cores": ("--layers", "1"),
     "rows": (*_QUICK, "-k", "batch_1 and not batch_16"),
     "tests": _some("captured", "split", "training_matches", "autocast", "streams"),
     "autotune": ("--collect-only",),  # as "vgg" but for torch.compile, which returns the module here

@@ -56,7 +56,7 @@ def _networks(*names: str) -> tuple[str, ...]:
 # The files with tests that need a GPU, the most telling first (`telling` orders the tests inside them).
 GPU_TESTS = (
     "tests/test_triton_gpu.py", "tests/test_triton_backward_gpu.py", "tests/test_fused_gpu.py", "tests/test_graphs.py",
-    "tests/test_composition_gpu.py", "tests/test_cuda.py", "tests/test_engine.py",
+    "tests/test_composition_gpu.py", "tests/test_cuda_tensor_cores.py", "tests/test_cuda.py", "tests/test_engine.py",
 )  # fmt: skip
 # One at a time, in the given order: 14 compilers of 16 cores, and the time box cuts off the least telling tests.
 _WORKERS = ("-n", "14", "--dist", "load", "--maxschedchunk", "1")
@@ -95,6 +95,10 @@ STAGES = (
           "swapped.",
           _suite(*_networks("blocks_64x16", "sparsity_95", "batch_1", "batch_16"), "--compile", "none",
                  "--seconds", "0.6", *_CHECKS)),
+    Stage("tensor_cores", 1, 15,
+          "CUDA C++ on tensor cores, not yet a choice of auto: each layer beside auto's kernel, and the first two as "
+          "one. Wanted: 1/1.3 of auto's time, 40 us for the two.",
+          _module("tensor_cores"), build_wait=5),
     Stage("tests", 1, 165, "All GPU tests, the most telling first, as far as the time goes.",
           (*_TESTS, "-m", "gpu and not slow", *_WORKERS, "--junitxml", "{state}/tests.xml", *GPU_TESTS), build_wait=20),
     Stage("sanitizer", 1, 30, "compute-sanitizer on the headline's kernels and configurations at 8 images: no error.",

@@ -99,6 +99,20 @@ def sweep_lines(found: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def tensor_core_line(row: Mapping[str, Any]) -> str:
+    """Layer, kernel, configuration, microseconds, and what went wrong."""
+    named = [f"{key} {row['config'][key]}" for key in ("variant", "stages", "overlap") if key in row["config"]]
+    time = [f"{1e3 * row['p50_ms']:.1f} us"] if "p50_ms" in row else []
+    wrong = ["WRONG"] if time and not row["match"] else []
+    kernel = row["kernel"].partition("__")[2]
+    return " ".join([f"{row['name']:<8} {kernel}:", *time, *named, *wrong, *row.get("errors", [])])[:_MESSAGE]
+
+
+def tensor_core_lines(found: list[dict[str, Any]]) -> list[str]:
+    """Each layer: ``auto``, then the kernels of CUDA C++."""
+    return [tensor_core_line(r) for r in rows.of_suite(found, "tensor_cores")]
+
+
 def counter_lines(found: list[dict[str, Any]]) -> list[str]:
     """The counters of the profiled kernels, then what their warps wait for, the longest waits first."""
     lines = []
@@ -168,7 +182,7 @@ def compile_lines(found: list[dict[str, Any]]) -> list[str]:
 
 SECTIONS: tuple[tuple[str, Callable[[list[dict[str, Any]]], list[str]]], ...] = (
     ("compiled", compile_lines), ("counters", counter_lines), ("kernels", kernel_lines), ("ceilings", ceiling_lines),
-    ("sweep", sweep_lines),
+    ("sweep", sweep_lines), ("tensor_cores", tensor_core_lines),
     ("tests", test_lines), ("correctness", correctness_lines), ("networks", network_lines),
 )  # fmt: skip
 
