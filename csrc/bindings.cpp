@@ -1,7 +1,7 @@
 // slimkernels._C: the entry points of kernels.h for Python. Pointers and streams are integers, 0 for NULL; the status code is
 // returned; the GIL is released while a kernel runs. What can be told without reading memory is checked here: the instruction set,
 // since an unsupported one would kill the process, and that every number lies in its range and no offset wraps. What the tensors
-// hold is checked in slimkernels/kernels/cpu/conv2d.py and cuda.py.
+// hold is checked in slimkernels/kernels/cpu/conv2d.py, cuda.py and cuda_tensor_cores.py.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -1,7 +1,8 @@
 // Every native entry point of slimkernels and its preconditions.
 //
-// The caller (slimkernels/kernels/cpu/conv2d.py for the CPU, kernels/cuda.py for CUDA) has checked device, dtype, strides, bounds and what
-// index tensors hold; bindings.cpp has checked the ranges of all numbers; nothing behind them checks again. Entry points return 0 on success and one of the SLIM_ERROR codes otherwise.
+// The caller (slimkernels/kernels/cpu/conv2d.py for the CPU, kernels/cuda.py and cuda_tensor_cores.py for CUDA) has checked device, dtype,
+// strides, bounds and what index tensors hold; bindings.cpp has checked the ranges of all numbers; nothing behind them checks again. Entry
+// points return 0 on success and one of the SLIM_ERROR codes otherwise.
 // C types only: this header is included by translation units built for different instruction sets.
 #pragma once
 #include <stdint.h>

@@ -59,8 +59,8 @@ PACKAGES = {
         "gpu_rates", "__init__",
     ),
     "kernels": (
-        "__init__", "peak, cudnn, cuda_tensor_cores", "cpu, cuda, triton", "reference, strips, resident_plan", "far_taps",
-        "problems, strided_pointwise, transposed",
+        "__init__", "peak, cudnn, cuda_tensor_cores", "cpu, cuda, triton", "reference, strips, resident_plan",
+        "far_taps", "problems, strided_pointwise, transposed",
     ),
     "kernels/cpu": ("gradients, low_rank", "conv2d", "abi", "__init__"),
     "kernels/triton": (

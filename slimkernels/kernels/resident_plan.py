@@ -168,14 +168,14 @@ def choose_tile(pixels: int, h: int, w: int, taps: Pair, stride: Pair, padding: 
     """
     p = conv_output_size(h, taps[0], stride[0], padding[0], dilation[0])
     q = conv_output_size(w, taps[1], stride[1], padding[1], dilation[1])
-    best: tuple[float, Tile] | None = None
+    best: tuple[tuple[float, int], Tile] | None = None
     for cols in range(2, min(_even(q), pixels // 2) + 1, 2):
         for rows in range(2, min(_even(p), pixels // cols) + 1, 2):
             images = pixels // (rows * cols) if rows >= p and cols >= q else 1
             tile = _with_patch(images, rows, cols, h, w, p, q, taps, stride, padding, dilation)
             used = p * q / (pixels * -(-p // rows) * -(-q // cols) / images)
             reads = images * tile.load_rows * tile.load_cols / (images * rows * cols * stride[0] * stride[1])
-            score = used - 0.2 * reads
+            score = round(used - 0.2 * reads, 9), cols  # of equal ones the widest, whose rows are longest in memory
             if best is None or score > best[0]:
                 best = score, tile
     assert best is not None
