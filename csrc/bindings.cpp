@@ -374,7 +374,7 @@ std::string tile_plan_fault(const TilePlan& t) {
       t.p <= t.pool || t.q <= t.pool)
     return "p or q is not the size of the output";
   if (t.rows % 2 != 0 || t.cols % 2 != 0) return "a tile's rows and columns are not even";
-  if (!product_fits(t.images * t.h, t.w, t.c_in) || !product_fits(t.images * t.p, t.q, t.c_out)) return "the images of a tile have 2^31 elements or more";
+  if (!product_fits(t.images * t.h, t.w, 2 * t.c_in) || !product_fits(t.images * t.p, t.q, t.c_out)) return "the images of a tile have 2^31 bytes or more";
   if (t.images * t.load_rows * t.load_cols > kMaxPlaces) return "a tile reads too many pixels";
   // All factors are at most 2^16 but the dilations, whose products with the places between rows stay below 2^62.
   const int64_t before = (t.images - 1) * t.patch_image;

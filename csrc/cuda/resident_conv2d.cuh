@@ -21,8 +21,8 @@ __host__ __device__ inline ResidentLayout resident_layout(const SlimCudaResident
   l.bias = (l.live + (slabs + 1) * 4 + 15) / 16 * 16;
   l.windows = l.bias + Shape::WARPS_N * Shape::COLUMN * kBiasBytes;
   l.pixels = l.windows + Shape::WINDOWS * 16;
-  l.ring = (l.pixels + a.tile_images * a.load_rows * a.load_cols * 16 + 127) / 128 * 128;
-  l.stage = (a.patch * (a.slab * 2 + 16) + 127) / 128 * 128;
+  l.ring = (l.pixels + (a.tile_images * a.load_rows * a.load_cols + 63) / 64 * 64 * 16 + 127) / 128 * 128;
+  l.stage = ((a.patch + 1) * (a.slab * 2 + 16) + 127) / 128 * 128;  // one more place, for what is read of no pixel
   l.total = l.ring + Shape::GROUPS * a.stages * l.stage;
   return l;
 }
@@ -31,14 +31,15 @@ namespace {
 
 constexpr int kBatch = 4;
 
-// Fills the slabs of the ring, `stages - 1` ahead of their use.
+// Fills the slabs of the ring, `stages - 1` ahead of their use. An entry of its table of pixels: place in a slab in bytes, distance in x from
+// the patch's corner in bytes, row << 16 | column, and image.
 template <typename T>
 struct Loader {
   const SlimCudaResidentConv2d& a;
-  uint32_t pixels, live, ring;
+  uint32_t first_pixel, live, ring;  // first_pixel: this thread's entry of the table of pixels
   int stage_bytes, live_count, tile, tile_step, tiles, at = 0, slot = 0;
-  int first_pixel, pixel_step, pixel_count, chunk;
-  const T* corner;  // the first pixel of the tile's patch, which may lie outside the image
+  int pixel_step, pixel_count, chunk;
+  const unsigned char* corner;  // the first pixel of the tile's patch, which may lie outside the image
   int32_t images_left, y, x;
 
   SLIM_DEVICE void start_tile() {
@@ -47,25 +48,26 @@ struct Loader {
     y = p.y * a.stride_h - a.pad_h + a.load_top;
     x = p.x * a.stride_w - a.pad_w + a.load_left;
     images_left = int(a.n - p.image < kNoImage ? a.n - p.image : kNoImage);
-    corner = static_cast<const T*>(a.x) + ((p.image * a.h + y) * a.w + x) * a.c_in;
+    corner = static_cast<const unsigned char*>(a.x) + ((p.image * a.h + y) * a.w + x) * a.c_in * int64_t(sizeof(T));
   }
   SLIM_DEVICE void fill() {
     if (tile < tiles) {
       const int channel = int(hw::load_shared_32(live + at * 4)) * a.slab + chunk * 8;
       const uint32_t to = ring + slot * stage_bytes + chunk * 16;
-      const bool stored = channel < a.c_in;
-      const T* const from = corner + channel;
-      for (int i = first_pixel; i < pixel_count; i += kBatch * pixel_step) {
-        uint4 pixel[kBatch];  // all read before the first copy: each of these loads takes long
-#pragma unroll
-        for (int k = 0; k < kBatch; ++k) pixel[k] = hw::load_shared_128(pixels + min(i + k * pixel_step, pixel_count - 1) * 16);
+      const int images = channel < a.c_in ? images_left : 0;
+      const unsigned char* const from = corner + channel * int(sizeof(T));
+      for (int i = 0; i < pixel_count; i += kBatch * pixel_step) {
+        uint4 pixel[kBatch];  // all are read before the first copy: each of these loads takes long
 #pragma unroll
         for (int k = 0; k < kBatch; ++k) {
-          const bool inside = stored && int(pixel[k].w) < images_left && unsigned(y + int(pixel[k].z >> 16)) < unsigned(a.h) &&
+          if (i + k * pixel_step < pixel_count) pixel[k] = hw::load_shared_128(first_pixel + (i + k * pixel_step) * 16);
+        }
+#pragma unroll
+        for (int k = 0; k < kBatch; ++k) {
+          if (i + k * pixel_step >= pixel_count) break;
+          const bool inside = int(pixel[k].w) < images && unsigned(y + int(pixel[k].z >> 16)) < unsigned(a.h) &&
                               unsigned(x + int(pixel[k].z & 0xffff)) < unsigned(a.w);
-          if (i + k * pixel_step < pixel_count) {
-            hw::copy_async_16(to + pixel[k].x, inside ? from + int(pixel[k].y) : static_cast<const T*>(a.x), inside);
-          }
+          hw::copy_async_16(to + pixel[k].x, from + int(pixel[k].y), inside);
         }
       }
       if (++at == live_count) {
@@ -105,13 +107,14 @@ SLIM_DEVICE void resident_conv2d(const SlimCudaResidentConv2d& a) {
   write_windows<Shape>(a, base + at.windows);
   write_bias<T, Shape>(base + at.bias, a.bias, first_column * Shape::COLUMN, a.c_out);
   const int loaded = a.load_rows * a.load_cols;
-  for (int i = thread; i < a.tile_images * loaded; i += Shape::THREADS) {
+  for (int i = thread; i < (a.tile_images * loaded + 63) / 64 * 64; i += Shape::THREADS) {
     const int image = i / loaded, y = i % loaded / a.load_cols, x = i % a.load_cols;
-    const int place = image * a.patch_image + (y + a.load_top) * a.patch_row + x + a.load_left;
-    hw::store_shared_128(base + at.pixels + i * 16,
-                         make_uint4(place * pitch, ((image * int(a.h) + y) * int(a.w) + x) * int(a.c_in), uint32_t(y) << 16 | x, image));
+    const bool read = image < a.tile_images;  // else an entry that only fills up the table
+    const int place = read ? image * a.patch_image + (y + a.load_top) * a.patch_row + x + a.load_left : a.patch;
+    const int from = read ? ((image * int(a.h) + y) * int(a.w) + x) * int(a.c_in) * int(sizeof(T)) : 0;
+    hw::store_shared_128(base + at.pixels + i * 16, make_uint4(place * pitch, from, uint32_t(y) << 16 | x, read ? image : kNoImage));
   }
-  // Pixels outside the image stay zero.
+  // Pixels that no tile reads stay zero.
   for (int i = thread * 16; i < at.total - at.ring; i += Shape::THREADS * 16) hw::store_shared_128(base + at.ring + i, make_uint4(0, 0, 0, 0));
   hw::synchronize();
   // The slabs that hold any step, their number first.
@@ -142,11 +145,10 @@ SLIM_DEVICE void resident_conv2d(const SlimCudaResidentConv2d& a) {
   const int first_tile = group * blocks_of_row + int(blockIdx.x) / rows, tile_step = blocks_of_row * Shape::GROUPS;
   const uint32_t ring = base + at.ring + group * a.stages * at.stage;
   const int chunks = a.slab / 8;
-  Loader<T> loader{a, base + at.pixels, live, ring, at.stage, live_count, live_count ? first_tile : tiles, tile_step, tiles};
+  Loader<T> loader{a, base + at.pixels + (thread & 127) / chunks * 16, live, ring, at.stage, live_count, live_count ? first_tile : tiles, tile_step, tiles};
   loader.chunk = (thread & 127) % chunks;
-  loader.first_pixel = (thread & 127) / chunks;
   loader.pixel_step = 128 / chunks;
-  loader.pixel_count = a.tile_images * loaded;
+  loader.pixel_count = (a.tile_images * loaded + loader.pixel_step - 1) / loader.pixel_step * loader.pixel_step;
   loader.start_tile();
   hw::wait_for_previous_kernel();  // which wrote x, or still reads y
   for (int s = 0; s < a.stages - 1; ++s) loader.fill();

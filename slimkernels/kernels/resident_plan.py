@@ -80,8 +80,8 @@ def shared_bytes(shape: Shape, tile: Tile, slab: int, stages: int, c_in: int, st
     slabs = -(-c_in // slab)
     lists = steps * (shape.column * 2 * STEP_CHANNELS + 4) + (shape.columns + 1) * (slabs + 1) * 4
     tables = _up(lists, 16) + shape.columns * shape.column * 8 + shape.pixels // 4 * 16
-    tables += tile.images * tile.load_rows * tile.load_cols * 16
-    return _up(tables, 128) + shape.groups * stages * _up(tile.patch * (slab * 2 + 16), 128)
+    tables += _up(tile.images * tile.load_rows * tile.load_cols, 64) * 16
+    return _up(tables, 128) + shape.groups * stages * _up((tile.patch + 1) * (slab * 2 + 16), 128)
 
 
 def plan(
