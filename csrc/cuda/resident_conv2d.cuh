@@ -55,6 +55,7 @@ struct Loader {
       const int channel = int(hw::load_shared_32(live + at * 4)) * a.slab + chunk * 8;
       const uint32_t to = ring + slot * stage_bytes + chunk * 16;
       const int images = channel < a.c_in ? images_left : 0;
+      const unsigned height = unsigned(a.h), width = unsigned(a.w);
       const unsigned char* const from = corner + channel * int(sizeof(T));
       for (int i = 0; i < pixel_count; i += kBatch * pixel_step) {
         uint4 pixel[kBatch];  // all are read before the first copy: each of these loads takes long
@@ -65,8 +66,9 @@ struct Loader {
 #pragma unroll
         for (int k = 0; k < kBatch; ++k) {
           if (i + k * pixel_step >= pixel_count) break;
-          const bool inside = int(pixel[k].w) < images && unsigned(y + int(pixel[k].z >> 16)) < unsigned(a.h) &&
-                              unsigned(x + int(pixel[k].z & 0xffff)) < unsigned(a.w);
+          // No &&: what a branch would save is less than what it costs.
+          const bool inside = (int(pixel[k].w) < images) & (unsigned(y + int(pixel[k].z >> 16)) < height) &
+                              (unsigned(x + int(pixel[k].z & 0xffff)) < width);
           hw::copy_async_16(to + pixel[k].x, from + int(pixel[k].y), inside);
         }
       }
