@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ class Limits(NamedTuple):
 
 @lru_cache(maxsize=16)
 def _device_limits(index: int) -> Limits:
-    p = torch.cuda.get_device_properties(index)
+    p: Any = torch.cuda.get_device_properties(index)  # torch's stub lacks shared_memory_per_block_optin
     return Limits((p.major, p.minor) == _WGMMA_CAPABILITY, p.shared_memory_per_block_optin, p.multi_processor_count)
 
 

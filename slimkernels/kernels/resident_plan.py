@@ -54,7 +54,7 @@ class Tile(NamedTuple):
     load_rows: int
     load_cols: int
 
-    def count(self, n: int, p: int, q: int) -> int:
+    def tiles(self, n: int, p: int, q: int) -> int:
         """Tiles of n output images of p x q pixels."""
         return -(-n // self.images) * -(-p // self.rows) * -(-q // self.cols)
 
@@ -103,7 +103,7 @@ def plan(
         for slab, stages in _rings(c_in, config):
             size = shared_bytes(shape, tile, slab, stages, c_in, steps)
             if size <= limit and tile.patch < MAX_PLACES:
-                blocks = rows * max(1, min(tile.count(n, p, q), processors // rows))
+                blocks = rows * max(1, min(tile.tiles(n, p, q), processors // rows))
                 return Plan(variant, tile, slab, stages, blocks, size)
         pixels //= 2
     return None
@@ -307,6 +307,6 @@ def plan_stem(variant: int, n: int, h: int, w: int, steps: int, limit: int, proc
         tile = _with_patch(1, rows, w, h, w, h, w, taps, one, one, one)
         size = stem_shared_bytes(shape, tile, steps)
         if size <= limit and (tile.load_rows + 2) * w * 3 // 2 <= STEM_WORDS:
-            blocks = min(tile.count(n, h, w), processors)
+            blocks = min(tile.tiles(n, h, w), processors)
             return Plan(variant, tile, 64, 1, blocks, size)
     return None
