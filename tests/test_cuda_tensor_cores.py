@@ -242,6 +242,12 @@ def test_a_shape_that_does_not_run_here_is_refused(
     case = ConvCase(c_in=32, c_out=64, block_shape=(64, 16), dtype=BF16)
     with pytest.raises(ValueError, match=f"^bsr_conv2d: {message}"):
         device.launch(case, case.inputs(), variant)
+    if not limits.wgmma:
+        stem = StemCase("overlap")
+        with pytest.raises(ValueError, match=r"^bsr_conv2d: overlap needs a GPU of compute capability 9.0"):
+            device.launch(case, case.inputs(), 0, overlap=1)
+        with pytest.raises(ValueError, match=r"^stem_conv2d: overlap needs a GPU of compute capability 9.0"):
+            launch_stem(stem.inputs(), stem, device, variant=0, overlap=1)
 
 
 # The fused stem

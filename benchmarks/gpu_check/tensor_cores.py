@@ -33,8 +33,9 @@ def configurations(block_out: int, wgmma: bool) -> Iterator[dict[str, int]]:
     chosen = resident_plan.variant_for(block_out, wgmma)
     for variant in dict.fromkeys((chosen, 0)):
         yield {"variant": variant}
-    yield {"variant": chosen, "overlap": 1}
-    yield {"variant": chosen, "stages": 2, "overlap": 1}
+    if wgmma:
+        yield {"variant": chosen, "overlap": 1}
+        yield {"variant": chosen, "stages": 2, "overlap": 1}
 
 
 def timed_row(
@@ -98,7 +99,8 @@ def of_stem(p: ConvProblem, reason: str | None) -> Iterator[dict[str, Any]]:
         return testing.compare(y[:_CHECKED_IMAGES], reference, scale=scale, terms=terms, u_mul=roundoff, name="stem")
 
     best = int(cuda_tensor_cores._limits(x).wgmma)
-    for config in (*({"variant": v} for v in dict.fromkeys((best, 0))), {"variant": best, "overlap": 1}):
+    overlapping = [{"variant": 1, "overlap": 1}] * best
+    for config in (*({"variant": v} for v in dict.fromkeys((best, 0))), *overlapping):
         first_packed, packed = cuda_tensor_cores.pack_stem(
             first.weight, *parts, w.weight_shape, w.block_shape, config["variant"]
         )

@@ -166,7 +166,7 @@ def launch_bsr_conv2d(
     bias = bias if bias is None else bias.contiguous()
     limits = _limits(x)
     variant = config.get("variant", resident_plan.variant_for(block_shape[0], limits.wgmma))
-    _check_variant(op, variant, VARIANTS, limits, block_shape)
+    _check_variant(op, variant, VARIANTS, limits, block_shape, config.get("overlap", 0))
     weight = _packed_or_new(op, packed, values, crow, col, weight_shape, block_shape, variant)
     columns = min(VARIANTS[variant].columns, weight.most_steps.numel())
     steps = int(weight.most_steps[columns - 1])
@@ -190,12 +190,14 @@ def launch_bsr_conv2d(
 
 
 def _check_variant(
-    op: str, variant: int, variants: Sequence[Shape], limits: Limits, block_shape: Sequence[int]
-) -> None:
+    op: str, variant: int, variants: Sequence[Shape], limits: Limits, block_shape: Sequence[int], overlap: int
+) -> None:  # fmt: skip
     if not 0 <= variant < len(variants):
         raise ValueError(f"{op}: expected variant in 0 to {len(variants) - 1}, got {variant}")
     if variants[variant].wgmma and not limits.wgmma:
         raise ValueError(f"{op}: variant {variant} needs a GPU of compute capability 9.0")
+    if overlap and not limits.wgmma:  # what other GPUs run was compiled for sm_80, which cannot wait by itself
+        raise ValueError(f"{op}: overlap needs a GPU of compute capability 9.0")
     if block_shape[0] % variants[variant].column != 0:
         raise ValueError(f"{op}: variant {variant} takes blocks of a multiple of {variants[variant].column} channels")
 
@@ -271,7 +273,7 @@ def launch_stem_conv2d(
     first_bias, bias = (b if b is None else b.contiguous() for b in (first_bias, bias))
     limits = _limits(x)
     variant = config.get("variant", int(limits.wgmma))
-    _check_variant(op, variant, STEM_VARIANTS, limits, block_shape)
+    _check_variant(op, variant, STEM_VARIANTS, limits, block_shape, config.get("overlap", 0))
     shape = STEM_VARIANTS[variant]
     if len(packed) == 1 + len(Packed._fields):
         first, weight = packed[0], Packed(*packed[1:])
