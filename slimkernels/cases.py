@@ -317,8 +317,10 @@ def assert_matches_reference(
     """Runs a listed kernel on a case and asserts that it computes the float64 reference up to rounding.
 
     Args:
-        kernel_name: key of `slimkernels.kernels.KERNELS`. case: sizes and seed.
-        device: where the kernel runs; the reference runs on the CPU. threads: torch threads of the launch.
+        kernel_name: key of `slimkernels.kernels.KERNELS`.
+        case: sizes and seed.
+        device: where the kernel runs; the reference runs on the CPU.
+        threads: torch threads of the launch.
         bound: overrides arguments of `testing.compare` (``u_mul=TF32_ROUNDOFF`` where tensor cores round their inputs).
 
     Raises:

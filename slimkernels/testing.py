@@ -66,7 +66,9 @@ def unit_bound(
     """The parts of the bound without `C`: ``(u_out |ref|, (u_mul + u_acc sqrt(k)) scale)``, float64, shaped like ref.
 
     Args:
-        ref: float64 reference. scale: same shape. terms: terms per output, a number or a tensor that broadcasts to ref.
+        ref: float64 reference.
+        scale: same shape.
+        terms: terms per output, a number or a tensor that broadcasts to ref.
         dtype: of the result under test; its sums are held in float32 or wider.
         u_mul: unit roundoff of the multiplied factors where it exceeds the accumulator's.
     """
@@ -90,7 +92,8 @@ def compare(
 
     Args:
         out: result under test, float64, float32, float16 or bfloat16; its dtype sets ``u_out``.
-        ref: float64 reference of the same shape. scale: float64, the same operation on squared inputs, square-rooted.
+        ref: float64 reference of the same shape.
+        scale: float64, the same operation on squared inputs, square-rooted.
         terms: number of terms summed per output; a number, or a tensor that broadcasts to ``ref``.
         u_mul: unit roundoff of the multiplied factors when it is coarser than the accumulator's (`TF32_ROUNDOFF`).
             `TF32_DROPPED` times the factors of a term where the low bits of float32 are dropped.

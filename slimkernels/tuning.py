@@ -372,7 +372,8 @@ def fit_cpu_rates(entries: Sequence[Entry], isa: str, threads: int) -> CpuRates 
     with fewer than four entries of a kernel of this instruction set.
 
     Args:
-        isa: of the sparse kernels. threads: torch threads of the measurement.
+        isa: of the sparse kernels.
+        threads: torch threads of the measurement.
     """
     own = [
         e for e in entries

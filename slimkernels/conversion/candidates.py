@@ -40,7 +40,8 @@ class Unit:
         weight: the dense layer, batch norm folded; of a chain, the merged one.
         chain: the factors, of a chain of layers or of one low-rank module.
         dense: the layers as they stay without a swap, batch norm folded.
-        tail: what follows. calls: per example input, the calls of the first layer.
+        tail: what follows.
+        calls: per example input, the calls of the first layer.
         source: ``layer``, or the drop-in module that the unit is already: ``bsr``, ``low_rank``.
         mask: declared blocks, which are stored while training although they may be zero.
     """

@@ -58,7 +58,9 @@ class Tail:
     """The modules behind a layer that conversion may take into it; None where there is none or it may not.
 
     Attributes:
-        bn: batch norm. relu: ReLU behind it. pool: 2x2 stride-2 max-pool behind that.
+        bn: batch norm.
+        relu: ReLU behind it.
+        pool: 2x2 stride-2 max-pool behind that.
     """
 
     bn: str | None = None
@@ -122,7 +124,8 @@ def find_tail(
     Args:
         uniques, readers: `slimkernels.conversion.graph.unique_names` and
             `slimkernels.conversion.readers.weight_readers` of the model.
-        name: the layer. weight: its weight, 4-D for a convolution.
+        name: the layer.
+        weight: its weight, 4-D for a convolution.
     """
     bn = relu = pool = None
     reasons: dict[str, str] = {}

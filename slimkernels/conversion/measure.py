@@ -33,7 +33,8 @@ def typical_seconds(runs: Sequence[Callable[[], Any]], *, device: str, repeats: 
     rotates, until ``budget_s`` is spent or ``repeats`` rounds are done, and for at least three rounds.
 
     Args:
-        runs: callables without arguments. device: ``cuda`` times with events, anything else with the clock.
+        runs: callables without arguments.
+        device: ``cuda`` times with events, anything else with the clock.
     """
     reading = _cuda_reading if device == "cuda" else _cpu_reading
     first, calls = [], []

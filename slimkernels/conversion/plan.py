@@ -37,8 +37,10 @@ class Policy:
         block_shapes: candidates for layers that declare no block shape.
         measured_candidates: how many of them, fastest by prediction first, are timed per layer.
         measure: time layers where example inputs are given; else the cost model decides at their shapes.
-        repeats: most timed rounds per layer. budget_s: most seconds per layer and example input, at least three rounds.
-        fold_bn: fold batch norm into its convolution. fuse_relu, fuse_pool: run ReLU, 2x2 max-pool in the kernel.
+        repeats: most timed rounds per layer.
+        budget_s: most seconds per layer and example input, at least three rounds.
+        fold_bn: fold batch norm into its convolution.
+        fuse_relu, fuse_pool: run ReLU, 2x2 max-pool in the kernel.
         dense_layers: also try layers without a zero block (their whole weight is then stored as blocks).
         merge_low_rank: chains of thin layers and low-rank layers may be merged to dense where that is faster. Off, they
             keep their rank, and the size on disk that goes with it; they are then fused where that is faster.
@@ -216,7 +218,8 @@ class ModelPlan:
         layers: in the order of the original's ``named_modules``.
         decided: ``measured``, ``cost model``, or ``cost model, without shapes``.
         training: whether the result is to be trained (nothing folded).
-        device: type of the device the decision holds for. threads: CPU threads it was measured with.
+        device: type of the device the decision holds for.
+        threads: CPU threads it was measured with.
         versions: of slimkernels and torch.
         dense_ms, converted_ms: the whole model per example input; empty where not measured.
         notes: lines for the report, such as why the model could not be traced.

@@ -55,10 +55,13 @@ class Survey:
     """A prepared copy of the model and what was seen in it.
 
     Attributes:
-        model: the copy. training: its mode. device: type of the device its parameters are on.
+        model: the copy.
+        training: its mode.
+        device: type of the device its parameters are on.
         units: what is decided.
         weights: readable weights of layers without an obstacle.
-        obstacles: layers that cannot be taken, and why. excluded: layers that the policy leaves out.
+        obstacles: layers that cannot be taken, and why.
+        excluded: layers that the policy leaves out.
         converted: layers that are drop-in modules already and stay as they are.
         foldable: batch norm -> layer with an obstacle that takes it all the same (groups, padding mode).
         batch_norm_reasons: why a batch norm that is not folded stays.

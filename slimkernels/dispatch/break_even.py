@@ -17,8 +17,10 @@ class Curve:
     """Measured times of one layer and size over its block sparsity.
 
     Attributes:
-        problem: of the first point. kernel: the fastest one at the sparsest point.
-        dense_s: the dense layer. points: ``(block sparsity, seconds)``, ascending.
+        problem: of the first point.
+        kernel: the fastest one at the sparsest point.
+        dense_s: the dense layer.
+        points: ``(block sparsity, seconds)``, ascending.
     """
 
     problem: ConvProblem | LinearProblem

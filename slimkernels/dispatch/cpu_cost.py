@@ -25,10 +25,12 @@ class CpuRates:
 
     Attributes:
         isa: instruction set of the sparse kernels.
-        dense_flops: torch's dense convolution, taps in the padding included. dense_call_s: its fixed cost a call,
-            seconds. dense_bytes_s: reading its weights, bytes/s over all threads; infinite where that does not show.
+        dense_flops: torch's dense convolution, taps in the padding included.
+        dense_call_s: its fixed cost a call, seconds.
+        dense_bytes_s: reading its weights, bytes/s over all threads; infinite where that does not show.
         sparse_flops: stored multiply-adds inside the image, in strips of 16 channels and more.
-        sparse_flops_strip8: the same where ``block_out`` leaves strips of 8. sparse_call_s: fixed cost a call.
+        sparse_flops_strip8: the same where ``block_out`` leaves strips of 8.
+        sparse_call_s: fixed cost a call.
     """
 
     isa: str

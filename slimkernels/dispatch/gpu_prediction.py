@@ -30,9 +30,11 @@ class Prediction:
         busiest: the first of these two factors.
         l2_share: the part of that imbalance that L2 sees, since a processor whose neighbours are idle takes more than
             its share of L2.
-        tiles: programs launched. resident: tiles that run on one processor at once.
+        tiles: programs launched.
+        resident: tiles that run on one processor at once.
         chain_s: one processor's tiles, round after round, bound by latency.
-        nbytes: bytes that the kernel reads and writes. passes: further kernels that run after this one.
+        nbytes: bytes that the kernel reads and writes.
+        passes: further kernels that run after this one.
     """
 
     matrix_s: float

@@ -43,8 +43,10 @@ class Entry:
     """The fastest kernel and configuration of one problem.
 
     Attributes:
-        problem: what was measured. kernel, config: what won.
-        seconds: its time. dense_seconds: the dense layer with the same epilogue (of low rank, the merged layer).
+        problem: what was measured.
+        kernel, config: what won.
+        seconds: its time.
+        dense_seconds: the dense layer with the same epilogue (of low rank, the merged layer).
         tried: kernels and configurations measured.
     """
 
@@ -74,8 +76,10 @@ class Table:
     """The tuned table of one device.
 
     Attributes:
-        device: its name. environment: versions, processor, threads of the last measurement.
-        entries: best kernels by problem. rates: fitted `CpuRates` or measured `GpuRates`, None where none.
+        device: its name.
+        environment: versions, processor, threads of the last measurement.
+        entries: best kernels by problem.
+        rates: fitted `CpuRates` or measured `GpuRates`, None where none.
     """
 
     device: str

@@ -231,7 +231,8 @@ def launch_stem_conv2d(
 
     Args:
         x: ``(N, 3, H, W)``, W even, float16 or bfloat16 on the GPU.
-        first_weight: ``(64, 3, 3, 3)``. first_bias: ``(64,)`` or None.
+        first_weight: ``(64, 3, 3, 3)``.
+        first_bias: ``(64,)`` or None.
         values, crow_indices, col_indices, bias: the second convolution, as `launch_bsr_conv2d` takes them, of shape
             ``(C_out <= 64, 64, 3, 3)`` and blocks of 64 output channels.
         packed: what `pack_stem` returned for both weights, or anything else: then they are packed in this call.

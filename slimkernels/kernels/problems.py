@@ -85,7 +85,8 @@ class DenseWork(NamedTuple):
     """What the dense layer that a problem replaces costs.
 
     Attributes:
-        macs: multiply-adds, taps in the padding included. weight_bytes: bytes of its weight.
+        macs: multiply-adds, taps in the padding included.
+        weight_bytes: bytes of its weight.
     """
 
     macs: int

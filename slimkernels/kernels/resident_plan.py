@@ -21,8 +21,11 @@ class Shape(NamedTuple):
     """A compiled shape of csrc/cuda: how a tile's pixels and channels are shared out.
 
     Attributes:
-        pixels: of a tile. column: output channels that follow one list of steps. columns: of a thread block.
-        groups: groups of four warps, each with a tile of its own. wgmma: whether it needs an sm_90a processor.
+        pixels: of a tile.
+        column: output channels that follow one list of steps.
+        columns: of a thread block.
+        groups: groups of four warps, each with a tile of its own.
+        wgmma: whether it needs an sm_90a processor.
     """
 
     pixels: int

@@ -47,7 +47,8 @@ def transpose_index(
 
     Args:
         crow_indices, col_indices: int32 pattern (`slimkernels.formats.BSRWeight`), spare capacity included.
-        weight_shape: ``(C_out, C_in, R, S)``. block_shape: ``(block_out, block_in)``.
+        weight_shape: ``(C_out, C_in, R, S)``.
+        block_shape: ``(block_out, block_in)``.
         stride, dilation: of the convolution; ``(1, 1)`` for a linear layer.
     """
     rows, groups, taps, classes = _sizes(weight_shape, block_shape, stride)

@@ -37,10 +37,13 @@ class Workplace:
     """What all rows of a run share.
 
     Attributes:
-        recipe: with its preset. out: folder of everything written.
+        recipe: with its preset.
+        out: folder of everything written.
         train, test: loaders; ``train.batch_size`` is replaced by the step's.
         data_key: identifies the data in the keys of steps.
-        device: where networks are trained. progress: training bars. say: called with one line per step.
+        device: where networks are trained.
+        progress: training bars.
+        say: called with one line per step.
         may_train: False where only finished steps may be used.
     """
 

@@ -37,7 +37,8 @@ def reproduce(
     """Runs what is left of a recipe, measures, and writes ``report.md``, ``report.json`` and pictures.
 
     Args:
-        name: of a recipe in the package, or the path of a ``.yaml`` file. preset: one of its presets.
+        name: of a recipe in the package, or the path of a ``.yaml`` file.
+        preset: one of its presets.
         out: folder; steps that it holds finished are skipped, an interrupted training goes on from its last epoch.
         data: as `sources.open_data` takes it; None for a preset that brings its own.
         data_name: how the report calls the data set.
@@ -45,7 +46,8 @@ def reproduce(
         only: names or patterns of rows or groups to run (and what they need), ``measure`` to measure the finished rows
             again, ``report`` to write the report again.
         compile: also try torch.compile as the teacher's baseline.
-        progress: training bars on stderr if that is a terminal. say: called with one line per step.
+        progress: training bars on stderr if that is a terminal.
+        say: called with one line per step.
 
     Returns:
         The report, as in ``report.json``.

@@ -81,7 +81,8 @@ def tucker2(weight: Tensor, rank_out: int, rank_in: int, *, sweeps: int = 5) -> 
 
     Args:
         weight: ``(N, C, kh, kw)``, floating point.
-        rank_out: in [1, min(N, rank_in * kh * kw)]. rank_in: in [1, min(C, rank_out * kh * kw)].
+        rank_out: in [1, min(N, rank_in * kh * kw)].
+        rank_in: in [1, min(C, rank_out * kh * kw)].
         sweeps: 0 gives the plain HOSVD.
 
     Returns:

@@ -45,7 +45,9 @@ class FactorizableLayer:
     """A layer that has a low-rank twin.
 
     Attributes:
-        name: in the model. module: nn.Linear or nn.Conv2d. kind: as in `formats.LowRankWeight`.
+        name: in the model.
+        module: nn.Linear or nn.Conv2d.
+        kind: as in `formats.LowRankWeight`.
         explicit: whether its exact name was given.
         moment: second moment of its outputs, where calibration data were given and the kind is "svd".
         multiple: what its rank is rounded to.

@@ -70,7 +70,9 @@ class LatencyPlan:
 
     Attributes:
         layers: a choice for every prunable layer.
-        target_s: wanted time. dense_s: of the unpruned model. rest_s: of what cannot be pruned, inside both.
+        target_s: wanted time.
+        dense_s: of the unpruned model.
+        rest_s: of what cannot be pruned, inside both.
         measured: whether times were measured; else they are predictions.
         granularity: "block" or "block_shared_taps".
     """

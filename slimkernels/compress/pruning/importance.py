@@ -56,11 +56,13 @@ def unit_scores(
     """Scores of a layer's units, higher is kept: floating point of shape ``units.shape``, on the weight's device.
 
     Args:
-        op: public function's name, which begins every message. name: the layer's.
-        weight: masked weight. gradient: of the loss by it, for "taylor" and "movement".
+        op: public function's name, which begins every message.
+        name: the layer's.
+        weight: masked weight.
+        gradient: of the loss by it, for "taylor" and "movement".
         importance: as in `slimkernels.prune_`.
-        per_weight: divide magnitudes by what a unit of equal weights would grow with its size (L2 by the square root
-            of its number of weights, L1 by the number), so that units of different sizes compare.
+        per_weight: divide magnitudes by what a unit of equal weights would grow with its size (L2 by the square root of
+            its number of weights, L1 by the number), so that units of different sizes compare.
 
     Raises:
         ValueError: no gradient where one is needed, no scores for this layer, or scores of another shape.

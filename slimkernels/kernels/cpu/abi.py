@@ -22,7 +22,8 @@ class Conv2dArguments(NamedTuple):
         x, y, bias, weights, channels, tap_ptr, offsets: addresses, 0 for NULL.
         n, h, w, c_in, c_out, p, q: images, input height and width, channels, output height and width before pooling.
         r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w: the kernel's geometry.
-        strip: output channels that share an index list. relu, pool: 0 or 1.
+        strip: output channels that share an index list.
+        relu, pool: 0 or 1.
         lanes: images innermost, or 1 for channels_last.
     """
 

@@ -171,9 +171,11 @@ def launch(
     Args:
         x: (N, C_in, H, W) float32 | float16 | bfloat16, converted to channels_last where it is not.
         values: (nnz_blocks, block_out, block_in) in x's dtype; crow_indices, col_indices: int32, the BSR of the
-            tap-major weight matrix. bias: (C_out,) in x's dtype, or None.
+            tap-major weight matrix.
+        bias: (C_out,) in x's dtype, or None.
         packed: one tensor, `bsr_conv2d_index.forward_order` (longest block rows first); anything else is passed over.
-        weight_shape: (C_out, C_in, R, S). epilogue: "none", "relu" or "relu_maxpool2" (2x2, stride 2, floor mode).
+        weight_shape: (C_out, C_in, R, S).
+        epilogue: "none", "relu" or "relu_maxpool2" (2x2, stride 2, floor mode).
         config: a configuration of `bsr_conv2d_config`; None or {} takes its `default_config`.
         variant: "pixels_on_m", "weights_on_m", "images_on_m", "taps_together" or "shared_input".
 

@@ -220,9 +220,10 @@ def launch(
     """The gradient of ``values`` (spare blocks and padded entries exactly 0) before the epilogue, summed in float32.
 
     Args:
-        grad: (N, C_out, P, Q) float32 | float16 | bfloat16. x: (N, C_in, H, W) of that dtype. Both are read as
-            channels_last (converted when they are not).
-        values: gives its shape and dtype alone. crow_indices, col_indices: int32.
+        grad: (N, C_out, P, Q) float32 | float16 | bfloat16.
+        x: (N, C_in, H, W) of that dtype. Both are read as channels_last (converted when they are not).
+        values: gives its shape and dtype alone.
+        crow_indices, col_indices: int32.
         weight_shape: (C_out, C_in, R, S).
         config: BLOCK_M, BLOCK_N, BLOCK_K, SPLITS, num_warps, num_stages; None takes `default_config`. INDEX_64=1 forces
             64-bit addresses, which are otherwise used from 2^31 elements on.

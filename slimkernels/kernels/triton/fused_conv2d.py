@@ -93,7 +93,8 @@ def launch(
 
     Args:
         x: (N, C_in, H, W) float32 | float16 | bfloat16; contiguous and channels_last are read as they are.
-        weight: (C_out, C_in, R, S) in x's dtype, read as it is where it is channels_last. bias: (C_out,) or None.
+        weight: (C_out, C_in, R, S) in x's dtype, read as it is where it is channels_last.
+        bias: (C_out,) or None.
         epilogue: "none", "relu" or "relu_maxpool2" (2x2, stride 2, floor mode).
         config: what takes the place of `default_config`'s constants. INDEX_64=1 forces 64-bit addresses, which are
             otherwise used from 2^31 elements on.

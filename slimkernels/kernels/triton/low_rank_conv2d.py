@@ -246,9 +246,11 @@ def launch(
     """The low-rank convolution in one launch (svd) or two (tai, tucker2), sums in float32.
 
     Args:
-        x: (N, C_in, H, W) float32 | float16 | bfloat16. factors: convolution weights in the order they are applied,
-            bias: (C_out,) or None, in x's dtype.
-        packed: not used. kind: "svd", "tai" or "tucker2". epilogue: "none" or "relu".
+        x: (N, C_in, H, W) float32 | float16 | bfloat16.
+        factors: convolution weights in the order they are applied, bias: (C_out,) or None, in x's dtype.
+        packed: not used.
+        kind: "svd", "tai" or "tucker2".
+        epilogue: "none" or "relu".
         config: BLOCK_M, BLOCK_N, BLOCK_K, RANK, SPLITS, num_warps, num_stages of every launch; None takes
             `default_config`. INDEX_64=1 forces 64-bit addresses, which are otherwise used from 2^31 elements on.
 

@@ -218,8 +218,10 @@ def launch(
     """y = epilogue((x V^T) U^T + bias) in one kernel, in x's dtype, both products accumulated in float32.
 
     Args:
-        x: (..., in) float32 | float16 | bfloat16. U: (out, rank), V: (rank, in), bias: (out,) or None, in x's dtype.
-        packed: not used. epilogue: "none" or "relu".
+        x: (..., in) float32 | float16 | bfloat16.
+        U: (out, rank), V: (rank, in), bias: (out,) or None, in x's dtype.
+        packed: not used.
+        epilogue: "none" or "relu".
         config: BLOCK_M, BLOCK_N, BLOCK_K, RANK, SPLITS, num_warps, num_stages; None takes `default_config`. INDEX_64=1
             forces 64-bit addresses, which are otherwise used from 2^31 elements on.
 
@@ -249,7 +251,8 @@ def launch_dgrad(grad: Tensor, U: Tensor, V: Tensor, config: Mapping[str, int] |
     products run.
 
     Args:
-        grad: (..., out) float32 | float16 | bfloat16. U: (out, rank), V: (rank, in), in grad's dtype.
+        grad: (..., out) float32 | float16 | bfloat16.
+        U: (out, rank), V: (rank, in), in grad's dtype.
         config: as `launch`, for the swapped layer.
 
     Returns: grad_x (..., in), grad_z (..., rank), both contiguous and in grad's dtype.

@@ -61,7 +61,8 @@ def launch(grad: Tensor, y: Tensor) -> Tensor:
     """The gradient of the convolution's output, written over ``y``.
 
     Args:
-        grad: (N, C, P // 2, Q // 2) float32 | float16 | bfloat16. y: (N, C, P, Q) channels_last, of that dtype.
+        grad: (N, C, P // 2, Q // 2) float32 | float16 | bfloat16.
+        y: (N, C, P, Q) channels_last, of that dtype.
 
     Returns: y's storage, (N, C, P, Q) channels_last.
     """
