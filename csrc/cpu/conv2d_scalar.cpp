@@ -1,14 +1,15 @@
 // Plain C++ kernels of csrc/kernels.h, for the base instruction set.
-#include <sched.h>
 #include <stdint.h>
-#include <stdlib.h>
-#include <time.h>
 
 #include "../kernels.h"
+#include "images_layout.h"
+#include "peak.h"
+#include "plan.h"
+#include "steps.h"
 
 namespace {
 
-// Four floats: what the compiler turns into one SSE2 register on x86-64 and into NEON on Arm.
+// Four floats, which the compiler turns into one SSE2 register on x86-64 and into NEON on Arm. tiles.h says what a vector type has.
 struct Vec4 {
   static constexpr int N = 4;
   struct type {
@@ -20,7 +21,7 @@ struct Vec4 {
   static inline void store(float* p, const type& v) {
     for (int i = 0; i < 4; ++i) p[i] = v.f[i];
   }
-  // Lanes below `count` (any int): all but those read 0 and are not written.
+  // Lanes from `count` on, which may be any int, are read as 0 and not written.
   static inline type load_part(const float* p, int count) {
     type r = zero();
     for (int i = 0; i < 4 && i < count; ++i) r.f[i] = p[i];
@@ -51,40 +52,50 @@ struct Vec4 {
   }
 };
 
-// to[j][i] = from[i][j], 8 x 8.
+// Transposes 8 x 8 floats: to[j][i] = from[i][j].
 struct Transpose8 {
   static inline void run(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
-    for (int i = 0; i < 8; ++i)
+    for (int i = 0; i < 8; ++i) {
       for (int j = 0; j < 8; ++j) to[j * to_stride + i] = from[i * from_stride + j];
+    }
   }
 };
 
-#include "conv2d.h"
-
-inline bool family_for(int strip, int lanes, Family& family) {
-  if (lanes != 1 && lanes != Vec4::N) return false;
-  const bool images = lanes != 1;
-  if (!images && strip < 8) return false;
+// <vector, channels of a one-pixel tile, channels of larger tiles, most pixels, strip>
+StripKernels images_innermost(int strip) {
   switch (strip) {
-    case 1: family = images_innermost<Vec4, 1, 1, 8, 1>(); return true;
-    case 2: family = images_innermost<Vec4, 2, 2, 4, 2>(); return true;
-    case 4: family = images_innermost<Vec4, 4, 4, 2, 4>(); return true;
-    case 8: family = images ? images_innermost<Vec4, 8, 4, 3, 8>() : channels_last<Vec4, 2, 4, 4, 8>(); return true;
-    case 16: family = images ? images_innermost<Vec4, 8, 4, 3, 16>() : channels_last<Vec4, 4, 2, 2, 16>(); return true;
-    case 24: family = images ? images_innermost<Vec4, 8, 4, 3, 24>() : channels_last<Vec4, 3, 3, 3, 24>(); return true;
-    case 32: family = images ? images_innermost<Vec4, 8, 4, 3, 32>() : channels_last<Vec4, 4, 2, 1, 32>(); return true;
-    default: return false;
+    case 1: return images_innermost_kernels<Vec4, 1, 1, 8, 1>();
+    case 2: return images_innermost_kernels<Vec4, 2, 2, 4, 2>();
+    case 4: return images_innermost_kernels<Vec4, 4, 4, 2, 4>();
+    case 8: return images_innermost_kernels<Vec4, 8, 4, 3, 8>();
+    case 16: return images_innermost_kernels<Vec4, 8, 4, 3, 16>();
+    case 24: return images_innermost_kernels<Vec4, 8, 4, 3, 24>();
+    case 32: return images_innermost_kernels<Vec4, 8, 4, 3, 32>();
+    default: return no_kernels();
   }
 }
+
+// <vector, vectors, most pixels, most pixels tap by tap, strip>
+StripKernels channels_last(int strip) {
+  switch (strip) {
+    case 8: return channels_last_kernels<Vec4, 2, 4, 4, 8>();
+    case 16: return channels_last_kernels<Vec4, 4, 2, 2, 16>();
+    case 24: return channels_last_kernels<Vec4, 3, 3, 3, 24>();
+    case 32: return channels_last_kernels<Vec4, 4, 2, 1, 32>();
+    default: return no_kernels();
+  }
+}
+
+constexpr InstructionSet kScalar = {Vec4::N, channels_last, images_innermost, run_layout_unit<Transpose8>};
 
 }  // namespace
 
 extern "C" int slim_run_steps_f32_scalar(const SlimStepF32* steps, int64_t count, int32_t threads) {
-  return run_steps(steps, count, threads, 0);
+  return run_steps(kScalar, steps, count, threads, 0);
 }
 
 extern "C" int slim_run_delayed_steps_f32_scalar(const SlimStepF32* steps, int64_t count, int32_t threads, uint32_t seed) {
-  return run_steps(steps, count, threads, seed);
+  return run_steps(kScalar, steps, count, threads, seed);
 }
 
 extern "C" double slim_multiply_adds_f32_scalar(int64_t iterations, int32_t threads) {

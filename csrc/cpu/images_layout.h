@@ -1,50 +1,75 @@
-// Between channels last (n, h, w, c) and images innermost (ceil(n / lanes), h, w, c, lanes); included into an anonymous namespace.
-// `Transpose8::run` is the instruction set's.
+// Copies activations between the two layouts: channels last (n, h, w, c), and images innermost (ceil(n / lanes), h, w, c, lanes).
+#pragma once
+#include <stdint.h>
+
+#include "../kernels.h"
+#include "ranges.h"
+
+namespace {
 
 struct LayoutPlan {
-  const SlimConv2dF32* a;
-  int to_images;
-  int64_t pixels, pixel_step, pixel_units, units;
+  const SlimConv2dF32* conv;  // of which x, y, n, h, w, c_in and lanes are read
+  bool to_images;             // from channels last to images innermost, or the other way round
+  int64_t pixels;             // of one image
+  int64_t pixels_per_unit, pixel_parts;
+  int64_t units;  // pixel_parts for each group of `lanes` images
 };
 
-// Bytes that one unit reads: small enough for L2 to hold both sides.
-constexpr int64_t LAYOUT_UNIT_BYTES = 128 * 1024;
-
-inline void make_layout_plan(LayoutPlan& plan, const SlimConv2dF32& a, int to_images) {
-  plan.a = &a;
+// A unit reads as much as lets L2 hold both what it reads and what it writes.
+inline LayoutPlan plan_layout(const SlimConv2dF32& conv, bool to_images) {
+  constexpr int64_t UNIT_BYTES = 128 * 1024;
+  LayoutPlan plan;
+  plan.conv = &conv;
   plan.to_images = to_images;
-  plan.pixels = a.h * a.w;
-  plan.pixel_step = min64(plan.pixels, max64(1, LAYOUT_UNIT_BYTES / (4 * a.c_in * a.lanes)));
-  plan.pixel_units = ceil_div(plan.pixels, plan.pixel_step);
-  plan.units = ceil_div(a.n, a.lanes) * plan.pixel_units;
+  plan.pixels = conv.h * conv.w;
+  plan.pixels_per_unit = min64(plan.pixels, max64(1, UNIT_BYTES / (4 * conv.c_in * conv.lanes)));
+  plan.pixel_parts = ceil_div(plan.pixels, plan.pixels_per_unit);
+  plan.units = ceil_div(conv.n, conv.lanes) * plan.pixel_parts;
+  return plan;
 }
 
-// rows x columns floats into columns x rows.
-inline void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride, int64_t rows, int64_t columns) {
+// Transposes rows x columns floats: to[j][i] = from[i][j]. Transpose8 is the instruction set's, for 8 x 8 of them.
+template <class Transpose8>
+inline void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride, int64_t rows,
+                      int64_t columns) {
   int64_t i = 0;
   for (; i + 8 <= rows; i += 8) {
     int64_t j = 0;
-    for (; j + 8 <= columns; j += 8) Transpose8::run(from + i * from_stride + j, from_stride, to + j * to_stride + i, to_stride);
-    for (; j < columns; ++j)
+    for (; j + 8 <= columns; j += 8) {
+      Transpose8::run(from + i * from_stride + j, from_stride, to + j * to_stride + i, to_stride);
+    }
+    for (; j < columns; ++j) {
       for (int64_t k = i; k < i + 8; ++k) to[j * to_stride + k] = from[k * from_stride + j];
+    }
   }
-  for (; i < rows; ++i)
+  for (; i < rows; ++i) {
     for (int64_t j = 0; j < columns; ++j) to[j * to_stride + i] = from[i * from_stride + j];
+  }
 }
 
+// Copies some pixels of one group of images. At each pixel that is a transposition of lanes x c_in floats.
+template <class Transpose8>
 inline void run_layout_unit(const LayoutPlan& plan, int64_t index) {
-  const SlimConv2dF32& a = *plan.a;
-  const int64_t group = index / plan.pixel_units, first = index % plan.pixel_units * plan.pixel_step;
-  const int64_t last = min64(plan.pixels, first + plan.pixel_step);
-  const int64_t image0 = group * a.lanes, present = min64(a.lanes, a.n - image0), image = plan.pixels * a.c_in;
-  for (int64_t i = first; i < last; ++i) {
-    const int64_t near = image0 * image + i * a.c_in, far = (group * plan.pixels + i) * a.c_in * a.lanes;
+  const SlimConv2dF32& conv = *plan.conv;
+  const int64_t lanes = conv.lanes, channels = conv.c_in, image_floats = plan.pixels * channels;
+  const int64_t group = index / plan.pixel_parts, first = index % plan.pixel_parts * plan.pixels_per_unit;
+  const int64_t end = min64(plan.pixels, first + plan.pixels_per_unit);
+  const int64_t image0 = group * lanes;
+  const int64_t present = min64(lanes, conv.n - image0);  // the last group may have fewer images than lanes
+  for (int64_t pixel = first; pixel < end; ++pixel) {
+    const int64_t channels_last = image0 * image_floats + pixel * channels;
+    const int64_t images_innermost = (group * plan.pixels + pixel) * channels * lanes;
     if (plan.to_images) {
-      transpose(a.x + near, image, a.y + far, a.lanes, present, a.c_in);
-      for (int64_t c = 0; present < a.lanes && c < a.c_in; ++c)
-        for (int64_t k = present; k < a.lanes; ++k) a.y[far + c * a.lanes + k] = 0;
+      float* const to = conv.y + images_innermost;
+      transpose<Transpose8>(conv.x + channels_last, image_floats, to, lanes, present, channels);
+      // Lanes without an image are computed too, so they must hold something finite.
+      for (int64_t c = 0; present < lanes && c < channels; ++c) {
+        for (int64_t lane = present; lane < lanes; ++lane) to[c * lanes + lane] = 0;
+      }
     } else {
-      transpose(a.x + far, a.lanes, a.y + near, image, a.c_in, present);
+      transpose<Transpose8>(conv.x + images_innermost, lanes, conv.y + channels_last, image_floats, channels, present);
     }
   }
 }
+
+}  // namespace

@@ -1,157 +1,240 @@
-// How one convolution is cut into units of work; included into an anonymous namespace.
+// How one convolution is cut into units of work.
+//
+// The plan follows from the problem alone and never from the number of threads, so results do not depend on that number either.
+// It is decided in four steps, each a function of the workload and of what the steps before it decided:
+//
+//   choose_order            whether a tile passes over all taps at once or tap by tap
+//   split_images_and_rows   images and output rows of a unit
+//   fit_pool_scratch        fewer of them where the outputs in front of a max-pool would not stay in L2
+//   split_strips            strips of a unit
+#pragma once
+#include <stdint.h>
+#include <stdlib.h>
 
-struct Range {
-  int64_t begin, end;
+#include "../kernels.h"
+#include "ranges.h"
+#include "tiles.h"
+
+namespace {
+
+// ---------------------------------------------------------------- the problem
+
+// What a convolution has to compute, in the numbers that the steps decide by.
+struct Workload {
+  int64_t lanes;                     // images in one vector: the vector's width, or 1 with channels last
+  int64_t image_groups;              // groups of `lanes` images
+  int64_t rows, columns;             // of the output; with pooling cut to even, since the last odd one is dropped
+  int64_t channels;                  // of the output
+  int64_t strips, strip_width;       // strips of `strip_width` output channels
+  int64_t taps;                      // r * s
+  int64_t entries;                   // of all strips: pairs of an input channel and a tap that have weights
+  int64_t macs_per_pixel_and_strip;  // multiply-adds, of an average strip, for one pixel of all lanes; at least 1 a lane
+  int64_t input_bytes;               // of one group of images
+  int64_t weight_bytes;              // with the offset of each entry
+  int64_t tile_pixels;               // most pixels that a microkernel takes
+  bool pool;
 };
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
-
-// Output positions [begin, end) whose input `i * stride - pad + shift` lies in [0, size).
-inline Range positions(int64_t out, int64_t size, int64_t stride, int64_t pad, int64_t shift) {
-  const int64_t low = pad - shift;
-  const int64_t begin = low > 0 ? ceil_div(low, stride) : 0;
-  const int64_t last = size - 1 + pad - shift;
-  const int64_t end = last < 0 ? 0 : last / stride + 1;
-  const Range r = {min64(begin, out), min64(end, out)};
-  return r;
+inline Workload workload_of(const SlimConv2dF32& conv, int64_t tile_pixels) {
+  Workload work;
+  work.lanes = conv.lanes;
+  work.image_groups = ceil_div(conv.n, conv.lanes);
+  work.pool = conv.pool != 0;
+  work.rows = conv.pool ? conv.p / 2 * 2 : conv.p;
+  work.columns = conv.pool ? conv.q / 2 * 2 : conv.q;
+  work.channels = conv.c_out;
+  work.strip_width = conv.strip;
+  work.strips = ceil_div(conv.c_out, conv.strip);
+  work.taps = (int64_t)conv.r * conv.s;
+  work.entries = conv.tap_ptr[work.strips * work.taps];
+  work.macs_per_pixel_and_strip = max64(1, work.entries / work.strips * conv.strip) * conv.lanes;
+  work.input_bytes = 4 * conv.h * conv.w * conv.c_in * conv.lanes;
+  work.weight_bytes = 4 * work.entries * (conv.strip + 1);
+  work.tile_pixels = tile_pixels;
+  return work;
 }
 
-// Taps [begin, end) that output position i sees along one axis.
-inline Range taps_seen(int64_t i, int64_t size, int64_t stride, int64_t pad, int64_t dilation, int64_t taps) {
-  const int64_t origin = i * stride - pad;
-  int64_t begin = 0, end = taps;
-  while (begin < taps && origin + begin * dilation < 0) ++begin;
-  while (end > begin && origin + (end - 1) * dilation >= size) --end;
-  const Range r = {begin, end};
-  return r;
-}
+// ---------------------------------------------------------------- step 1
 
-// Where a unit's outputs go: y itself, or the scratch in front of the pooling.
-struct Destination {
-  float* base;
-  int64_t image_stride, row_stride, pixel_stride, image0, row0, channel0;
-  float* at(int64_t n, int64_t p, int64_t q) const {
-    return base + (n - image0) * image_stride + (p - row0) * row_stride + q * pixel_stride;
-  }
+enum Order {
+  // The accumulators of a tile stay in registers over every tap inside the image. All pixels of a tile see the same taps.
+  ALL_TAPS,
+  // The pixel pointers change at every tap, so a tile takes any pixels; taps outside the image read zeros.
+  TAP_BY_TAP,
 };
 
-// A piece of work for one thread: images x output rows x strips. Units depend on the problem alone, never on the number of
-// threads, so results do not either.
-struct Unit {
-  Range images, rows, strips;
+// Limits of TAP_BY_TAP; units.h keeps the pointers of this many pixels and taps on the stack.
+constexpr int64_t TAP_BY_TAP_MAX_PIXELS = 48, TAP_BY_TAP_MAX_TAPS = 25;
+
+// Corners and edges of a few small images are classes of one to four pixels, too small to fill tiles of one class. Tap by tap wins
+// there, if a strip has enough entries at each tap to outweigh the pointers that change with it.
+inline Order choose_order(const Workload& work) {
+  constexpr int64_t MIN_ENTRIES_PER_TAP = 4;
+  const bool has_classes = work.taps > 1 && work.taps <= TAP_BY_TAP_MAX_TAPS;
+  const bool few_pixels = work.image_groups * work.rows * work.columns <= TAP_BY_TAP_MAX_PIXELS;
+  const bool many_entries = work.entries >= MIN_ENTRIES_PER_TAP * work.strips * work.taps;
+  return has_classes && work.lanes == 1 && few_pixels && many_entries ? TAP_BY_TAP : ALL_TAPS;
+}
+
+// ---------------------------------------------------------------- step 2
+
+// Multiply-adds that a unit should have: about 30 microseconds, so that two threads balance and a parallel region pays.
+constexpr int64_t UNIT_MACS = 1500000;
+// Units that a layer should have so that threads stay busy.
+constexpr int64_t WANTED_UNITS = 8;
+
+// How many groups of images and how many output rows a unit takes.
+struct PixelSplit {
+  int64_t images, rows;
+};
+
+// Rows that give a unit `wanted_pixels` and UNIT_MACS, an even number of them for the pooling.
+inline int64_t rows_of_enough_work(const Workload& work, int64_t wanted_pixels) {
+  const int64_t macs_per_row = work.macs_per_pixel_and_strip * work.strips * work.columns;
+  const int64_t rows = max64(ceil_div(wanted_pixels, work.columns), ceil_div(UNIT_MACS, macs_per_row));
+  return min64(work.rows, ceil_div(rows, 2) * 2);
+}
+
+// Rows that share a layer among a few threads, but not less than a few full tiles each.
+inline int64_t rows_for_sharing(const Workload& work) {
+  constexpr int64_t WANTED_ROW_UNITS = 4, MIN_TILES = 3;
+  const int64_t multiple = work.pool ? 2 : 1;
+  const int64_t least = ceil_div(MIN_TILES * work.tile_pixels, work.columns);
+  return ceil_div(max64(least, ceil_div(work.rows, WANTED_ROW_UNITS)), multiple) * multiple;
+}
+
+// Small images go together until a unit has 384 pixels: their corner and edge classes fill tiles only across several images. Large
+// images are cut into rows of enough work.
+//
+// A single image, or a single vector of them, then may have fewer units than threads want. Threads that share its rows read all
+// weights, from L3; threads that share its strips read all of the input, half of which another core has just written, and that is
+// several times slower. So rows are shared first, unless the weights are more than four times the input.
+inline PixelSplit split_images_and_rows(const Workload& work) {
+  constexpr int64_t UNIT_PIXELS = 384, MOST_WEIGHTS_PER_INPUT = 4;
+  const int64_t pixels = work.rows * work.columns;
+  const int64_t wanted_pixels = max64(work.lanes == 1 ? 1 : work.tile_pixels, UNIT_PIXELS / work.lanes);
+  const int64_t images = min64(work.image_groups, ceil_div(wanted_pixels, pixels));
+  int64_t rows = work.rows;
+  if (images == 1 && pixels > 2 * wanted_pixels) rows = rows_of_enough_work(work, wanted_pixels);
+  const bool few_units = work.image_groups == 1 && ceil_div(work.rows, rows) < WANTED_UNITS;
+  if (few_units && work.weight_bytes < MOST_WEIGHTS_PER_INPUT * work.input_bytes) rows = min64(rows, rows_for_sharing(work));
+  return {images, rows};
+}
+
+// ---------------------------------------------------------------- step 3
+
+// A unit with pooling writes its outputs to scratch memory and pools from there. They should stay in half of a 512 KB L2, which is
+// 64 K floats; two rows of one group of images are the least.
+inline PixelSplit fit_pool_scratch(const Workload& work, PixelSplit split) {
+  if (!work.pool) return split;
+  constexpr int64_t SCRATCH_FLOATS = 64 * 1024;
+  const int64_t row_floats = work.columns * work.channels * work.lanes;
+  const int64_t rows = max64(2, min64(split.rows, SCRATCH_FLOATS / row_floats / 2 * 2));
+  const int64_t images = max64(1, min64(split.images, SCRATCH_FLOATS / (row_floats * rows)));
+  return {images, rows};
+}
+
+// ---------------------------------------------------------------- step 4
+
+// The number of strips of a unit. At least four strips share the input of each tile while it is in L1, and more where a unit would
+// otherwise have less than UNIT_MACS. A layer of few pixels is then shared by strips until it has WANTED_UNITS, unless the whole of
+// it is an eighth of a unit, which is too small to share.
+inline int64_t split_strips(const Workload& work, PixelSplit split) {
+  constexpr int64_t MIN_STRIPS = 4;
+  const int64_t macs_per_strip = work.macs_per_pixel_and_strip * split.images * split.rows * work.columns;
+  const int64_t strips = min64(work.strips, max64(MIN_STRIPS, ceil_div(UNIT_MACS, macs_per_strip)));
+  const int64_t pixel_units = ceil_div(work.image_groups, split.images) * ceil_div(work.rows, split.rows);
+  const bool too_small = macs_per_strip * work.strips * pixel_units < UNIT_MACS / 8;
+  const int64_t wanted_units = too_small ? 1 : WANTED_UNITS;
+  if (pixel_units * ceil_div(work.strips, strips) >= wanted_units) return strips;
+  return ceil_div(work.strips, min64(work.strips, ceil_div(wanted_units, pixel_units)));
+}
+
+// ---------------------------------------------------------------- the plan
+
+// A piece of work for one thread.
+struct WorkUnit {
+  Range images, rows, strips;  // images count groups of `lanes`
 };
 
 struct Plan {
-  const SlimConv2dF32* a;
+  const SlimConv2dF32* conv;
   TileSet tiles;
-  int64_t lanes;              // images that lie innermost: a vector of them, or 1 (channels last)
-  int64_t images;             // groups of `lanes` images
-  int64_t rows, columns;      // outputs computed: p x q, cut to even with pooling
-  int64_t strips, taps;
-  int tap_by_tap;
-  int64_t image_step, row_step, strip_step, image_units, row_units, strip_units, units;
-  int64_t macs;               // of all units, taps in the padding included
-  int64_t scratch_floats;     // of one thread, in front of the pooling
-  const int32_t* offsets;     // of all entries: from tap (0, 0) of a pixel, or with tap_by_tap the channel alone
-  int32_t* own_offsets;       // the same where the plan allocated them, else NULL
-  float* zeros;               // with tap_by_tap: what a tap outside the image reads, c_in floats, else NULL
+  Workload work;
+  Order order;
+  PixelSplit pixels_per_unit;
+  int64_t strips_per_unit;
+  int64_t image_parts, row_parts, strip_parts, units;  // units is the product of the three
+  int64_t macs;            // of all units, taps in the padding included
+  int64_t scratch_floats;  // that one thread needs in front of the pooling
+  const int32_t* offsets;  // of each entry: elements from tap (0, 0) of a pixel; with TAP_BY_TAP the input channel alone
+  int32_t* own_offsets;    // the same where the plan allocated them, else NULL
+  float* zeros;            // with TAP_BY_TAP: what a tap outside the image reads, c_in floats, else NULL
 };
 
-// Tap rows that one call of a microkernel may be given.
-constexpr int MAX_SEGMENTS = 64;
-// Multiply-adds a unit should have: about 30 microseconds, so that two threads balance and a parallel region pays.
-constexpr int64_t UNIT_MACS = 1500000;
-// Pixels a unit should have: the corner and edge classes of small images fill their tiles only across several images.
-constexpr int64_t UNIT_PIXELS = 384;
-// Units a layer of few pixels should have. Of one image, or one vector of them, rows are shared out first, and strips only where the
-// weights weigh more than this many times the input: threads that share rows read all weights, from L3; threads that share strips read
-// all of the input, half of which another core has just written, and that is several times slower.
-constexpr int64_t WANTED_UNITS = 8, WANTED_ROW_UNITS = 4, ROW_SPLIT_SHARE = 4, ROW_SPLIT_TILES = 3;
-// Strips a unit should have at least, to share each tile's input while it is in L1.
-constexpr int64_t UNIT_STRIPS = 4;
-// Tap by tap wins where the classes of pixels are too small to fill tiles and a strip has enough entries to outweigh the pointers that
-// change at every tap.
-constexpr int64_t TAP_BY_TAP_MAX_PIXELS = 48, TAP_BY_TAP_MAX_TAPS = 25, TAP_BY_TAP_MIN_ENTRIES = 4;
-// Floats of scratch a pooled unit may use: half of a 512 KB L2.
-constexpr int64_t SCRATCH_FLOATS = 64 * 1024;
-
-// Offsets of all entries from tap (0, 0) of their pixel, in elements of x.
-inline void entry_offsets(const SlimConv2dF32& a, int32_t* offsets) {
-  const int64_t taps = (int64_t)a.r * a.s, strips = ceil_div(a.c_out, a.strip);
-  for (int64_t k = 0; k < strips; ++k)
-    for (int64_t tap = 0; tap < taps; ++tap) {
-      const int64_t shift = (tap / a.s * a.dil_h * a.w + tap % a.s * a.dil_w) * a.c_in;
-      const int32_t end = a.tap_ptr[k * taps + tap + 1];
-      for (int32_t e = a.tap_ptr[k * taps + tap]; e < end; ++e) offsets[e] = (int32_t)((a.channels[e] + shift) * a.lanes);
-    }
-  for (int64_t e = a.tap_ptr[strips * taps], i = 0; i < SLIM_OFFSETS_MARGIN; ++i) offsets[e + i] = 0;
+// Everything of a plan but its tiles and its memory.
+inline void decide(Plan& plan, const SlimConv2dF32& conv, int64_t tile_pixels) {
+  const Workload work = workload_of(conv, tile_pixels);
+  const PixelSplit split = fit_pool_scratch(work, split_images_and_rows(work));
+  plan.conv = &conv;
+  plan.work = work;
+  plan.order = choose_order(work);
+  plan.pixels_per_unit = split;
+  plan.strips_per_unit = split_strips(work, split);
+  plan.image_parts = ceil_div(work.image_groups, split.images);
+  plan.row_parts = ceil_div(work.rows, split.rows);
+  plan.strip_parts = ceil_div(work.strips, plan.strips_per_unit);
+  plan.units = plan.image_parts * plan.row_parts * plan.strip_parts;
+  plan.macs = work.macs_per_pixel_and_strip * work.strips * work.image_groups * work.rows * work.columns;
+  const int64_t unit_channels = min64(plan.strips_per_unit * work.strip_width, work.channels);
+  plan.scratch_floats = work.pool ? split.images * split.rows * work.columns * unit_channels * work.lanes : 0;
 }
 
-// Fills in a plan for `a` with the tiles that take its strips; false when memory ran out.
-inline bool make_plan(Plan& plan, const SlimConv2dF32& a) {
-  plan.a = &a;
-  plan.lanes = a.lanes;
-  plan.images = ceil_div(a.n, a.lanes);
-  plan.taps = (int64_t)a.r * a.s;
-  plan.strips = ceil_div(a.c_out, a.strip);
-  plan.rows = a.pool ? a.p / 2 * 2 : a.p;
-  plan.columns = a.pool ? a.q / 2 * 2 : a.q;
-  const int64_t entries = a.tap_ptr[plan.strips * plan.taps];
-  const bool few_pixels = plan.images * plan.rows * plan.columns <= TAP_BY_TAP_MAX_PIXELS;
-  const bool many_entries = entries >= TAP_BY_TAP_MIN_ENTRIES * plan.strips * plan.taps;
-  plan.tap_by_tap = plan.taps > 1 && plan.taps <= TAP_BY_TAP_MAX_TAPS && a.lanes == 1 && few_pixels && many_entries;
+// Units are numbered with strips innermost, so that neighbours read the same input.
+inline WorkUnit unit_at(const Plan& plan, int64_t index) {
+  const int64_t strip = index % plan.strip_parts * plan.strips_per_unit, rest = index / plan.strip_parts;
+  const int64_t image = rest / plan.row_parts * plan.pixels_per_unit.images;
+  const int64_t row = rest % plan.row_parts * plan.pixels_per_unit.rows;
+  return {{image, min64(plan.work.image_groups, image + plan.pixels_per_unit.images)},
+          {row, min64(plan.work.rows, row + plan.pixels_per_unit.rows)},
+          {strip, min64(plan.work.strips, strip + plan.strips_per_unit)}};
+}
 
-  const int64_t even = a.pool ? 2 : 1;
-  const int64_t pixels = plan.rows * plan.columns;
-  const int64_t strip_macs = max64(1, entries / plan.strips * a.strip) * a.lanes;  // of one pixel
-  const int64_t unit_pixels = max64(a.lanes == 1 ? 1 : plan.tiles.mr, UNIT_PIXELS / a.lanes);
-  plan.image_step = min64(plan.images, ceil_div(unit_pixels, pixels));
-  plan.row_step = plan.rows;
-  if (plan.image_step == 1 && pixels > 2 * unit_pixels) {
-    const int64_t row_macs = strip_macs * plan.strips * plan.columns;
-    const int64_t row_count = max64(ceil_div(unit_pixels, plan.columns), ceil_div(UNIT_MACS, row_macs));
-    plan.row_step = min64(plan.rows, ceil_div(row_count, 2) * 2);
+// Writes the offset of each entry from tap (0, 0) of its pixel, in elements of x.
+inline void entry_offsets(const SlimConv2dF32& conv, int32_t* offsets) {
+  const int64_t taps = (int64_t)conv.r * conv.s, strips = ceil_div(conv.c_out, conv.strip);
+  for (int64_t strip = 0; strip < strips; ++strip) {
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const int64_t row = tap / conv.s * conv.dil_h, column = tap % conv.s * conv.dil_w;
+      const int64_t shift = (row * conv.w + column) * conv.c_in;
+      const int32_t* const run = conv.tap_ptr + strip * taps + tap;
+      for (int32_t e = run[0]; e < run[1]; ++e) offsets[e] = (int32_t)((conv.channels[e] + shift) * conv.lanes);
+    }
   }
-  const int64_t x_bytes = 4 * a.h * a.w * a.c_in * a.lanes, weight_bytes = 4 * entries * (a.strip + 1);
-  if (plan.images == 1 && ceil_div(plan.rows, plan.row_step) < WANTED_UNITS && weight_bytes < ROW_SPLIT_SHARE * x_bytes) {
-    const int64_t least = ceil_div(ROW_SPLIT_TILES * plan.tiles.mr, plan.columns);
-    plan.row_step = min64(plan.row_step, ceil_div(max64(least, ceil_div(plan.rows, WANTED_ROW_UNITS)), even) * even);
-  }
-  if (a.pool) {
-    const int64_t row_floats = plan.columns * a.c_out * a.lanes;
-    plan.row_step = max64(even, min64(plan.row_step, SCRATCH_FLOATS / row_floats / 2 * 2));
-    plan.image_step = max64(1, min64(plan.image_step, SCRATCH_FLOATS / (row_floats * plan.row_step)));
-  }
-  plan.image_units = ceil_div(plan.images, plan.image_step);
-  plan.row_units = ceil_div(plan.rows, plan.row_step);
-  const int64_t unit_strip_macs = strip_macs * plan.image_step * plan.row_step * plan.columns;
-  plan.strip_step = min64(plan.strips, max64(UNIT_STRIPS, ceil_div(UNIT_MACS, unit_strip_macs)));
-  // Few pixels: as many units as keep the threads busy, unless the whole layer is too small to share.
-  const int64_t pixel_units = plan.image_units * plan.row_units;
-  const int64_t wanted_units = unit_strip_macs * plan.strips * pixel_units < UNIT_MACS / 8 ? 1 : WANTED_UNITS;
-  if (pixel_units * ceil_div(plan.strips, plan.strip_step) < wanted_units)
-    plan.strip_step = ceil_div(plan.strips, min64(plan.strips, ceil_div(wanted_units, pixel_units)));
-  plan.strip_units = ceil_div(plan.strips, plan.strip_step);
-  plan.units = plan.image_units * plan.row_units * plan.strip_units;
-  plan.macs = strip_macs * plan.strips * plan.images * pixels;
-  plan.scratch_floats =
-      a.pool ? plan.image_step * plan.row_step * plan.columns * min64(plan.strip_step * a.strip, a.c_out) * a.lanes : 0;
+  const int64_t entries = conv.tap_ptr[strips * taps];
+  for (int64_t i = 0; i < SLIM_OFFSETS_MARGIN; ++i) offsets[entries + i] = 0;
+}
 
-  const bool channels_suffice = a.lanes == 1 && (plan.taps == 1 || plan.tap_by_tap);
+// Fills in the plan for `conv` with the tiles that take its strips; false when memory ran out. Whether or not it did, the caller frees
+// own_offsets and zeros.
+inline bool make_plan(Plan& plan, const SlimConv2dF32& conv, const TileSet& tiles) {
+  plan.tiles = tiles;
   plan.own_offsets = nullptr;
   plan.zeros = nullptr;
-  if (plan.tap_by_tap) {
-    plan.zeros = (float*)calloc((size_t)a.c_in, sizeof(float));
+  decide(plan, conv, tiles.most_pixels);
+  if (plan.order == TAP_BY_TAP) {
+    plan.zeros = (float*)calloc((size_t)conv.c_in, sizeof(float));
     if (plan.zeros == nullptr) return false;
   }
-  plan.offsets = channels_suffice ? a.channels : a.offsets;
-  if (plan.offsets == nullptr) {
-    plan.own_offsets = (int32_t*)malloc(sizeof(int32_t) * (size_t)(entries + SLIM_OFFSETS_MARGIN));
-    if (plan.own_offsets == nullptr) return false;
-    entry_offsets(a, plan.own_offsets);
-    plan.offsets = plan.own_offsets;
-  }
+  // With one tap, or with pointers for each tap, an entry lies its input channel away from the pointer.
+  const bool channels_suffice = conv.lanes == 1 && (plan.work.taps == 1 || plan.order == TAP_BY_TAP);
+  plan.offsets = channels_suffice ? conv.channels : conv.offsets;
+  if (plan.offsets != nullptr) return true;
+  plan.own_offsets = (int32_t*)malloc(sizeof(int32_t) * (size_t)(plan.work.entries + SLIM_OFFSETS_MARGIN));
+  if (plan.own_offsets == nullptr) return false;
+  entry_offsets(conv, plan.own_offsets);
+  plan.offsets = plan.own_offsets;
   return true;
 }
+
+}  // namespace

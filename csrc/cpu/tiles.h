@@ -1,232 +1,333 @@
-// Microkernels: one tile of outputs stays in registers while the entries of a strip stream by. Included into an anonymous namespace.
+// Microkernels: the outputs of one tile stay in registers while the weights of a strip stream by.
 //
-// A strip's entry is an input channel at a tap with `STRIDE` weights, one for each output channel of the strip. Each pixel of a tile has
-// its own pointer, so a tile may take any pixels that see the same taps: no multiply-add is spent on padding.
+// An *entry* of a strip is an input channel at a tap, with `STRIDE` weights: one for each output channel of the strip. Each pixel of a
+// tile has its own pointer into x, so a tile may take any pixels that see the same taps. Entries of taps outside the image are left
+// out by the caller, so no multiply-add is spent on padding.
 //
-// - Tile (channels last): a vector holds output channels. MR pixels x NV vectors: an entry costs NV weight loads, MR broadcasts of x
-//   and MR * NV multiply-adds, MR + NV loads for MR multiply-adds where the strip is one vector wide.
-// - ImagesTile (images innermost): a vector holds one channel of V::N images. MR pixels x NO channels: an entry costs MR loads of x, NO
-//   broadcasts of weights and MR * NO multiply-adds, 11 loads for 24 of them at 3 x 8, so the multiply-adds are the limit. Strips may be
-//   as narrow as one channel, which is unstructured sparsity: 11 loads for 10 multiply-adds at 10 x 1.
+// There is one kind of tile for each layout of x and y:
+//
+// - Tile, channels last. A vector holds V::N output channels of one pixel, and a tile is MR pixels x NV vectors. An entry costs NV
+//   loads of weights, MR broadcasts of x and MR * NV multiply-adds. Where the strip is one vector wide, that is MR + 1 loads for MR
+//   multiply-adds.
+// - ImagesTile, images innermost. A vector holds one channel of V::N images, and a tile is MR pixels x NO output channels. An entry
+//   costs MR loads of x, NO broadcasts of weights and MR * NO multiply-adds. At 3 x 8 that is 11 loads for 24 multiply-adds, so the
+//   multiply-adds are the limit. Strips may be as narrow as one channel, which is unstructured sparsity: at 10 x 1 there are 11 loads
+//   for 10 multiply-adds.
+//
+// The vector type V is the instruction set's. It has V::N floats in V::type, and zero, load, load_part, broadcast, store, store_part,
+// add, fma (a * b + c), relu and max_nan, the last two of which keep NaN.
+#pragma once
+#include <stdint.h>
 
-// One contiguous run of entries.
+#include "../kernels.h"
+#include "compiler.h"
+
+namespace {
+
+// A contiguous run of entries.
 struct Segment {
   int32_t begin, end;
 };
 
-// Where a tile's accumulators start.
-enum { INIT_BIAS = 0, INIT_Y = 1 };
+// Where the accumulators start.
+enum Start {
+  START_AT_BIAS,
+  START_AT_Y,  // a call before has written the sum over other taps there
+};
 
-// Accumulators live in registers only when every loop over them disappears before the compiler splits the array.
-#define SLIM_UNROLL _Pragma("GCC unroll 16")
+// Computes a tile over some runs of entries.
+//   x          pointers to the tile's pixels in x, at tap (0, 0)
+//   y_pixels   pointers to the tile's pixels in y, at channel 0
+//   channel    the tile's first output channel
+//   weights    of entry 0 at that channel
+//   offsets    of each entry: elements of x from a pixel's pointer
+//   segments   the runs, `count` of them
+//   bias       of that channel on, or NULL
+//   present    how many of the tile's output channels exist, at least 1: the last strip may reach beyond c_out
+typedef void (*TileFunction)(const float* const* x, float* const* y_pixels, int64_t channel, const float* weights,
+                             const int32_t* offsets, const Segment* segments, int count, const float* bias, Start start,
+                             int relu, int present);
 
-// x: MR pixel pointers at tap (0, 0). y_pixels: MR output pointers, of channel 0. channel: first output channel of the tile. w: weights of
-// entry 0. offsets: x elements of each entry from the pixel pointer. present: output channels of the tile that exist, from 1 on.
-typedef void (*TileFunction)(const float* const* x, float* const* y_pixels, int64_t channel, const float* w, const int32_t* offsets,
-                             const Segment* segments, int count, const float* bias, int init, int relu, int present);
+// Computes a tile whose pixel pointers are given for every tap: x holds those of tap 0, then those of tap 1, and so on.
+// tap_ptr[tap] .. tap_ptr[tap + 1] are the entries of a tap, `channels` the elements of x from a pixel's pointer.
+typedef void (*TapsFunction)(const float* const* x, int64_t taps, float* const* y_pixels, int64_t channel,
+                             const float* weights, const int32_t* channels, const int32_t* tap_ptr, const float* bias,
+                             int relu, int present);
 
-// The same for a tile that takes other pixel pointers at every tap: x holds `size` of them for each of the `taps`, and tap_ptr the runs.
-typedef void (*TapsFunction)(const float* const* x, int64_t taps, float* const* y_pixels, int64_t channel, const float* w,
-                             const int32_t* channels, const int32_t* tap_ptr, const float* bias, int relu, int present);
+// ---------------------------------------------------------------- channels last
 
 template <class V, int NV, int MR, int STRIDE>
 struct Tile {
-  static constexpr int WIDTH = V::N * NV;
-  // Independent accumulator sets, so that MR * NV * SETS multiply-adds cover the latency (4 cycles, 2 units) on small tiles.
+  static constexpr int WIDTH = V::N * NV;  // output channels
+  // A multiply-add takes 4 cycles and two start in each, so 8 have to be independent. Small tiles sum into several sets of
+  // accumulators in turn, which are added at the end.
   static constexpr int SETS = MR * NV >= 6 ? 1 : (MR * NV >= 3 ? 2 : 4);
-  typedef typename V::type Accumulators[SETS][MR][NV];
+  typedef typename V::type Vector;
+  typedef Vector Sums[MR][NV];
+  typedef Sums Accumulators[SETS];
 
-  static void run(const float* const* x, float* const* y_pixels, int64_t channel, const float* w, const int32_t* offsets,
-                  const Segment* segments, int count, const float* bias, int init, int relu, int present) {
-    Accumulators acc;
-    const float* px[MR];
-    SLIM_UNROLL for (int m = 0; m < MR; ++m) px[m] = x[m];
-    begin(acc, y_pixels, channel, bias, init, present);
-    for (int i = 0; i < count; ++i) add(acc, px, w, offsets, segments[i].begin, segments[i].end);
-    finish(acc, y_pixels, channel, relu, present);
+  static void run(const float* const* x, float* const* y_pixels, int64_t channel, const float* weights,
+                  const int32_t* offsets, const Segment* segments, int count, const float* bias, Start start, int relu,
+                  int present) {
+    Accumulators sums;     // [SETS][MR][NV] vectors
+    const float* pixels[MR];  // [MR]
+    SLIM_UNROLL
+    for (int m = 0; m < MR; ++m) pixels[m] = x[m];
+    begin(sums, y_pixels, channel, bias, start, present);
+    for (int i = 0; i < count; ++i) add_entries(sums, pixels, weights, offsets, segments[i].begin, segments[i].end);
+    finish(sums, y_pixels, channel, relu, present);
   }
 
-  static void run_taps(const float* const* x, int64_t taps, float* const* y_pixels, int64_t channel, const float* w,
-                       const int32_t* channels, const int32_t* tap_ptr, const float* bias, int relu, int present) {
-    Accumulators acc;
-    begin(acc, y_pixels, channel, bias, INIT_BIAS, present);
+  static void run_taps(const float* const* x, int64_t taps, float* const* y_pixels, int64_t channel,
+                       const float* weights, const int32_t* channels, const int32_t* tap_ptr, const float* bias, int relu,
+                       int present) {
+    Accumulators sums;  // [SETS][MR][NV] vectors
+    begin(sums, y_pixels, channel, bias, START_AT_BIAS, present);
     for (int64_t tap = 0; tap < taps; ++tap, x += MR) {
-      const float* px[MR];
-      SLIM_UNROLL for (int m = 0; m < MR; ++m) px[m] = x[m];
-      add(acc, px, w, channels, tap_ptr[tap], tap_ptr[tap + 1]);
+      const float* pixels[MR];  // [MR], of this tap
+      SLIM_UNROLL
+      for (int m = 0; m < MR; ++m) pixels[m] = x[m];
+      add_entries(sums, pixels, weights, channels, tap_ptr[tap], tap_ptr[tap + 1]);
     }
-    finish(acc, y_pixels, channel, relu, present);
+    finish(sums, y_pixels, channel, relu, present);
   }
 
  private:
-  static inline __attribute__((always_inline)) void begin(Accumulators& acc, float* const* y_pixels, int64_t channel,
-                                                          const float* bias, int init, int present) {
+  // Set 0 starts at the bias or at y, the others at zero.
+  static SLIM_ALWAYS_INLINE void begin(Accumulators& sums, float* const* y_pixels, int64_t channel, const float* bias,
+                                       Start start, int present) {
     const bool full = present == WIDTH;
-    SLIM_UNROLL for (int v = 0; v < NV; ++v) {
+    SLIM_UNROLL
+    for (int v = 0; v < NV; ++v) {
       const int lanes = present - v * V::N;
-      if (init == INIT_Y) {
-        SLIM_UNROLL for (int m = 0; m < MR; ++m) {
+      if (start == START_AT_Y) {
+        SLIM_UNROLL
+        for (int m = 0; m < MR; ++m) {
           const float* source = y_pixels[m] + channel + v * V::N;
-          acc[0][m][v] = full ? V::load(source) : V::load_part(source, lanes);
+          sums[0][m][v] = full ? V::load(source) : V::load_part(source, lanes);
         }
       } else {
-        const typename V::type start =
-            bias == nullptr ? V::zero() : (full ? V::load(bias + v * V::N) : V::load_part(bias + v * V::N, lanes));
-        SLIM_UNROLL for (int m = 0; m < MR; ++m) acc[0][m][v] = start;
+        Vector first = V::zero();
+        if (bias != nullptr) first = full ? V::load(bias + v * V::N) : V::load_part(bias + v * V::N, lanes);
+        SLIM_UNROLL
+        for (int m = 0; m < MR; ++m) sums[0][m][v] = first;
       }
     }
-    SLIM_UNROLL for (int u = 1; u < SETS; ++u)
-      SLIM_UNROLL for (int m = 0; m < MR; ++m)
-        SLIM_UNROLL for (int v = 0; v < NV; ++v) acc[u][m][v] = V::zero();
+    SLIM_UNROLL
+    for (int set = 1; set < SETS; ++set) {
+      SLIM_UNROLL
+      for (int m = 0; m < MR; ++m) {
+        SLIM_UNROLL
+        for (int v = 0; v < NV; ++v) sums[set][m][v] = V::zero();
+      }
+    }
   }
 
-  static inline __attribute__((always_inline)) void add(Accumulators& acc, const float* const (&px)[MR], const float* w,
-                                                        const int32_t* offsets, int64_t first, int64_t last) {
-    const float* weight = w + first * STRIDE;
-    const int32_t* o = offsets + first;
+  // The main loop: entry `first + i` goes into set i % SETS, and the entries that do not fill all sets into set 0.
+  static SLIM_ALWAYS_INLINE void add_entries(Accumulators& sums, const float* const (&pixels)[MR], const float* weights,
+                                             const int32_t* offsets, int64_t first, int64_t last) {
+    const float* weight = weights + first * STRIDE;  // [entry, STRIDE], its first WIDTH are the tile's
+    const int32_t* offset = offsets + first;         // [entry]
     const int32_t* const end = offsets + last;
-    for (; end - o >= SETS; o += SETS, weight += SETS * STRIDE) {
-      SLIM_UNROLL for (int u = 0; u < SETS; ++u) step(acc[u], px, weight + u * STRIDE, o[u]);
+    for (; end - offset >= SETS; offset += SETS, weight += SETS * STRIDE) {
+      SLIM_UNROLL
+      for (int set = 0; set < SETS; ++set) add_entry(sums[set], pixels, weight + set * STRIDE, offset[set]);
     }
-    if (SETS > 1)
-      for (; o != end; ++o, weight += STRIDE) step(acc[0], px, weight, o[0]);
-  }
-
-  static inline __attribute__((always_inline)) void step(typename V::type (&acc)[MR][NV], const float* const (&px)[MR],
-                                                         const float* weight, int64_t offset) {
-    typename V::type wv[NV];
-    SLIM_UNROLL for (int v = 0; v < NV; ++v) wv[v] = V::load(weight + v * V::N);
-    SLIM_UNROLL for (int m = 0; m < MR; ++m) {
-      const typename V::type xv = V::broadcast(px[m] + offset);
-      SLIM_UNROLL for (int v = 0; v < NV; ++v) acc[m][v] = V::fma(xv, wv[v], acc[m][v]);
+    if (SETS > 1) {
+      for (; offset != end; ++offset, weight += STRIDE) add_entry(sums[0], pixels, weight, offset[0]);
     }
   }
 
-  static inline __attribute__((always_inline)) void finish(Accumulators& acc, float* const* y_pixels, int64_t channel, int relu,
-                                                           int present) {
+  // sums[MR][NV] += x[MR][1] * w[1][NV]
+  static SLIM_ALWAYS_INLINE void add_entry(Sums& sums, const float* const (&pixels)[MR], const float* weight, int64_t offset) {
+    Vector w[NV];  // V::N output channels each
+    SLIM_UNROLL
+    for (int v = 0; v < NV; ++v) w[v] = V::load(weight + v * V::N);
+    SLIM_UNROLL
+    for (int m = 0; m < MR; ++m) {
+      const Vector x = V::broadcast(pixels[m] + offset);  // one input channel of one pixel, in every lane
+      SLIM_UNROLL
+      for (int v = 0; v < NV; ++v) sums[m][v] = V::fma(x, w[v], sums[m][v]);
+    }
+  }
+
+  // Adds up the sets, applies the ReLU and writes the channels that exist.
+  static SLIM_ALWAYS_INLINE void finish(Accumulators& sums, float* const* y_pixels, int64_t channel, int relu, int present) {
     const bool full = present == WIDTH;
-    SLIM_UNROLL for (int u = 1; u < SETS; ++u)
-      SLIM_UNROLL for (int m = 0; m < MR; ++m)
-        SLIM_UNROLL for (int v = 0; v < NV; ++v) acc[0][m][v] = V::add(acc[0][m][v], acc[u][m][v]);
-    if (relu)
-      SLIM_UNROLL for (int m = 0; m < MR; ++m)
-        SLIM_UNROLL for (int v = 0; v < NV; ++v) acc[0][m][v] = V::relu(acc[0][m][v]);
-    SLIM_UNROLL for (int m = 0; m < MR; ++m) {
+    SLIM_UNROLL
+    for (int set = 1; set < SETS; ++set) {
+      SLIM_UNROLL
+      for (int m = 0; m < MR; ++m) {
+        SLIM_UNROLL
+        for (int v = 0; v < NV; ++v) sums[0][m][v] = V::add(sums[0][m][v], sums[set][m][v]);
+      }
+    }
+    if (relu) {
+      SLIM_UNROLL
+      for (int m = 0; m < MR; ++m) {
+        SLIM_UNROLL
+        for (int v = 0; v < NV; ++v) sums[0][m][v] = V::relu(sums[0][m][v]);
+      }
+    }
+    SLIM_UNROLL
+    for (int m = 0; m < MR; ++m) {
       float* target = y_pixels[m] + channel;
-      SLIM_UNROLL for (int v = 0; v < NV; ++v) {
+      SLIM_UNROLL
+      for (int v = 0; v < NV; ++v) {
         if (full)
-          V::store(target + v * V::N, acc[0][m][v]);
+          V::store(target + v * V::N, sums[0][m][v]);
         else
-          V::store_part(target + v * V::N, acc[0][m][v], present - v * V::N);
+          V::store_part(target + v * V::N, sums[0][m][v], present - v * V::N);
       }
     }
   }
 };
 
-// How many entries ahead ImagesTile asks for x, about 200 cycles: which channels come is not a pattern that hardware prefetchers know.
+// ---------------------------------------------------------------- images innermost
+
+// How many entries ahead ImagesTile prefetches x, about 200 cycles. Which channels a strip reads is not a pattern that the hardware
+// prefetchers know. Offsets are read this far beyond the last entry, hence the margin behind them.
 constexpr int PREFETCH_ENTRIES = SLIM_OFFSETS_MARGIN;
 
 template <class V, int NO, int MR, int STRIDE>
 struct ImagesTile {
+  // As in Tile: enough independent multiply-adds to cover their latency.
   static constexpr int SETS = MR * NO >= 8 ? 1 : (MR * NO >= 4 ? 2 : (MR * NO >= 2 ? 4 : 8));
-  // Where an entry has few multiply-adds for each load of x, asking ahead would cost more loads than it saves.
+  // With fewer channels an entry has so few multiply-adds for each load of x that prefetching costs more loads than it saves.
   static constexpr bool PREFETCH = NO >= 4;
+  typedef typename V::type Vector;
+  typedef Vector Sums[MR][NO];
 
-  static void run(const float* const* x, float* const* y_pixels, int64_t channel, const float* w, const int32_t* offsets,
-                  const Segment* segments, int count, const float* bias, int /*init*/, int relu, int present) {
-    typename V::type acc[SETS][MR][NO];
-    const float* px[MR];
-    SLIM_UNROLL for (int m = 0; m < MR; ++m) px[m] = x[m];
-    SLIM_UNROLL for (int o = 0; o < NO; ++o) {
-      const typename V::type start = bias != nullptr && o < present ? V::broadcast(bias + o) : V::zero();
-      SLIM_UNROLL for (int m = 0; m < MR; ++m) acc[0][m][o] = start;
+  // `start` is not read: the kernels of this layout have at most MAX_SEGMENTS rows of taps, which one call takes.
+  static void run(const float* const* x, float* const* y_pixels, int64_t channel, const float* weights,
+                  const int32_t* offsets, const Segment* segments, int count, const float* bias, Start /*start*/, int relu,
+                  int present) {
+    Sums sums[SETS];       // [SETS][MR][NO] vectors of V::N images
+    const float* pixels[MR];  // [MR]
+    SLIM_UNROLL
+    for (int m = 0; m < MR; ++m) pixels[m] = x[m];
+
+    // Set 0 starts at the bias, the others at zero. Channels that do not exist have no bias to read.
+    SLIM_UNROLL
+    for (int o = 0; o < NO; ++o) {
+      const Vector first = bias != nullptr && o < present ? V::broadcast(bias + o) : V::zero();
+      SLIM_UNROLL
+      for (int m = 0; m < MR; ++m) sums[0][m][o] = first;
     }
-    SLIM_UNROLL for (int u = 1; u < SETS; ++u)
-      SLIM_UNROLL for (int m = 0; m < MR; ++m)
-        SLIM_UNROLL for (int o = 0; o < NO; ++o) acc[u][m][o] = V::zero();
-    for (int i = 0; i < count; ++i) {
-      const float* weight = w + (int64_t)segments[i].begin * STRIDE;
-      const int32_t* at = offsets + segments[i].begin;
-      const int32_t* const end = offsets + segments[i].end;
-      for (; end - at >= SETS; at += SETS, weight += SETS * STRIDE) {
-        if (PREFETCH) {
-          const int64_t coming = at[PREFETCH_ENTRIES];
-          SLIM_UNROLL for (int m = 0; m < MR; ++m) __builtin_prefetch(px[m] + coming);
-        }
-        SLIM_UNROLL for (int u = 0; u < SETS; ++u) step(acc[u], px, weight + u * STRIDE, at[u]);
+    SLIM_UNROLL
+    for (int set = 1; set < SETS; ++set) {
+      SLIM_UNROLL
+      for (int m = 0; m < MR; ++m) {
+        SLIM_UNROLL
+        for (int o = 0; o < NO; ++o) sums[set][m][o] = V::zero();
       }
-      if (SETS > 1)
-        for (; at != end; ++at, weight += STRIDE) step(acc[0], px, weight, at[0]);
     }
-    SLIM_UNROLL for (int u = 1; u < SETS; ++u)
-      SLIM_UNROLL for (int m = 0; m < MR; ++m)
-        SLIM_UNROLL for (int o = 0; o < NO; ++o) acc[0][m][o] = V::add(acc[0][m][o], acc[u][m][o]);
-    SLIM_UNROLL for (int o = 0; o < NO; ++o) {
+
+    // The main loop: the entries of a run go into the sets in turn, those that do not fill all sets into set 0.
+    for (int i = 0; i < count; ++i) {
+      const float* weight = weights + (int64_t)segments[i].begin * STRIDE;  // [entry, STRIDE], its first NO are the tile's
+      const int32_t* offset = offsets + segments[i].begin;                  // [entry]
+      const int32_t* const end = offsets + segments[i].end;
+      for (; end - offset >= SETS; offset += SETS, weight += SETS * STRIDE) {
+        if (PREFETCH) {
+          const int64_t coming = offset[PREFETCH_ENTRIES];
+          SLIM_UNROLL
+          for (int m = 0; m < MR; ++m) __builtin_prefetch(pixels[m] + coming);
+        }
+        SLIM_UNROLL
+        for (int set = 0; set < SETS; ++set) add_entry(sums[set], pixels, weight + set * STRIDE, offset[set]);
+      }
+      if (SETS > 1) {
+        for (; offset != end; ++offset, weight += STRIDE) add_entry(sums[0], pixels, weight, offset[0]);
+      }
+    }
+
+    SLIM_UNROLL
+    for (int set = 1; set < SETS; ++set) {
+      SLIM_UNROLL
+      for (int m = 0; m < MR; ++m) {
+        SLIM_UNROLL
+        for (int o = 0; o < NO; ++o) sums[0][m][o] = V::add(sums[0][m][o], sums[set][m][o]);
+      }
+    }
+    SLIM_UNROLL
+    for (int o = 0; o < NO; ++o) {
       if (o < present) {
-        SLIM_UNROLL for (int m = 0; m < MR; ++m)
-          V::store(y_pixels[m] + (channel + o) * V::N, relu ? V::relu(acc[0][m][o]) : acc[0][m][o]);
+        SLIM_UNROLL
+        for (int m = 0; m < MR; ++m) {
+          V::store(y_pixels[m] + (channel + o) * V::N, relu ? V::relu(sums[0][m][o]) : sums[0][m][o]);
+        }
       }
     }
   }
 
  private:
-  // The shorter side stays in registers, the longer one passes by.
-  static inline __attribute__((always_inline)) void step(typename V::type (&acc)[MR][NO], const float* const (&px)[MR],
-                                                         const float* weight, int64_t offset) {
+  // sums[MR][NO] += x[MR][1] * w[1][NO]. The shorter of x and w is held in registers while the longer one passes by.
+  static SLIM_ALWAYS_INLINE void add_entry(Sums& sums, const float* const (&pixels)[MR], const float* weight, int64_t offset) {
     if constexpr (MR <= NO) {
-      typename V::type xv[MR];
-      SLIM_UNROLL for (int m = 0; m < MR; ++m) xv[m] = V::load(px[m] + offset);
-      SLIM_UNROLL for (int o = 0; o < NO; ++o) {
-        const typename V::type wv = V::broadcast(weight + o);
-        SLIM_UNROLL for (int m = 0; m < MR; ++m) acc[m][o] = V::fma(xv[m], wv, acc[m][o]);
+      Vector x[MR];  // one input channel of V::N images each
+      SLIM_UNROLL
+      for (int m = 0; m < MR; ++m) x[m] = V::load(pixels[m] + offset);
+      SLIM_UNROLL
+      for (int o = 0; o < NO; ++o) {
+        const Vector w = V::broadcast(weight + o);  // one output channel, in every lane
+        SLIM_UNROLL
+        for (int m = 0; m < MR; ++m) sums[m][o] = V::fma(x[m], w, sums[m][o]);
       }
     } else {
-      typename V::type wv[NO];
-      SLIM_UNROLL for (int o = 0; o < NO; ++o) wv[o] = V::broadcast(weight + o);
-      SLIM_UNROLL for (int m = 0; m < MR; ++m) {
-        const typename V::type xv = V::load(px[m] + offset);
-        SLIM_UNROLL for (int o = 0; o < NO; ++o) acc[m][o] = V::fma(xv, wv[o], acc[m][o]);
+      Vector w[NO];
+      SLIM_UNROLL
+      for (int o = 0; o < NO; ++o) w[o] = V::broadcast(weight + o);
+      SLIM_UNROLL
+      for (int m = 0; m < MR; ++m) {
+        const Vector x = V::load(pixels[m] + offset);
+        SLIM_UNROLL
+        for (int o = 0; o < NO; ++o) sums[m][o] = V::fma(x, w[o], sums[m][o]);
       }
     }
   }
 };
 
-constexpr int MAX_MR = 16;
+// ---------------------------------------------------------------- tables of tiles
 
-// The tiles for strips of one width: run[m] takes m pixels, up to `mr`, and width[m] output channels; run_taps[m], up to `mr_taps`, the
-// whole strip.
+constexpr int MAX_TILE_PIXELS = 16;
+
+// The tiles for strips of one width. Index m is a tile of m pixels.
 struct TileSet {
-  TileFunction run[MAX_MR + 1];
-  TapsFunction run_taps[MAX_MR + 1];
-  int width[MAX_MR + 1];
-  int mr, mr_taps;
+  TileFunction run[MAX_TILE_PIXELS + 1];
+  int width[MAX_TILE_PIXELS + 1];              // output channels of run[m]
+  TapsFunction run_taps[MAX_TILE_PIXELS + 1];  // these take the whole strip
+  int most_pixels, most_pixels_taps;           // the largest m of run and of run_taps; 0 where there is none
 };
 
+// Tiles of 1 .. MR pixels x NV vectors.
 template <class V, int NV, int MR, int STRIDE>
 void add_tiles(TileSet& set) {
-  static_assert(MR <= MAX_MR && STRIDE % (V::N * NV) == 0, "");
+  static_assert(MR <= MAX_TILE_PIXELS && STRIDE % (V::N * NV) == 0, "tiles divide the strip");
   if constexpr (MR > 1) add_tiles<V, NV, MR - 1, STRIDE>(set);
   set.run[MR] = Tile<V, NV, MR, STRIDE>::run;
   set.width[MR] = V::N * NV;
-  set.mr = MR;
+  set.most_pixels = MR;
 }
 
+// Tiles of 1 .. MR pixels x NV vectors, whose pointers change by tap.
 template <class V, int NV, int MR, int STRIDE>
 void add_taps_tiles(TileSet& set) {
-  static_assert(MR <= MAX_MR, "");
+  static_assert(MR <= MAX_TILE_PIXELS && STRIDE == V::N * NV, "the tile takes the whole strip");
   if constexpr (MR > 1) add_taps_tiles<V, NV, MR - 1, STRIDE>(set);
   set.run_taps[MR] = Tile<V, NV, MR, STRIDE>::run_taps;
-  set.mr_taps = MR;
+  set.most_pixels_taps = MR;
 }
 
-// Tiles of 1 .. MR pixels x NO channels; a tile of one pixel takes NO1 channels.
+// Tiles of one pixel x NO1 channels, and of 2 .. MR pixels x NO channels.
 template <class V, int NO1, int NO, int MR, int STRIDE>
 void add_images_tiles(TileSet& set) {
-  static_assert(MR <= MAX_MR && STRIDE % NO == 0 && STRIDE % NO1 == 0, "");
+  static_assert(MR <= MAX_TILE_PIXELS && STRIDE % NO == 0 && STRIDE % NO1 == 0, "tiles divide the strip");
   if constexpr (MR > 1) add_images_tiles<V, NO1, NO, MR - 1, STRIDE>(set);
   constexpr int WIDTH = MR == 1 ? NO1 : NO;
   set.run[MR] = ImagesTile<V, WIDTH, MR, STRIDE>::run;
   set.width[MR] = WIDTH;
-  set.mr = MR;
-  set.mr_taps = 0;
+  set.most_pixels = MR;
 }
+
+}  // namespace

@@ -1,47 +1,87 @@
-// One unit of work: its tiles over its strips, and the pooling; included into an anonymous namespace.
-//
-// Two orders over the taps:
-// - all_taps: the tile's accumulators stay in registers over every tap inside the image. Pixels are classed by the taps they
-//   see (corners, edges, interior), and a tile holds pixels of one class.
-// - tap_by_tap (channels last only): for a few small images, whose classes hold one to four pixels each. A tile takes any pixels, and
-//   new pointers at every tap.
+// Computes one unit of work of a plan: its tiles over its strips, and the pooling. plan.h explains the two orders over the taps.
+#pragma once
+#include <stdint.h>
 
-// Pixels of images x rows x columns in order, handed out in tiles of nearly equal size. Pointers advance by additions: with few
-// strips and few entries, address arithmetic per pixel was a third of the time.
+#include "../kernels.h"
+#include "plan.h"
+#include "ranges.h"
+#include "tiles.h"
+
+namespace {
+
+// ---------------------------------------------------------------- pixels
+
+// Where a unit's outputs go: y itself, or the scratch memory in front of the pooling, which begins at the unit's first pixel.
+struct Destination {
+  float* base;  // of image0, row0, column 0 and channel0
+  int64_t image_stride, row_stride, pixel_stride, image0, row0, channel0;
+  float* at(int64_t image, int64_t row, int64_t column) const {
+    return base + (image - image0) * image_stride + (row - row0) * row_stride + column * pixel_stride;
+  }
+};
+
+inline Destination unit_destination(const Plan& plan, const WorkUnit& unit, float* scratch) {
+  const SlimConv2dF32& conv = *plan.conv;
+  Destination to;
+  if (conv.pool) {
+    to.base = scratch;
+    to.image0 = unit.images.begin;
+    to.row0 = unit.rows.begin;
+    to.channel0 = unit.strips.begin * conv.strip;
+    to.pixel_stride = (min64(unit.strips.end * conv.strip, conv.c_out) - to.channel0) * plan.work.lanes;
+    to.row_stride = plan.work.columns * to.pixel_stride;
+    to.image_stride = unit.rows.size() * to.row_stride;
+  } else {
+    to.base = conv.y;
+    to.image0 = to.row0 = to.channel0 = 0;
+    to.pixel_stride = conv.c_out * plan.work.lanes;
+    to.row_stride = conv.q * to.pixel_stride;
+    to.image_stride = conv.p * to.row_stride;
+  }
+  return to;
+}
+
+inline Axis vertical_axis(const SlimConv2dF32& conv) { return {conv.h, conv.stride_h, conv.pad_h, conv.dil_h, conv.r}; }
+inline Axis horizontal_axis(const SlimConv2dF32& conv) { return {conv.w, conv.stride_w, conv.pad_w, conv.dil_w, conv.s}; }
+
+// Hands out the pixels of images x rows x columns, in that order, in tiles of nearly equal size. Pointers advance by additions: where
+// strips and entries are few, computing each pixel's address was a third of the time.
 struct PixelCursor {
   const Plan* plan;
   const Destination* to;
   Range rows, columns;
-  int64_t n, p, left_in_row, left, base_size, larger_tiles;
-  const float* xp;
-  float* yp;
-  int64_t x_step, y_step;
+  int64_t image, row;                     // of the next pixel
+  int64_t left_in_row, left;              // pixels to come
+  int64_t tile_pixels, larger_tiles;      // the first `larger_tiles` tiles have one pixel more
+  const float* next_x;                    // of the next pixel, at tap (0, 0)
+  float* next_y;                          // of the next pixel, at the destination's channel 0
+  int64_t x_step, y_step;                 // from one pixel of a row to the next
 
-  PixelCursor(const Plan& pl, const Destination& d, Range images, Range r, Range c)
-      : plan(&pl), to(&d), rows(r), columns(c), left_in_row(0), xp(nullptr), yp(nullptr) {
-    n = images.begin;
-    p = r.begin;
-    x_step = pl.a->stride_w * pl.a->c_in * pl.lanes;
-    y_step = d.pixel_stride;
-    left = r.end > r.begin && c.end > c.begin ? (images.end - images.begin) * (r.end - r.begin) * (c.end - c.begin) : 0;
-    const int64_t tiles = ceil_div(left, pl.tiles.mr);
-    base_size = tiles > 0 ? left / tiles : 0;
+  PixelCursor(const Plan& plan_, const Destination& to_, Range images, Range rows_, Range columns_)
+      : plan(&plan_), to(&to_), rows(rows_), columns(columns_), left_in_row(0), next_x(nullptr), next_y(nullptr) {
+    image = images.begin;
+    row = rows.begin;
+    x_step = plan->conv->stride_w * plan->conv->c_in * plan->work.lanes;
+    y_step = to->pixel_stride;
+    left = rows.end > rows.begin && columns.end > columns.begin ? images.size() * rows.size() * columns.size() : 0;
+    const int64_t tiles = ceil_div(left, plan->tiles.most_pixels);
+    tile_pixels = tiles > 0 ? left / tiles : 0;
     larger_tiles = tiles > 0 ? left % tiles : 0;
     if (left > 0) start_row();
   }
 
   void start_row() {
-    const SlimConv2dF32& a = *plan->a;
-    const int64_t row = p * a.stride_h - a.pad_h, column = columns.begin * a.stride_w - a.pad_w;
-    xp = a.x + ((n * a.h + row) * a.w + column) * a.c_in * plan->lanes;
-    yp = to->at(n, p, columns.begin);
-    left_in_row = columns.end - columns.begin;
+    const SlimConv2dF32& conv = *plan->conv;
+    const int64_t x_row = row * conv.stride_h - conv.pad_h, x_column = columns.begin * conv.stride_w - conv.pad_w;
+    next_x = conv.x + ((image * conv.h + x_row) * conv.w + x_column) * conv.c_in * plan->work.lanes;
+    next_y = to->at(image, row, columns.begin);
+    left_in_row = columns.size();
   }
 
-  // Writes the pointers of the next tile, x at tap (0, 0); returns its number of pixels, 0 at the end.
+  // Writes the pointers of the next tile and returns its number of pixels, 0 at the end.
   int next(const float** x, float** y) {
     if (left == 0) return 0;
-    int size = (int)base_size;
+    int size = (int)tile_pixels;
     if (larger_tiles > 0) {
       --larger_tiles;
       ++size;
@@ -49,20 +89,20 @@ struct PixelCursor {
     left -= size;
     for (int m = 0; m < size;) {
       const int run = (int)min64(size - m, left_in_row);
-      const float* px = xp;
-      float* py = yp;
+      const float* px = next_x;
+      float* py = next_y;
       for (int i = 0; i < run; ++i, px += x_step, py += y_step) {
         x[m + i] = px;
         y[m + i] = py;
       }
-      xp = px;
-      yp = py;
+      next_x = px;
+      next_y = py;
       m += run;
       left_in_row -= run;
       if (left_in_row == 0 && left + size - m > 0) {
-        if (++p == rows.end) {
-          p = rows.begin;
-          ++n;
+        if (++row == rows.end) {
+          row = rows.begin;
+          ++image;
         }
         start_row();
       }
@@ -71,201 +111,217 @@ struct PixelCursor {
   }
 };
 
-// Bytes of weights and offsets that should stay in L2 while tiles pass over them; half of the smallest L2 aimed at (512 KB).
-constexpr int64_t WEIGHT_BYTES = 256 * 1024;
-
-// Runs one tile over the channels of one strip.
-inline void run_strip(const Plan& plan, int64_t strip, const float* const* x, float* const* y, int size, int64_t channel0,
-                      const Segment* segments, int count, int init, int relu) {
-  const SlimConv2dF32& a = *plan.a;
-  const int width = plan.tiles.width[size];
-  int64_t channel = strip * a.strip;
-  for (int part = 0; part < a.strip && channel < a.c_out; part += width, channel += width)
-    plan.tiles.run[size](x, y, channel - channel0, a.weights + part, plan.offsets, segments, count,
-                         a.bias == nullptr ? nullptr : a.bias + channel, init, relu, (int)min64(width, a.c_out - channel));
+// Reads one float of every cache line. The hardware prefetchers follow this order: the weights of a 512 x 512 layer on a 2x2 image
+// came from L3 at 100 GB/s, where in the microkernels' own order, and with software prefetches too, the latency of the L1 misses in
+// flight held them to 20 GB/s. Lines that another core has just written also come faster when more of them are asked for at once.
+inline void read_ahead(const float* from, int64_t count) {
+  constexpr int64_t LINE_FLOATS = 16;
+  float sum = 0;
+  for (int64_t i = 0; i < count; i += LINE_FLOATS) sum += from[i];
+  __asm__ volatile("" : : "m"(sum));  // keeps the loop
 }
 
-// Entries of a strip at the taps r x s, one run for each row of taps, or one for all of them; returns the number of runs.
-inline int list_segments(const Plan& plan, int64_t strip, Range r, Range s, Segment* out) {
-  const SlimConv2dF32& a = *plan.a;
-  const int32_t* ptr = a.tap_ptr + strip * plan.taps;
-  if (r.begin >= r.end || s.begin >= s.end) return 0;
-  if (s.begin == 0 && s.end == a.s) {
-    out[0].begin = ptr[r.begin * a.s];
-    out[0].end = ptr[r.end * a.s];
+// ---------------------------------------------------------------- all taps at once
+
+// Tap rows that one call of a microkernel may be given.
+constexpr int MAX_SEGMENTS = 64;
+
+// As many strips as keep their weights and offsets in L2 while tiles pass over them: half of the smallest L2 aimed at (512 KB).
+inline Range strips_in_cache(const Plan& plan, Range strips) {
+  constexpr int64_t CACHED_BYTES = 256 * 1024;
+  const SlimConv2dF32& conv = *plan.conv;
+  const int64_t entry_bytes = conv.strip * 4 + 4;
+  const int64_t first_entry = conv.tap_ptr[strips.begin * plan.work.taps];
+  int64_t end = strips.begin + 1;
+  while (end < strips.end && (conv.tap_ptr[(end + 1) * plan.work.taps] - first_entry) * entry_bytes <= CACHED_BYTES) ++end;
+  return {strips.begin, end};
+}
+
+// The entries of a strip at these taps: one run for each row of taps, or a single one where the rows are complete and so adjoin.
+// Returns the number of runs.
+inline int list_segments(const Plan& plan, int64_t strip, Range tap_rows, Range tap_columns, Segment* segments) {
+  const SlimConv2dF32& conv = *plan.conv;
+  const int32_t* tap_ptr = conv.tap_ptr + strip * plan.work.taps;
+  if (tap_rows.begin >= tap_rows.end || tap_columns.begin >= tap_columns.end) return 0;
+  if (tap_columns.begin == 0 && tap_columns.end == conv.s) {
+    segments[0] = {tap_ptr[tap_rows.begin * conv.s], tap_ptr[tap_rows.end * conv.s]};
     return 1;
   }
   int count = 0;
-  for (int64_t i = r.begin; i < r.end; ++i, ++count) {
-    out[count].begin = ptr[i * a.s + s.begin];
-    out[count].end = ptr[i * a.s + s.end];
+  for (int64_t i = tap_rows.begin; i < tap_rows.end; ++i, ++count) {
+    segments[count] = {tap_ptr[i * conv.s + tap_columns.begin], tap_ptr[i * conv.s + tap_columns.end]};
   }
   return count;
 }
 
-// Reads one float of every cache line. In this order the hardware prefetchers follow: 512 x 512 weights of a 2x2 image came from L3 at 100
-// GB/s, where the microkernels' own order, and software prefetches, were bound by the latency of the L1 misses in flight at 20 GB/s. What
-// another core has just written comes the faster, too, the more lines are asked for at once.
-inline void read_ahead(const float* from, int64_t count) {
-  float sum = 0;
-  for (int64_t i = 0; i < count; i += 16) sum += from[i];
-  __asm__ volatile("" : : "m"(sum));
+// The pixels of one tile.
+struct TilePixels {
+  const float* x[MAX_TILE_PIXELS];
+  float* y[MAX_TILE_PIXELS];
+  int size;
+};
+
+// Computes one tile of pixels for all channels of a strip, which may be wider than the microkernel's tile.
+inline void run_strip(const Plan& plan, int64_t strip, const TilePixels& tile, int64_t channel0, const Segment* segments,
+                      int count, Start start, int relu) {
+  const SlimConv2dF32& conv = *plan.conv;
+  const int width = plan.tiles.width[tile.size];
+  int64_t channel = strip * conv.strip;
+  for (int part = 0; part < conv.strip && channel < conv.c_out; part += width, channel += width) {
+    const float* const bias = conv.bias == nullptr ? nullptr : conv.bias + channel;
+    const int present = (int)min64(width, conv.c_out - channel);
+    plan.tiles.run[tile.size](tile.x, tile.y, channel - channel0, conv.weights + part, plan.offsets, segments, count, bias,
+                              start, relu, present);
+  }
 }
 
-inline void unit_all_taps(const Plan& plan, const Unit& unit, const Destination& to) {
-  const SlimConv2dF32& a = *plan.a;
+// The same over the taps tap_rows x tap_columns. More rows of taps than one call takes are added in several calls, each of which
+// goes on from what the one before has written to y.
+inline void run_strip_over_taps(const Plan& plan, int64_t strip, const TilePixels& tile, int64_t channel0, Range tap_rows,
+                                Range tap_columns) {
   Segment segments[MAX_SEGMENTS];
-  const float* x[MAX_MR];
-  float* y[MAX_MR];
-  for (int64_t first = unit.strips.begin; first < unit.strips.end;) {
-    // As many strips as keep their weights in L2.
-    int64_t last = first + 1;
-    const int64_t per_entry = a.strip * 4 + 4;
-    const int64_t start = a.tap_ptr[first * plan.taps];
-    while (last < unit.strips.end && (a.tap_ptr[(last + 1) * plan.taps] - start) * per_entry <= WEIGHT_BYTES) ++last;
-    const Range strips = {first, last};
-    first = last;
-    read_ahead(a.weights + start * a.strip, (a.tap_ptr[last * plan.taps] - start) * a.strip);
-    for (int64_t p = unit.rows.begin; p < unit.rows.end;) {
-      const Range r = taps_seen(p, a.h, a.stride_h, a.pad_h, a.dil_h, a.r);
-      int64_t p_end = p + 1;
-      for (; p_end < unit.rows.end; ++p_end) {
-        const Range other = taps_seen(p_end, a.h, a.stride_h, a.pad_h, a.dil_h, a.r);
-        if (other.begin != r.begin || other.end != r.end) break;
-      }
-      const Range rows = {p, p_end};
-      p = p_end;
-      for (int64_t q = 0; q < plan.columns;) {
-        const Range s = taps_seen(q, a.w, a.stride_w, a.pad_w, a.dil_w, a.s);
-        int64_t q_end = q + 1;
-        for (; q_end < plan.columns; ++q_end) {
-          const Range other = taps_seen(q_end, a.w, a.stride_w, a.pad_w, a.dil_w, a.s);
-          if (other.begin != s.begin || other.end != s.end) break;
-        }
-        const Range columns = {q, q_end};
-        q = q_end;
-        PixelCursor cursor(plan, to, unit.images, rows, columns);
-        for (int size; (size = cursor.next(x, y)) != 0;)
-          for (int64_t k = strips.begin; k < strips.end; ++k) {
-            // A kernel of more tap rows than one call takes goes on from y.
-            int64_t from = r.begin;
-            do {
-              const Range part = {from, min64(r.end, from + MAX_SEGMENTS)};
-              const int count = list_segments(plan, k, part, s, segments);
-              const int last = part.end >= r.end;
-              run_strip(plan, k, x, y, size, to.channel0, segments, count, from == r.begin ? INIT_BIAS : INIT_Y, a.relu && last);
-              from = part.end;
-            } while (from < r.end);
+  int64_t row = tap_rows.begin;
+  do {
+    const Range part = {row, min64(tap_rows.end, row + MAX_SEGMENTS)};
+    const int count = list_segments(plan, strip, part, tap_columns, segments);
+    const Start start = row == tap_rows.begin ? START_AT_BIAS : START_AT_Y;
+    const bool last = part.end >= tap_rows.end;
+    run_strip(plan, strip, tile, channel0, segments, count, start, plan.conv->relu && last);
+    row = part.end;
+  } while (row < tap_rows.end);
+}
+
+// ALL_TAPS: each class of pixels (corners, edges, interior) is cut into tiles, and each tile passes over all strips that the cache
+// holds.
+inline void unit_all_taps(const Plan& plan, const WorkUnit& unit, const Destination& to) {
+  const SlimConv2dF32& conv = *plan.conv;
+  const Axis vertical = vertical_axis(conv), horizontal = horizontal_axis(conv);
+  TilePixels tile;
+  for (Range strips = {unit.strips.begin, 0}; strips.begin < unit.strips.end; strips.begin = strips.end) {
+    strips = strips_in_cache(plan, {strips.begin, unit.strips.end});
+    const int64_t first = conv.tap_ptr[strips.begin * plan.work.taps], last = conv.tap_ptr[strips.end * plan.work.taps];
+    read_ahead(conv.weights + first * conv.strip, (last - first) * conv.strip);
+    for (int64_t row = unit.rows.begin; row < unit.rows.end;) {
+      const TapClass rows = tap_class(vertical, row, unit.rows.end);
+      for (int64_t column = 0; column < plan.work.columns;) {
+        const TapClass columns = tap_class(horizontal, column, plan.work.columns);
+        PixelCursor cursor(plan, to, unit.images, rows.positions, columns.positions);
+        while ((tile.size = cursor.next(tile.x, tile.y)) != 0) {
+          for (int64_t strip = strips.begin; strip < strips.end; ++strip) {
+            run_strip_over_taps(plan, strip, tile, to.channel0, rows.taps, columns.taps);
           }
+        }
+        column = columns.positions.end;
       }
+      row = rows.positions.end;
     }
   }
 }
 
-// Every strip takes a tile's pixels through all taps at once; a pixel that does not see a tap reads zeros there. A few small images fill
-// whole tiles this way, and accumulators stay in registers. Strips outermost: their weights are then read in order.
-inline void unit_tap_by_tap(const Plan& plan, const Unit& unit, const Destination& to) {
-  const SlimConv2dF32& a = *plan.a;
-  const int64_t count = (unit.images.end - unit.images.begin) * (unit.rows.end - unit.rows.begin) * plan.columns;
-  const int64_t tiles = ceil_div(count, plan.tiles.mr_taps);
-  read_ahead(a.x + unit.images.begin * a.h * a.w * a.c_in, (unit.images.end - unit.images.begin) * a.h * a.w * a.c_in);
-  // Pointers of a tile's pixels lie together, those of each tap behind those of the one before.
+// ---------------------------------------------------------------- tap by tap
+
+// TAP_BY_TAP: a tile takes any pixels and reads zeros at the taps outside the image. A few small images fill whole tiles this way, and
+// their accumulators stay in registers over all taps. Strips are the outer loop, so that their weights are read in order.
+inline void unit_tap_by_tap(const Plan& plan, const WorkUnit& unit, const Destination& to) {
+  const SlimConv2dF32& conv = *plan.conv;
+  const Axis vertical = vertical_axis(conv), horizontal = horizontal_axis(conv);
+  const int64_t taps = plan.work.taps;
+  const int64_t pixels = unit.images.size() * unit.rows.size() * plan.work.columns;
+  const int64_t tiles = ceil_div(pixels, plan.tiles.most_pixels_taps);
+  const int64_t image_floats = conv.h * conv.w * conv.c_in;
+  read_ahead(conv.x + unit.images.begin * image_floats, unit.images.size() * image_floats);
+
+  // For each tile in turn: x[tap][pixel of the tile], y[pixel of the tile].
   const float* x[TAP_BY_TAP_MAX_TAPS * TAP_BY_TAP_MAX_PIXELS];
   float* y[TAP_BY_TAP_MAX_PIXELS];
-  int64_t n = unit.images.begin, p = unit.rows.begin, q = 0;
+  int64_t image = unit.images.begin, row = unit.rows.begin, column = 0;
   for (int64_t tile = 0, first = 0; tile < tiles; ++tile) {
-    const int64_t size = count * (tile + 1) / tiles - first;
+    const int64_t size = pixels * (tile + 1) / tiles - first;
     for (int64_t m = 0; m < size; ++m) {
-      y[first + m] = to.at(n, p, q);
-      const Range r = taps_seen(p, a.h, a.stride_h, a.pad_h, a.dil_h, a.r);
-      const Range s = taps_seen(q, a.w, a.stride_w, a.pad_w, a.dil_w, a.s);
-      for (int64_t i = 0; i < a.r; ++i)
-        for (int64_t j = 0; j < a.s; ++j) {
-          const int64_t row = p * a.stride_h - a.pad_h + i * a.dil_h, column = q * a.stride_w - a.pad_w + j * a.dil_w;
-          const bool seen = i >= r.begin && i < r.end && j >= s.begin && j < s.end;
-          x[first * plan.taps + (i * a.s + j) * size + m] = seen ? a.x + ((n * a.h + row) * a.w + column) * a.c_in : plan.zeros;
+      y[first + m] = to.at(image, row, column);
+      const Range tap_rows = taps_inside(vertical, row), tap_columns = taps_inside(horizontal, column);
+      for (int64_t i = 0; i < conv.r; ++i) {
+        for (int64_t j = 0; j < conv.s; ++j) {
+          const int64_t x_row = row * conv.stride_h - conv.pad_h + i * conv.dil_h;
+          const int64_t x_column = column * conv.stride_w - conv.pad_w + j * conv.dil_w;
+          const bool inside = i >= tap_rows.begin && i < tap_rows.end && j >= tap_columns.begin && j < tap_columns.end;
+          x[first * taps + (i * conv.s + j) * size + m] =
+              inside ? conv.x + ((image * conv.h + x_row) * conv.w + x_column) * conv.c_in : plan.zeros;
         }
-      if (++q == plan.columns) {
-        q = 0;
-        if (++p == unit.rows.end) {
-          p = unit.rows.begin;
-          ++n;
+      }
+      if (++column == plan.work.columns) {
+        column = 0;
+        if (++row == unit.rows.end) {
+          row = unit.rows.begin;
+          ++image;
         }
       }
     }
     first += size;
   }
-  for (int64_t k = unit.strips.begin; k < unit.strips.end; ++k) {
-    const int64_t channel = k * a.strip;
+
+  for (int64_t strip = unit.strips.begin; strip < unit.strips.end; ++strip) {
+    const int64_t channel = strip * conv.strip;
+    const float* const bias = conv.bias == nullptr ? nullptr : conv.bias + channel;
+    const int present = (int)min64(conv.strip, conv.c_out - channel);
     for (int64_t tile = 0, first = 0; tile < tiles; ++tile) {
-      const int64_t size = count * (tile + 1) / tiles - first;
-      plan.tiles.run_taps[size](x + first * plan.taps, plan.taps, y + first, channel - to.channel0, a.weights, a.channels,
-                                a.tap_ptr + k * plan.taps, a.bias == nullptr ? nullptr : a.bias + channel, a.relu,
-                                (int)min64(a.strip, a.c_out - channel));
+      const int64_t size = pixels * (tile + 1) / tiles - first;
+      plan.tiles.run_taps[size](x + first * taps, taps, y + first, channel - to.channel0, conv.weights, conv.channels,
+                                conv.tap_ptr + strip * taps, bias, conv.relu, present);
       first += size;
     }
   }
 }
 
-// 2x2 stride-2 max-pool of the unit's outputs in scratch into y.
+// ---------------------------------------------------------------- pooling
+
+// 2x2 stride-2 max-pool of the unit's outputs in scratch memory into y.
 template <class V>
-inline void pool_unit(const Plan& plan, const Unit& unit, const Destination& from) {
-  const SlimConv2dF32& a = *plan.a;
-  const int64_t begin = unit.strips.begin * a.strip * plan.lanes;
-  const int64_t pixel = a.c_out * plan.lanes, count = min64(unit.strips.end * a.strip * plan.lanes, pixel) - begin;
-  const int64_t p_out = a.p / 2, q_out = a.q / 2;
-  for (int64_t n = unit.images.begin; n < unit.images.end; ++n)
-    for (int64_t p = unit.rows.begin; p < unit.rows.end; p += 2)
-      for (int64_t q = 0; q < plan.columns; q += 2) {
-        const float* s0 = from.at(n, p, q);
-        const float* s1 = s0 + from.pixel_stride;
-        const float* s2 = s0 + from.row_stride;
-        const float* s3 = s2 + from.pixel_stride;
-        float* y = a.y + ((n * p_out + p / 2) * q_out + q / 2) * pixel + begin;
+inline void pool_unit(const Plan& plan, const WorkUnit& unit, const Destination& from) {
+  const SlimConv2dF32& conv = *plan.conv;
+  const int64_t p_out = conv.p / 2, q_out = conv.q / 2;
+  const int64_t pixel = conv.c_out * plan.work.lanes;  // floats of one pixel of y, of which the unit has [begin, begin + count)
+  const int64_t begin = unit.strips.begin * conv.strip * plan.work.lanes;
+  const int64_t count = min64(unit.strips.end * conv.strip * plan.work.lanes, pixel) - begin;
+  for (int64_t image = unit.images.begin; image < unit.images.end; ++image) {
+    for (int64_t row = unit.rows.begin; row < unit.rows.end; row += 2) {
+      for (int64_t column = 0; column < plan.work.columns; column += 2) {
+        const float* s00 = from.at(image, row, column);
+        const float* s01 = s00 + from.pixel_stride;
+        const float* s10 = s00 + from.row_stride;
+        const float* s11 = s10 + from.pixel_stride;
+        float* y = conv.y + ((image * p_out + row / 2) * q_out + column / 2) * pixel + begin;
         int64_t i = 0;
-        for (; i + V::N <= count; i += V::N)
-          V::store(y + i, V::max_nan(V::max_nan(V::load(s0 + i), V::load(s1 + i)), V::max_nan(V::load(s2 + i), V::load(s3 + i))));
+        for (; i + V::N <= count; i += V::N) {
+          const typename V::type upper = V::max_nan(V::load(s00 + i), V::load(s01 + i));
+          const typename V::type lower = V::max_nan(V::load(s10 + i), V::load(s11 + i));
+          V::store(y + i, V::max_nan(upper, lower));
+        }
         for (; i < count; ++i) {
-          float m = s0[i];
-          const float others[3] = {s1[i], s2[i], s3[i]};
-          for (int j = 0; j < 3; ++j)
-            if (others[j] > m || others[j] != others[j]) m = others[j];
-          y[i] = m;
+          const float others[3] = {s01[i], s10[i], s11[i]};
+          float most = s00[i];
+          for (float other : others) {
+            if (other > most || other != other) most = other;  // NaN passes
+          }
+          y[i] = most;
         }
       }
+    }
+  }
 }
 
+// ---------------------------------------------------------------- one unit
+
+// `scratch` holds plan.scratch_floats.
 template <class V>
 inline void run_unit(const Plan& plan, int64_t index, float* scratch) {
-  const SlimConv2dF32& a = *plan.a;
-  const int64_t k = index % plan.strip_units, rest = index / plan.strip_units;
-  const int64_t i = rest / plan.row_units, j = rest % plan.row_units;
-  Unit unit;
-  unit.images.begin = i * plan.image_step;
-  unit.images.end = min64(plan.images, unit.images.begin + plan.image_step);
-  unit.rows.begin = j * plan.row_step;
-  unit.rows.end = min64(plan.rows, unit.rows.begin + plan.row_step);
-  unit.strips.begin = k * plan.strip_step;
-  unit.strips.end = min64(plan.strips, unit.strips.begin + plan.strip_step);
-  Destination to;
-  if (a.pool) {
-    to.channel0 = unit.strips.begin * a.strip;
-    to.pixel_stride = (min64(unit.strips.end * a.strip, a.c_out) - to.channel0) * plan.lanes;
-    to.row_stride = plan.columns * to.pixel_stride;
-    to.image_stride = (unit.rows.end - unit.rows.begin) * to.row_stride;
-    to.base = scratch;
-    to.image0 = unit.images.begin;
-    to.row0 = unit.rows.begin;
-  } else {
-    to.base = a.y;
-    to.pixel_stride = a.c_out * plan.lanes;
-    to.row_stride = a.q * to.pixel_stride;
-    to.image_stride = a.p * to.row_stride;
-    to.image0 = to.row0 = to.channel0 = 0;
-  }
-  if (plan.tap_by_tap)
+  const WorkUnit unit = unit_at(plan, index);
+  const Destination to = unit_destination(plan, unit, scratch);
+  if (plan.order == TAP_BY_TAP)
     unit_tap_by_tap(plan, unit, to);
   else
     unit_all_taps(plan, unit, to);
-  if (a.pool) pool_unit<V>(plan, unit, to);
+  if (plan.conv->pool) pool_unit<V>(plan, unit, to);
 }
+
+}  // namespace

@@ -1,0 +1,205 @@
+// Runs a list of steps (convolutions and changes of layout) with one team of threads: the CPU entry points of csrc/kernels.h.
+//
+// Everything here and in the headers below is written once over a vector type. Each instruction set's source file is compiled with
+// its own flags, defines its vector type and says in an InstructionSet which tiles it has.
+//
+//   tiles.h, plan.h, units.h   a convolution: microkernels, how it is cut into units of work, how a unit is run
+//   images_layout.h            a change of layout
+//   team.h                     threads
+#pragma once
+#include <stdint.h>
+#include <stdlib.h>
+
+#include "../kernels.h"
+#include "images_layout.h"
+#include "plan.h"
+#include "ranges.h"
+#include "team.h"
+#include "tiles.h"
+#include "units.h"
+
+namespace {
+
+// ---------------------------------------------------------------- what an instruction set provides
+
+// The kernels for strips of one width in one layout.
+struct StripKernels {
+  TileSet tiles;
+  void (*run_unit)(const Plan&, int64_t unit, float* scratch);  // NULL: this width has no kernels
+};
+
+struct InstructionSet {
+  int lanes;  // of its vector, with images innermost
+  StripKernels (*channels_last)(int strip);
+  StripKernels (*images_innermost)(int strip);
+  void (*run_layout_unit)(const LayoutPlan&, int64_t unit);
+};
+
+// Tiles of up to MR pixels x NV vectors, and where the pointers change by tap of up to MR_TAPS pixels x the whole strip.
+template <class V, int NV, int MR, int MR_TAPS, int STRIP>
+StripKernels channels_last_kernels() {
+  StripKernels kernels;
+  add_tiles<V, NV, MR, STRIP>(kernels.tiles);
+  add_taps_tiles<V, STRIP / V::N, MR_TAPS, STRIP>(kernels.tiles);
+  kernels.run_unit = run_unit<V>;
+  return kernels;
+}
+
+// Tiles of up to MR pixels x NO channels; one pixel takes NO1 channels.
+template <class V, int NO1, int NO, int MR, int STRIP>
+StripKernels images_innermost_kernels() {
+  StripKernels kernels;
+  add_images_tiles<V, NO1, NO, MR, STRIP>(kernels.tiles);
+  kernels.tiles.most_pixels_taps = 0;
+  kernels.run_unit = run_unit<V>;
+  return kernels;
+}
+
+inline StripKernels no_kernels() {
+  StripKernels kernels;
+  kernels.run_unit = nullptr;
+  return kernels;
+}
+
+// ---------------------------------------------------------------- one step
+
+struct PlannedStep {
+  int kind, slot;
+  Plan conv;  // of a convolution
+  void (*run_conv_unit)(const Plan&, int64_t unit, float* scratch);
+  LayoutPlan layout;  // of a change of layout
+  void (*run_layout_unit)(const LayoutPlan&, int64_t unit);
+
+  bool is_conv() const { return kind == SLIM_STEP_CONV2D; }
+  int64_t units() const { return is_conv() ? conv.units : layout.units; }
+  int64_t macs() const { return is_conv() ? conv.macs : 0; }
+  void run(int64_t unit, float* scratch) const {
+    if (is_conv())
+      run_conv_unit(conv, unit, scratch);
+    else
+      run_layout_unit(layout, unit);
+  }
+};
+
+// Plans one step; returns a SLIM code. The caller frees planned.conv's own_offsets and zeros whatever that is.
+inline int plan_step(const InstructionSet& isa, PlannedStep& planned, const SlimStepF32& step) {
+  const SlimConv2dF32& conv = step.conv;
+  planned.kind = step.kind;
+  planned.slot = step.slot;
+  planned.conv.own_offsets = nullptr;
+  planned.conv.zeros = nullptr;
+  planned.conv.scratch_floats = 0;
+  if (step.kind != SLIM_STEP_CONV2D) {
+    planned.layout = plan_layout(conv, step.kind == SLIM_STEP_TO_IMAGES);
+    planned.run_layout_unit = isa.run_layout_unit;
+    return SLIM_OK;
+  }
+  const bool images_innermost = conv.lanes != 1;
+  if (images_innermost && (conv.lanes != isa.lanes || conv.r > MAX_SEGMENTS)) return SLIM_ERROR_UNSUPPORTED;
+  const StripKernels kernels = images_innermost ? isa.images_innermost(conv.strip) : isa.channels_last(conv.strip);
+  if (kernels.run_unit == nullptr) return SLIM_ERROR_UNSUPPORTED;
+  planned.run_conv_unit = kernels.run_unit;
+  return make_plan(planned.conv, conv, kernels.tiles) ? SLIM_OK : SLIM_ERROR_NO_MEMORY;
+}
+
+// All units of a step on this thread.
+inline void run_alone(const PlannedStep& step, float* scratch) {
+  const int64_t units = step.units();
+  for (int64_t unit = 0; unit < units; ++unit) step.run(unit, scratch);
+}
+
+// This thread's part of a step that the team shares. The units are cut into equal shares, one for each thread, in order: neighbouring
+// units read the same input, and the same share of the next layer reads this one's output, so most data stays in its core's cache.
+//
+// In a large step a thread that is done takes units from the others. The data of such a unit changes cores, and does so again in the
+// next layer, which costs more than the imbalance of a small step.
+inline void run_together(const PlannedStep& step, Share* shares, int thread, int team, float* scratch) {
+  constexpr int64_t MIN_MACS_TO_STEAL = 8000000;
+  const int64_t units = step.units();
+  const int owners = step.macs() >= MIN_MACS_TO_STEAL ? team : 1;
+  for (int i = 0; i < owners; ++i) {
+    const int owner = (thread + i) % team;
+    const int64_t first = units * owner / team, end = units * (owner + 1) / team;
+    for (int64_t unit; first + (unit = take(shares[owner])) < end;) step.run(first + unit, scratch);
+  }
+}
+
+// ---------------------------------------------------------------- all steps
+
+// One thread's part of all steps. Steps with a slot belong to one thread each; a row of them has no barrier inside.
+inline void run_team(const PlannedStep* steps, int64_t count, Share* shares, Barrier* barrier, int thread, int team,
+                     float* scratch, uint32_t seed) {
+  for (int64_t i = 0; i < count;) {
+    if (steps[i].slot < 0) {
+      delay(seed, i, thread);
+      run_together(steps[i], shares + i * team, thread, team, scratch);
+      ++i;
+    } else {
+      for (; i < count && steps[i].slot >= 0; ++i) {
+        if (steps[i].slot % team != thread) continue;
+        delay(seed, i, thread);
+        run_alone(steps[i], scratch);
+      }
+    }
+    if (i < count) barrier->wait(team);
+  }
+}
+
+inline int run_on_one_thread(const PlannedStep* steps, int64_t count, size_t scratch_bytes) {
+  float* const scratch = scratch_bytes > 0 ? (float*)malloc(scratch_bytes) : nullptr;
+  if (scratch_bytes > 0 && scratch == nullptr) return SLIM_ERROR_NO_MEMORY;
+  for (int64_t i = 0; i < count; ++i) run_alone(steps[i], scratch);
+  free(scratch);
+  return SLIM_OK;
+}
+
+// One parallel region for all steps: a barrier costs a fraction of a new region.
+inline int run_on_team(const PlannedStep* steps, int64_t count, int team, size_t scratch_bytes, uint32_t seed) {
+  // Memory is allocated before the region starts, because within it every thread must reach every barrier.
+  Barrier barrier = {0, 0, {}};
+  Share* const shares = (Share*)calloc((size_t)(count * team), sizeof(Share));
+  float* const scratch = scratch_bytes > 0 ? (float*)malloc(scratch_bytes * (size_t)team) : nullptr;
+  const bool failed = shares == nullptr || (scratch_bytes > 0 && scratch == nullptr);
+  if (!failed) {
+#pragma omp parallel num_threads(team)
+    {
+      // The team may come out smaller than asked for; shares are then cut for the smaller one.
+      const int thread = omp_get_thread_num(), present = omp_get_num_threads();
+      float* const own = scratch + scratch_bytes / sizeof(float) * (size_t)thread;
+      run_team(steps, count, shares, &barrier, thread, present, own, seed);
+    }
+  }
+  free(scratch);
+  free(shares);
+  return failed ? SLIM_ERROR_NO_MEMORY : SLIM_OK;
+}
+
+// Plans and runs the steps. With a seed other than 0 the threads sleep between them.
+inline int run_steps(const InstructionSet& isa, const SlimStepF32* steps, int64_t count, int32_t threads, uint32_t seed) {
+  PlannedStep* const planned = (PlannedStep*)malloc(sizeof(PlannedStep) * (size_t)max64(count, 1));
+  if (planned == nullptr) return SLIM_ERROR_NO_MEMORY;
+  int64_t useful_threads = 1, scratch_floats = 0, done = 0;
+  int status = SLIM_OK;
+  for (; done < count && status == SLIM_OK; ++done) {
+    const PlannedStep& step = planned[done];
+    status = plan_step(isa, planned[done], steps[done]);
+    if (status != SLIM_OK) continue;
+    useful_threads = max64(useful_threads, step.slot >= 0 ? step.slot + 1 : step.units());
+    scratch_floats = max64(scratch_floats, step.conv.scratch_floats);
+  }
+  if (status == SLIM_OK) {
+    const int team = (int)min64(threads, useful_threads);
+    // Whole cache lines, so that threads do not share one.
+    const size_t scratch_bytes = (sizeof(float) * (size_t)scratch_floats + 63) / 64 * 64;
+    status = team <= 1 ? run_on_one_thread(planned, count, scratch_bytes)
+                       : run_on_team(planned, count, team, scratch_bytes, seed);
+  }
+  for (int64_t i = 0; i < done; ++i) {
+    free(planned[i].conv.own_offsets);
+    free(planned[i].conv.zeros);
+  }
+  free(planned);
+  return status;
+}
+
+}  // namespace
