@@ -10,13 +10,13 @@
 namespace {
 
 // Of the 16 vector registers 12 hold accumulators, 3 hold x and 1 a weight: 7 loads for 12 multiply-adds.
-// <vector, channels of a one-pixel tile, channels of larger tiles, most pixels, strip>
 StripKernels images_innermost(int strip) {
+  // <vector, channels of a one-pixel tile, channels of larger tiles, most pixels, strip>
   switch (strip) {
-    case 1: return images_innermost_kernels<Vec8, 1, 1, 10, 1>();
-    case 2: return images_innermost_kernels<Vec8, 2, 2, 6, 2>();
-    case 4: return images_innermost_kernels<Vec8, 4, 4, 3, 4>();
-    case 8: return images_innermost_kernels<Vec8, 8, 4, 3, 8>();
+    case 1:  return images_innermost_kernels<Vec8, 1, 1, 10, 1>();
+    case 2:  return images_innermost_kernels<Vec8, 2, 2, 6, 2>();
+    case 4:  return images_innermost_kernels<Vec8, 4, 4, 3, 4>();
+    case 8:  return images_innermost_kernels<Vec8, 8, 4, 3, 8>();
     case 16: return images_innermost_kernels<Vec8, 8, 4, 3, 16>();
     case 24: return images_innermost_kernels<Vec8, 8, 4, 3, 24>();
     case 32: return images_innermost_kernels<Vec8, 8, 4, 3, 32>();
@@ -24,15 +24,15 @@ StripKernels images_innermost(int strip) {
   }
 }
 
-// Of the 16 vector registers 12 hold accumulators, 2 hold weights and 1 an input. A strip of 24 takes 3 weights, 4 pixels and 1 input:
-// 7 loads for 12 multiply-adds, where a strip of 16 needs 8.
+// Of the 16 vector registers 12 hold accumulators, 2 hold weights and 1 an input. A strip of 24 takes 3 weights, 4
+// pixels and 1 input: 7 loads for 12 multiply-adds, where a strip of 16 needs 8.
 //
-// Of the 15 general registers 4 hold the weights, the offsets, their end and the current offset. With 10 pixel pointers beside them
-// nothing in the loop comes from the stack.
-// <vector, vectors, most pixels, most pixels tap by tap, strip>
+// Of the 15 general registers 4 hold the weights, the offsets, their end and the current offset. With 10 pixel pointers
+// beside them nothing in the loop comes from the stack.
 StripKernels channels_last(int strip) {
+  // <vector, vectors, most pixels, most pixels tap by tap, strip>
   switch (strip) {
-    case 8: return channels_last_kernels<Vec8, 1, 10, 12, 8>();
+    case 8:  return channels_last_kernels<Vec8, 1, 10, 12, 8>();
     case 16: return channels_last_kernels<Vec8, 2, 6, 6, 16>();
     case 24: return channels_last_kernels<Vec8, 3, 4, 4, 24>();
     case 32: return channels_last_kernels<Vec8, 2, 6, 2, 32>();
@@ -48,7 +48,8 @@ extern "C" int slim_run_steps_f32_avx2(const SlimStepF32* steps, int64_t count, 
   return run_steps(kAvx2, steps, count, threads, 0);
 }
 
-extern "C" int slim_run_delayed_steps_f32_avx2(const SlimStepF32* steps, int64_t count, int32_t threads, uint32_t seed) {
+extern "C" int slim_run_delayed_steps_f32_avx2(const SlimStepF32* steps, int64_t count, int32_t threads,
+                                               uint32_t seed) {
   return run_steps(kAvx2, steps, count, threads, seed);
 }
 

@@ -35,15 +35,15 @@ struct Vec16 {
   }
 };
 
-// Of the 32 vector registers 24 hold accumulators, 3 hold x and 1 a weight: 11 loads for 24 multiply-adds. A single pixel takes 16
-// channels where the strip has them: 17 loads for 16 multiply-adds.
-// <vector, channels of a one-pixel tile, channels of larger tiles, most pixels, strip>
+// Of the 32 vector registers 24 hold accumulators, 3 hold x and 1 a weight: 11 loads for 24 multiply-adds. A single
+// pixel takes 16 channels where the strip has them: 17 loads for 16 multiply-adds.
 StripKernels images_innermost(int strip) {
+  // <vector, channels of a one-pixel tile, channels of larger tiles, most pixels, strip>
   switch (strip) {
-    case 1: return images_innermost_kernels<Vec16, 1, 1, 10, 1>();
-    case 2: return images_innermost_kernels<Vec16, 2, 2, 10, 2>();
-    case 4: return images_innermost_kernels<Vec16, 4, 4, 6, 4>();
-    case 8: return images_innermost_kernels<Vec16, 8, 8, 3, 8>();
+    case 1:  return images_innermost_kernels<Vec16, 1, 1, 10, 1>();
+    case 2:  return images_innermost_kernels<Vec16, 2, 2, 10, 2>();
+    case 4:  return images_innermost_kernels<Vec16, 4, 4, 6, 4>();
+    case 8:  return images_innermost_kernels<Vec16, 8, 8, 3, 8>();
     case 16: return images_innermost_kernels<Vec16, 16, 8, 3, 16>();
     case 24: return images_innermost_kernels<Vec16, 8, 8, 3, 24>();
     case 32: return images_innermost_kernels<Vec16, 16, 8, 3, 32>();
@@ -51,13 +51,14 @@ StripKernels images_innermost(int strip) {
   }
 }
 
-// There are 32 vector registers but only 15 general ones, 4 of which hold the weights, the offsets, their end and the current offset.
-// With 10 pixel pointers beside them nothing in the loop comes from the stack. A strip of 16 then needs 12 loads for 10 multiply-adds,
-// 83% of peak at two loads a cycle, and a strip of 32 needs 13 for 20. Strips of 8 and 24 are whole vectors of 8 floats only.
-// <vector, vectors, most pixels, most pixels tap by tap, strip>
+// There are 32 vector registers but only 15 general ones, 4 of which hold the weights, the offsets, their end and the
+// current offset. With 10 pixel pointers beside them nothing in the loop comes from the stack. A strip of 16 then needs
+// 12 loads for 10 multiply-adds, 83% of peak at two loads a cycle, and a strip of 32 needs 13 for 20. Strips of 8 and
+// 24 are whole vectors of 8 floats only.
 StripKernels channels_last(int strip) {
+  // <vector, vectors, most pixels, most pixels tap by tap, strip>
   switch (strip) {
-    case 8: return channels_last_kernels<Vec8, 1, 10, 16, 8>();
+    case 8:  return channels_last_kernels<Vec8, 1, 10, 16, 8>();
     case 16: return channels_last_kernels<Vec16, 1, 10, 8, 16>();
     case 24: return channels_last_kernels<Vec8, 3, 8, 8, 24>();
     case 32: return channels_last_kernels<Vec16, 2, 10, 12, 32>();
@@ -73,7 +74,8 @@ extern "C" int slim_run_steps_f32_avx512(const SlimStepF32* steps, int64_t count
   return run_steps(kAvx512, steps, count, threads, 0);
 }
 
-extern "C" int slim_run_delayed_steps_f32_avx512(const SlimStepF32* steps, int64_t count, int32_t threads, uint32_t seed) {
+extern "C" int slim_run_delayed_steps_f32_avx512(const SlimStepF32* steps, int64_t count, int32_t threads,
+                                                 uint32_t seed) {
   return run_steps(kAvx512, steps, count, threads, seed);
 }
 

@@ -9,7 +9,8 @@
 
 namespace {
 
-// Four floats, which the compiler turns into one SSE2 register on x86-64 and into NEON on Arm. tiles.h says what a vector type has.
+// Four floats, which the compiler turns into one SSE2 register on x86-64 and into NEON on Arm. tiles.h says what a
+// vector type has.
 struct Vec4 {
   static constexpr int N = 4;
   struct type {
@@ -61,13 +62,14 @@ struct Transpose8 {
   }
 };
 
-// <vector, channels of a one-pixel tile, channels of larger tiles, most pixels, strip>
+// The base instruction sets have 16 vector registers (x86-64) or 32 (Arm); tiles are sized for 16.
 StripKernels images_innermost(int strip) {
+  // <vector, channels of a one-pixel tile, channels of larger tiles, most pixels, strip>
   switch (strip) {
-    case 1: return images_innermost_kernels<Vec4, 1, 1, 8, 1>();
-    case 2: return images_innermost_kernels<Vec4, 2, 2, 4, 2>();
-    case 4: return images_innermost_kernels<Vec4, 4, 4, 2, 4>();
-    case 8: return images_innermost_kernels<Vec4, 8, 4, 3, 8>();
+    case 1:  return images_innermost_kernels<Vec4, 1, 1, 8, 1>();
+    case 2:  return images_innermost_kernels<Vec4, 2, 2, 4, 2>();
+    case 4:  return images_innermost_kernels<Vec4, 4, 4, 2, 4>();
+    case 8:  return images_innermost_kernels<Vec4, 8, 4, 3, 8>();
     case 16: return images_innermost_kernels<Vec4, 8, 4, 3, 16>();
     case 24: return images_innermost_kernels<Vec4, 8, 4, 3, 24>();
     case 32: return images_innermost_kernels<Vec4, 8, 4, 3, 32>();
@@ -75,10 +77,10 @@ StripKernels images_innermost(int strip) {
   }
 }
 
-// <vector, vectors, most pixels, most pixels tap by tap, strip>
 StripKernels channels_last(int strip) {
+  // <vector, vectors, most pixels, most pixels tap by tap, strip>
   switch (strip) {
-    case 8: return channels_last_kernels<Vec4, 2, 4, 4, 8>();
+    case 8:  return channels_last_kernels<Vec4, 2, 4, 4, 8>();
     case 16: return channels_last_kernels<Vec4, 4, 2, 2, 16>();
     case 24: return channels_last_kernels<Vec4, 3, 3, 3, 24>();
     case 32: return channels_last_kernels<Vec4, 4, 2, 1, 32>();
@@ -94,7 +96,8 @@ extern "C" int slim_run_steps_f32_scalar(const SlimStepF32* steps, int64_t count
   return run_steps(kScalar, steps, count, threads, 0);
 }
 
-extern "C" int slim_run_delayed_steps_f32_scalar(const SlimStepF32* steps, int64_t count, int32_t threads, uint32_t seed) {
+extern "C" int slim_run_delayed_steps_f32_scalar(const SlimStepF32* steps, int64_t count, int32_t threads,
+                                                 uint32_t seed) {
   return run_steps(kScalar, steps, count, threads, seed);
 }
 

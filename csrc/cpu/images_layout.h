@@ -1,4 +1,5 @@
-// Copies activations between the two layouts: channels last (n, h, w, c), and images innermost (ceil(n / lanes), h, w, c, lanes).
+// Copies activations between the two layouts: channels last (n, h, w, c), and images innermost, which is
+// (ceil(n / lanes), h, w, c, lanes).
 #pragma once
 #include <stdint.h>
 

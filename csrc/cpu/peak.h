@@ -6,8 +6,8 @@
 
 namespace {
 
-// Runs `iterations` rounds of CHAINS independent multiply-adds on `threads` threads and returns the FLOPs done, 2 for each
-// multiply-add of each lane.
+// Runs `iterations` rounds of CHAINS independent multiply-adds on `threads` threads and returns the FLOPs done, 2 for
+// each multiply-add of each lane.
 template <class V, int CHAINS>
 inline double multiply_adds(int64_t iterations, int32_t threads) {
   float sink = 0;

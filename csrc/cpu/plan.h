@@ -1,7 +1,7 @@
 // How one convolution is cut into units of work.
 //
-// The plan follows from the problem alone and never from the number of threads, so results do not depend on that number either.
-// It is decided in four steps, each a function of the workload and of what the steps before it decided:
+// The plan follows from the problem alone and never from the number of threads, so results do not depend on that number
+// either. It is decided in four steps, each a function of the workload and of what the steps before it decided:
 //
 //   choose_order            whether a tile passes over all taps at once or tap by tap
 //   split_images_and_rows   images and output rows of a unit
@@ -21,17 +21,17 @@ namespace {
 
 // What a convolution has to compute, in the numbers that the steps decide by.
 struct Workload {
-  int64_t lanes;                     // images in one vector: the vector's width, or 1 with channels last
-  int64_t image_groups;              // groups of `lanes` images
-  int64_t rows, columns;             // of the output; with pooling cut to even, since the last odd one is dropped
-  int64_t channels;                  // of the output
-  int64_t strips, strip_width;       // strips of `strip_width` output channels
-  int64_t taps;                      // r * s
-  int64_t entries;                   // of all strips: pairs of an input channel and a tap that have weights
-  int64_t macs_per_pixel_and_strip;  // multiply-adds, of an average strip, for one pixel of all lanes; at least 1 a lane
-  int64_t input_bytes;               // of one group of images
-  int64_t weight_bytes;              // with the offset of each entry
-  int64_t tile_pixels;               // most pixels that a microkernel takes
+  int64_t lanes;                // images in one vector: the vector's width, or 1 with channels last
+  int64_t image_groups;         // groups of `lanes` images
+  int64_t rows, columns;        // of the output; with pooling cut to even, since the last odd one is dropped
+  int64_t channels;             // of the output
+  int64_t strips, strip_width;  // strips of `strip_width` output channels
+  int64_t taps;                 // r * s
+  int64_t entries;              // of all strips: pairs of an input channel and a tap that have weights
+  int64_t pixel_macs;           // multiply-adds of an average strip for one pixel of all lanes, at least 1 a lane
+  int64_t input_bytes;          // of one group of images
+  int64_t weight_bytes;         // with the offset of each entry
+  int64_t tile_pixels;          // most pixels that a microkernel takes
   bool pool;
 };
 
@@ -47,7 +47,7 @@ inline Workload workload_of(const SlimConv2dF32& conv, int64_t tile_pixels) {
   work.strips = ceil_div(conv.c_out, conv.strip);
   work.taps = (int64_t)conv.r * conv.s;
   work.entries = conv.tap_ptr[work.strips * work.taps];
-  work.macs_per_pixel_and_strip = max64(1, work.entries / work.strips * conv.strip) * conv.lanes;
+  work.pixel_macs = max64(1, work.entries / work.strips * conv.strip) * conv.lanes;
   work.input_bytes = 4 * conv.h * conv.w * conv.c_in * conv.lanes;
   work.weight_bytes = 4 * work.entries * (conv.strip + 1);
   work.tile_pixels = tile_pixels;
@@ -57,17 +57,18 @@ inline Workload workload_of(const SlimConv2dF32& conv, int64_t tile_pixels) {
 // ---------------------------------------------------------------- step 1
 
 enum Order {
-  // The accumulators of a tile stay in registers over every tap inside the image. All pixels of a tile see the same taps.
+  // Each call of a microkernel sums over all taps inside the image. The pixels of a tile all see the same taps.
   ALL_TAPS,
-  // The pixel pointers change at every tap, so a tile takes any pixels; taps outside the image read zeros.
+  // A microkernel is given other pixel pointers for every tap, so a tile takes any pixels: taps outside the image point
+  // at zeros.
   TAP_BY_TAP,
 };
 
 // Limits of TAP_BY_TAP; units.h keeps the pointers of this many pixels and taps on the stack.
 constexpr int64_t TAP_BY_TAP_MAX_PIXELS = 48, TAP_BY_TAP_MAX_TAPS = 25;
 
-// Corners and edges of a few small images are classes of one to four pixels, too small to fill tiles of one class. Tap by tap wins
-// there, if a strip has enough entries at each tap to outweigh the pointers that change with it.
+// Corners and edges of a few small images are classes of one to four pixels, too small to fill tiles of one class. Tap
+// by tap wins there, if a strip has enough entries at each tap to outweigh the pointers that change with it.
 inline Order choose_order(const Workload& work) {
   constexpr int64_t MIN_ENTRIES_PER_TAP = 4;
   const bool has_classes = work.taps > 1 && work.taps <= TAP_BY_TAP_MAX_TAPS;
@@ -90,7 +91,7 @@ struct PixelSplit {
 
 // Rows that give a unit `wanted_pixels` and UNIT_MACS, an even number of them for the pooling.
 inline int64_t rows_of_enough_work(const Workload& work, int64_t wanted_pixels) {
-  const int64_t macs_per_row = work.macs_per_pixel_and_strip * work.strips * work.columns;
+  const int64_t macs_per_row = work.pixel_macs * work.strips * work.columns;
   const int64_t rows = max64(ceil_div(wanted_pixels, work.columns), ceil_div(UNIT_MACS, macs_per_row));
   return min64(work.rows, ceil_div(rows, 2) * 2);
 }
@@ -103,12 +104,13 @@ inline int64_t rows_for_sharing(const Workload& work) {
   return ceil_div(max64(least, ceil_div(work.rows, WANTED_ROW_UNITS)), multiple) * multiple;
 }
 
-// Small images go together until a unit has 384 pixels: their corner and edge classes fill tiles only across several images. Large
-// images are cut into rows of enough work.
+// Small images go together until a unit has 384 pixels: their corner and edge classes fill tiles only across several
+// images. Large images are cut into rows of enough work.
 //
-// A single image, or a single vector of them, then may have fewer units than threads want. Threads that share its rows read all
-// weights, from L3; threads that share its strips read all of the input, half of which another core has just written, and that is
-// several times slower. So rows are shared first, unless the weights are more than four times the input.
+// A single image, or a single vector of them, then may have fewer units than threads want. Threads that share its rows
+// read all weights, from L3; threads that share its strips read all of the input, half of which another core has just
+// written, and that is several times slower. So rows are shared first, unless the weights have more than four times the
+// bytes of the input.
 inline PixelSplit split_images_and_rows(const Workload& work) {
   constexpr int64_t UNIT_PIXELS = 384, MOST_WEIGHTS_PER_INPUT = 4;
   const int64_t pixels = work.rows * work.columns;
@@ -117,14 +119,15 @@ inline PixelSplit split_images_and_rows(const Workload& work) {
   int64_t rows = work.rows;
   if (images == 1 && pixels > 2 * wanted_pixels) rows = rows_of_enough_work(work, wanted_pixels);
   const bool few_units = work.image_groups == 1 && ceil_div(work.rows, rows) < WANTED_UNITS;
-  if (few_units && work.weight_bytes < MOST_WEIGHTS_PER_INPUT * work.input_bytes) rows = min64(rows, rows_for_sharing(work));
+  const bool light_weights = work.weight_bytes < MOST_WEIGHTS_PER_INPUT * work.input_bytes;
+  if (few_units && light_weights) rows = min64(rows, rows_for_sharing(work));
   return {images, rows};
 }
 
 // ---------------------------------------------------------------- step 3
 
-// A unit with pooling writes its outputs to scratch memory and pools from there. They should stay in half of a 512 KB L2, which is
-// 64 K floats; two rows of one group of images are the least.
+// A unit with pooling writes its outputs to scratch memory and pools from there. They should stay in half of a 512 KB
+// L2, which is 64 K floats; two rows of one group of images are the least.
 inline PixelSplit fit_pool_scratch(const Workload& work, PixelSplit split) {
   if (!work.pool) return split;
   constexpr int64_t SCRATCH_FLOATS = 64 * 1024;
@@ -136,12 +139,12 @@ inline PixelSplit fit_pool_scratch(const Workload& work, PixelSplit split) {
 
 // ---------------------------------------------------------------- step 4
 
-// The number of strips of a unit. At least four strips share the input of each tile while it is in L1, and more where a unit would
-// otherwise have less than UNIT_MACS. A layer of few pixels is then shared by strips until it has WANTED_UNITS, unless the whole of
-// it is an eighth of a unit, which is too small to share.
+// The number of strips of a unit. At least four strips share the input of each tile while it is in L1, and more where a
+// unit would otherwise have less than UNIT_MACS. A layer of few pixels is then shared by strips until it has
+// WANTED_UNITS, unless the whole of it has less than an eighth of UNIT_MACS, which is too small to share.
 inline int64_t split_strips(const Workload& work, PixelSplit split) {
   constexpr int64_t MIN_STRIPS = 4;
-  const int64_t macs_per_strip = work.macs_per_pixel_and_strip * split.images * split.rows * work.columns;
+  const int64_t macs_per_strip = work.pixel_macs * split.images * split.rows * work.columns;
   const int64_t strips = min64(work.strips, max64(MIN_STRIPS, ceil_div(UNIT_MACS, macs_per_strip)));
   const int64_t pixel_units = ceil_div(work.image_groups, split.images) * ceil_div(work.rows, split.rows);
   const bool too_small = macs_per_strip * work.strips * pixel_units < UNIT_MACS / 8;
@@ -165,9 +168,9 @@ struct Plan {
   PixelSplit pixels_per_unit;
   int64_t strips_per_unit;
   int64_t image_parts, row_parts, strip_parts, units;  // units is the product of the three
-  int64_t macs;            // of all units, taps in the padding included
-  int64_t scratch_floats;  // that one thread needs in front of the pooling
-  const int32_t* offsets;  // of each entry: elements from tap (0, 0) of a pixel; with TAP_BY_TAP the input channel alone
+  int64_t macs;                                        // of all units, taps in the padding included
+  int64_t scratch_floats;                              // that one thread needs in front of the pooling
+  const int32_t* offsets;  // of each entry: elements from the pixel pointers that the tiles are given
   int32_t* own_offsets;    // the same where the plan allocated them, else NULL
   float* zeros;            // with TAP_BY_TAP: what a tap outside the image reads, c_in floats, else NULL
 };
@@ -185,7 +188,7 @@ inline void decide(Plan& plan, const SlimConv2dF32& conv, int64_t tile_pixels) {
   plan.row_parts = ceil_div(work.rows, split.rows);
   plan.strip_parts = ceil_div(work.strips, plan.strips_per_unit);
   plan.units = plan.image_parts * plan.row_parts * plan.strip_parts;
-  plan.macs = work.macs_per_pixel_and_strip * work.strips * work.image_groups * work.rows * work.columns;
+  plan.macs = work.pixel_macs * work.strips * work.image_groups * work.rows * work.columns;
   const int64_t unit_channels = min64(plan.strips_per_unit * work.strip_width, work.channels);
   plan.scratch_floats = work.pool ? split.images * split.rows * work.columns * unit_channels * work.lanes : 0;
 }
@@ -215,8 +218,8 @@ inline void entry_offsets(const SlimConv2dF32& conv, int32_t* offsets) {
   for (int64_t i = 0; i < SLIM_OFFSETS_MARGIN; ++i) offsets[entries + i] = 0;
 }
 
-// Fills in the plan for `conv` with the tiles that take its strips; false when memory ran out. Whether or not it did, the caller frees
-// own_offsets and zeros.
+// Fills in the plan for `conv` with the tiles that take its strips; false when memory ran out. Whether or not it did,
+// the caller frees own_offsets and zeros.
 inline bool make_plan(Plan& plan, const SlimConv2dF32& conv, const TileSet& tiles) {
   plan.tiles = tiles;
   plan.own_offsets = nullptr;

@@ -1,7 +1,8 @@
 // Integer arithmetic on sizes and positions.
 //
-// All headers of this folder put what they define into an anonymous namespace: each instruction set's source file is compiled with
-// its own flags, and a function that two of them shared by name could be linked from the AVX-512 file into code for older CPUs.
+// All headers of this folder put what they define into an anonymous namespace: each instruction set's source file is
+// compiled with its own flags, and a function that two of them shared by name could be linked from the AVX-512 file
+// into code for older CPUs.
 #pragma once
 #include <stdint.h>
 
@@ -18,7 +19,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// One axis of a convolution: output position i reads input positions i * stride - pad + tap * dilation for each of its taps.
+// One axis of a convolution. At each tap, output position i reads input position i * stride - pad + tap * dilation.
 struct Axis {
   int64_t size, stride, pad, dilation, taps;
 };

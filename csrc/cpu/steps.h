@@ -1,7 +1,8 @@
-// Runs a list of steps (convolutions and changes of layout) with one team of threads: the CPU entry points of csrc/kernels.h.
+// Runs a list of steps (convolutions and changes of layout) with one team of threads: the CPU entry points of
+// csrc/kernels.h.
 //
-// Everything here and in the headers below is written once over a vector type. Each instruction set's source file is compiled with
-// its own flags, defines its vector type and says in an InstructionSet which tiles it has.
+// Everything here and in the headers below is written once over a vector type. Each instruction set's source file is
+// compiled with its own flags, defines its vector type and says in an InstructionSet which tiles it has.
 //
 //   tiles.h, plan.h, units.h   a convolution: microkernels, how it is cut into units of work, how a unit is run
 //   images_layout.h            a change of layout
@@ -35,7 +36,7 @@ struct InstructionSet {
   void (*run_layout_unit)(const LayoutPlan&, int64_t unit);
 };
 
-// Tiles of up to MR pixels x NV vectors, and where the pointers change by tap of up to MR_TAPS pixels x the whole strip.
+// Tiles of up to MR pixels x NV vectors, and, tap by tap, of up to MR_TAPS pixels x the whole strip.
 template <class V, int NV, int MR, int MR_TAPS, int STRIP>
 StripKernels channels_last_kernels() {
   StripKernels kernels;
@@ -81,7 +82,7 @@ struct PlannedStep {
   }
 };
 
-// Plans one step; returns a SLIM code. The caller frees planned.conv's own_offsets and zeros whatever that is.
+// Plans one step and returns a SLIM code. Whatever the code, the caller frees own_offsets and zeros of planned.conv.
 inline int plan_step(const InstructionSet& isa, PlannedStep& planned, const SlimStepF32& step) {
   const SlimConv2dF32& conv = step.conv;
   planned.kind = step.kind;
@@ -108,11 +109,12 @@ inline void run_alone(const PlannedStep& step, float* scratch) {
   for (int64_t unit = 0; unit < units; ++unit) step.run(unit, scratch);
 }
 
-// This thread's part of a step that the team shares. The units are cut into equal shares, one for each thread, in order: neighbouring
-// units read the same input, and the same share of the next layer reads this one's output, so most data stays in its core's cache.
+// This thread's part of a step that the team shares. The units are cut into equal shares, one for each thread, in
+// order: neighbouring units read the same input, and the same share of the next layer reads this one's output, so most
+// data stays in its core's cache.
 //
-// In a large step a thread that is done takes units from the others. The data of such a unit changes cores, and does so again in the
-// next layer, which costs more than the imbalance of a small step.
+// In a large step a thread that is done takes units from the others. The data of such a unit changes cores, and does so
+// again in the next layer, which costs more than the imbalance of a small step.
 inline void run_together(const PlannedStep& step, Share* shares, int thread, int team, float* scratch) {
   constexpr int64_t MIN_MACS_TO_STEAL = 8000000;
   const int64_t units = step.units();
@@ -126,7 +128,8 @@ inline void run_together(const PlannedStep& step, Share* shares, int thread, int
 
 // ---------------------------------------------------------------- all steps
 
-// One thread's part of all steps. Steps with a slot belong to one thread each; a row of them has no barrier inside.
+// One thread's part of all steps. Consecutive steps with a slot run on the slot's thread, without a barrier between
+// them.
 inline void run_team(const PlannedStep* steps, int64_t count, Share* shares, Barrier* barrier, int thread, int team,
                      float* scratch, uint32_t seed) {
   for (int64_t i = 0; i < count;) {
@@ -175,7 +178,8 @@ inline int run_on_team(const PlannedStep* steps, int64_t count, int team, size_t
 }
 
 // Plans and runs the steps. With a seed other than 0 the threads sleep between them.
-inline int run_steps(const InstructionSet& isa, const SlimStepF32* steps, int64_t count, int32_t threads, uint32_t seed) {
+inline int run_steps(const InstructionSet& isa, const SlimStepF32* steps, int64_t count, int32_t threads,
+                     uint32_t seed) {
   PlannedStep* const planned = (PlannedStep*)malloc(sizeof(PlannedStep) * (size_t)max64(count, 1));
   if (planned == nullptr) return SLIM_ERROR_NO_MEMORY;
   int64_t useful_threads = 1, scratch_floats = 0, done = 0;

@@ -31,8 +31,8 @@ inline int64_t take(Share& share) {
   return unit;
 }
 
-// Where threads wait for each other. libgomp's barrier makes a system call each time. Here threads spin, and give their core away
-// when that takes long, since a thread that they wait for may have lost its core to another program.
+// Where threads wait for each other. libgomp's barrier makes a system call each time. Here threads spin, and give their
+// core away when that takes long, since a thread that they wait for may have lost its core to another program.
 struct Barrier {
   int arrived, generation;
   char line[64 - 2 * sizeof(int)];
@@ -60,8 +60,8 @@ struct Barrier {
   }
 };
 
-// For tests: sleeps for a time that looks random and follows from the seed, the step and the thread; not at all with seed 0. Half of
-// the steps start at once, so that some threads run far ahead of others.
+// For tests: sleeps for a time that looks random and follows from the seed, the step and the thread; not at all with
+// seed 0. Half of the steps start at once, so that some threads run far ahead of others.
 inline void delay(uint32_t seed, int64_t step, int thread) {
   if (seed == 0) return;
   uint32_t mixed = seed * 2654435761u ^ (uint32_t)step * 2246822519u ^ (uint32_t)(thread + 1) * 3266489917u;

@@ -1,21 +1,21 @@
 // Microkernels: the outputs of one tile stay in registers while the weights of a strip stream by.
 //
-// An *entry* of a strip is an input channel at a tap, with `STRIDE` weights: one for each output channel of the strip. Each pixel of a
-// tile has its own pointer into x, so a tile may take any pixels that see the same taps. Entries of taps outside the image are left
-// out by the caller, so no multiply-add is spent on padding.
+// An *entry* of a strip is an input channel at a tap, with `STRIDE` weights: one for each output channel of the strip.
+// Each pixel of a tile has its own pointer into x, so a tile may take any pixels that see the same taps. Entries of
+// taps outside the image are left out by the caller, so no multiply-add is spent on padding.
 //
 // There is one kind of tile for each layout of x and y:
 //
-// - Tile, channels last. A vector holds V::N output channels of one pixel, and a tile is MR pixels x NV vectors. An entry costs NV
-//   loads of weights, MR broadcasts of x and MR * NV multiply-adds. Where the strip is one vector wide, that is MR + 1 loads for MR
-//   multiply-adds.
-// - ImagesTile, images innermost. A vector holds one channel of V::N images, and a tile is MR pixels x NO output channels. An entry
-//   costs MR loads of x, NO broadcasts of weights and MR * NO multiply-adds. At 3 x 8 that is 11 loads for 24 multiply-adds, so the
-//   multiply-adds are the limit. Strips may be as narrow as one channel, which is unstructured sparsity: at 10 x 1 there are 11 loads
-//   for 10 multiply-adds.
+// - Tile, channels last: a vector holds V::N output channels of one pixel, and a tile is MR pixels x NV vectors.
+//   An entry costs NV loads of weights, MR broadcasts of x and MR * NV multiply-adds. Where the strip is one vector
+//   wide, that is MR + 1 loads for MR multiply-adds.
+// - ImagesTile, images innermost: a vector holds one channel of V::N images, and a tile is MR pixels x NO output
+//   channels. An entry costs MR loads of x, NO broadcasts of weights and MR * NO multiply-adds. At 3 x 8 that is 11
+//   loads for 24 multiply-adds, so the multiply-adds are the limit. Strips may be as narrow as one channel, which is
+//   unstructured sparsity: at 10 x 1 there are 11 loads for 10 multiply-adds.
 //
-// The vector type V is the instruction set's. It has V::N floats in V::type, and zero, load, load_part, broadcast, store, store_part,
-// add, fma (a * b + c), relu and max_nan, the last two of which keep NaN.
+// The vector type V is the instruction set's. It has V::N floats in V::type, and zero, load, load_part, broadcast,
+// store, store_part, add, fma (a * b + c), relu and max_nan, the last two of which keep NaN.
 #pragma once
 #include <stdint.h>
 
@@ -59,8 +59,8 @@ typedef void (*TapsFunction)(const float* const* x, int64_t taps, float* const* 
 template <class V, int NV, int MR, int STRIDE>
 struct Tile {
   static constexpr int WIDTH = V::N * NV;  // output channels
-  // A multiply-add takes 4 cycles and two start in each, so 8 have to be independent. Small tiles sum into several sets of
-  // accumulators in turn, which are added at the end.
+  // A multiply-add takes 4 cycles and two start in each, so about 8 should be independent. Small tiles sum into several
+  // sets of accumulators in turn, which are added up at the end.
   static constexpr int SETS = MR * NV >= 6 ? 1 : (MR * NV >= 3 ? 2 : 4);
   typedef typename V::type Vector;
   typedef Vector Sums[MR][NV];
@@ -69,7 +69,7 @@ struct Tile {
   static void run(const float* const* x, float* const* y_pixels, int64_t channel, const float* weights,
                   const int32_t* offsets, const Segment* segments, int count, const float* bias, Start start, int relu,
                   int present) {
-    Accumulators sums;     // [SETS][MR][NV] vectors
+    Accumulators sums;        // [SETS][MR][NV] vectors
     const float* pixels[MR];  // [MR]
     SLIM_UNROLL
     for (int m = 0; m < MR; ++m) pixels[m] = x[m];
@@ -79,8 +79,8 @@ struct Tile {
   }
 
   static void run_taps(const float* const* x, int64_t taps, float* const* y_pixels, int64_t channel,
-                       const float* weights, const int32_t* channels, const int32_t* tap_ptr, const float* bias, int relu,
-                       int present) {
+                       const float* weights, const int32_t* channels, const int32_t* tap_ptr, const float* bias,
+                       int relu, int present) {
     Accumulators sums;  // [SETS][MR][NV] vectors
     begin(sums, y_pixels, channel, bias, START_AT_BIAS, present);
     for (int64_t tap = 0; tap < taps; ++tap, x += MR) {
@@ -139,7 +139,8 @@ struct Tile {
   }
 
   // sums[MR][NV] += x[MR][1] * w[1][NV]
-  static SLIM_ALWAYS_INLINE void add_entry(Sums& sums, const float* const (&pixels)[MR], const float* weight, int64_t offset) {
+  static SLIM_ALWAYS_INLINE void add_entry(Sums& sums, const float* const (&pixels)[MR], const float* weight,
+                                           int64_t offset) {
     Vector w[NV];  // V::N output channels each
     SLIM_UNROLL
     for (int v = 0; v < NV; ++v) w[v] = V::load(weight + v * V::N);
@@ -152,7 +153,8 @@ struct Tile {
   }
 
   // Adds up the sets, applies the ReLU and writes the channels that exist.
-  static SLIM_ALWAYS_INLINE void finish(Accumulators& sums, float* const* y_pixels, int64_t channel, int relu, int present) {
+  static SLIM_ALWAYS_INLINE void finish(Accumulators& sums, float* const* y_pixels, int64_t channel, int relu,
+                                        int present) {
     const bool full = present == WIDTH;
     SLIM_UNROLL
     for (int set = 1; set < SETS; ++set) {
@@ -185,24 +187,25 @@ struct Tile {
 
 // ---------------------------------------------------------------- images innermost
 
-// How many entries ahead ImagesTile prefetches x, about 200 cycles. Which channels a strip reads is not a pattern that the hardware
-// prefetchers know. Offsets are read this far beyond the last entry, hence the margin behind them.
+// How many entries ahead ImagesTile prefetches x, about 200 cycles. Which channels a strip reads is not a pattern that
+// the hardware prefetchers know. Offsets are read this far beyond the last entry, hence the margin behind them.
 constexpr int PREFETCH_ENTRIES = SLIM_OFFSETS_MARGIN;
 
 template <class V, int NO, int MR, int STRIDE>
 struct ImagesTile {
   // As in Tile: enough independent multiply-adds to cover their latency.
   static constexpr int SETS = MR * NO >= 8 ? 1 : (MR * NO >= 4 ? 2 : (MR * NO >= 2 ? 4 : 8));
-  // With fewer channels an entry has so few multiply-adds for each load of x that prefetching costs more loads than it saves.
+  // With fewer channels an entry has so few multiply-adds for each load of x that prefetching costs more loads than it
+  // saves.
   static constexpr bool PREFETCH = NO >= 4;
   typedef typename V::type Vector;
   typedef Vector Sums[MR][NO];
 
   // `start` is not read: the kernels of this layout have at most MAX_SEGMENTS rows of taps, which one call takes.
   static void run(const float* const* x, float* const* y_pixels, int64_t channel, const float* weights,
-                  const int32_t* offsets, const Segment* segments, int count, const float* bias, Start /*start*/, int relu,
-                  int present) {
-    Sums sums[SETS];       // [SETS][MR][NO] vectors of V::N images
+                  const int32_t* offsets, const Segment* segments, int count, const float* bias, Start /*start*/,
+                  int relu, int present) {
+    Sums sums[SETS];          // [SETS][MR][NO] vectors of V::N images
     const float* pixels[MR];  // [MR]
     SLIM_UNROLL
     for (int m = 0; m < MR; ++m) pixels[m] = x[m];
@@ -225,8 +228,9 @@ struct ImagesTile {
 
     // The main loop: the entries of a run go into the sets in turn, those that do not fill all sets into set 0.
     for (int i = 0; i < count; ++i) {
-      const float* weight = weights + (int64_t)segments[i].begin * STRIDE;  // [entry, STRIDE], its first NO are the tile's
-      const int32_t* offset = offsets + segments[i].begin;                  // [entry]
+      const int64_t first = segments[i].begin;
+      const float* weight = weights + first * STRIDE;  // [entry, STRIDE], its first NO are the tile's
+      const int32_t* offset = offsets + first;         // [entry]
       const int32_t* const end = offsets + segments[i].end;
       for (; end - offset >= SETS; offset += SETS, weight += SETS * STRIDE) {
         if (PREFETCH) {
@@ -263,7 +267,8 @@ struct ImagesTile {
 
  private:
   // sums[MR][NO] += x[MR][1] * w[1][NO]. The shorter of x and w is held in registers while the longer one passes by.
-  static SLIM_ALWAYS_INLINE void add_entry(Sums& sums, const float* const (&pixels)[MR], const float* weight, int64_t offset) {
+  static SLIM_ALWAYS_INLINE void add_entry(Sums& sums, const float* const (&pixels)[MR], const float* weight,
+                                           int64_t offset) {
     if constexpr (MR <= NO) {
       Vector x[MR];  // one input channel of V::N images each
       SLIM_UNROLL

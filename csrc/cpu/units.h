@@ -1,4 +1,5 @@
-// Computes one unit of work of a plan: its tiles over its strips, and the pooling. plan.h explains the two orders over the taps.
+// Computes one unit of work of a plan: its tiles over its strips, and the pooling. plan.h explains the two orders over
+// the taps.
 #pragma once
 #include <stdint.h>
 
@@ -11,7 +12,8 @@ namespace {
 
 // ---------------------------------------------------------------- pixels
 
-// Where a unit's outputs go: y itself, or the scratch memory in front of the pooling, which begins at the unit's first pixel.
+// Where a unit's outputs go: y itself, or the scratch memory in front of the pooling, which begins at the unit's first
+// pixel.
 struct Destination {
   float* base;  // of image0, row0, column 0 and channel0
   int64_t image_stride, row_stride, pixel_stride, image0, row0, channel0;
@@ -42,20 +44,22 @@ inline Destination unit_destination(const Plan& plan, const WorkUnit& unit, floa
 }
 
 inline Axis vertical_axis(const SlimConv2dF32& conv) { return {conv.h, conv.stride_h, conv.pad_h, conv.dil_h, conv.r}; }
-inline Axis horizontal_axis(const SlimConv2dF32& conv) { return {conv.w, conv.stride_w, conv.pad_w, conv.dil_w, conv.s}; }
+inline Axis horizontal_axis(const SlimConv2dF32& conv) {
+  return {conv.w, conv.stride_w, conv.pad_w, conv.dil_w, conv.s};
+}
 
-// Hands out the pixels of images x rows x columns, in that order, in tiles of nearly equal size. Pointers advance by additions: where
-// strips and entries are few, computing each pixel's address was a third of the time.
+// Hands out the pixels of images x rows x columns, in that order, in tiles of nearly equal size. Pointers advance by
+// additions: where strips and entries are few, computing each pixel's address was a third of the time.
 struct PixelCursor {
   const Plan* plan;
   const Destination* to;
   Range rows, columns;
-  int64_t image, row;                     // of the next pixel
-  int64_t left_in_row, left;              // pixels to come
-  int64_t tile_pixels, larger_tiles;      // the first `larger_tiles` tiles have one pixel more
-  const float* next_x;                    // of the next pixel, at tap (0, 0)
-  float* next_y;                          // of the next pixel, at the destination's channel 0
-  int64_t x_step, y_step;                 // from one pixel of a row to the next
+  int64_t image, row;                 // of the next pixel
+  int64_t left_in_row, left;          // pixels to come
+  int64_t tile_pixels, larger_tiles;  // the first `larger_tiles` tiles have one pixel more
+  const float* next_x;                // of the next pixel, at tap (0, 0)
+  float* next_y;                      // of the next pixel, at the destination's channel 0
+  int64_t x_step, y_step;             // from one pixel of a row to the next
 
   PixelCursor(const Plan& plan_, const Destination& to_, Range images, Range rows_, Range columns_)
       : plan(&plan_), to(&to_), rows(rows_), columns(columns_), left_in_row(0), next_x(nullptr), next_y(nullptr) {
@@ -111,9 +115,10 @@ struct PixelCursor {
   }
 };
 
-// Reads one float of every cache line. The hardware prefetchers follow this order: the weights of a 512 x 512 layer on a 2x2 image
-// came from L3 at 100 GB/s, where in the microkernels' own order, and with software prefetches too, the latency of the L1 misses in
-// flight held them to 20 GB/s. Lines that another core has just written also come faster when more of them are asked for at once.
+// Reads one float of every cache line. The hardware prefetchers follow this order: the weights of a 512 x 512 layer on
+// a 2x2 image came from L3 at 100 GB/s, where in the microkernels' own order, and with software prefetches too, the
+// latency of the L1 misses in flight held them to 20 GB/s. Lines that another core has just written also come faster
+// when more of them are asked for at once.
 inline void read_ahead(const float* from, int64_t count) {
   constexpr int64_t LINE_FLOATS = 16;
   float sum = 0;
@@ -126,19 +131,23 @@ inline void read_ahead(const float* from, int64_t count) {
 // Tap rows that one call of a microkernel may be given.
 constexpr int MAX_SEGMENTS = 64;
 
-// As many strips as keep their weights and offsets in L2 while tiles pass over them: half of the smallest L2 aimed at (512 KB).
+// As many strips as keep their weights and offsets in L2 while tiles pass over them: half of the smallest L2 aimed at
+// (512 KB).
 inline Range strips_in_cache(const Plan& plan, Range strips) {
   constexpr int64_t CACHED_BYTES = 256 * 1024;
   const SlimConv2dF32& conv = *plan.conv;
   const int64_t entry_bytes = conv.strip * 4 + 4;
   const int64_t first_entry = conv.tap_ptr[strips.begin * plan.work.taps];
   int64_t end = strips.begin + 1;
-  while (end < strips.end && (conv.tap_ptr[(end + 1) * plan.work.taps] - first_entry) * entry_bytes <= CACHED_BYTES) ++end;
+  for (; end < strips.end; ++end) {
+    const int64_t end_entry = conv.tap_ptr[(end + 1) * plan.work.taps];
+    if ((end_entry - first_entry) * entry_bytes > CACHED_BYTES) break;
+  }
   return {strips.begin, end};
 }
 
-// The entries of a strip at these taps: one run for each row of taps, or a single one where the rows are complete and so adjoin.
-// Returns the number of runs.
+// The entries of a strip at these taps: one run for each row of taps, or a single one where the rows are complete and
+// so adjoin. Returns the number of runs.
 inline int list_segments(const Plan& plan, int64_t strip, Range tap_rows, Range tap_columns, Segment* segments) {
   const SlimConv2dF32& conv = *plan.conv;
   const int32_t* tap_ptr = conv.tap_ptr + strip * plan.work.taps;
@@ -162,23 +171,23 @@ struct TilePixels {
 };
 
 // Computes one tile of pixels for all channels of a strip, which may be wider than the microkernel's tile.
-inline void run_strip(const Plan& plan, int64_t strip, const TilePixels& tile, int64_t channel0, const Segment* segments,
-                      int count, Start start, int relu) {
+inline void run_strip(const Plan& plan, int64_t strip, const TilePixels& tile, int64_t channel0,
+                      const Segment* segments, int count, Start start, int relu) {
   const SlimConv2dF32& conv = *plan.conv;
   const int width = plan.tiles.width[tile.size];
   int64_t channel = strip * conv.strip;
   for (int part = 0; part < conv.strip && channel < conv.c_out; part += width, channel += width) {
     const float* const bias = conv.bias == nullptr ? nullptr : conv.bias + channel;
     const int present = (int)min64(width, conv.c_out - channel);
-    plan.tiles.run[tile.size](tile.x, tile.y, channel - channel0, conv.weights + part, plan.offsets, segments, count, bias,
-                              start, relu, present);
+    plan.tiles.run[tile.size](tile.x, tile.y, channel - channel0, conv.weights + part, plan.offsets, segments, count,
+                              bias, start, relu, present);
   }
 }
 
-// The same over the taps tap_rows x tap_columns. More rows of taps than one call takes are added in several calls, each of which
-// goes on from what the one before has written to y.
-inline void run_strip_over_taps(const Plan& plan, int64_t strip, const TilePixels& tile, int64_t channel0, Range tap_rows,
-                                Range tap_columns) {
+// The same over the taps tap_rows x tap_columns. More rows of taps than one call takes are added in several calls, each
+// of which goes on from what the one before has written to y.
+inline void run_strip_over_taps(const Plan& plan, int64_t strip, const TilePixels& tile, int64_t channel0,
+                                Range tap_rows, Range tap_columns) {
   Segment segments[MAX_SEGMENTS];
   int64_t row = tap_rows.begin;
   do {
@@ -191,8 +200,8 @@ inline void run_strip_over_taps(const Plan& plan, int64_t strip, const TilePixel
   } while (row < tap_rows.end);
 }
 
-// ALL_TAPS: each class of pixels (corners, edges, interior) is cut into tiles, and each tile passes over all strips that the cache
-// holds.
+// ALL_TAPS: each class of pixels (corners, edges, interior) is cut into tiles, and each tile passes over all strips
+// that the cache holds.
 inline void unit_all_taps(const Plan& plan, const WorkUnit& unit, const Destination& to) {
   const SlimConv2dF32& conv = *plan.conv;
   const Axis vertical = vertical_axis(conv), horizontal = horizontal_axis(conv);
@@ -220,8 +229,9 @@ inline void unit_all_taps(const Plan& plan, const WorkUnit& unit, const Destinat
 
 // ---------------------------------------------------------------- tap by tap
 
-// TAP_BY_TAP: a tile takes any pixels and reads zeros at the taps outside the image. A few small images fill whole tiles this way, and
-// their accumulators stay in registers over all taps. Strips are the outer loop, so that their weights are read in order.
+// TAP_BY_TAP: a tile takes any pixels and reads zeros at the taps outside the image. A few small images fill whole
+// tiles this way, and their accumulators stay in registers over all taps. Strips are the outer loop, so that their
+// weights are read in order.
 inline void unit_tap_by_tap(const Plan& plan, const WorkUnit& unit, const Destination& to) {
   const SlimConv2dF32& conv = *plan.conv;
   const Axis vertical = vertical_axis(conv), horizontal = horizontal_axis(conv);
@@ -280,7 +290,8 @@ template <class V>
 inline void pool_unit(const Plan& plan, const WorkUnit& unit, const Destination& from) {
   const SlimConv2dF32& conv = *plan.conv;
   const int64_t p_out = conv.p / 2, q_out = conv.q / 2;
-  const int64_t pixel = conv.c_out * plan.work.lanes;  // floats of one pixel of y, of which the unit has [begin, begin + count)
+  // Floats of one pixel of y, of which the unit has [begin, begin + count).
+  const int64_t pixel = conv.c_out * plan.work.lanes;
   const int64_t begin = unit.strips.begin * conv.strip * plan.work.lanes;
   const int64_t count = min64(unit.strips.end * conv.strip * plan.work.lanes, pixel) - begin;
   for (int64_t image = unit.images.begin; image < unit.images.end; ++image) {

@@ -38,7 +38,8 @@ struct Transpose8 {
       b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
       b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
     }
-    // Pairs of those, two floats at a time: a[i] holds column i of four rows in its lower half and column i + 4 in its upper half.
+    // Pairs of those, two floats at a time: a[i] holds column i of four rows in its lower half and column i + 4 in its
+    // upper half.
     for (int i = 0; i < 8; i += 4) {
       a[i] = _mm256_shuffle_ps(b[i], b[i + 2], 0x44);
       a[i + 1] = _mm256_shuffle_ps(b[i], b[i + 2], 0xee);

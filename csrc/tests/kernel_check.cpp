@@ -1,10 +1,11 @@
-// Checks every CPU kernel of csrc/kernels.h, in both layouts, against a convolution in double precision, without Python or torch, so that it runs
-// under sanitizers and in an emulator. Prints one line per instruction set; exit status 1 on a mismatch, 2 on a bad option.
+// Checks every CPU kernel of csrc/kernels.h, in both layouts, against a convolution in double precision, without Python
+// or torch, so that it runs under sanitizers and in an emulator. Prints one line per instruction set; exit status 1 on
+// a mismatch, 2 on a bad option.
 //
 //   kernel_check [--isa scalar|avx2|avx512] [--cases N] [--max-threads N]
 //
-// Inputs are heap blocks of exact size (AddressSanitizer sees one element too many), the output lies between guard zones and is
-// pre-filled with a pattern that must be gone afterwards.
+// Inputs are heap blocks of exact size (AddressSanitizer sees one element too many), the output lies between guard
+// zones and is pre-filled with a pattern that must be gone afterwards.
 #include <float.h>
 #include <math.h>
 #include <stdio.h>
@@ -40,7 +41,9 @@ struct Rng {  // splitmix64
   bool chance(int percent) { return below(100) < percent; }
   float value() { return float(double(next() >> 11) * 0x1p-52 - 1.0); }  // [-1, 1)
   template <size_t N>
-  int64_t pick(const int64_t (&list)[N]) { return list[below(N)]; }
+  int64_t pick(const int64_t (&list)[N]) {
+    return list[below(N)];
+  }
 };
 
 // A heap block of exactly the asked size; `shift` elements are left unused at the front, to take the alignment away.
@@ -97,10 +100,11 @@ double output(const SlimConv2dF32& a, int64_t n, int64_t p, int64_t q, int64_t o
 double bound(double scale, long terms) { return double(terms + 3) * 0x1p-24 * scale * 1.01 + FLT_MIN; }
 
 void describe(const char* isa, const SlimConv2dF32& a) {
-  printf("  %s: n=%ld h=%ld w=%ld c_in=%ld c_out=%ld p=%ld q=%ld r=%d s=%d stride=%d,%d pad=%d,%d dil=%d,%d strip=%d relu=%d "
-         "pool=%d bias=%d\n",
-         isa, long(a.n), long(a.h), long(a.w), long(a.c_in), long(a.c_out), long(a.p), long(a.q), a.r, a.s, a.stride_h,
-         a.stride_w, a.pad_h, a.pad_w, a.dil_h, a.dil_w, a.strip, a.relu, a.pool, a.bias != nullptr);
+  printf(
+      "  %s: n=%ld h=%ld w=%ld c_in=%ld c_out=%ld p=%ld q=%ld r=%d s=%d stride=%d,%d pad=%d,%d dil=%d,%d "
+      "strip=%d relu=%d pool=%d bias=%d\n",
+      isa, long(a.n), long(a.h), long(a.w), long(a.c_in), long(a.c_out), long(a.p), long(a.q), a.r, a.s, a.stride_h,
+      a.stride_w, a.pad_h, a.pad_w, a.dil_h, a.dil_w, a.strip, a.relu, a.pool, a.bias != nullptr);
 }
 
 // How a problem is run.
@@ -164,7 +168,8 @@ void check(const Isa& isa, SlimConv2dF32 a, const Way& way, Tally* tally) {
     }
   }
   for (int64_t i = 0; status == SLIM_OK && i < count; ++i) {
-    const int64_t o = i % a.c_out, q = i / a.c_out % out_w, p = i / a.c_out / out_w % out_h, n = i / a.c_out / out_w / out_h;
+    const int64_t o = i % a.c_out, pixel = i / a.c_out;
+    const int64_t q = pixel % out_w, p = pixel / out_w % out_h, n = pixel / out_w / out_h;
     double want, limit = 0.0, scale;
     long terms;
     if (a.pool) {
@@ -189,14 +194,15 @@ void check(const Isa& isa, SlimConv2dF32 a, const Way& way, Tally* tally) {
       if (unwritten) {
         printf("  y[%ld,%ld,%ld,%ld] was not written\n", long(n), long(p), long(q), long(o));
       } else {
-        printf("  y[%ld,%ld,%ld,%ld] = %.9g, expected %.9g within %.3g\n", long(n), long(p), long(q), long(o), double(got), want,
-               limit);
+        printf("  y[%ld,%ld,%ld,%ld] = %.9g, expected %.9g within %.3g\n", long(n), long(p), long(q), long(o),
+               double(got), want, limit);
       }
     }
   }
   if (tally->failures != before) {
     describe(isa.name, a);
-    printf("  images innermost %d, offsets given %d, slot %d, %d threads\n", way.images, way.offsets, way.slot, way.threads);
+    printf("  images innermost %d, offsets given %d, slot %d, %d threads\n", way.images, way.offsets, way.slot,
+           way.threads);
   }
   ++tally->cases;
   tally->outputs += count;
@@ -262,7 +268,8 @@ void run_case(const Isa& isa, long number, int max_threads, Tally* tally) {
   while (a.n > 1 && double(a.n) * work > limit) a.n = (a.n + 1) / 2;
 
   const int64_t shift = rng.range(0, 3);
-  Block<float> x(a.n * a.h * a.w * a.c_in, shift), weights(entries * a.strip, rng.range(0, 3)), bias(a.c_out, rng.range(0, 3));
+  Block<float> x(a.n * a.h * a.w * a.c_in, shift);
+  Block<float> weights(entries * a.strip, rng.range(0, 3)), bias(a.c_out, rng.range(0, 3));
   Block<int32_t> channel_block(entries), tap_block(int64_t(tap_ptr.size()));
   for (int64_t i = 0; i < a.n * a.h * a.w * a.c_in; ++i) x.data[i] = rng.value();
   for (int64_t i = 0; i < entries * a.strip; ++i) {

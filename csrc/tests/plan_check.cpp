@@ -1,5 +1,6 @@
-// Prints how csrc/cpu/plan.h cuts the convolutions of VGG-19 (32x32 images, seven eighths of the weights pruned) and some of ResNet-50
-// (224x224 images), one line each. tests/test_plans_cpu.py compares the lines with csrc/tests/plans.txt.
+// Prints how csrc/cpu/plan.h cuts the convolutions of VGG-19 (32x32 images, seven eighths of the weights pruned) and
+// some of ResNet-50 (224x224 images), one line each. tests/test_cpp_sources.py compares the lines with
+// csrc/tests/plans.txt.
 //
 //   plan_check
 #include <stdint.h>
@@ -21,22 +22,22 @@ struct Layer {
 };
 
 constexpr Layer kVgg19[] = {
-    {"conv1_1", 32, 3, 64, 3, 1, false},   {"conv1_2", 32, 64, 64, 3, 1, true},
-    {"conv2_1", 16, 64, 128, 3, 1, false}, {"conv2_2", 16, 128, 128, 3, 1, true},
-    {"conv3_1", 8, 128, 256, 3, 1, false}, {"conv3_2", 8, 256, 256, 3, 1, false},
-    {"conv3_3", 8, 256, 256, 3, 1, false}, {"conv3_4", 8, 256, 256, 3, 1, true},
-    {"conv4_1", 4, 256, 512, 3, 1, false}, {"conv4_2", 4, 512, 512, 3, 1, false},
-    {"conv4_3", 4, 512, 512, 3, 1, false}, {"conv4_4", 4, 512, 512, 3, 1, true},
-    {"conv5_1", 2, 512, 512, 3, 1, false}, {"conv5_2", 2, 512, 512, 3, 1, false},
-    {"conv5_3", 2, 512, 512, 3, 1, false}, {"conv5_4", 2, 512, 512, 3, 1, true},
-    {"fc1", 1, 512, 512, 1, 1, false},     {"fc2", 1, 512, 512, 1, 1, false},
+    {"conv1_1", 32, 3, 64, 3, 1, false},   {"conv1_2", 32, 64, 64, 3, 1, true},   {"conv2_1", 16, 64, 128, 3, 1, false},
+    {"conv2_2", 16, 128, 128, 3, 1, true}, {"conv3_1", 8, 128, 256, 3, 1, false}, {"conv3_2", 8, 256, 256, 3, 1, false},
+    {"conv3_3", 8, 256, 256, 3, 1, false}, {"conv3_4", 8, 256, 256, 3, 1, true},  {"conv4_1", 4, 256, 512, 3, 1, false},
+    {"conv4_2", 4, 512, 512, 3, 1, false}, {"conv4_3", 4, 512, 512, 3, 1, false}, {"conv4_4", 4, 512, 512, 3, 1, true},
+    {"conv5_1", 2, 512, 512, 3, 1, false}, {"conv5_2", 2, 512, 512, 3, 1, false}, {"conv5_3", 2, 512, 512, 3, 1, false},
+    {"conv5_4", 2, 512, 512, 3, 1, true},  {"fc1", 1, 512, 512, 1, 1, false},     {"fc2", 1, 512, 512, 1, 1, false},
     {"fc3", 1, 512, 10, 1, 1, false},
 };
 
 constexpr Layer kResnet50[] = {
-    {"conv1", 224, 3, 64, 7, 2, false},          {"layer1.0.conv1", 56, 64, 64, 1, 1, false},
-    {"layer1.0.conv2", 56, 64, 64, 3, 1, false}, {"layer2.0.conv2", 56, 128, 128, 3, 2, false},
-    {"layer3.1.conv2", 14, 256, 256, 3, 1, false}, {"layer4.2.conv3", 7, 512, 2048, 1, 1, false},
+    {"conv1", 224, 3, 64, 7, 2, false},
+    {"layer1.0.conv1", 56, 64, 64, 1, 1, false},
+    {"layer1.0.conv2", 56, 64, 64, 3, 1, false},
+    {"layer2.0.conv2", 56, 128, 128, 3, 2, false},
+    {"layer3.1.conv2", 14, 256, 256, 3, 1, false},
+    {"layer4.2.conv3", 7, 512, 2048, 1, 1, false},
 };
 
 // A layout and a strip width, with the largest tile that the AVX-512 kernels have for it.
@@ -71,10 +72,12 @@ void print_plan(const char* network, const Layer& layer, int64_t batch, const Fo
 
   Plan plan;
   decide(plan, conv, form.tile_pixels);
-  printf("%s %s batch=%ld lanes=%d strip=%d: %s, images %ld x %ld, rows %ld x %ld, strips %ld x %ld, scratch %ld, macs %ld\n",
-         network, layer.name, long(batch), form.lanes, form.strip, plan.order == TAP_BY_TAP ? "tap_by_tap" : "all_taps",
-         long(plan.image_parts), long(plan.pixels_per_unit.images), long(plan.row_parts), long(plan.pixels_per_unit.rows),
-         long(plan.strip_parts), long(plan.strips_per_unit), long(plan.scratch_floats), long(plan.macs));
+  printf(
+      "%s %s batch=%ld lanes=%d strip=%d: %s, images %ld x %ld, rows %ld x %ld, strips %ld x %ld, scratch %ld, macs "
+      "%ld\n",
+      network, layer.name, long(batch), form.lanes, form.strip, plan.order == TAP_BY_TAP ? "tap_by_tap" : "all_taps",
+      long(plan.image_parts), long(plan.pixels_per_unit.images), long(plan.row_parts), long(plan.pixels_per_unit.rows),
+      long(plan.strip_parts), long(plan.strips_per_unit), long(plan.scratch_floats), long(plan.macs));
 }
 
 }  // namespace
