@@ -51,7 +51,8 @@ PACKAGES = {
         "__init__",
     ),
     "inference": (
-        "__init__", "graphed_model", "cuda_graph, cpu_replay, warming", "cpu_recording", "native_chain",
+        "__init__", "graphed_model", "cuda_graph, cpu_replay, warming", "cpu_recording", "cpu_passes",
+        "native_chain",
         "native_layers, memory, concurrency", "inputs",
     ),
     "dispatch": (

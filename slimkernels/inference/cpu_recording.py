@@ -1,315 +1,203 @@
-"""A captured graph as a list of steps on fixed memory: sizes and lifetimes first, then kernels bound to addresses."""
+"""A captured graph as a list of calls on fixed memory: ``sample -> find_chains -> lifetimes -> place -> bind``."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 from torch.utils import _pytree
 
 from slimkernels.inference.concurrency import conflict
+from slimkernels.inference.cpu_passes import (
+    GraphChain,
+    SampledGraph,
+    find_chains,
+    lifetimes,
+    sample,
+    values_of_arguments,
+)
 from slimkernels.inference.inputs import tensors
-from slimkernels.inference.memory import Buffer, gathered, huge_pages, place, span
-from slimkernels.inference.native_chain import Chain
-from slimkernels.inference.native_layers import NativeLayer, native_layers
+from slimkernels.inference.memory import Placement, copy_side_by_side, huge_pages, place
+from slimkernels.inference.native_layers import reads_images
 from slimkernels.kernels.cpu.conv2d import Step, Steps
 
-Node = torch.fx.Node
 
-
+@dataclass(frozen=True)
 class Recording:
-    """One pass over the captured graph to see sizes and lifetimes, one that binds kernels to their memory.
-
-    Native layers of which each is read by the next alone make a `Chain`; chains that follow each other without another
-    op between run as one call, unless threads at different chains would get into each other's memory. A node's time is
-    its position in the graph: memory that changes hands between two chains is right in that order alone.
+    """A captured model at one input shape.
 
     Attributes:
-        steps: calls without arguments, in order. calls: kernels that they run. inputs, outputs: in fixed memory.
+        steps: calls without arguments, in order.
+        calls: the number of kernels that they run.
+        inputs, outputs: where the steps read and write; an output that is no tensor as it is.
+        workspace_bytes, weight_bytes: memory of intermediates, and of packed weights.
     """
 
-    def __init__(self, program: Any, inputs: tuple[Tensor, ...]) -> None:
-        self.steps: list[Callable[[], Any]] = []
-        self.calls = 0
-        self.nodes: list[Node] = list(program.graph.nodes)
-        self.position = {node: index for index, node in enumerate(self.nodes)}
-        self.constants = self._constants(program)
-        self.user_inputs = dict(zip(program.graph_signature.user_inputs, inputs, strict=True))
-        self.output_spec = program.call_spec.out_spec
-        self.layers: dict[Node, list[NativeLayer]] = {}
-        self.source: dict[Node, Node] = {}  # native node -> what it reads
-        self.fused: set[Node] = set()  # linear layers whose ReLU stands for both
-        self._pending: list[Step] = []
-        self._isa = ""
-        samples = self._sample()
-        self.root = self._roots(samples)
-        self.members = self._chain_members(samples)
-        # Nodes without a value of their own: what a chain hands from layer to layer.
-        self.inside = {*self.fused, *(node for nodes in self.members for node in nodes[:-1])}
-        self.chains = {nodes[0]: self._chain(nodes, samples) for nodes in self.members}
-        self.buffers = self._buffers(samples)
-        self.workspace = huge_pages(
-            place([*self.buffers.values(), *(b for c in self.chains.values() for b in c.buffers)])
-        )
-        self.workspace_bytes = self.workspace.numel()
-        self.weight_bytes = self._move_weights()
-        self._bind(samples)
+    steps: list[Callable[[], Any]]
+    calls: int
+    inputs: list[Tensor]
+    outputs: list[Any]
+    workspace_bytes: int
+    weight_bytes: int
 
-    # ------------------------------------------------------------ sizes and lifetimes
 
-    def _constants(self, program: Any) -> dict[str, Any]:
-        signature = program.graph_signature
-        values = dict(program.state_dict) | dict(program.constants)
-        sources = (
-            signature.inputs_to_parameters,
-            signature.inputs_to_buffers,
-            signature.inputs_to_lifted_tensor_constants,
-        )
-        return {name: values[target].detach() for source in sources for name, target in source.items()}
+def record(program: Any, inputs: Sequence[Tensor]) -> Recording:
+    """Records what `torch.export` captured, for inputs as these."""
+    signature = program.graph_signature
+    stored = dict(program.state_dict) | dict(program.constants)
+    names = signature.inputs_to_parameters, signature.inputs_to_buffers, signature.inputs_to_lifted_tensor_constants
+    constants = {name: stored[target].detach() for kind in names for name, target in kind.items()}
+    graph = sample(program.graph, dict(zip(signature.user_inputs, inputs, strict=True)), constants)
+    chains = find_chains(graph)
+    placement = place(lifetimes(graph, chains))
+    return bind(graph, chains, placement)
 
-    def _sample(self) -> dict[Node, Any]:
-        """Every node's value on the example inputs, computed once."""
-        values: dict[Node, Any] = {}
-        for node in self.nodes:
-            if node.op == "placeholder":
-                values[node] = self.user_inputs.get(node.name, self.constants.get(node.name))
-            elif node.op == "call_function":
-                args, kwargs = self._arguments(node, values)
-                self._take(node, args)
+
+def bind(graph: SampledGraph, chains: Sequence[GraphChain], placement: Placement) -> Recording:
+    """The calls of a graph on a workspace of their own; each runs once meanwhile, on the example inputs.
+
+    Chains that follow each other without another op in between run as one call, unless threads at different chains
+    would get into each other's memory.
+
+    Args:
+        placement: of the `lifetimes` of this graph and these chains.
+    """
+    workspace = huge_pages(placement.nbytes)
+    memory = {name: workspace[where] for name, where in placement.ranges.items()}
+    chains, weight_bytes = _with_weights_side_by_side(chains)
+    chain_of = {chain.nodes[-1]: chain for chain in chains}
+    inside = {node for chain in chains for node in chain.inside}
+    calls = _Calls()
+    values: dict[Node, Any] = {}
+    inputs: list[Tensor] = []
+    outputs: list[Any] = []
+    for node in graph.nodes:
+        sampled = graph.values.get(node)
+        if node.op == "output":
+            outputs = [values[n] if isinstance(n, Node) else n for n in node.args[0]]  # type: ignore[union-attr]
+        elif node in graph.constants:
+            values[node] = sampled
+        elif node.op == "placeholder":
+            values[node] = _tensor_in(memory[node], _in_layout_of_readers(node, chains, sampled)).copy_(sampled)
+            inputs.append(values[node])
+        elif node in chain_of:
+            values[node] = _tensor_in(memory[node], sampled)
+            _add_chain(calls, chain_of[node], values, memory)
+        elif graph.owners[node] not in inside:
+            args, kwargs = values_of_arguments(node, values)
+            if node.target is operator.getitem or graph.owners[node] is not node or not tensors(sampled):
+                # A view, or no tensor at all: computed once, it follows the memory.
                 values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-        return values
-
-    def _take(self, node: Node, args: Sequence[Any]) -> None:
-        """Notes a node that native layers compute; a dense linear layer together with its ReLU."""
-        before = node.args[0] if node.args else None
-        if node.target is torch.ops.aten.relu.default and isinstance(before, Node) and len(before.users) == 1:
-            if before.target is torch.ops.aten.linear.default and before in self.layers:
-                layers = self.layers.pop(before)
-                self.layers[node] = [*layers[:-1], replace(layers[-1], epilogue="relu")]
-                self.source[node] = self.source.pop(before)
-                self.fused.add(before)
-            return
-        if not isinstance(before, Node) or not all(
-            self._is_constant(n) for n in node.all_input_nodes if n is not before
-        ):
-            return  # a weight that depends on the input cannot be packed now
-        layers = native_layers(node.target, args)
-        if layers:
-            self.layers[node], self.source[node] = layers, before
-
-    @staticmethod
-    def _arguments(node: Node, values: dict[Node, Any]) -> tuple[Any, Any]:
-        return torch.fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])  # type: ignore[return-value]
-
-    def _is_constant(self, node: Node) -> bool:
-        return node.op == "placeholder" and node.name not in self.user_inputs
-
-    def _roots(self, samples: dict[Node, Any]) -> dict[Node, Node]:
-        """The node whose memory each node's value lies in: an input's, where the op only made views."""
-        roots: dict[Node, Node] = {}
-        for node in self.nodes:
-            roots[node] = node
-            addresses = {t.untyped_storage().data_ptr() for t in tensors(samples.get(node)) if t.numel()}
-            if node.op == "call_function" and len(addresses) == 1:
-                for source in node.all_input_nodes:
-                    if addresses <= {t.untyped_storage().data_ptr() for t in tensors(samples.get(source))}:
-                        roots[node] = roots[source]
-                        break
-        return roots
-
-    def _chain_members(self, samples: dict[Node, Any]) -> list[list[Node]]:
-        """The native nodes in order, in lists of which each node but the first is all that reads the one before."""
-        chains: list[list[Node]] = []
-        for node in self.nodes:
-            if node not in self.layers:
-                continue
-            before = chains[-1][-1] if chains else None
-            if before is not None and self._continues(before, node, samples):
-                chains[-1].append(node)
+            elif isinstance(sampled, Tensor):
+                values[node] = _tensor_in(memory[node], sampled)
+                calls.flush()  # the op is tried now, and reads what the native steps so far write
+                calls.add(_op_step(node.target, args, kwargs, values[node]))
             else:
-                chains.append([node])
-        # Dense layers alone are left to torch.
-        dense = [c for c in chains if all(layer.op == "linear" for node in c for layer in self.layers[node])]
-        for nodes in dense:
-            for node in nodes:
-                self.fused.discard(node.args[0])  # type: ignore[arg-type]
-                del self.layers[node]
-        return [c for c in chains if c not in dense]
+                values[node] = _pytree.tree_map_only(Tensor, torch.empty_like, sampled)
+                calls.add(_ops_step(node.target, args, kwargs, tensors(values[node])))
+    calls.flush()
+    return Recording(calls.steps, calls.count, inputs, outputs, placement.nbytes, weight_bytes)
 
-    def _continues(self, before: Node, node: Node, samples: dict[Node, Any]) -> bool:
-        x = self.source[node]
-        if self.root[x] is not before or self.layers[before][0].isa != self.layers[node][0].isa:
-            return False
-        # What lies between are views, and nothing else reads them: no other op has to run before this one.
-        between = self.nodes[self.position[before] + 1 : self.position[node]]
-        aliases = {before, *(n for n in between if self.root[n] is before)}
-        readers = {node, *(n for n in self.fused if self.source[node] in n.all_input_nodes and node in n.users)}
-        if any(user not in aliases and user not in readers for alias in aliases for user in alias.users):
-            return False
-        if any(self.root[n] is n and not self._is_constant(n) and n not in self.fused for n in between):
-            return False
-        value, seen = samples[before], samples[x]
-        images = self._reads_images(before)
-        if self._reads_images(node):
-            return images and seen.shape == value.shape and seen.stride() == value.stride()
-        # Rows of any shape, or one-pixel images as rows: the same elements in the same order, and as many in a row.
-        length = value.shape[1 if images else -1]
-        one_pixel = not images or value.shape[2] * value.shape[3] == 1
-        whole = seen.numel() == value.numel() and seen.shape[-1] == length
-        return one_pixel and whole and seen.is_contiguous() and (images or value.is_contiguous())
 
-    def _chain(self, nodes: Sequence[Node], samples: dict[Node, Any]) -> Chain:
-        x = samples[self.source[nodes[0]]]
-        n, (h, w) = (x.shape[0], x.shape[2:]) if self._reads_images(nodes[0]) else (x.numel() // x.shape[-1], (1, 1))
-        layers = [layer for node in nodes for layer in self.layers[node]]
-        return Chain(layers, n, h, w, self.position[nodes[0]], self.position[nodes[-1]] + 0.5)
+class _Calls:
+    """Calls in order, each of which runs once when it is added; native steps in a row become one call.
 
-    @staticmethod
-    def _reads_images(node: Node) -> bool:
-        """Whether a native node is a convolution; all others take rows of any shape."""
-        return node.target in (torch.ops.slimkernels.bsr_conv2d.default, torch.ops.slimkernels.low_rank_conv2d.default)
+    Attributes:
+        steps: the calls. count: of the kernels that they run.
+    """
 
-    def _buffers(self, samples: dict[Node, Any]) -> dict[Node, Buffer]:
-        """The workspace of every value that owns memory, but for those inside a chain."""
-        buffers: dict[Node, Buffer] = {}
-        reads: dict[Node, float] = {}  # what chains read of other nodes
-        born: dict[Node, float] = {}
-        for nodes in self.members:
-            chain, end = self.chains[nodes[0]], self.position[nodes[-1]] + 0.5
-            born[nodes[-1]] = chain.output_born
-            for node in nodes:
-                for source in (self.source[node], *node.all_input_nodes):
-                    at = chain.input_last if source is self.source[nodes[0]] else end
-                    reads[self.root[source]] = max(reads.get(self.root[source], 0), at)
-        members = {*self.inside, *(nodes[-1] for nodes in self.members)}
-        for node, index in self.position.items():
-            root, value = self.root[node], samples.get(node)
-            if root in self.inside:
-                continue
-            readers = [self.position[n] for n in node.users if n not in members]
-            last = max([*readers, reads.get(root, index), index])
-            if root in buffers:
-                buffers[root].last = max(buffers[root].last, last)
-            elif root is node and isinstance(value, Tensor) and not self._is_constant(node):
-                # Inputs are written before the first step.
-                start = -1 if node.op == "placeholder" else born.get(node, index)
-                buffers[node] = Buffer(span(value), start, last)
-        return buffers
+    def __init__(self) -> None:
+        self.steps: list[Callable[[], Any]] = []
+        self.count = 0
+        self._native: list[Step] = []  # not yet in a call
+        self._isa = ""
 
-    # ------------------------------------------------------------ memory and kernels
+    def add(self, step: Callable[[], Any], kernels: int = 1) -> None:
+        """Adds a call."""
+        self.flush()
+        self._run(step, kernels)
 
-    def _move_weights(self) -> int:
-        """All packed weights behind each other, in the order of the calls that read them; returns their bytes."""
-        layers = [layer for chain in self.chains.values() for layer in chain.layers]
-        moved, nbytes = gathered(tensor for layer in layers for tensor in layer.tensors)
-        for layer in layers:
-            count = len(layer.tensors)
-            layer.move(moved[:count])
-            moved = moved[count:]
-        return nbytes
+    def add_native(self, isa: str, steps: Sequence[Step]) -> None:
+        """Adds a chain's steps, to the call of the chain before it where that is safe.
 
-    def _bind(self, samples: dict[Node, Any]) -> None:
-        values: dict[Node, Any] = {}
-        self.inputs: list[Tensor] = []
-        self.outputs: list[Any] = []
-        tails = {nodes[-1]: nodes[0] for nodes in self.members}
-        for node in self.nodes:
-            if node.op == "output":
-                self.outputs = [values[n] if isinstance(n, Node) else n for n in node.args[0]]  # type: ignore[union-attr]
-            elif self._is_constant(node):
-                values[node] = samples[node]
-            elif node.op == "placeholder":
-                values[node] = self._place(node, self._as_read(node, samples[node]))
-                values[node].copy_(samples[node])
-                self.inputs.append(values[node])
-            elif node in tails:
-                values[node] = self._place(node, samples[node])
-                head = tails[node]
-                self._append_chain(head, node, values[self.source[head]], values[node])
-            elif self.root[node] not in self.inside:
-                self._bind_op(node, values, samples[node])
-        self._flush()
-        del self.layers, self.chains
-
-    def _bind_op(self, node: Node, values: dict[Node, Any], sample: Any) -> None:
-        args, kwargs = self._arguments(node, values)
-        target: Any = node.target
-        if target is operator.getitem or self.root[node] is not node or not tensors(sample):
-            values[node] = target(*args, **kwargs)  # views: bound once, they follow the memory
-            return
-        self._flush()  # what the op reads must be there: its out= overload is tried now
-        if isinstance(sample, Tensor):
-            values[node] = self._place(node, sample)
-            self._append(_op_step(target, args, kwargs, values[node]))
-        else:
-            values[node] = _pytree.tree_map_only(Tensor, torch.empty_like, sample)
-            self._append(_ops_step(target, args, kwargs, tensors(values[node])))
-
-    def _as_read(self, node: Node, sample: Tensor) -> Tensor:
-        """An input in the layout in which native layers want it, where nothing else reads it."""
-        heads = {nodes[0] for nodes in self.members}
-        wanted = {self._layout(user) if user in heads else torch.preserve_format for user in node.users}
-        return torch.empty_like(sample, memory_format=wanted.pop()) if len(wanted) == 1 else sample
-
-    def _place(self, node: Node, sample: Tensor) -> Tensor:
-        """The node's output tensor in the workspace, with the sizes and strides that it had when sampled."""
-        buffer = self.buffers[node]
-        memory = self.workspace[buffer.offset : buffer.offset + buffer.nbytes].view(sample.dtype)
-        return memory.as_strided(sample.shape, sample.stride()) if sample.numel() else sample.clone()
-
-    def _append_chain(self, head: Node, tail: Node, x: Tensor, y: Tensor) -> None:
-        """The chain from x to y: images where its ends are convolutions, else rows, whatever the shape they come in."""
-        chain = self.chains[head]
-        source, target = self._laid_out(head, x), self._laid_out(tail, y)
-        if source is not x:
-            self._append(lambda: source.copy_(x))
-        steps = chain.steps(self._images_or_rows(head, source), self._images_or_rows(tail, target), self.workspace)
-        isa = chain.layers[0].isa
-        # Where a thread could be in this chain while another is still in the one before, and memory has changed hands
-        # in between or their pieces differ, this chain starts when all are done: in a call of its own.
-        if isa != self._isa or conflict([*self._pending, *steps]):
-            self._flush()
+        Where a thread could be in this chain while another is still in the one before, and memory has changed hands in
+        between or their pieces differ, this chain has to start when all are done: in a call of its own.
+        """
+        if isa != self._isa or conflict([*self._native, *steps]):
+            self.flush()
         self._isa = isa
-        self._pending += steps
-        if target is not y:
-            self._append(lambda: y.copy_(target))
+        self._native += steps
 
-    def _laid_out(self, node: Node, tensor: Tensor) -> Tensor:
-        """The tensor if it lies as a native node wants it, else a new one that does."""
-        layout = self._layout(node)
-        return tensor if tensor.is_contiguous(memory_format=layout) else torch.empty_like(tensor, memory_format=layout)
-
-    def _images_or_rows(self, node: Node, tensor: Tensor) -> Tensor:
-        return tensor if self._reads_images(node) else tensor.view(-1, tensor.shape[-1])
-
-    def _layout(self, node: Node) -> torch.memory_format:
-        """How images or rows of a native node lie."""
-        return torch.channels_last if self._reads_images(node) else torch.contiguous_format
-
-    def _append(self, step: Callable[[], Any], calls: int = 1) -> None:
-        self._flush()
-        self._run(step, calls)
-
-    def _flush(self) -> None:
+    def flush(self) -> None:
         """Turns the native steps gathered so far into one call."""
-        if self._pending:
-            found = conflict(self._pending)
+        if self._native:
+            found = conflict(self._native)
             if found is not None:
                 raise RuntimeError(
-                    f"Recording: steps {found[0]} and {found[1]} of {len(self._pending)} would run at the same time "
+                    f"Recording: steps {found[0]} and {found[1]} of {len(self._native)} would run at the same time "
                     "and write to the same memory; please report this"
                 )
-            steps, self._pending = Steps(self._isa, self._pending), []
+            steps, self._native = Steps(self._isa, self._native), []
             self._run(steps, steps.count)
 
-    def _run(self, step: Callable[[], Any], calls: int) -> None:
+    def _run(self, step: Callable[[], Any], kernels: int) -> None:
         self.steps.append(step)
-        self.calls += calls
+        self.count += kernels
         step()
+
+
+def _with_weights_side_by_side(chains: Sequence[GraphChain]) -> tuple[list[GraphChain], int]:
+    """The chains on copies of their weights, which lie in the order of the calls that read them; and their bytes."""
+    copies, nbytes = copy_side_by_side(tensor for found in chains for tensor in found.chain.weights())
+    remaining = iter(copies)
+    return [replace(found, chain=found.chain.with_weights(remaining)) for found in chains], nbytes
+
+
+def _tensor_in(memory: Tensor, like: Tensor) -> Tensor:
+    """Bytes of the workspace as a tensor with the dtype, the sizes and the strides of another one."""
+    return memory.view(like.dtype).as_strided(like.shape, like.stride()) if like.numel() else like.clone()
+
+
+def _in_layout_of_readers(node: Node, chains: Sequence[GraphChain], value: Tensor) -> Tensor:
+    """An input's value in the layout that the chain wants which reads it, if nothing else reads it."""
+    heads = {chain.nodes[0] for chain in chains}
+    wanted = {_layout(user) if user in heads else torch.preserve_format for user in node.users}
+    return torch.empty_like(value, memory_format=wanted.pop()) if len(wanted) == 1 else value
+
+
+def _add_chain(calls: _Calls, found: GraphChain, values: Mapping[Node, Tensor], memory: Mapping[Any, Tensor]) -> None:
+    """Adds the steps of a chain, and copies at its ends where its input or output lies in another layout."""
+    head, tail, chain = found.nodes[0], found.nodes[-1], found.chain
+    x, y = values[found.source], values[tail]
+    source, target = _laid_out(head, x), _laid_out(tail, y)
+    if source is not x:
+        calls.add(lambda: source.copy_(x))
+    parts = {name: memory[tail, name] for name in chain.lifetimes(0)}
+    steps = chain.steps(_images_or_rows(head, source), _images_or_rows(tail, target), parts)
+    calls.add_native(chain.layers[0].isa, steps)
+    if target is not y:
+        calls.add(lambda: y.copy_(target))
+
+
+def _layout(node: Node) -> torch.memory_format:
+    """How the images or rows of a native node lie."""
+    return torch.channels_last if reads_images(node.target) else torch.contiguous_format
+
+
+def _laid_out(node: Node, tensor: Tensor) -> Tensor:
+    """The tensor if it lies as a native node wants it, else a new one that does."""
+    layout = _layout(node)
+    return tensor if tensor.is_contiguous(memory_format=layout) else torch.empty_like(tensor, memory_format=layout)
+
+
+def _images_or_rows(node: Node, tensor: Tensor) -> Tensor:
+    """The tensor as a native node takes it: images for a convolution, ``(n, channels)`` for all others."""
+    return tensor if reads_images(node.target) else tensor.view(-1, tensor.shape[-1])
 
 
 def _op_step(target: Any, args: Any, kwargs: Any, out: Tensor) -> Callable[[], Any]:
@@ -328,6 +216,8 @@ def _op_step(target: Any, args: Any, kwargs: Any, out: Tensor) -> Callable[[], A
 
 
 def _ops_step(target: Any, args: Any, kwargs: Any, outs: list[Tensor]) -> Callable[[], Any]:
+    """A call of an op that returns several tensors, which are copied into ``outs``."""
+
     def step() -> None:
         for out, value in zip(outs, tensors(target(*args, **kwargs)), strict=True):
             out.copy_(value)

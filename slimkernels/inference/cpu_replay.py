@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree
 
-from slimkernels.inference.cpu_recording import Recording
+from slimkernels.inference.cpu_recording import record
 
 
 class Replay:
@@ -52,9 +52,10 @@ class Replay:
         inputs = tuple(x if torch.empty_like(x).stride() == x.stride() else x.contiguous() for x in inputs)
         self._lock, self._copy_outputs = threading.Lock(), copy_outputs
         with torch.no_grad():
-            recording = Recording(_capture(model, inputs), inputs)
-            self._inputs, self._outputs = recording.inputs, recording.outputs
-            self._spec, self._steps = recording.output_spec, recording.steps
+            program = _capture(model, inputs)
+            recording = record(program, inputs)
+            self._inputs, self._outputs, self._steps = recording.inputs, recording.outputs, recording.steps
+            self._spec = program.call_spec.out_spec
             self.calls = recording.calls
             self.workspace_bytes, self.weight_bytes = recording.workspace_bytes, recording.weight_bytes
             expected = model(*inputs)

@@ -1,60 +1,74 @@
-"""The fixed memory of a recording: who owns it when, and where it comes from."""
+"""The fixed memory of a recording: what is needed when, where it lies, and how it is allocated."""
 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 _HUGE_PAGE = 1 << 21
-_LINE = 64
+_CACHE_LINE = 64
 
 
-@dataclass
-class Buffer:
-    """A place in the workspace, and the times between which it is needed, both ends included."""
+@dataclass(frozen=True)
+class Lifetime:
+    """Bytes that are needed from the tick ``first`` to the tick ``last``, both included."""
 
     nbytes: int
-    born: float
-    last: float
-    offset: int = -1
+    first: int
+    last: int
+
+    def overlaps(self, other: Lifetime) -> bool:
+        """Whether both are needed at some tick."""
+        return self.first <= other.last and other.first <= self.last
 
 
-def place(buffers: Iterable[Buffer]) -> int:
-    """Gives every buffer its offset, buffers that live at different times sharing memory; returns the bytes needed."""
-    placed: list[Buffer] = []
-    for buffer in sorted(buffers, key=lambda b: (-b.nbytes, b.born)):
-        busy = sorted(
-            (b.offset, b.offset + b.nbytes) for b in placed if b.born <= buffer.last and buffer.born <= b.last
-        )
+class Placement(NamedTuple):
+    """Where everything lies in a workspace of ``nbytes`` bytes."""
+
+    ranges: dict[Any, slice]
+    nbytes: int
+
+
+def place(lifetimes: Mapping[Any, Lifetime]) -> Placement:
+    """Gives every lifetime its range of bytes; those that do not overlap in time may share memory.
+
+    The largest is placed first; each gets the lowest bytes that nothing placed before it needs at the same time.
+
+    Args:
+        lifetimes: by any hashable name.
+    """
+    ranges: dict[Any, slice] = {}
+    for name, own in sorted(lifetimes.items(), key=lambda item: (-item[1].nbytes, item[1].first)):
+        taken = sorted((r.start, r.stop) for other, r in ranges.items() if own.overlaps(lifetimes[other]))
         offset = 0
-        for start, end in busy:
-            if offset + buffer.nbytes <= start:
+        for start, stop in taken:
+            if offset + own.nbytes <= start:
                 break
-            offset = max(offset, end)
-        buffer.offset = offset
-        placed.append(buffer)
-    return max((b.offset + b.nbytes for b in placed), default=0)
+            offset = max(offset, stop)
+        ranges[name] = slice(offset, offset + own.nbytes)
+    return Placement(ranges, max((r.stop for r in ranges.values()), default=0))
 
 
-def gathered(tensors: Iterable[Tensor]) -> tuple[list[Tensor], int]:
-    """Copies of tensors behind each other on huge pages, in their order, and the bytes they take."""
+def copy_side_by_side(tensors: Iterable[Tensor]) -> tuple[list[Tensor], int]:
+    """Copies of tensors behind each other on huge pages, in their order, and the bytes that they take."""
     sources = list(tensors)
-    total = sum(rounded(t.numel() * t.element_size()) for t in sources)
+    total = sum(whole_lines(t.numel() * t.element_size()) for t in sources)
     arena, offset, copies = huge_pages(total), 0, []
     for tensor in sources:
         nbytes = tensor.numel() * tensor.element_size()
         copies.append(arena[offset : offset + nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor))
-        offset += rounded(nbytes)
+        offset += whole_lines(nbytes)
     return copies, total
 
 
-def rounded(nbytes: int) -> int:
-    """Bytes in whole cache lines."""
-    return -(-nbytes // _LINE) * _LINE
+def whole_lines(nbytes: int) -> int:
+    """The number of bytes rounded up to whole cache lines."""
+    return -(-nbytes // _CACHE_LINE) * _CACHE_LINE
 
 
 def span(tensor: Tensor) -> int:
@@ -62,7 +76,7 @@ def span(tensor: Tensor) -> int:
     if tensor.numel() == 0:
         return 0
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
-    return rounded((last + 1) * tensor.element_size())
+    return whole_lines((last + 1) * tensor.element_size())
 
 
 def huge_pages(nbytes: int) -> Tensor:
