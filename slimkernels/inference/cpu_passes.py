@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.fx import Node
+from torch.utils import _pytree
 
 from slimkernels.inference.inputs import tensors
 from slimkernels.inference.memory import Lifetime, span
@@ -138,8 +139,10 @@ def _native_nodes(graph: SampledGraph) -> dict[Node, NativeNode]:
                 linear = native.pop(before)
                 layers = (*linear.layers[:-1], replace(linear.layers[-1], epilogue="relu"))
                 native[node] = NativeNode(layers, linear.source, before)
-        # A weight that depends on the input cannot be packed now.
-        elif all(other in graph.constants for other in node.all_input_nodes if other is not before):
+        # A weight that depends on the input, or is the input, cannot be packed now.
+        elif all(
+            n in graph.constants for n in _pytree.tree_leaves((node.args[1:], node.kwargs)) if isinstance(n, Node)
+        ):
             layers = tuple(native_layers(node.target, graph.arguments(node)[0]))
             if layers:
                 native[node] = NativeNode(layers, before)
