@@ -51,7 +51,8 @@ def _conflict_of_slots(steps: Sequence[Step], run: range) -> tuple[int, int] | N
     if len({steps[i].slot for i in run}) < 2:
         return None
     ranges = sorted((begin, end, i, written) for i in run for begin, end, written in byte_ranges(steps[i]))
-    # By slot: how far what it touches, and what it writes, reaches in what has been passed, and which step's that is.
+    # Addresses are passed in ascending order. For each slot: the end of what it touches (of what it writes) so far, and
+    # the step whose memory that is.
     touched: dict[int, tuple[int, int]] = {}
     changed: dict[int, tuple[int, int]] = {}
     for begin, end, i, written in ranges:

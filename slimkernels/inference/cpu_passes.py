@@ -183,8 +183,8 @@ def _graph_chain(graph: SampledGraph, native: Mapping[Node, NativeNode], nodes: 
     x = graph.values[source]
     n, (h, w) = (x.shape[0], x.shape[2:]) if reads_images(nodes[0].target) else (x.numel() // x.shape[-1], (1, 1))
     layers = [layer for node in nodes for layer in native[node].layers]
-    linear = {native[node].linear for node in nodes} - {None}
-    return GraphChain(tuple(nodes), source, frozenset({*nodes[:-1], *linear}), Chain.of(layers, n, h, w))
+    inside = frozenset({*nodes[:-1], *(linear for node in nodes if (linear := native[node].linear) is not None)})
+    return GraphChain(tuple(nodes), source, inside, Chain.of(layers, n, h, w))
 
 
 # ---------------------------------------------------------------- lifetimes

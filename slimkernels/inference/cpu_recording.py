@@ -77,7 +77,7 @@ def bind(graph: SampledGraph, chains: Sequence[GraphChain], placement: Placement
     inputs: list[Tensor] = []
     outputs: list[Any] = []
     for node in graph.nodes:
-        sampled = graph.values.get(node)
+        sampled: Any = graph.values.get(node)
         if node.op == "output":
             outputs = [values[n] if isinstance(n, Node) else n for n in node.args[0]]  # type: ignore[union-attr]
         elif node in graph.constants:

@@ -34,7 +34,9 @@ class Replay:
         copy_outputs: return copies. Without, a call returns the workspace, which the next call overwrites.
 
     Attributes:
-        calls: kernel calls of one run. workspace_bytes, weight_bytes: memory of intermediates, of packed weights.
+        calls: the number of kernel calls of one run.
+        workspace_bytes: memory of inputs, outputs and intermediates.
+        weight_bytes: memory of packed weights.
 
     Raises:
         ValueError: a model in training mode or off the CPU, one that `torch.export` cannot capture, one that changes
@@ -47,8 +49,8 @@ class Replay:
         self, model: nn.Module, example_inputs: Tensor | Sequence[Tensor], *, copy_outputs: bool = True
     ) -> None:
         inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-        _check(model, inputs)
-        # The memory of an input is its own: expanded elements are held apart, gaps are left out.
+        _check_arguments(model, inputs)
+        # A recorded input has memory of its own, without elements that share an address and without gaps.
         inputs = tuple(x if torch.empty_like(x).stride() == x.stride() else x.contiguous() for x in inputs)
         self._lock, self._copy_outputs = threading.Lock(), copy_outputs
         with torch.no_grad():
@@ -58,17 +60,20 @@ class Replay:
             self._spec = program.call_spec.out_spec
             self.calls = recording.calls
             self.workspace_bytes, self.weight_bytes = recording.workspace_bytes, recording.weight_bytes
-            expected = model(*inputs)
-            differs = _compare(expected, self(*inputs))
-            if differs is not None and _compare(expected, model(*inputs)) is not None:
-                raise ValueError(
-                    f"Replay: expected outputs that can be reproduced, got others in each call for {differs}: "
-                    "does the model draw random numbers?"
-                )
-            if differs is not None:
-                raise RuntimeError(
-                    f"Replay: the recording computes another {differs} than the model; please report this"
-                )
+            self._check_outputs(model, inputs)
+
+    def _check_outputs(self, model: nn.Module, inputs: Sequence[Tensor]) -> None:
+        """Compares the recording with the model on the example inputs."""
+        expected = model(*inputs)
+        differs = _compare(expected, self(*inputs))
+        if differs is None:
+            return
+        if _compare(expected, model(*inputs)) is not None:
+            raise ValueError(
+                f"Replay: expected outputs that can be reproduced, got others in each call for {differs}: "
+                "does the model draw random numbers?"
+            )
+        raise RuntimeError(f"Replay: the recording computes another {differs} than the model; please report this")
 
     @torch.no_grad()
     def __call__(self, *inputs: Tensor) -> Any:
@@ -105,7 +110,7 @@ class Replay:
         )
 
 
-def _check(model: nn.Module, inputs: Sequence[Any]) -> None:
+def _check_arguments(model: nn.Module, inputs: Sequence[Any]) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"Replay: expected an nn.Module, got {type(model).__name__}")
     for x in inputs:
@@ -120,7 +125,7 @@ def _check(model: nn.Module, inputs: Sequence[Any]) -> None:
 
 def _capture(model: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
     try:
-        with _sources_forgotten():
+        with _no_generated_sources_kept():
             program = torch.export.export(model, inputs, strict=False).run_decompositions({})
     except Exception as error:  # whatever the model's own code and torch's capture raise
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -135,7 +140,7 @@ def _capture(model: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
 
 
 @contextmanager
-def _sources_forgotten() -> Iterator[None]:
+def _no_generated_sources_kept() -> Iterator[None]:
     """Drops the source texts of the modules that torch.fx generates meanwhile.
 
     It keeps each for tracebacks, for as long as the process lives: 0.1 MiB for every recording of a small network.

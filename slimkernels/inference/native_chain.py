@@ -1,8 +1,8 @@
 """A chain of native layers, each read by the next alone: run piece by piece of the batch, in the layout that is faster.
 
-Images innermost, a vector of the CPU holds one channel of 8 or 16 images: the kernels then reach about 85% of the
-multiply-add peak on an AVX-512 machine, where channels last they reach 55 to 60%, and a piece's activations stay in the
-caches. It takes a vector full of images, and two copies at the ends of the chain.
+With images innermost, a vector of the CPU holds one channel of 8 or 16 images. On an AVX-512 machine the kernels then
+reach about 85% of the multiply-add peak, against 55 to 60% with channels last, and a piece's activations stay in the
+caches. This needs a vector full of images, and two copies at the ends of the chain.
 """
 
 from __future__ import annotations
@@ -29,10 +29,12 @@ _MACS_PER_COPY = 150
 
 
 class Piece(NamedTuple):
-    """Images ``start .. start + count`` of a batch, and how they run.
+    """The images from ``start`` to ``start + count`` of a batch, and how they run.
 
-    ``lanes`` images lie innermost, 1: channels last. Pieces of different slots from 0 on run at the same time, each on
-    one thread; one of slot -1 has all threads.
+    Attributes:
+        lanes: the number of images that lie innermost; 1 means channels last.
+        slot: pieces with different slots from 0 on run at the same time, each on one thread. A piece with slot -1 runs
+            on all threads.
     """
 
     start: int
@@ -40,38 +42,41 @@ class Piece(NamedTuple):
     lanes: int
     slot: int
 
+    @property
+    def padded_count(self) -> int:
+        """Images that memory is needed for: the last vector of images may not be full."""
+        return -(-self.count // self.lanes) * self.lanes
+
 
 def pieces(n: int, lanes: int, threads: int, full_enough: float = _FULL_ENOUGH) -> list[Piece]:
     """A batch in pieces: a vector of images for every thread as long as there are enough, then the rest.
 
-    What runs on one thread needs no barriers, and no data leaves its core. The last images fill a vector nearly, or run
-    channels last.
+    A piece that runs on one thread needs no barriers, and its data stays on one core. If the last images do not nearly
+    fill a vector, they run channels last.
 
     Args:
-        n: images. lanes: images of a vector, 1 to keep the batch whole and channels last.
-        full_enough: share of a vector that the last images must fill to become one, 0 where they have to.
+        n: the number of images.
+        lanes: the number of images in a vector; 1 keeps the batch whole and channels last.
+        threads: the number of threads.
+        full_enough: the share of a vector that the last images must fill to become one; 0 if they always have to.
     """
     if lanes == 1:
         return [Piece(0, n, 1, -1)]
     rest = n % lanes
     vectors = n // lanes + (rest > 0 and rest >= full_enough * lanes)
-    alone = vectors // threads * threads if threads > 1 else 0
-    cut = [Piece(i * lanes, min(lanes, n - i * lanes), lanes, i % threads) for i in range(alone)]
+    covered = min(vectors * lanes, n)  # images in vectors; the others run channels last
+    one_thread_each = vectors // threads * threads if threads > 1 else 0
+    cut = [Piece(i * lanes, min(lanes, n - i * lanes), lanes, i % threads) for i in range(one_thread_each)]
     # Several vectors a piece give many threads enough to do in the smallest layers.
-    step = -(-threads // 2)
-    for i in range(alone, vectors, step):
-        cut.append(Piece(i * lanes, min(step * lanes, vectors * lanes - i * lanes, n - i * lanes), lanes, -1))
-    done = min(vectors * lanes, n)
-    return cut if done == n else [*cut, Piece(done, n - done, 1, -1)]
+    together = -(-threads // 2)
+    for i in range(one_thread_each, vectors, together):
+        cut.append(Piece(i * lanes, min(together * lanes, covered - i * lanes), lanes, -1))
+    return cut if covered == n else [*cut, Piece(covered, n - covered, 1, -1)]
 
 
 @dataclass(frozen=True)
 class _Activation:
-    """What lies between two layers of a chain, or at one of its ends with images innermost: its sizes for one image.
-
-    Attributes:
-        nbytes: for the largest piece.
-    """
+    """What one layer of a chain hands to the next: the sizes of one image, and the bytes of the largest piece."""
 
     channels: int
     h: int
@@ -83,15 +88,18 @@ class _Activation:
 class Chain:
     """Native layers of one instruction set in a row (`Chain.of` makes one).
 
-    A chain of so many layers takes two ticks more: in the first its input may be copied to images innermost, in the
-    last its output is copied back. Activation i is written in the chain's tick i and read in the one behind.
+    A chain counts its time in ticks, one for each kernel. Tick 0 copies the input to images innermost, ticks 1, 2, ...
+    run the layers, and the last tick copies the output back. Where no copy is needed, its tick passes unused.
+    Activation i is written in tick i and read in tick i + 1: activation 0 is the copied input, the last one the output
+    before it is copied back.
 
     Attributes:
         layers: in the order in which they run.
-        offsets: of every layer, the entry offsets that its kernel reads, by the images innermost (1: channels last).
+        offsets: for every layer, the entry offsets that its kernel reads, by the number of images that lie innermost
+            (1: channels last).
         pieces: how the batch is cut.
-        activations: behind the first tick, every layer's, one more than layers; None at an end that needs no memory
-            since the chain's input or output is used as it lies.
+        activations: one more than layers. The first and the last are None where the chain reads its input and writes
+            its output as they lie.
     """
 
     layers: tuple[NativeLayer, ...]
@@ -101,7 +109,10 @@ class Chain:
 
     @classmethod
     def of(cls, layers: Sequence[NativeLayer], n: int, h: int, w: int) -> Chain:
-        """The chain for n images of a height and width (1 x 1 for rows), on torch's present number of threads."""
+        """The chain for n images of this height and width (rows are images of 1 x 1 pixel).
+
+        It is cut for the number of threads that torch uses now, and can be run with another one.
+        """
         sizes = [(h, w)]
         for layer in layers:
             sizes.append(layer.output_size(*sizes[-1]))
@@ -113,8 +124,9 @@ class Chain:
         channels = [layers[0].conv.c_in, *(layer.conv.c_out for layer in layers)]
         activations: list[_Activation | None] = []
         for i, (c, (p, q)) in enumerate(zip(channels, sizes)):
-            inner = 0 < i < len(layers)  # ends that lie channels last are the chain's input and output themselves
-            images = [-(-piece.count // piece.lanes) * piece.lanes for piece in cut if inner or piece.lanes > 1]
+            # Pieces that lie channels last read the chain's input and write its output themselves.
+            at_an_end = i in (0, len(layers))
+            images = [piece.padded_count for piece in cut if piece.lanes > 1 or not at_an_end]
             nbytes = whole_lines(4 * max(images, default=0) * c * p * q)
             activations.append(_Activation(c, p, q, nbytes) if images else None)
         return cls(tuple(layers), tuple(offsets), tuple(cut), tuple(activations))
@@ -123,22 +135,22 @@ class Chain:
 
     @property
     def ticks(self) -> int:
-        """How many ticks the chain takes."""
+        """The number of ticks that the chain takes."""
         return len(self.layers) + 2
 
     @property
     def input_read_until(self) -> int:
-        """The chain's tick in which its input is read for the last time: by the last piece, where there are several."""
+        """The tick in which the input is read last. Where the batch is cut, the last piece may read it at any time."""
         return 1 if len(self.pieces) == 1 else self.ticks - 1
 
     @property
     def output_written_from(self) -> int:
-        """The chain's tick in which its output is written first: by the first piece, where there are several."""
+        """The tick in which the output is written first. Where the batch is cut, the first piece may do so at once."""
         return self.ticks - 2 if len(self.pieces) == 1 else 0
 
     @property
     def _slots(self) -> int:
-        """Parts of the batch that run at the same time, each in its own memory."""
+        """How many pieces run at the same time, each in memory of its own."""
         return 1 + max(0, *(piece.slot for piece in self.pieces))
 
     def _activation_lifetimes(self, first: int) -> dict[int, Lifetime]:
@@ -147,10 +159,10 @@ class Chain:
         }
 
     def lifetimes(self, first: int) -> dict[int, Lifetime]:
-        """What the chain needs of the workspace if it starts in the tick ``first``; any names.
+        """What the chain needs of the workspace if it starts in the tick ``first``, each under a name of its own.
 
-        Slots are at different layers at the same time, so that nothing is known of when each needs what: all of them
-        have their own memory for as long as the chain runs.
+        Threads of different slots are at different layers at the same time. So each slot has its own memory, and all of
+        it is needed for as long as the chain runs.
         """
         if self._slots == 1:
             return self._activation_lifetimes(first)
@@ -164,11 +176,11 @@ class Chain:
     # ------------------------------------------------------------ weights
 
     def weights(self) -> list[Tensor]:
-        """Every tensor that a kernel reads but for biases, in the order in which layers run."""
+        """Every tensor that kernels read but biases, in the order in which they are read."""
         return [t for layer, offsets in zip(self.layers, self.offsets) for t in (*layer.packed, *offsets.values())]
 
     def with_weights(self, tensors: Iterable[Tensor]) -> Chain:
-        """The same chain on copies of its `weights`, in the same order."""
+        """The same chain with its `weights` replaced by copies, given in the same order."""
         copies = iter(tensors)
         moved = [
             (replace(layer, packed=tuple(islice(copies, len(layer.packed)))), dict(zip(offsets, copies)))
@@ -215,10 +227,10 @@ class Chain:
         a, memory = self.activations[index], memory.view(torch.float32)
         assert a is not None
         if piece.lanes > 1:
-            shape = images_innermost(piece.count, a.h, a.w, a.channels, self.layers[0].isa)
-            return memory[: math.prod(shape)].view(shape)
-        shape = (piece.count, a.h, a.w, a.channels)
-        return memory[: math.prod(shape)].view(shape).permute(0, 3, 1, 2)
+            innermost = images_innermost(piece.count, a.h, a.w, a.channels, self.layers[0].isa)
+            return memory[: math.prod(innermost)].view(innermost)
+        channels_last = (piece.count, a.h, a.w, a.channels)
+        return memory[: math.prod(channels_last)].view(channels_last).permute(0, 3, 1, 2)
 
 
 def _is_faster_innermost(layers: Sequence[NativeLayer], n: int, sizes: Sequence[tuple[int, int]]) -> bool:
