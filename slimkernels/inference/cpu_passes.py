@@ -68,6 +68,7 @@ def sample(graph: fx.Graph, inputs: Mapping[str, Tensor], constants: Mapping[str
 
 
 def _owners(nodes: Sequence[Node], values: Mapping[Node, Any]) -> dict[Node, Node]:
+    """By node, the node whose memory its value lies in."""
     storages = {n: {t.untyped_storage().data_ptr() for t in tensors(values.get(n)) if t.numel()} for n in nodes}
     owners: dict[Node, Node] = {}
     for node in nodes:
@@ -87,7 +88,7 @@ class NativeNode:
 
     Attributes:
         source: the node that it reads.
-        linear: the dense linear layer that the kernels compute as well, where the node is the ReLU behind one.
+        linear: the dense linear layer before it, if the node is a ReLU and the kernels compute both.
     """
 
     layers: tuple[NativeLayer, ...]
@@ -97,12 +98,13 @@ class NativeNode:
 
 @dataclass(frozen=True)
 class GraphChain:
-    """Native nodes of which each but the first is all that reads the one before, and what runs them.
+    """Native nodes in a row. The value of each but the last is read by the next one alone.
 
     Attributes:
         source: the node that the first reads.
-        inside: the nodes whose values no memory of their own holds: every node but the last, and dense linear layers
-            whose ReLU stands for both.
+        inside: the nodes whose values only the chain sees: every node but the last, and the dense linear layers that
+            are computed with the ReLU behind them.
+        chain: what runs them.
     """
 
     nodes: tuple[Node, ...]
@@ -128,7 +130,7 @@ def find_chains(graph: SampledGraph) -> list[GraphChain]:
 
 
 def _native_nodes(graph: SampledGraph) -> dict[Node, NativeNode]:
-    """The nodes that native kernels compute, in order; a ReLU behind a dense linear layer stands for both."""
+    """The nodes that native kernels compute, in order. A dense linear layer and the ReLU behind it are one of them."""
     native: dict[Node, NativeNode] = {}
     for node in graph.nodes:
         before = node.args[0] if node.op == "call_function" and node.args else None
