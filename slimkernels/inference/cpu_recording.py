@@ -108,7 +108,8 @@ class _Calls:
     """Calls in order, each of which runs once when it is added; native steps in a row become one call.
 
     Attributes:
-        steps: the calls. count: of the kernels that they run.
+        steps: the calls.
+        count: of the kernels that they run.
     """
 
     def __init__(self) -> None:
