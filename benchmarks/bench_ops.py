@@ -21,6 +21,7 @@ from slimkernels.cases import ConvCase, assert_matches_reference
 from slimkernels.dispatch.select import KernelChoice, configurations, predicted_seconds
 from slimkernels.kernels import KERNELS
 from slimkernels.kernels.cpu import conv2d as native
+from slimkernels.kernels.cpu.library import unavailable_reason
 from slimkernels.kernels.peak import peak_flops as measured_peak
 from slimkernels.kernels.problems import LANES, ConvProblem, strip_width
 from slimkernels.tuning import captured
@@ -126,7 +127,7 @@ def choose_for(kernel: str, problem: ConvProblem) -> KernelChoice:
     return KernelChoice(kernel, best[1])
 
 
-ISAS = [isa for isa in ("avx512", "avx2") if native.unavailable_reason(isa) is None] if DEVICE_TYPE == "cpu" else []
+ISAS = [isa for isa in ("avx512", "avx2") if unavailable_reason(isa) is None] if DEVICE_TYPE == "cpu" else []
 
 
 @pytest.mark.parametrize("isa", ISAS)

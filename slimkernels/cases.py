@@ -75,9 +75,19 @@ class ConvCase:
     def launch_args(self, x: Tensor, weight: BSRWeight, bias: Tensor | None) -> tuple[Any, ...]:
         """Arguments of a `KernelSpec.launch` of this op, without a pack."""
         return (
-            x, weight.values, weight.crow_indices, weight.col_indices, bias, [], list(weight.weight_shape),
-            list(self.block_shape), list(self.stride), list(self.padding), list(self.dilation), self.epilogue,
-        )  # fmt: skip
+            x,
+            weight.values,
+            weight.crow_indices,
+            weight.col_indices,
+            bias,
+            [],
+            list(weight.weight_shape),
+            list(self.block_shape),
+            list(self.stride),
+            list(self.padding),
+            list(self.dilation),
+            self.epilogue,
+        )
 
     def expected(self, x: Tensor, weight: BSRWeight, bias: Tensor | None) -> tuple[Tensor, dict[str, Any]]:
         """The float64 reference and the keyword arguments of `testing.assert_close` for it."""
@@ -93,9 +103,21 @@ class ConvCase:
     def problem(self, device: str = "cpu") -> ConvProblem:
         """The case as the dispatcher sees it."""
         return ConvProblem(
-            self.n, self.c_in, self.h, self.w, self.c_out, *self.kernel_size, self.stride, self.padding, self.dilation,
-            self.block_shape, self.weight().nnz_blocks, self.dtype, device, self.epilogue,
-        )  # fmt: skip
+            self.n,
+            self.c_in,
+            self.h,
+            self.w,
+            self.c_out,
+            *self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.block_shape,
+            self.weight().nnz_blocks,
+            self.dtype,
+            device,
+            self.epilogue,
+        )
 
 
 @dataclass(frozen=True)
@@ -128,9 +150,16 @@ class LinearCase:
     def launch_args(self, x: Tensor, weight: BSRWeight, bias: Tensor | None) -> tuple[Any, ...]:
         """Arguments of a `KernelSpec.launch` of this op, without a pack."""
         return (
-            x, weight.values, weight.crow_indices, weight.col_indices, bias, [], list(weight.weight_shape[:2]),
-            list(self.block_shape), self.epilogue,
-        )  # fmt: skip
+            x,
+            weight.values,
+            weight.crow_indices,
+            weight.col_indices,
+            bias,
+            [],
+            list(weight.weight_shape[:2]),
+            list(self.block_shape),
+            self.epilogue,
+        )
 
     def expected(self, x: Tensor, weight: BSRWeight, bias: Tensor | None) -> tuple[Tensor, dict[str, Any]]:
         """The float64 reference and the keyword arguments of `testing.assert_close` for it."""
@@ -240,9 +269,18 @@ class LowRankConvCase:
     def problem(self, device: str = "cpu") -> LowRankConvProblem:
         """The case as the dispatcher sees it."""
         return LowRankConvProblem(
-            self.n, self.h, self.w, self.kind, self.factor_shapes(), self.stride, self.padding, self.dilation,
-            self.dtype, device, self.epilogue,
-        )  # fmt: skip
+            self.n,
+            self.h,
+            self.w,
+            self.kind,
+            self.factor_shapes(),
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.dtype,
+            device,
+            self.epilogue,
+        )
 
 
 @dataclass(frozen=True)
@@ -293,9 +331,19 @@ class FusedConvCase:
     def problem(self, device: str = "cpu") -> FusedConvProblem:
         """The case as the dispatcher sees it."""
         return FusedConvProblem(
-            self.n, self.c_in, self.h, self.w, self.c_out, *self.kernel_size, self.stride, self.padding, self.dilation,
-            self.dtype, device, self.epilogue,
-        )  # fmt: skip
+            self.n,
+            self.c_in,
+            self.h,
+            self.w,
+            self.c_out,
+            *self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.dtype,
+            device,
+            self.epilogue,
+        )
 
 
 Case: TypeAlias = ConvCase | LinearCase | LowRankLinearCase | LowRankConvCase | FusedConvCase

@@ -40,10 +40,18 @@ IMAGENET_LAYERS = ((128, 128, 3, 112), (256, 256, 3, 56), (512, 512, 3, 28), (51
 POINTWISE_LAYERS = ((256, 256, 1, 14),)
 # All distinct convolutions of VGG-19 on CIFAR-10 but the first, with their epilogue: what `tune` begins with on a GPU.
 HEADLINE_LAYERS = (
-    (64, 64, 32, "relu_maxpool2"), (64, 128, 16, "relu"), (128, 128, 16, "relu_maxpool2"), (128, 256, 8, "relu"),
-    (256, 256, 8, "relu"), (256, 256, 8, "relu_maxpool2"), (256, 512, 4, "relu"), (512, 512, 4, "relu"),
-    (512, 512, 4, "relu_maxpool2"), (512, 512, 2, "relu"), (512, 512, 2, "relu_maxpool2"),
-)  # fmt: skip
+    (64, 64, 32, "relu_maxpool2"),
+    (64, 128, 16, "relu"),
+    (128, 128, 16, "relu_maxpool2"),
+    (128, 256, 8, "relu"),
+    (256, 256, 8, "relu"),
+    (256, 256, 8, "relu_maxpool2"),
+    (256, 512, 4, "relu"),
+    (512, 512, 4, "relu"),
+    (512, 512, 4, "relu_maxpool2"),
+    (512, 512, 2, "relu"),
+    (512, 512, 2, "relu_maxpool2"),
+)
 HEADLINE_BLOCK_SHAPES = ((128, 16), (64, 16))
 HEADLINE_BATCH = 1024
 LINEAR_LAYERS = ((512, 512), (4096, 4096))
@@ -120,9 +128,10 @@ def standard_families(
         if device == "cuda" and HEADLINE_BATCH in batches:
             headline = [
                 (HEADLINE_BATCH, (c_in, c_out, 3, size), epilogue, (min(block[0], c_out), block[1]))
-                for block in HEADLINE_BLOCK_SHAPES if block in shapes
+                for block in HEADLINE_BLOCK_SHAPES
+                if block in shapes
                 for c_in, c_out, size, epilogue in HEADLINE_LAYERS
-            ]  # fmt: skip
+            ]
             ways = list(dict.fromkeys(headline + ways))
         for n, (c_in, c_out, k, size), epilogue, block in ways:
             problem = ConvProblem(
@@ -145,9 +154,14 @@ def standard_families(
             for c_in, c_out, k, size in CIFAR_LAYERS[1:4]:
                 factors = ((c_out // 4, c_in, k, 1), (c_out, c_out // 4, 1, k))
                 found.append(
-                    Family((LowRankConvProblem(n, size, size, "tai", factors, (1, 1), (k // 2, k // 2), (1, 1), dtype,
-                                               device, "relu"),))
-                )  # fmt: skip
+                    Family(
+                        (
+                            LowRankConvProblem(
+                                n, size, size, "tai", factors, (1, 1), (k // 2, k // 2), (1, 1), dtype, device, "relu"
+                            ),
+                        )
+                    )
+                )
     return found
 
 
@@ -177,16 +191,28 @@ def build(problem: SizedProblem) -> tuple[nn.Module, nn.Module, Tensor]:
         elif isinstance(problem, LowRankConvProblem):
             factors = [randn(*shape) for shape in problem.factor_shapes]
             layer = LowRankConv2d.from_factors(
-                factors, randn(factors[-1].shape[0]), kind=problem.kind, stride=problem.stride,
-                padding=problem.padding, dilation=problem.dilation, epilogue=problem.epilogue,
-            )  # fmt: skip
+                factors,
+                randn(factors[-1].shape[0]),
+                kind=problem.kind,
+                stride=problem.stride,
+                padding=problem.padding,
+                dilation=problem.dilation,
+                epilogue=problem.epilogue,
+            )
             x = randn(problem.n, factors[0].shape[1], problem.h, problem.w)
         elif isinstance(problem, FusedConvProblem):
             taps = (problem.r, problem.s)
             layer = FusedConv2d(
-                problem.c_in, problem.c_out, taps, problem.stride, problem.padding, problem.dilation,
-                epilogue=problem.epilogue, device=problem.device, dtype=problem.dtype,
-            )  # fmt: skip
+                problem.c_in,
+                problem.c_out,
+                taps,
+                problem.stride,
+                problem.padding,
+                problem.dilation,
+                epilogue=problem.epilogue,
+                device=problem.device,
+                dtype=problem.dtype,
+            )
             for parameter in layer.parameters():
                 parameter.copy_(randn(*parameter.shape))
             x = randn(problem.n, problem.c_in, problem.h, problem.w)
@@ -214,9 +240,14 @@ def _block_sparse(
     options: dict[str, Any] = {"device": problem.device, "dtype": problem.dtype}
     if isinstance(problem, ConvProblem):
         dense: Any = nn.Conv2d(
-            problem.c_in, problem.c_out, (problem.r, problem.s), problem.stride, problem.padding, problem.dilation,
+            problem.c_in,
+            problem.c_out,
+            (problem.r, problem.s),
+            problem.stride,
+            problem.padding,
+            problem.dilation,
             **options,
-        )  # fmt: skip
+        )
         x = randn(problem.n, problem.c_in, problem.h, problem.w)
     else:
         dense = nn.Linear(problem.in_features, problem.out_features, **options)
@@ -376,9 +407,10 @@ def fit_cpu_rates(entries: Sequence[Entry], isa: str, threads: int) -> CpuRates 
         threads: torch threads of the measurement.
     """
     own = [
-        e for e in entries
+        e
+        for e in entries
         if e.problem.device == "cpu" and e.problem.op.startswith("bsr") and KERNELS[e.kernel].isa == isa
-    ]  # fmt: skip
+    ]
     if len(own) < 4:
         return None
     rates = CPU_RATES[isa]
@@ -389,12 +421,19 @@ def fit_cpu_rates(entries: Sequence[Entry], isa: str, threads: int) -> CpuRates 
     call, flop = sparse if sparse else (rates.sparse_call_s, 1 / rates.sparse_flops / threads)
     flop8 = narrow[1] if narrow else flop * rates.sparse_flops / rates.sparse_flops_strip8
     dense_call, dense_flop, dense_byte = dense or (
-        rates.dense_call_s, 1 / rates.dense_flops / threads, 1 / rates.dense_bytes_s
-    )  # fmt: skip
+        rates.dense_call_s,
+        1 / rates.dense_flops / threads,
+        1 / rates.dense_bytes_s,
+    )
     return CpuRates(
-        isa, 1 / dense_flop / threads, dense_call, 1 / max(dense_byte, 1e-15), 1 / flop / threads, 1 / flop8 / threads,
+        isa,
+        1 / dense_flop / threads,
+        dense_call,
+        1 / max(dense_byte, 1e-15),
+        1 / flop / threads,
+        1 / flop8 / threads,
         call,
-    )  # fmt: skip
+    )
 
 
 def _fit(points: Sequence[tuple[tuple[float, ...], float]]) -> tuple[float, ...] | None:

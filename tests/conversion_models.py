@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from slimkernels import Policy
-from slimkernels.kernels.cpu import conv2d as native
+from slimkernels.kernels.cpu.library import unavailable_reason
 from slimkernels.testing import random_tensor
 
-BACKEND = "auto" if native.unavailable_reason("scalar") is None else "reference"
+BACKEND = "auto" if unavailable_reason("scalar") is None else "reference"
 # Swaps every layer that a kernel takes, without a stopwatch.
 FORCE = Policy(min_speedup=0, measure=False, backend=BACKEND)
 

@@ -23,12 +23,13 @@ from slimkernels import _extension, ops
 from slimkernels.formats import BSRWeight, block_grid
 from slimkernels.kernels.cpu import conv2d as native
 from slimkernels.kernels.cpu.abi import Conv2dArguments
+from slimkernels.kernels.cpu.library import unavailable_reason
 from slimkernels.kernels.cpu.low_rank import pack_factors
 from slimkernels.kernels.problems import LANES, factor_geometry, strip_width
 from slimkernels.nn import BlockSparseConv2d, BlockSparseLinear, LowRankConv2d, LowRankLinear
 
 REFUSALS = (ValueError, TypeError, NotImplementedError)
-ISAS = [isa for isa in LANES if native.unavailable_reason(isa) is None]
+ISAS = [isa for isa in LANES if unavailable_reason(isa) is None]
 FAR = (2**31 - 1, 2**31, 2**32 + 1, 2**33 - 3, 2**63 - 1)
 
 

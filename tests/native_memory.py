@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator, Sequence
 
-from slimkernels.kernels.cpu.conv2d import Step
+from slimkernels.kernels.cpu.steps import Step
 
 Range = tuple[int, int, bool]  # first address, address behind the last, whether it is written
 MARGIN = 16  # SLIM_OFFSETS_MARGIN

@@ -17,10 +17,10 @@ from slimkernels.conversion.analysis import CANDIDATE_BLOCK_SHAPES, count_blocks
 from slimkernels.conversion.graph import bake, copy_model, trace
 from slimkernels.conversion.layers import LayerWeight
 from slimkernels.formats import BlockMask, BSRWeight, block_mask
-from slimkernels.kernels.cpu import conv2d as native
+from slimkernels.kernels.cpu.library import unavailable_reason
 from slimkernels.nn import BlockSparseConv2d, LowRankConv2d, LowRankLinear
 
-native_only = pytest.mark.skipif(native.unavailable_reason("scalar") is not None, reason="no native kernel is built")
+native_only = pytest.mark.skipif(unavailable_reason("scalar") is not None, reason="no native kernel is built")
 
 
 @given(

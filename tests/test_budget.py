@@ -17,9 +17,9 @@ from slimkernels.compress.pruning.budget import LayerChoice, latency_budget
 from slimkernels.compress.pruning.prune import masks, prune_
 from slimkernels.conversion.analysis import analyze
 from slimkernels.formats import block_norms
-from slimkernels.kernels.cpu import conv2d as native
+from slimkernels.kernels.cpu.library import unavailable_reason
 
-pytestmark = pytest.mark.skipif(native.unavailable_reason("scalar") is not None, reason="no native kernel is built")
+pytestmark = pytest.mark.skipif(unavailable_reason("scalar") is not None, reason="no native kernel is built")
 
 OPTIONS = {"sparsities": (0.5, 0.75, 0.875), "block_shapes": ((16, 1), (32, 1), (16, 4))}
 

@@ -12,10 +12,10 @@ import slimkernels as sk
 from slimkernels.inference import Replay
 from slimkernels.inference import native_chain as chains
 from slimkernels.inference.native_chain import Piece, pieces
-from slimkernels.kernels.cpu import conv2d as native
+from slimkernels.kernels.cpu.library import unavailable_reason
 from slimkernels.kernels.problems import LANES
 
-ISAS = [isa for isa in LANES if native.unavailable_reason(isa) is None]
+ISAS = [isa for isa in LANES if unavailable_reason(isa) is None]
 pytestmark = pytest.mark.skipif(not ISAS, reason="the native kernels are not built")
 
 

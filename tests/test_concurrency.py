@@ -16,9 +16,10 @@ from slimkernels.inference import cpu_recording as recording
 from slimkernels.inference import native_chain as chains
 from slimkernels.inference.concurrency import byte_ranges, conflict
 from slimkernels.kernels.cpu import conv2d as native
+from slimkernels.kernels.cpu.library import unavailable_reason
 from slimkernels.kernels.problems import LANES
 
-ISAS = [isa for isa in LANES if native.unavailable_reason(isa) is None]
+ISAS = [isa for isa in LANES if unavailable_reason(isa) is None]
 pytestmark = pytest.mark.skipif(not ISAS, reason="the native kernels are not built")
 
 

@@ -21,11 +21,12 @@ from slimkernels.formats import BSRWeight
 from slimkernels.kernels import KERNELS
 from slimkernels.kernels.cpu import conv2d as native
 from slimkernels.kernels.cpu import low_rank as native_low_rank
+from slimkernels.kernels.cpu.library import unavailable_reason
 from slimkernels.kernels.cpu.low_rank import PackedLowRank, factor_strip, pack_factor, pack_factors
 from slimkernels.nn import LowRankConv2d, LowRankLinear
 from slimkernels.testing import assert_close, random_tensor
 
-ISAS = [isa for isa in ("avx512", "avx2", "scalar") if native.unavailable_reason(isa) is None]
+ISAS = [isa for isa in ("avx512", "avx2", "scalar") if unavailable_reason(isa) is None]
 KINDS = {"tai": (20,), "svd": (9,), "tucker2": (3, 13)}
 pytestmark = pytest.mark.skipif(not ISAS, reason="no native kernel is built")
 

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from slimkernels.kernels.cpu import conv2d as native
+from slimkernels.kernels.cpu.library import unavailable_reason
 from slimkernels.kernels.problems import LANES
 
-ISAS = [isa for isa in LANES if native.unavailable_reason(isa) is None]
+ISAS = [isa for isa in LANES if unavailable_reason(isa) is None]
 pytestmark = pytest.mark.skipif(not ISAS, reason="the native kernels are not built")
 
 

@@ -17,11 +17,11 @@ from slimkernels.inference import native_chain
 from slimkernels.inference.cpu_passes import SampledGraph, find_chains, lifetimes, sample
 from slimkernels.inference.cpu_recording import bind
 from slimkernels.inference.memory import Lifetime, place
-from slimkernels.kernels.cpu import conv2d as native
+from slimkernels.kernels.cpu.library import unavailable_reason
 from slimkernels.kernels.problems import LANES
 
 ATEN = torch.ops.aten
-ISAS = [isa for isa in LANES if native.unavailable_reason(isa) is None]
+ISAS = [isa for isa in LANES if unavailable_reason(isa) is None]
 native_only = pytest.mark.skipif(not ISAS, reason="the native kernels are not built")
 
 

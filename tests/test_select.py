@@ -6,11 +6,12 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from slimkernels import ops
+from slimkernels import kernels, ops
 from slimkernels.cases import ConvCase, LinearCase, LowRankConvCase, LowRankLinearCase
 from slimkernels.dispatch.select import candidates, choose, configurations, predicted_dense_seconds, predicted_seconds
 from slimkernels.kernels import KERNELS
@@ -25,6 +26,14 @@ NATIVE = [isa for isa in ISAS if KERNELS[f"bsr_conv2d_f32__{isa}"].available() i
 def no_environment(monkeypatch) -> None:
     for name in ("SLIMKERNELS_ISA", "SLIMKERNELS_BACKEND"):
         monkeypatch.delenv(name, raising=False)
+
+
+def test_every_kernel_has_a_row_that_its_name_finds() -> None:
+    """A name made of parts would not be found by who looks for it."""
+    source = Path(kernels.__file__).read_text()
+    assert len(kernels.KERNELS) > 40
+    for name in kernels.KERNELS:
+        assert source.count(f'"{name}"') == 1, name
 
 
 @pytest.mark.parametrize("case", CASES, ids=IDS)
@@ -113,7 +122,7 @@ def test_auto_takes_the_highest_instruction_set(monkeypatch) -> None:
 
 RUN = """
 import torch
-from slimkernels import ops
+from slimkernels import kernels, ops
 from slimkernels.cases import ConvCase
 from slimkernels.kernels import KERNELS
 case = ConvCase()

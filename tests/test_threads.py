@@ -75,7 +75,7 @@ def test_threads_that_train_separate_modules_do_not_meet() -> None:
 @pytest.mark.parametrize("name", NATIVE_CONV)
 def test_the_kernel_follows_torch_set_num_threads(name: str, monkeypatch) -> None:
     """The thread count that reaches the native entry is torch's at the time of the call."""
-    module = native._library()[0]
+    module = native.library()[0]
     seen = []
 
     class Recorder:
@@ -86,7 +86,7 @@ def test_the_kernel_follows_torch_set_num_threads(name: str, monkeypatch) -> Non
             seen.append(args[-1])
             return module.conv2d_f32(isa, *args)
 
-    monkeypatch.setattr(native, "_library", lambda: (Recorder, None, ()))
+    monkeypatch.setattr(native, "library", lambda: (Recorder, None, ()))
     case = ConvCase()
     for threads in (1, 2, 3, 1):
         launch(name, case, case.inputs(), threads=threads)

@@ -17,6 +17,7 @@ from slimkernels.dispatch.select import choose
 from slimkernels.formats import BSRWeight
 from slimkernels.kernels import KERNELS, far_taps
 from slimkernels.kernels.cpu import conv2d as native
+from slimkernels.kernels.cpu.library import unavailable_reason
 from slimkernels.kernels.cpu.low_rank import PackedLowRank, pack_factors
 from slimkernels.kernels.problems import ConvProblem, LowRankConvProblem
 from slimkernels.kernels.transposed import transpose_index
@@ -24,7 +25,7 @@ from slimkernels.kernels.triton.bsr_conv2d_index import check_order, forward_ord
 from slimkernels.nn import BlockSparseConv2d, BlockSparseLinear, LowRankConv2d, LowRankLinear
 from slimkernels.tensors import Checked, Snapshot, is_plain
 
-ISAS = [isa for isa in ("avx512", "avx2", "scalar") if native.unavailable_reason(isa) is None]
+ISAS = [isa for isa in ("avx512", "avx2", "scalar") if unavailable_reason(isa) is None]
 needs_native = pytest.mark.skipif(not ISAS, reason="slimkernels._C is not built")
 
 

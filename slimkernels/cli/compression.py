@@ -83,9 +83,12 @@ def compress(
         device = o.training_device(device)
         loader, test_loader = o.data_loaders(data, batch_size, seed, device)
         common: dict[str, Any] = {
-            "callbacks": callbacks, "progress": o.progress(as_json), "checkpoint": checkpoint, "resume": resume,
+            "callbacks": callbacks,
+            "progress": o.progress(as_json),
+            "checkpoint": checkpoint,
+            "resume": resume,
             "log_dir": log_dir,
-        }  # fmt: skip
+        }
         network = network.to(device)
         if teach:
             history = run_distill(network, dense.to(device), loader, test_loader, config, **common)

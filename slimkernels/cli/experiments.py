@@ -102,9 +102,18 @@ def reproduce(
         torch.set_num_threads(threads)
     folder = out or Path(f"{Path(recipe).stem}-{preset}")
     report = run_recipe(
-        recipe, preset=preset, out=folder, data=data, data_name=data_name, seeds=seeds, only=only or (),
-        device=o.training_device(device), compile=compile, progress=o.progress(as_json), say=o.say(as_json),
-    )  # fmt: skip
+        recipe,
+        preset=preset,
+        out=folder,
+        data=data,
+        data_name=data_name,
+        seeds=seeds,
+        only=only or (),
+        device=o.training_device(device),
+        compile=compile,
+        progress=o.progress(as_json),
+        say=o.say(as_json),
+    )
     if as_json:
         o.print_json(report)
         return

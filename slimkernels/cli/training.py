@@ -44,19 +44,36 @@ def train(
 
     o.check_resume(resume, checkpoint)
     config = TrainConfig(
-        epochs, lr, optimizer, schedule=schedule, warmup_epochs=warmup_epochs, weight_decay=weight_decay,
-        label_smoothing=label_smoothing, clip_norm=clip_norm, accumulate=accumulate, precision=precision,
-        ema_decay=ema, compile=compile, deterministic=deterministic, seed=seed,
-    )  # fmt: skip
+        epochs,
+        lr,
+        optimizer,
+        schedule=schedule,
+        warmup_epochs=warmup_epochs,
+        weight_decay=weight_decay,
+        label_smoothing=label_smoothing,
+        clip_norm=clip_norm,
+        accumulate=accumulate,
+        precision=precision,
+        ema_decay=ema,
+        compile=compile,
+        deterministic=deterministic,
+        seed=seed,
+    )
     device, keywords = o.training_device(device), o.model_options(option)
     train_loader, test_loader = o.data_loaders(data, batch_size, seed, device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = models.build(model, len(train_loader.classes), **keywords).to(device)
     history = fine_tune(
-        network, train_loader, test_loader, config, progress=o.progress(as_json), checkpoint=checkpoint, resume=resume,
+        network,
+        train_loader,
+        test_loader,
+        config,
+        progress=o.progress(as_json),
+        checkpoint=checkpoint,
+        resume=resume,
         log_dir=log_dir,
-    )  # fmt: skip
+    )
     target = out or Path(f"{model}.safetensors")
     o.finish_training(network, model, target, history, as_json, len(train_loader.classes), keywords)
 
@@ -111,10 +128,21 @@ def distill(
     o.check_resume(resume, checkpoint)
     callbacks = [GradualPruning(sparsity, o.pair("--block-shape", block_shape), scope=scope)] if sparsity else []
     config = TrainConfig(
-        epochs, lr, optimizer, schedule=schedule, warmup_epochs=warmup_epochs, weight_decay=weight_decay,
-        label_smoothing=label_smoothing, clip_norm=clip_norm, accumulate=accumulate, precision=precision,
-        ema_decay=ema, compile=compile, deterministic=deterministic, seed=seed,
-    )  # fmt: skip
+        epochs,
+        lr,
+        optimizer,
+        schedule=schedule,
+        warmup_epochs=warmup_epochs,
+        weight_decay=weight_decay,
+        label_smoothing=label_smoothing,
+        clip_norm=clip_norm,
+        accumulate=accumulate,
+        precision=precision,
+        ema_decay=ema,
+        compile=compile,
+        deterministic=deterministic,
+        seed=seed,
+    )
     device, keywords = o.training_device(device), o.model_options(option)
     teacher_model, _, classes, _ = load_model(teacher, model)
     if student_weights is not None:
@@ -126,9 +154,19 @@ def distill(
             network = models.build(student, classes, **keywords)
     train_loader, test_loader = o.data_loaders(data, batch_size, seed, device)
     history = run_distill(
-        network.to(device), teacher_model.to(device), train_loader, test_loader, config, loss=loss,
-        temperature=temperature, soft_weight=soft_weight, callbacks=callbacks, progress=o.progress(as_json),
-        checkpoint=checkpoint, resume=resume, log_dir=log_dir,
-    )  # fmt: skip
+        network.to(device),
+        teacher_model.to(device),
+        train_loader,
+        test_loader,
+        config,
+        loss=loss,
+        temperature=temperature,
+        soft_weight=soft_weight,
+        callbacks=callbacks,
+        progress=o.progress(as_json),
+        checkpoint=checkpoint,
+        resume=resume,
+        log_dir=log_dir,
+    )
     target = out or Path(f"{student}.distilled.safetensors")
     o.finish_training(finalize_(network), student, target, history, as_json, len(train_loader.classes), keywords)

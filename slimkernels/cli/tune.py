@@ -52,9 +52,12 @@ def tune(
     if table.device != name:
         raise ValueError(f"tune: {path} is the table of {table.device}, and this is {name}")
     families = standard_families(
-        device, batches=batch, block_shapes=[_pair(b) for b in block_shape] if block_shape else None,
-        sparsities=sparsity, ops=op,
-    )  # fmt: skip
+        device,
+        batches=batch,
+        block_shapes=[_pair(b) for b in block_shape] if block_shape else None,
+        sparsities=sparsity,
+        ops=op,
+    )
     table.environment = {k: v for k, v in timing.environment().items() if k not in ("argv", "platform")}
     begun, measured, refused = time.monotonic(), 0, {}
     with _progress(len(families), hidden=as_json) as advance:
@@ -72,8 +75,19 @@ def tune(
                 break
     select.forget()
     if as_json:
-        typer.echo(json.dumps({"file": str(path), "device": name, "measured": measured, "entries": len(table.entries),
-                               "families": len(families), "refused": refused}, indent=2))  # fmt: skip
+        typer.echo(
+            json.dumps(
+                {
+                    "file": str(path),
+                    "device": name,
+                    "measured": measured,
+                    "entries": len(table.entries),
+                    "families": len(families),
+                    "refused": refused,
+                },
+                indent=2,
+            )
+        )
         return
     for line in _summary(table, families):
         typer.echo(line)

@@ -218,9 +218,15 @@ def low_rank_module(chain: FactorChain, epilogue: str, kernel: str) -> LowRankCo
         module: LowRankConv2d | LowRankLinear = LowRankLinear.from_factors(u, v, chain.bias, epilogue, kernel)
     else:
         module = LowRankConv2d.from_factors(
-            chain.factors, chain.bias, kind=chain.kind, stride=chain.stride, padding=chain.padding,
-            dilation=chain.dilation, epilogue=epilogue, kernel=kernel,
-        )  # fmt: skip
+            chain.factors,
+            chain.bias,
+            kind=chain.kind,
+            stride=chain.stride,
+            padding=chain.padding,
+            dilation=chain.dilation,
+            epilogue=epilogue,
+            kernel=kernel,
+        )
     return module.requires_grad_(chain.requires_grad)
 
 
@@ -239,17 +245,32 @@ def low_rank_problem(unit: Unit, epilogue: str, call: Call | None = None) -> Siz
     n, h, w = (1, 32, 32) if shape is None else (math.prod(shape[:-3]), shape[-2], shape[-1])
     shapes = tuple(tuple(f.shape) for f in chain.factors)
     return LowRankConvProblem(
-        n, h, w, chain.kind, shapes, chain.stride, chain.padding, chain.dilation, dtype, device, epilogue  # type: ignore[arg-type]
-    )  # fmt: skip
+        n,
+        h,
+        w,
+        chain.kind,
+        shapes,  # type: ignore[arg-type]
+        chain.stride,
+        chain.padding,
+        chain.dilation,
+        dtype,
+        device,
+        epilogue,  # type: ignore[arg-type]
+    )
 
 
 def dense_twin(weight: LayerWeight) -> nn.Module:
     """The dense layer as it would run at its best: weight in channels_last."""
     if weight.is_conv:
         weight = LayerWeight(
-            weight.weight.contiguous(memory_format=torch.channels_last), weight.bias, weight.stride, weight.padding,
-            weight.dilation, None, weight.requires_grad,
-        )  # fmt: skip
+            weight.weight.contiguous(memory_format=torch.channels_last),
+            weight.bias,
+            weight.stride,
+            weight.padding,
+            weight.dilation,
+            None,
+            weight.requires_grad,
+        )
     return weight.to_module().eval()
 
 
@@ -299,9 +320,14 @@ def _decide(unit: Unit, stay: Option, policy: Policy) -> Decision:
 
 
 def _fused_by_cost_model(
-    unit: Unit, stay: Option, sparse: list[Option], fused: Option, policy: Policy,
-    sizes: Sequence[Sequence[int]] | None, why: str,
-) -> Decision:  # fmt: skip
+    unit: Unit,
+    stay: Option,
+    sparse: list[Option],
+    fused: Option,
+    policy: Policy,
+    sizes: Sequence[Sequence[int]] | None,
+    why: str,
+) -> Decision:
     """Block-sparse where that is predicted to be faster than dense, else dense with its epilogue where that is."""
     decision = Decision(stay, stay, why)
     if sparse:

@@ -33,9 +33,25 @@ class Report:
     def rows(self) -> list[dict[str, Any]]:
         """One mapping per layer, with the fields of `LayerPlan` that describe it."""
         names = (
-            "name", "type", "action", "format", "into", "block_shape", "kind", "ranks", "kernel", "epilogue",
-            "sparsity", "block_sparsity", "bytes_dense", "bytes_stored", "dense_ms", "sparse_ms", "supported", "reason",
-        )  # fmt: skip
+            "name",
+            "type",
+            "action",
+            "format",
+            "into",
+            "block_shape",
+            "kind",
+            "ranks",
+            "kernel",
+            "epilogue",
+            "sparsity",
+            "block_sparsity",
+            "bytes_dense",
+            "bytes_stored",
+            "dense_ms",
+            "sparse_ms",
+            "supported",
+            "reason",
+        )
         return [{name: getattr(layer, name) for name in names} for layer in self.plan.layers]
 
     @property

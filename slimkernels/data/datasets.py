@@ -49,11 +49,17 @@ def digits_loaders(
     common: dict[str, Any] = {"mean": (mean,), "std": (std,), "device": device, "classes": [str(i) for i in range(10)]}
     return (
         TensorLoader(
-            images[train], labels[train], batch_size=batch_size, shuffle=True, seed=seed, drop_last=True,
-            with_indices=with_indices, **common,
+            images[train],
+            labels[train],
+            batch_size=batch_size,
+            shuffle=True,
+            seed=seed,
+            drop_last=True,
+            with_indices=with_indices,
+            **common,
         ),
         TensorLoader(images[test], labels[test], batch_size=256, **common),
-    )  # fmt: skip
+    )
 
 
 def cifar10_loaders(
@@ -100,9 +106,18 @@ def cifar100_loaders(
 
     statistics = (CIFAR100_MEAN, CIFAR100_STD)
     return _cifar_loaders(
-        "cifar100_loaders", CIFAR100, statistics, path, download, batch_size, seed, augment, cutout, device,
+        "cifar100_loaders",
+        CIFAR100,
+        statistics,
+        path,
+        download,
+        batch_size,
+        seed,
+        augment,
+        cutout,
+        device,
         with_indices,
-    )  # fmt: skip
+    )
 
 
 def image_folder_loaders(

@@ -13,9 +13,15 @@ from slimkernels.timing import cpu_name
 
 _ZEN = {(23, 0): "zen", (23, 3): "zen2", (25, 0): "zen3", (25, 1): "zen4", (26, 0): "zen5"}
 _INTEL = {
-    79: "broadwell", 85: "skylake", 106: "icelake", 108: "icelake", 143: "sapphirerapids", 207: "emeraldrapids",
-    173: "graniterapids", 174: "graniterapids",
-}  # fmt: skip
+    79: "broadwell",
+    85: "skylake",
+    106: "icelake",
+    108: "icelake",
+    143: "sapphirerapids",
+    207: "emeraldrapids",
+    173: "graniterapids",
+    174: "graniterapids",
+}
 
 
 def _slug(text: str) -> str:

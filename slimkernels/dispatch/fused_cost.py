@@ -30,10 +30,16 @@ def gpu_few_channels(problem: FusedConvProblem, config: Config, rates: GpuRates)
     # IEEE float32 reaches a sixth of the plain cores' rate.
     matrix = rates.matrix_flops if problem.dtype.itemsize == 2 else rates.fma_flops / 6
     return Prediction(
-        2.0 * warps * 32 * block_n * padded / matrix, 0.0, traffic_s(nbytes, rates), rates.launch_s,
-        tiles=tiles, issue_s=warps * (200 + 4 * depth + 2 * block_n) / _SCHEDULERS * cycle,
-        loads_s=6 * warps * depth * cycle, chain_s=4 * rates.latency_s if tiles else 0.0, nbytes=nbytes,
-    )  # fmt: skip
+        2.0 * warps * 32 * block_n * padded / matrix,
+        0.0,
+        traffic_s(nbytes, rates),
+        rates.launch_s,
+        tiles=tiles,
+        issue_s=warps * (200 + 4 * depth + 2 * block_n) / _SCHEDULERS * cycle,
+        loads_s=6 * warps * depth * cycle,
+        chain_s=4 * rates.latency_s if tiles else 0.0,
+        nbytes=nbytes,
+    )
 
 
 def gpu_fused_layers(problem: FusedConvProblem, backend: str, rates: GpuRates) -> Prediction:

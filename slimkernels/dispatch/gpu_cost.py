@@ -57,9 +57,12 @@ def _tile_of(config: Config, block_out: int) -> Tile:
     """The tile of a configuration; what it leaves open as the launcher's default would choose it on a large layer."""
     block_n = config.get("BLOCK_N", max(16, min(128, 1 << (block_out - 1).bit_length())))
     return Tile(
-        config.get("BLOCK_M", 128), block_n, config.get("BLOCK_K", 64), config.get("num_warps", 8),
+        config.get("BLOCK_M", 128),
+        block_n,
+        config.get("BLOCK_K", 64),
+        config.get("num_warps", 8),
         config.get("num_stages", 3),
-    )  # fmt: skip
+    )
 
 
 def inside_share(problem: ConvProblem) -> float:

@@ -56,9 +56,18 @@ def dense_kernel(m: int, n: int, k: int, nbytes: int, dtype: torch.dtype, rates:
             few = tiles < rates.processors
             busiest = rates.processors / max(tiles, 1) if few else 1.0
             found = Prediction(
-                flops / dense, 0.0, traffic_s(nbytes, rates), rates.launch_s, busiest, tiles, passes,
-                chain_s=chain if few else 0.0, busiest=busiest, resident=resident, nbytes=nbytes,
-            )  # fmt: skip
+                flops / dense,
+                0.0,
+                traffic_s(nbytes, rates),
+                rates.launch_s,
+                busiest,
+                tiles,
+                passes,
+                chain_s=chain if few else 0.0,
+                busiest=busiest,
+                resident=resident,
+                nbytes=nbytes,
+            )
             if best is None or found.seconds < best.seconds:
                 best = found
     assert best is not None
@@ -143,9 +152,16 @@ def gpu_low_rank(problem: LowRankLinearProblem | LowRankConvProblem, config: Con
     tile = Tile(block_m, min(wide, 256), depth, config.get("num_warps", 8), config.get("num_stages", 3))
     chain, resident = chain_of(tile, tiles, steps, size, dense, True, rates)
     return Prediction(
-        flops / dense, l2 / rates.l2_bytes_s, memory, rates.launch_s, busiest, tiles, chain_s=chain if tiles else 0.0,
-        busiest=busiest, resident=resident,
-    )  # fmt: skip
+        flops / dense,
+        l2 / rates.l2_bytes_s,
+        memory,
+        rates.launch_s,
+        busiest,
+        tiles,
+        chain_s=chain if tiles else 0.0,
+        busiest=busiest,
+        resident=resident,
+    )
 
 
 def _gpu_low_rank_conv(problem: LowRankConvProblem, config: Config, rates: GpuRates) -> Prediction:
@@ -162,9 +178,15 @@ def _gpu_low_rank_conv(problem: LowRankConvProblem, config: Config, rates: GpuRa
         intermediate = problem.rows * problem.factor_shapes[-2][0] * problem.dtype.itemsize
         nbytes = before.nbytes + last.nbytes - 2 * intermediate
         layers.append(
-            replace(before, matrix_s=before.matrix_s + last.matrix_s, memory_s=traffic_s(nbytes, rates),
-                    chain_s=before.chain_s + last.chain_s / 2, passes=(), nbytes=nbytes)
-        )  # fmt: skip
+            replace(
+                before,
+                matrix_s=before.matrix_s + last.matrix_s,
+                memory_s=traffic_s(nbytes, rates),
+                chain_s=before.chain_s + last.chain_s / 2,
+                passes=(),
+                nbytes=nbytes,
+            )
+        )
     return _in_a_row(layers)
 
 

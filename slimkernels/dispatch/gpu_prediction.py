@@ -121,8 +121,9 @@ class Tile(NamedTuple):
         """Thread blocks that fit one processor, by shared memory, registers and threads."""
         shared = self.stages * (self.block_m + self.block_n) * self.block_k * itemsize + 1024
         threads = 32 * self.warps
-        return max(1, min(rates.shared_memory // shared, int(_REGISTERS // (self.registers * threads)),
-                          _THREADS // threads))  # fmt: skip
+        return max(
+            1, min(rates.shared_memory // shared, int(_REGISTERS // (self.registers * threads)), _THREADS // threads)
+        )
 
 
 def gather_flops(block_m: int, block_n: int, itemsize: int, rates: GpuRates) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from slimkernels.kernels.cpu.conv2d import Step
+from slimkernels.kernels.cpu.steps import Step
 
 
 def conflict(steps: Sequence[Step]) -> tuple[int, int] | None:

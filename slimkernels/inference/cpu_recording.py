@@ -24,7 +24,7 @@ from slimkernels.inference.cpu_passes import (
 from slimkernels.inference.inputs import tensors
 from slimkernels.inference.memory import Placement, copy_side_by_side, huge_pages, place
 from slimkernels.inference.native_layers import reads_images
-from slimkernels.kernels.cpu.conv2d import Step, Steps
+from slimkernels.kernels.cpu.steps import Step, Steps
 
 
 @dataclass(frozen=True)

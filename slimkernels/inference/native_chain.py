@@ -19,7 +19,7 @@ from torch import Tensor
 
 from slimkernels.inference.memory import Lifetime, Placement, place, whole_lines
 from slimkernels.inference.native_layers import NativeLayer
-from slimkernels.kernels.cpu.conv2d import Step, images_innermost, layout_step
+from slimkernels.kernels.cpu.steps import Step, images_innermost, layout_step
 from slimkernels.kernels.problems import LANES
 
 # Share of a vector's images that must be there: below it, half-empty vectors cost more than the other layout.

@@ -61,14 +61,32 @@ def problem_of(module: nn.Module, x: Tensor) -> SizedProblem:
     n, (h, w) = x.shape[:-3].numel(), (x.shape[-2:] if x.dim() > 2 else (1, 1))
     if isinstance(module, BlockSparseConv2d):
         return ConvProblem(
-            n, module.in_channels, h, w, module.out_channels, *module.kernel_size, module.stride, module.padding,
-            module.dilation, module.block_shape, module.values.shape[0], dtype, device, module.epilogue,
-        )  # fmt: skip
+            n,
+            module.in_channels,
+            h,
+            w,
+            module.out_channels,
+            *module.kernel_size,
+            module.stride,
+            module.padding,
+            module.dilation,
+            module.block_shape,
+            module.values.shape[0],
+            dtype,
+            device,
+            module.epilogue,
+        )
     if isinstance(module, BlockSparseLinear):
         return LinearProblem(
-            rows, module.in_features, module.out_features, module.block_shape, module.values.shape[0], dtype, device,
+            rows,
+            module.in_features,
+            module.out_features,
+            module.block_shape,
+            module.values.shape[0],
+            dtype,
+            device,
             module.epilogue,
-        )  # fmt: skip
+        )
     if isinstance(module, LowRankLinear):
         return LowRankLinearProblem(
             rows, module.in_features, module.out_features, module.rank, dtype, device, module.epilogue
@@ -76,14 +94,33 @@ def problem_of(module: nn.Module, x: Tensor) -> SizedProblem:
     if isinstance(module, LowRankConv2d):
         shapes = tuple(tuple(f.shape) for f in module.weight_low_rank().factors)
         return LowRankConvProblem(
-            n, h, w, module.kind, shapes, module.stride, module.padding, module.dilation, dtype, device,  # type: ignore[arg-type]
+            n,
+            h,
+            w,
+            module.kind,
+            shapes,  # type: ignore[arg-type]
+            module.stride,
+            module.padding,
+            module.dilation,
+            dtype,
+            device,  # type: ignore[arg-type]
             module.epilogue,
-        )  # fmt: skip
+        )
     if isinstance(module, FusedConv2d):
         return FusedConvProblem(
-            n, module.in_channels, h, w, module.out_channels, *module.kernel_size, module.stride, module.padding,
-            module.dilation, dtype, device, module.epilogue,
-        )  # fmt: skip
+            n,
+            module.in_channels,
+            h,
+            w,
+            module.out_channels,
+            *module.kernel_size,
+            module.stride,
+            module.padding,
+            module.dilation,
+            dtype,
+            device,
+            module.epilogue,
+        )
     raise TypeError(f"problem_of: expected a block-sparse, low-rank or fused layer, got {type(module).__name__}")
 
 

@@ -1,4 +1,4 @@
-"""The table of kernels: dispatch, tests and benchmarks iterate over ``KERNELS``; what is not listed cannot run.
+"""The table of kernels, one row each: dispatch, tests and benchmarks iterate over it; what is not listed cannot run.
 
 A kernel's ``launch`` takes its op's arguments without ``kernel`` and returns the output. It makes no choice and checks
 nothing that the op has checked; `slimkernels.dispatch.select` chooses.
@@ -19,6 +19,7 @@ from slimkernels.kernels import reference
 from slimkernels.kernels.cpu import conv2d as native
 from slimkernels.kernels.cpu import gradients as cpu_gradients
 from slimkernels.kernels.cpu import low_rank as native_low_rank
+from slimkernels.kernels.cpu.library import unavailable_reason
 from slimkernels.kernels.problems import (
     ConvProblem,
     FusedConvProblem,
@@ -96,8 +97,13 @@ class KernelSpec:
         return self.shape_reason(problem)
 
 
-def _lazy(module: str, function: str) -> Callable[..., Any]:
-    """A function of a module imported at the first call: Triton and CUDA stay unloaded until their kernels run."""
+def _lazy(name: str) -> Callable[..., Any]:
+    """A function whose module is imported at the first call: Triton and CUDA stay unloaded until their kernels run.
+
+    Args:
+        name: dotted, inside this package: ``triton.runtime.available``.
+    """
+    module, _, function = name.rpartition(".")
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return getattr(importlib.import_module(f"slimkernels.kernels.{module}"), function)(*args, **kwargs)
@@ -109,105 +115,178 @@ def _always() -> None:
     return None
 
 
-def _rows() -> list[KernelSpec]:
-    rows = [
-        KernelSpec(f"{op}__reference", op, "reference", None, ALL_DTYPES, EPILOGUES[op], frozenset({"cpu", "cuda"}),
-                   getattr(reference, op), _always)
-        for op in OPS + DENSE_OPS + GRADIENT_OPS
-    ]  # fmt: skip
-    for isa in ("avx512", "avx2", "scalar"):
-        for op, launch in (
-            ("bsr_conv2d", native.launch_bsr_conv2d),
-            ("bsr_linear", native.launch_bsr_linear),
-            ("low_rank_linear", native_low_rank.launch_low_rank_linear),
-            ("low_rank_conv2d", native_low_rank.launch_low_rank_conv2d),
-        ):
-            rows.append(
-                KernelSpec(f"{op}_f32__{isa}", op, "cpu", isa, frozenset({torch.float32}), EPILOGUES[op],
-                           frozenset({"cpu"}), partial(launch, isa), partial(native.unavailable_reason, isa),
-                           partial(native_obstacle, isa))
-            )  # fmt: skip
-    fp32, cpu = frozenset({torch.float32}), frozenset({"cpu"})
-    for isa in ("avx512", "avx2", "scalar"):
-        op, launch = "bsr_conv2d_dgrad", partial(cpu_gradients.launch_dgrad, isa)
-        rows.append(
-            KernelSpec(f"{op}_f32__{isa}", op, "cpu", isa, fp32, EPILOGUES[op], cpu, launch,
-                       partial(native.unavailable_reason, isa))
-        )  # fmt: skip
-    op = "bsr_conv2d_wgrad"
-    rows.append(
-        KernelSpec(f"{op}_f32__cpu", op, "cpu", None, fp32, EPILOGUES[op], cpu, cpu_gradients.launch_wgrad, _always)
+_FP32 = frozenset({torch.float32})
+_HALF = frozenset({torch.bfloat16, torch.float16})
+_CPU, _CUDA, _ANYWHERE = frozenset({"cpu"}), frozenset({"cuda"}), frozenset({"cpu", "cuda"})
+_RELU = frozenset({"none", "relu"})
+
+
+def _reference(name: str) -> KernelSpec:
+    """The plain definition of an op, in any dtype anywhere."""
+    op = name.removesuffix("__reference")
+    return KernelSpec(
+        name, op, "reference", None, ALL_DTYPES, EPILOGUES[op], _ANYWHERE, getattr(reference, op), _always
     )
-    half = frozenset({torch.float32, torch.bfloat16, torch.float16})
-    rows += _triton_forward_rows(half)
-    relu = frozenset({"none", "relu"})
-    for op, module, function in (
-        ("low_rank_linear", "triton.low_rank_linear", "launch"),
-        ("low_rank_conv2d", "triton.low_rank_conv2d", "launch"),
-        ("low_rank_linear_dgrad", "triton.low_rank_linear", "launch_dgrad"),
-        ("bsr_conv2d_dgrad", "triton.bsr_conv2d_backward_x", "launch"),
-        ("bsr_conv2d_wgrad", "triton.bsr_conv2d_backward_w", "launch"),
-        ("relu_maxpool2_backward", "triton.relu_maxpool2_backward", "launch"),
-    ):
-        rows.append(
-            KernelSpec(f"{op}__triton", op, "triton", None, half, EPILOGUES[op], frozenset({"cuda", "cpu"}),
-                       _lazy(module, function), _lazy("triton.runtime", "available"),
-                       _lazy("triton.runtime", "shape_reason"),
-                       _lazy(module, "device_configs") if op == "low_rank_linear" else _one_config)
-        )  # fmt: skip
-    for op in OPS:
-        rows.append(
-            KernelSpec(f"{op}__cuda", op, "cuda", None, half, relu, frozenset({"cuda"}), _lazy("cuda", f"launch_{op}"),
-                       _lazy("cuda", "available"))
-        )  # fmt: skip
-    rows.append(
-        KernelSpec("bsr_conv2d__cuda_tensor_cores", "bsr_conv2d", "cuda", None,
-                   frozenset({torch.bfloat16, torch.float16}), EPILOGUES["bsr_conv2d"], frozenset({"cuda"}),
-                   _lazy("cuda_tensor_cores", "launch_bsr_conv2d"), _lazy("cuda", "available"),
-                   _lazy("cuda_tensor_cores", "shape_reason"),
-                   explicit_only="it has not been measured to be the fastest on any GPU")
-    )  # fmt: skip
-    return rows + _fused_rows(half)
 
 
-def _fused_rows(dtypes: frozenset[torch.dtype]) -> list[KernelSpec]:
-    """Dense convolutions with an epilogue: of few input channels by Triton, of any with a ReLU by cuDNN."""
-    op = "fused_conv2d"
-    return [
-        KernelSpec(f"{op}__triton", op, "triton", None, dtypes, EPILOGUES[op], frozenset({"cuda", "cpu"}),
-                   _lazy("triton.fused_conv2d", "launch"), _lazy("triton.runtime", "available"),
-                   _lazy("triton.fused_conv2d_config", "shape_reason"),
-                   _lazy("triton.fused_conv2d_config", "device_configs")),
-        KernelSpec(f"{op}__cudnn", op, "cuda", None, dtypes, frozenset({"relu", "relu_maxpool2"}), frozenset({"cuda"}),
-                   _lazy("cudnn", "launch_fused_conv2d"), _lazy("cudnn", "available")),
-    ]  # fmt: skip
+def _cpu(name: str, launch: Callable[..., Tensor], reason: Callable[..., str | None] | None = None) -> KernelSpec:
+    """A C++ kernel of the instruction set that the name ends in, which ``launch`` and ``reason`` take first."""
+    op, isa = name.split("_f32__")
+    kept: dict[str, Any] = {} if reason is None else {"shape_reason": partial(reason, isa)}
+    available = partial(unavailable_reason, isa)
+    return KernelSpec(name, op, "cpu", isa, _FP32, EPILOGUES[op], _CPU, partial(launch, isa), available, **kept)
 
 
-def _triton_forward_rows(dtypes: frozenset[torch.dtype]) -> list[KernelSpec]:
-    """The kernels of `triton.bsr_conv2d`; the first is the one that a call without sizes gets."""
-    rows = []
-    for variant, reason in (
-        ("pixels_on_m", "triton.runtime.shape_reason"),
-        ("weights_on_m", "triton.runtime.shape_reason"),
-        ("images_on_m", "triton.bsr_conv2d_config.images_reason"),
-        ("taps_together", "triton.bsr_conv2d_config.taps_together_reason"),
-        ("shared_input", "triton.bsr_conv2d_config.shared_input_reason"),
-    ):
-        for op, function in (("bsr_conv2d", "launch"), ("bsr_linear", "launch_linear")):
-            if op == "bsr_linear" and variant in ("taps_together", "images_on_m"):
-                continue
-            name = f"{op}__triton" + ("" if variant == "pixels_on_m" else f"_{variant}")
-            rows.append(
-                KernelSpec(name, op, "triton", None, dtypes, EPILOGUES[op], frozenset({"cuda", "cpu"}),
-                           partial(_lazy("triton.bsr_conv2d", function), variant=variant),
-                           _lazy("triton.runtime", "available"), _lazy(*reason.rsplit(".", 1)),
-                           partial(_lazy("triton.bsr_conv2d_config", "device_configs"), variant),
-                           explicit_only="its speed hangs on the pattern" if variant == "shared_input" else None)
-            )  # fmt: skip
-    return rows
+def _triton(
+    name: str,
+    launch: str,
+    reason: str = "triton.runtime.shape_reason",
+    configs: str | None = None,
+    variant: str = "",
+    explicit_only: str | None = None,
+) -> KernelSpec:
+    """A Triton kernel by dotted names in this package; ``variant``: of the block-sparse forward launchers."""
+    function = _lazy(launch)
+    found: Callable[..., Sequence[Mapping[str, int]]] = _one_config if configs is None else _lazy(configs)
+    if variant:
+        function, found = partial(function, variant=variant), partial(found, variant)
+    op = name.split("__")[0]
+    return KernelSpec(
+        name,
+        op,
+        "triton",
+        None,
+        _FP32 | _HALF,
+        EPILOGUES[op],
+        _ANYWHERE,
+        function,
+        _lazy("triton.runtime.available"),
+        _lazy(reason),
+        found,
+        explicit_only,
+    )
 
 
-KERNELS: dict[str, KernelSpec] = {spec.name: spec for spec in _rows()}
+def _block_sparse(name: str, variant: str, reason: str, explicit_only: str | None = None) -> KernelSpec:
+    """A forward kernel of `triton.bsr_conv2d`."""
+    launch = "triton.bsr_conv2d." + ("launch" if name.startswith("bsr_conv2d") else "launch_linear")
+    return _triton(name, launch, reason, "triton.bsr_conv2d_config.device_configs", variant, explicit_only)
+
+
+def _cuda(
+    name: str,
+    launch: str,
+    available: str = "cuda.available",
+    dtypes: frozenset[torch.dtype] = _FP32 | _HALF,
+    epilogues: frozenset[str] = _RELU,
+    reason: str | None = None,
+    explicit_only: str | None = None,
+) -> KernelSpec:
+    """A CUDA C++ kernel of ours, or one of a vendor's library, by dotted names in this package."""
+    op = name.split("__")[0]
+    kept: dict[str, Any] = {} if reason is None else {"shape_reason": _lazy(reason)}
+    return KernelSpec(
+        name,
+        op,
+        "cuda",
+        None,
+        dtypes,
+        epilogues,
+        _CUDA,
+        _lazy(launch),
+        _lazy(available),
+        **kept,
+        explicit_only=explicit_only,
+    )
+
+
+_ANY_SHAPE = "triton.runtime.shape_reason"
+_CONFIG = "triton.bsr_conv2d_config"
+_BY_PATTERN = "its speed hangs on the pattern"
+
+# One row a kernel. Of an op's kernels on one backend the first is the one that a call without sizes gets.
+_ROWS = (
+    _reference("bsr_conv2d__reference"),
+    _reference("bsr_linear__reference"),
+    _reference("low_rank_linear__reference"),
+    _reference("low_rank_conv2d__reference"),
+    _reference("fused_conv2d__reference"),
+    _reference("bsr_conv2d_dgrad__reference"),
+    _reference("bsr_conv2d_wgrad__reference"),
+    _reference("relu_maxpool2_backward__reference"),
+    _reference("low_rank_linear_dgrad__reference"),
+    #
+    _cpu("bsr_conv2d_f32__avx512", native.launch_bsr_conv2d, native_obstacle),
+    _cpu("bsr_conv2d_f32__avx2", native.launch_bsr_conv2d, native_obstacle),
+    _cpu("bsr_conv2d_f32__scalar", native.launch_bsr_conv2d, native_obstacle),
+    _cpu("bsr_linear_f32__avx512", native.launch_bsr_linear, native_obstacle),
+    _cpu("bsr_linear_f32__avx2", native.launch_bsr_linear, native_obstacle),
+    _cpu("bsr_linear_f32__scalar", native.launch_bsr_linear, native_obstacle),
+    _cpu("low_rank_linear_f32__avx512", native_low_rank.launch_low_rank_linear, native_obstacle),
+    _cpu("low_rank_linear_f32__avx2", native_low_rank.launch_low_rank_linear, native_obstacle),
+    _cpu("low_rank_linear_f32__scalar", native_low_rank.launch_low_rank_linear, native_obstacle),
+    _cpu("low_rank_conv2d_f32__avx512", native_low_rank.launch_low_rank_conv2d, native_obstacle),
+    _cpu("low_rank_conv2d_f32__avx2", native_low_rank.launch_low_rank_conv2d, native_obstacle),
+    _cpu("low_rank_conv2d_f32__scalar", native_low_rank.launch_low_rank_conv2d, native_obstacle),
+    _cpu("bsr_conv2d_dgrad_f32__avx512", cpu_gradients.launch_dgrad),
+    _cpu("bsr_conv2d_dgrad_f32__avx2", cpu_gradients.launch_dgrad),
+    _cpu("bsr_conv2d_dgrad_f32__scalar", cpu_gradients.launch_dgrad),
+    KernelSpec(
+        "bsr_conv2d_wgrad_f32__cpu",
+        "bsr_conv2d_wgrad",
+        "cpu",
+        None,
+        _FP32,
+        EPILOGUES["bsr_conv2d_wgrad"],
+        _CPU,
+        cpu_gradients.launch_wgrad,
+        _always,
+    ),
+    #
+    _block_sparse("bsr_conv2d__triton", "pixels_on_m", _ANY_SHAPE),
+    _block_sparse("bsr_conv2d__triton_weights_on_m", "weights_on_m", _ANY_SHAPE),
+    _block_sparse("bsr_conv2d__triton_images_on_m", "images_on_m", f"{_CONFIG}.images_reason"),
+    _block_sparse("bsr_conv2d__triton_taps_together", "taps_together", f"{_CONFIG}.taps_together_reason"),
+    _block_sparse("bsr_conv2d__triton_shared_input", "shared_input", f"{_CONFIG}.shared_input_reason", _BY_PATTERN),
+    _block_sparse("bsr_linear__triton", "pixels_on_m", _ANY_SHAPE),
+    _block_sparse("bsr_linear__triton_weights_on_m", "weights_on_m", _ANY_SHAPE),
+    _block_sparse("bsr_linear__triton_shared_input", "shared_input", f"{_CONFIG}.shared_input_reason", _BY_PATTERN),
+    _triton(
+        "low_rank_linear__triton", "triton.low_rank_linear.launch", configs="triton.low_rank_linear.device_configs"
+    ),
+    _triton("low_rank_conv2d__triton", "triton.low_rank_conv2d.launch"),
+    _triton("low_rank_linear_dgrad__triton", "triton.low_rank_linear.launch_dgrad"),
+    _triton("bsr_conv2d_dgrad__triton", "triton.bsr_conv2d_backward_x.launch"),
+    _triton("bsr_conv2d_wgrad__triton", "triton.bsr_conv2d_backward_w.launch"),
+    _triton("relu_maxpool2_backward__triton", "triton.relu_maxpool2_backward.launch"),
+    # Few input channels; any number of them goes to cuDNN below.
+    _triton(
+        "fused_conv2d__triton",
+        "triton.fused_conv2d.launch",
+        "triton.fused_conv2d_config.shape_reason",
+        "triton.fused_conv2d_config.device_configs",
+    ),
+    #
+    _cuda("bsr_conv2d__cuda", "cuda.launch_bsr_conv2d"),
+    _cuda("bsr_linear__cuda", "cuda.launch_bsr_linear"),
+    _cuda("low_rank_linear__cuda", "cuda.launch_low_rank_linear"),
+    _cuda("low_rank_conv2d__cuda", "cuda.launch_low_rank_conv2d"),
+    _cuda(
+        "bsr_conv2d__cuda_tensor_cores",
+        "cuda_tensor_cores.launch_bsr_conv2d",
+        dtypes=_HALF,
+        epilogues=EPILOGUES["bsr_conv2d"],
+        reason="cuda_tensor_cores.shape_reason",
+        explicit_only="it has not been measured to be the fastest on any GPU",
+    ),
+    _cuda(
+        "fused_conv2d__cudnn",
+        "cudnn.launch_fused_conv2d",
+        "cudnn.available",
+        epilogues=frozenset({"relu", "relu_maxpool2"}),
+    ),
+)
+KERNELS: dict[str, KernelSpec] = {spec.name: spec for spec in _ROWS}
 
 __all__ = [
     "DENSE_OPS",

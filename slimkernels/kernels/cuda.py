@@ -100,10 +100,22 @@ def _pointer(tensor: Tensor | None) -> int:
 
 
 def _run_bsr(
-    op: str, x: Tensor, y: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, bias: Tensor | None,
-    image: tuple[int, int, int], out_image: tuple[int, int], weight_shape: Sequence[int], block_shape: Sequence[int],
-    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], epilogue: str,
-) -> None:  # fmt: skip
+    op: str,
+    x: Tensor,
+    y: Tensor,
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    bias: Tensor | None,
+    image: tuple[int, int, int],
+    out_image: tuple[int, int],
+    weight_shape: Sequence[int],
+    block_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    epilogue: str,
+) -> None:
     """Fill y; x and y are dense in (n, h, w, c) order and `image` is x's (n, h, w)."""
     module = _module(op, x, values=values, crow_indices=crow_indices, col_indices=col_indices, bias=bias)
     relu = _relu(op, epilogue)
@@ -126,18 +138,44 @@ def _run_bsr(
     values, crow_indices, col_indices = values.contiguous(), crow_indices.contiguous(), col_indices.contiguous()
     bias = bias if bias is None else bias.contiguous()
     status = module.cuda_bsr_conv2d(
-        x.data_ptr(), y.data_ptr(), _pointer(bias), values.data_ptr(), crow_indices.data_ptr(), col_indices.data_ptr(),
-        *image, c_in, c_out, *out_image, r, s, *stride, *padding, *dilation, block_out, block_in, relu,
-        _DTYPES[x.dtype], *_target(x),
-    )  # fmt: skip
+        x.data_ptr(),
+        y.data_ptr(),
+        _pointer(bias),
+        values.data_ptr(),
+        crow_indices.data_ptr(),
+        col_indices.data_ptr(),
+        *image,
+        c_in,
+        c_out,
+        *out_image,
+        r,
+        s,
+        *stride,
+        *padding,
+        *dilation,
+        block_out,
+        block_in,
+        relu,
+        _DTYPES[x.dtype],
+        *_target(x),
+    )
     _check(op, module, status)
 
 
 def _conv(
-    op: str, x: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, bias: Tensor | None,
-    weight_shape: Sequence[int], block_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], epilogue: str,
-) -> Tensor:  # fmt: skip
+    op: str,
+    x: Tensor,
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    bias: Tensor | None,
+    weight_shape: Sequence[int],
+    block_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    epilogue: str,
+) -> Tensor:
     c_out, c_in, r, s = weight_shape
     if x.dim() != 4 or x.shape[1] != c_in:
         raise ValueError(f"{op}: expected x of shape (N, {c_in}, H, W), got {tuple(x.shape)}")
@@ -149,17 +187,39 @@ def _conv(
         raise ValueError(f"{op}: expected an image that the kernel fits into, got x of shape {tuple(x.shape)}")
     y = torch.empty((n, c_out, p, q), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     _run_bsr(
-        op, x, y, values, crow_indices, col_indices, bias, (n, h, w), (p, q), weight_shape, block_shape, stride,
-        padding, dilation, epilogue,
-    )  # fmt: skip
+        op,
+        x,
+        y,
+        values,
+        crow_indices,
+        col_indices,
+        bias,
+        (n, h, w),
+        (p, q),
+        weight_shape,
+        block_shape,
+        stride,
+        padding,
+        dilation,
+        epilogue,
+    )
     return y
 
 
 def launch_bsr_conv2d(
-    x: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, bias: Tensor | None, packed: Sequence[Tensor],
-    weight_shape: Sequence[int], block_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], epilogue: str,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    bias: Tensor | None,
+    packed: Sequence[Tensor],
+    weight_shape: Sequence[int],
+    block_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    epilogue: str,
+) -> Tensor:
     """Block-sparse convolution on the GPU, any block shape; ``packed`` is not used.
 
     Args:
@@ -176,15 +236,32 @@ def launch_bsr_conv2d(
         RuntimeError: the kernels cannot run here, or CUDA reports an error.
     """
     return _conv(
-        "bsr_conv2d", x, values, crow_indices, col_indices, bias, weight_shape, block_shape, stride, padding, dilation,
+        "bsr_conv2d",
+        x,
+        values,
+        crow_indices,
+        col_indices,
+        bias,
+        weight_shape,
+        block_shape,
+        stride,
+        padding,
+        dilation,
         epilogue,
-    )  # fmt: skip
+    )
 
 
 def _linear(
-    op: str, x: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, bias: Tensor | None,
-    weight_shape: Sequence[int], block_shape: Sequence[int], epilogue: str,
-) -> Tensor:  # fmt: skip
+    op: str,
+    x: Tensor,
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    bias: Tensor | None,
+    weight_shape: Sequence[int],
+    block_shape: Sequence[int],
+    epilogue: str,
+) -> Tensor:
     out_features, in_features = weight_shape
     if x.dim() < 1 or x.shape[-1] != in_features:
         raise ValueError(f"{op}: expected x of shape (..., {in_features}), got {tuple(x.shape)}")
@@ -192,16 +269,36 @@ def _linear(
     y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype, device=x.device)
     rows = x.numel() // in_features
     _run_bsr(
-        op, x, y, values, crow_indices, col_indices, bias, (rows, 1, 1), (1, 1), (*weight_shape, 1, 1), block_shape,
-        (1, 1), (0, 0), (1, 1), epilogue,
-    )  # fmt: skip
+        op,
+        x,
+        y,
+        values,
+        crow_indices,
+        col_indices,
+        bias,
+        (rows, 1, 1),
+        (1, 1),
+        (*weight_shape, 1, 1),
+        block_shape,
+        (1, 1),
+        (0, 0),
+        (1, 1),
+        epilogue,
+    )
     return y
 
 
 def launch_bsr_linear(
-    x: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, bias: Tensor | None, packed: Sequence[Tensor],
-    weight_shape: Sequence[int], block_shape: Sequence[int], epilogue: str,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    bias: Tensor | None,
+    packed: Sequence[Tensor],
+    weight_shape: Sequence[int],
+    block_shape: Sequence[int],
+    epilogue: str,
+) -> Tensor:
     """Block-sparse linear layer on the GPU: ``x (..., in)`` -> ``(..., out)``, the 1x1 convolution of its rows.
 
     Raises:
@@ -253,17 +350,34 @@ def launch_low_rank_linear(
         return y
     bias = bias if bias is None else bias.contiguous()
     status = module.cuda_low_rank_linear(
-        x.data_ptr(), y.data_ptr(), _pointer(bias), U.data_ptr(), V.data_ptr(), x.numel() // in_features, in_features,
-        out_features, rank, relu, _DTYPES[x.dtype], *_target(x),
-    )  # fmt: skip
+        x.data_ptr(),
+        y.data_ptr(),
+        _pointer(bias),
+        U.data_ptr(),
+        V.data_ptr(),
+        x.numel() // in_features,
+        in_features,
+        out_features,
+        rank,
+        relu,
+        _DTYPES[x.dtype],
+        *_target(x),
+    )
     _check(op, module, status)
     return y
 
 
 def launch_low_rank_conv2d(
-    x: Tensor, factors: Sequence[Tensor], bias: Tensor | None, packed: Sequence[Tensor], stride: Sequence[int],
-    padding: Sequence[int], dilation: Sequence[int], kind: str, epilogue: str,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    factors: Sequence[Tensor],
+    bias: Tensor | None,
+    packed: Sequence[Tensor],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    kind: str,
+    epilogue: str,
+) -> Tensor:
     """The factor convolutions one after the other, each through the block-sparse kernel with one full block per tap.
 
     Args:
@@ -285,9 +399,18 @@ def launch_low_rank_conv2d(
         last = i == len(factors) - 1
         values = factor.permute(2, 3, 0, 1).reshape(r * s, c_out, c_in)
         x = _conv(
-            op, x, values, *_full_pattern(r * s, x.device), bias if last else None, (c_out, c_in, r, s), (c_out, c_in),
-            factor_stride, factor_padding, factor_dilation, epilogue if last else "none",
-        )  # fmt: skip
+            op,
+            x,
+            values,
+            *_full_pattern(r * s, x.device),
+            bias if last else None,
+            (c_out, c_in, r, s),
+            (c_out, c_in),
+            factor_stride,
+            factor_padding,
+            factor_dilation,
+            epilogue if last else "none",
+        )
     return x
 
 

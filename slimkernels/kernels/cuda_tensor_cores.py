@@ -59,8 +59,16 @@ def shape_reason(problem: Problem) -> str | None:
 _CHECKED = Checked()
 
 
-def _check_packed(op: str, packed: Packed, crow: Tensor, col: Tensor, values: Tensor, weight_shape: Sequence[int],
-           block_shape: Sequence[int], column: int) -> None:  # fmt: skip
+def _check_packed(
+    op: str,
+    packed: Packed,
+    crow: Tensor,
+    col: Tensor,
+    values: Tensor,
+    weight_shape: Sequence[int],
+    block_shape: Sequence[int],
+    column: int,
+) -> None:
     """Raises ValueError unless the pack's indices are those of the pattern and its weights have the values' size.
 
     The kernel follows the indices without a check. They are compared once for tensors that stay as they are, and not
@@ -98,9 +106,15 @@ def pack(
 
 
 def _packed_or_new(
-    op: str, packed: Sequence[Tensor], values: Tensor, crow: Tensor, col: Tensor, weight_shape: Sequence[int],
-    block_shape: Sequence[int], variant: int,
-) -> Packed:  # fmt: skip
+    op: str,
+    packed: Sequence[Tensor],
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    weight_shape: Sequence[int],
+    block_shape: Sequence[int],
+    variant: int,
+) -> Packed:
     shape = VARIANTS[variant]
     if len(packed) == len(Packed._fields) and packed[0].dim() == 2:
         found = Packed(*packed)
@@ -113,10 +127,20 @@ def _packed_or_new(
 
 
 def launch_bsr_conv2d(
-    x: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, bias: Tensor | None, packed: Sequence[Tensor],
-    weight_shape: Sequence[int], block_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], epilogue: str, config: Mapping[str, int] | None = None,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    bias: Tensor | None,
+    packed: Sequence[Tensor],
+    weight_shape: Sequence[int],
+    block_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    epilogue: str,
+    config: Mapping[str, int] | None = None,
+) -> Tensor:
     """Block-sparse convolution on tensor cores, the weights of a thread block in shared memory.
 
     Args:
@@ -143,8 +167,23 @@ def launch_bsr_conv2d(
     if x.dim() != 4 or x.shape[1] != c_in:
         raise ValueError(f"{op}: expected x of shape (N, {c_in}, H, W), got {tuple(x.shape)}")
     n, _, h, w = x.shape
-    problem = ConvProblem(n, c_in, h, w, c_out, r, s, _pair(stride), _pair(padding), _pair(dilation),
-                          _pair(block_shape), values.shape[0], x.dtype, x.device.type, epilogue)  # fmt: skip
+    problem = ConvProblem(
+        n,
+        c_in,
+        h,
+        w,
+        c_out,
+        r,
+        s,
+        _pair(stride),
+        _pair(padding),
+        _pair(dilation),
+        _pair(block_shape),
+        values.shape[0],
+        x.dtype,
+        x.device.type,
+        epilogue,
+    )
     reason = shape_reason(problem)
     if reason is not None or x.dtype == torch.float32:
         raise ValueError(f"{op}: the tensor-core kernel does not take this: {reason or 'float32'}")
@@ -171,27 +210,64 @@ def launch_bsr_conv2d(
     columns = min(VARIANTS[variant].columns, weight.most_steps.numel())
     steps = int(weight.most_steps[columns - 1])
     plan = resident_plan.plan(
-        variant, n, c_in, h, w, c_out, (r, s), problem.stride, problem.padding, problem.dilation, steps,
-        limits.shared_memory, limits.processors, config,
-    )  # fmt: skip
+        variant,
+        n,
+        c_in,
+        h,
+        w,
+        c_out,
+        (r, s),
+        problem.stride,
+        problem.padding,
+        problem.dilation,
+        steps,
+        limits.shared_memory,
+        limits.processors,
+        config,
+    )
     if plan is None:
         raise ValueError(
             f"{op}: expected block rows whose weights fit {limits.shared_memory} bytes of shared memory, "
             f"got one of {steps} steps of {VARIANTS[variant].column} x {STEP_CHANNELS} weights"
         )
     status = module.cuda_resident_conv2d(
-        x.data_ptr(), y.data_ptr(), cuda._pointer(bias), weight.weights.data_ptr(), weight.group_start.data_ptr(),
-        weight.taps.data_ptr(), n, h, w, c_in, c_out, p, q, r, s, *stride, *padding, *dilation,
-        int(epilogue != "none"), int(pool), *plan.tile, plan.slab, plan.stages, steps, variant, plan.blocks,
-        config.get("overlap", 0), cuda._DTYPES[x.dtype], *cuda._target(x),
-    )  # fmt: skip
+        x.data_ptr(),
+        y.data_ptr(),
+        cuda._pointer(bias),
+        weight.weights.data_ptr(),
+        weight.group_start.data_ptr(),
+        weight.taps.data_ptr(),
+        n,
+        h,
+        w,
+        c_in,
+        c_out,
+        p,
+        q,
+        r,
+        s,
+        *stride,
+        *padding,
+        *dilation,
+        int(epilogue != "none"),
+        int(pool),
+        *plan.tile,
+        plan.slab,
+        plan.stages,
+        steps,
+        variant,
+        plan.blocks,
+        config.get("overlap", 0),
+        cuda._DTYPES[x.dtype],
+        *cuda._target(x),
+    )
     cuda._check(op, module, status)
     return y
 
 
 def _check_variant(
     op: str, variant: int, variants: Sequence[Shape], limits: Limits, block_shape: Sequence[int], overlap: int
-) -> None:  # fmt: skip
+) -> None:
     if not 0 <= variant < len(variants):
         raise ValueError(f"{op}: expected variant in 0 to {len(variants) - 1}, got {variant}")
     if variants[variant].wgmma and not limits.wgmma:
@@ -221,10 +297,19 @@ def _pair(value: Sequence[int]) -> Pair:
 
 
 def launch_stem_conv2d(
-    x: Tensor, first_weight: Tensor, first_bias: Tensor | None, values: Tensor, crow_indices: Tensor,
-    col_indices: Tensor, bias: Tensor | None, packed: Sequence[Tensor], weight_shape: Sequence[int],
-    block_shape: Sequence[int], epilogue: str, config: Mapping[str, int] | None = None,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    first_weight: Tensor,
+    first_bias: Tensor | None,
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    bias: Tensor | None,
+    packed: Sequence[Tensor],
+    weight_shape: Sequence[int],
+    block_shape: Sequence[int],
+    epilogue: str,
+    config: Mapping[str, int] | None = None,
+) -> Tensor:
     """A dense 3x3 convolution of images to 64 channels, its ReLU, and the block-sparse 3x3 one behind it.
 
     Both have stride 1 and padding 1. What lies between them stays in shared memory, rounded to x's dtype.
@@ -246,8 +331,16 @@ def launch_stem_conv2d(
         ValueError, TypeError, RuntimeError: as `launch_bsr_conv2d`.
     """
     op, config = "stem_conv2d", config or {}
-    module = cuda._module(op, x, first_weight=first_weight, first_bias=first_bias, values=values, bias=bias,
-                          crow_indices=crow_indices, col_indices=col_indices)  # fmt: skip
+    module = cuda._module(
+        op,
+        x,
+        first_weight=first_weight,
+        first_bias=first_bias,
+        values=values,
+        bias=bias,
+        crow_indices=crow_indices,
+        col_indices=col_indices,
+    )
     if x.dim() != 4 or x.shape[1] != 3 or x.shape[3] % 2 != 0 or x.dtype == torch.float32:
         raise ValueError(f"{op}: expected x of shape (N, 3, H, even W) in 16 bits, got {tuple(x.shape)} of {x.dtype}")
     c_out, *rest = weight_shape
@@ -288,19 +381,50 @@ def launch_stem_conv2d(
     if plan is None:
         raise ValueError(f"{op}: expected images of rows that fit shared memory, got {tuple(x.shape)}")
     status = module.cuda_stem_conv2d(
-        x.data_ptr(), y.data_ptr(), first.data_ptr(), cuda._pointer(first_bias), weight.weights.data_ptr(),
-        cuda._pointer(bias), weight.taps.data_ptr(), n, h, w, c_out, h, w, 3, 3, 1, 1, 1, 1, 1, 1,
-        int(epilogue != "none"), int(pool), *plan.tile, steps, variant, plan.blocks, config.get("overlap", 0),
-        cuda._DTYPES[x.dtype], *cuda._target(x),
-    )  # fmt: skip
+        x.data_ptr(),
+        y.data_ptr(),
+        first.data_ptr(),
+        cuda._pointer(first_bias),
+        weight.weights.data_ptr(),
+        cuda._pointer(bias),
+        weight.taps.data_ptr(),
+        n,
+        h,
+        w,
+        c_out,
+        h,
+        w,
+        3,
+        3,
+        1,
+        1,
+        1,
+        1,
+        1,
+        1,
+        int(epilogue != "none"),
+        int(pool),
+        *plan.tile,
+        steps,
+        variant,
+        plan.blocks,
+        config.get("overlap", 0),
+        cuda._DTYPES[x.dtype],
+        *cuda._target(x),
+    )
     cuda._check(op, module, status)
     return y
 
 
 def pack_stem(
-    first_weight: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, weight_shape: Sequence[int],
-    block_shape: Sequence[int], variant: int | None = None,
-) -> tuple[Tensor, Packed]:  # fmt: skip
+    first_weight: Tensor,
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    weight_shape: Sequence[int],
+    block_shape: Sequence[int],
+    variant: int | None = None,
+) -> tuple[Tensor, Packed]:
     """Both weights packed as `launch_stem_conv2d` takes them, for values' device. Waits for the device."""
     shape = STEM_VARIANTS[int(_limits(values).wgmma) if variant is None else variant]
     first = resident_plan.pack_first(first_weight, shape.wgmma)

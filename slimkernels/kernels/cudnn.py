@@ -22,9 +22,14 @@ def available() -> str | None:
 
 
 def launch_fused_conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], epilogue: str,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    epilogue: str,
+) -> Tensor:
     """``epilogue(conv2d(x, weight) + bias)``, channels_last; epilogue "relu" or "relu_maxpool2".
 
     Where cuDNN has no kernel for a layer with its ReLU, or is switched off, they run one after the other.

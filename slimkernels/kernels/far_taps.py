@@ -17,9 +17,13 @@ _FAR = 4096
 
 
 def convolution(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
     dilation: Sequence[int],
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """``F.conv2d``; where the geometry reaches far past any image, tap by tap."""
     if not _reaches_far(weight, stride, padding, dilation):
         return F.conv2d(x, weight, bias, list(stride), list(padding), list(dilation))
@@ -31,9 +35,14 @@ def convolution(
 
 
 def convolution_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
     output_mask: tuple[bool, bool],
-) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of `convolution`'s input and weight; None where ``output_mask`` is False."""
     if not _reaches_far(weight, stride, padding, dilation):
         return strided_pointwise.convolution_backward(grad, x, weight, stride, padding, dilation, output_mask)
@@ -55,9 +64,13 @@ def _reaches_far(weight: Tensor, stride: Sequence[int], padding: Sequence[int], 
 
 
 def _taps_inside(
-    x_shape: Sequence[int], out: Sequence[int], weight_shape: Sequence[int], stride: Sequence[int],
-    padding: Sequence[int], dilation: Sequence[int],
-) -> Iterator[tuple[int, int, tuple[slice, ...], tuple[slice, ...]]]:  # fmt: skip
+    x_shape: Sequence[int],
+    out: Sequence[int],
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Iterator[tuple[int, int, tuple[slice, ...], tuple[slice, ...]]]:
     """``(row, column, pixels, outputs)`` of every tap that meets the image: the outputs read the pixels there."""
 
     def seen(axis: int, tap: int) -> tuple[slice, slice] | None:

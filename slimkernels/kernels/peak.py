@@ -7,7 +7,7 @@ import time
 import torch
 
 from slimkernels import _extension
-from slimkernels.kernels.cpu.conv2d import unavailable_reason
+from slimkernels.kernels.cpu.library import unavailable_reason
 
 
 def peak_flops(isa: str | None = None, seconds: float = 0.2) -> float:

@@ -23,10 +23,19 @@ def apply_epilogue(y: Tensor, epilogue: str) -> Tensor:
 
 
 def bsr_conv2d(
-    x: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, bias: Tensor | None, packed: Sequence[Tensor],
-    weight_shape: Sequence[int], block_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], epilogue: str,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    bias: Tensor | None,
+    packed: Sequence[Tensor],
+    weight_shape: Sequence[int],
+    block_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    epilogue: str,
+) -> Tensor:
     """``epilogue(conv2d(x, W) + bias)`` where only stored blocks of W are read.
 
     With finite input it is the dense convolution. A non-finite input must reach exactly the outputs whose stored blocks
@@ -68,15 +77,32 @@ def _conv2d_stored_columns(
 
 
 def bsr_linear(
-    x: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, bias: Tensor | None, packed: Sequence[Tensor],
-    weight_shape: Sequence[int], block_shape: Sequence[int], epilogue: str,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    bias: Tensor | None,
+    packed: Sequence[Tensor],
+    weight_shape: Sequence[int],
+    block_shape: Sequence[int],
+    epilogue: str,
+) -> Tensor:
     """``epilogue(x W^T + bias)`` over the last dimension of x: the 1x1 convolution of its rows."""
     rows = x.reshape(-1, weight_shape[1])[:, :, None, None]
     y = bsr_conv2d(
-        rows, values, crow_indices, col_indices, bias, packed, (*weight_shape, 1, 1), block_shape, (1, 1), (0, 0),
-        (1, 1), epilogue,
-    )  # fmt: skip
+        rows,
+        values,
+        crow_indices,
+        col_indices,
+        bias,
+        packed,
+        (*weight_shape, 1, 1),
+        block_shape,
+        (1, 1),
+        (0, 0),
+        (1, 1),
+        epilogue,
+    )
     return y.reshape(*x.shape[:-1], weight_shape[0])
 
 
@@ -87,10 +113,18 @@ def _dense_weight(
 
 
 def bsr_conv2d_dgrad(
-    grad: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, transposed: Tensor | None,
-    image: Sequence[int], weight_shape: Sequence[int], block_shape: Sequence[int], stride: Sequence[int],
-    padding: Sequence[int], dilation: Sequence[int],
-) -> Tensor:  # fmt: skip
+    grad: Tensor,
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    transposed: Tensor | None,
+    image: Sequence[int],
+    weight_shape: Sequence[int],
+    block_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
     """The gradient of `bsr_conv2d`'s input, ``image`` (H, W), through the dense weight; ``transposed`` is unused."""
     dense = _dense_weight(values, crow_indices, col_indices, weight_shape, block_shape)
     x = grad.new_empty((grad.shape[0], weight_shape[1], *image)).contiguous(memory_format=torch.channels_last)
@@ -102,14 +136,27 @@ def bsr_conv2d_dgrad(
 
 
 def bsr_conv2d_wgrad(
-    grad: Tensor, x: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, weight_shape: Sequence[int],
-    block_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
-) -> Tensor:  # fmt: skip
+    grad: Tensor,
+    x: Tensor,
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    weight_shape: Sequence[int],
+    block_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
     """The gradient of `bsr_conv2d`'s values, cut out of the dense weight's gradient; spare blocks get 0."""
     _, grad_w = convolution_backward(
-        grad.contiguous(memory_format=torch.channels_last), x, x.new_empty(tuple(weight_shape)), stride, padding,
-        dilation, (False, True),
-    )  # fmt: skip
+        grad.contiguous(memory_format=torch.channels_last),
+        x,
+        x.new_empty(tuple(weight_shape)),
+        stride,
+        padding,
+        dilation,
+        (False, True),
+    )
     assert grad_w is not None
     weight = BSRWeight(values, crow_indices, col_indices, tuple(weight_shape), tuple(block_shape))  # type: ignore[arg-type]
     grad_values = torch.zeros_like(values, memory_format=torch.contiguous_format)
@@ -141,9 +188,16 @@ def low_rank_linear_dgrad(grad: Tensor, U: Tensor, V: Tensor) -> tuple[Tensor, T
 
 
 def low_rank_conv2d(
-    x: Tensor, factors: Sequence[Tensor], bias: Tensor | None, packed: Sequence[Tensor], stride: Sequence[int],
-    padding: Sequence[int], dilation: Sequence[int], kind: str, epilogue: str,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    factors: Sequence[Tensor],
+    bias: Tensor | None,
+    packed: Sequence[Tensor],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    kind: str,
+    epilogue: str,
+) -> Tensor:
     """The chain of factor convolutions, bias after the last."""
     geometry = factor_geometry(kind, len(factors), tuple(stride), tuple(padding), tuple(dilation))  # type: ignore[arg-type]
     for i, (factor, (stride_i, padding_i, dilation_i)) in enumerate(zip(factors, geometry)):
@@ -152,9 +206,14 @@ def low_rank_conv2d(
 
 
 def fused_conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], epilogue: str,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    epilogue: str,
+) -> Tensor:
     """``epilogue(conv2d(x, weight) + bias)``: torch's convolution and the passes behind it."""
     y = convolution(x, weight, bias, stride, padding, dilation)
     return apply_epilogue(y, epilogue).contiguous(memory_format=torch.channels_last)

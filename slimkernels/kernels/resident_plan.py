@@ -88,9 +88,21 @@ def shared_bytes(shape: Shape, tile: Tile, slab: int, stages: int, c_in: int, st
 
 
 def plan(
-    variant: int, n: int, c_in: int, h: int, w: int, c_out: int, taps: Pair, stride: Pair, padding: Pair,
-    dilation: Pair, steps: int, limit: int, processors: int, config: Mapping[str, int],
-) -> Plan | None:  # fmt: skip
+    variant: int,
+    n: int,
+    c_in: int,
+    h: int,
+    w: int,
+    c_out: int,
+    taps: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    steps: int,
+    limit: int,
+    processors: int,
+    config: Mapping[str, int],
+) -> Plan | None:
     """The plan of a convolution, or None where a thread block's weights and two slabs do not fit shared memory.
 
     Args: steps the most that a thread block has; limit bytes of shared memory it may use; config ``slab`` and
@@ -128,8 +140,19 @@ def _even(size: int) -> int:
     return size + size % 2
 
 
-def _with_patch(images: int, rows: int, cols: int, h: int, w: int, p: int, q: int, taps: Pair, stride: Pair,
-                padding: Pair, dilation: Pair) -> Tile:  # fmt: skip
+def _with_patch(
+    images: int,
+    rows: int,
+    cols: int,
+    h: int,
+    w: int,
+    p: int,
+    q: int,
+    taps: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+) -> Tile:
     """The tile of these output pixels, whose patch shares borders where the tile spans whole images."""
     high = (rows - 1) * stride[0] + (taps[0] - 1) * dilation[0] + 1
     wide = (cols - 1) * stride[1] + (taps[1] - 1) * dilation[1] + 1
@@ -143,8 +166,9 @@ def _with_patch(images: int, rows: int, cols: int, h: int, w: int, p: int, q: in
             range(patch_image, patch_image + 8), key=lambda size: (_conflicts(size, images, windows), size)
         )
     last = (max(high, top + load_rows) - 1) * patch_row + max(wide, left + load_cols)
-    return Tile(images, rows, cols, patch_row, patch_image, (images - 1) * patch_image + last, top, left, load_rows,
-                load_cols)  # fmt: skip
+    return Tile(
+        images, rows, cols, patch_row, patch_image, (images - 1) * patch_image + last, top, left, load_rows, load_cols
+    )
 
 
 def _conflicts(patch_image: int, images: int, windows: Sequence[tuple[int, int]]) -> int:
@@ -246,9 +270,13 @@ def pack_index(
 
 
 def pack(
-    values: Tensor, crow_indices: Tensor, col_indices: Tensor, weight_shape: Sequence[int], block_shape: Sequence[int],
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    weight_shape: Sequence[int],
+    block_shape: Sequence[int],
     shape: Shape,
-) -> Packed:  # fmt: skip
+) -> Packed:
     """A BSR weight packed for a compiled shape; the arguments are those of `pack_index`. Waits for the device."""
     high, wide = block_shape[0] // shape.column, block_shape[1] // STEP_CHANNELS
     index = pack_index(crow_indices, col_indices, weight_shape, block_shape, shape.column)

@@ -59,9 +59,14 @@ def _is_zero(padding: int | str | Sequence[int]) -> bool:
 
 
 def convolution_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
     output_mask: tuple[bool, bool],
-) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of a convolution's input ``(N, C_in, H, W)`` and weight, groups = 1; None where not asked for."""
     read = pixels_read(x, weight, stride, padding)
     grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(

@@ -76,9 +76,15 @@ _CHECKED = Checked()
 
 
 def check_transposed(
-    op: str, transposed: Tensor, crow_indices: Tensor, col_indices: Tensor, weight_shape: Sequence[int],
-    block_shape: Sequence[int], stride: Sequence[int], dilation: Sequence[int],
-) -> None:  # fmt: skip
+    op: str,
+    transposed: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    weight_shape: Sequence[int],
+    block_shape: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+) -> None:
     """Raises ValueError, beginning with ``op``, unless ``transposed`` is the transposed index of this valid pattern.
 
     Compared once for tensors that stay as they are, and not while a CUDA graph is captured.

@@ -33,11 +33,20 @@ class FusedConv2d(AttributesInUse):
     padding_mode = "zeros"
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1, padding: int | tuple[int, int] = 0, dilation: int | tuple[int, int] = 1,
-        bias: bool = True, *, epilogue: str = "none", kernel: str = "auto", device: Any = None,
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        bias: bool = True,
+        *,
+        epilogue: str = "none",
+        kernel: str = "auto",
+        device: Any = None,
         dtype: torch.dtype | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.in_channels, self.out_channels = in_channels, out_channels
         self.kernel_size, self.stride = int_pair(kernel_size), int_pair(stride)
@@ -60,18 +69,34 @@ class FusedConv2d(AttributesInUse):
         if reason is not None:
             raise ValueError(f"FusedConv2d.from_dense: {reason}")
         module = cls(
-            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, resolved_padding(conv), conv.dilation,  # type: ignore[arg-type]
-            conv.bias is not None, epilogue=epilogue, kernel=kernel, device=conv.weight.device, dtype=conv.weight.dtype,
-        )  # fmt: skip
+            conv.in_channels,
+            conv.out_channels,
+            int_pair(conv.kernel_size),
+            int_pair(conv.stride),
+            resolved_padding(conv),
+            int_pair(conv.dilation),
+            conv.bias is not None,
+            epilogue=epilogue,
+            kernel=kernel,
+            device=conv.weight.device,
+            dtype=conv.weight.dtype,
+        )
         _copy(conv, module)
         return module.train(conv.training)
 
     def to_dense(self) -> nn.Conv2d:
         """The convolution with the same weight and bias; a fused epilogue is not part of it."""
         conv = nn.Conv2d(
-            self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation,
-            bias=self.bias is not None, device=self.weight.device, dtype=self.weight.dtype,
-        )  # fmt: skip
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            bias=self.bias is not None,
+            device=self.weight.device,
+            dtype=self.weight.dtype,
+        )
         _copy(self, conv)
         return conv.train(self.training)
 
@@ -89,9 +114,15 @@ class FusedConv2d(AttributesInUse):
         if x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
         return fused_conv2d(
-            x, self.weight, self.bias, stride=self.stride, padding=self.padding, dilation=self.dilation,
-            epilogue=self.epilogue, kernel=self.kernel,
-        )  # fmt: skip
+            x,
+            self.weight,
+            self.bias,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            epilogue=self.epilogue,
+            kernel=self.kernel,
+        )
 
     def extra_repr(self) -> str:
         return (

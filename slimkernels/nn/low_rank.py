@@ -24,9 +24,17 @@ class LowRankLinear(PrepackedFactors):
     _least_weights = 2**18
 
     def __init__(
-        self, in_features: int, out_features: int, rank: int, bias: bool = True, *, epilogue: str = "none",
-        kernel: str = "auto", device: Any = None, dtype: torch.dtype | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = True,
+        *,
+        epilogue: str = "none",
+        kernel: str = "auto",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         if not 1 <= rank <= min(in_features, out_features):
             raise ValueError(f"LowRankLinear: expected rank in [1, {min(in_features, out_features)}], got {rank}")
@@ -54,8 +62,16 @@ class LowRankLinear(PrepackedFactors):
     ) -> LowRankLinear:
         """The layer with the given factors (copied). Raises ValueError where they do not chain."""
         LowRankWeight("svd", (V, U)).validate()
-        module = cls(V.shape[1], U.shape[0], U.shape[1], bias is not None, epilogue=epilogue, kernel=kernel,
-                     device=U.device, dtype=U.dtype)  # fmt: skip
+        module = cls(
+            V.shape[1],
+            U.shape[0],
+            U.shape[1],
+            bias is not None,
+            epilogue=epilogue,
+            kernel=kernel,
+            device=U.device,
+            dtype=U.dtype,
+        )
         with torch.no_grad():
             module.U.copy_(U)
             module.V.copy_(V)
@@ -115,11 +131,22 @@ class LowRankConv2d(PrepackedFactors):
     padding_mode = "zeros"
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1, padding: int | tuple[int, int] = 0, dilation: int | tuple[int, int] = 1,
-        bias: bool = True, *, kind: str, ranks: Sequence[int], epilogue: str = "none", kernel: str = "auto",
-        device: Any = None, dtype: torch.dtype | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        bias: bool = True,
+        *,
+        kind: str,
+        ranks: Sequence[int],
+        epilogue: str = "none",
+        kernel: str = "auto",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         if kind not in LOW_RANK_KINDS:
             raise ValueError(f"LowRankConv2d: expected kind in {LOW_RANK_KINDS}, got {kind!r}")
@@ -163,18 +190,35 @@ class LowRankConv2d(PrepackedFactors):
 
     @classmethod
     def from_factors(
-        cls, factors: Sequence[Tensor], bias: Tensor | None = None, *, kind: str, stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] = 0, dilation: int | tuple[int, int] = 1, epilogue: str = "none",
+        cls,
+        factors: Sequence[Tensor],
+        bias: Tensor | None = None,
+        *,
+        kind: str,
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        epilogue: str = "none",
         kernel: str = "auto",
-    ) -> LowRankConv2d:  # fmt: skip
+    ) -> LowRankConv2d:
         """The layer with the given factors (copied). Raises ValueError where they do not chain or fit ``kind``."""
         LowRankWeight(kind, tuple(factors)).validate()
         kernel_size = max(f.shape[2] for f in factors), max(f.shape[3] for f in factors)
         module = cls(
-            factors[0].shape[1], factors[-1].shape[0], kernel_size, stride, padding, dilation, bias is not None,
-            kind=kind, ranks=[f.shape[0] for f in factors[:-1]], epilogue=epilogue, kernel=kernel,
-            device=factors[0].device, dtype=factors[0].dtype,
-        )  # fmt: skip
+            factors[0].shape[1],
+            factors[-1].shape[0],
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            bias is not None,
+            kind=kind,
+            ranks=[f.shape[0] for f in factors[:-1]],
+            epilogue=epilogue,
+            kernel=kernel,
+            device=factors[0].device,
+            dtype=factors[0].dtype,
+        )
         with torch.no_grad():
             for parameter, factor in zip(module.factors, factors):
                 parameter.copy_(factor)
@@ -189,9 +233,16 @@ class LowRankConv2d(PrepackedFactors):
     def to_dense(self) -> nn.Conv2d:
         """The merged dense convolution; a fused epilogue is not part of it."""
         conv = nn.Conv2d(
-            self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation,
-            bias=self.bias is not None, device=self.factors[0].device, dtype=self.factors[0].dtype,
-        )  # fmt: skip
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            bias=self.bias is not None,
+            device=self.factors[0].device,
+            dtype=self.factors[0].dtype,
+        )
         with torch.no_grad():
             conv.weight.copy_(self.weight_low_rank().to_dense())
             if self.bias is not None and conv.bias is not None:
@@ -207,9 +258,17 @@ class LowRankConv2d(PrepackedFactors):
         if x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
         return low_rank_conv2d(
-            x, self._factors(), self.bias, self._packed(), kind=self.kind, stride=self.stride, padding=self.padding,
-            dilation=self.dilation, epilogue=self.epilogue, kernel=self.kernel,
-        )  # fmt: skip
+            x,
+            self._factors(),
+            self.bias,
+            self._packed(),
+            kind=self.kind,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            epilogue=self.epilogue,
+            kernel=self.kernel,
+        )
 
     def extra_repr(self) -> str:
         return (

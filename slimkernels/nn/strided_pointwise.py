@@ -35,9 +35,15 @@ class StridedPointwiseGuard(TorchFunctionMode):
 
 
 def _convolution(
-    func: Callable[..., Tensor], input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1,
-    padding: Any = 0, *args: Any, **kwargs: Any,
-) -> Tensor:  # fmt: skip
+    func: Callable[..., Tensor],
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
     return func(pixels_read(input, weight, stride, padding), weight, bias, stride, padding, *args, **kwargs)
 
 

@@ -119,9 +119,13 @@ def _bsr_conv2d(
 
 
 def _check_contents(
-    op: str, crow: Tensor, col: Tensor, packed: Sequence[Tensor], weight_shape: Sequence[int],
+    op: str,
+    crow: Tensor,
+    col: Tensor,
+    packed: Sequence[Tensor],
+    weight_shape: Sequence[int],
     block_shape: tuple[int, int],
-) -> None:  # fmt: skip
+) -> None:
     """Reads the indices, and an order of the Triton kernels, unless these very tensors were read before.
 
     The kernels follow them without a check of their own. The CPU kernels' packs are checked by their launchers.
@@ -215,10 +219,18 @@ def _bsr_conv2d_backward_fake(
 
 
 def _bsr_linear(
-    x: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, bias: Tensor | None, packed: Sequence[Tensor],
-    weight_shape: Sequence[int], block_shape: Sequence[int], epilogue: str, kernel: str,
+    x: Tensor,
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    bias: Tensor | None,
+    packed: Sequence[Tensor],
+    weight_shape: Sequence[int],
+    block_shape: Sequence[int],
+    epilogue: str,
+    kernel: str,
     transposed: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     _check_linear(x, values, crow_indices, col_indices, bias, weight_shape, block_shape, epilogue, transposed)
     block = (block_shape[0], block_shape[1])
     _check_contents("bsr_linear", crow_indices, col_indices, packed, weight_shape, block)
@@ -228,15 +240,29 @@ def _bsr_linear(
         x.device.type, epilogue,
     )  # fmt: skip
     return launch(
-        x.contiguous(), values, crow_indices.contiguous(), col_indices.contiguous(), bias, packed, weight_shape, block,
+        x.contiguous(),
+        values,
+        crow_indices.contiguous(),
+        col_indices.contiguous(),
+        bias,
+        packed,
+        weight_shape,
+        block,
         epilogue,
-    ).contiguous()  # fmt: skip
+    ).contiguous()
 
 
 def _check_linear(
-    x: Tensor, values: Tensor, crow: Tensor, col: Tensor, bias: Tensor | None, weight_shape: Sequence[int],
-    block_shape: Sequence[int], epilogue: str, transposed: Tensor | None,
-) -> None:  # fmt: skip
+    x: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    bias: Tensor | None,
+    weight_shape: Sequence[int],
+    block_shape: Sequence[int],
+    epilogue: str,
+    transposed: Tensor | None,
+) -> None:
     if len(weight_shape) != 2 or len(block_shape) != 2:
         raise ValueError(
             f"bsr_linear: expected weight_shape (out, in) and block_shape (block_out, block_in), "
@@ -248,10 +274,18 @@ def _check_linear(
 
 
 def _bsr_linear_fake(
-    x: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, bias: Tensor | None, packed: Sequence[Tensor],
-    weight_shape: Sequence[int], block_shape: Sequence[int], epilogue: str, kernel: str,
+    x: Tensor,
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    bias: Tensor | None,
+    packed: Sequence[Tensor],
+    weight_shape: Sequence[int],
+    block_shape: Sequence[int],
+    epilogue: str,
+    kernel: str,
     transposed: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     _check_linear(x, values, crow_indices, col_indices, bias, weight_shape, block_shape, epilogue, transposed)
     return x.new_empty((*x.shape[:-1], weight_shape[0]))
 
@@ -275,9 +309,13 @@ def _gradients(ctx: Any, grads: tuple[Tensor, Tensor, Tensor]) -> tuple[Any, ...
     need_x, need_values, need_bias = (ctx.needs_input_grad[i] for i in (0, 1, 4))
     grad_x, grad_values, grad_bias = grads
     first = (
-        grad_x if need_x else None, grad_values if need_values else None, None, None, grad_bias if need_bias else None,
+        grad_x if need_x else None,
+        grad_values if need_values else None,
+        None,
+        None,
+        grad_bias if need_bias else None,
         [None] * ctx.packed_count,
-    )  # fmt: skip
+    )
     return (*first, *[None] * (len(ctx.needs_input_grad) - len(first)))
 
 

@@ -30,9 +30,14 @@ _OP = "fused_conv2d"
 
 
 def _output_shape(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], epilogue: str,
-) -> tuple[int, int, int, int]:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    epilogue: str,
+) -> tuple[int, int, int, int]:
     """The checked output shape."""
     check_epilogue(_OP, epilogue)
     check_floating(_OP, x, weight=weight, bias=bias)
@@ -51,22 +56,47 @@ def _output_shape(
 
 
 def _fused_conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], epilogue: str, kernel: str,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    epilogue: str,
+    kernel: str,
+) -> Tensor:
     _output_shape(x, weight, bias, stride, padding, dilation, epilogue)
     c_out, c_in, r, s = weight.shape
     launch = launcher(
-        kernel, x.get_device(), FusedConvProblem, x.shape[0], c_in, *x.shape[2:], c_out, r, s, tuple(stride),
-        tuple(padding), tuple(dilation), x.dtype, x.device.type, epilogue,
-    )  # fmt: skip
+        kernel,
+        x.get_device(),
+        FusedConvProblem,
+        x.shape[0],
+        c_in,
+        *x.shape[2:],
+        c_out,
+        r,
+        s,
+        tuple(stride),
+        tuple(padding),
+        tuple(dilation),
+        x.dtype,
+        x.device.type,
+        epilogue,
+    )
     return with_channels_last_strides(launch(x, weight, bias, stride, padding, dilation, epilogue))
 
 
 def _fused_conv2d_fake(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], epilogue: str, kernel: str,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    epilogue: str,
+    kernel: str,
+) -> Tensor:
     shape = _output_shape(x, weight, bias, stride, padding, dilation, epilogue)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
@@ -110,9 +140,16 @@ register_autocast(_OP, _autocast)
 
 
 def fused_conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: Sequence[int] = (1, 1),
-    padding: Sequence[int] = (0, 0), dilation: Sequence[int] = (1, 1), epilogue: str = "none", kernel: str = "auto",
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    epilogue: str = "none",
+    kernel: str = "auto",
+) -> Tensor:
     """Dense 2-D convolution ``epilogue(conv2d(x, weight) + bias)`` with the epilogue in the same kernel.
 
     Inputs with tangents of forward-mode differentiation run the reference kernel, whose derivatives are torch's.

@@ -64,9 +64,17 @@ def _low_rank_linear(
     _check_linear(x, U, V, bias, epilogue)
     rank, in_features = V.shape
     launch = launcher(
-        _without_pack(kernel, "low_rank_linear", x, packed), x.get_device(), LowRankLinearProblem,
-        x.numel() // max(in_features, 1), in_features, U.shape[0], rank, x.dtype, x.device.type, epilogue,
-    )  # fmt: skip
+        _without_pack(kernel, "low_rank_linear", x, packed),
+        x.get_device(),
+        LowRankLinearProblem,
+        x.numel() // max(in_features, 1),
+        in_features,
+        U.shape[0],
+        rank,
+        x.dtype,
+        x.device.type,
+        epilogue,
+    )
     return launch(x.contiguous(), U.contiguous(), V.contiguous(), bias, packed, epilogue).contiguous()
 
 
@@ -78,9 +86,15 @@ def _low_rank_linear_fake(
 
 
 def _conv2d_output_shape(
-    x: Tensor, factors: Sequence[Tensor], bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], kind: str, epilogue: str,
-) -> tuple[int, int, int, int]:  # fmt: skip
+    x: Tensor,
+    factors: Sequence[Tensor],
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    kind: str,
+    epilogue: str,
+) -> tuple[int, int, int, int]:
     """The checked output shape of `low_rank_conv2d`."""
     op = "low_rank_conv2d"
     check_epilogue(op, epilogue)
@@ -112,23 +126,50 @@ def _geometry(
 
 
 def _low_rank_conv2d(
-    x: Tensor, factors: Sequence[Tensor], bias: Tensor | None, packed: Sequence[Tensor], stride: Sequence[int],
-    padding: Sequence[int], dilation: Sequence[int], kind: str, epilogue: str, kernel: str,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    factors: Sequence[Tensor],
+    bias: Tensor | None,
+    packed: Sequence[Tensor],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    kind: str,
+    epilogue: str,
+    kernel: str,
+) -> Tensor:
     _conv2d_output_shape(x, factors, bias, stride, padding, dilation, kind, epilogue)
     shapes = tuple(tuple(f.shape) for f in factors)
     launch = launcher(
-        _without_pack(kernel, "low_rank_conv2d", x, packed), x.get_device(), LowRankConvProblem, x.shape[0],
-        *x.shape[2:], kind, shapes, tuple(stride), tuple(padding), tuple(dilation), x.dtype, x.device.type, epilogue,
-    )  # fmt: skip
+        _without_pack(kernel, "low_rank_conv2d", x, packed),
+        x.get_device(),
+        LowRankConvProblem,
+        x.shape[0],
+        *x.shape[2:],
+        kind,
+        shapes,
+        tuple(stride),
+        tuple(padding),
+        tuple(dilation),
+        x.dtype,
+        x.device.type,
+        epilogue,
+    )
     x = x.contiguous(memory_format=torch.channels_last)
     return with_channels_last_strides(launch(x, factors, bias, packed, stride, padding, dilation, kind, epilogue))
 
 
 def _low_rank_conv2d_fake(
-    x: Tensor, factors: Sequence[Tensor], bias: Tensor | None, packed: Sequence[Tensor], stride: Sequence[int],
-    padding: Sequence[int], dilation: Sequence[int], kind: str, epilogue: str, kernel: str,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    factors: Sequence[Tensor],
+    bias: Tensor | None,
+    packed: Sequence[Tensor],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    kind: str,
+    epilogue: str,
+    kernel: str,
+) -> Tensor:
     shape = _conv2d_output_shape(x, factors, bias, stride, padding, dilation, kind, epilogue)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
@@ -186,8 +227,10 @@ def _linear_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         grad2d.t() @ (x2d @ V.t()) if need_u else None,
         grad_z.t() @ x2d if need_v else None,
         grad2d.sum(0) if need_bias else None,
-        [None] * ctx.packed_count, None, None,
-    )  # fmt: skip
+        [None] * ctx.packed_count,
+        None,
+        None,
+    )
 
 
 def _dgrad_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -258,9 +301,15 @@ register_autocast("low_rank_conv2d", partial(_autocast, packed_at=3))
 
 
 def low_rank_linear(
-    x: Tensor, U: Tensor, V: Tensor, bias: Tensor | None = None, packed: Sequence[Tensor] = (), *,
-    epilogue: str = "none", kernel: str = "auto",
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    U: Tensor,
+    V: Tensor,
+    bias: Tensor | None = None,
+    packed: Sequence[Tensor] = (),
+    *,
+    epilogue: str = "none",
+    kernel: str = "auto",
+) -> Tensor:
     """Low-rank linear layer ``epilogue((x V^T) U^T + bias)``.
 
     Inputs with tangents of forward-mode differentiation run the reference kernel, whose derivatives are torch's.
@@ -288,10 +337,18 @@ def low_rank_linear(
 
 
 def low_rank_conv2d(
-    x: Tensor, factors: Sequence[Tensor], bias: Tensor | None = None, packed: Sequence[Tensor] = (), *, kind: str,
-    stride: Sequence[int] = (1, 1), padding: Sequence[int] = (0, 0), dilation: Sequence[int] = (1, 1),
-    epilogue: str = "none", kernel: str = "auto",
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    factors: Sequence[Tensor],
+    bias: Tensor | None = None,
+    packed: Sequence[Tensor] = (),
+    *,
+    kind: str,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    epilogue: str = "none",
+    kernel: str = "auto",
+) -> Tensor:
     """Low-rank 2-D convolution: the chain of its factor convolutions, bias and epilogue after the last.
 
     Forward-mode differentiation as `low_rank_linear`.

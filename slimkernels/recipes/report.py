@@ -63,7 +63,7 @@ def _where(report: Mapping[str, Any]) -> list[str]:
         f"slimkernels {environment['slimkernels']}, commit {commit[:12] + dirty if commit else 'unknown'}.",
         f"- {seeds} seed{'s' if seeds > 1 else ''}; {report['training_seconds'] / 60:.1f} minutes of training in all.",
         *([f"- {report['note']}"] if report["note"] else []),
-    ]  # fmt: skip
+    ]
 
 
 def _glance(report: Mapping[str, Any]) -> list[str]:

@@ -144,7 +144,7 @@ def layer_sparsities(model: nn.Module) -> dict[str, dict[str, Any]]:
         }
         for name, module in model.named_modules()
         if isinstance(module, (nn.Conv2d, nn.Linear))
-    }  # fmt: skip
+    }
 
 
 def _run_step(
@@ -221,9 +221,12 @@ def _train(
         write_result(mark, {"key": key})
     started = time.perf_counter()
     common: dict[str, Any] = {
-        "callbacks": callbacks, "progress": place.progress, "checkpoint": checkpoint, "resume": True,
+        "callbacks": callbacks,
+        "progress": place.progress,
+        "checkpoint": checkpoint,
+        "resume": True,
         "log_dir": stem.with_name(stem.name + "-log"),
-    }  # fmt: skip
+    }
     history: list[EpochStats]
     if teacher is None:
         history = fine_tune(model, loader, None, config, **common)
@@ -233,8 +236,13 @@ def _train(
     seconds = sum(stats.seconds for stats in history)
     state = stem.with_suffix(".pt")
     with atomic_path(state) as temporary:
-        torch.save({name: value.cpu() if isinstance(value, torch.Tensor) else value
-                    for name, value in model.state_dict().items()}, temporary)  # fmt: skip
+        torch.save(
+            {
+                name: value.cpu() if isinstance(value, torch.Tensor) else value
+                for name, value in model.state_dict().items()
+            },
+            temporary,
+        )
     result = {
         "key": key,
         "verb": step.verb,

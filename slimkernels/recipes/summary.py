@@ -149,9 +149,7 @@ def _distilled_blocks(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
 
 
 def _goals(rows: Sequence[Mapping[str, Any]], measured: Mapping[str, Any]) -> list[dict[str, Any]]:
-    candidates = [
-        row for row in rows if row["group"] == "combination" and (row["measurement"] or {}).get("latency")
-    ]  # fmt: skip
+    candidates = [row for row in rows if row["group"] == "combination" and (row["measurement"] or {}).get("latency")]
     if not candidates:
         return []
     wanted = GOALS["speedup_gpu" if str(measured.get("device", "cpu")).startswith("cuda") else "speedup_cpu"]

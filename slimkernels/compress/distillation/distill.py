@@ -240,9 +240,15 @@ def distill(
         _check_cacheable(train_loader, terms)
     with epoch_seed(config.seed, -1, device_of(student)):
         step = DistillationStep(
-            student, teacher, terms, _sample(train_loader), temperature=temperature, soft_weight=soft_weight,
-            label_smoothing=config.label_smoothing, cache=cache_logits,
-        )  # fmt: skip
+            student,
+            teacher,
+            terms,
+            _sample(train_loader),
+            temperature=temperature,
+            soft_weight=soft_weight,
+            label_smoothing=config.label_smoothing,
+            cache=cache_logits,
+        )
     if optimizer is not None and any(True for _ in step.matchers.parameters()):
         raise ValueError(
             "distill: expected optimizer to be None with a Hint, whose regressors it could not hold; "
@@ -250,9 +256,18 @@ def distill(
         )
     with mode_of(teacher, training=False), step.attached():
         return run(
-            "distill", step, train_loader, val_loader, config, callbacks=callbacks, optimizer=optimizer,
-            progress=progress, checkpoint=checkpoint, resume=resume, log_dir=log_dir,
-        )  # fmt: skip
+            "distill",
+            step,
+            train_loader,
+            val_loader,
+            config,
+            callbacks=callbacks,
+            optimizer=optimizer,
+            progress=progress,
+            checkpoint=checkpoint,
+            resume=resume,
+            log_dir=log_dir,
+        )
 
 
 def _check_apart(student: nn.Module, teacher: nn.Module) -> None:

@@ -139,9 +139,17 @@ def problem(
         )
     batch = math.prod(shape[:-3])
     return LowRankConvProblem(
-        batch, shape[-2], shape[-1], kind, shapes,  # type: ignore[arg-type]
-        tuple(layer.stride), resolved_padding(layer), tuple(layer.dilation), weight.dtype, device,
-    )  # fmt: skip
+        batch,
+        shape[-2],
+        shape[-1],
+        kind,
+        shapes,  # type: ignore[arg-type]
+        tuple(layer.stride),
+        resolved_padding(layer),
+        tuple(layer.dilation),
+        weight.dtype,
+        device,
+    )
 
 
 def macs(layer: Any, kind: str, ranks: Sequence[int] | None, calls: Sequence[Call]) -> int:

@@ -124,9 +124,12 @@ def prune_(
     blocks = block_shapes_of("prune_", model, [layer for layer, _ in selected], block_shape)
     if isinstance(importance, Mapping):
         match_layers(
-            "prune_", "importance", as_patterns("prune_", "importance", importance), dict(model.named_modules()),
+            "prune_",
+            "importance",
+            as_patterns("prune_", "importance", importance),
+            dict(model.named_modules()),
             PRUNABLE,
-        )  # fmt: skip
+        )
     prunable = [
         _prepare(layer, share, blocks[layer.name], granularity, importance, scope == "global")
         for layer, share in selected

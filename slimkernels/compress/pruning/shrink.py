@@ -35,13 +35,34 @@ from slimkernels.nn import resolved_padding
 
 # Layers that act on each number alone, so that a constant channel stays constant. Dropout is one in eval mode.
 _POINTWISE = (
-    nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid, nn.Tanh,
-    nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Softplus, nn.Dropout, nn.Dropout2d,
-)  # fmt: skip
+    nn.Identity,
+    nn.ReLU,
+    nn.ReLU6,
+    nn.LeakyReLU,
+    nn.ELU,
+    nn.SELU,
+    nn.GELU,
+    nn.SiLU,
+    nn.Mish,
+    nn.Sigmoid,
+    nn.Tanh,
+    nn.Hardtanh,
+    nn.Hardswish,
+    nn.Hardsigmoid,
+    nn.Softplus,
+    nn.Dropout,
+    nn.Dropout2d,
+)
 _POINTWISE_FUNCTIONS: dict[Any, Callable[[Tensor], Tensor]] = {
-    F.relu: F.relu, torch.relu: F.relu, torch.relu_: F.relu, F.relu6: F.relu6, F.silu: F.silu,
-    torch.sigmoid: torch.sigmoid, torch.tanh: torch.tanh, F.dropout: lambda v: v,
-}  # fmt: skip
+    F.relu: F.relu,
+    torch.relu: F.relu,
+    torch.relu_: F.relu,
+    F.relu6: F.relu6,
+    F.silu: F.silu,
+    torch.sigmoid: torch.sigmoid,
+    torch.tanh: torch.tanh,
+    F.dropout: lambda v: v,
+}
 _POOLS = (nn.MaxPool2d, nn.AdaptiveMaxPool2d, nn.AdaptiveAvgPool2d, nn.AvgPool2d)
 _POOL_FUNCTIONS = (F.max_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d)
 _FLATTENS = ((1,), (1, -1), (("start_dim", 1),))

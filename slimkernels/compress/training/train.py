@@ -73,9 +73,18 @@ def fine_tune(
     config = build_config("fine_tune", config, overrides)
     step = CrossEntropyStep(without_wrapper("fine_tune", model), config.label_smoothing)
     return run(
-        "fine_tune", step, train_loader, val_loader, config, callbacks=callbacks, optimizer=optimizer,
-        progress=progress, checkpoint=checkpoint, resume=resume, log_dir=log_dir,
-    )  # fmt: skip
+        "fine_tune",
+        step,
+        train_loader,
+        val_loader,
+        config,
+        callbacks=callbacks,
+        optimizer=optimizer,
+        progress=progress,
+        checkpoint=checkpoint,
+        resume=resume,
+        log_dir=log_dir,
+    )
 
 
 def build_config(name: str, config: TrainConfig | None, overrides: Mapping[str, Any]) -> TrainConfig:

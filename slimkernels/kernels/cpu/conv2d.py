@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
-from types import ModuleType
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from slimkernels import _extension
-from slimkernels.kernels.cpu import abi
 from slimkernels.kernels.cpu.abi import Conv2dArguments, address
+from slimkernels.kernels.cpu.library import library
+from slimkernels.kernels.cpu.steps import CONV2D, Step, Steps, image_sizes, images_innermost, is_dense, layout_step
 from slimkernels.kernels.problems import (
     INT32_MAX,
     LANES,
@@ -23,36 +20,9 @@ from slimkernels.kernels.problems import (
     strip_width,
 )
 from slimkernels.kernels.strips import check_pack, pack_strips, readable_bias
-from slimkernels.tensors import is_plain
-
-
-@lru_cache(maxsize=1)
-def _library() -> tuple[ModuleType | None, str | None, tuple[str, ...]]:
-    module, reason = _extension.load()
-    if module is not None and (different := abi.mismatch(module)) is not None:
-        module, reason = None, different
-    return module, reason, tuple(module.isas()) if module is not None else ()
-
-
-def unavailable_reason(isa: str) -> str | None:
-    """None when the native kernel of this instruction set can run here, else why not."""
-    module, reason, isas = _library()
-    if module is None:
-        return f"slimkernels._C is not loaded: {reason}"
-    if isa in isas:
-        return None
-    return f"{isa} is not built or not supported by this CPU (available: {', '.join(isas)})"
-
 
 _OFFSETS_MARGIN = 16  # SLIM_OFFSETS_MARGIN
 _CACHED_WIDTHS = 4
-_CONV2D, _TO_IMAGES, _FROM_IMAGES = range(3)  # SLIM_STEP_*
-
-
-def images_innermost(n: int, h: int, w: int, channels: int, isa: str) -> tuple[int, int, int, int, int]:
-    """Shape of n images in the layout that keeps a vector of images innermost."""
-    lanes = LANES[isa]
-    return -(-n // lanes), h, w, channels, lanes
 
 
 class PackedConv2d:
@@ -76,20 +46,37 @@ class PackedConv2d:
     """
 
     __slots__ = (
-        "_conv2d", "_geometry", "_isa", "_offsets", "_op", "_packed", "_pool", "_room", "_tail", "_versions", "c_in",
+        "_conv2d",
+        "_geometry",
+        "_isa",
+        "_offsets",
+        "_op",
+        "_packed",
+        "_pool",
+        "_room",
+        "_tail",
+        "_versions",
+        "c_in",
         "c_out",
-    )  # fmt: skip
+    )
 
     def __init__(
-        self, isa: str, packed: Sequence[Tensor], weight_shape: Sequence[int], stride: Sequence[int],
-        padding: Sequence[int], dilation: Sequence[int], epilogue: str, op: str = "bsr_conv2d",
-    ) -> None:  # fmt: skip
+        self,
+        isa: str,
+        packed: Sequence[Tensor],
+        weight_shape: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        epilogue: str,
+        op: str = "bsr_conv2d",
+    ) -> None:
         check_geometry(op, stride, padding, dilation)
         self.c_out, self.c_in, r, s = weight_shape
         if not all(0 < size <= INT32_MAX for size in weight_shape):
             raise ValueError(f"{op}: expected positive weight sizes that fit int32, got {tuple(weight_shape)}")
         check_pack(op, packed, weight_shape)
-        module = _library()[0]
+        module = library()[0]
         assert module is not None
         self._op, self._conv2d, self._isa = op, module.conv2d_f32, isa
         # Aliases: what happens to the sizes or the storage of the caller's tensors does not reach them.
@@ -251,18 +238,49 @@ class PackedConv2d:
         return offsets
 
     def _arguments(
-        self, x: Tensor | None, y: Tensor | None, bias: Tensor | None, offsets: Tensor | None, n: int, h: int, w: int,
-        p: int, q: int, lanes: int,
-    ) -> Conv2dArguments:  # fmt: skip
+        self,
+        x: Tensor | None,
+        y: Tensor | None,
+        bias: Tensor | None,
+        offsets: Tensor | None,
+        n: int,
+        h: int,
+        w: int,
+        p: int,
+        q: int,
+        lanes: int,
+    ) -> Conv2dArguments:
         weights, channels, tap_ptr = self._packed
         r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w = self._geometry
         strip, relu, pool = self._tail
         return Conv2dArguments(
-            x=address(x), y=address(y), bias=address(bias), weights=address(weights), channels=address(channels),
-            tap_ptr=address(tap_ptr), offsets=address(offsets), n=n, h=h, w=w, c_in=self.c_in, c_out=self.c_out, p=p,
-            q=q, r=r, s=s, stride_h=stride_h, stride_w=stride_w, pad_h=pad_h, pad_w=pad_w, dil_h=dil_h, dil_w=dil_w,
-            strip=strip, relu=relu, pool=pool, lanes=lanes,
-        )  # fmt: skip
+            x=address(x),
+            y=address(y),
+            bias=address(bias),
+            weights=address(weights),
+            channels=address(channels),
+            tap_ptr=address(tap_ptr),
+            offsets=address(offsets),
+            n=n,
+            h=h,
+            w=w,
+            c_in=self.c_in,
+            c_out=self.c_out,
+            p=p,
+            q=q,
+            r=r,
+            s=s,
+            stride_h=stride_h,
+            stride_w=stride_w,
+            pad_h=pad_h,
+            pad_w=pad_w,
+            dil_h=dil_h,
+            dil_w=dil_w,
+            strip=strip,
+            relu=relu,
+            pool=pool,
+            lanes=lanes,
+        )
 
     def entry_offsets(self, w: int, lanes: int = 1) -> Tensor:
         """Elements of x between a pixel's first tap and each entry, for images of this width.
@@ -279,7 +297,7 @@ class PackedConv2d:
             )
         self._check_for_writes()
         offsets = torch.empty(self._packed[1].numel() + _OFFSETS_MARGIN, dtype=torch.int32)
-        module = _library()[0]
+        module = library()[0]
         assert module is not None
         members = self._arguments(None, None, None, None, 1, 1, w, 1, 1, lanes)
         module.entry_offsets(members, offsets.data_ptr(), offsets.numel())
@@ -299,7 +317,7 @@ class PackedConv2d:
             ValueError: tensors of another shape, dtype or layout. TypeError: a bias of another dtype.
         """
         lanes = x.shape[4] if x.dim() == 5 else 1
-        _, c_in, h, w = _image_sizes(x)
+        _, c_in, h, w = image_sizes(x)
         p, q = self.output_size(h, w)
         p_out, q_out = p >> self._pool, q >> self._pool
         fits = c_in == self.c_in and min(p_out, q_out) > 0 and self._room.holds(h, w, p, q, lanes)
@@ -309,12 +327,12 @@ class PackedConv2d:
             fits = fits and y.shape == images_innermost(n, p_out, q_out, self.c_out, self._isa)
         else:
             fits = fits and not self.narrow
-            fits = fits and x.shape[0] == n and _image_sizes(y) == (n, self.c_out, p_out, q_out)
+            fits = fits and x.shape[0] == n and image_sizes(y) == (n, self.c_out, p_out, q_out)
         if not (
             fits
             and n > 0
-            and _is_dense(x)
-            and _is_dense(y)
+            and is_dense(x)
+            and is_dense(y)
             and offsets.dtype is torch.int32
             and offsets.is_cpu
             and offsets.is_contiguous()
@@ -325,97 +343,27 @@ class PackedConv2d:
         self._check_for_writes()
         bias = None if bias is None else readable_bias(self._op, bias, self.c_out)
         arguments = self._arguments(x, y, bias, offsets, n, h, w, p, q, lanes)
-        return Step(_CONV2D, arguments, (self, x, y, bias, offsets))
-
-
-class Step(NamedTuple):
-    """One step of csrc/kernels.h and the tensors it reads and writes.
-
-    Steps that follow each other with slots from 0 on run at the same time where the slots differ, each on one thread;
-    steps with slot -1 share all threads.
-    """
-
-    kind: int
-    arguments: Conv2dArguments
-    alive: tuple[Any, ...]
-    slot: int = -1
-
-    def reads(self) -> list[Tensor]:
-        """Every tensor that the step reads."""
-        if self.kind != _CONV2D:
-            return [self.alive[0]]
-        conv, x, _, *others = self.alive
-        return [t for t in (x, *conv.packed, *others) if t is not None]
-
-    def writes(self) -> list[Tensor]:
-        """Every tensor that the step writes."""
-        return [self.alive[2 if self.kind == _CONV2D else 1]]
-
-
-class Steps:
-    """A list of steps on fixed memory, run by one team of threads; keeps every tensor it touches alive.
-
-    Raises:
-        RuntimeError: in a call, when a native kernel failed (out of memory).
-    """
-
-    def __init__(self, isa: str, steps: Sequence[Step]) -> None:
-        module = _library()[0]
-        assert module is not None
-        self._isa, self._alive, self.count = isa, [step.alive for step in steps], len(steps)
-        self._steps = module.Steps(isa, [(step.kind, step.slot, *step.arguments) for step in steps])
-
-    def __call__(self) -> None:
-        status = self._steps.run(torch.get_num_threads())
-        if status != 0:
-            raise RuntimeError(f"Steps: native kernels of {self._isa} failed with status {status}")
-
-
-def layout_step(x: Tensor, y: Tensor, n: int) -> Step:
-    """The copy of n images between channels_last (or rows) and a vector of images innermost as one of `Steps`.
-
-    Args:
-        x, y: float32 on the CPU, not overlapping; one of them ``(groups, h, w, channels, lanes)``.
-
-    Raises:
-        ValueError: tensors of another shape, dtype or layout.
-    """
-    to_images = y.dim() == 5
-    near, far = (x, y) if to_images else (y, x)
-    _, channels, h, w = _image_sizes(near)
-    lanes = far.shape[-1]
-    fits = near.dim() < 5 and near.shape[0] == n and far.shape == (-(-n // lanes), h, w, channels, lanes)
-    if not (fits and n > 0 and _is_dense(x) and _is_dense(y)):
-        raise ValueError(f"layout_step: expected {n} images in two layouts, got {tuple(x.shape)} and {tuple(y.shape)}")
-    arguments = Conv2dArguments(x=address(x), y=address(y), n=n, h=h, w=w, c_in=channels, lanes=lanes)
-    return Step(_TO_IMAGES if to_images else _FROM_IMAGES, arguments, (x, y))
-
-
-def _image_sizes(x: Tensor) -> tuple[int, int, int, int]:
-    """``(n, channels, h, w)``; rows are images of one pixel, and n counts groups where images lie innermost."""
-    if x.dim() == 5:
-        return x.shape[0], x.shape[3], x.shape[1], x.shape[2]
-    if x.dim() == 4:
-        return x.shape[0], x.shape[1], x.shape[2], x.shape[3]
-    return x.numel() // max(x.shape[-1], 1), x.shape[-1], 1, 1
-
-
-def _is_dense(x: Tensor) -> bool:
-    """Plain float32 on the CPU, images channels_last, everything else contiguous."""
-    if x.dtype is not torch.float32 or not x.is_cpu or not is_plain(x):
-        return False
-    layout = torch.channels_last if x.dim() == 4 else torch.contiguous_format
-    return x.is_contiguous(memory_format=layout)
+        return Step(CONV2D, arguments, (self, x, y, bias, offsets))
 
 
 _UNIT = (1, 1)
 
 
 def launch_bsr_conv2d(
-    isa: str, x: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, bias: Tensor | None,
-    packed: Sequence[Tensor], weight_shape: Sequence[int], block_shape: Sequence[int], stride: Sequence[int],
-    padding: Sequence[int], dilation: Sequence[int], epilogue: str,
-) -> Tensor:  # fmt: skip
+    isa: str,
+    x: Tensor,
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    bias: Tensor | None,
+    packed: Sequence[Tensor],
+    weight_shape: Sequence[int],
+    block_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    epilogue: str,
+) -> Tensor:
     """Block-sparse convolution of a float32 CPU tensor; x channels_last.
 
     Without ``packed`` the weight is packed in this call.
@@ -429,9 +377,17 @@ def launch_bsr_conv2d(
 
 
 def launch_bsr_linear(
-    isa: str, x: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, bias: Tensor | None,
-    packed: Sequence[Tensor], weight_shape: Sequence[int], block_shape: Sequence[int], epilogue: str,
-) -> Tensor:  # fmt: skip
+    isa: str,
+    x: Tensor,
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    bias: Tensor | None,
+    packed: Sequence[Tensor],
+    weight_shape: Sequence[int],
+    block_shape: Sequence[int],
+    epilogue: str,
+) -> Tensor:
     """Block-sparse linear layer of a contiguous float32 CPU tensor (..., in): the 1x1 convolution of its rows."""
     shape, strip = (*weight_shape, 1, 1), strip_width(block_shape[0], isa)
     packed = packed or pack_strips(values, crow_indices, col_indices, shape, block_shape, strip)

@@ -31,9 +31,13 @@ PADDED_SHARE, PADDED_PIXELS = 16, 2**10
 
 
 def transposed_strips(
-    values: Tensor, crow_indices: Tensor, col_indices: Tensor, weight_shape: Sequence[int], block_shape: Sequence[int],
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    weight_shape: Sequence[int],
+    block_shape: Sequence[int],
     isa: str,
-) -> list[Tensor]:  # fmt: skip
+) -> list[Tensor]:
     """Strip pack (`pack_strips`) of the weight ``(C_in, C_out, R, S)``, transposed and flipped in both directions.
 
     Blocks of 8 n input channels become strips by themselves. Narrower ones share strips of 16 input channels, whose
@@ -88,10 +92,19 @@ def transposed_strips(
 
 
 def launch_dgrad(
-    isa: str, grad: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, transposed: Tensor | None,
-    image: Sequence[int], weight_shape: Sequence[int], block_shape: Sequence[int], stride: Sequence[int],
-    padding: Sequence[int], dilation: Sequence[int],
-) -> Tensor:  # fmt: skip
+    isa: str,
+    grad: Tensor,
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    transposed: Tensor | None,
+    image: Sequence[int],
+    weight_shape: Sequence[int],
+    block_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
     """The input gradient of a convolution of stride 1, float32 on the CPU, channels_last.
 
     Args: as the reference's; ``transposed`` is unused, because the strips want the taps in the opposite order.
@@ -108,9 +121,18 @@ def launch_dgrad(
     pad, transposed_shape = (max(0, margin[0]), max(0, margin[1])), (c_in, c_out, r, s)
     if not Room.of(transposed_shape, (1, 1), pad, dilation).holds(*grad.shape[2:], *image):
         return bsr_conv2d_dgrad(
-            grad, values, crow_indices, col_indices, transposed, image, weight_shape, block_shape, stride, padding,
+            grad,
+            values,
+            crow_indices,
+            col_indices,
+            transposed,
+            image,
+            weight_shape,
+            block_shape,
+            stride,
+            padding,
             dilation,
-        )  # fmt: skip
+        )
     pack = transposed_strips(values, crow_indices, col_indices, weight_shape, block_shape, isa)
     # More padding than the kernel reaches: the outermost outputs read no pixel.
     cut_h, cut_w = max(0, -margin[0]), max(0, -margin[1])
@@ -121,9 +143,17 @@ def launch_dgrad(
 
 
 def launch_wgrad(
-    grad: Tensor, x: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, weight_shape: Sequence[int],
-    block_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
-) -> Tensor:  # fmt: skip
+    grad: Tensor,
+    x: Tensor,
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    weight_shape: Sequence[int],
+    block_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
     """The gradient of values from im2col columns; spare blocks get 0.
 
     One matrix product a block row, of the row's gathered columns; where most blocks are stored, one product of all
@@ -179,9 +209,15 @@ def launch_wgrad(
 
 
 def _columns(
-    padded: Tensor, begin: int, rows: int, q: int, channels: int, kernel: Sequence[int], stride: Sequence[int],
+    padded: Tensor,
+    begin: int,
+    rows: int,
+    q: int,
+    channels: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
     dilation: Sequence[int],
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """im2col ``(R, S, channels, rows, q, images)`` of output rows from ``begin``; padded ``(C_in, H, W, images)``."""
     c_in, images = padded.shape[0], padded.shape[3]
     make = padded.new_zeros if channels > c_in else padded.new_empty

@@ -73,9 +73,14 @@ class PackedLowRank:
     __slots__ = ("_factors", "c_out")
 
     def __init__(
-        self, op: str, isa: str, packed: Sequence[Tensor], shapes: Sequence[Sequence[int]],
-        geometry: Sequence[tuple[Pair, Pair, Pair]], epilogue: str,
-    ) -> None:  # fmt: skip
+        self,
+        op: str,
+        isa: str,
+        packed: Sequence[Tensor],
+        shapes: Sequence[Sequence[int]],
+        geometry: Sequence[tuple[Pair, Pair, Pair]],
+        epilogue: str,
+    ) -> None:
         if len(packed) != TENSORS_PER_FACTOR * len(shapes):
             raise ValueError(f"{op}: expected {TENSORS_PER_FACTOR * len(shapes)} packed tensors, got {len(packed)}")
         if any(after[1] != before[0] for before, after in pairwise(shapes)):
@@ -84,11 +89,15 @@ class PackedLowRank:
         last = len(shapes) - 1
         self._factors = tuple(
             PackedConv2d(
-                isa, packed[TENSORS_PER_FACTOR * i : TENSORS_PER_FACTOR * (i + 1)], shape, *step,
-                epilogue if i == last else "none", op=op,
+                isa,
+                packed[TENSORS_PER_FACTOR * i : TENSORS_PER_FACTOR * (i + 1)],
+                shape,
+                *step,
+                epilogue if i == last else "none",
+                op=op,
             )
             for i, (shape, step) in enumerate(zip(shapes, geometry, strict=True))
-        )  # fmt: skip
+        )
         self.c_out = shapes[-1][0]
 
     def attempt(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
@@ -142,9 +151,15 @@ def prepare_linear(isa: str, packed: Sequence[Tensor], U: Tensor, V: Tensor, epi
 
 
 def prepare_conv2d(
-    isa: str, packed: Sequence[Tensor], factors: Sequence[Tensor], stride: Pair, padding: Pair, dilation: Pair,
-    kind: str, epilogue: str,
-) -> PackedLowRank:  # fmt: skip
+    isa: str,
+    packed: Sequence[Tensor],
+    factors: Sequence[Tensor],
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    kind: str,
+    epilogue: str,
+) -> PackedLowRank:
     """The ready call of a packed low-rank convolution."""
     geometry = factor_geometry(kind, len(factors), stride, padding, dilation)
     return PackedLowRank("low_rank_conv2d", isa, packed, [f.shape for f in factors], geometry, epilogue)
@@ -162,9 +177,17 @@ def launch_low_rank_linear(
 
 
 def launch_low_rank_conv2d(
-    isa: str, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None, packed: Sequence[Tensor],
-    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], kind: str, epilogue: str,
-) -> Tensor:  # fmt: skip
+    isa: str,
+    x: Tensor,
+    factors: Sequence[Tensor],
+    bias: Tensor | None,
+    packed: Sequence[Tensor],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    kind: str,
+    epilogue: str,
+) -> Tensor:
     """Low-rank convolution of a float32 CPU tensor; x channels_last. Without ``packed`` it is packed in this call.
 
     Raises:

@@ -51,9 +51,17 @@ def _plan(
     m_total = geometry.output[0]
     c_in, c_out = geometry.x_shape[1], geometry.weight_shape[0]
     config = dict(config_items) or default_config(
-        m_total, geometry.block_rows, geometry.block_shape, c_in, geometry.dtype, blocks=geometry.capacity,
-        weights_on_m=weights_on_m, tensor_cores=geometry.tensor_cores, shared_memory=limits[0], processors=limits[1],
-    )  # fmt: skip
+        m_total,
+        geometry.block_rows,
+        geometry.block_shape,
+        c_in,
+        geometry.dtype,
+        blocks=geometry.capacity,
+        weights_on_m=weights_on_m,
+        tensor_cores=geometry.tensor_cores,
+        shared_memory=limits[0],
+        processors=limits[1],
+    )
     tiles_m = cdiv(m_total, config["BLOCK_M"])
     group = group_m(config, c_in, geometry.stride, geometry.dtype.itemsize)
     n_tiles = geometry.block_rows * cdiv(geometry.block_shape[0], config["BLOCK_N"])
@@ -139,9 +147,13 @@ def _run(
     rows = crow_indices if order is None else order
     columns = order[4 * geometry.block_rows :] if keep_in_l1 and order is not None else col_indices
     plan = _plan(
-        geometry, order is not None, keep_in_l1, variant == "weights_on_m", tuple(config.items()) if config else (),
+        geometry,
+        order is not None,
+        keep_in_l1,
+        variant == "weights_on_m",
+        tuple(config.items()) if config else (),
         limits,
-    )  # fmt: skip
+    )
     partial = None if plan.partial_shape is None else x.new_empty(plan.partial_shape, dtype=torch.float32)
     bias_or_any = values if bias is None else bias
     plan.forward(x, values, rows, columns, bias_or_any, y if partial is None else partial)
@@ -185,9 +197,18 @@ def launch(
     """
     check("bsr_conv2d", x, values, bias, epilogue)
     geometry = Geometry(
-        tuple(x.shape), tuple(weight_shape), tuple(block_shape), tuple(stride), tuple(padding), tuple(dilation),
-        epilogue, _precision(x, torch.backends.cudnn.conv), x.dtype, values.shape[0], bias is not None,
-    )  # type: ignore[arg-type]  # fmt: skip
+        tuple(x.shape),
+        tuple(weight_shape),
+        tuple(block_shape),
+        tuple(stride),
+        tuple(padding),
+        tuple(dilation),
+        epilogue,
+        _precision(x, torch.backends.cudnn.conv),
+        x.dtype,
+        values.shape[0],
+        bias is not None,
+    )  # type: ignore[arg-type]
     x = x.contiguous(memory_format=torch.channels_last)
     return _run(x, values, crow_indices, col_indices, bias, packed, geometry, variant, config)
 
@@ -224,8 +245,17 @@ def launch_linear(
     out_features, in_features = weight_shape[:2]
     rows = x.reshape(-1, in_features, 1, 1).contiguous()
     geometry = Geometry(
-        tuple(rows.shape), (out_features, in_features, 1, 1), tuple(block_shape), (1, 1), (0, 0), (1, 1), epilogue,
-        _precision(x, torch.backends.cuda.matmul), x.dtype, values.shape[0], bias is not None,
-    )  # type: ignore[arg-type]  # fmt: skip
+        tuple(rows.shape),
+        (out_features, in_features, 1, 1),
+        tuple(block_shape),
+        (1, 1),
+        (0, 0),
+        (1, 1),
+        epilogue,
+        _precision(x, torch.backends.cuda.matmul),
+        x.dtype,
+        values.shape[0],
+        bias is not None,
+    )  # type: ignore[arg-type]
     y = _run(rows, values, crow_indices, col_indices, bias, packed, geometry, variant, config)
     return y.reshape(*x.shape[:-1], out_features)

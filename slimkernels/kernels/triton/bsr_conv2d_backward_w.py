@@ -199,9 +199,13 @@ def default_config(
     while stages > 2 and stages * (block_m + block_n) * block_k * dtype.itemsize > shared_memory:
         stages -= 1
     return {
-        "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "SPLITS": splits, "num_warps": warps,
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "BLOCK_K": block_k,
+        "SPLITS": splits,
+        "num_warps": warps,
         "num_stages": stages,
-    }  # fmt: skip
+    }
 
 
 def launch(
@@ -246,9 +250,15 @@ def launch(
     block_rows = cdiv(c_out, block_out)
     if config is None:
         config = default_config(
-            m_total, capacity, block_rows, block_shape, (c_out, c_in), compute,
-            tensor_cores=compute != torch.float32 or precision == "tf32", **device_limits(grad),
-        )  # fmt: skip
+            m_total,
+            capacity,
+            block_rows,
+            block_shape,
+            (c_out, c_in),
+            compute,
+            tensor_cores=compute != torch.float32 or precision == "tf32",
+            **device_limits(grad),
+        )
     block_m, block_n, block_k, splits = (config[key] for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLITS"))
     split_pixels = cdiv(cdiv(m_total, splits), block_k) * block_k
     splits = cdiv(m_total, split_pixels)

@@ -279,10 +279,15 @@ def launch(
     index_64 = largest > INT32_MAX or bool(config is not None and config.get("INDEX_64", False))
     if config is None:
         config = default_config(
-            m_largest, groups * classes, block_shape, c_out, compute,
-            tensor_cores=compute != torch.float32 or precision == "tf32", index_64=index_64,
+            m_largest,
+            groups * classes,
+            block_shape,
+            c_out,
+            compute,
+            tensor_cores=compute != torch.float32 or precision == "tf32",
+            index_64=index_64,
             **device_limits(grad),
-        )  # fmt: skip
+        )
     block_m, block_n, block_k = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
     n_tiles, m_tiles = groups * cdiv(block_in, block_n), cdiv(m_largest, block_m)
     with device_guard(grad):

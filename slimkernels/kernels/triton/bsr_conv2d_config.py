@@ -152,9 +152,15 @@ def shared_input_config(
     """`default_config` of the input-sharing kernel: one accumulator of BLOCK_N channels per block row of the group."""
     rows = rows_sharing_input(block_shape[0])
     config = default_config(
-        m_total, cdiv(block_rows, rows), block_shape, c_in, dtype, tensor_cores=tensor_cores,
-        shared_memory=shared_memory, processors=processors,
-    )  # fmt: skip
+        m_total,
+        cdiv(block_rows, rows),
+        block_shape,
+        c_in,
+        dtype,
+        tensor_cores=tensor_cores,
+        shared_memory=shared_memory,
+        processors=processors,
+    )
     wide = min(max(next_power_of_2(block_shape[0]), 16), 64)
     config["BLOCK_N"] = wide
     if tensor_cores and config["BLOCK_K"] < 128 // dtype.itemsize and config["BLOCK_M"] == 128:
@@ -275,9 +281,15 @@ def configs(
         first = shared_input_config(m_total, block_rows, problem.block_shape, c_in, problem.dtype, **limits)
     else:
         first = default_config(
-            m_total, block_rows, problem.block_shape, c_in, problem.dtype, blocks=problem.nnz_blocks,
-            weights_on_m=variant == "weights_on_m", **limits,
-        )  # fmt: skip
+            m_total,
+            block_rows,
+            problem.block_shape,
+            c_in,
+            problem.dtype,
+            blocks=problem.nnz_blocks,
+            weights_on_m=variant == "weights_on_m",
+            **limits,
+        )
     narrow = min(power_of_2_divisor(c_in, 16), power_of_2_divisor(block_in, 16)) * itemsize < 16
     found = [first]
     steps = cdiv(problem.nnz_blocks * block_in, block_rows * (128 // itemsize))
@@ -302,9 +314,13 @@ def _images_configs(problem: ConvProblem, tensor_cores: bool | None, shared_memo
     if tensor_cores is None:
         tensor_cores = problem.dtype != torch.float32 or _tf32(problem)
     first = images_config(
-        problem.n, problem.block_shape, problem.c_in, problem.dtype, tensor_cores=tensor_cores,
+        problem.n,
+        problem.block_shape,
+        problem.c_in,
+        problem.dtype,
+        tensor_cores=tensor_cores,
         shared_memory=shared_memory,
-    )  # fmt: skip
+    )
     found = [first]
     itemsize = problem.dtype.itemsize
     deep = CHANNELS_IN_FLIGHT * 2 // itemsize // first["BLOCK_K"]

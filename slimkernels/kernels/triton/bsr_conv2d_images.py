@@ -80,9 +80,17 @@ def bsr_conv2d_fwd_kernel_images(
 ):
     # rows: (block_rows, 4), longest first; starts: (block_rows, R * S + 1), first block of a row's tap.
     tile_m, tile_n = grouped_tile(
-        tl.program_id(0), tiles_m, n_tiles, group_m, all_factor, all_shift, group_factor, group_shift, last_factor,
+        tl.program_id(0),
+        tiles_m,
+        n_tiles,
+        group_m,
+        all_factor,
+        all_shift,
+        group_factor,
+        group_shift,
+        last_factor,
         last_shift,
-    )  # fmt: skip
+    )
     SUB_TILES: tl.constexpr = (BSR_OUT + BLOCK_N - 1) // BLOCK_N
     STEPS_A_BLOCK: tl.constexpr = BSR_IN // BLOCK_K
     index_type: tl.constexpr = tl.int64 if INDEX_64 else tl.int32

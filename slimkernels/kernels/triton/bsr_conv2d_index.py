@@ -147,9 +147,13 @@ _CHECKED = Checked()
 
 
 def check_order(
-    op: str, order: Tensor, crow_indices: Tensor, col_indices: Tensor, weight_shape: Sequence[int],
+    op: str,
+    order: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    weight_shape: Sequence[int],
     block_shape: Sequence[int],
-) -> None:  # fmt: skip
+) -> None:
     """Raises ValueError, beginning with ``op``, unless ``order`` is the `forward_order` of this valid pattern.
 
     Compared once for tensors that stay as they are, and not while a CUDA graph is captured.

@@ -95,9 +95,17 @@ def bsr_conv2d_fwd_kernel(
     # rows: crow_indices, or with ROW_TABLE (block_rows, 4); columns: col_indices, or with KEEP_IN_L1 (nnz_blocks, 2).
     # With SPLITS y is the workspace (SPLITS, M, C_out), float32.
     tile_m, tile_n = grouped_tile(
-        tl.program_id(0), tiles_m, n_tiles, group_m, all_factor, all_shift, group_factor, group_shift, last_factor,
+        tl.program_id(0),
+        tiles_m,
+        n_tiles,
+        group_m,
+        all_factor,
+        all_shift,
+        group_factor,
+        group_shift,
+        last_factor,
         last_shift,
-    )  # fmt: skip
+    )
     SUB_TILES: tl.constexpr = (BSR_OUT + BLOCK_N - 1) // BLOCK_N
     BLOCK: tl.constexpr = BSR_OUT * BSR_IN
     FIELDS: tl.constexpr = 2 if KEEP_IN_L1 else 1
@@ -117,9 +125,32 @@ def bsr_conv2d_fwd_kernel(
         end = tl.minimum(end, begin + share)
 
     offs_m, bits, in_h, in_w = tile_rows(
-        tile_m, m_total, h, w, p, p_factor, p_shift, q, q_factor, q_shift, C_IN, R, S, STRIDE_H, STRIDE_W, PAD_H, PAD_W,
-        DIL_H, DIL_W, BORDER, POOL, POOL_LOW, POOL_HIGH, INDEX_64, BLOCK_M,
-    )  # fmt: skip
+        tile_m,
+        m_total,
+        h,
+        w,
+        p,
+        p_factor,
+        p_shift,
+        q,
+        q_factor,
+        q_shift,
+        C_IN,
+        R,
+        S,
+        STRIDE_H,
+        STRIDE_W,
+        PAD_H,
+        PAD_W,
+        DIL_H,
+        DIL_W,
+        BORDER,
+        POOL,
+        POOL_LOW,
+        POOL_HIGH,
+        INDEX_64,
+        BLOCK_M,
+    )
     offs_m = tl.multiple_of(offs_m, SLICE)
     # Where a stage is one slice, its place in the row, block and tap are scalars.
     ONE_SLICE: tl.constexpr = SLICE == BLOCK_K
@@ -167,9 +198,29 @@ def bsr_conv2d_fwd_kernel(
         stored = kk < end
         in_block = (kk.to(tl.uint32) % BSR_IN).to(tl.int32)
         x_tile = gather_x(
-            x_ptr, offs_m, bits, in_h, in_w, column, stored, in_block, h, w,
-            C_IN, S, DIL_H, DIL_W, GROUPS, BSR_IN, SLICE, BORDER, RAGGED_IN, INDEX_64, KEEP_IN_L1, ONE_SLICE,
-        )  # fmt: skip
+            x_ptr,
+            offs_m,
+            bits,
+            in_h,
+            in_w,
+            column,
+            stored,
+            in_block,
+            h,
+            w,
+            C_IN,
+            S,
+            DIL_H,
+            DIL_W,
+            GROUPS,
+            BSR_IN,
+            SLICE,
+            BORDER,
+            RAGGED_IN,
+            INDEX_64,
+            KEEP_IN_L1,
+            ONE_SLICE,
+        )
         if not KEEP_IN_L1:
             slot = (kk.to(tl.uint32) // BSR_IN).to(tl.int32)
         offs_w = slot.to(index_type) * BLOCK + in_block
@@ -206,6 +257,18 @@ def bsr_conv2d_fwd_kernel(
         tl.store(y_tile, acc, mask=(rows < m_total)[:, None] & mask_n[None, :])
     else:
         store_tile(
-            acc, y_ptr, tile_m, m_total, out_channel, mask_n,
-            C_OUT, RELU, POOL, POOL_LOW, POOL_HIGH, INDEX_64, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
+            acc,
+            y_ptr,
+            tile_m,
+            m_total,
+            out_channel,
+            mask_n,
+            C_OUT,
+            RELU,
+            POOL,
+            POOL_LOW,
+            POOL_HIGH,
+            INDEX_64,
+            BLOCK_M,
+            BLOCK_N,
+        )

@@ -107,9 +107,17 @@ def bsr_conv2d_fwd_kernel_shared(
 ):
     # BLOCK_N covers a block row. table (n_tiles, ROWS + 2), entries (columns, ROWS + 1): see shared_input.
     tile_m, group = grouped_tile(
-        tl.program_id(0), tiles_m, n_tiles, group_m, all_factor, all_shift, group_factor, group_shift, last_factor,
+        tl.program_id(0),
+        tiles_m,
+        n_tiles,
+        group_m,
+        all_factor,
+        all_shift,
+        group_factor,
+        group_shift,
+        last_factor,
         last_shift,
-    )  # fmt: skip
+    )
     FIELDS: tl.constexpr = ROWS + 1
     index_type: tl.constexpr = tl.int64 if INDEX_64 else tl.int32
     table_ptr += group * (ROWS + 2)
@@ -118,9 +126,32 @@ def bsr_conv2d_fwd_kernel_shared(
     entries_ptr += first.to(index_type) * FIELDS
 
     offs_m, bits, in_h, in_w = tile_rows(
-        tile_m, m_total, h, w, p, p_factor, p_shift, q, q_factor, q_shift, C_IN, R, S, STRIDE_H, STRIDE_W, PAD_H, PAD_W,
-        DIL_H, DIL_W, BORDER, POOL, POOL_LOW, POOL_HIGH, INDEX_64, BLOCK_M,
-    )  # fmt: skip
+        tile_m,
+        m_total,
+        h,
+        w,
+        p,
+        p_factor,
+        p_shift,
+        q,
+        q_factor,
+        q_shift,
+        C_IN,
+        R,
+        S,
+        STRIDE_H,
+        STRIDE_W,
+        PAD_H,
+        PAD_W,
+        DIL_H,
+        DIL_W,
+        BORDER,
+        POOL,
+        POOL_LOW,
+        POOL_HIGH,
+        INDEX_64,
+        BLOCK_M,
+    )
     offs_m = tl.multiple_of(offs_m, SLICE)
     offs_n = tl.arange(0, BLOCK_N)
 
@@ -141,9 +172,29 @@ def bsr_conv2d_fwd_kernel_shared(
         kk = k + offs_k
         in_block = (kk.to(tl.uint32) % BSR_IN).to(tl.int32)
         x_tile = gather_x(
-            x_ptr, offs_m, bits, in_h, in_w, column, kk < end, in_block, h, w,
-            C_IN, S, DIL_H, DIL_W, GROUPS, BSR_IN, SLICE, BORDER, RAGGED_IN, INDEX_64, False, False,
-        )  # fmt: skip
+            x_ptr,
+            offs_m,
+            bits,
+            in_h,
+            in_w,
+            column,
+            kk < end,
+            in_block,
+            h,
+            w,
+            C_IN,
+            S,
+            DIL_H,
+            DIL_W,
+            GROUPS,
+            BSR_IN,
+            SLICE,
+            BORDER,
+            RAGGED_IN,
+            INDEX_64,
+            False,
+            False,
+        )
         w0 = _weights(values_ptr, slot0, in_block, offs_n, BSR_OUT, BSR_IN, SLICE, INDEX_64, BLOCK_N)
         w1 = _weights(values_ptr, slot1, in_block, offs_n, BSR_OUT, BSR_IN, SLICE, INDEX_64, BLOCK_N)
         if ROWS == 4:
@@ -178,9 +229,21 @@ def bsr_conv2d_fwd_kernel_shared(
             bias = tl.load(bias_ptr + out_channel, mask=mask_n, other=0.0).to(tl.float32)
             acc += tl.gather(bias, tl.arange(0, BLOCK_N), 0)[None, :]
         store_tile(
-            acc, y_ptr, tile_m, m_total, out_channel, mask_n,
-            C_OUT, RELU, POOL, POOL_LOW, POOL_HIGH, INDEX_64, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
+            acc,
+            y_ptr,
+            tile_m,
+            m_total,
+            out_channel,
+            mask_n,
+            C_OUT,
+            RELU,
+            POOL,
+            POOL_LOW,
+            POOL_HIGH,
+            INDEX_64,
+            BLOCK_M,
+            BLOCK_N,
+        )
 
 
 @lru_cache(maxsize=4096)
@@ -190,9 +253,15 @@ def _plan(
     m_total = geometry.output[0]
     c_in = geometry.x_shape[1]
     config = dict(config_items) or shared_input_config(
-        m_total, geometry.block_rows, geometry.block_shape, c_in, geometry.dtype, tensor_cores=geometry.tensor_cores,
-        shared_memory=limits[0], processors=limits[1],
-    )  # fmt: skip
+        m_total,
+        geometry.block_rows,
+        geometry.block_shape,
+        c_in,
+        geometry.dtype,
+        tensor_cores=geometry.tensor_cores,
+        shared_memory=limits[0],
+        processors=limits[1],
+    )
     tiles_m = cdiv(m_total, config["BLOCK_M"])
     group = group_m(config, c_in, geometry.stride, geometry.dtype.itemsize)
     return Launch(

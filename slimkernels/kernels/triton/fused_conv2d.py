@@ -111,9 +111,15 @@ def launch(
     compute = interpreted_dtype(x.dtype)
     if compute != x.dtype:
         y = launch(
-            x.to(compute), weight.to(compute), None if bias is None else bias.to(compute), stride, padding, dilation,
-            epilogue, config,
-        )  # fmt: skip
+            x.to(compute),
+            weight.to(compute),
+            None if bias is None else bias.to(compute),
+            stride,
+            padding,
+            dilation,
+            epilogue,
+            config,
+        )
         return y.to(x.dtype)
     channels_last = not x.is_contiguous()
     if channels_last:
@@ -122,9 +128,17 @@ def launch(
     switch = torch.backends.cudnn.conv
     precision = "tf32" if x.dtype == torch.float32 and switch.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
     geometry = Geometry(
-        tuple(x.shape), tuple(weight.shape), tuple(stride), tuple(padding), tuple(dilation), epilogue, precision,
-        x.dtype, channels_last, bias is not None,
-    )  # type: ignore[arg-type]  # fmt: skip
+        tuple(x.shape),
+        tuple(weight.shape),
+        tuple(stride),
+        tuple(padding),
+        tuple(dilation),
+        epilogue,
+        precision,
+        x.dtype,
+        channels_last,
+        bias is not None,
+    )  # type: ignore[arg-type]
     _, p, q = geometry.output
     y = torch.empty(
         (x.shape[0], weight.shape[0], p, q), dtype=x.dtype, device=x.device, memory_format=torch.channels_last

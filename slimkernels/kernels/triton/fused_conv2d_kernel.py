@@ -48,13 +48,43 @@ def load_elements(
     """
     if COUNT > 1:
         even = load_elements(
-            x_ptr, in_h, in_w, h, w, row_stride, channel_stride, C_IN, R, S, DIL_H, DIL_W, BORDER, CHANNELS_LAST,
-            FIRST, 2 * STEP, COUNT // 2,
-        )  # fmt: skip
+            x_ptr,
+            in_h,
+            in_w,
+            h,
+            w,
+            row_stride,
+            channel_stride,
+            C_IN,
+            R,
+            S,
+            DIL_H,
+            DIL_W,
+            BORDER,
+            CHANNELS_LAST,
+            FIRST,
+            2 * STEP,
+            COUNT // 2,
+        )
         odd = load_elements(
-            x_ptr, in_h, in_w, h, w, row_stride, channel_stride, C_IN, R, S, DIL_H, DIL_W, BORDER, CHANNELS_LAST,
-            FIRST + STEP, 2 * STEP, COUNT // 2,
-        )  # fmt: skip
+            x_ptr,
+            in_h,
+            in_w,
+            h,
+            w,
+            row_stride,
+            channel_stride,
+            C_IN,
+            R,
+            S,
+            DIL_H,
+            DIL_W,
+            BORDER,
+            CHANNELS_LAST,
+            FIRST + STEP,
+            2 * STEP,
+            COUNT // 2,
+        )
         found = tl.join(even, odd)
         if COUNT > 2:
             found = tl.reshape(found, (in_h.shape[0], COUNT))
@@ -137,9 +167,24 @@ def load_pixels(
         channel_stride = row_stride * h
         offset = image * (channel_stride * C_IN) + in_h * row_stride + in_w
     x_tile = load_elements(
-        x_ptr + offset, in_h, in_w, h, w, row_stride, channel_stride, C_IN, R, S, DIL_H, DIL_W, BORDER, CHANNELS_LAST,
-        FIRST, 1, BLOCK_K,
-    )  # fmt: skip
+        x_ptr + offset,
+        in_h,
+        in_w,
+        h,
+        w,
+        row_stride,
+        channel_stride,
+        C_IN,
+        R,
+        S,
+        DIL_H,
+        DIL_W,
+        BORDER,
+        CHANNELS_LAST,
+        FIRST,
+        1,
+        BLOCK_K,
+    )
     stored = FIRST + tl.arange(0, BLOCK_K) < R * S * C_IN
     return tl.where(stored[None, :], x_tile, 0.0)
 
@@ -220,38 +265,155 @@ def fused_conv2d_fwd_kernel(
     w_tile = load_weights(w_ptr, out_channel, K, C_OUT, 0, BLOCK_K)
     if PREFETCH:
         x_tile = load_pixels(
-            x_ptr, first, m_total, h, w, p, p_factor, p_shift, q, q_factor, q_shift, C_IN, R, S, STRIDE_H, STRIDE_W,
-            PAD_H, PAD_W, DIL_H, DIL_W, BORDER, CHANNELS_LAST, POOL, POOL_LOW, POOL_HIGH, INDEX_64, BLOCK_M, 0, BLOCK_K,
-        )  # fmt: skip
+            x_ptr,
+            first,
+            m_total,
+            h,
+            w,
+            p,
+            p_factor,
+            p_shift,
+            q,
+            q_factor,
+            q_shift,
+            C_IN,
+            R,
+            S,
+            STRIDE_H,
+            STRIDE_W,
+            PAD_H,
+            PAD_W,
+            DIL_H,
+            DIL_W,
+            BORDER,
+            CHANNELS_LAST,
+            POOL,
+            POOL_LOW,
+            POOL_HIGH,
+            INDEX_64,
+            BLOCK_M,
+            0,
+            BLOCK_K,
+        )
     for done in tl.range(0, tiles_m - first, programs, num_stages=1):
         tile = first + done
         acc = tl.broadcast_to(bias[None, :], (BLOCK_M, BLOCK_N))
         if PREFETCH:
             next_x_tile = load_pixels(
-                x_ptr, tile + programs, m_total, h, w, p, p_factor, p_shift, q, q_factor, q_shift, C_IN, R, S, STRIDE_H,
-                STRIDE_W, PAD_H, PAD_W, DIL_H, DIL_W, BORDER, CHANNELS_LAST, POOL, POOL_LOW, POOL_HIGH, INDEX_64,
-                BLOCK_M, 0, BLOCK_K,
-            )  # fmt: skip
+                x_ptr,
+                tile + programs,
+                m_total,
+                h,
+                w,
+                p,
+                p_factor,
+                p_shift,
+                q,
+                q_factor,
+                q_shift,
+                C_IN,
+                R,
+                S,
+                STRIDE_H,
+                STRIDE_W,
+                PAD_H,
+                PAD_W,
+                DIL_H,
+                DIL_W,
+                BORDER,
+                CHANNELS_LAST,
+                POOL,
+                POOL_LOW,
+                POOL_HIGH,
+                INDEX_64,
+                BLOCK_M,
+                0,
+                BLOCK_K,
+            )
         else:
             x_tile = load_pixels(
-                x_ptr, tile, m_total, h, w, p, p_factor, p_shift, q, q_factor, q_shift, C_IN, R, S, STRIDE_H, STRIDE_W,
-                PAD_H, PAD_W, DIL_H, DIL_W, BORDER, CHANNELS_LAST, POOL, POOL_LOW, POOL_HIGH, INDEX_64, BLOCK_M, 0,
+                x_ptr,
+                tile,
+                m_total,
+                h,
+                w,
+                p,
+                p_factor,
+                p_shift,
+                q,
+                q_factor,
+                q_shift,
+                C_IN,
+                R,
+                S,
+                STRIDE_H,
+                STRIDE_W,
+                PAD_H,
+                PAD_W,
+                DIL_H,
+                DIL_W,
+                BORDER,
+                CHANNELS_LAST,
+                POOL,
+                POOL_LOW,
+                POOL_HIGH,
+                INDEX_64,
+                BLOCK_M,
+                0,
                 BLOCK_K,
-            )  # fmt: skip
+            )
         acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
         for part in tl.static_range(1, (K + BLOCK_K - 1) // BLOCK_K):
             part_of_x = load_pixels(
-                x_ptr, tile, m_total, h, w, p, p_factor, p_shift, q, q_factor, q_shift, C_IN, R, S, STRIDE_H, STRIDE_W,
-                PAD_H, PAD_W, DIL_H, DIL_W, BORDER, CHANNELS_LAST, POOL, POOL_LOW, POOL_HIGH, INDEX_64, BLOCK_M,
-                part * BLOCK_K, BLOCK_K,
-            )  # fmt: skip
+                x_ptr,
+                tile,
+                m_total,
+                h,
+                w,
+                p,
+                p_factor,
+                p_shift,
+                q,
+                q_factor,
+                q_shift,
+                C_IN,
+                R,
+                S,
+                STRIDE_H,
+                STRIDE_W,
+                PAD_H,
+                PAD_W,
+                DIL_H,
+                DIL_W,
+                BORDER,
+                CHANNELS_LAST,
+                POOL,
+                POOL_LOW,
+                POOL_HIGH,
+                INDEX_64,
+                BLOCK_M,
+                part * BLOCK_K,
+                BLOCK_K,
+            )
             part_of_w = load_weights(w_ptr, out_channel, K, C_OUT, part * BLOCK_K, BLOCK_K)
             acc = tl.dot(part_of_x, part_of_w, acc, input_precision=PRECISION)
         if HAS_BIAS and BIAS_LAST:
             acc += tl.load(bias_ptr + out_channel, mask=mask_n, other=0.0).to(tl.float32)[None, :]
         store_tile(
-            acc, y_ptr, tile, m_total, out_channel, mask_n, C_OUT, RELU, POOL, POOL_LOW, POOL_HIGH, INDEX_64, BLOCK_M,
+            acc,
+            y_ptr,
+            tile,
+            m_total,
+            out_channel,
+            mask_n,
+            C_OUT,
+            RELU,
+            POOL,
+            POOL_LOW,
+            POOL_HIGH,
+            INDEX_64,
+            BLOCK_M,
             BLOCK_N,
-        )  # fmt: skip
+        )
         if PREFETCH:
             x_tile = next_x_tile

@@ -181,9 +181,14 @@ def default_config(
     while stages > 1 and _shared_bytes(stages, block_m, block_n, block_k, wide, dtype.itemsize) > shared_memory:
         stages -= 1
     return {
-        "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "RANK": wide, "SPLITS": splits,
-        "num_warps": warps, "num_stages": stages,
-    }  # fmt: skip
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "BLOCK_K": block_k,
+        "RANK": wide,
+        "SPLITS": splits,
+        "num_warps": warps,
+        "num_stages": stages,
+    }
 
 
 def _shared_bytes(stages: int, block_m: int, block_n: int, block_k: int, wide: int, itemsize: int) -> int:
@@ -221,13 +226,42 @@ def _convolve(
     index_64 = max(x.numel(), v.numel(), m_total * c_out) > INT32_MAX or bool(config.get("INDEX_64", False))
     with device_guard(x):
         low_rank_conv2d_fwd_kernel[(cdiv(m_total, config["BLOCK_M"]) * splits,)](
-            x, v, v if u is None else u, v if bias is None else bias, y, m_total, h_in, w_in, c_in, inner, c_out, p, q,
-            splits, R=r, S=s, STRIDE_H=stride[0], STRIDE_W=stride[1], PAD_H=padding[0], PAD_W=padding[1],
-            DIL_H=dilation[0], DIL_W=dilation[1], FUSED=u is not None, EVEN_K=c_in % config["BLOCK_K"] == 0,
-            ALIGN=power_of_2_divisor(c_in, 16), HAS_BIAS=bias is not None, RELU=relu, INDEX_64=index_64,
-            PRECISION=precision, RANK=config["RANK"], BLOCK_M=config["BLOCK_M"], BLOCK_N=config["BLOCK_N"],
-            BLOCK_K=config["BLOCK_K"], num_warps=config["num_warps"], num_stages=config["num_stages"],
-        )  # fmt: skip
+            x,
+            v,
+            v if u is None else u,
+            v if bias is None else bias,
+            y,
+            m_total,
+            h_in,
+            w_in,
+            c_in,
+            inner,
+            c_out,
+            p,
+            q,
+            splits,
+            R=r,
+            S=s,
+            STRIDE_H=stride[0],
+            STRIDE_W=stride[1],
+            PAD_H=padding[0],
+            PAD_W=padding[1],
+            DIL_H=dilation[0],
+            DIL_W=dilation[1],
+            FUSED=u is not None,
+            EVEN_K=c_in % config["BLOCK_K"] == 0,
+            ALIGN=power_of_2_divisor(c_in, 16),
+            HAS_BIAS=bias is not None,
+            RELU=relu,
+            INDEX_64=index_64,
+            PRECISION=precision,
+            RANK=config["RANK"],
+            BLOCK_M=config["BLOCK_M"],
+            BLOCK_N=config["BLOCK_N"],
+            BLOCK_K=config["BLOCK_K"],
+            num_warps=config["num_warps"],
+            num_stages=config["num_stages"],
+        )
     return y
 
 

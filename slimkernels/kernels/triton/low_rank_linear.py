@@ -199,9 +199,14 @@ def device_configs(problem: LowRankLinearProblem) -> list[dict[str, int]]:
     limits = device_limits(torch.empty(0, device="cuda")) if torch.cuda.is_available() else {}
     tensor_cores = problem.dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision == "tf32"
     default = default_config(
-        problem.m, problem.out_features, problem.rank, problem.dtype, in_features=problem.in_features,
-        tensor_cores=tensor_cores, **limits,
-    )  # fmt: skip
+        problem.m,
+        problem.out_features,
+        problem.rank,
+        problem.dtype,
+        in_features=problem.in_features,
+        tensor_cores=tensor_cores,
+        **limits,
+    )
     splits = {default["SPLITS"]: 0, max(1, default["SPLITS"] // 2): 0, 1: 0}
     return [{**default, "SPLITS": count} for count in splits]
 
@@ -289,9 +294,14 @@ def _run(
         if config is None:
             tensor_cores = x.dtype != torch.float32 or precision == "tf32"
             config = default_config(
-                m_total, out_features, rank, x.dtype, in_features=in_features, tensor_cores=tensor_cores,
+                m_total,
+                out_features,
+                rank,
+                x.dtype,
+                in_features=in_features,
+                tensor_cores=tensor_cores,
                 **device_limits(x),
-            )  # fmt: skip
+            )
         block_m, block_k, splits = config["BLOCK_M"], config["BLOCK_K"], config["SPLITS"]
         index_64 = max(x.numel(), U.numel(), V.numel()) > INT32_MAX or bool(config.get("INDEX_64", False))
         factors = [t.to(compute).contiguous() for t in (U, V)]

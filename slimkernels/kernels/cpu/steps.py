@@ -1,0 +1,102 @@
+"""Native convolutions and copies between layouts as a list of steps that one team of threads runs again and again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from slimkernels.kernels.cpu.abi import Conv2dArguments, address
+from slimkernels.kernels.cpu.library import library
+from slimkernels.kernels.problems import LANES
+from slimkernels.tensors import is_plain
+
+CONV2D, TO_IMAGES, FROM_IMAGES = range(3)  # SLIM_STEP_*
+
+
+def images_innermost(n: int, h: int, w: int, channels: int, isa: str) -> tuple[int, int, int, int, int]:
+    """Shape of n images in the layout that keeps a vector of images innermost."""
+    lanes = LANES[isa]
+    return -(-n // lanes), h, w, channels, lanes
+
+
+class Step(NamedTuple):
+    """One step of csrc/kernels.h and the tensors it reads and writes.
+
+    Steps that follow each other with slots from 0 on run at the same time where the slots differ, each on one thread;
+    steps with slot -1 share all threads.
+    """
+
+    kind: int
+    arguments: Conv2dArguments
+    alive: tuple[Any, ...]
+    slot: int = -1
+
+    def reads(self) -> list[Tensor]:
+        """Every tensor that the step reads."""
+        if self.kind != CONV2D:
+            return [self.alive[0]]
+        conv, x, _, *others = self.alive
+        return [t for t in (x, *conv.packed, *others) if t is not None]
+
+    def writes(self) -> list[Tensor]:
+        """Every tensor that the step writes."""
+        return [self.alive[2 if self.kind == CONV2D else 1]]
+
+
+class Steps:
+    """A list of steps on fixed memory, run by one team of threads; keeps every tensor it touches alive.
+
+    Raises:
+        RuntimeError: in a call, when a native kernel failed (out of memory).
+    """
+
+    def __init__(self, isa: str, steps: Sequence[Step]) -> None:
+        module = library()[0]
+        assert module is not None
+        self._isa, self._alive, self.count = isa, [step.alive for step in steps], len(steps)
+        self._steps = module.Steps(isa, [(step.kind, step.slot, *step.arguments) for step in steps])
+
+    def __call__(self) -> None:
+        status = self._steps.run(torch.get_num_threads())
+        if status != 0:
+            raise RuntimeError(f"Steps: native kernels of {self._isa} failed with status {status}")
+
+
+def layout_step(x: Tensor, y: Tensor, n: int) -> Step:
+    """The copy of n images between channels_last (or rows) and a vector of images innermost as one of `Steps`.
+
+    Args:
+        x, y: float32 on the CPU, not overlapping; one of them ``(groups, h, w, channels, lanes)``.
+
+    Raises:
+        ValueError: tensors of another shape, dtype or layout.
+    """
+    to_images = y.dim() == 5
+    near, far = (x, y) if to_images else (y, x)
+    _, channels, h, w = image_sizes(near)
+    lanes = far.shape[-1]
+    fits = near.dim() < 5 and near.shape[0] == n and far.shape == (-(-n // lanes), h, w, channels, lanes)
+    if not (fits and n > 0 and is_dense(x) and is_dense(y)):
+        raise ValueError(f"layout_step: expected {n} images in two layouts, got {tuple(x.shape)} and {tuple(y.shape)}")
+    arguments = Conv2dArguments(x=address(x), y=address(y), n=n, h=h, w=w, c_in=channels, lanes=lanes)
+    return Step(TO_IMAGES if to_images else FROM_IMAGES, arguments, (x, y))
+
+
+def image_sizes(x: Tensor) -> tuple[int, int, int, int]:
+    """``(n, channels, h, w)``; rows are images of one pixel, and n counts groups where images lie innermost."""
+    if x.dim() == 5:
+        return x.shape[0], x.shape[3], x.shape[1], x.shape[2]
+    if x.dim() == 4:
+        return x.shape[0], x.shape[1], x.shape[2], x.shape[3]
+    return x.numel() // max(x.shape[-1], 1), x.shape[-1], 1, 1
+
+
+def is_dense(x: Tensor) -> bool:
+    """Plain float32 on the CPU, images channels_last, everything else contiguous."""
+    if x.dtype is not torch.float32 or not x.is_cpu or not is_plain(x):
+        return False
+    layout = torch.channels_last if x.dim() == 4 else torch.contiguous_format
+    return x.is_contiguous(memory_format=layout)
