@@ -144,10 +144,10 @@ def bsr_conv2d_bwd_w_kernel(
             row_inside = (tap_h[:, None] + in_h[None, :]).to(tl.uint32) < h
             mask_x = mask_x & row_inside & ((tap_w[:, None] + in_w[None, :]).to(tl.uint32) < w)
         mask_x = tl.max_constancy(mask_x, [SLICE, 1])
-        x_tile = tl.load(x_ptr + offs_x[:, None] + offs_k[None, :], mask=mask_x, other=0.0)
+        x_tile = tl.load(x_ptr + offs_x[:, None] + offs_k[None, :], mask=mask_x, other=0.0)  # [BLOCK_M, BLOCK_K]
         offs_y = tl.multiple_of(pixel * c_out, ALIGN_OUT)
         mask_y = tl.max_constancy(mask_k[:, None] & mask_n[None, :], [1, ALIGN_OUT])
-        dy_tile = tl.load(dy_ptr + offs_y[:, None] + out_channel[None, :], mask=mask_y, other=0.0)
+        dy_tile = tl.load(dy_ptr + offs_y[:, None] + out_channel[None, :], mask=mask_y, other=0.0)  # [BLOCK_K, BLOCK_N]
 
         out_w += step_q
         carry = out_w >= q
@@ -157,7 +157,7 @@ def bsr_conv2d_bwd_w_kernel(
         out_h = tl.where(carry, out_h - p, out_h)
         image += step_n + carry.to(tl.int32)
         pixel += BLOCK_K
-        acc = tl.dot(x_tile, dy_tile, acc, input_precision=PRECISION)
+        acc = tl.dot(x_tile, dy_tile, acc, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
 
     offs_v = (flat // BSR_IN).to(tl.int64) * (BSR_OUT * BSR_IN) + flat % BSR_IN
     out_tile = out_ptr + split.to(tl.int64) * out_stride + offs_v[:, None] + (offs_n * BSR_IN)[None, :]

@@ -160,19 +160,19 @@ def bsr_conv2d_bwd_x_kernel(
                 mask_y = mask_y & row_inside & ((out_w[:, None] - back_w[None, :]).to(tl.uint32) < q)
             if HINTED:
                 mask_y = tl.max_constancy(mask_y, [1, SLICE])
-        dy_tile = tl.load(dy_ptr + offs_m[:, None] + offs_y[None, :], mask=mask_y, other=0.0)
+        dy_tile = tl.load(dy_ptr + offs_m[:, None] + offs_y[None, :], mask=mask_y, other=0.0)  # [BLOCK_M, BLOCK_K]
 
         offs_w = tl.multiple_of(block.to(index_type) * (BSR_OUT * BSR_IN) + in_block * BSR_IN, ALIGN_IN)
         mask_w = (column >= 0)[:, None]
         if BSR_IN % BLOCK_N != 0:
             mask_w = mask_w & (offs_n < BSR_IN)[None, :]
             mask_w = tl.max_constancy(mask_w, [1, ALIGN_IN])
-        w_tile = tl.load(values_ptr + offs_w[:, None] + offs_n[None, :], mask=mask_w, other=0.0)
+        w_tile = tl.load(values_ptr + offs_w[:, None] + offs_n[None, :], mask=mask_w, other=0.0)  # [BLOCK_K, BLOCK_N]
 
         next_k = k + BLOCK_K + lane
         next_column = tl.load(col_ptr + first + next_k // BSR_OUT, mask=next_k < count, other=-1)
         next_block = tl.load(block_ptr + first + next_k // BSR_OUT, mask=next_k < count, other=0)
-        acc = tl.dot(dy_tile, w_tile, acc, input_precision=PRECISION)
+        acc = tl.dot(dy_tile, w_tile, acc, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
 
     channel_in = group * BSR_IN + offs_n
     mask_n = (offs_n < BSR_IN) & (channel_in < c_in)

@@ -145,15 +145,15 @@ def bsr_conv2d_fwd_kernel_images(
         inside = stored
         if RAGGED_IN:
             inside = stored & (channel < C_IN)
-        x_tile = tl.load(x_ptrs + tl.multiple_of(offs_tap, BLOCK_K), mask=inside, other=0.0)
+        x_tile = tl.load(x_ptrs + tl.multiple_of(offs_tap, BLOCK_K), mask=inside, other=0.0)  # [BLOCK_M, BLOCK_K]
         block = _block_of(step, steps_1, steps_2, shift_0, shift_1, shift_2)
         offs_w = block.to(index_type) * (BSR_OUT * BSR_IN) + in_block
         mask_w = (stored & (offs_n < BSR_OUT))[None, :]
-        w_tile = tl.load(w_ptrs + tl.multiple_of(offs_w, BLOCK_K), mask=mask_w, other=0.0)
+        w_tile = tl.load(w_ptrs + tl.multiple_of(offs_w, BLOCK_K), mask=mask_w, other=0.0)  # [BLOCK_K, BLOCK_N]
         next_step = (k + 1) // STEPS_A_BLOCK
         block = _block_of(next_step, steps_1, steps_2, shift_0, shift_1, shift_2)
-        column = tl.load(columns_ptr + block, mask=next_step < steps, other=0)
-        acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
+        column = tl.load(columns_ptr + block, mask=next_step < steps, other=0)  # a scalar
+        acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
 
     if RELU:
         acc = maximum_nan(acc, 0.0)

@@ -197,7 +197,7 @@ def bsr_conv2d_fwd_kernel(
             kk += tl.arange(0, BLOCK_K)
         stored = kk < end
         in_block = (kk.to(tl.uint32) % BSR_IN).to(tl.int32)
-        x_tile = gather_x(
+        x_tile = gather_x(  # [BLOCK_M, BLOCK_K]
             x_ptr,
             offs_m,
             bits,
@@ -236,17 +236,17 @@ def bsr_conv2d_fwd_kernel(
                 w_tile_ptrs = channel_ptrs[None, :] + offs_w[:, None]
             else:
                 w_tile_ptrs = w_row_ptr + (offs_channel[None, :] + offs_w[:, None])
-        w_tile = tl.load(w_tile_ptrs, mask=mask_w, other=0.0)
+        w_tile = tl.load(w_tile_ptrs, mask=mask_w, other=0.0)  # [BLOCK_K, BLOCK_N]
 
         next_k = kk + BLOCK_K
         entry = next_k.to(tl.uint32) // BSR_IN * FIELDS
-        column = tl.load(columns_row_ptr + entry, mask=next_k < end, other=0)
+        column = tl.load(columns_row_ptr + entry, mask=next_k < end, other=0)  # [BLOCK_K], or a scalar
         if KEEP_IN_L1:
             slot = tl.load(columns_row_ptr + entry + 1, mask=next_k < end, other=0)
         if WEIGHTS_ON_M:
-            acc = tl.dot(tl.trans(w_tile), tl.trans(x_tile), acc, input_precision=PRECISION)
+            acc = tl.dot(tl.trans(w_tile), tl.trans(x_tile), acc, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
         else:
-            acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
+            acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
 
     if WEIGHTS_ON_M:
         acc = tl.trans(acc)

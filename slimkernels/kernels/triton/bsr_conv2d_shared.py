@@ -171,7 +171,7 @@ def bsr_conv2d_fwd_kernel_shared(
     for k in range(0, tl.maximum(end, 1), BLOCK_K):
         kk = k + offs_k
         in_block = (kk.to(tl.uint32) % BSR_IN).to(tl.int32)
-        x_tile = gather_x(
+        x_tile = gather_x(  # [BLOCK_M, BLOCK_K]
             x_ptr,
             offs_m,
             bits,
@@ -202,10 +202,10 @@ def bsr_conv2d_fwd_kernel_shared(
             w3 = _weights(values_ptr, slot3, in_block, offs_n, BSR_OUT, BSR_IN, SLICE, INDEX_64, BLOCK_N)
         next_k = kk + BLOCK_K
         entry_ptr = entries_ptr + next_k.to(tl.uint32) // BSR_IN * FIELDS
-        column = tl.load(entry_ptr, mask=next_k < end, other=0)
-        slot0 = tl.load(entry_ptr + 1, mask=next_k < end, other=-1)
+        column = tl.load(entry_ptr, mask=next_k < end, other=0)  # [BLOCK_K]
+        slot0 = tl.load(entry_ptr + 1, mask=next_k < end, other=-1)  # [BLOCK_K]
         slot1 = tl.load(entry_ptr + 2, mask=next_k < end, other=-1)
-        acc0 = tl.dot(x_tile, w0, acc0, input_precision=PRECISION)
+        acc0 = tl.dot(x_tile, w0, acc0, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         acc1 = tl.dot(x_tile, w1, acc1, input_precision=PRECISION)
         if ROWS == 4:
             slot2 = tl.load(entry_ptr + 3, mask=next_k < end, other=-1)

@@ -262,7 +262,7 @@ def fused_conv2d_fwd_kernel(
     if HAS_BIAS and not BIAS_LAST:
         bias += tl.load(bias_ptr + out_channel, mask=mask_n, other=0.0).to(tl.float32)
     first = tl.program_id(0)
-    w_tile = load_weights(w_ptr, out_channel, K, C_OUT, 0, BLOCK_K)
+    w_tile = load_weights(w_ptr, out_channel, K, C_OUT, 0, BLOCK_K)  # [BLOCK_K, BLOCK_N]
     if PREFETCH:
         x_tile = load_pixels(
             x_ptr,
@@ -362,7 +362,7 @@ def fused_conv2d_fwd_kernel(
                 0,
                 BLOCK_K,
             )
-        acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
+        acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         for part in tl.static_range(1, (K + BLOCK_K - 1) // BLOCK_K):
             part_of_x = load_pixels(
                 x_ptr,

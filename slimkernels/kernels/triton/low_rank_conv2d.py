@@ -114,8 +114,8 @@ def low_rank_conv2d_fwd_kernel(
             mask_x = mask_x & (kk < c_in)[None, :]
             mask_v = mask_v & (kk < c_in)[:, None]
         x_tile = tl.load((image_ptr + (row * w_in + col) * c_in)[:, None] + kk[None, :], mask=mask_x, other=0.0)
-        v_tile = tl.load(v_row_ptr + (tap * c_in + kk)[:, None], mask=mask_v, other=0.0)
-        acc_r = tl.dot(x_tile, v_tile, acc_r, input_precision=PRECISION)
+        v_tile = tl.load(v_row_ptr + (tap * c_in + kk)[:, None], mask=mask_v, other=0.0)  # [BLOCK_K, RANK]
+        acc_r = tl.dot(x_tile, v_tile, acc_r, input_precision=PRECISION)  # [BLOCK_M, RANK]
 
     y_row_ptr = y_ptr + offs_m.to(tl.int64)[:, None] * c_out
     if FUSED:
@@ -125,7 +125,7 @@ def low_rank_conv2d_fwd_kernel(
             mask_n = offs_n < c_out
             mask_u = mask_r[:, None] & mask_n[None, :]
             u_tile = tl.load(u_ptr + offs_n[None, :] * inner + offs_r[:, None], mask=mask_u, other=0.0)
-            acc = tl.dot(hidden, u_tile, input_precision=PRECISION)
+            acc = tl.dot(hidden, u_tile, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
             if HAS_BIAS:
                 acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
             if RELU:

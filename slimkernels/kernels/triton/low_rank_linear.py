@@ -63,9 +63,9 @@ def _project(
         if not EVEN_K:
             mask_x = mask_x & (kk < in_features)[None, :]
             mask_v = mask_v & (kk < in_features)[:, None]
-        x_tile = tl.load(x_row_ptr + kk[None, :], mask=mask_x, other=0.0)
-        v_tile = tl.load(v_row_ptr + kk[:, None], mask=mask_v, other=0.0)
-        h = tl.dot(x_tile, v_tile, h, input_precision=PRECISION)
+        x_tile = tl.load(x_row_ptr + kk[None, :], mask=mask_x, other=0.0)  # [BLOCK_M, BLOCK_K]
+        v_tile = tl.load(v_row_ptr + kk[:, None], mask=mask_v, other=0.0)  # [BLOCK_K, RANK]
+        h = tl.dot(x_tile, v_tile, h, input_precision=PRECISION)  # [BLOCK_M, RANK]
     return h.to(x_row_ptr.dtype.element_ty)
 
 
@@ -119,8 +119,8 @@ def low_rank_linear_fwd_kernel(
         u_row_ptr = u_ptr + offs_n[None, :] * rank
         if ONE_TILE:
             mask_u = (offs_r < rank)[:, None] & mask_n[None, :]
-            u_tile = tl.load(u_row_ptr + offs_r[:, None], mask=mask_u, other=0.0)
-            acc = tl.dot(h, u_tile, input_precision=PRECISION)
+            u_tile = tl.load(u_row_ptr + offs_r[:, None], mask=mask_u, other=0.0)  # [RANK, BLOCK_N]
+            acc = tl.dot(h, u_tile, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         else:
             acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
             for first_r in range(0, rank, RANK):
