@@ -64,12 +64,19 @@ def prepare(folder: str, libcuda: str) -> None:
 
 
 def jobs() -> list[Job]:
-    """Everything to be compiled: forward layers of the rows and the sweep, and the layers of a training step."""
+    """Everything to be compiled: forward layers of the rows and the sweep, the layers of a training step, and what the
+    tables that are shipped choose.
+    """
     from gpu_check import layers, precompile
 
-    found = []
+    from slimkernels.dispatch.tables import Table
+
+    entries = [e for path in sorted((ROOT / "slimkernels" / "tuned").glob("*.json")) for e in Table.load(path).entries]
+    found = [Job(e.kernel, e.problem, dict(e.config)) for e in entries if e.problem.device == "cuda"]
     for p, choice in precompile.jobs(ROWS, "cuda", training=True):
         forward = choice or layers.choice_of(p)
+        if "__triton" not in forward.name:  # a library's kernels are compiled already
+            continue
         found.append(Job(forward.name, p, dict(forward.config)))
         if choice is None:
             found += [Job(f"{op}__triton", p, {}) for op in ("bsr_conv2d_dgrad", "bsr_conv2d_wgrad")]
@@ -82,7 +89,7 @@ def launch(job: Job) -> None:
     from stand_in.device_tensor import DeviceTensor
 
     from slimkernels import testing
-    from slimkernels.kernels import KERNELS
+    from slimkernels.kernels import KERNELS, FusedConvProblem
     from slimkernels.kernels.triton.bsr_conv2d_index import forward_order
 
     p = job.problem
@@ -92,8 +99,13 @@ def launch(job: Job) -> None:
         return DeviceTensor(torch.empty(shape, dtype=p.dtype, device="meta", memory_format=layout))
 
     shape = (p.c_out, p.c_in, p.r, p.s)
-    grad = sized(p.n, p.c_out, p.p, p.q)
     call = KERNELS[job.kernel].launch
+    config = {"config": job.config} if job.config else {}
+    if isinstance(p, FusedConvProblem):
+        x, weight, bias = sized(p.n, p.c_in, p.h, p.w), sized(*shape), sized(p.c_out)
+        call(x, weight, bias, p.stride, p.padding, p.dilation, p.epilogue, **config)
+        return
+    grad = sized(p.n, p.c_out, p.p, p.q)
     # The number of stored blocks decides, not which they are.
     pattern = testing.random_bsr(shape, p.block_shape, 1 - p.stored_share, dtype=p.dtype)
     columns = pattern.col_indices.new_zeros(p.nnz_blocks)
@@ -108,7 +120,7 @@ def launch(job: Job) -> None:
         call(grad, x, *weight, *geometry)
     else:
         order = [forward_order(*index, shape, p.block_shape)]
-        call(x, *weight, sized(p.c_out), order, *geometry, p.epilogue, **({"config": job.config} if job.config else {}))
+        call(x, *weight, sized(p.c_out), order, *geometry, p.epilogue, **config)
 
 
 def compiled(job: Job) -> str | None:
