@@ -51,6 +51,9 @@ class Runner:
 
     def run(self, stages: Sequence[Stage]) -> bool:
         """Runs stages in order; whether all of them ended well. What there is no time for is recorded so."""
+        # A shell's background job ignores interrupts and hands that on to the stages, which could then not be stopped.
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             for stage in stages:
                 self._stage(stage)

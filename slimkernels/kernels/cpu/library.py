@@ -11,6 +11,7 @@ from slimkernels.kernels.cpu import abi
 
 @lru_cache(maxsize=1)
 def library() -> tuple[ModuleType | None, str | None, tuple[str, ...]]:
+    """``(the extension or None, why it is not there, instruction sets that run here, best first)``."""
     module, reason = _extension.load()
     if module is not None and (different := abi.mismatch(module)) is not None:
         module, reason = None, different
