@@ -78,13 +78,13 @@ def test_kernels_header_is_c(compiler: list[str], tmp_path: Path):
 
 
 def clang_format() -> str:
-    """The clang-format that `pip install -e '.[test]'` brings; other versions format differently."""
+    """The clang-format that `pip install -e '.[lint]'` brings; other versions format differently."""
     pinned = re.search(r'"clang-format==([\d.]+)"', (ROOT / "pyproject.toml").read_text())
     assert pinned is not None
     beside_python = Path(sys.executable).with_name("clang-format")
     found = str(beside_python) if beside_python.exists() else shutil.which("clang-format")
     if found is None:
-        pytest.skip("clang-format is not installed (pip install -e '.[test]')")
+        pytest.skip("clang-format is not installed (pip install -e '.[lint]')")
     version = output(found, "--version")
     if f"version {pinned[1]}" not in version:
         pytest.skip(f"clang-format {pinned[1]} is pinned in pyproject.toml, this is {version.strip()}")

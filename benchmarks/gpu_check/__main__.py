@@ -200,8 +200,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
-    # A shell's background job ignores interrupts and hands that on to the stages, which could then not be stopped.
-    signal.signal(signal.SIGINT, stop)
     well = False
     try:
         if not parsed.no_build and any(s.build_wait or s.name == "versions" for s in stages):

@@ -79,7 +79,7 @@ def sweep_layer(p: ConvProblem | FusedConvProblem, rows_path: Path | None) -> En
             timed = measure.replay_timing(lambda choice=choice: bench.call(choice), p.device)
             row |= timed.as_ms()
             if isinstance(p, ConvProblem) and p.device == "cuda" and "BLOCK_M" in choice.config:
-                one_position = choice.name.endswith("_images_on_m")
+                one_position = KERNELS[choice.name].one_position
                 row |= measure.floors_us(p, choice.config, gpu_rates(0), one_position=one_position)
             if result.passed and (best is None or timed.p20 < best[0]):
                 best = timed.p20, choice

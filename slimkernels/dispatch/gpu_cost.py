@@ -43,6 +43,7 @@ from slimkernels.kernels.problems import (
     LowRankConvProblem,
     LowRankLinearProblem,
     SizedProblem,
+    taps_in_image,
 )
 
 # Bytes of an L1 line and of a sector, the least that L2 hands out.
@@ -67,16 +68,10 @@ def _tile_of(config: Config, block_out: int) -> Tile:
 
 def inside_share(problem: ConvProblem) -> float:
     """The share of taps inside the image, over all output pixels: 0.44 of a padded 3x3 kernel on 2x2 pixels."""
-
-    def share(size: int, out: int, taps: int, stride: int, padding: int, dilation: int) -> float:
-        inside = sum(0 <= o * stride - padding + t * dilation < size for o in range(out) for t in range(taps))
-        return inside / max(out * taps, 1)
-
-    sides = (problem.h, problem.p, problem.r), (problem.w, problem.q, problem.s)
-    return math.prod(
-        share(*side, *geometry)
-        for side, geometry in zip(sides, zip(problem.stride, problem.padding, problem.dilation), strict=True)
-    )
+    sides = (problem.h, problem.r), (problem.w, problem.s)
+    geometry = zip(problem.stride, problem.padding, problem.dilation)
+    inside = math.prod(taps_in_image(*side, *numbers) for side, numbers in zip(sides, geometry))
+    return inside / max(problem.p * problem.q * problem.r * problem.s, 1)
 
 
 def gpu_block_sparse(
@@ -122,12 +117,13 @@ def gpu_block_sparse(
         nbytes += 4 * rows * c_out * split
         partial = traffic_s(4 * rows * c_out * split, rates)
         passes = (Prediction(0.0, 0.0, partial, rates.launch_s, chain_s=2 * rates.latency_s),)
-    loads = slow * busiest * clocks / rates.clock_hz / rates.processors + traffic_s(nbytes, rates)
+    memory = traffic_s(nbytes, rates)
+    loads = slow * busiest * clocks / rates.clock_hz / rates.processors + memory
     return Prediction(
         matrix_s=exact / matrix,
         loads_s=loads + min(_START_S, chain) if tiles else 0.0,
         l2_s=tiles * tile_bytes / max(waste, 1.0) / rates.l2_bytes_s,
-        memory_s=traffic_s(nbytes, rates),
+        memory_s=memory,
         launch_s=rates.launch_s,
         imbalance=busiest * waste,
         tiles=tiles,

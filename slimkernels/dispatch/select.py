@@ -287,11 +287,10 @@ def predicted_seconds(
         if spec.backend == "reference" or spec.isa is None:
             return cpu_cost.cpu_reference_seconds(problem, tables.cpu_rates(machine_isa()), threads)
         return cpu_cost.cpu_seconds(problem, tables.cpu_rates(spec.isa), threads)
-    one_position = spec.name.endswith("_images_on_m")
     rates = tables.gpu_rates(index)
     if isinstance(problem, FusedConvProblem):
         return fused_cost.predict_fused(spec.backend, problem, config or {}, rates).seconds
-    return gpu_cost.predict_gpu(spec.backend, problem, config or {}, rates, one_position=one_position).seconds
+    return gpu_cost.predict_gpu(spec.backend, problem, config or {}, rates, one_position=spec.one_position).seconds
 
 
 def predicted_dense_seconds(problem: SizedProblem, index: int = -1) -> float:

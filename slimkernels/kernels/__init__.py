@@ -84,6 +84,11 @@ class KernelSpec:
     configs: Callable[[SizedProblem], Sequence[Mapping[str, int]]] = _one_config
     explicit_only: str | None = None
 
+    @property
+    def one_position(self) -> bool:
+        """Whether a tile is one output position of many images, and taps outside the image are left out."""
+        return self.name.endswith("_images_on_m")
+
     def supports(self, problem: Problem) -> str | None:
         """None when the kernel takes this problem, else the reason why not."""
         if problem.op != self.op:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from slimkernels.kernels.triton.tiles import divide, store_tile, window_of_row
+from slimkernels.kernels.triton.tiles import store_tile, tile_pixels
 
 
 @triton.jit
@@ -140,24 +140,25 @@ def load_pixels(
 ):
     """Elements FIRST to FIRST + BLOCK_K of the patches of a tile's pixels: (BLOCK_M, BLOCK_K), zeros past the last."""
     index_type: tl.constexpr = tl.int64 if INDEX_64 else tl.int32
-    if POOL:
-        window, dp, dq = window_of_row(BLOCK_M, POOL_LOW, POOL_HIGH)
-        pixel = tl.minimum(tile.to(index_type) * (BLOCK_M // 4) + window, m_total // 4 - 1)
-    else:
-        pixel = tl.minimum(tile.to(index_type) * BLOCK_M + tl.arange(0, BLOCK_M), m_total - 1)
-    if INDEX_64:
-        line = pixel // q
-        image = line // p
-    else:
-        line = divide(pixel, q_factor, q_shift)
-        image = divide(line, p_factor, p_shift)
-    out_p = (line - image * p).to(tl.int32)
-    out_q = (pixel - line * q).to(tl.int32)
-    if POOL:
-        out_p = out_p * 2 + dp
-        out_q = out_q * 2 + dq
-    in_h = out_p * STRIDE_H - PAD_H
-    in_w = out_q * STRIDE_W - PAD_W
+    image, in_h, in_w = tile_pixels(
+        tile,
+        m_total,
+        p,
+        p_factor,
+        p_shift,
+        q,
+        q_factor,
+        q_shift,
+        STRIDE_H,
+        STRIDE_W,
+        PAD_H,
+        PAD_W,
+        POOL,
+        POOL_LOW,
+        POOL_HIGH,
+        INDEX_64,
+        BLOCK_M,
+    )
     if CHANNELS_LAST:
         row_stride = w.to(index_type) * C_IN
         channel_stride = row_stride
@@ -298,70 +299,39 @@ def fused_conv2d_fwd_kernel(
     for done in tl.range(0, tiles_m - first, programs, num_stages=1):
         tile = first + done
         acc = tl.broadcast_to(bias[None, :], (BLOCK_M, BLOCK_N))
-        if PREFETCH:
-            next_x_tile = load_pixels(
-                x_ptr,
-                tile + programs,
-                m_total,
-                h,
-                w,
-                p,
-                p_factor,
-                p_shift,
-                q,
-                q_factor,
-                q_shift,
-                C_IN,
-                R,
-                S,
-                STRIDE_H,
-                STRIDE_W,
-                PAD_H,
-                PAD_W,
-                DIL_H,
-                DIL_W,
-                BORDER,
-                CHANNELS_LAST,
-                POOL,
-                POOL_LOW,
-                POOL_HIGH,
-                INDEX_64,
-                BLOCK_M,
-                0,
-                BLOCK_K,
-            )
-        else:
-            x_tile = load_pixels(
-                x_ptr,
-                tile,
-                m_total,
-                h,
-                w,
-                p,
-                p_factor,
-                p_shift,
-                q,
-                q_factor,
-                q_shift,
-                C_IN,
-                R,
-                S,
-                STRIDE_H,
-                STRIDE_W,
-                PAD_H,
-                PAD_W,
-                DIL_H,
-                DIL_W,
-                BORDER,
-                CHANNELS_LAST,
-                POOL,
-                POOL_LOW,
-                POOL_HIGH,
-                INDEX_64,
-                BLOCK_M,
-                0,
-                BLOCK_K,
-            )
+        loaded_x_tile = load_pixels(
+            x_ptr,
+            tile + programs if PREFETCH else tile,
+            m_total,
+            h,
+            w,
+            p,
+            p_factor,
+            p_shift,
+            q,
+            q_factor,
+            q_shift,
+            C_IN,
+            R,
+            S,
+            STRIDE_H,
+            STRIDE_W,
+            PAD_H,
+            PAD_W,
+            DIL_H,
+            DIL_W,
+            BORDER,
+            CHANNELS_LAST,
+            POOL,
+            POOL_LOW,
+            POOL_HIGH,
+            INDEX_64,
+            BLOCK_M,
+            0,
+            BLOCK_K,
+        )
+        if not PREFETCH:
+            x_tile = loaded_x_tile
         acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         for part in tl.static_range(1, (K + BLOCK_K - 1) // BLOCK_K):
             part_of_x = load_pixels(
@@ -416,4 +386,4 @@ def fused_conv2d_fwd_kernel(
             BLOCK_N,
         )
         if PREFETCH:
-            x_tile = next_x_tile
+            x_tile = loaded_x_tile

@@ -75,6 +75,49 @@ def row_of_m(tile_m, POOL: tl.constexpr, POOL_LOW: tl.constexpr, POOL_HIGH: tl.c
 
 
 @triton.jit
+def tile_pixels(
+    tile_m,
+    m_total,
+    p,
+    p_factor,
+    p_shift,
+    q,
+    q_factor,
+    q_shift,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    POOL: tl.constexpr,
+    POOL_LOW: tl.constexpr,
+    POOL_HIGH: tl.constexpr,
+    INDEX_64: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """(image, in_h, in_w) of a tile's rows: the image, and its input pixel under tap (0, 0)."""
+    index_type: tl.constexpr = tl.int64 if INDEX_64 else tl.int32
+    if POOL:
+        window, dp, dq = window_of_row(BLOCK_M, POOL_LOW, POOL_HIGH)
+        pixel = tl.minimum(tile_m.to(index_type) * (BLOCK_M // 4) + window, m_total // 4 - 1)
+    else:
+        pixel = tl.minimum(tile_m.to(index_type) * BLOCK_M + tl.arange(0, BLOCK_M), m_total - 1)
+    if INDEX_64:
+        line = pixel // q
+        image = line // p
+    else:
+        line = divide(pixel, q_factor, q_shift)
+        image = divide(line, p_factor, p_shift)
+    out_p = (line - image * p).to(tl.int32)
+    out_q = (pixel - line * q).to(tl.int32)
+    if POOL:
+        out_p = out_p * 2 + dp
+        out_q = out_q * 2 + dq
+    in_h = out_p * STRIDE_H - PAD_H
+    in_w = out_q * STRIDE_W - PAD_W
+    return image, in_h, in_w
+
+
+@triton.jit
 def tile_rows(
     tile_m,
     m_total,
@@ -103,25 +146,25 @@ def tile_rows(
     BLOCK_M: tl.constexpr,
 ):
     """(offs_m, bits, in_h, in_w) of a tile's rows: element offset, taps inside, and input pixel under tap (0, 0)."""
-    index_type: tl.constexpr = tl.int64 if INDEX_64 else tl.int32
-    if POOL:
-        window, dp, dq = window_of_row(BLOCK_M, POOL_LOW, POOL_HIGH)
-        pixel = tl.minimum(tile_m.to(index_type) * (BLOCK_M // 4) + window, m_total // 4 - 1)
-    else:
-        pixel = tl.minimum(tile_m.to(index_type) * BLOCK_M + tl.arange(0, BLOCK_M), m_total - 1)
-    if INDEX_64:
-        line = pixel // q
-        image = line // p
-    else:
-        line = divide(pixel, q_factor, q_shift)
-        image = divide(line, p_factor, p_shift)
-    out_p = (line - image * p).to(tl.int32)
-    out_q = (pixel - line * q).to(tl.int32)
-    if POOL:
-        out_p = out_p * 2 + dp
-        out_q = out_q * 2 + dq
-    in_h = out_p * STRIDE_H - PAD_H
-    in_w = out_q * STRIDE_W - PAD_W
+    image, in_h, in_w = tile_pixels(
+        tile_m,
+        m_total,
+        p,
+        p_factor,
+        p_shift,
+        q,
+        q_factor,
+        q_shift,
+        STRIDE_H,
+        STRIDE_W,
+        PAD_H,
+        PAD_W,
+        POOL,
+        POOL_LOW,
+        POOL_HIGH,
+        INDEX_64,
+        BLOCK_M,
+    )
     # One thread works out a row and hands it to those that load parts of it: left to itself, Triton lets each of them
     # (8 a row in a tile of 64 channels) work it out again.
     rows = tl.arange(0, BLOCK_M)
