@@ -25,6 +25,8 @@ from slimkernels.kernels.triton import (
     low_rank_conv2d,
     low_rank_linear,
     relu_maxpool2_backward,
+    runtime,
+    sums,
 )
 
 
@@ -115,7 +117,9 @@ def check_weight_gradient_program(layer: Layer, weight: BSRWeight, launched: Lau
 
 
 def corners(launched: Launched) -> list[tuple[int, int, int]]:
-    """The first tile of the first range of pixels and the last stored tile of the last one."""
+    """The first tile of the first range of pixels and the last stored tile of the last one; of sums both ends."""
+    if launched.kernel == "add_partials_kernel":
+        return [(0, 0, 0), (launched.grid[0] - 1, 0, 0)]
     tiles = launched.arguments["column_tiles"]
     last = launched.grid[0] - tiles
     # A column tile too many is counted for every block row, so the last ones have nothing to do.
@@ -129,20 +133,48 @@ def test_weight_gradient(monkeypatch: pytest.MonkeyPatch, layer: Layer, block_sh
     weight = weight_of(layer, block_shape)
     with replaying(monkeypatch, corners) as replay:
         weight_gradient(layer, weight)
-    (launched,) = replay.launches
+    launched, *added = replay.launches
     assert any(accesses.stores for accesses in launched.programs.values())
     for accesses in launched.programs.values():
         check_weight_gradient_program(layer, weight, launched, accesses)
+    for addition in added:
+        check_addition(addition)
+
+
+def check_addition(launched: Launched) -> None:
+    """A program reads the elements that it writes, of every part."""
+    elements, parts = launched.arguments["elements"], launched.arguments["parts"]
+    for accesses in launched.programs.values():
+        written = accesses.written("out_ptr")
+        wanted = (np.arange(parts)[:, None] * elements + written[None, :]).ravel()
+        assert np.array_equal(accesses.read("partial_ptr"), np.unique(wanted))
+        assert written[0] % launched.arguments["BLOCK_N"] == 0
+    assert written[-1] == elements - 1
+
+
+@pytest.mark.parametrize("image", ((1024, 64, 32, 32), (32, 64, 224, 224), (1024, 512, 2, 2), (3, 130, 5, 7)), ids=str)
+def test_bias_gradient(monkeypatch: pytest.MonkeyPatch, image: tuple[int, int, int, int]) -> None:
+    n, c, p, q = image
+    with replaying(monkeypatch, ends) as replay:
+        sums.launch(virtual(*image))
+    counted, added = replay.launches
+    share, width = counted.arguments["part_pixels"], counted.arguments["BLOCK_N"]
+    for (part, tile, _), accesses in counted.programs.items():
+        pixels = np.arange(part * share, min((part + 1) * share, n * p * q))
+        channels = np.arange(tile * width, min((tile + 1) * width, c))
+        assert np.array_equal(accesses.read("grad_ptr"), (pixels[:, None] * c + channels[None, :]).ravel())
+        assert np.array_equal(accesses.written("partial_ptr"), part * c + channels)
+    check_addition(added)
 
 
 def test_weight_gradient_beyond_2_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = Layer(512, 512, 14, False, 21400)
     weight = weight_of(layer, (128, 16), 0.95)
     monkeypatch.setattr(bsr_conv2d_backward_w, "MAX_SPLITS", 4096)  # short ranges: the addresses are what matters
-    monkeypatch.setattr(bsr_conv2d_backward_w, "device_limits", lambda x: {**H100, "processors": 10**6})
+    monkeypatch.setattr(bsr_conv2d_backward_w, "limits", lambda device: runtime.Limits(H100["shared_memory"], 10**6, 0))
     with replaying(monkeypatch, corners) as replay:
         weight_gradient(layer, weight)
-    (launched,) = replay.launches
+    launched = replay.launches[0]
     assert launched.arguments["INDEX_64"] is True
     for accesses in launched.programs.values():
         check_weight_gradient_program(layer, weight, launched, accesses)

@@ -15,19 +15,12 @@ from torchvision.models.vgg import cfgs
 
 from slimkernels import testing
 from slimkernels.formats import BSRWeight
-from slimkernels.kernels.triton import (
-    bsr_conv2d,
-    bsr_conv2d_backward_w,
-    bsr_conv2d_backward_x,
-    low_rank_conv2d,
-    low_rank_linear,
-)
+from slimkernels.kernels.triton import low_rank_conv2d, low_rank_linear, runtime
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.exit("the address cases need TRITON_INTERPRET=1 before the kernels are decorated", returncode=2)
 
 H100 = {"shared_memory": 227 * 1024, "processors": 132}
-MODULES = (bsr_conv2d, bsr_conv2d_backward_w, bsr_conv2d_backward_x, low_rank_conv2d, low_rank_linear)
 # float16 takes bfloat16's configurations; the interpreter would convert bfloat16 to float32 first.
 DTYPE = torch.float16
 
@@ -92,13 +85,11 @@ every_unpooled_layer = every([layer for layer in CIFAR + IMAGENET if not layer.p
 @pytest.fixture(autouse=True)
 def on_an_h100(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Defaults are chosen for an H100, though tensors are on no device."""
-    for module in MODULES:
+    for module in (runtime, low_rank_conv2d, low_rank_linear):
         monkeypatch.setattr(module, "device_limits", lambda x: H100)
-    bsr_conv2d._limits.cache_clear()
-    bsr_conv2d._plan.cache_clear()
+    runtime.limits.cache_clear()
     yield
-    bsr_conv2d._limits.cache_clear()
-    bsr_conv2d._plan.cache_clear()
+    runtime.limits.cache_clear()
 
 
 def weight_of(layer: Layer, block_shape: tuple[int, int], sparsity: float = 0.875) -> BSRWeight:

@@ -23,7 +23,7 @@ from slimkernels.nn import BlockSparseConv2d, BlockSparseLinear
 from slimkernels.pattern import update_pattern
 from slimkernels.testing import assert_close, densify, random_bsr, random_tensor
 
-OPS = ("bsr_conv2d_dgrad", "bsr_conv2d_wgrad", "relu_maxpool2_backward")
+OPS = ("bsr_conv2d_dgrad", "bsr_conv2d_wgrad", "bsr_conv2d_bias_grad", "relu_maxpool2_backward")
 LOCAL = [n for n, s in KERNELS.items() if s.op in OPS and s.backend != "triton" and s.available() is None]
 GEOMETRIES = {
     "plain": {},
@@ -134,7 +134,7 @@ def test_gradients_run_on_the_forwards_backend(op: str, kernel: str) -> None:
         return
     got = resolve_gradient(kernel, request)
     assert got.op == op and (got.backend == "reference") == (
-        forward.backend == "reference" or op == "relu_maxpool2_backward"
+        forward.backend == "reference" or op in ("bsr_conv2d_bias_grad", "relu_maxpool2_backward")
     )
     if got.isa is not None and forward.isa is not None:
         order = ("scalar", "avx2", "avx512")

@@ -70,7 +70,7 @@ PACKAGES = {
         "relu_maxpool2_backward, fused_conv2d",
         "bsr_conv2d_images, bsr_conv2d_shared, bsr_conv2d_kernel, bsr_conv2d_split, fused_conv2d_kernel",
         "bsr_conv2d_geometry, bsr_conv2d_config, fused_conv2d_config",
-        "bsr_conv2d_index, tiles, launcher", "runtime", "__init__",
+        "sums", "bsr_conv2d_index, tiles, launcher", "runtime", "__init__",
     ),
 }  # fmt: skip
 

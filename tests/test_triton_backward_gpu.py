@@ -15,6 +15,7 @@ from triton_backward_cases import (  # fmt: skip
     GradientCase,
     build,
     check,
+    check_bias,
     check_pool,
     compare,
     mutants,
@@ -79,6 +80,12 @@ def test_tf32(block_shape: tuple[int, int]) -> None:
 @dtypes
 def test_pool(dtype: torch.dtype, image: tuple[int, int, int, int]) -> None:
     check_pool(image, dtype, "cuda")
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (1, 130, 1, 1), (33, 64, 30, 31), (0, 8, 4, 4)], ids=str)
+@dtypes
+def test_bias_gradient(dtype: torch.dtype, shape: tuple[int, int, int, int]) -> None:
+    check_bias(shape, dtype, "cuda")
 
 
 @shapes

@@ -15,7 +15,7 @@ from triton_cases import BLOCK_SHAPES
 from slimkernels import testing
 from slimkernels.formats import BSRWeight, _to_blocks
 from slimkernels.kernels.transposed import transpose_index
-from slimkernels.kernels.triton import bsr_conv2d_backward_w, bsr_conv2d_backward_x, relu_maxpool2_backward
+from slimkernels.kernels.triton import bsr_conv2d_backward_w, bsr_conv2d_backward_x, relu_maxpool2_backward, sums
 
 Pair = tuple[int, int]
 
@@ -210,3 +210,17 @@ def check_pool(image: tuple[int, int, int, int], dtype: torch.dtype, device: str
         got = relu_maxpool2_backward.launch(grad.to(device), moved)
         assert torch.equal(got.cpu(), leaf.grad)
         assert got.dtype == dtype and got.is_contiguous(memory_format=torch.channels_last)
+
+
+def check_bias(shape: tuple[int, int, int, int], dtype: torch.dtype, device: str = "cpu") -> None:
+    """The bias gradient is the sum over images and pixels, in every layout; a dropped pixel is seen."""
+    grad = testing.random_tensor(*shape, seed=3, dtype=dtype)
+    terms, exact = grad.numel() // max(shape[1], 1), grad.double()
+    ref, scale = exact.sum((0, 2, 3)), exact.square().sum((0, 2, 3)).sqrt()
+    for layout in (torch.contiguous_format, torch.channels_last):
+        got = sums.launch(grad.to(device).contiguous(memory_format=layout))
+        assert got.dtype == dtype and got.is_contiguous()
+        testing.assert_close(got.cpu(), ref, scale=scale, terms=max(terms, 1))
+    if terms > 1:
+        dropped = ref - exact[-1, :, -1, -1]
+        assert not testing.compare(got.cpu(), dropped, scale=scale, terms=terms).passed

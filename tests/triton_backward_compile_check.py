@@ -11,7 +11,7 @@ from typing import Any
 
 from triton_compile_check import DTYPES, LIMITS, artefacts, compile_kernel, main
 
-from slimkernels.kernels.triton import bsr_conv2d_backward_w, bsr_conv2d_backward_x, relu_maxpool2_backward
+from slimkernels.kernels.triton import bsr_conv2d_backward_w, bsr_conv2d_backward_x, relu_maxpool2_backward, sums
 from slimkernels.kernels.triton.runtime import cdiv, power_of_2_divisor
 
 C_OUT = 256
@@ -47,12 +47,12 @@ class Target:
 
     @property
     def tensor_cores(self) -> bool:
-        return self.kind != "pool" and (self.dtype != "fp32" or self.precision == "tf32")
+        return self.kind in ("dgrad", "wgrad") and (self.dtype != "fp32" or self.precision == "tf32")
 
 
 def quick() -> list[Target]:
     """The kernels of the default test run: both gradients and the pooling on every architecture."""
-    targets = [Target(kind, arch, "bf16") for arch in LIMITS for kind in ("dgrad", "wgrad", "pool")]
+    targets = [Target(kind, arch, "bf16") for arch in LIMITS for kind in ("dgrad", "wgrad", "pool", "bias", "add")]
     return [
         *targets,
         Target("dgrad", 90, "fp16", (64, 16), stride=2),
@@ -77,7 +77,7 @@ def everything() -> list[Target]:
             targets += [Target(kind, arch, "bf16", index_64=True, channels=200), Target(kind, arch, "bf16", m_total=64)]
             targets += [Target(kind, arch, "bf16", (24, 24), channels=48)]
             targets += [Target(kind, arch, "bf16", shape, kernel=7) for shape in ((16, 16), (128, 32))]
-        targets += [Target("pool", arch, dtype) for dtype in DTYPES]
+        targets += [Target(kind, arch, dtype) for kind in ("pool", "bias", "add") for dtype in DTYPES]
     return targets
 
 
@@ -148,15 +148,29 @@ def _pool(target: Target) -> tuple[Any, dict[str, Any], dict[str, int]]:
     return relu_maxpool2_backward.relu_maxpool2_bwd_kernel, {"BLOCK": config["BLOCK"]}, config
 
 
+def _bias(target: Target) -> tuple[Any, dict[str, Any], dict[str, int]]:
+    plan, _ = sums._channel_plan(target.m_total, target.channels, target.index_64, LIMITS[target.arch][1])
+    return plan.kernel, plan.constants, {**plan.constants, **plan.options}
+
+
+def _add(target: Target) -> tuple[Any, dict[str, Any], dict[str, int]]:
+    plan = sums._add_plan(target.channels * target.channels, 32, target.channels // 128, 128 * 16)
+    return plan.kernel, plan.constants, {**plan.constants, **plan.options}
+
+
 def compile_target(target: Target) -> tuple[Any, dict[str, int]]:
     """Triton's compiled kernel and its tile constants, with the argument hints that a launch derives."""
-    kernel, constants, config = {"dgrad": _dgrad, "wgrad": _wgrad, "pool": _pool}[target.kind](target)
+    kinds = {"dgrad": _dgrad, "wgrad": _wgrad, "pool": _pool, "bias": _bias, "add": _add}
+    kernel, constants, config = kinds[target.kind](target)
     constants.update(INDEX_64=target.index_64, PRECISION=target.precision)
     constants.update({name: config.get(name) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")})
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     dtype = "fp32" if target.kind == "wgrad" and config["SPLITS"] > 1 else target.dtype
     pointers = dict.fromkeys(("dy_ptr", "x_ptr", "values_ptr", "dx_ptr", "grad_ptr", "y_ptr"), f"*{target.dtype}")
-    pointers |= dict.fromkeys(("crow_ptr", "block_ptr", "col_ptr"), "*i32") | {"out_ptr": f"*{dtype}"}
+    pointers |= dict.fromkeys(("crow_ptr", "block_ptr", "col_ptr"), "*i32") | {
+        "out_ptr": f"*{dtype}",
+        "partial_ptr": "*fp32",
+    }
     aligned = {"out_stride"} | ({"c_in", "c_out", "channels"} if target.channels % 16 == 0 else set())
     # The transposed index is one tensor: its parts start anywhere.
     aligned |= {name for name, kind in pointers.items() if kind != "*i32"}

@@ -14,6 +14,7 @@ from triton_backward_cases import (  # fmt: skip
     GradientCase,
     build,
     check,
+    check_bias,
     check_pool,
     compare,
     mutants,
@@ -69,6 +70,12 @@ def test_pool(dtype: torch.dtype) -> None:
         check_pool(image, dtype)
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES.values(), torch.bfloat16], ids=[*DTYPES, "bfloat16"])
+@pytest.mark.parametrize("shape", ((2, 3, 5, 7), (1, 130, 1, 1), (3, 64, 20, 9), (0, 8, 4, 4)), ids=str)
+def test_bias_gradient(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    check_bias(shape, dtype)
+
+
 @pytest.mark.parametrize("block_shape", [(1, 1), (16, 16), (64, 16)], ids=str)
 def test_a_dropped_term_pixel_or_block_is_seen(block_shape: tuple[int, int]) -> None:
     case = GradientCase()
@@ -122,7 +129,7 @@ def test_autograd_runs_the_triton_kernels(epilogue: str, listed: list[str]) -> N
     grad = testing.random_tensor(*y.shape, seed=6)
     y.backward(grad)
     y64.backward(grad.double())
-    triton_ops = ["bsr_conv2d", "bsr_conv2d_dgrad", "bsr_conv2d_wgrad"]
+    triton_ops = ["bsr_conv2d", "bsr_conv2d_dgrad", "bsr_conv2d_wgrad", "bsr_conv2d_bias_grad"]
     if epilogue == "relu_maxpool2":
         triton_ops[1:1] = ["bsr_conv2d", "relu_maxpool2_backward"]
     assert listed == [f"{op}__triton" for op in triton_ops]
@@ -141,7 +148,8 @@ def test_linear_runs_the_triton_kernels(listed: list[str]) -> None:
     y = module(x)
     grad = testing.random_tensor(*y.shape, seed=6)
     y.backward(grad)
-    assert listed == [f"{op}__triton" for op in ("bsr_linear", "bsr_conv2d_dgrad", "bsr_conv2d_wgrad")]
+    ops = ("bsr_linear", "bsr_conv2d_dgrad", "bsr_conv2d_wgrad", "bsr_conv2d_bias_grad")
+    assert listed == [f"{op}__triton" for op in ops]
     twin, x64 = module.to_dense().double(), x.detach().double().requires_grad_()
     torch.relu(twin(x64)).backward(grad.double())
     wanted = BSRWeight.from_dense(twin.weight.grad, (16, 8), module.weight_bsr().mask()).values

@@ -164,6 +164,7 @@ LAUNCHERS = {
     "bsr_conv2d": {"launch": "bsr_conv2d", "launch_linear": "bsr_linear"},
     "bsr_conv2d_backward_x": {"launch": "bsr_conv2d_dgrad"},
     "bsr_conv2d_backward_w": {"launch": "bsr_conv2d_wgrad"},
+    "sums": {"launch": "bsr_conv2d_bias_grad"},
     "relu_maxpool2_backward": {"launch": "relu_maxpool2_backward"},
     "low_rank_linear": {"launch": "low_rank_linear", "launch_dgrad": "low_rank_linear_dgrad"},
     "low_rank_conv2d": {"launch": "low_rank_conv2d"},

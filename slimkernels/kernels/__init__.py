@@ -36,7 +36,13 @@ OPS = ("bsr_conv2d", "bsr_linear", "low_rank_linear", "low_rank_conv2d")
 # Layers that stay dense, with what follows them in the same kernel.
 DENSE_OPS = ("fused_conv2d",)
 # What gradients are made of; a block-sparse linear layer is the convolution of single pixels.
-GRADIENT_OPS = ("bsr_conv2d_dgrad", "bsr_conv2d_wgrad", "relu_maxpool2_backward", "low_rank_linear_dgrad")
+GRADIENT_OPS = (
+    "bsr_conv2d_dgrad",
+    "bsr_conv2d_wgrad",
+    "bsr_conv2d_bias_grad",
+    "relu_maxpool2_backward",
+    "low_rank_linear_dgrad",
+)
 EPILOGUES = {
     "bsr_conv2d": frozenset({"none", "relu", "relu_maxpool2"}),
     "bsr_linear": frozenset({"none", "relu"}),
@@ -218,6 +224,7 @@ _ROWS = (
     _reference("fused_conv2d__reference"),
     _reference("bsr_conv2d_dgrad__reference"),
     _reference("bsr_conv2d_wgrad__reference"),
+    _reference("bsr_conv2d_bias_grad__reference"),
     _reference("relu_maxpool2_backward__reference"),
     _reference("low_rank_linear_dgrad__reference"),
     #
@@ -263,6 +270,7 @@ _ROWS = (
     _triton("low_rank_linear_dgrad__triton", "triton.low_rank_linear.launch_dgrad"),
     _triton("bsr_conv2d_dgrad__triton", "triton.bsr_conv2d_backward_x.launch"),
     _triton("bsr_conv2d_wgrad__triton", "triton.bsr_conv2d_backward_w.launch"),
+    _triton("bsr_conv2d_bias_grad__triton", "triton.sums.launch"),
     _triton("relu_maxpool2_backward__triton", "triton.relu_maxpool2_backward.launch"),
     # Few input channels; any number of them goes to cuDNN below.
     _triton(

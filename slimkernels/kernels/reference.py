@@ -165,6 +165,11 @@ def bsr_conv2d_wgrad(
     return grad_values
 
 
+def bsr_conv2d_bias_grad(grad: Tensor) -> Tensor:
+    """The gradient of a convolution's bias: ``grad`` (N, C, P, Q) summed over images and pixels."""
+    return grad.sum((0, 2, 3))
+
+
 def relu_maxpool2_backward(grad: Tensor, y: Tensor) -> Tensor:
     """The gradient of the epilogue ``relu_maxpool2`` for the convolution's output ``y`` after its ReLU."""
     indices = torch.ops.aten.max_pool2d_with_indices(y, [2, 2], [2, 2])[1]

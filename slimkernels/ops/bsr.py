@@ -157,7 +157,7 @@ def _bsr_conv2d_backward(
 
     Both gradient kernels read every element of ``grad`` many times, so the epilogue's mask is applied once before them
     rather than in their main loops. ``relu_maxpool2`` kept no output: it is computed again and overwritten with the
-    gradient. The bias gradient is torch's sum: one deterministic pass, and block rows without stored blocks have one.
+    gradient. The bias gradient is a pass of its own: block rows without stored blocks have one too.
     """
     block = (block_shape[0], block_shape[1])
     op = "bsr_conv2d_backward"
@@ -199,7 +199,7 @@ def _bsr_conv2d_backward(
     if need_values:
         x = x.contiguous(memory_format=_CHANNELS_LAST)
         grad_values = launch("bsr_conv2d_wgrad", grad, x, *weight, *geometry)
-    return grad_x, grad_values, grad.sum((0, 2, 3)) if need_bias else x.new_empty(0)
+    return grad_x, grad_values, launch("bsr_conv2d_bias_grad", grad) if need_bias else x.new_empty(0)
 
 
 def _bsr_conv2d_backward_fake(
@@ -365,8 +365,8 @@ def _autocast(kernel_at: int, device: str, args: tuple[Any, ...]) -> tuple[Any, 
     if kernel in KERNELS and dtype not in KERNELS[kernel].dtypes:
         dtype = torch.float32
     packed = list(args[5])
-    if args[1].dtype != dtype:
-        packed = []
+    if args[1].dtype != dtype and any(part.is_floating_point() for part in packed):
+        packed = []  # a pack of weights in another dtype; an order of blocks holds for every dtype
     return cast_floats((*args[:5], packed, *args[6:]), dtype)
 
 

@@ -20,8 +20,8 @@ from slimkernels.kernels.triton.bsr_conv2d_geometry import Geometry, check
 from slimkernels.kernels.triton.bsr_conv2d_index import forward_order, order_size
 from slimkernels.kernels.triton.bsr_conv2d_kernel import bsr_conv2d_fwd_kernel
 from slimkernels.kernels.triton.bsr_conv2d_split import BLOCK_CHANNELS, BLOCK_ROWS, bsr_conv2d_reduce_kernel
-from slimkernels.kernels.triton.launcher import Launch
-from slimkernels.kernels.triton.runtime import cdiv, device_limits, interpreted_dtype
+from slimkernels.kernels.triton.launcher import Launch, launch_options
+from slimkernels.kernels.triton.runtime import Limits, cdiv, interpreted_dtype, limits
 
 
 class _Plan(NamedTuple):
@@ -32,13 +32,6 @@ class _Plan(NamedTuple):
     partial_shape: tuple[int, int, int] | None = None
 
 
-@lru_cache
-def _limits(device: int) -> tuple[int, int]:
-    """(shared memory of a block, processors) of a CUDA device, or -1 for the CPU."""
-    limits = device_limits(torch.empty(0, device="cpu" if device < 0 else f"cuda:{device}"))
-    return limits["shared_memory"], limits["processors"]
-
-
 @lru_cache(maxsize=4096)
 def _plan(
     geometry: Geometry,
@@ -46,7 +39,7 @@ def _plan(
     keep_in_l1: bool,
     weights_on_m: bool,
     config_items: tuple[tuple[str, int], ...],
-    limits: tuple[int, int],
+    device: Limits,
 ) -> _Plan:
     m_total = geometry.output[0]
     c_in, c_out = geometry.x_shape[1], geometry.weight_shape[0]
@@ -59,8 +52,8 @@ def _plan(
         blocks=geometry.capacity,
         weights_on_m=weights_on_m,
         tensor_cores=geometry.tensor_cores,
-        shared_memory=limits[0],
-        processors=limits[1],
+        shared_memory=device.shared_memory,
+        processors=device.processors,
     )
     tiles_m = cdiv(m_total, config["BLOCK_M"])
     group = group_m(config, c_in, geometry.stride, geometry.dtype.itemsize)
@@ -77,9 +70,10 @@ def _plan(
             "KEEP_IN_L1": keep_in_l1,
             "WEIGHTS_ON_M": weights_on_m,
             "SPLITS": splits,
+            "OVERLAP": device.overlap,
             **{name: config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")},
         },
-        {name: config[name] for name in ("num_warps", "num_stages")},
+        launch_options(config, device.overlap),
     )
     if splits == 1:
         return _Plan(forward)
@@ -90,10 +84,11 @@ def _plan(
         (y_rows, c_out, splits),
         {
             **{name: constants[name] for name in ("HAS_BIAS", "RELU", "POOL")},
+            "OVERLAP": device.overlap,
             "BLOCK_M": BLOCK_ROWS,
             "BLOCK_N": BLOCK_CHANNELS,
         },
-        {"num_warps": 4, "num_stages": 2},
+        launch_options({"num_warps": 4, "num_stages": 2}, device.overlap),
     )
     return _Plan(forward, reduce, (splits, m_total, c_out))
 
@@ -132,9 +127,9 @@ def _run(
     y = torch.empty(_output_shape(geometry), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if y.numel() == 0:
         return y
-    limits = _limits(x.get_device())
+    device = limits(x.get_device())
     if variant == "shared_input":
-        bsr_conv2d_shared.run(x, values, crow_indices, col_indices, bias, y, geometry, config, limits)
+        bsr_conv2d_shared.run(x, values, crow_indices, col_indices, bias, y, geometry, config, device)
         return y
     keep_in_l1 = variant == "taps_together"
     order = _order(packed, geometry)
@@ -142,7 +137,7 @@ def _run(
         order = forward_order(crow_indices, col_indices, geometry.weight_shape, geometry.block_shape)
     if variant == "images_on_m":
         assert order is not None
-        bsr_conv2d_images.run(x, values, order, col_indices, bias, y, geometry, config, limits)
+        bsr_conv2d_images.run(x, values, order, col_indices, bias, y, geometry, config, device)
         return y
     rows = crow_indices if order is None else order
     columns = order[4 * geometry.block_rows :] if keep_in_l1 and order is not None else col_indices
@@ -152,7 +147,7 @@ def _run(
         keep_in_l1,
         variant == "weights_on_m",
         tuple(config.items()) if config else (),
-        limits,
+        device,
     )
     partial = None if plan.partial_shape is None else x.new_empty(plan.partial_shape, dtype=torch.float32)
     bias_or_any = values if bias is None else bias

@@ -10,34 +10,38 @@ program computes BLOCK_M such columns, so one tile of dy serves BLOCK_M / block_
 is that of the forward direction.
 
 The pixels are cut into SPLITS ranges; each writes its partial sums to its own slice of a float32 workspace, which
-torch's sum then reduces: a fixed order, no atomics. The grid depends on the capacity of ``values`` and the number of
-block rows alone, never on the pattern, and each program finds its block row from ``crow_indices``: nothing is read back
-from the device, and a captured CUDA graph stays right when the pattern changes.
+`sums.add_partials` then reduces: a fixed order, no atomics. The grid depends on the capacity of ``values`` and the
+number of block rows alone, never on the pattern, and each program finds its block row from ``crow_indices``: nothing is
+read back from the device, and a captured CUDA graph stays right when the pattern changes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from slimkernels.kernels.triton.launcher import Launch, launch_options
 from slimkernels.kernels.triton.runtime import (
     INT32_MAX,
     SHARED_MEMORY_SM80,
+    Limits,
     cdiv,
-    device_guard,
-    device_limits,
     gradient_precision,
     interpreted_dtype,
+    limits,
     next_power_of_2,
     power_of_2_divisor,
 )
+from slimkernels.kernels.triton.sums import add_partials
 
 # The workspace holds at most this many float32 copies of the values, and each copy sums at least this many K steps.
-MAX_SPLITS, MIN_STEPS = 64, 8
+MAX_SPLITS, MIN_STEPS = 128, 8
 
 
 @triton.jit
@@ -194,8 +198,11 @@ def default_config(
         # Slices below 16 bytes are gathered element by element into registers.
         block_m, block_n, block_k, stages = min(block_m, 64), min(block_n, 64), 32, 3
     warps = 8 if block_m * block_n == 128 * 128 else 4
-    tiles = (cdiv(capacity * block_in, block_m) + block_rows) * cdiv(block_out, block_n)
-    splits = max(1, min(cdiv(2 * processors, tiles), MAX_SPLITS, cdiv(m_total, MIN_STEPS * block_k)))
+    # On average half of a block row's last tile is empty. A tile of 128 x 128 fills a processor alone, smaller ones
+    # share it by two: on an H200 twice the programs took 1.2 times as long.
+    tiles = max(block_rows, round(capacity * block_in / block_m + block_rows / 2)) * cdiv(block_out, block_n)
+    wanted = processors if block_m * block_n == 128 * 128 else 2 * processors
+    splits = max(1, min(wanted // tiles, MAX_SPLITS, cdiv(m_total, MIN_STEPS * block_k)))
     while stages > 2 and stages * (block_m + block_n) * block_k * dtype.itemsize > shared_memory:
         stages -= 1
     return {
@@ -206,6 +213,85 @@ def default_config(
         "num_warps": warps,
         "num_stages": stages,
     }
+
+
+class _Geometry(NamedTuple):
+    """What a launch depends on beside the pointers and the device."""
+
+    grad_shape: tuple[int, int, int, int]
+    x_shape: tuple[int, int, int, int]
+    values_shape: tuple[int, int, int]
+    taps: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    dtype: torch.dtype
+    precision: str
+
+
+@lru_cache(maxsize=4096)
+def _plan(g: _Geometry, config_items: tuple[tuple[str, int], ...], device: Limits) -> tuple[Launch, int]:
+    """The launch, and in how many parts it sums the pixels."""
+    (n, c_out, p, q), (_, c_in, h, w), (capacity, block_out, block_in) = g.grad_shape, g.x_shape, g.values_shape
+    m_total, block_rows = n * p * q, cdiv(c_out, block_out)
+    config = dict(config_items) or default_config(
+        m_total,
+        capacity,
+        block_rows,
+        (block_out, block_in),
+        (c_out, c_in),
+        g.dtype,
+        tensor_cores=g.dtype != torch.float32 or g.precision == "tf32",
+        shared_memory=device.shared_memory,
+        processors=device.processors,
+    )
+    block_m, block_n, block_k, splits = (config[key] for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLITS"))
+    split_pixels = cdiv(cdiv(m_total, splits), block_k) * block_k
+    splits = cdiv(m_total, split_pixels)
+    column_tiles = cdiv(capacity * block_in, block_m) + block_rows
+    elements = max(m_total * c_out, n * c_in * h * w, capacity * block_out * block_in)
+    largest = elements + (block_k + block_m) * max(c_out, c_in) + (h * w + g.taps[0] * g.taps[1] * w) * c_in
+    launch_ = Launch(
+        bsr_conv2d_bwd_w_kernel,
+        (column_tiles * cdiv(block_out, block_n) * splits, 1, 1),
+        (
+            m_total,
+            split_pixels,
+            capacity * block_out * block_in,
+            c_in,
+            h,
+            w,
+            c_out,
+            p,
+            q,
+            *g.stride,
+            *g.padding,
+            *g.dilation,
+            block_k // (p * q),
+            block_k % (p * q) // q,
+            block_k % q,
+            block_rows,
+            column_tiles,
+        ),
+        {
+            "S": g.taps[1],
+            "GROUPS": cdiv(c_in, block_in),
+            "BSR_OUT": block_out,
+            "BSR_IN": block_in,
+            "SLICE": min(power_of_2_divisor(block_in, block_m), power_of_2_divisor(c_in, block_m)),
+            "ALIGN_OUT": min(power_of_2_divisor(block_out, block_n), power_of_2_divisor(c_out, block_n)),
+            "HAS_BORDER": g.padding[0] > 0 or g.padding[1] > 0,
+            "RAGGED_IN": c_in % block_in != 0,
+            "INDEX_64": largest > INT32_MAX or bool(config.get("INDEX_64", False)),
+            "PRECISION": g.precision,
+            "BLOCK_M": block_m,
+            "BLOCK_N": block_n,
+            "BLOCK_K": block_k,
+            "ROWS_TILE": min(next_power_of_2(block_rows), 1024),
+        },
+        launch_options(config, 0),
+    )
+    return launch_, splits
 
 
 def launch(
@@ -235,77 +321,30 @@ def launch(
     Deterministic: every split sums in a fixed order, and so does the reduction. float32 multiplies in IEEE precision
     unless torch's switch says "tf32" (that of convolutions; that of matrix products for a linear layer).
     """
-    n, c_out, p, q = grad.shape
-    _, c_in, h, w = x.shape
-    r, s = weight_shape[2:]
-    block_out, block_in = block_shape
-    capacity = values.shape[0]
-    m_total = n * p * q
-    if m_total == 0 or capacity == 0:
+    if grad.numel() == 0 or values.shape[0] == 0:
         return torch.zeros_like(values, memory_format=torch.contiguous_format)
     compute = interpreted_dtype(grad.dtype)
     grad = grad.to(compute).contiguous(memory_format=torch.channels_last)
     x = x.to(compute).contiguous(memory_format=torch.channels_last)
-    precision = gradient_precision((r, s, h, w))
-    block_rows = cdiv(c_out, block_out)
-    if config is None:
-        config = default_config(
-            m_total,
-            capacity,
-            block_rows,
-            block_shape,
-            (c_out, c_in),
-            compute,
-            tensor_cores=compute != torch.float32 or precision == "tf32",
-            **device_limits(grad),
-        )
-    block_m, block_n, block_k, splits = (config[key] for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLITS"))
-    split_pixels = cdiv(cdiv(m_total, splits), block_k) * block_k
-    splits = cdiv(m_total, split_pixels)
-    # Zeroed, because spare blocks belong to no program.
-    sums = torch.zeros((splits, *values.shape), dtype=torch.float32 if splits > 1 else compute, device=x.device)
-    column_tiles = cdiv(capacity * block_in, block_m) + block_rows
-    elements = max(grad.numel(), x.numel(), values.numel())
-    largest = elements + (block_k + block_m) * max(c_out, c_in) + (h * w + r * s * w) * c_in
-    with device_guard(x):
-        bsr_conv2d_bwd_w_kernel[(column_tiles * cdiv(block_out, block_n) * splits,)](
-            grad,
-            x,
-            crow_indices,
-            col_indices,
-            sums,
-            m_total,
-            split_pixels,
-            values.numel(),
-            c_in,
-            h,
-            w,
-            c_out,
-            p,
-            q,
-            *stride,
-            *padding,
-            *dilation,
-            block_k // (p * q),
-            block_k % (p * q) // q,
-            block_k % q,
-            block_rows,
-            column_tiles,
-            S=s,
-            GROUPS=cdiv(c_in, block_in),
-            BSR_OUT=block_out,
-            BSR_IN=block_in,
-            SLICE=min(power_of_2_divisor(block_in, block_m), power_of_2_divisor(c_in, block_m)),
-            ALIGN_OUT=min(power_of_2_divisor(block_out, block_n), power_of_2_divisor(c_out, block_n)),
-            HAS_BORDER=padding[0] > 0 or padding[1] > 0,
-            RAGGED_IN=c_in % block_in != 0,
-            INDEX_64=largest > INT32_MAX or bool(config.get("INDEX_64", False)),
-            PRECISION=precision,
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-            BLOCK_K=block_k,
-            ROWS_TILE=min(next_power_of_2(block_rows), 1024),
-            num_warps=config["num_warps"],
-            num_stages=config["num_stages"],
-        )
-    return (sums[0] if splits == 1 else sums.sum(0)).to(values.dtype)
+    r, s = weight_shape[2:]
+    geometry = _Geometry(
+        tuple(grad.shape),
+        tuple(x.shape),
+        tuple(values.shape),
+        (r, s),
+        tuple(stride),
+        tuple(padding),
+        tuple(dilation),
+        compute,
+        gradient_precision((r, s, *x.shape[2:])),
+    )  # type: ignore[arg-type]
+    plan, splits = _plan(geometry, tuple(config.items()) if config else (), limits(x.get_device()))
+    if splits == 1:
+        # Zeroed, because spare blocks belong to no program.
+        sums = torch.zeros(values.shape, dtype=compute, device=x.device)
+        plan(grad, x, crow_indices, col_indices, sums)
+    else:
+        partial = torch.empty((splits, *values.shape), dtype=torch.float32, device=x.device)
+        plan(grad, x, crow_indices, col_indices, partial)
+        sums = add_partials(partial, torch.empty(values.shape, dtype=compute, device=x.device), crow_indices)
+    return sums.to(values.dtype)

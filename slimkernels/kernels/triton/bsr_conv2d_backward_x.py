@@ -15,6 +15,8 @@ byte (N is block_in here as it is block_out in the forward direction), so narrow
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,14 +24,15 @@ import triton.language as tl
 from torch import Tensor
 
 from slimkernels.kernels.transposed import split_index, transpose_index
+from slimkernels.kernels.triton.launcher import Launch, launch_options
 from slimkernels.kernels.triton.runtime import (
     INT32_MAX,
     SHARED_MEMORY_SM80,
+    Limits,
     cdiv,
-    device_guard,
-    device_limits,
     gradient_precision,
     interpreted_dtype,
+    limits,
     next_power_of_2,
     power_of_2_divisor,
 )
@@ -216,7 +219,8 @@ def default_config(
         block_m, block_n, block_k, warps, stages = 64, min(block_n, 64), 32, 4, 3
     else:
         # Twice the registers for addresses: four warps would spill at 128 x 32.
-        block_m, warps, stages = MAX_BLOCK_M, 8 if block_n == 128 or index_64 else 4, 4
+        # Three stages leave room for one more program a processor: on an H200 5% to 16% faster than four.
+        block_m, warps, stages = MAX_BLOCK_M, 8 if block_n == 128 or index_64 else 4, 3
     floor = min(64, max(16, next_power_of_2(m_total)))
     tiles_n = groups * cdiv(block_in, block_n)
     while block_m > floor and (block_m >= 2 * m_total or cdiv(m_total, block_m) * tiles_n < processors):
@@ -226,6 +230,68 @@ def default_config(
     while stages > 2 and stages * (block_m + block_n) * block_k * dtype.itemsize > shared_memory:
         stages -= 1
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": warps, "num_stages": stages}
+
+
+class _Geometry(NamedTuple):
+    """What a launch depends on beside the pointers and the device."""
+
+    grad_shape: tuple[int, int, int, int]
+    image: tuple[int, int]
+    weight_shape: tuple[int, int, int, int]
+    values_shape: tuple[int, int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    dtype: torch.dtype
+    precision: str
+
+
+@lru_cache(maxsize=4096)
+def _plan(g: _Geometry, config_items: tuple[tuple[str, int], ...], device: Limits) -> Launch:
+    (n, c_out, p, q), (h, w) = g.grad_shape, g.image
+    (_, c_in, r, s), (capacity, block_out, block_in) = g.weight_shape, g.values_shape
+    block_rows, groups, classes = cdiv(c_out, block_out), cdiv(c_in, block_in), g.stride[0] * g.stride[1]
+    m_largest = n * cdiv(h, g.stride[0]) * cdiv(w, g.stride[1])
+    elements = max(n * c_out * p * q, n * c_in * h * w, capacity * block_out * block_in)
+    config = dict(config_items)
+    index_64 = elements + (MAX_BLOCK_M + p * q) * c_out > INT32_MAX or bool(config.get("INDEX_64", False))
+    config = config or default_config(
+        m_largest,
+        groups * classes,
+        (block_out, block_in),
+        c_out,
+        g.dtype,
+        tensor_cores=g.dtype != torch.float32 or g.precision == "tf32",
+        index_64=index_64,
+        shared_memory=device.shared_memory,
+        processors=device.processors,
+    )
+    block_m, block_n, block_k = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
+    n_tiles, m_tiles = groups * cdiv(block_in, block_n), cdiv(m_largest, block_m)
+    return Launch(
+        bsr_conv2d_bwd_x_kernel,
+        (n_tiles * m_tiles * classes, 1, 1),
+        (n, c_in, h, w, c_out, p, q, *g.padding, *g.dilation, n_tiles, m_tiles),
+        {
+            "STRIDE_H": g.stride[0],
+            "STRIDE_W": g.stride[1],
+            "R": r,
+            "S": s,
+            "BLOCK_ROWS": block_rows,
+            "BSR_OUT": block_out,
+            "BSR_IN": block_in,
+            "SLICE": min(power_of_2_divisor(block_out, block_k), power_of_2_divisor(c_out, block_k)),
+            "ALIGN_IN": power_of_2_divisor(block_in, 16),
+            "TAP_BITS": 1 < r * s <= MAX_TAP_BITS,
+            "RAGGED_OUT": c_out % block_out != 0,
+            "INDEX_64": index_64,
+            "PRECISION": g.precision,
+            "BLOCK_M": block_m,
+            "BLOCK_N": block_n,
+            "BLOCK_K": block_k,
+        },
+        launch_options(config, 0),
+    )
 
 
 def launch(
@@ -256,13 +322,11 @@ def launch(
     Deterministic: one program sums one tile in a fixed order. float32 multiplies in IEEE precision unless torch's
     switch says "tf32" (that of convolutions; that of matrix products for a linear layer, R = S = H = W = 1).
     """
-    n, c_out, p, q = grad.shape
     c_in, r, s = weight_shape[1:]
     h, w = image
-    block_out, block_in = block_shape
     dtype = grad.dtype
     compute = interpreted_dtype(dtype)
-    dx = torch.empty((n, c_in, h, w), dtype=compute, device=grad.device, memory_format=torch.channels_last)
+    dx = torch.empty((grad.shape[0], c_in, h, w), dtype=compute, device=grad.device, memory_format=torch.channels_last)
     if dx.numel() == 0:
         return dx.to(dtype)
     if grad.numel() == 0:
@@ -272,58 +336,17 @@ def launch(
     if transposed is None:
         transposed = transpose_index(crow_indices, col_indices, weight_shape, block_shape, stride, dilation)
     lists = split_index(transposed, values.shape[0], weight_shape, block_shape, stride)
-    precision = gradient_precision((r, s, h, w))
-    block_rows, groups, classes = cdiv(c_out, block_out), cdiv(c_in, block_in), stride[0] * stride[1]
-    m_largest = n * cdiv(h, stride[0]) * cdiv(w, stride[1])
-    largest = max(grad.numel(), dx.numel(), values.numel()) + (MAX_BLOCK_M + p * q) * c_out
-    index_64 = largest > INT32_MAX or bool(config is not None and config.get("INDEX_64", False))
-    if config is None:
-        config = default_config(
-            m_largest,
-            groups * classes,
-            block_shape,
-            c_out,
-            compute,
-            tensor_cores=compute != torch.float32 or precision == "tf32",
-            index_64=index_64,
-            **device_limits(grad),
-        )
-    block_m, block_n, block_k = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
-    n_tiles, m_tiles = groups * cdiv(block_in, block_n), cdiv(m_largest, block_m)
-    with device_guard(grad):
-        bsr_conv2d_bwd_x_kernel[(n_tiles * m_tiles * classes,)](
-            grad,
-            values,
-            *lists,
-            dx,
-            n,
-            c_in,
-            h,
-            w,
-            c_out,
-            p,
-            q,
-            *padding,
-            *dilation,
-            n_tiles,
-            m_tiles,
-            STRIDE_H=stride[0],
-            STRIDE_W=stride[1],
-            R=r,
-            S=s,
-            BLOCK_ROWS=block_rows,
-            BSR_OUT=block_out,
-            BSR_IN=block_in,
-            SLICE=min(power_of_2_divisor(block_out, block_k), power_of_2_divisor(c_out, block_k)),
-            ALIGN_IN=power_of_2_divisor(block_in, 16),
-            TAP_BITS=1 < r * s <= MAX_TAP_BITS,
-            RAGGED_OUT=c_out % block_out != 0,
-            INDEX_64=index_64,
-            PRECISION=precision,
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-            BLOCK_K=block_k,
-            num_warps=config["num_warps"],
-            num_stages=config["num_stages"],
-        )
+    geometry = _Geometry(
+        tuple(grad.shape),
+        (h, w),
+        tuple(weight_shape),
+        tuple(values.shape),
+        tuple(stride),
+        tuple(padding),
+        tuple(dilation),
+        compute,
+        gradient_precision((r, s, h, w)),
+    )  # type: ignore[arg-type]
+    plan = _plan(geometry, tuple(config.items()) if config else (), limits(grad.get_device()))
+    plan(grad, values, *lists, dx)
     return dx.to(dtype)

@@ -23,9 +23,9 @@ from torch import Tensor
 from slimkernels.kernels.triton.bsr_conv2d_config import grid_integers, group_m, images_config
 from slimkernels.kernels.triton.bsr_conv2d_geometry import Geometry
 from slimkernels.kernels.triton.bsr_conv2d_index import tap_starts_offset
-from slimkernels.kernels.triton.launcher import Launch
-from slimkernels.kernels.triton.runtime import cdiv, division
-from slimkernels.kernels.triton.tiles import divide, grouped_tile, maximum_nan
+from slimkernels.kernels.triton.launcher import Launch, launch_options
+from slimkernels.kernels.triton.runtime import Limits, cdiv, division
+from slimkernels.kernels.triton.tiles import await_last_kernel, divide, grouped_tile, let_next_kernel_begin, maximum_nan
 
 
 @triton.jit
@@ -74,11 +74,13 @@ def bsr_conv2d_fwd_kernel_images(
     RELU: tl.constexpr,
     INDEX_64: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     # rows: (block_rows, 4), longest first; starts: (block_rows, R * S + 1), first block of a row's tap.
+    let_next_kernel_begin(OVERLAP == 1 or OVERLAP == 2)
     tile_m, tile_n = grouped_tile(
         tl.program_id(0),
         tiles_m,
@@ -94,6 +96,7 @@ def bsr_conv2d_fwd_kernel_images(
     SUB_TILES: tl.constexpr = (BSR_OUT + BLOCK_N - 1) // BLOCK_N
     STEPS_A_BLOCK: tl.constexpr = BSR_IN // BLOCK_K
     index_type: tl.constexpr = tl.int64 if INDEX_64 else tl.int32
+    await_last_kernel(OVERLAP == 1)
     row = tl.load(rows_ptr + tile_n // SUB_TILES * 4)
     group = divide(tile_m, positions_factor, positions_shift)
     position = tile_m - group * positions
@@ -133,6 +136,8 @@ def bsr_conv2d_fwd_kernel_images(
     # The column of step t+1 is loaded in step t: see bsr_conv2d_fwd_kernel.
     block = _block_of(0, steps_1, steps_2, shift_0, shift_1, shift_2)
     column = tl.load(columns_ptr + block, mask=steps > 0, other=0)
+    await_last_kernel(OVERLAP > 1)
+    let_next_kernel_begin(OVERLAP == 3)
     for k in range(0, tl.maximum(steps, 1) * STEPS_A_BLOCK):
         step = k // STEPS_A_BLOCK
         in_block = (k - step * STEPS_A_BLOCK) * BLOCK_K
@@ -155,6 +160,7 @@ def bsr_conv2d_fwd_kernel_images(
         column = tl.load(columns_ptr + block, mask=next_step < steps, other=0)  # a scalar
         acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
 
+    let_next_kernel_begin(OVERLAP == 5)
     if RELU:
         acc = maximum_nan(acc, 0.0)
     image = group * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -193,11 +199,16 @@ def _block_of(step, steps_1, steps_2, shift_0, shift_1, shift_2):
 
 
 @lru_cache(maxsize=4096)
-def _plan(geometry: Geometry, config_items: tuple[tuple[str, int], ...], limits: tuple[int, int]) -> Launch:
+def _plan(geometry: Geometry, config_items: tuple[tuple[str, int], ...], device: Limits) -> Launch:
     images, c_in, h, w = geometry.x_shape
     _, p, q = geometry.output
     config = dict(config_items) or images_config(
-        images, geometry.block_shape, c_in, geometry.dtype, tensor_cores=geometry.tensor_cores, shared_memory=limits[0]
+        images,
+        geometry.block_shape,
+        c_in,
+        geometry.dtype,
+        tensor_cores=geometry.tensor_cores,
+        shared_memory=device.shared_memory,
     )
     tiles_m = cdiv(images, config["BLOCK_M"]) * p * q
     n_tiles = geometry.block_rows * cdiv(geometry.block_shape[0], config["BLOCK_N"])
@@ -210,9 +221,10 @@ def _plan(geometry: Geometry, config_items: tuple[tuple[str, int], ...], limits:
         (images, h, w, p, q, *division(q), p * q, *division(p * q), *grid_integers(tiles_m, n_tiles, group)),
         {
             **{name: value for name, value in constants.items() if name not in unused},
+            "OVERLAP": device.overlap,
             **{name: config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")},
         },
-        {name: config[name] for name in ("num_warps", "num_stages")},
+        launch_options(config, device.overlap),
     )
 
 
@@ -225,7 +237,7 @@ def run(
     y: Tensor,
     geometry: Geometry,
     config: Mapping[str, int] | None,
-    limits: tuple[int, int],
+    device: Limits,
 ) -> None:
     """Fills y (channels_last) of a checked convolution. order: `bsr_conv2d_index.forward_order`.
 
@@ -244,6 +256,6 @@ def run(
             f"bsr_conv2d: expected stages of channels that follow each other, got BLOCK_K {block_k} for "
             f"{c_in} channels in blocks of {block_in}"
         )
-    plan = _plan(geometry, tuple(config.items()) if config else (), limits)
+    plan = _plan(geometry, tuple(config.items()) if config else (), device)
     starts = order[tap_starts_offset(geometry.block_rows, geometry.capacity) :]
     plan(x, values, order, starts, col_indices, values if bias is None else bias, y)

@@ -32,7 +32,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from slimkernels.kernels.triton.tiles import gather_x, grouped_tile, row_of_m, store_tile, tile_rows
+from slimkernels.kernels.triton.tiles import (
+    await_last_kernel,
+    gather_x,
+    grouped_tile,
+    let_next_kernel_begin,
+    row_of_m,
+    store_tile,
+    tile_rows,
+)
 
 
 @triton.jit
@@ -88,12 +96,14 @@ def bsr_conv2d_fwd_kernel(
     SPLITS: tl.constexpr,
     INDEX_64: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     # rows: crow_indices, or with ROW_TABLE (block_rows, 4); columns: col_indices, or with KEEP_IN_L1 (nnz_blocks, 2).
     # With SPLITS y is the workspace (SPLITS, M, C_out), float32.
+    let_next_kernel_begin(OVERLAP == 1 or OVERLAP == 2)
     tile_m, tile_n = grouped_tile(
         tl.program_id(0),
         tiles_m,
@@ -111,6 +121,7 @@ def bsr_conv2d_fwd_kernel(
     FIELDS: tl.constexpr = 2 if KEEP_IN_L1 else 1
     index_type: tl.constexpr = tl.int64 if INDEX_64 else tl.int32
     row = tile_n // SUB_TILES
+    await_last_kernel(OVERLAP == 1)
     if ROW_TABLE:
         first = tl.load(rows_ptr + row * 4 + 1)
         end = tl.load(rows_ptr + row * 4 + 2) * BSR_IN
@@ -190,6 +201,8 @@ def bsr_conv2d_fwd_kernel(
         acc = tl.broadcast_to(bias[:, None], (BLOCK_N, BLOCK_M))
     else:
         acc = tl.broadcast_to(bias[None, :], (BLOCK_M, BLOCK_N))
+    await_last_kernel(OVERLAP > 1)
+    let_next_kernel_begin(OVERLAP == 3)
     # An empty row takes a step of nothing: a loop that is entered in any case needs no second copy of the accumulator.
     for k in range(begin, tl.maximum(end, 1) if SPLITS == 1 else end, BLOCK_K):
         kk = k
@@ -248,6 +261,7 @@ def bsr_conv2d_fwd_kernel(
         else:
             acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
 
+    let_next_kernel_begin(OVERLAP == 5)
     if WEIGHTS_ON_M:
         acc = tl.trans(acc)
     if SPLITS > 1:

@@ -25,9 +25,16 @@ from torch import Tensor
 from slimkernels.kernels.triton.bsr_conv2d_config import grid_integers, group_m, shared_input_config
 from slimkernels.kernels.triton.bsr_conv2d_geometry import Geometry
 from slimkernels.kernels.triton.bsr_conv2d_index import remembered_shared_input, rows_sharing_input
-from slimkernels.kernels.triton.launcher import Launch
-from slimkernels.kernels.triton.runtime import cdiv
-from slimkernels.kernels.triton.tiles import gather_x, grouped_tile, store_tile, tile_rows
+from slimkernels.kernels.triton.launcher import Launch, launch_options
+from slimkernels.kernels.triton.runtime import Limits, cdiv
+from slimkernels.kernels.triton.tiles import (
+    await_last_kernel,
+    gather_x,
+    grouped_tile,
+    let_next_kernel_begin,
+    store_tile,
+    tile_rows,
+)
 
 
 @triton.jit
@@ -100,12 +107,14 @@ def bsr_conv2d_fwd_kernel_shared(
     POOL_HIGH: tl.constexpr,
     INDEX_64: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     # BLOCK_N covers a block row. table (n_tiles, ROWS + 2), entries (columns, ROWS + 1): see shared_input.
+    let_next_kernel_begin(OVERLAP > 0)
     tile_m, group = grouped_tile(
         tl.program_id(0),
         tiles_m,
@@ -121,6 +130,7 @@ def bsr_conv2d_fwd_kernel_shared(
     FIELDS: tl.constexpr = ROWS + 1
     index_type: tl.constexpr = tl.int64 if INDEX_64 else tl.int32
     table_ptr += group * (ROWS + 2)
+    await_last_kernel(OVERLAP > 0)
     first = tl.load(table_ptr + ROWS)
     end = tl.load(table_ptr + ROWS + 1) * BSR_IN
     entries_ptr += first.to(index_type) * FIELDS
@@ -247,9 +257,7 @@ def bsr_conv2d_fwd_kernel_shared(
 
 
 @lru_cache(maxsize=4096)
-def _plan(
-    geometry: Geometry, groups: int, config_items: tuple[tuple[str, int], ...], limits: tuple[int, int]
-) -> Launch:
+def _plan(geometry: Geometry, groups: int, config_items: tuple[tuple[str, int], ...], device: Limits) -> Launch:
     m_total = geometry.output[0]
     c_in = geometry.x_shape[1]
     config = dict(config_items) or shared_input_config(
@@ -259,8 +267,8 @@ def _plan(
         c_in,
         geometry.dtype,
         tensor_cores=geometry.tensor_cores,
-        shared_memory=limits[0],
-        processors=limits[1],
+        shared_memory=device.shared_memory,
+        processors=device.processors,
     )
     tiles_m = cdiv(m_total, config["BLOCK_M"])
     group = group_m(config, c_in, geometry.stride, geometry.dtype.itemsize)
@@ -270,10 +278,11 @@ def _plan(
         (*geometry.integers(), *grid_integers(tiles_m, groups, group)),
         {
             **geometry.constants(config),
+            "OVERLAP": device.overlap,
             "ROWS": rows_sharing_input(geometry.block_shape[0]),
             **{name: config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")},
         },
-        {name: config[name] for name in ("num_warps", "num_stages")},
+        launch_options(config, device.overlap),
     )
 
 
@@ -286,7 +295,7 @@ def run(
     y: Tensor,
     geometry: Geometry,
     config: Mapping[str, int] | None,
-    limits: tuple[int, int],
+    device: Limits,
 ) -> None:
     """Fills y (channels_last) of a checked convolution. The first call on a pattern groups its rows on the host.
 
@@ -298,5 +307,5 @@ def run(
     rows = rows_sharing_input(block_out)
     groups = cdiv(geometry.block_rows, rows)
     table, entries = remembered_shared_input(crow_indices, col_indices, rows)
-    plan = _plan(geometry, groups, tuple(config.items()) if config else (), limits)
+    plan = _plan(geometry, groups, tuple(config.items()) if config else (), device)
     plan(x, values, table, entries, values if bias is None else bias, y)

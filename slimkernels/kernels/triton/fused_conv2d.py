@@ -10,23 +10,21 @@ from torch import Tensor
 
 from slimkernels.kernels.triton.fused_conv2d_config import Geometry, default_config
 from slimkernels.kernels.triton.fused_conv2d_kernel import fused_conv2d_fwd_kernel
-from slimkernels.kernels.triton.launcher import Launch
+from slimkernels.kernels.triton.launcher import Launch, launch_options
 from slimkernels.kernels.triton.runtime import (
     DTYPES,
     INT32_MAX,
+    Limits,
     cdiv,
-    device_limits,
     division,
     interpreted_dtype,
+    limits,
 )
 
 
-@lru_cache
-def _processors(device: int) -> int:
-    return device_limits(torch.empty(0, device="cpu" if device < 0 else f"cuda:{device}"))["processors"]
-
-
-def plan(geometry: Geometry, config: Mapping[str, int], processors: int) -> tuple[Launch, dict[str, int]]:
+def plan(
+    geometry: Geometry, config: Mapping[str, int], processors: int, overlap: int = 0
+) -> tuple[Launch, dict[str, int]]:
     """The launch of a geometry and its configuration: `default_config`'s with what ``config`` has in its place."""
     config = {**default_config(geometry), **config}
     (n, c_in, h, w), (c_out, _, r, s) = geometry.x_shape, geometry.weight_shape
@@ -65,18 +63,19 @@ def plan(geometry: Geometry, config: Mapping[str, int], processors: int) -> tupl
             "POOL_HIGH": high,
             "INDEX_64": index_64 or bool(config.get("INDEX_64", 0)),
             "PRECISION": geometry.precision,
+            "OVERLAP": overlap,
             **{name: config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")},
             "PREFETCH": bool(config["PREFETCH"]),
             "BIAS_LAST": bool(config["BIAS_LAST"]),
         },
-        {name: config[name] for name in ("num_warps", "num_stages", "maxnreg") if name in config},
+        launch_options(config, overlap),
     )
     return launch, config
 
 
 @lru_cache(maxsize=4096)
-def _plan(geometry: Geometry, config_items: tuple[tuple[str, int], ...], processors: int) -> Launch:
-    return plan(geometry, dict(config_items), processors)[0]
+def _plan(geometry: Geometry, config_items: tuple[tuple[str, int], ...], device: Limits) -> Launch:
+    return plan(geometry, dict(config_items), device.processors, device.overlap)[0]
 
 
 def launch(
@@ -144,6 +143,6 @@ def launch(
         (x.shape[0], weight.shape[0], p, q), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
     )
     if y.numel() > 0:
-        run = _plan(geometry, tuple(config.items()) if config else (), _processors(x.get_device()))
+        run = _plan(geometry, tuple(config.items()) if config else (), limits(x.get_device()))
         run(x, weight, weight if bias is None else bias.contiguous(), y)
     return y

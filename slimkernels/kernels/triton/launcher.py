@@ -16,6 +16,12 @@ from triton.runtime.jit import JITFunction
 from slimkernels.kernels.triton.runtime import device_guard
 
 
+def launch_options(config: Mapping[str, int], overlap: int) -> dict[str, int]:
+    """num_warps, num_stages and maxnreg of a configuration; with OVERLAP the launch may begin before the last ended."""
+    options = {name: config[name] for name in ("num_warps", "num_stages", "maxnreg") if name in config}
+    return {**options, "launch_pdl": True} if overlap else options
+
+
 class Launch:
     """A kernel with its grid, integers, constants and options fixed; called with the pointers.
 

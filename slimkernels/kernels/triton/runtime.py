@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 from contextlib import AbstractContextManager
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +21,8 @@ DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 INT32_MAX = 2**31 - 1
 # Shared memory a block may use on compute capability 8.0, in bytes; 9.0 and 10.0 have 227 KB, 8.6, 8.9 and 12.0 99 KB.
 SHARED_MEMORY_SM80 = 163 * 1024
+# EXPERIMENT
+OVERLAP = int(__import__("os").environ.get("SK_OVERLAP", "0"))
 
 
 def available() -> str | None:
@@ -54,6 +58,24 @@ def device_limits(x: Tensor) -> dict[str, int]:
         "shared_memory": properties.shared_memory_per_block_optin,
         "processors": properties.multi_processor_count,
     }
+
+
+class Limits(NamedTuple):
+    """What launches and their configurations follow of a device."""
+
+    shared_memory: int
+    """Bytes that a block may use."""
+    processors: int
+    overlap: int
+    """OVERLAP of the forward kernels: how a launch may begin before the one in front of it has ended."""
+
+
+@lru_cache
+def limits(device: int) -> Limits:
+    """The limits of a CUDA device by its index, or of the CPU (the interpreter) for -1; asked once."""
+    found = device_limits(torch.empty(0, device="cpu" if device < 0 else f"cuda:{device}"))
+    overlap = OVERLAP if device >= 0 and torch.cuda.get_device_capability(device)[0] >= 9 else 0
+    return Limits(found["shared_memory"], found["processors"], overlap)
 
 
 def device_guard(x: Tensor) -> AbstractContextManager[object]:

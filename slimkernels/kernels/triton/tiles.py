@@ -10,9 +10,24 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 # How border masks are made: not at all, one bit a tap (at most MAX_TAP_BITS taps), by comparing coordinates.
 NO_BORDER, TAP_BITS, COMPARE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+@triton.jit
+def let_next_kernel_begin(OVERLAP: tl.constexpr):
+    """The next kernel of the stream may begin once every program is here; it still waits for this one's results."""
+    if OVERLAP:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def await_last_kernel(OVERLAP: tl.constexpr):
+    """Waits until the kernel before this one in the stream has ended and its results can be read."""
+    if OVERLAP:
+        gdc_wait()
 
 
 @triton.jit
