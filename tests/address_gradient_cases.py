@@ -171,7 +171,9 @@ def test_weight_gradient_beyond_2_to_the_31(monkeypatch: pytest.MonkeyPatch) -> 
     layer = Layer(512, 512, 14, False, 21400)
     weight = weight_of(layer, (128, 16), 0.95)
     monkeypatch.setattr(bsr_conv2d_backward_w, "MAX_SPLITS", 4096)  # short ranges: the addresses are what matters
-    monkeypatch.setattr(bsr_conv2d_backward_w, "limits", lambda device: runtime.Limits(H100["shared_memory"], 10**6, 0))
+    monkeypatch.setattr(
+        bsr_conv2d_backward_w, "limits", lambda device: runtime.Limits(H100["shared_memory"], 10**6, False)
+    )
     with replaying(monkeypatch, corners) as replay:
         weight_gradient(layer, weight)
     launched = replay.launches[0]

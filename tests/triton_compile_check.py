@@ -34,10 +34,11 @@ from slimkernels.kernels.triton.bsr_conv2d_config import configs
 from slimkernels.kernels.triton.bsr_conv2d_geometry import Geometry
 from slimkernels.kernels.triton.bsr_conv2d_index import rows_sharing_input
 from slimkernels.kernels.triton.launcher import Launch
-from slimkernels.kernels.triton.runtime import cdiv
+from slimkernels.kernels.triton.runtime import Limits, cdiv
 
 # Shared memory a block may use (bytes) and processors of A100, H100/H200 and B200.
 LIMITS = {80: (163 * 1024, 108), 90: (227 * 1024, 132), 100: (227 * 1024, 148)}
+DEVICES = {arch: Limits(*limits, arch >= 90) for arch, limits in LIMITS.items()}
 TENSOR_CORE = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -194,7 +195,7 @@ def listed(arch: int) -> list[Target]:
 
 def conv_launch(target: Target) -> tuple[Launch, dict[str, int]]:
     """The launch, as the op makes it, of a convolution, and its configuration."""
-    problem, limits = target.problem, LIMITS[target.arch]
+    problem, limits = target.problem, DEVICES[target.arch]
     config = target.listed()[target.choice or 0]
     if target.index_64:
         config = {**config, "INDEX_64": 1}

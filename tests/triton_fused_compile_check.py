@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import sass
-from triton_compile_check import DTYPES, LIMITS, artefacts, compile_launch, main
+from triton_compile_check import DEVICES, DTYPES, LIMITS, artefacts, compile_launch, main
 
 from slimkernels.kernels.triton.fused_conv2d import plan
 from slimkernels.kernels.triton.fused_conv2d_config import Geometry
@@ -83,7 +83,7 @@ def compile_target(target: Target) -> tuple[Any, dict[str, int]]:
     changes = {"INDEX_64": 1} if target.index_64 else {}
     if target.bias_last:
         changes |= {"BIAS_LAST": 1, "PROGRAMS": 4, "maxnreg": 128}
-    launch, config = plan(geometry, changes, LIMITS[target.arch][1])
+    launch, config = plan(geometry, changes, DEVICES[target.arch])
     return compile_launch(launch, [f"*{target.dtype}"] * 4, target.arch), config
 
 

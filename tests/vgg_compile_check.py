@@ -17,7 +17,7 @@ from typing import Any
 import sass
 import torch
 import triton
-from triton_compile_check import LIMITS, compile_launch, resource_usage
+from triton_compile_check import DEVICES, LIMITS, compile_launch, resource_usage
 
 from slimkernels.dispatch.gpu_cost import gpu_block_sparse
 from slimkernels.dispatch.gpu_prediction import Tile
@@ -67,7 +67,7 @@ def compiled(problem: ConvProblem, config: dict[str, int], arch: int = 90) -> An
         problem.block_shape, problem.stride, problem.padding, problem.dilation, problem.epilogue, "ieee", problem.dtype,
         problem.nnz_blocks, True,
     )  # fmt: skip
-    launch = bsr_conv2d._plan(geometry, True, False, False, tuple(config.items()), LIMITS[arch]).forward
+    launch = bsr_conv2d._plan(geometry, True, False, False, tuple(config.items()), DEVICES[arch]).forward
     return compile_launch(launch, ["*bf16", "*bf16", "*i32", "*i32", "*bf16", "*bf16"], arch)
 
 
@@ -75,6 +75,22 @@ def held(registers: int, shared: int, warps: int) -> int:
     """Programs that a processor of sm_90 holds: 64 K registers, 64 warps, 228 KB and one of them for each program."""
     by_registers = 65536 // (cdiv(registers, 8) * 8 * 32 * warps)
     return min(by_registers, 228 * 1024 // (shared + 1024), 64 // warps, 32)
+
+
+def overlap(ptx: str) -> dict[str, int]:
+    """What a kernel does before it waits for the kernel in front of it, and after which product the next may begin."""
+    lines = [line.strip() for line in ptx.splitlines()]
+    (wait,) = (i for i, line in enumerate(lines) if line.startswith("griddepcontrol.wait"))
+    (begin,) = (i for i, line in enumerate(lines) if line.startswith("griddepcontrol.launch_dependents"))
+
+    def count(word: str, end: int) -> int:
+        return sum(word in line for line in lines[:end])
+
+    return {
+        "reads_before_waiting": count("ld.global", wait),
+        "copies_before_waiting": count("cp.async.c", wait) + count("st.global", wait),
+        "products_after_next_begins": count("wgmma.mma_async", len(lines)) - count("wgmma.mma_async", begin),
+    }
 
 
 def measure(target: tuple[str, tuple[int, int]]) -> dict[str, Any]:
@@ -89,6 +105,7 @@ def measure(target: tuple[str, tuple[int, int]]) -> dict[str, Any]:
     registers, shared = usage["REG"], kernel.metadata.shared + usage["SHARED"]
     prediction = gpu_block_sparse(problem, config, H200)
     return {
+        **overlap(kernel.asm["ptx"]),
         "layer": name,
         "block_shape": block_shape,
         "pool": LAYERS[name][3],

@@ -60,6 +60,7 @@ def _plan(
     n_tiles = geometry.block_rows * cdiv(geometry.block_shape[0], config["BLOCK_N"])
     splits = config.get("SPLITS", 1)
     constants = geometry.constants(config, weights_on_m)
+    overlap = device.overlap(tiles_m * n_tiles * splits)
     forward = Launch(
         bsr_conv2d_fwd_kernel,
         (tiles_m * n_tiles, splits, 1),
@@ -70,25 +71,27 @@ def _plan(
             "KEEP_IN_L1": keep_in_l1,
             "WEIGHTS_ON_M": weights_on_m,
             "SPLITS": splits,
-            "OVERLAP": device.overlap,
+            "OVERLAP": overlap,
             **{name: config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")},
         },
-        launch_options(config, device.overlap),
+        launch_options(config, overlap),
     )
     if splits == 1:
         return _Plan(forward)
     y_rows = m_total // 4 if constants["POOL"] else m_total
+    grid = (cdiv(y_rows, BLOCK_ROWS), cdiv(c_out, BLOCK_CHANNELS), 1)
+    overlap = device.overlap(math.prod(grid))
     reduce = Launch(
         bsr_conv2d_reduce_kernel,
-        (cdiv(y_rows, BLOCK_ROWS), cdiv(c_out, BLOCK_CHANNELS), 1),
+        grid,
         (y_rows, c_out, splits),
         {
             **{name: constants[name] for name in ("HAS_BIAS", "RELU", "POOL")},
-            "OVERLAP": device.overlap,
+            "OVERLAP": overlap,
             "BLOCK_M": BLOCK_ROWS,
             "BLOCK_N": BLOCK_CHANNELS,
         },
-        launch_options({"num_warps": 4, "num_stages": 2}, device.overlap),
+        launch_options({"num_warps": 4, "num_stages": 2}, overlap),
     )
     return _Plan(forward, reduce, (splits, m_total, c_out))
 

@@ -25,7 +25,7 @@ from slimkernels.kernels.triton.bsr_conv2d_geometry import Geometry
 from slimkernels.kernels.triton.bsr_conv2d_index import tap_starts_offset
 from slimkernels.kernels.triton.launcher import Launch, launch_options
 from slimkernels.kernels.triton.runtime import Limits, cdiv, division
-from slimkernels.kernels.triton.tiles import await_last_kernel, divide, grouped_tile, let_next_kernel_begin, maximum_nan
+from slimkernels.kernels.triton.tiles import await_last_kernel, divide, grouped_tile, main_loop_done, maximum_nan
 
 
 @triton.jit
@@ -80,7 +80,6 @@ def bsr_conv2d_fwd_kernel_images(
     BLOCK_K: tl.constexpr,
 ):
     # rows: (block_rows, 4), longest first; starts: (block_rows, R * S + 1), first block of a row's tap.
-    let_next_kernel_begin(OVERLAP == 1 or OVERLAP == 2)
     tile_m, tile_n = grouped_tile(
         tl.program_id(0),
         tiles_m,
@@ -96,7 +95,6 @@ def bsr_conv2d_fwd_kernel_images(
     SUB_TILES: tl.constexpr = (BSR_OUT + BLOCK_N - 1) // BLOCK_N
     STEPS_A_BLOCK: tl.constexpr = BSR_IN // BLOCK_K
     index_type: tl.constexpr = tl.int64 if INDEX_64 else tl.int32
-    await_last_kernel(OVERLAP == 1)
     row = tl.load(rows_ptr + tile_n // SUB_TILES * 4)
     group = divide(tile_m, positions_factor, positions_shift)
     position = tile_m - group * positions
@@ -124,20 +122,19 @@ def bsr_conv2d_fwd_kernel_images(
     offs_n = (tile_n % SUB_TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
     out_channel = row * BSR_OUT + offs_n
     mask_n = (out_channel < C_OUT) & (offs_n < BSR_OUT)
-    bias = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    if HAS_BIAS:
-        bias += tl.load(bias_ptr + out_channel, mask=mask_n, other=0.0).to(tl.float32)
-        bias = tl.gather(bias, tl.arange(0, BLOCK_N), 0)
-    acc = tl.broadcast_to(bias[None, :], (BLOCK_M, BLOCK_N))
-
     in_slice = tl.arange(0, BLOCK_K)
     x_ptrs = (x_ptr + tl.multiple_of(offs_x, BLOCK_K))[:, None] + in_slice[None, :]
     w_ptrs = (values_ptr + offs_n * BSR_IN)[None, :] + in_slice[:, None]
     # The column of step t+1 is loaded in step t: see bsr_conv2d_fwd_kernel.
     block = _block_of(0, steps_1, steps_2, shift_0, shift_1, shift_2)
     column = tl.load(columns_ptr + block, mask=steps > 0, other=0)
-    await_last_kernel(OVERLAP > 1)
-    let_next_kernel_begin(OVERLAP == 3)
+    # The order of blocks was compared with the pattern before it came here, so both are older than the last kernel.
+    await_last_kernel(OVERLAP)
+    bias = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    if HAS_BIAS:
+        bias += tl.load(bias_ptr + out_channel, mask=mask_n, other=0.0).to(tl.float32)
+        bias = tl.gather(bias, tl.arange(0, BLOCK_N), 0)
+    acc = tl.broadcast_to(bias[None, :], (BLOCK_M, BLOCK_N))
     for k in range(0, tl.maximum(steps, 1) * STEPS_A_BLOCK):
         step = k // STEPS_A_BLOCK
         in_block = (k - step * STEPS_A_BLOCK) * BLOCK_K
@@ -160,7 +157,7 @@ def bsr_conv2d_fwd_kernel_images(
         column = tl.load(columns_ptr + block, mask=next_step < steps, other=0)  # a scalar
         acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
 
-    let_next_kernel_begin(OVERLAP == 5)
+    main_loop_done(OVERLAP)
     if RELU:
         acc = maximum_nan(acc, 0.0)
     image = group * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -213,6 +210,7 @@ def _plan(geometry: Geometry, config_items: tuple[tuple[str, int], ...], device:
     tiles_m = cdiv(images, config["BLOCK_M"]) * p * q
     n_tiles = geometry.block_rows * cdiv(geometry.block_shape[0], config["BLOCK_N"])
     group = group_m(config, c_in, geometry.stride, geometry.dtype.itemsize)
+    overlap = device.overlap(tiles_m * n_tiles)
     constants = geometry.constants(config)
     unused = ("SLICE", "BORDER", "POOL", "POOL_LOW", "POOL_HIGH")
     return Launch(
@@ -221,10 +219,10 @@ def _plan(geometry: Geometry, config_items: tuple[tuple[str, int], ...], device:
         (images, h, w, p, q, *division(q), p * q, *division(p * q), *grid_integers(tiles_m, n_tiles, group)),
         {
             **{name: value for name, value in constants.items() if name not in unused},
-            "OVERLAP": device.overlap,
+            "OVERLAP": overlap,
             **{name: config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")},
         },
-        launch_options(config, device.overlap),
+        launch_options(config, overlap),
     )
 
 

@@ -36,7 +36,7 @@ from slimkernels.kernels.triton.tiles import (
     await_last_kernel,
     gather_x,
     grouped_tile,
-    let_next_kernel_begin,
+    main_loop_done,
     row_of_m,
     store_tile,
     tile_rows,
@@ -103,7 +103,6 @@ def bsr_conv2d_fwd_kernel(
 ):
     # rows: crow_indices, or with ROW_TABLE (block_rows, 4); columns: col_indices, or with KEEP_IN_L1 (nnz_blocks, 2).
     # With SPLITS y is the workspace (SPLITS, M, C_out), float32.
-    let_next_kernel_begin(OVERLAP == 1 or OVERLAP == 2)
     tile_m, tile_n = grouped_tile(
         tl.program_id(0),
         tiles_m,
@@ -121,7 +120,9 @@ def bsr_conv2d_fwd_kernel(
     FIELDS: tl.constexpr = 2 if KEEP_IN_L1 else 1
     index_type: tl.constexpr = tl.int64 if INDEX_64 else tl.int32
     row = tile_n // SUB_TILES
-    await_last_kernel(OVERLAP == 1)
+    # An order of block rows was compared with the pattern before it came here, so both are older than the last kernel.
+    if not ROW_TABLE:
+        await_last_kernel(OVERLAP)
     if ROW_TABLE:
         first = tl.load(rows_ptr + row * 4 + 1)
         end = tl.load(rows_ptr + row * 4 + 2) * BSR_IN
@@ -173,10 +174,6 @@ def bsr_conv2d_fwd_kernel(
     mask_n = out_channel < C_OUT
     if BSR_OUT % BLOCK_N != 0:
         mask_n = mask_n & (offs_n < BSR_OUT)
-    bias = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    if HAS_BIAS and SPLITS == 1:
-        bias += tl.load(bias_ptr + out_channel, mask=mask_n, other=0.0).to(tl.float32)
-        bias = tl.gather(bias, tl.arange(0, BLOCK_N), 0)
     columns_row_ptr = columns_ptr + first.to(index_type) * FIELDS
     w_row_ptr = values_ptr
     if not KEEP_IN_L1:
@@ -197,12 +194,16 @@ def bsr_conv2d_fwd_kernel(
     )
     offs_channel = offs_n * BSR_IN
     channel_ptrs = w_row_ptr + offs_channel
+    if ROW_TABLE:
+        await_last_kernel(OVERLAP)
+    bias = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    if HAS_BIAS and SPLITS == 1:
+        bias += tl.load(bias_ptr + out_channel, mask=mask_n, other=0.0).to(tl.float32)
+        bias = tl.gather(bias, tl.arange(0, BLOCK_N), 0)
     if WEIGHTS_ON_M:
         acc = tl.broadcast_to(bias[:, None], (BLOCK_N, BLOCK_M))
     else:
         acc = tl.broadcast_to(bias[None, :], (BLOCK_M, BLOCK_N))
-    await_last_kernel(OVERLAP > 1)
-    let_next_kernel_begin(OVERLAP == 3)
     # An empty row takes a step of nothing: a loop that is entered in any case needs no second copy of the accumulator.
     for k in range(begin, tl.maximum(end, 1) if SPLITS == 1 else end, BLOCK_K):
         kk = k
@@ -261,7 +262,7 @@ def bsr_conv2d_fwd_kernel(
         else:
             acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
 
-    let_next_kernel_begin(OVERLAP == 5)
+    main_loop_done(OVERLAP)
     if WEIGHTS_ON_M:
         acc = tl.trans(acc)
     if SPLITS > 1:

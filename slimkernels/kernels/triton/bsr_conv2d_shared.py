@@ -31,7 +31,6 @@ from slimkernels.kernels.triton.tiles import (
     await_last_kernel,
     gather_x,
     grouped_tile,
-    let_next_kernel_begin,
     store_tile,
     tile_rows,
 )
@@ -114,7 +113,6 @@ def bsr_conv2d_fwd_kernel_shared(
     BLOCK_K: tl.constexpr,
 ):
     # BLOCK_N covers a block row. table (n_tiles, ROWS + 2), entries (columns, ROWS + 1): see shared_input.
-    let_next_kernel_begin(OVERLAP > 0)
     tile_m, group = grouped_tile(
         tl.program_id(0),
         tiles_m,
@@ -130,7 +128,7 @@ def bsr_conv2d_fwd_kernel_shared(
     FIELDS: tl.constexpr = ROWS + 1
     index_type: tl.constexpr = tl.int64 if INDEX_64 else tl.int32
     table_ptr += group * (ROWS + 2)
-    await_last_kernel(OVERLAP > 0)
+    await_last_kernel(OVERLAP)
     first = tl.load(table_ptr + ROWS)
     end = tl.load(table_ptr + ROWS + 1) * BSR_IN
     entries_ptr += first.to(index_type) * FIELDS
@@ -272,17 +270,18 @@ def _plan(geometry: Geometry, groups: int, config_items: tuple[tuple[str, int], 
     )
     tiles_m = cdiv(m_total, config["BLOCK_M"])
     group = group_m(config, c_in, geometry.stride, geometry.dtype.itemsize)
+    overlap = device.overlap(tiles_m * groups)
     return Launch(
         bsr_conv2d_fwd_kernel_shared,
         (tiles_m * groups, 1, 1),
         (*geometry.integers(), *grid_integers(tiles_m, groups, group)),
         {
             **geometry.constants(config),
-            "OVERLAP": device.overlap,
+            "OVERLAP": overlap,
             "ROWS": rows_sharing_input(geometry.block_shape[0]),
             **{name: config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")},
         },
-        launch_options(config, device.overlap),
+        launch_options(config, overlap),
     )
 
 

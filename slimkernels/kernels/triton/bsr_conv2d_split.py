@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from slimkernels.kernels.triton.tiles import await_last_kernel, let_next_kernel_begin, maximum_nan
+from slimkernels.kernels.triton.tiles import await_last_kernel, main_loop_done, maximum_nan
 
 BLOCK_ROWS, BLOCK_CHANNELS = 16, 128
 
@@ -31,15 +31,13 @@ def bsr_conv2d_reduce_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    let_next_kernel_begin(OVERLAP == 1 or OVERLAP == 2)
     # rows counts rows of y. An element's splits are rows_of_partial * c_out apart.
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < c_out
     mask = (offs_m < rows)[:, None] & mask_n[None, :]
     PIXELS: tl.constexpr = 4 if POOL else 1
-    await_last_kernel(OVERLAP > 0)
-    let_next_kernel_begin(OVERLAP == 3)
+    await_last_kernel(OVERLAP)
     bias = tl.zeros((BLOCK_N,), dtype=tl.float32)
     if HAS_BIAS:
         bias += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
@@ -55,5 +53,5 @@ def bsr_conv2d_reduce_kernel(
         if RELU:
             acc = maximum_nan(acc, 0.0)
         result = acc if pixel == 0 else maximum_nan(result, acc)
-    let_next_kernel_begin(OVERLAP == 5)
+    main_loop_done(OVERLAP)
     tl.store(y_ptr + offs_m[:, None] * c_out + offs_n[None, :], result.to(y_ptr.dtype.element_ty), mask=mask)

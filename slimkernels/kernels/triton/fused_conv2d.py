@@ -22,9 +22,7 @@ from slimkernels.kernels.triton.runtime import (
 )
 
 
-def plan(
-    geometry: Geometry, config: Mapping[str, int], processors: int, overlap: int = 0
-) -> tuple[Launch, dict[str, int]]:
+def plan(geometry: Geometry, config: Mapping[str, int], device: Limits) -> tuple[Launch, dict[str, int]]:
     """The launch of a geometry and its configuration: `default_config`'s with what ``config`` has in its place."""
     config = {**default_config(geometry), **config}
     (n, c_in, h, w), (c_out, _, r, s) = geometry.x_shape, geometry.weight_shape
@@ -32,13 +30,14 @@ def plan(
     tiles_m = cdiv(m_total, config["BLOCK_M"])
     n_tiles = cdiv(c_out, config["BLOCK_N"])
     # Every program takes the same number of tiles, but for the last ones.
-    rounds = cdiv(tiles_m * n_tiles, config["PROGRAMS"] * processors)
+    rounds = cdiv(tiles_m * n_tiles, config["PROGRAMS"] * device.processors)
     programs = cdiv(tiles_m, rounds)
     # A step beyond the last tile is worked out, though not taken.
     index_64 = max(n * c_in * h * w, m_total + 2 * programs * config["BLOCK_M"]) > INT32_MAX
     low, high = (3, config["BLOCK_M"].bit_length() - 2)
     if config["BLOCK_M"] < 32 * config["num_warps"]:
         low, high = 0, 3
+    overlap = device.overlap(programs * n_tiles)
     launch = Launch(
         fused_conv2d_fwd_kernel,
         (programs, n_tiles, 1),
@@ -75,7 +74,7 @@ def plan(
 
 @lru_cache(maxsize=4096)
 def _plan(geometry: Geometry, config_items: tuple[tuple[str, int], ...], device: Limits) -> Launch:
-    return plan(geometry, dict(config_items), device.processors, device.overlap)[0]
+    return plan(geometry, dict(config_items), device)[0]
 
 
 def launch(

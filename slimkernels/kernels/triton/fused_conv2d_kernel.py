@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from slimkernels.kernels.triton.tiles import await_last_kernel, let_next_kernel_begin, store_tile, tile_pixels
+from slimkernels.kernels.triton.tiles import await_last_kernel, main_loop_done, store_tile, tile_pixels
 
 
 @triton.jit
@@ -257,12 +257,10 @@ def fused_conv2d_fwd_kernel(
     With PREFETCH the next tile's pixels are asked for before this one's are multiplied. BIAS_LAST: the bias is loaded
     and added behind the product of every tile, instead of held in registers, from which the sum then starts.
     """
-    let_next_kernel_begin(OVERLAP == 1 or OVERLAP == 2)
     K: tl.constexpr = R * S * C_IN
     out_channel = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = out_channel < C_OUT
-    await_last_kernel(OVERLAP > 0)
-    let_next_kernel_begin(OVERLAP == 3)
+    await_last_kernel(OVERLAP)
     bias = tl.zeros((BLOCK_N,), dtype=tl.float32)
     if HAS_BIAS and not BIAS_LAST:
         bias += tl.load(bias_ptr + out_channel, mask=mask_n, other=0.0).to(tl.float32)
@@ -391,4 +389,4 @@ def fused_conv2d_fwd_kernel(
         )
         if PREFETCH:
             x_tile = loaded_x_tile
-    let_next_kernel_begin(OVERLAP == 5)
+    main_loop_done(OVERLAP)

@@ -17,7 +17,7 @@ from slimkernels.kernels.triton.runtime import device_guard
 
 
 def launch_options(config: Mapping[str, int], overlap: int) -> dict[str, int]:
-    """num_warps, num_stages and maxnreg of a configuration; with OVERLAP the launch may begin before the last ended."""
+    """num_warps, num_stages, maxnreg of a configuration; with an overlap it may begin before the last kernel ended."""
     options = {name: config[name] for name in ("num_warps", "num_stages", "maxnreg") if name in config}
     return {**options, "launch_pdl": True} if overlap else options
 

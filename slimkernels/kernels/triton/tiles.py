@@ -16,18 +16,29 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 NO_BORDER, TAP_BITS, COMPARE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
-@triton.jit
-def let_next_kernel_begin(OVERLAP: tl.constexpr):
-    """The next kernel of the stream may begin once every program is here; it still waits for this one's results."""
-    if OVERLAP:
-        gdc_launch_dependents()
+# When a kernel lets the next one of its stream begin (programmatic dependent launch, from Hopper on): never, as soon as
+# it begins itself, or once its main loop is done. What has begun finds its place and its blocks and then waits.
+NO_OVERLAP, EARLY, LATE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
 def await_last_kernel(OVERLAP: tl.constexpr):
-    """Waits until the kernel before this one in the stream has ended and its results can be read."""
-    if OVERLAP:
+    """Waits until the kernel in front of this one has ended and its results can be read.
+
+    Every program must come here before it reads what a kernel may just have written, and before it writes: the memory
+    may be one that the kernel in front still reads. A program that did not would also let a third kernel overtake it.
+    """
+    if OVERLAP != NO_OVERLAP:
         gdc_wait()
+    if OVERLAP == EARLY:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def main_loop_done(OVERLAP: tl.constexpr):
+    """Where the next kernel may begin when it begins late."""
+    if OVERLAP == LATE:
+        gdc_launch_dependents()
 
 
 @triton.jit
