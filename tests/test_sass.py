@@ -81,7 +81,7 @@ def check(row: dict[str, Any]) -> None:
     # every accumulator once.
     shuffles = block_m * block_n // (32 * warps) if row["pool"] and block_m < 32 * warps else 0
     assert row["spills"] == 0 and row["shuffles"] == shuffles, f"{name}: {row['spills']} spills, {row['shuffles']}"
-    # Before it waits for the kernel in front, a program reads the order's three numbers of its row and its first column.
+    # Before it waits for the kernel in front, a program reads three numbers of its row and its first column.
     assert (row["reads_before_waiting"], row["copies_before_waiting"]) == (4, 0), f"{name}: reads or writes too early"
     assert row["products_after_next_begins"] == 0, f"{name}: the next kernel begins inside the main loop"
     straight, pooled, loop, programs = LIMITS[block_m, block_n]

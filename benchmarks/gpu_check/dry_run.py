@@ -48,7 +48,7 @@ EXTRA = {
     "ceilings": ("--smoke",),
     "correctness": ("--names", "headline"),
     "vgg": _QUICK,
-    "sweep": ("--layers", "1"),
+    "sweep": ("--layers", "1", "--names", "headline"),
     "tensor_cores": ("--layers", "1"),
     "rows": (*_QUICK, "-k", "batch_1 and not batch_16"),
     "tests": _some("captured", "split", "training_matches", "autocast", "streams"),

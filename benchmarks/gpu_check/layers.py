@@ -97,12 +97,15 @@ ROWS = {
     "batch_16": NetworkRow("vgg19_cifar", 16, 0.875, (64, 16)),
     "vgg16_224": NetworkRow("vgg16_bn", 32, 0.875, (128, 16)),
     "sparsity_75": NetworkRow("vgg19_cifar", 1024, 0.75, (128, 16)),
+    "sparsity_60": NetworkRow("vgg19_cifar", 1024, 0.6, (128, 16)),
     "blocks_64x32": NetworkRow("vgg19_cifar", 1024, 0.875, (64, 32)),
     "blocks_32x32": NetworkRow("vgg19_cifar", 1024, 0.875, (32, 32)),
     "batch_128": NetworkRow("vgg19_cifar", 128, 0.875, (128, 16)),
     "vgg16_224_95": NetworkRow("vgg16_bn", 32, 0.95, (128, 16)),
 }
 HEADLINE = ROWS["headline"]
+# Rows whose layers are swept for their fastest configuration.
+SWEPT_ROWS = ("headline", "batch_1", "batch_16", "blocks_64x16")
 # Rows of call 1, in the order in which their layers are checked.
 FIRST_ROWS = ("headline", "blocks_64x16", "sparsity_95", "batch_16", "batch_1")
 

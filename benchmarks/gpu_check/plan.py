@@ -91,10 +91,10 @@ STAGES = (
           "tags a copy of 32-byte slices would equal the matrix time.",
           _module("counters", "--state", "{state}")),
     Stage("rows", 1, 50,
-          "(64, 16) blocks (2.2x wanted), 95% (3.8x H100, 4.5x H200), batch 1 and 16 (1.5x) with every pruned layer "
-          "swapped.",
-          _suite(*_networks("blocks_64x16", "sparsity_95", "batch_1", "batch_16"), "--compile", "none",
-                 "--seconds", "0.6", *_CHECKS)),
+          "(64, 16) blocks (2.2x wanted), 95% (3.8x H100, 4.5x H200), 60% (1x), batch 1 and 16 (1.5x) with every "
+          "pruned layer swapped, in the configurations that the sweep found fastest.",
+          _suite(*_networks("batch_1", "batch_16", "blocks_64x16", "sparsity_95", "sparsity_60"), "--compile", "none",
+                 "--seconds", "0.6", *_CHECKS, "--checks", "{state}/rows/sweep.jsonl"), variables=_SWEPT),
     Stage("tensor_cores", 1, 15,
           "CUDA C++ on tensor cores, not yet a choice of auto: each layer beside auto's kernel, and the first two as "
           "one. Wanted: 1/1.3 of auto's time, 40 us for the two.",
@@ -115,7 +115,7 @@ STAGES = (
     Stage("swept", 2, 35, "The headline with the configurations that the sweep found fastest.",
           _suite(*_networks("headline"), "--compile", "none", "--seconds", "1", *_CHECKS,
                  "--checks", "{state}/rows/sweep.jsonl"), variables=_SWEPT),
-    Stage("training", 2, 30, "A whole training step against the masked dense one: 2x wanted.",
+    Stage("training", 2, 30, "A whole training step against the masked dense one, both in CUDA graphs too: 2x wanted.",
           _suite("benchmarks/bench_backward.py::test_training_step", "--seconds", "1")),
     Stage("again", 2, 50, "What failed in call 1, and the tests that it did not reach.",
           (*_TESTS, "--again", "{state}/rows/tests.jsonl", "-m", "gpu and not slow", *_WORKERS,

@@ -32,9 +32,10 @@ def jobs(names: Iterable[str], device: str, swept: bool = True, training: bool =
         for p in layers.ROWS[name].every(device):
             for choice in layers.choices_of(p) if name == "headline" else [layers.choice_of(p)]:
                 found.setdefault(layers.choice_key(p, choice.name, choice.config), (p, choice))
-    for p in layers.HEADLINE.every(device) if swept else ():
-        for choice in ways(p):
-            found.setdefault(layers.choice_key(p, choice.name, choice.config), (p, choice))
+    for name in layers.SWEPT_ROWS if swept else ():
+        for p in layers.ROWS[name].every(device):
+            for choice in ways(p):
+                found.setdefault(layers.choice_key(p, choice.name, choice.config), (p, choice))
     training_step = replace(layers.HEADLINE, batch=TRAINING_BATCH).problems(device) if training else []
     # Batch norm stands between convolution and ReLU there.
     steps = dict.fromkeys(replace(p, epilogue="none") for p in training_step)

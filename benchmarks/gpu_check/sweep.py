@@ -1,5 +1,5 @@
-"""Which configuration of each layer is fastest, and what binds it? The distinct layers of the headline, six
-configurations each, replayed from CUDA graphs and checked against float64.
+"""Which configuration of each layer is fastest, and what binds it? The distinct layers of some rows, the headline's
+first, six configurations each, replayed from CUDA graphs and checked against float64.
 
 Every row carries the cost model's limits at the measured ceilings: L2, memory, matrix units, issue slots, L1 tags, and
 its prediction. The kernels as first written were expected at two to three times the L2 limit, with one block a
@@ -104,6 +104,7 @@ def line(row: dict) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = options.parser(__doc__)
     parser.add_argument("--state", type=Path, required=True, help="the table goes to STATE/swept/tuned/<device>.json")
+    parser.add_argument("--names", nargs="*", default=list(layers.SWEPT_ROWS), help="of gpu_check.layers.ROWS")
     parser.add_argument("--batch", type=int, default=None, help="instead of 1024 (for a rehearsal)")
     parser.add_argument("--layers", type=int, default=None, help="only so many layers")
     parsed = parser.parse_args(arguments)
@@ -114,8 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if parsed.device == "cuda":
         table.rates = gpu_rates(0)
     wrong = []
-    for p in layers.HEADLINE.every(parsed.device)[: parsed.layers]:
-        p = layers.at_batch(p, parsed.batch)
+    problems = [p for row in parsed.names for p in layers.ROWS[row].every(parsed.device)[: parsed.layers]]
+    for p in dict.fromkeys(layers.at_batch(p, parsed.batch) for p in problems):
         try:
             entry = sweep_layer(p, parsed.rows)
         except Exception as error:  # out of memory, say: the other layers go on

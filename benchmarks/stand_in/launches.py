@@ -155,8 +155,8 @@ class Driver:
 
 def run_op(name: str, args: Any, kwargs: Any) -> Any:
     """An op of slimkernels by its own code, as torch's dispatcher would run it for CUDA tensors."""
-    module = importlib.import_module("slimkernels.ops." + ("low_rank" if name.startswith("low_rank") else "bsr"))
-    return getattr(module, f"_{name}")(*args, **kwargs)
+    (room,) = (room for room in ("low_rank", "fused", "bsr") if name.startswith(room))
+    return getattr(importlib.import_module(f"slimkernels.ops.{room}"), f"_{name}")(*args, **kwargs)
 
 
 # Functions that launch, by module of slimkernels.kernels.triton, and the op whose reference computes what they return.
@@ -164,6 +164,7 @@ LAUNCHERS = {
     "bsr_conv2d": {"launch": "bsr_conv2d", "launch_linear": "bsr_linear"},
     "bsr_conv2d_backward_x": {"launch": "bsr_conv2d_dgrad"},
     "bsr_conv2d_backward_w": {"launch": "bsr_conv2d_wgrad"},
+    "fused_conv2d": {"launch": "fused_conv2d"},
     "sums": {"launch": "bsr_conv2d_bias_grad"},
     "relu_maxpool2_backward": {"launch": "relu_maxpool2_backward"},
     "low_rank_linear": {"launch": "low_rank_linear", "launch_dgrad": "low_rank_linear_dgrad"},
