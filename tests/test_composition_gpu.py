@@ -203,7 +203,8 @@ def test_channels_last_goes_through_without_copies(vgg: nn.Module) -> None:
 def test_a_converted_network_needs_no_more_kernels_than_layers_and_pools(vgg: nn.Module) -> None:
     x = vgg_images(8)
     with torch.no_grad():
-        names = kernel_names(lambda: vgg(x))
+        # The tests fill what torch.empty hands out with NaN; a network alone does not.
+        names = [name for name in kernel_names(lambda: vgg(x)) if "FillFunctor" not in name]
     # 16 convolutions, some split over their depth (two kernels), the first one's bias and ReLU, pools, the classifier.
     assert len(names) <= 2 * 16 + 12, names
 

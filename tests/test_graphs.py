@@ -163,6 +163,8 @@ def test_what_cannot_be_captured_is_said() -> None:
 
     with pytest.raises(ValueError, match=r"^graphed: the model cannot be captured in a CUDA graph: "):
         sk.graphed(Branches().eval(), cuda_images(1))
+    torch.randn(3, device="cuda")  # random numbers do not wait for the end of the capture that failed
+    torch.cuda.synchronize()
 
 
 @pytest.mark.gpu

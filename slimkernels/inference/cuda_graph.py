@@ -14,6 +14,16 @@ from torch.utils import _pytree
 from slimkernels.inference.inputs import tensors
 
 
+def _end_capture_of_random_numbers(device: torch.device) -> None:
+    """Gives a device's generator of random numbers a state that no capture has begun on.
+
+    A capture that fails leaves the state as if it went on, and every later ``torch.randn`` of the process raises
+    "Offset increment outside graph capture encountered unexpectedly" (seen with torch 2.11).
+    """
+    generator = torch.cuda.default_generators[device.index or 0]
+    generator.graphsafe_set_state(generator.clone_state())
+
+
 @dataclass
 class _Captured:
     graph: Any
@@ -56,6 +66,7 @@ class CudaGraphs:
                 with torch.cuda.graph(graph, pool=self._pool, stream=side):
                     outputs = self._model(*args, **kwargs)
             except RuntimeError as error:
+                _end_capture_of_random_numbers(self._device)
                 line = (str(error).strip().splitlines() or ["no message"])[0]
                 raise ValueError(f"graphed: the model cannot be captured in a CUDA graph: {line}") from error
         self._pool = graph.pool()
