@@ -79,7 +79,7 @@ def compile_target(target: Target) -> tuple[Any, dict[str, int]]:
         config = triton_low_rank_linear.default_config(
             target.m_total, 1024, target.rank, dtype, in_features=target.c_in, **limits
         )
-        constants = {**common, "ONE_TILE": True, "STORE_INNER": True, "OVERLAP": 2 if target.arch >= 90 else 0}
+        constants = {**common, "ONE_TILE": True, "STORE_INNER": True}
     else:
         kernel = triton_low_rank_conv2d.low_rank_conv2d_fwd_kernel
         outer = 256 if target.kind == "fused" else None

@@ -36,7 +36,7 @@ from slimkernels.kernels.triton.runtime import (
     next_power_of_2,
     power_of_2_divisor,
 )
-from slimkernels.kernels.triton.tiles import await_last_kernel, main_loop_done, maximum_nan
+from slimkernels.kernels.triton.tiles import maximum_nan
 
 EPILOGUES = ("none", "relu")
 RANK_TILE = 256
@@ -94,7 +94,6 @@ def low_rank_linear_fwd_kernel(
     STORE_INNER: tl.constexpr,
     INDEX_64: tl.constexpr,
     PRECISION: tl.constexpr,
-    OVERLAP: tl.constexpr,
     RANK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -111,7 +110,6 @@ def low_rank_linear_fwd_kernel(
     offs_r = tl.arange(0, RANK).to(index_type)
     mask_m = offs_m < m_total
     x_row_ptr = x_ptr + offs_m[:, None] * in_features
-    await_last_kernel(OVERLAP)
     if ONE_TILE:
         h = _project(x_row_ptr, v_ptr, mask_m, offs_r, in_features, rank, EVEN_K, PRECISION, RANK, BLOCK_M, BLOCK_K)
         if STORE_INNER:  # noqa: SIM102 (a constant, decided while compiling; the other at run time)
@@ -141,7 +139,6 @@ def low_rank_linear_fwd_kernel(
             acc = maximum_nan(acc, 0.0)
         y_tile = y_ptr + offs_m.to(tl.int64)[:, None] * out_features + offs_n[None, :]
         tl.store(y_tile, acc.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
-    main_loop_done(OVERLAP)
 
 
 def _shared_bytes(stages: int, block_m: int, block_n: int, block_k: int, wide: int, itemsize: int) -> int:
@@ -253,7 +250,6 @@ def _plan(g: _Geometry, config_items: tuple[tuple[str, int], ...], device: Limit
     )
     largest = max(g.m_total * g.in_features, g.out_features * g.rank, g.rank * g.in_features)
     programs = cdiv(g.m_total, config["BLOCK_M"]) * config["SPLITS"]
-    overlap = device.overlap(programs)
     return Launch(
         low_rank_linear_fwd_kernel,
         (programs, 1, 1),
@@ -267,10 +263,9 @@ def _plan(g: _Geometry, config_items: tuple[tuple[str, int], ...], device: Limit
             "STORE_INNER": g.store_inner,
             "INDEX_64": largest > INT32_MAX or bool(config.get("INDEX_64", False)),
             "PRECISION": g.precision,
-            "OVERLAP": overlap,
             **{name: config[name] for name in ("RANK", "BLOCK_M", "BLOCK_N", "BLOCK_K")},
         },
-        launch_options(config, overlap),
+        launch_options(config, 0),
     )
 
 
