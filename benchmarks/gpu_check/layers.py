@@ -105,7 +105,7 @@ ROWS = {
 }
 HEADLINE = ROWS["headline"]
 # Rows whose layers are swept for their fastest configuration.
-SWEPT_ROWS = ("headline", "batch_1", "batch_16", "blocks_64x16")
+SWEPT_ROWS = ("headline", "batch_1")
 # Rows of call 1, in the order in which their layers are checked.
 FIRST_ROWS = ("headline", "blocks_64x16", "sparsity_95", "batch_16", "batch_1")
 
