@@ -20,8 +20,9 @@ def _end_capture_of_random_numbers(device: torch.device) -> None:
     A capture that fails leaves the state as if it went on, and every later ``torch.randn`` of the process raises
     "Offset increment outside graph capture encountered unexpectedly" (seen with torch 2.11).
     """
-    generator = torch.cuda.default_generators[device.index or 0]
-    generator.graphsafe_set_state(generator.clone_state())
+    index = torch.cuda.current_device() if device.index is None else device.index
+    for generator in torch.cuda.default_generators[index : index + 1]:
+        generator.graphsafe_set_state(generator.clone_state())
 
 
 @dataclass
