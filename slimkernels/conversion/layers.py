@@ -38,7 +38,9 @@ class LayerWeight:
     Attributes:
         weight: detached values.
         bias: ``(out,)`` or None.
-        stride, padding, dilation: of a convolution.
+        stride: of a convolution.
+        padding: of a convolution.
+        dilation: of a convolution.
         block_shape: declared by a `BlockMask` or a block-sparse module; None where nothing is declared.
         requires_grad: whether the layer's parameters are trainable.
     """

@@ -53,7 +53,9 @@ def sample(graph: fx.Graph, inputs: Mapping[str, Tensor], constants: Mapping[str
     """Runs a graph once.
 
     Args:
-        inputs, constants: the values of its placeholders, by name.
+        graph: of one call, its parameters and buffers among the placeholders.
+        inputs: values of the placeholders that a call hands over, by name.
+        constants: values of the other placeholders, by name.
     """
     nodes = tuple(graph.nodes)
     values: dict[Node, Any] = {}

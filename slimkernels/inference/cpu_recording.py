@@ -34,8 +34,10 @@ class Recording:
     Attributes:
         steps: calls without arguments, in order.
         calls: the number of kernels that they run.
-        inputs, outputs: where the steps read and write; an output that is no tensor as it is.
-        workspace_bytes, weight_bytes: memory of intermediates, and of packed weights.
+        inputs: where the steps read.
+        outputs: where the steps write; an output that is no tensor stands here as it is.
+        workspace_bytes: memory of the intermediate tensors.
+        weight_bytes: memory of the packed weights.
     """
 
     steps: list[Callable[[], Any]]

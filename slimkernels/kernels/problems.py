@@ -43,7 +43,8 @@ class Room(NamedTuple):
 
     Attributes:
         pixels: of an image or an output, at most, one image being innermost.
-        rows, columns: how far the kernel reaches from a pixel, taps, padding and stride considered.
+        rows: how many rows the kernel reaches from a pixel, taps, padding and stride considered.
+        columns: how many columns it reaches, likewise.
         reach: the same in pixels, at most.
     """
 

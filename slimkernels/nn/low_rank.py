@@ -117,7 +117,13 @@ class LowRankConv2d(PrepackedFactors):
     """Drop-in for ``nn.Conv2d`` (groups = 1, zero padding): a chain of factor convolutions, bias after the last.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, bias: of the merged convolution.
+        in_channels: of the merged convolution, as ``nn.Conv2d``.
+        out_channels: of the merged convolution.
+        kernel_size: of the merged convolution.
+        stride: of the merged convolution.
+        padding: of the merged convolution.
+        dilation: of the merged convolution.
+        bias: whether there is one, added after the last factor.
         kind: ``svd`` (RxS then 1x1), ``tai`` (Rx1 then 1xS) or ``tucker2`` (1x1, RxS, 1x1).
         ranks: ``(rank,)``, for ``tucker2`` ``(rank_in, rank_out)``.
         epilogue: ``none`` or ``relu``.
