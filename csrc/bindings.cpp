@@ -103,9 +103,9 @@ PyObject* conv2d_f32(PyObject*, PyObject* const* args, Py_ssize_t count) {
   }
   const Isa* isa = supported_isa(name);
   if (isa == nullptr) return PyLong_FromLong(SLIM_ERROR_UNSUPPORTED);
-  const std::string fault = threads_fit(v[kMembers]) ? run_fault(v) : "expected at least one thread";
-  if (!fault.empty()) return PyErr_Format(PyExc_ValueError, "conv2d_f32: %s", fault.c_str());
   const SlimStepF32 step = {SLIM_STEP_CONV2D, -1, struct_of<SlimConv2dF32>(v)};
+  const std::string fault = threads_fit(v[kMembers]) ? run_fault(v, step.conv) : "expected at least one thread";
+  if (!fault.empty()) return PyErr_Format(PyExc_ValueError, "conv2d_f32: %s", fault.c_str());
   int status;
   {
     py::gil_scoped_release release;
@@ -115,8 +115,8 @@ PyObject* conv2d_f32(PyObject*, PyObject* const* args, Py_ssize_t count) {
 }
 
 void entry_offsets(const std::array<int64_t, kMembers>& members, uintptr_t offsets, int64_t count) {
-  std::string fault = conv2d_fault(members.data());
   const SlimConv2dF32 a = struct_of<SlimConv2dF32>(members.data());
+  std::string fault = conv2d_fault(members.data(), a);
   if (fault.empty()) {
     const int64_t runs = (a.c_out + a.strip - 1) / a.strip * a.r * a.s;
     bool rises = a.tap_ptr[0] == 0;
@@ -148,7 +148,7 @@ class Steps {
       else if (conv.x == nullptr || conv.y == nullptr)
         fault = "x or y is NULL";
       else
-        fault = v[0] == SLIM_STEP_CONV2D ? run_fault(members) : layout_fault(members);
+        fault = v[0] == SLIM_STEP_CONV2D ? run_fault(members, conv) : layout_fault(members, conv);
       if (!fault.empty()) throw py::value_error("Steps: " + fault);
       steps_.push_back({static_cast<int32_t>(v[0]), static_cast<int32_t>(v[1]), conv});
     }

@@ -32,11 +32,11 @@ static_assert(members_fill_the_struct<SlimConv2dF32>());
 constexpr int kMembers = kCount<SlimConv2dF32>;
 constexpr int kPointers = 7, kLanes = kMembers - 1;  // how many come first, and where `lanes` is
 
-// What is wrong with the members by what kernels.h asks for, as far as numbers tell; "" where nothing is.
-inline std::string conv2d_fault(const int64_t* numbers) {
+// What is wrong with the members by what kernels.h asks for, as far as numbers tell; "" where nothing is. `a` is the
+// struct of these numbers.
+inline std::string conv2d_fault(const int64_t* numbers, const SlimConv2dF32& a) {
   const std::string fault = range_fault<SlimConv2dF32>(numbers);
   if (!fault.empty()) return fault;
-  const SlimConv2dF32 a = struct_of<SlimConv2dF32>(numbers);
   const int64_t lanes = a.lanes, strip = a.strip, strips = (a.c_out + strip - 1) / strip;
   if (!is_one_of(strip, {1, 2, 4, 8, 16, 24, 32})) return "strip = " + std::to_string(strip) + " is no known width";
   if (!is_one_of(lanes, {1, 4, 8, 16})) return "lanes = " + std::to_string(lanes) + " is no known vector";
@@ -57,10 +57,9 @@ inline std::string conv2d_fault(const int64_t* numbers) {
 
 // The same of a convolution that is about to run: its tensors must be there, and its output must have the size that
 // follows from the input's.
-inline std::string run_fault(const int64_t* numbers) {
-  const std::string fault = conv2d_fault(numbers);
+inline std::string run_fault(const int64_t* numbers, const SlimConv2dF32& a) {
+  const std::string fault = conv2d_fault(numbers, a);
   if (!fault.empty()) return fault;
-  const SlimConv2dF32 a = struct_of<SlimConv2dF32>(numbers);
   if (a.x == nullptr || a.y == nullptr) return "x or y is NULL";
   if (a.p != output_size(a.h, a.r, a.stride_h, a.pad_h, a.dil_h) ||
       a.q != output_size(a.w, a.s, a.stride_w, a.pad_w, a.dil_w) || a.p <= a.pool || a.q <= a.pool)
@@ -70,12 +69,11 @@ inline std::string run_fault(const int64_t* numbers) {
 }
 
 // The same of a step that copies between layouts, which reads n, h, w, c_in and lanes alone.
-inline std::string layout_fault(const int64_t* numbers) {
+inline std::string layout_fault(const int64_t* numbers, const SlimConv2dF32& a) {
   for (const std::string& fault :
        {range_fault<SlimConv2dF32>(numbers, kPointers, 4), range_fault<SlimConv2dF32>(numbers, kLanes, 1)}) {
     if (!fault.empty()) return fault;
   }
-  const SlimConv2dF32 a = struct_of<SlimConv2dF32>(numbers);
   const int64_t lanes = a.lanes;
   if (!is_one_of(lanes, {4, 8, 16})) return "lanes = " + std::to_string(lanes) + " is no known vector";
   if (!product_fits(a.h, a.w, a.c_in * lanes) || a.c_in * lanes > kInt32Max)

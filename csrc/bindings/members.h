@@ -45,12 +45,14 @@ template <typename T>
 constexpr bool members_fill_the_struct() {
   size_t end = 0;
   for (const Member& member : Members<T>::list) {
+    if (member.size != sizeof(int32_t) && member.size != sizeof(int64_t)) return false;
     end = (end + member.size - 1) / member.size * member.size;
     if (member.offset != end) return false;
     end += member.size;
   }
   return (end + alignof(T) - 1) / alignof(T) * alignof(T) == sizeof(T);
 }
+
 // The first of `count` members from `first` on whose number is out of its range, as a sentence; "" where none is.
 template <typename T>
 std::string range_fault(const int64_t* numbers, int first = 0, int count = kCount<T>) {
@@ -62,15 +64,19 @@ std::string range_fault(const int64_t* numbers, int first = 0, int count = kCoun
   return "";
 }
 
-// The struct of these numbers, one a member.
+// The struct of these numbers, one a member. Numbers out of their range are cut: `range_fault` finds those.
 template <typename T>
 T struct_of(const int64_t* numbers) {
   T a{};
   for (int i = 0; i < kCount<T>; ++i) {
     const Member& member = Members<T>::list[i];
-    const int32_t narrow = static_cast<int32_t>(numbers[i]);
-    std::memcpy(reinterpret_cast<char*>(&a) + member.offset,
-                member.size == sizeof(narrow) ? static_cast<const void*>(&narrow) : &numbers[i], member.size);
+    char* const at = reinterpret_cast<char*>(&a) + member.offset;
+    if (member.size == sizeof(int64_t)) {
+      std::memcpy(at, &numbers[i], sizeof(int64_t));
+    } else {
+      const int32_t narrow = static_cast<int32_t>(numbers[i]);
+      std::memcpy(at, &narrow, sizeof(narrow));
+    }
   }
   return a;
 }
