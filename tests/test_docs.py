@@ -103,6 +103,19 @@ def test_files_of_the_contributors_map_exist() -> None:
         assert any(ROOT.glob(file)) or any((ROOT / "slimkernels").glob(file)), f"CONTRIBUTING.md: no {file}"
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if "`slimkernels/" in page.read_text()], ids=label)
+def test_files_named_by_a_page_exist(page: Path) -> None:
+    """`slimkernels/...` and `csrc/...`, and file names that follow one in the same folder: ``a/b.py`, `c.py``."""
+    missing = []
+    for first, others in re.findall(
+        r"`((?:slimkernels|csrc|benchmarks|examples)/[\w./-]+)`((?:, `[\w]+\.\w+`)*)", page.read_text()
+    ):
+        folder = (ROOT / first).parent if Path(first).suffix else ROOT / first
+        names = [ROOT / first, *(folder / name for name in re.findall(r"`(.*?)`", others))]
+        missing += [str(path.relative_to(ROOT)) for path in names if not path.exists()]
+    assert not missing, f"{label(page)}: {missing}"
+
+
 def documented_modules() -> list[str]:
     """Modules with an example in a docstring."""
     names = [m.name for m in pkgutil.walk_packages(slimkernels.__path__, "slimkernels.") if m.name != "slimkernels._C"]
