@@ -11,6 +11,7 @@ import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import cuda_emulation
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,6 +80,17 @@ def test_headers_of_the_bindings_compile_alone(compiler: list[str], tmp_path: Pa
     for header in headers:
         source.write_text(f'#include "{header}"\n#include "{header}"\n')
         output(*compiler, *setup.COMMON, *include, "-Werror", "-fsyntax-only", source)
+
+
+def test_cuda_headers_compile_alone(compiler: list[str], tmp_path: Path):
+    """As the emulation compiles them, whose headers stand for CUDA's."""
+    cuda_emulation.write_headers(tmp_path)
+    headers = sorted(path.name for path in (CSRC / "cuda").glob("*.cuh"))
+    assert len(headers) >= 5
+    source = tmp_path / "alone.cpp"
+    for header in headers:
+        source.write_text(f'#include "{header}"\n#include "{header}"\n')
+        output(*compiler, "-std=c++17", "-w", "-fsyntax-only", *cuda_emulation.include_flags(tmp_path), source)
 
 
 def test_kernels_header_is_c(compiler: list[str], tmp_path: Path):
