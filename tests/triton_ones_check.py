@@ -72,7 +72,7 @@ class Translation(ASTSource):
 
 def reduction(pool: bool) -> None:
     """Compiles the kernel that adds the parts of a split convolution."""
-    constants = {"HAS_BIAS": True, "RELU": True, "POOL": pool, "BLOCK_M": 16, "BLOCK_N": 128}
+    constants = {"HAS_BIAS": True, "RELU": True, "POOL": pool, "OVERLAP": False, "BLOCK_M": 16, "BLOCK_N": 128}
     pointers = {"partial_ptr": "*fp32", "bias_ptr": "*bf16", "y_ptr": "*bf16"}
     config = {"num_warps": 4, "num_stages": 2}
     forward.compile_kernel(bsr_conv2d_split.bsr_conv2d_reduce_kernel, constants, pointers, pointers, config, 90)
