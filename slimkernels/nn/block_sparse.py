@@ -200,7 +200,6 @@ class _BlockSparse(PackedForKernel, AttributesInUse):
             usable = self._pack_is_current() and not (values.requires_grad and torch.is_grad_enabled())
         if not usable:
             return []
-        # For mypy: registered in the constructor, so none of them is None.
         return [buffers[name] for name in names]  # type: ignore[misc]
 
     def train(self, mode: bool = True) -> Any:
@@ -333,7 +332,6 @@ class BlockSparseConv2d(_BlockSparse):
             raise ValueError(f"BlockSparseConv2d.from_dense: {reason}")
         weight = BSRWeight.from_dense(conv.weight, block_shape, mask)
         module = cls(
-            # For mypy: tuples have the right length, which their types do not say.
             conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, resolved_padding(conv), conv.dilation,  # type: ignore[arg-type]
             conv.bias is not None, block_shape=block_shape, crow_indices=weight.crow_indices,
             col_indices=weight.col_indices, epilogue=epilogue, kernel=kernel, device=conv.weight.device,

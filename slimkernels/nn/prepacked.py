@@ -122,7 +122,7 @@ class PrepackedFactors(AttributesInUse):
             usable = not wants_grad
         else:
             usable = self._pack_is_current() and not (wants_grad and torch.is_grad_enabled())
-        return packed if usable else []  # type: ignore[return-value]  # usable means that no tensor is missing
+        return packed if usable else []  # type: ignore[return-value]
 
     def train(self, mode: bool = True) -> Any:
         super().train(mode)
