@@ -143,7 +143,7 @@ def problem(
         shape[-2],
         shape[-1],
         kind,
-        shapes,  # type: ignore[arg-type]  # taken from a module's attribute, which mypy takes for a Tensor or a Module
+        shapes,  # type: ignore[arg-type]  # shapes of the kind's lengths, which their type does not say
         tuple(layer.stride),
         resolved_padding(layer),
         tuple(layer.dilation),
