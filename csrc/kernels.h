@@ -1,8 +1,10 @@
 // Every native entry point of slimkernels and its preconditions.
 //
-// The caller (slimkernels/kernels/cpu/conv2d.py for the CPU, kernels/cuda.py and cuda_tensor_cores.py for CUDA) has checked device, dtype,
-// strides, bounds and what index tensors hold; bindings.cpp has checked the ranges of all numbers; nothing behind them checks again. Entry
-// points return 0 on success and one of the SLIM_ERROR codes otherwise.
+// The caller (slimkernels/kernels/cpu/conv2d.py for the CPU, kernels/cuda.py and cuda_tensor_cores.py for CUDA) has
+// checked device, dtype, strides, bounds and what index tensors hold; bindings/ has checked the ranges of all
+// numbers; nothing behind them checks again. Entry points return 0 on success and one of the SLIM_ERROR codes
+// otherwise.
+//
 // C types only: this header is included by translation units built for different instruction sets.
 #pragma once
 #include <stdint.h>
@@ -23,38 +25,42 @@ enum { SLIM_OK = 0, SLIM_ERROR_NO_MEMORY = 1, SLIM_ERROR_UNSUPPORTED = 2, SLIM_E
 // ---------------------------------------------------------------- CPU
 
 // Block-sparse 2-D convolution, fp32, channels-last:
-//   y[n,p,q,o] = epilogue(bias[o] + sum over stored (tap,c) of weight[o,tap,c] * x[n, p*stride_h - pad_h + r*dil_h, ..., c])
+//   y[n,p,q,o] = epilogue(bias[o] + sum over stored (tap,c) of weight[o,tap,c] * x[n, iy, ix, c])
+//   where tap = i*s + j reads the pixel iy = p*stride_h - pad_h + i*dil_h, ix = q*stride_w - pad_w + j*dil_w
 //
-// The weight is a *strip pack*: output channels are cut into ceil(c_out / strip) strips of `strip` channels (8, 16, 24 or 32; images
-// innermost also 1, 2 or 4). For strip i and tap t the entries tap_ptr[i*taps + t] .. tap_ptr[i*taps + t + 1] each hold an input channel
-// and `strip` weights (zero where the pattern stores nothing or the channel lies beyond c_out). taps = r*s, tap = row*s + column.
-// Entries of one (strip, tap) are sorted by channel.
+// The weight is a *strip pack*: output channels are cut into ceil(c_out / strip) strips of `strip` channels (8, 16, 24
+// or 32; images innermost also 1, 2 or 4). For strip i and tap t the entries tap_ptr[i*taps + t] .. tap_ptr[i*taps + t
+// + 1] each hold an input channel and `strip` weights (zero where the pattern stores nothing or the channel lies beyond
+// c_out). taps = r*s, tap = row*s + column. Entries of one (strip, tap) are sorted by channel.
 //
-// Activations lie channels last (lanes = 1) or images innermost (lanes = the instruction set's vector: 4 scalar, 8 avx2, 16 avx512):
-// (ceil(n/lanes), h, w, c, lanes), lanes beyond n holding anything finite.
+// Activations lie channels last (lanes = 1) or images innermost (lanes = the instruction set's vector: 4 scalar, 8
+// avx2, 16 avx512): (ceil(n/lanes), h, w, c, lanes), lanes beyond n holding anything finite.
 //
-// Preconditions: x is (n,h,w,c_in), y is (n,p,q,c_out), or (n,p/2,q/2,c_out) with pool, both contiguous in that order and not overlapping;
-// n,p,q,c_out >= 1; every channel in [0, c_in); tap_ptr non-decreasing from 0; h*w*c_in*lanes, p*q*c_out*lanes, the entry count and
-// (max(dil_h*(r-1), pad_h)*w + max(dil_w*(s-1), pad_w, stride_w) + 1)*c_in*lanes below 2^31; r <= 64 unless lanes = 1. offsets, where given, is what slim_entry_offsets writes: of every entry the elements of x between a pixel's
-// tap (0, 0) and the entry, and behind them SLIM_OFFSETS_MARGIN numbers that are read ahead. A linear layer is h = w = r = s = 1.
+// Preconditions: x is (n,h,w,c_in), y is (n,p,q,c_out), or (n,p/2,q/2,c_out) with pool, both contiguous in that order
+// and not overlapping; n,p,q,c_out >= 1; every channel in [0, c_in); tap_ptr non-decreasing from 0; h*w*c_in*lanes,
+// p*q*c_out*lanes, the entry count and (max(dil_h*(r-1), pad_h)*w + max(dil_w*(s-1), pad_w, stride_w) + 1)*c_in*lanes
+// below 2^31; r <= 64 unless lanes = 1. A linear layer is h = w = r = s = 1.
+//
+// offsets, where given, is what slim_entry_offsets writes: of every entry the elements of x between a pixel's tap
+// (0, 0) and the entry, and behind them SLIM_OFFSETS_MARGIN numbers that are read ahead.
 typedef struct SlimConv2dF32 {
   const float* x;
   float* y;
-  const float* bias;         // c_out values, or NULL
-  const float* weights;      // (entries, strip)
-  const int32_t* channels;   // (entries)
-  const int32_t* tap_ptr;    // (ceil(c_out/strip) * r*s + 1)
-  const int32_t* offsets;    // (entries + SLIM_OFFSETS_MARGIN), or NULL: computed in the call
+  const float* bias;        // c_out values, or NULL
+  const float* weights;     // (entries, strip)
+  const int32_t* channels;  // (entries)
+  const int32_t* tap_ptr;   // (ceil(c_out/strip) * r*s + 1)
+  const int32_t* offsets;   // (entries + SLIM_OFFSETS_MARGIN), or NULL: computed in the call
   int64_t n, h, w, c_in, c_out, p, q;
   int32_t r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w;
-  int32_t strip;             // 8, 16, 24 or 32; images innermost also 1, 2 or 4
-  int32_t relu;              // 0 or 1: y = max(y, 0), NaN kept
-  int32_t pool;              // 0 or 1: 2x2 stride-2 max-pool (floor) after the ReLU, NaN kept
-  int32_t lanes;             // 1, or the vector of the instruction set
+  int32_t strip;  // 8, 16, 24 or 32; images innermost also 1, 2 or 4
+  int32_t relu;   // 0 or 1: y = max(y, 0), NaN kept
+  int32_t pool;   // 0 or 1: 2x2 stride-2 max-pool (floor) after the ReLU, NaN kept
+  int32_t lanes;  // 1, or the vector of the instruction set
 } SlimConv2dF32;
 
-// One step of a recorded network. A layout step copies x, channels last (n,h,w,c_in), into y, images innermost, or the other way round,
-// and reads of `conv` just x, y, n, h, w, c_in and lanes.
+// One step of a recorded network. A layout step copies x, channels last (n,h,w,c_in), into y, images innermost, or the
+// other way round, and reads of `conv` just x, y, n, h, w, c_in and lanes.
 enum { SLIM_STEP_CONV2D = 0, SLIM_STEP_TO_IMAGES = 1, SLIM_STEP_FROM_IMAGES = 2 };
 typedef struct SlimStepF32 {
   int32_t kind;
@@ -62,43 +68,53 @@ typedef struct SlimStepF32 {
   SlimConv2dF32 conv;
 } SlimStepF32;
 
-// Runs the steps with one team of threads (>= 1; with 1 no parallel region is entered), one after the other; only that steps with a slot
-// that follow each other in the list wait for those of their own slot alone, and must touch nothing that another slot writes.
+// Runs the steps one after the other with one team of threads (>= 1; with 1 no parallel region is entered). Steps with
+// a slot that follow each other in the list may run at the same time: each waits only for the steps of its own slot,
+// and must touch nothing that another slot writes.
 SLIM_HIDDEN int slim_run_steps_f32_scalar(const SlimStepF32* steps, int64_t count, int32_t threads);
 SLIM_HIDDEN int slim_run_steps_f32_avx2(const SlimStepF32* steps, int64_t count, int32_t threads);
 SLIM_HIDDEN int slim_run_steps_f32_avx512(const SlimStepF32* steps, int64_t count, int32_t threads);
 
-// The same for tests: in front of its part of a step each thread sleeps for up to 300 microseconds, which follow from the seed (not 0),
-// the step and the thread. Steps that must not run at the same time then do, wherever nothing keeps them apart.
-SLIM_HIDDEN int slim_run_delayed_steps_f32_scalar(const SlimStepF32* steps, int64_t count, int32_t threads, uint32_t seed);
-SLIM_HIDDEN int slim_run_delayed_steps_f32_avx2(const SlimStepF32* steps, int64_t count, int32_t threads, uint32_t seed);
-SLIM_HIDDEN int slim_run_delayed_steps_f32_avx512(const SlimStepF32* steps, int64_t count, int32_t threads, uint32_t seed);
+// The same for tests: in front of its part of a step each thread sleeps for up to 300 microseconds, which follow from
+// the seed (not 0), the step and the thread. Steps that must not run at the same time then do, wherever nothing keeps
+// them apart.
+SLIM_HIDDEN int slim_run_delayed_steps_f32_scalar(const SlimStepF32* steps, int64_t count, int32_t threads,
+                                                  uint32_t seed);
+SLIM_HIDDEN int slim_run_delayed_steps_f32_avx2(const SlimStepF32* steps, int64_t count, int32_t threads,
+                                                uint32_t seed);
+SLIM_HIDDEN int slim_run_delayed_steps_f32_avx512(const SlimStepF32* steps, int64_t count, int32_t threads,
+                                                  uint32_t seed);
 
 // The offsets of a convolution's entries, for its w, c_in, dilation and lanes; of `a`, x, y and bias are not read.
 SLIM_HIDDEN void slim_entry_offsets(const SlimConv2dF32* a, int32_t* offsets);
 
-// The multiply-add ceiling: runs that many rounds of independent multiply-adds and returns the FLOPs done; the caller times it.
+// The multiply-add ceiling: runs that many rounds of independent multiply-adds and returns the FLOPs done; the caller
+// times it.
 SLIM_HIDDEN double slim_multiply_adds_f32_scalar(int64_t iterations, int32_t threads);
 SLIM_HIDDEN double slim_multiply_adds_f32_avx2(int64_t iterations, int32_t threads);
 SLIM_HIDDEN double slim_multiply_adds_f32_avx512(int64_t iterations, int32_t threads);
 
-// _C.conv2d_f32(isa, x, y, bias, weights, channels, tap_ptr, offsets, n, h, w, c_in, c_out, p, q, r, s, stride_h, stride_w, pad_h, pad_w,
-//               dil_h, dil_w, strip, relu, pool, lanes, threads): the members above in order; pointers as integers, 0 for NULL.
+// In Python, with the members of SlimConv2dF32 in order, pointers as integers, 0 for NULL:
+// _C.conv2d_f32(isa, x, y, bias, weights, channels, tap_ptr, offsets, n, h, w, c_in, c_out, p, q, r, s,
+//               stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, strip, relu, pool, lanes, threads).
 // _C.Steps(isa, [(kind, slot, members in order), ...]).run(threads) or, in tests, .run_delayed(threads, seed);
 // _C.entry_offsets(members in order, offsets, their number).
 
 // ---------------------------------------------------------------- CUDA
 
-// Every entry launches on `stream` (a cudaStream_t) of `device` and returns without waiting; the calling thread's current device is
-// restored. Sums are fp32 whatever the dtype. Offsets are 64-bit. SLIM_ERROR_UNSUPPORTED: more tiles than a grid holds.
+// Every entry launches on `stream` (a cudaStream_t) of `device` and returns without waiting; the calling thread's
+// current device is restored. Sums are fp32 whatever the dtype. Offsets are 64-bit. SLIM_ERROR_UNSUPPORTED: more tiles
+// than a grid holds.
 
 enum { SLIM_DTYPE_F32 = 0, SLIM_DTYPE_F16 = 1, SLIM_DTYPE_BF16 = 2 };
 
 // Block-sparse 2-D convolution, channels-last, directly on the BSR weight (slimkernels.formats.BSRWeight):
-//   y[n,p,q,o] = epilogue(bias[o] + sum over stored (tap,c) of weight[o,tap,c] * x[n, p*stride_h - pad_h + r*dil_h, ..., c])
-// Preconditions: x is (n,h,w,c_in), y is (n,p,q,c_out), values is (nnz_blocks,block_out,block_in), all contiguous in that order and of
-// `dtype`; crow_indices is (ceil(c_out/block_out) + 1), col_indices is (nnz_blocks), every column in [0, r*s*ceil(c_in/block_in));
-// n,p,q,c_out >= 1; r*s*c_in rounded up to blocks below 2^31. A linear layer is h = w = r = s = 1.
+//   y[n,p,q,o] = epilogue(bias[o] + sum over stored (tap,c) of weight[o,tap,c] * x[n, iy, ix, c])
+//   where tap = i*s + j reads the pixel iy = p*stride_h - pad_h + i*dil_h, ix = q*stride_w - pad_w + j*dil_w
+// Preconditions: x is (n,h,w,c_in), y is (n,p,q,c_out), values is (nnz_blocks,block_out,block_in), all contiguous in
+// that order and of `dtype`; crow_indices is (ceil(c_out/block_out) + 1), col_indices is (nnz_blocks), every column in
+// [0, r*s*ceil(c_in/block_in)); n,p,q,c_out >= 1; r*s*c_in rounded up to blocks below 2^31.
+// A linear layer is h = w = r = s = 1.
 typedef struct SlimCudaBsrConv2d {
   const void* x;
   void* y;
@@ -115,14 +131,17 @@ typedef struct SlimCudaBsrConv2d {
   void* stream;
 } SlimCudaBsrConv2d;
 
-// The same convolution on tensor cores, bf16 or fp16, from weights packed for it (slimkernels/kernels/resident_plan.py):
-//   group_start: (columns, ceil(c_in/16) + 1), a column being 64 or 128 output channels (by `variant`): the first step of each group of 16
-//                input channels, rising through all columns; the last entry of a column is the first of the next
+// The same convolution on tensor cores, bf16 or fp16, from weights packed for it
+// (slimkernels/kernels/resident_plan.py):
+//   group_start: (columns, ceil(c_in/16) + 1), a column being 64 or 128 output channels (by `variant`): the first
+//                step of each group of 16 input channels, rising through all columns; the last entry of a column is
+//                the first of the next
 //   taps:        (steps) tap << 16 | group, in that order
 //   weights:     (steps + 1, column * 16) in the order in which lanes hold them, the last step zero
-// The rest is the plan of a tile: tile_images x tile_rows x tile_cols output pixels, even numbers of rows and columns, at most as many as the
-// variant has. Its input lies in shared memory as a patch of places: a pixel's right neighbour one place on, the one below patch_row, the
-// next image patch_image; of each image load_rows x load_cols places from (load_top, load_left) are read from x, the others are zero.
+// The rest is the plan of a tile: tile_images x tile_rows x tile_cols output pixels, even numbers of rows and columns,
+// at most as many as the variant has. Its input lies in shared memory as a patch of places: a pixel's right neighbour
+// one place on, the one below patch_row, the next image patch_image; of each image load_rows x load_cols places from
+// (load_top, load_left) are read from x, the others are zero.
 typedef struct SlimCudaResidentConv2d {
   const void* x;
   void* y;
@@ -134,20 +153,22 @@ typedef struct SlimCudaResidentConv2d {
   int32_t r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w;
   int32_t relu, pool;  // 0 or 1: y = max(y, 0); 2x2 stride-2 max-pool after it; both keep NaN
   int32_t tile_images, tile_rows, tile_cols, patch_row, patch_image, patch, load_top, load_left, load_rows, load_cols;
-  int32_t slab;     // input channels in a stage of the ring: 16, 32, 64 or 128
-  int32_t stages;   // 2 to 8
-  int32_t steps;    // the most steps that one thread block has
+  int32_t slab;    // input channels in a stage of the ring: 16, 32, 64 or 128
+  int32_t stages;  // 2 to 8
+  int32_t steps;   // the most steps that one thread block has
   int32_t variant, blocks;
-  int32_t overlap;  // 0 or 1: it may begin before the kernel in front of it has ended; that one wrote neither weights nor indices
+  // 0 or 1: it may begin before the kernel in front of it has ended; that one wrote neither weights nor indices.
+  int32_t overlap;
   int32_t dtype;
   int32_t device;
   void* stream;
 } SlimCudaResidentConv2d;
 
-// The first two convolutions of a network in one kernel: a dense 3x3 one (stride 1, padding 1) of images (n,h,w,3) to 64 channels with ReLU,
-// and the block-sparse one of those to at most 64 channels, planned and packed as above with whole rows and one image in a tile, a column of
-// 64 channels and one slab.
-//   first_weights: (2, 4, 32, 8) as lanes hold the 64 x 32 matrix of 30 products a channel, row by row of taps: nine and a zero
+// The first two convolutions of a network in one kernel: a dense 3x3 one (stride 1, padding 1) of images (n,h,w,3) to
+// 64 channels with ReLU, and the block-sparse one of those to at most 64 channels, planned and packed as above with
+// whole rows and one image in a tile, a column of 64 channels and one slab.
+//   first_weights: (2, 4, 32, 8) as lanes hold the 64 x 32 matrix of 30 products a channel, row by row of taps:
+//                  nine and a zero
 // Preconditions: w even; tile_images 1, load_cols w; (load_rows + 2) * 3 w / 2 at most 1024.
 typedef struct SlimCudaStemConv2d {
   const void* x;
@@ -163,15 +184,16 @@ typedef struct SlimCudaStemConv2d {
   int32_t tile_images, tile_rows, tile_cols, patch_row, patch_image, patch, load_top, load_left, load_rows, load_cols;
   int32_t steps;
   int32_t variant, blocks;
-  int32_t overlap;  // 0 or 1: it may begin before the kernel in front of it has ended; that one wrote neither weights nor indices
+  // 0 or 1: it may begin before the kernel in front of it has ended; that one wrote neither weights nor indices.
+  int32_t overlap;
   int32_t dtype;
   int32_t device;
   void* stream;
 } SlimCudaStemConv2d;
 
 // Fused low-rank linear layer: y = epilogue((x V^T) U^T + bias), the (m, rank) product held in shared memory as fp32.
-// Preconditions: x is (m,in), v is (rank,in), u is (out,rank), y is (m,out), all contiguous and of `dtype`; m,in,out >= 1;
-// 1 <= rank <= SLIM_CUDA_MAX_FUSED_RANK.
+// Preconditions: x is (m,in), v is (rank,in), u is (out,rank), y is (m,out), all contiguous and of `dtype`;
+// m,in,out >= 1; 1 <= rank <= SLIM_CUDA_MAX_FUSED_RANK.
 typedef struct SlimCudaLowRankLinear {
   const void* x;
   void* y;
@@ -185,8 +207,8 @@ typedef struct SlimCudaLowRankLinear {
   void* stream;
 } SlimCudaLowRankLinear;
 
-// (32 + 1) fp32 rows of this length and the staging tiles fill 97 000 of the 101 376 bytes of shared memory that every GPU
-// from sm_80 on offers to one block.
+// (32 + 1) fp32 rows of this length and the staging tiles fill 97 000 of the 101 376 bytes of shared memory that every
+// GPU from sm_80 on offers to one block.
 enum { SLIM_CUDA_MAX_FUSED_RANK = 640 };
 
 SLIM_HIDDEN int slim_cuda_bsr_conv2d(const SlimCudaBsrConv2d* a);
@@ -201,8 +223,8 @@ SLIM_HIDDEN const char* slim_cuda_error_message(void);
 // CUDART_VERSION of this build, 13000 for CUDA 13.0.
 SLIM_HIDDEN int slim_cuda_version(void);
 
-// _C.cuda_bsr_conv2d(x, y, bias, ..., stream), _C.cuda_resident_conv2d, _C.cuda_stem_conv2d, _C.cuda_low_rank_linear(x, y, ..., stream): the
-// members above in order.
+// In Python, with the members of their structs in order: _C.cuda_bsr_conv2d(x, y, bias, ..., stream),
+// _C.cuda_resident_conv2d, _C.cuda_stem_conv2d, _C.cuda_low_rank_linear(x, y, ..., stream).
 
 #ifdef __cplusplus
 }

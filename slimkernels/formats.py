@@ -31,7 +31,7 @@ def weight_shape_4d(weight_shape: Sequence[int]) -> tuple[int, int, int, int]:
             f"BSRWeight: expected weight_shape (out, in) or (C_out, C_in, R, S) of positive sizes, "
             f"got {tuple(weight_shape)}"
         )
-    return shape  # type: ignore[return-value]
+    return shape  # type: ignore[return-value]  # tuples have the right length, which their types do not say
 
 
 def block_shape_2d(block_shape: Sequence[int]) -> tuple[int, int]:
@@ -41,7 +41,7 @@ def block_shape_2d(block_shape: Sequence[int]) -> tuple[int, int]:
         raise ValueError(
             f"BSRWeight: expected block_shape (block_out, block_in) of positive sizes, got {tuple(block_shape)}"
         )
-    return shape  # type: ignore[return-value]
+    return shape  # type: ignore[return-value]  # tuples have the right length, which their types do not say
 
 
 def block_grid(weight_shape: Sequence[int], block_shape: Sequence[int]) -> tuple[int, int]:

@@ -173,6 +173,7 @@ def _in_format(model: nn.Module, x: Tensor, memory_format: torch.memory_format) 
     """A copy of the model in eval mode, and the input, both in ``memory_format`` where they have four dimensions."""
     import copy
 
+    # For mypy: torch's overloads of `to` leave out memory_format alone.
     copied = copy.deepcopy(model).eval().to(memory_format=memory_format)  # type: ignore[call-overload]
     return copied, x.contiguous(memory_format=memory_format) if x.dim() == 4 else x
 

@@ -102,7 +102,9 @@ def standard_families(
 
     Args:
         device: ``cpu`` (float32) or ``cuda`` (bfloat16).
-        batches, block_shapes, sparsities: by default those of the device.
+        batches: by default those of the device.
+        block_shapes: by default those of the device.
+        sparsities: by default those of the device.
         ops: by default all four.
 
     Raises:

@@ -61,17 +61,26 @@ class Emulator(SimpleNamespace):
         return bytes(self.library.error_message()).decode()
 
 
+def write_headers(folder: Path) -> None:
+    """CUDA's headers and those of csrc/cuda as the emulation takes them, but for those that the folder has already."""
+    for header in ("cuda_runtime.h", "cuda_fp16.h", "cuda_bf16.h"):
+        (folder / header).write_text('#include "cuda_on_cpu.h"\n')
+    for path in sorted((ROOT / "csrc" / "cuda").glob("*.cuh")):
+        if not (folder / path.name).exists():
+            emulated = path.name == "tensor_cores.cuh"
+            (folder / path.name).write_text('#include "tensor_cores_on_cpu.h"\n' if emulated else path.read_text())
+
+
+def include_flags(folder: Path) -> list[str | Path]:
+    return ["-I", folder, "-I", ROOT / "csrc" / "tests", "-I", ROOT / "csrc", "-I", ROOT / "csrc" / "cuda"]
+
+
 def emulate(folder: Path) -> Emulator:
     """csrc/cuda compiled for the CPU; a header in ``folder`` goes before that of csrc/cuda or csrc/tests."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("the emulation needs g++")
-    for header in ("cuda_runtime.h", "cuda_fp16.h", "cuda_bf16.h"):
-        (folder / header).write_text('#include "cuda_on_cpu.h"\n')
-    for header in sorted((ROOT / "csrc" / "cuda").glob("*.cuh")):
-        if not (folder / header.name).exists():
-            emulated = header.name == "tensor_cores.cuh"
-            (folder / header.name).write_text('#include "tensor_cores_on_cpu.h"\n' if emulated else header.read_text())
+    write_headers(folder)
     sources = []
     for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
         text, launches = LAUNCH.subn(r"emulate([=] { \1(\3); }, \2);", path.read_text())
@@ -95,9 +104,8 @@ def emulate(folder: Path) -> Emulator:
         "int get_current_device() { return emulated::current_device; }\n}\n"
     )
     library = folder / "libcuda_on_cpu.so"
-    include = ["-I", folder, "-I", ROOT / "csrc" / "tests", "-I", ROOT / "csrc", "-I", ROOT / "csrc" / "cuda"]
     flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-w"]
-    command = [compiler, *flags, *include, *sources, state, "-o", library]
+    command = [compiler, *flags, *include_flags(folder), *sources, state, "-o", library]
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return Emulator(ctypes.CDLL(str(library)))

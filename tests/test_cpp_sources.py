@@ -7,9 +7,11 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import cuda_emulation
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,6 +70,29 @@ def test_every_header_compiles_alone(compiler: list[str], tmp_path: Path):
     assert [text for text in faults if text is not None] == []
 
 
+def test_headers_of_the_bindings_compile_alone(compiler: list[str], tmp_path: Path):
+    """With Python's and pybind11's headers, as setup.py compiles csrc/bindings.cpp."""
+    pybind11 = pytest.importorskip("pybind11")
+    headers = sorted((CSRC / "bindings").glob("*.h"))
+    assert len(headers) >= 3
+    include = ["-I", CSRC, "-isystem", pybind11.get_include(), "-isystem", sysconfig.get_paths()["include"]]
+    source = tmp_path / "alone.cpp"
+    for header in headers:
+        source.write_text(f'#include "{header}"\n#include "{header}"\n')
+        output(*compiler, *setup.COMMON, *include, "-Werror", "-fsyntax-only", source)
+
+
+def test_cuda_headers_compile_alone(compiler: list[str], tmp_path: Path):
+    """As the emulation compiles them, whose headers stand for CUDA's."""
+    cuda_emulation.write_headers(tmp_path)
+    headers = sorted(path.name for path in (CSRC / "cuda").glob("*.cuh"))
+    assert len(headers) >= 5
+    source = tmp_path / "alone.cpp"
+    for header in headers:
+        source.write_text(f'#include "{header}"\n#include "{header}"\n')
+        output(*compiler, "-std=c++17", "-w", "-fsyntax-only", *cuda_emulation.include_flags(tmp_path), source)
+
+
 def test_kernels_header_is_c(compiler: list[str], tmp_path: Path):
     (tmp_path / "user.c").write_text(f'#include "{CSRC / "kernels.h"}"\n')
     flags = ["-x", "c", "-std=c11", "-Wall", "-Wextra", "-Werror", "-fsyntax-only"]
@@ -96,19 +121,18 @@ def sources() -> list[Path]:
 
 
 def test_sources_are_formatted():
-    """All of csrc/ but what .clang-format-ignore names."""
+    """All of csrc/."""
     output(clang_format(), "--dry-run", "--Werror", *sources())
 
 
 def test_formatting_is_checked(tmp_path: Path):
-    """A space too many in a source is an error: the ignored paths are not all paths."""
+    """A space too many in a source is an error."""
     tool = clang_format()
-    for name in (".clang-format", ".clang-format-ignore"):
-        shutil.copy(ROOT / name, tmp_path / name)
+    shutil.copy(ROOT / ".clang-format", tmp_path / ".clang-format")
     copy = tmp_path / "csrc" / "cpu" / "plan.h"
     copy.parent.mkdir(parents=True)
     copy.write_text((CSRC / "cpu" / "plan.h").read_text().replace("int64_t ", "int64_t  ", 1))
-    done = subprocess.run([tool, "--dry-run", "--Werror", copy], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run([tool, "--dry-run", "--Werror", copy], capture_output=True, text=True)
     assert done.returncode == 1 and "clang-format-violations" in done.stderr, done.stderr
 
 

@@ -162,7 +162,7 @@ def test_sdist_holds_sources_and_no_products(sdist: Path):
         "slimkernels/py.typed",
     ):
         assert needed in names
-    for folder in ("csrc/cpu", "csrc/cuda", "slimkernels", "tests"):
+    for folder in ("csrc/cpu", "csrc/cuda", "csrc/bindings", "slimkernels", "tests"):
         files = {
             p.relative_to(ROOT).as_posix() for p in (ROOT / folder).glob("*.*") if p.suffix not in (".so", ".json")
         }

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from training_runs import killed_run, loader, net, samples
 
 from slimkernels.compress.distillation.distill import distill
 from slimkernels.compress.distillation.terms import Hint
@@ -29,33 +30,6 @@ from slimkernels.compress.training.train import evaluate, fine_tune
 from slimkernels.data import TensorLoader, digits_loaders
 from slimkernels.files import seal
 from slimkernels.models import vgg_digits
-
-
-def samples(n: int = 96, classes: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(5)
-    labels = torch.randint(classes, (n,), generator=generator)
-    images = torch.randn(n, 1, 4, 4, generator=generator)
-    images[torch.arange(n), 0, labels] += 2.0  # the class lights up one row
-    return images, labels
-
-
-def loader(batch_size: int = 16, **kwargs) -> TensorLoader:
-    return TensorLoader(*samples(), batch_size=batch_size, shuffle=True, **kwargs)
-
-
-def net(seed: int = 0) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return nn.Sequential(
-            nn.Conv2d(1, 32, 3, padding=1),
-            nn.BatchNorm2d(32),
-            nn.ReLU(),
-            nn.Conv2d(32, 32, 3, padding=1),
-            nn.ReLU(),
-            nn.Dropout(0.3),
-            nn.Flatten(),
-            nn.Linear(512, 3),
-        )
 
 
 def same(a: nn.Module, b: nn.Module) -> bool:
@@ -141,30 +115,12 @@ def test_shuffling_dataloader_resumes_bitwise(tmp_path):
         assert same(whole, resumed)
 
 
-class Slow(Callback):
-    """Time for a signal to arrive between two epochs."""
-
-    def on_step_begin(self, step, total_steps, model):
-        time.sleep(0.03)
-
-
-def killed_run(path: str, callbacks: list[Callback], resume: bool = False) -> nn.Module:
-    """A run with everything that has state: pruning by movement, an average, accumulation, a schedule with warm-up."""
-    model = net(seed=int(resume))
-    fine_tune(
-        model, loader(crop_padding=1), epochs=6, ema_decay=0.9, accumulate=2, schedule="cosine", warmup_epochs=1,
-        clip_norm=1.0, deterministic=True, progress=False, checkpoint=path, resume=resume,
-        callbacks=[*callbacks, GradualPruning(0.75, (16, 1), times=6, importance="movement")],
-    )  # fmt: skip
-    return model
-
-
 KILLED = """
     import sys, time
     sys.path.insert(0, {tests!r})
     import torch
     torch.set_num_threads(1)
-    from test_train import Slow, killed_run
+    from training_runs import Slow, killed_run
     killed_run({path!r}, [Slow()])
 """
 

@@ -5,39 +5,22 @@ Compiling happens in a process of its own (triton_compile_check.py): a process w
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import triton_processes
+from triton_processes import REGISTER_FILE, SHARED_LIMIT, TENSOR_CORE
 
 pytest.importorskip("triton")
-CHECK = Path(__file__).with_name("triton_compile_check.py")
-ONES = Path(__file__).with_name("triton_ones_check.py")
-# What a block may use: A100, H100/H200, B200.
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-TENSOR_CORE = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
-REGISTER_FILE = 64 * 1024
-
+CHECK = "triton_compile_check.py"
+ONES = "triton_ones_check.py"
 Row = dict[str, Any]
-
-
-def printed(script: Path, cache: Path, *flags: str) -> dict[str, Any]:
-    """The JSON that a script prints which compiles kernels, with an empty cache."""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(CHECK.parent.parent)}
-    command = [sys.executable, "-W", "ignore", str(script), *flags]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-8000:]
-    return json.loads(done.stdout)
 
 
 def compiled(cache: Path, *flags: str) -> list[Row]:
     """Rows of triton_compile_check.py, compiled afresh."""
-    return printed(CHECK, cache, "--json", *flags)["rows"]
+    return triton_processes.printed(CHECK, cache, "--json", *flags)["rows"]
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +97,7 @@ def test_tall_blocks_keep_their_pipeline(quick: list[Row]) -> None:
 
 
 def test_every_integer_argument_may_be_one(tmp_path: Path) -> None:
-    found = printed(ONES, tmp_path)
+    found = triton_processes.printed(ONES, tmp_path)
     kernels, rows = found["kernels"], found["rows"]
     assert len(kernels) >= 8 and {kernel for kernel, _, _ in rows} == set(kernels)
     assert {len(ones) > 1 for _, ones, _ in rows} == {True, False} and len(rows) > 200

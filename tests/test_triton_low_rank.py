@@ -6,10 +6,6 @@ one by one: `TRITON_INTERPRET=1 pytest tests/triton_low_rank_interpret_cases.py`
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +14,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from test_triton_compile import REGISTER_FILE, SHARED_LIMIT, TENSOR_CORE
-from test_triton_interpret import passed
+import triton_processes
+from triton_processes import REGISTER_FILE, SHARED_LIMIT, TENSOR_CORE
 
 from slimkernels.dispatch import gpu_dense_cost
 from slimkernels.dispatch.gpu_rates import H200
@@ -28,38 +24,24 @@ from slimkernels.kernels import KERNELS
 from slimkernels.kernels.problems import LowRankConvProblem, LowRankLinearProblem
 from slimkernels.kernels.triton.low_rank_linear import RANK_TILE, default_config, device_configs
 
-CASES = Path(__file__).with_name("triton_low_rank_interpret_cases.py")
-CHECK = Path(__file__).with_name("triton_low_rank_compile_check.py")
+CASES = "triton_low_rank_interpret_cases.py"
+CHECK = "triton_low_rank_compile_check.py"
 
 
-def run_cases(marker: str) -> int:
-    """Runs the interpreter's cases with a marker expression; returns how many passed."""
-    command = [sys.executable, "-m", "pytest", str(CASES), "-q", "-m", marker, "-p", "no:cacheprovider", "--tb=short"]
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, cwd=CASES.parent.parent, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-8000:]
-    summary = done.stdout.strip().splitlines()[-1]
-    assert "skipped" not in summary and "xfailed" not in summary, summary
-    return passed(summary)
-
-
-def test_interpreter() -> None:
-    assert run_cases("not slow") > 45
+@pytest.mark.parametrize("name", triton_processes.names(CASES))
+def test_interpreter(name: str) -> None:
+    triton_processes.check(CASES, name)
 
 
 @pytest.mark.slow
-def test_interpreter_every_case() -> None:
-    assert run_cases("slow") > 20
+@pytest.mark.parametrize("name", triton_processes.names(CASES, slow=True))
+def test_interpreter_every_case(name: str) -> None:
+    triton_processes.check(CASES, name, slow=True)
 
 
 def compiled(cache: Path, *flags: str) -> list[dict[str, Any]]:
     """Rows of triton_low_rank_compile_check.py, compiled afresh."""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(CHECK.parent.parent)}
-    command = [sys.executable, "-W", "ignore", str(CHECK), "--json", *flags]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-8000:]
-    return json.loads(done.stdout)["rows"]
+    return triton_processes.printed(CHECK, cache, "--json", *flags)["rows"]
 
 
 def check_resources(row: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ import json
 import pkgutil
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from os import cpu_count
 from typing import Any
@@ -30,7 +31,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 import slimkernels.kernels.triton as package
-from slimkernels.kernels.triton import bsr_conv2d_split
+from slimkernels.kernels.triton import bsr_conv2d_split, sums
 
 # Together they take both sides of every compile-time branch that changes which integer arguments are read.
 TARGETS = [
@@ -70,12 +71,32 @@ class Translation(ASTSource):
         raise Translated
 
 
+_SMALL = {"num_warps": 4, "num_stages": 2}
+
+
 def reduction(pool: bool) -> None:
     """Compiles the kernel that adds the parts of a split convolution."""
-    constants = {"HAS_BIAS": True, "RELU": True, "POOL": pool, "BLOCK_M": 16, "BLOCK_N": 128}
+    constants = {"HAS_BIAS": True, "RELU": True, "POOL": pool, "OVERLAP": False, "BLOCK_M": 16, "BLOCK_N": 128}
     pointers = {"partial_ptr": "*fp32", "bias_ptr": "*bf16", "y_ptr": "*bf16"}
-    config = {"num_warps": 4, "num_stages": 2}
-    forward.compile_kernel(bsr_conv2d_split.bsr_conv2d_reduce_kernel, constants, pointers, pointers, config, 90)
+    forward.compile_kernel(bsr_conv2d_split.bsr_conv2d_reduce_kernel, constants, pointers, pointers, _SMALL, 90)
+
+
+def partials(has_spare: bool) -> None:
+    """Compiles the kernel that adds partial gradients."""
+    constants = {"HAS_SPARE": has_spare, "BLOCK_M": 16, "BLOCK_N": 128}
+    pointers = {"partial_ptr": "*fp32", "crow_ptr": "*i32", "out_ptr": "*bf16"}
+    forward.compile_kernel(sums.add_partials_kernel, constants, pointers, pointers, _SMALL, 90)
+
+
+def channel_sums(index_64: bool) -> None:
+    """Compiles the kernel that sums a gradient over its pixels."""
+    constants = {"INDEX_64": index_64, "BLOCK_M": 16, "BLOCK_N": 128}
+    pointers = {"grad_ptr": "*bf16", "partial_ptr": "*fp32"}
+    forward.compile_kernel(sums.channel_sums_kernel, constants, pointers, pointers, _SMALL, 90)
+
+
+# Kernels that no compile check has a target for.
+OTHERS = [partial(make, flag) for make in (reduction, partials, channel_sums) for flag in (False, True)]
 
 
 def sources(number: int) -> list[tuple[ASTSource, dict[str, Any]]]:
@@ -90,7 +111,7 @@ def sources(number: int) -> list[tuple[ASTSource, dict[str, Any]]]:
             module, target = TARGETS[number]
             module.compile_target(target)
         else:
-            reduction(pool=number > len(TARGETS))
+            OTHERS[number - len(TARGETS)]()
     return found
 
 
@@ -125,11 +146,12 @@ def errors(number: int) -> Iterator[tuple[str, list[str], str | None]]:
 
 
 def kernels() -> list[str]:
-    """The names of all functions of the package that are launched: they store, where device functions return."""
+    """The names of all kernels of the package: they are named so and take pointers."""
     names = set()
     for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
         found = vars(importlib.import_module(module.name)).values()
-        names |= {value.__name__ for value in found if isinstance(value, JITFunction) and "_kernel" in value.__name__}
+        functions = [value for value in found if isinstance(value, JITFunction) and "_kernel" in value.__name__]
+        names |= {function.__name__ for function in functions if any(n.endswith("_ptr") for n in function.arg_names)}
     return sorted(names)
 
 
@@ -139,5 +161,5 @@ def rows_of(number: int) -> list[tuple[str, list[str], str | None]]:
 
 if __name__ == "__main__":
     with ProcessPoolExecutor(cpu_count(), get_context("spawn")) as pool:
-        rows = [row for found in pool.map(rows_of, range(len(TARGETS) + 2)) for row in found]
+        rows = [row for found in pool.map(rows_of, range(len(TARGETS) + len(OTHERS))) for row in found]
     print(json.dumps({"kernels": kernels(), "rows": rows}))

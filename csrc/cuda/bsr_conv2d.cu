@@ -1,7 +1,8 @@
 // Block-sparse convolution on the BSR weight as stored: a gathered matrix product of
 //   rows:  64 output pixels (n, p, q)
 //   cols:  up to 64 output channels of one block row
-//   depth: the stored columns of that block row, (block, channel inside the block) flattened, so that narrow blocks still fill a stage
+//   depth: the stored columns of that block row, (block, channel inside the block) flattened, so that narrow blocks
+//          still fill a stage
 #include "common.cuh"
 
 namespace slim {
@@ -97,8 +98,8 @@ extern "C" int slim_cuda_bsr_conv2d(const SlimCudaBsrConv2d* a) {
   const slim::DeviceGuard guard(a->device);
   if (guard.error() != cudaSuccess) return slim::status(guard.error());
   switch (a->dtype) {
-    case SLIM_DTYPE_F32: return slim::dispatch<float>(*a);
-    case SLIM_DTYPE_F16: return slim::dispatch<__half>(*a);
+    case SLIM_DTYPE_F32:  return slim::dispatch<float>(*a);
+    case SLIM_DTYPE_F16:  return slim::dispatch<__half>(*a);
     case SLIM_DTYPE_BF16: return slim::dispatch<__nv_bfloat16>(*a);
   }
   return SLIM_ERROR_UNSUPPORTED;

@@ -18,11 +18,17 @@ __device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162f
 template <typename T>
 __device__ __forceinline__ T from_float(float v);
 template <>
-__device__ __forceinline__ float from_float<float>(float v) { return v; }
+__device__ __forceinline__ float from_float<float>(float v) {
+  return v;
+}
 template <>
-__device__ __forceinline__ __half from_float<__half>(float v) { return __float2half_rn(v); }
+__device__ __forceinline__ __half from_float<__half>(float v) {
+  return __float2half_rn(v);
+}
 template <>
-__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float v) { return __float2bfloat16_rn(v); }
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float v) {
+  return __float2bfloat16_rn(v);
+}
 
 // Bias is added, ReLU keeps NaN (a comparison with NaN is false).
 template <typename T>
@@ -31,17 +37,19 @@ __device__ __forceinline__ T epilogue(float sum, const T* bias, int64_t o, bool 
   return from_float<T>(relu && sum < 0.0f ? 0.0f : sum);
 }
 
-// One CTA of 256 threads multiplies a (ROWS x k_end) by a (k_end x COLS) matrix through shared memory, K elements at a time.
-// Thread (ty, tx) = (thread / 16, thread % 16) owns rows ty * ROWS/16 + i and columns tx + 16 j: 16 neighbouring threads store
-// 16 neighbouring outputs. `rows(k)` and `cols(k)` return functions of the row or column giving that element of depth k; a
-// thread asks for one k a stage, so what depends on k alone (the BSR look-up) is computed once for all rows.
+// One CTA of 256 threads multiplies a (ROWS x k_end) by a (k_end x COLS) matrix through shared memory, K elements at a
+// time. Thread (ty, tx) = (thread / 16, thread % 16) owns rows ty * ROWS/16 + i and columns tx + 16 j: 16 neighbouring
+// threads store 16 neighbouring outputs. `rows(k)` and `cols(k)` return functions of the row or column giving that
+// element of depth k; a thread asks for one k a stage, so what depends on k alone (the BSR look-up) is computed once
+// for all rows.
 template <int ROWS, int COLS, int K>
 struct TileProduct {
   static constexpr int THREADS = 256;
   static constexpr int I = ROWS / 16;
   static constexpr int J = COLS / 16;
   static constexpr int STEP = THREADS / K;
-  static_assert(ROWS % 16 == 0 && COLS % 16 == 0 && THREADS % K == 0 && ROWS % STEP == 0 && COLS % STEP == 0, "tile shape");
+  static_assert(ROWS % 16 == 0 && COLS % 16 == 0 && THREADS % K == 0 && ROWS % STEP == 0 && COLS % STEP == 0,
+                "tile shape");
 
   struct Shared {
     float rows[K][ROWS + 1];  // + 1: neighbouring threads write down a column, which would hit one bank
@@ -86,8 +94,8 @@ struct TileProduct {
   }
 };
 
-// Makes `device` current while it lives. This module carries its own CUDA runtime, whose idea of the current device may lag
-// behind torch's.
+// Makes `device` current while it lives. This module carries its own CUDA runtime, whose idea of the current device may
+// lag behind torch's.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
@@ -116,8 +124,8 @@ inline int status(cudaError_t error) {
   return SLIM_ERROR_CUDA;
 }
 
-// Launches kernel(args) with so much dynamic shared memory. With `overlap` it may begin while the kernel in front of it ends, on GPUs that
-// can: it waits for that one by itself.
+// Launches kernel(args) with so much dynamic shared memory. With `overlap` it may begin while the kernel in front of it
+// ends, on GPUs that can: it waits for that one by itself.
 template <typename Kernel, typename Args>
 int launch_kernel(Kernel kernel, const Args& args, int blocks, int threads, int shared_bytes, bool overlap) {
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);

@@ -1,5 +1,5 @@
-// Fused low-rank linear layer: a CTA keeps the (32 x rank) product of its rows with V^T in shared memory and multiplies it by
-// U^T from there, so the intermediate never reaches global memory and one launch does both factors.
+// Fused low-rank linear layer: a CTA keeps the (32 x rank) product of its rows with V^T in shared memory and multiplies
+// it by U^T from there, so the intermediate never reaches global memory and one launch does both factors.
 #include "common.cuh"
 
 namespace slim {
@@ -84,8 +84,8 @@ extern "C" int slim_cuda_low_rank_linear(const SlimCudaLowRankLinear* a) {
   const slim::DeviceGuard guard(a->device);
   if (guard.error() != cudaSuccess) return slim::status(guard.error());
   switch (a->dtype) {
-    case SLIM_DTYPE_F32: return slim::launch<float>(*a);
-    case SLIM_DTYPE_F16: return slim::launch<__half>(*a);
+    case SLIM_DTYPE_F32:  return slim::launch<float>(*a);
+    case SLIM_DTYPE_F16:  return slim::launch<__half>(*a);
     case SLIM_DTYPE_BF16: return slim::launch<__nv_bfloat16>(*a);
   }
   return SLIM_ERROR_UNSUPPORTED;

@@ -12,7 +12,8 @@ using Narrow = TileShape<4, 1, 4, 8, 2, true>;     // 256 pixels x 64 channels
 
 template <typename T, typename Shape>
 int launch(const SlimCudaResidentConv2d& a) {
-  return launch_kernel(resident_conv2d_kernel<T, Shape>, a, a.blocks, Shape::THREADS, resident_layout<Shape>(a).total, a.overlap != 0);
+  return launch_kernel(resident_conv2d_kernel<T, Shape>, a, a.blocks, Shape::THREADS, resident_layout<Shape>(a).total,
+                       a.overlap != 0);
 }
 
 template <typename T>
@@ -32,7 +33,7 @@ extern "C" int slim_cuda_resident_conv2d(const SlimCudaResidentConv2d* a) {
   const slim::DeviceGuard guard(a->device);
   if (guard.error() != cudaSuccess) return slim::status(guard.error());
   switch (a->dtype) {
-    case SLIM_DTYPE_F16: return slim::dispatch<__half>(*a);
+    case SLIM_DTYPE_F16:  return slim::dispatch<__half>(*a);
     case SLIM_DTYPE_BF16: return slim::dispatch<__nv_bfloat16>(*a);
   }
   return SLIM_ERROR_UNSUPPORTED;

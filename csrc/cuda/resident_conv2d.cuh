@@ -1,5 +1,6 @@
-// Block-sparse convolution on tensor cores. A thread block keeps the weights of its output channels in shared memory and walks over tiles of
-// output pixels, whose input streams through a ring of slabs: a few channels of all pixels that a tile reads.
+// Block-sparse convolution on tensor cores. A thread block keeps the weights of its output channels in shared memory
+// and walks over tiles of output pixels, whose input streams through a ring of slabs: a few channels of all pixels that
+// a tile reads.
 #pragma once
 #include "sparse_tile.cuh"
 
@@ -31,8 +32,8 @@ namespace {
 
 constexpr int kBatch = 4;
 
-// Fills the slabs of the ring, `stages - 1` ahead of their use. An entry of its table of pixels: place in a slab in bytes, distance in x from
-// the patch's corner in bytes, row << 16 | column, and image.
+// Fills the slabs of the ring, `stages - 1` ahead of their use. An entry of its table of pixels: place in a slab in
+// bytes, distance in x from the patch's corner in bytes, row << 16 | column, and image.
 template <typename T>
 struct Loader {
   const SlimCudaResidentConv2d& a;
@@ -90,7 +91,8 @@ SLIM_DEVICE void resident_conv2d(const SlimCudaResidentConv2d& a) {
   const int warp_m = warp % Shape::WARPS_M, warp_n = warp / Shape::WARPS_M;
   const uint32_t base = hw::shared_memory();
   const int groups_of_16 = (int(a.c_in) + 15) / 16, slabs = (int(a.c_in) + a.slab - 1) / a.slab;
-  const int columns = (int(a.c_out) + Shape::COLUMN - 1) / Shape::COLUMN, rows = (columns + Shape::WARPS_N - 1) / Shape::WARPS_N;
+  const int columns = (int(a.c_out) + Shape::COLUMN - 1) / Shape::COLUMN;
+  const int rows = (columns + Shape::WARPS_N - 1) / Shape::WARPS_N;
   const int row = int(blockIdx.x) % rows;
   const int first_column = row * Shape::WARPS_N, end_column = min(first_column + Shape::WARPS_N, columns);
   const int32_t first_step = a.group_start[first_column * (groups_of_16 + 1)];
@@ -104,7 +106,8 @@ SLIM_DEVICE void resident_conv2d(const SlimCudaResidentConv2d& a) {
   for (int i = thread; i < Shape::WARPS_N * (slabs + 1); i += Shape::THREADS) {  // each slab's steps
     const int column = first_column + i / (slabs + 1), slab = i % (slabs + 1);
     const int32_t* const start = a.group_start + (column < end_column ? column : 0) * (groups_of_16 + 1);
-    hw::store_shared_32(base + at.starts + i * 4, column < end_column ? start[min(slab * (a.slab / 16), groups_of_16)] - first_step : 0);
+    hw::store_shared_32(base + at.starts + i * 4,
+                        column < end_column ? start[min(slab * (a.slab / 16), groups_of_16)] - first_step : 0);
   }
   write_windows<Shape>(a, base + at.windows);
   write_bias<T, Shape>(base + at.bias, a.bias, first_column * Shape::COLUMN, a.c_out);
@@ -114,10 +117,13 @@ SLIM_DEVICE void resident_conv2d(const SlimCudaResidentConv2d& a) {
     const bool read = image < a.tile_images;  // else an entry that only fills up the table
     const int place = read ? image * a.patch_image + (y + a.load_top) * a.patch_row + x + a.load_left : a.patch;
     const int from = read ? ((image * int(a.h) + y) * int(a.w) + x) * int(a.c_in) * int(sizeof(T)) : 0;
-    hw::store_shared_128(base + at.pixels + i * 16, make_uint4(place * pitch, from, uint32_t(y) << 16 | x, read ? image : kNoImage));
+    hw::store_shared_128(base + at.pixels + i * 16,
+                         make_uint4(place * pitch, from, uint32_t(y) << 16 | x, read ? image : kNoImage));
   }
   // Pixels that no tile reads stay zero.
-  for (int i = thread * 16; i < at.total - at.ring; i += Shape::THREADS * 16) hw::store_shared_128(base + at.ring + i, make_uint4(0, 0, 0, 0));
+  for (int i = thread * 16; i < at.total - at.ring; i += Shape::THREADS * 16) {
+    hw::store_shared_128(base + at.ring + i, make_uint4(0, 0, 0, 0));
+  }
   hw::synchronize();
   // The slabs that hold any step, their number first.
   const auto used = [&](int slab) {
@@ -147,7 +153,9 @@ SLIM_DEVICE void resident_conv2d(const SlimCudaResidentConv2d& a) {
   const int first_tile = group * blocks_of_row + int(blockIdx.x) / rows, tile_step = blocks_of_row * Shape::GROUPS;
   const uint32_t ring = base + at.ring + group * a.stages * at.stage;
   const int chunks = a.slab / 8;
-  Loader<T> loader{a, base + at.pixels + (thread & 127) / chunks * 16, live, ring, at.stage, live_count, live_count ? first_tile : tiles, tile_step, tiles};
+  const uint32_t pixels = base + at.pixels + (thread & 127) / chunks * 16;
+  const int begin = live_count ? first_tile : tiles;  // without any step there is nothing to load
+  Loader<T> loader{a, pixels, live, ring, at.stage, live_count, begin, tile_step, tiles};
   loader.chunk = (thread & 127) % chunks;
   loader.pixel_step = 128 / chunks;
   loader.pixel_count = (a.tile_images * loaded + loader.pixel_step - 1) / loader.pixel_step * loader.pixel_step;
@@ -183,7 +191,8 @@ SLIM_DEVICE void resident_conv2d(const SlimCudaResidentConv2d& a) {
 }
 
 template <typename T, typename Shape>
-__global__ void __launch_bounds__(Shape::THREADS, 1) resident_conv2d_kernel(const __grid_constant__ SlimCudaResidentConv2d a) {
+__global__ void __launch_bounds__(Shape::THREADS, 1)
+    resident_conv2d_kernel(const __grid_constant__ SlimCudaResidentConv2d a) {
   if constexpr (!Shape::WGMMA || SLIM_HAS_WGMMA) {
     resident_conv2d<T, Shape>(a);
   } else {

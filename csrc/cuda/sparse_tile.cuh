@@ -1,13 +1,14 @@
-// What the tensor-core convolutions share: a group of four warps multiplies the pixels of a tile, whose input lies in shared memory as a
-// patch, by the stored blocks, whose weights lie there too.
+// What the tensor-core convolutions share: a group of four warps multiplies the pixels of a tile, whose input lies in
+// shared memory as a patch, by the stored blocks, whose weights lie there too.
 #pragma once
 #include "kernels.h"
 #include "tensor_cores.cuh"
 
 namespace slim {
 
-// How the warps of a group share a tile. A warp multiplies 16 M_TILES pixels by 8 N_TILES channels; WARPS_M x WARPS_N warps are a group;
-// GROUPS groups share the weights and each walks over tiles of its own, so that one computes while another waits or stores.
+// How the warps of a group share a tile. A warp multiplies 16 M_TILES pixels by 8 N_TILES channels; WARPS_M x WARPS_N
+// warps are a group; GROUPS groups share the weights and each walks over tiles of its own, so that one computes while
+// another waits or stores.
 template <int WARPS_M_, int WARPS_N_, int M_TILES_, int N_TILES_, int GROUPS_, bool WGMMA_>
 struct TileShape {
   static constexpr int WARPS_M = WARPS_M_, WARPS_N = WARPS_N_, M_TILES = M_TILES_, N_TILES = N_TILES_, GROUPS = GROUPS_;
@@ -15,8 +16,8 @@ struct TileShape {
   static constexpr int PIXELS = WARPS_M * M_TILES * 16;  // of a tile
   static constexpr int WINDOWS = PIXELS / 4;             // a tile is made of 2x2 windows
   static constexpr int WINDOWS_OF_WARP = M_TILES * 4;
-  static constexpr int COLUMN = N_TILES * 8;          // output channels of a warp, which follow one list of steps
-  static constexpr int STEP_BYTES = COLUMN * 32;      // weights of a step: COLUMN channels x 16 input channels
+  static constexpr int COLUMN = N_TILES * 8;      // output channels of a warp, which follow one list of steps
+  static constexpr int STEP_BYTES = COLUMN * 32;  // weights of a step: COLUMN channels x 16 input channels
   static constexpr int THREADS = GROUPS * 128;
   static_assert(WARPS_M * WARPS_N == 4 && M_TILES % 2 == 0 && N_TILES % 4 == 0, "tile shape");
   static_assert(!WGMMA || WARPS_N == 1, "with wgmma four warps multiply by the same weights");
@@ -45,8 +46,8 @@ SLIM_DEVICE int tile_count(const Args& a) {
 
 constexpr uint32_t kNoImage = 0x7fff;
 
-// Writes a tile's windows: place of the upper left pixel in the patch, distance of the window's first output from the tile's in elements,
-// row << 16 | column in the tile, and image.
+// Writes a tile's windows: place of the upper left pixel in the patch, distance of the window's first output from the
+// tile's in elements, row << 16 | column in the tile, and image.
 template <typename Shape, typename Args>
 SLIM_DEVICE void write_windows(const Args& a, uint32_t windows) {
   const int across = a.tile_cols / 2, down = a.tile_rows / 2;
@@ -56,32 +57,38 @@ SLIM_DEVICE void write_windows(const Args& a, uint32_t windows) {
     const int place = image * a.patch_image + y * a.stride_h * a.patch_row + x * a.stride_w;
     const int rows = a.pool ? int(a.p) / 2 : int(a.p), cols = a.pool ? int(a.q) / 2 : int(a.q);
     const int out = ((image * rows + (a.pool ? y / 2 : y)) * cols + (a.pool ? x / 2 : x)) * int(a.c_out);
-    hw::store_shared_128(windows + i * 16, make_uint4(used ? place : 0, out, uint32_t(y) << 16 | x, used ? image : kNoImage));
+    hw::store_shared_128(windows + i * 16,
+                         make_uint4(used ? place : 0, out, uint32_t(y) << 16 | x, used ? image : kNoImage));
   }
 }
 
-// Writes the bias of all channels of a thread block, or zeros, in fp32. Every pair of channels comes twice, as the four sums of a lane want
-// it: from any other order the compiler keeps the sums of one tile apart and moves them into place in each step.
+// Writes the bias of all channels of a thread block, or zeros, in fp32. Every pair of channels comes twice, as the four
+// sums of a lane want it: from any other order the compiler keeps the sums of one tile apart and moves them into place
+// in each step.
 template <typename T, typename Shape>
 SLIM_DEVICE void write_bias(uint32_t to, const void* bias, int first, int64_t c_out) {
   for (int i = int(threadIdx.x); i < Shape::COLUMN * Shape::WARPS_N; i += Shape::THREADS) {
-    const float v = bias != nullptr && first + i < c_out ? hw::load_number(static_cast<const T*>(bias) + first + i) : 0.0f;
+    const bool given = bias != nullptr && first + i < c_out;
+    const float v = given ? hw::load_number(static_cast<const T*>(bias) + first + i) : 0.0f;
     hw::store_shared_32(to + i / 2 * 16 + i % 2 * 4, hw::bits_of_float(v));
     hw::store_shared_32(to + i / 2 * 16 + i % 2 * 4 + 8, hw::bits_of_float(v));
   }
 }
 constexpr int kBiasBytes = 8;  // of a channel
 
-// Writes each step's distance in bytes from a pixel's place to the 16 channels that it multiplies; slabs hold `slab` channels.
+// Writes each step's distance in bytes from a pixel's place to the 16 channels that it multiplies; slabs hold `slab`
+// channels.
 template <typename Shape, typename Args>
 SLIM_DEVICE void write_steps(const Args& a, uint32_t steps, int32_t first, int32_t count, int slab) {
   for (int i = int(threadIdx.x); i < count; i += Shape::THREADS) {
     const int32_t word = a.taps[first + i], tap = word >> 16, part = (word & 0xffff) % (slab / 16);
-    hw::store_shared_32(steps + i * 4, (tap / a.s * a.dil_h * a.patch_row + tap % a.s * a.dil_w) * (slab * 2 + 16) + part * 32);
+    hw::store_shared_32(steps + i * 4,
+                        (tap / a.s * a.dil_h * a.patch_row + tap % a.s * a.dil_w) * (slab * 2 + 16) + part * 32);
   }
 }
 
-// A thread block's weights, in the background. Every block begins elsewhere: all at one place would wait for the same part of L2.
+// A thread block's weights, in the background. Every block begins elsewhere: all at one place would wait for the same
+// part of L2.
 template <typename Shape>
 SLIM_DEVICE void copy_weights(uint32_t to, const void* weights, int32_t first, int32_t count) {
   const unsigned char* const from = static_cast<const unsigned char*>(weights) + int64_t(first) * Shape::STEP_BYTES;
@@ -97,15 +104,15 @@ SLIM_DEVICE void copy_weights(uint32_t to, const void* weights, int32_t first, i
 template <typename T, typename Shape>
 struct SparseTile {
   float sum[Shape::M_TILES][Shape::N_TILES][4];
-  // This lane's rows of the A operand, in bytes from the patch: matrix rows 0 to 7 and 8 to 15 of tile 2 t are the upper and the lower pixel
-  // of one column of eight windows, those of tile 2 t + 1 of the other column.
+  // This lane's rows of the A operand, in bytes from the patch: matrix rows 0 to 7 and 8 to 15 of tile 2 t are the
+  // upper and the lower pixel of one column of eight windows, those of tile 2 t + 1 of the other column.
   uint32_t place[Shape::M_TILES];
   uint32_t swapped;  // bit t: of the window that this lane stores, the right column comes first
   int channel;       // the first of the warp's
   uint32_t windows;  // the warp's, in shared memory
 
-  // Which column of a window goes first alternates between windows whose places would otherwise share banks: a place is an odd multiple of
-  // 16 bytes, so eight places with different remainders modulo 8 are free of conflicts.
+  // Which column of a window goes first alternates between windows whose places would otherwise share banks: a place is
+  // an odd multiple of 16 bytes, so eight places with different remainders modulo 8 are free of conflicts.
   template <typename Args>
   SLIM_DEVICE void find_places(const Args& a, uint32_t all_windows, int warp_m, int lane, int pitch) {
     swapped = 0;
@@ -119,7 +126,8 @@ struct SparseTile {
         if (seen & bit) second |= 1u << i;
         seen ^= bit;
       }
-      const int mine = int(hw::load_shared_32(windows + (t * 8 + (lane & 7)) * 16)) + (lane & 8 ? a.stride_h * a.patch_row : 0);
+      const int upper = int(hw::load_shared_32(windows + (t * 8 + (lane & 7)) * 16));
+      const int mine = upper + (lane & 8 ? a.stride_h * a.patch_row : 0);
       const bool right = second >> (lane & 7) & 1;
       place[2 * t] = uint32_t(mine + (right ? a.stride_w : 0)) * pitch + (lane >> 4) * 16;
       place[2 * t + 1] = uint32_t(mine + (right ? 0 : a.stride_w)) * pitch + (lane >> 4) * 16;
@@ -127,14 +135,15 @@ struct SparseTile {
     }
   }
 
-  // Keeps the compiler from moving or merging registers across: the sums of a product in the background, and the many that begin alike.
+  // Keeps the compiler from moving or merging registers across: the sums of a product in the background, and the many
+  // that begin alike.
   SLIM_DEVICE void settle() {
 #pragma unroll
     for (int i = 0; i < Shape::M_TILES; ++i) hw::settle(sum[i]);
   }
 
-  // The sums begin with the bias of the warp's channels. Column 8 j + 2 q + e of an instruction was packed as channel 32 (j / 4) + 8 q +
-  // 2 (j % 4) + e: a lane has eight neighbouring channels of every 32.
+  // The sums begin with the bias of the warp's channels. Column 8 j + 2 q + e of an instruction was packed as channel
+  // 32 (j / 4) + 8 q + 2 (j % 4) + e: a lane has eight neighbouring channels of every 32.
   SLIM_DEVICE void begin(uint32_t bias, int lane) {
 #pragma unroll
     for (int j = 0; j < Shape::N_TILES; ++j) {
@@ -202,8 +211,10 @@ struct SparseTile {
   }
 
   SLIM_DEVICE static uint4 packed(const float (&v)[8], bool relu) {
-    return relu ? make_uint4(hw::pack<T, true>(v[0], v[1]), hw::pack<T, true>(v[2], v[3]), hw::pack<T, true>(v[4], v[5]), hw::pack<T, true>(v[6], v[7]))
-                : make_uint4(hw::pack<T, false>(v[0], v[1]), hw::pack<T, false>(v[2], v[3]), hw::pack<T, false>(v[4], v[5]), hw::pack<T, false>(v[6], v[7]));
+    return relu ? make_uint4(hw::pack<T, true>(v[0], v[1]), hw::pack<T, true>(v[2], v[3]),
+                             hw::pack<T, true>(v[4], v[5]), hw::pack<T, true>(v[6], v[7]))
+                : make_uint4(hw::pack<T, false>(v[0], v[1]), hw::pack<T, false>(v[2], v[3]),
+                             hw::pack<T, false>(v[4], v[5]), hw::pack<T, false>(v[6], v[7]));
   }
 
   // A lane holds eight neighbouring channels of all four pixels of its windows.
@@ -228,7 +239,8 @@ struct SparseTile {
 #pragma unroll
           for (int e = 0; e < 8; ++e) {
             const int j = h * 4 + e / 2, s = e & 1;
-            v[e] = hw::larger(hw::larger(sum[2 * t][j][s], sum[2 * t][j][2 + s]), hw::larger(sum[2 * t + 1][j][s], sum[2 * t + 1][j][2 + s]));
+            v[e] = hw::larger(hw::larger(sum[2 * t][j][s], sum[2 * t][j][2 + s]),
+                              hw::larger(sum[2 * t + 1][j][s], sum[2 * t + 1][j][2 + s]));
           }
           if (first + h * 32 < c_out) hw::store_global_128(to + h * 32, packed(v, a.relu));
         }

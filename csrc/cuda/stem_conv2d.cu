@@ -11,7 +11,8 @@ using Hopper = TileShape<4, 1, 4, 8, 2, true>;
 
 template <typename T, typename Shape>
 int launch(const SlimCudaStemConv2d& a) {
-  return launch_kernel(stem_conv2d_kernel<T, Shape>, a, a.blocks, Shape::THREADS, stem_layout<Shape>(a).total, a.overlap != 0);
+  return launch_kernel(stem_conv2d_kernel<T, Shape>, a, a.blocks, Shape::THREADS, stem_layout<Shape>(a).total,
+                       a.overlap != 0);
 }
 
 template <typename T>
@@ -30,7 +31,7 @@ extern "C" int slim_cuda_stem_conv2d(const SlimCudaStemConv2d* a) {
   const slim::DeviceGuard guard(a->device);
   if (guard.error() != cudaSuccess) return slim::status(guard.error());
   switch (a->dtype) {
-    case SLIM_DTYPE_F16: return slim::dispatch<__half>(*a);
+    case SLIM_DTYPE_F16:  return slim::dispatch<__half>(*a);
     case SLIM_DTYPE_BF16: return slim::dispatch<__nv_bfloat16>(*a);
   }
   return SLIM_ERROR_UNSUPPORTED;

@@ -1,16 +1,17 @@
-// The first two convolutions of a network in one kernel: a dense 3x3 one of an image of at most three channels, with ReLU, and the
-// block-sparse one behind it. What lies between them never leaves shared memory.
+// The first two convolutions of a network in one kernel: a dense 3x3 one of an image of at most three channels, with
+// ReLU, and the block-sparse one behind it. What lies between them never leaves shared memory.
 #pragma once
 #include "sparse_tile.cuh"
 
 namespace slim {
 
-constexpr int kStemChannels = 64;                      // of the first convolution
-constexpr int kStemPitch = kStemChannels * 2 + 16;     // bytes between places
+constexpr int kStemChannels = 64;                        // of the first convolution
+constexpr int kStemPitch = kStemChannels * 2 + 16;       // bytes between places
 constexpr int kStemFirstBytes = kStemChannels * 32 * 2;  // its weights: 64 channels x 32, 3 x 10 of them used
 
-// Where things lie in shared memory, in bytes. An image row is a pixel of border, its pixels and another border, three channels each; it is
-// held twice, the second time two bytes on, so that every pixel finds its neighbours at a multiple of four bytes in one of them.
+// Where things lie in shared memory, in bytes. An image row is a pixel of border, its pixels and another border, three
+// channels each; it is held twice, the second time two bytes on, so that every pixel finds its neighbours at a multiple
+// of four bytes in one of them.
 struct StemLayout {
   int32_t weights, first, steps, bias, windows, pixels, groups, rows, row, copy, group, total;
 };
@@ -25,7 +26,7 @@ __host__ __device__ inline StemLayout stem_layout(const SlimCudaStemConv2d& a) {
   l.windows = l.bias + 2 * kStemChannels * kBiasBytes;
   l.pixels = l.windows + Shape::WINDOWS * 16;
   l.groups = (l.pixels + (a.load_rows * a.load_cols + 63) / 64 * 64 * 16 + 127) / 128 * 128;
-  l.rows = (a.patch * kStemPitch + 127) / 128 * 128;                   // from a group's begin
+  l.rows = (a.patch * kStemPitch + 127) / 128 * 128;  // from a group's begin
   l.row = ((a.load_cols + 2) * 6 + 4 + 15) / 16 * 16;
   l.copy = (a.load_rows + 2) * l.row;
   l.group = (l.rows + 2 * l.copy + 127) / 128 * 128;
@@ -53,7 +54,8 @@ struct StemRows {
 #pragma unroll
     for (int k = 0; k < kStemWordsOfThread; ++k) {
       const int i = thread + k * 128, row = top + i / of_row;
-      words[k] = i < (a.load_rows + 2) * of_row && unsigned(row) < unsigned(a.h) ? hw::load_global_32(from + row * of_row + i % of_row) : 0;
+      const bool read = i < (a.load_rows + 2) * of_row && unsigned(row) < unsigned(a.h);
+      words[k] = read ? hw::load_global_32(from + row * of_row + i % of_row) : 0;
     }
   }
   SLIM_DEVICE void store(const SlimCudaStemConv2d& a, const StemLayout& at, uint32_t rows, int thread) const {
@@ -72,12 +74,14 @@ struct StemRows {
 
 // One group's first convolution: fills the patch from the image rows.
 template <typename T, typename Shape>
-SLIM_DEVICE void fill_patch(const SlimCudaStemConv2d& a, const StemLayout& at, uint32_t base, uint32_t patch, int tile, int warp, int lane) {
+SLIM_DEVICE void fill_patch(const SlimCudaStemConv2d& a, const StemLayout& at, uint32_t base, uint32_t patch, int tile,
+                            int warp, int lane) {
   const int g = lane >> 2, q = lane & 3, pixels = a.load_rows * a.load_cols;
   const uint32_t rows = patch + at.rows;
   const TilePosition position = tile_position(a, tile);
   const int y0 = position.y - a.pad_h + a.load_top;
-  // Of the 32 products of a pixel, ten belong to each row of taps: three pixels of three channels, and one that is not wanted.
+  // Of the 32 products of a pixel, ten belong to each row of taps: three pixels of three channels, and one that is
+  // not wanted.
   uint32_t offset[4], mask[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -86,7 +90,8 @@ SLIM_DEVICE void fill_patch(const SlimCudaStemConv2d& a, const StemLayout& at, u
     mask[i] = pair == 15 ? 0 : pair % 5 == 4 ? 0x0000ffffu : 0xffffffffu;
   }
   for (int m = warp * 16; m < (pixels + 63) / 64 * 64; m += 64) {
-    const uint4 upper = hw::load_shared_128(base + at.pixels + (m + g) * 16), lower = hw::load_shared_128(base + at.pixels + (m + 8 + g) * 16);
+    const uint4 upper = hw::load_shared_128(base + at.pixels + (m + g) * 16);
+    const uint4 lower = hw::load_shared_128(base + at.pixels + (m + 8 + g) * 16);
     uint32_t operand[2][4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -96,7 +101,8 @@ SLIM_DEVICE void fill_patch(const SlimCudaStemConv2d& a, const StemLayout& at, u
     float sum[8][4];
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      const uint4 four = hw::load_shared_128(base + at.bias + kStemChannels * kBiasBytes + (j >> 2) * 256 + q * 64 + (j & 3) * 16);
+      const uint4 four =
+          hw::load_shared_128(base + at.bias + kStemChannels * kBiasBytes + (j >> 2) * 256 + q * 64 + (j & 3) * 16);
       sum[j][0] = hw::float_of_bits(four.x);
       sum[j][1] = hw::float_of_bits(four.y);
       sum[j][2] = hw::float_of_bits(four.z);
@@ -107,7 +113,9 @@ SLIM_DEVICE void fill_patch(const SlimCudaStemConv2d& a, const StemLayout& at, u
       hw::settle(sum);
       hw::multiply_group_fence();
 #pragma unroll
-      for (int k = 0; k < 2; ++k) hw::multiply_group<T>(sum, operand[k], hw::group_operand(base + at.first + k * 2048, 1024, 128));
+      for (int k = 0; k < 2; ++k) {
+        hw::multiply_group<T>(sum, operand[k], hw::group_operand(base + at.first + k * 2048, 1024, 128));
+      }
       hw::multiply_group_commit();
       hw::multiply_group_wait<0>();
       hw::settle(sum);
@@ -132,7 +140,8 @@ SLIM_DEVICE void fill_patch(const SlimCudaStemConv2d& a, const StemLayout& at, u
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int j = h * 4, s = half * 2;
-        const float v[8] = {sum[j][s], sum[j][s + 1], sum[j + 1][s], sum[j + 1][s + 1], sum[j + 2][s], sum[j + 2][s + 1], sum[j + 3][s], sum[j + 3][s + 1]};
+        const float v[8] = {sum[j][s],     sum[j][s + 1],     sum[j + 1][s], sum[j + 1][s + 1],
+                            sum[j + 2][s], sum[j + 2][s + 1], sum[j + 3][s], sum[j + 3][s + 1]};
         const uint4 packed = SparseTile<T, Shape>::packed(v, true);
         hw::store_shared_128(patch + pixel.x + h * 64 + q * 16, inside ? packed : make_uint4(0, 0, 0, 0));
       }
@@ -163,9 +172,12 @@ SLIM_DEVICE void stem_conv2d(const SlimCudaStemConv2d& a) {
   for (int i = thread; i < (pixels + 63) / 64 * 64; i += Shape::THREADS) {
     const int y = i / a.load_cols, x = i % a.load_cols;
     const uint32_t from = i < pixels ? uint32_t(y * at.row + x * 6 + (x & 1 ? at.copy + 2 : 0)) : 0;
-    hw::store_shared_128(base + at.pixels + i * 16, make_uint4(((y + a.load_top) * a.patch_row + x + a.load_left) * kStemPitch, from, y, i < pixels ? 0 : kNoImage));
+    const int place = (y + a.load_top) * a.patch_row + x + a.load_left;
+    hw::store_shared_128(base + at.pixels + i * 16, make_uint4(place * kStemPitch, from, y, i < pixels ? 0 : kNoImage));
   }
-  for (int i = thread * 16; i < at.total - at.groups; i += Shape::THREADS * 16) hw::store_shared_128(base + at.groups + i, make_uint4(0, 0, 0, 0));
+  for (int i = thread * 16; i < at.total - at.groups; i += Shape::THREADS * 16) {
+    hw::store_shared_128(base + at.groups + i, make_uint4(0, 0, 0, 0));
+  }
   hw::wait_for_previous_kernel();  // which wrote x, or still reads y
   StemRows<T, Shape> rows;
   rows.load(a, tile, tiles, thread & 127);

@@ -1,5 +1,6 @@
-// The hardware instructions that the tensor-core kernels use, one small function each. Shared memory is spoken of by 32-bit address,
-// as the instructions take it. csrc/tests/tensor_cores_on_cpu.h supplies the same functions lane by lane on a CPU.
+// The hardware instructions that the tensor-core kernels use, one small function each. Shared memory is spoken of by
+// 32-bit address, as the instructions take it. csrc/tests/tensor_cores_on_cpu.h supplies the same functions lane by
+// lane on a CPU.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -61,12 +62,12 @@ SLIM_DEVICE void copy_async_wait() {
 // The same for a number known at run time, at most 6.
 SLIM_DEVICE void copy_async_wait_all_but(int groups) {
   switch (groups) {
-    case 0: return copy_async_wait<0>();
-    case 1: return copy_async_wait<1>();
-    case 2: return copy_async_wait<2>();
-    case 3: return copy_async_wait<3>();
-    case 4: return copy_async_wait<4>();
-    case 5: return copy_async_wait<5>();
+    case 0:  return copy_async_wait<0>();
+    case 1:  return copy_async_wait<1>();
+    case 2:  return copy_async_wait<2>();
+    case 3:  return copy_async_wait<3>();
+    case 4:  return copy_async_wait<4>();
+    case 5:  return copy_async_wait<5>();
     default: return copy_async_wait<6>();
   }
 }
@@ -76,10 +77,12 @@ SLIM_DEVICE void stop() { __trap(); }
 
 // Waits for all threads of the block, or for `threads` of them that meet at barrier `id` (1 to 15).
 SLIM_DEVICE void synchronize() { __syncthreads(); }
-SLIM_DEVICE void synchronize(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+SLIM_DEVICE void synchronize(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
 
-// Where a launch may begin before the kernel in front of it has ended (common.cuh): the next one may begin from here on, and this one
-// waits for what the one in front has written. Without such a launch both do nothing.
+// Where a launch may begin before the kernel in front of it has ended (common.cuh): the next one may begin from here
+// on, and this one waits for what the one in front has written. Without such a launch both do nothing.
 SLIM_DEVICE void let_next_kernel_begin() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -114,14 +117,16 @@ SLIM_DEVICE void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, ui
 template <>
 SLIM_DEVICE void multiply<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 template <>
 SLIM_DEVICE void multiply<__half>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
@@ -156,8 +161,8 @@ SLIM_DEVICE float float_of_bits(uint32_t v) { return __uint_as_float(v); }
 SLIM_DEVICE float load_number(const __nv_bfloat16* at) { return __bfloat162float(__ldg(at)); }
 SLIM_DEVICE float load_number(const __half* at) { return __half2float(__ldg(at)); }
 
-// Four warps together: d += a b, 64x16 times 16x128 or 16x64, in the background. Warp w has the rows from 16 w of a and d in its registers; b, in
-// shared memory, is described by `group_operand`.
+// Four warps together: d += a b, 64x16 times 16x128 or 16x64, in the background. Warp w has the rows from 16 w of a and
+// d in its registers; b, in shared memory, is described by `group_operand`.
 SLIM_DEVICE uint64_t group_operand(uint32_t at, uint32_t depth_stride, uint32_t column_stride) {
   return uint64_t((at & 0x3ffff) >> 4) | uint64_t(depth_stride >> 4) << 16 | uint64_t(column_stride >> 4) << 32;
 }
@@ -176,8 +181,8 @@ SLIM_DEVICE void multiply_group<__nv_bfloat16>(float (&d)[16][4], const uint32_t
       "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, "
       "%62, %63}, "
       "{%64, %65, %66, %67}, %68, add, 1, 1, 0;\n}"
-      : SLIM_D(0), SLIM_D(1), SLIM_D(2), SLIM_D(3), SLIM_D(4), SLIM_D(5), SLIM_D(6), SLIM_D(7),
-        SLIM_D(8), SLIM_D(9), SLIM_D(10), SLIM_D(11), SLIM_D(12), SLIM_D(13), SLIM_D(14), SLIM_D(15)
+      : SLIM_D(0), SLIM_D(1), SLIM_D(2), SLIM_D(3), SLIM_D(4), SLIM_D(5), SLIM_D(6), SLIM_D(7), SLIM_D(8), SLIM_D(9),
+        SLIM_D(10), SLIM_D(11), SLIM_D(12), SLIM_D(13), SLIM_D(14), SLIM_D(15)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 template <>
@@ -189,8 +194,8 @@ SLIM_DEVICE void multiply_group<__half>(float (&d)[16][4], const uint32_t (&a)[4
       "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, "
       "%62, %63}, "
       "{%64, %65, %66, %67}, %68, add, 1, 1, 0;\n}"
-      : SLIM_D(0), SLIM_D(1), SLIM_D(2), SLIM_D(3), SLIM_D(4), SLIM_D(5), SLIM_D(6), SLIM_D(7),
-        SLIM_D(8), SLIM_D(9), SLIM_D(10), SLIM_D(11), SLIM_D(12), SLIM_D(13), SLIM_D(14), SLIM_D(15)
+      : SLIM_D(0), SLIM_D(1), SLIM_D(2), SLIM_D(3), SLIM_D(4), SLIM_D(5), SLIM_D(6), SLIM_D(7), SLIM_D(8), SLIM_D(9),
+        SLIM_D(10), SLIM_D(11), SLIM_D(12), SLIM_D(13), SLIM_D(14), SLIM_D(15)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 template <>

@@ -1,6 +1,6 @@
-// Just enough of the CUDA language and runtime to run csrc/cuda on a CPU, one CTA at a time, its threads as coroutines that
-// switch where they wait.
-// tests/test_cuda.py rewrites kernel<<<...>>>(...) to emulate(...) and `extern __shared__`, which C++ cannot express.
+// Just enough of the CUDA language and runtime to run csrc/cuda on a CPU, one CTA at a time, its threads as coroutines
+// that switch where they wait. tests/cuda_emulation.py rewrites what C++ cannot express: kernel<<<...>>>(...) to
+// emulate(...), and `extern __shared__`.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -65,9 +65,9 @@ inline int current_device = 0, launch_device = -1, launch_shared = 0, dynamic_li
 inline void* launch_stream = nullptr;
 inline cudaError_t last_error = cudaSuccess;
 inline std::vector<char> dynamic_shared;
-// Threads are coroutines, which hand over where they wait. In orders 0 and 1 all threads run rising and falling; in orders 2 and 3 one warp
-// runs ahead of the others as far as it can, the first or the last. What a warp does in the background happens late in half of the modes.
-// A barrier or a wait that is missing survives some of them, not all.
+// Threads are coroutines, which hand over where they wait. In orders 0 and 1 all threads run rising and falling; in
+// orders 2 and 3 one warp runs ahead of the others as far as it can, the first or the last. What a warp does in the
+// background happens late in half of the modes. A barrier or a wait that is missing survives some of them, not all.
 constexpr int kModes = 8;
 inline int mode = -1;  // -1: all of them in turn, a block each
 inline bool late = false;
@@ -174,7 +174,8 @@ inline void block(unsigned count, int with_mode) {
 
 inline void __syncthreads() { emulated::meet(0, unsigned(emulated::threads.size())); }
 
-inline void emulate(const std::function<void()>& kernel, unsigned grid, unsigned threads, int shared, cudaStream_t stream) {
+inline void emulate(const std::function<void()>& kernel, unsigned grid, unsigned threads, int shared,
+                    cudaStream_t stream) {
   emulated::launch_device = emulated::current_device;
   emulated::launch_stream = stream;
   emulated::launch_shared = shared;
@@ -210,7 +211,8 @@ inline cudaError_t cudaSetDevice(int device) {
   return cudaSuccess;
 }
 inline const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaErrorInvalidDevice ? "invalid device ordinal" : error == cudaSuccess ? "no error" : "invalid argument";
+  if (error == cudaSuccess) return "no error";
+  return error == cudaErrorInvalidDevice ? "invalid device ordinal" : "invalid argument";
 }
 template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel, int, int bytes) {

@@ -1,6 +1,6 @@
-// What csrc/cuda/tensor_cores.cuh offers, on a CPU: instructions of a whole warp are done once its 32 lanes have come, each lane's
-// registers placed as PTX defines them. Copies and group multiplications in the background happen at once, or as late as the waits allow
-// with their destination spoilt until then.
+// What csrc/cuda/tensor_cores.cuh offers, on a CPU: instructions of a whole warp are done once its 32 lanes have come,
+// each lane's registers placed as PTX defines them. Copies and group multiplications in the background happen at once,
+// or as late as the waits allow with their destination spoilt until then.
 #pragma once
 #include <deque>
 
@@ -45,7 +45,7 @@ struct Warp {
 inline std::vector<Lane> lanes;
 inline std::vector<Warp> warps;
 inline std::vector<uint16_t> unfenced;  // of each 16 bytes: 1 + the thread whose writes wgmma may not see yet, or 0
-inline long conflicts = 0;  // rows of matrices that waited for another row's bank
+inline long conflicts = 0;              // rows of matrices that waited for another row's bank
 
 // Called where a block begins and where it ends.
 inline void begin_tensor_cores() {
@@ -96,7 +96,9 @@ inline float number(uint16_t bits, bool half) {
   memcpy(&value, &bits, 2);
   return float(value);
 }
-inline float number_of_word(uint32_t word, int which, bool half) { return number(uint16_t(which ? word >> 16 : word), half); }
+inline float number_of_word(uint32_t word, int which, bool half) {
+  return number(uint16_t(which ? word >> 16 : word), half);
+}
 inline uint16_t bits_of(float v, bool half) {
   uint16_t bits;
   if (half) {
@@ -265,7 +267,8 @@ void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     for (int lane = 0; lane < 32; ++lane) {
       const int g = lane / 4, q = lane % 4;
       for (int e = 0; e < 2; ++e) {
-        for (int i = 0; i < 4; ++i) rows[g + i % 2 * 8][q * 2 + e + i / 2 * 8] = number_of_word(of(lane).a[i], e, is_half<T>);
+        for (int i = 0; i < 4; ++i)
+          rows[g + i % 2 * 8][q * 2 + e + i / 2 * 8] = number_of_word(of(lane).a[i], e, is_half<T>);
         for (int i = 0; i < 2; ++i) columns[q * 2 + e + i * 8][g] = number_of_word(of(lane).b[i], e, is_half<T>);
       }
     }

@@ -174,6 +174,7 @@ def _rows(
         say(f"batch {batch}: converting at {sparsity:.1%}")
         fast = convert(model, example_inputs=(x,), policy=Policy())
         _check_same(model, fast, x, sparsity)
+        # For mypy: a model's own attribute, a Tensor or a Module to mypy.
         plan: ModelPlan = fast.slimkernels_plan  # type: ignore[assignment]
         swapped[sparsity] = len(plan.swapped)
         callables[f"sparse {sparsity}"] = partial(fast, channels_last)

@@ -48,7 +48,8 @@ def write_weights(
 
     Args:
         model: masks must have been baked in (`finalize_`).
-        name, options: of the model, as `models.build` takes them.
+        name: of the model, as `models.build` takes it.
+        options: the keyword arguments of `models.build` that it was built with.
         notes: further JSON-able facts, such as the accuracy.
 
     Raises:

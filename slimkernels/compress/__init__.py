@@ -6,7 +6,7 @@ Names are imported from their submodule on first use, so importing the package l
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 _HOME = {
     "prune_": "pruning.prune",
@@ -31,7 +31,7 @@ _HOME = {
     "vbmf_rank": "factorization.ranks",
     "rank_for_budget": "factorization.ranks",
     "whitened_svd": "factorization.whitening",
-    "input_moments": "factorization.whitening",
+    "output_moments": "factorization.whitening",
     "tai": "factorization.factorize",
     "svd_conv": "factorization.factorize",
     "tucker2": "factorization.factorize",
@@ -45,6 +45,34 @@ _HOME = {
     "Hint": "distillation.terms",
     "AttentionTransfer": "distillation.terms",
 }
+
+__all__ = [*_HOME]
+
+if TYPE_CHECKING:
+    from slimkernels.compress.distillation.losses import attention_transfer_loss, decoupled_kd_loss, hint_loss, kd_loss
+    from slimkernels.compress.distillation.terms import KD, AttentionTransfer, DecoupledKD, Hint, Term
+    from slimkernels.compress.factorization.factorize import (
+        factorization_report,
+        factorize_,
+        svd_conv,
+        tai,
+        truncated_svd,
+        tucker2,
+    )
+    from slimkernels.compress.factorization.ranks import rank_by_energy, rank_for_budget, vbmf_rank
+    from slimkernels.compress.factorization.whitening import output_moments, whitened_svd
+    from slimkernels.compress.pruning.budget import latency_budget
+    from slimkernels.compress.pruning.gradual import GradualPruning
+    from slimkernels.compress.pruning.importance import movement_scores, taylor_scores
+    from slimkernels.compress.pruning.prune import apply_masks_, finalize_, mask_sparsity, masks, prune_
+    from slimkernels.compress.pruning.schedules import (
+        cubic_schedule,
+        iterative_schedule,
+        linear_schedule,
+        one_shot_schedule,
+    )
+    from slimkernels.compress.pruning.sensitivity import sensitivity_scan
+    from slimkernels.compress.pruning.shrink import shrink_
 
 
 def __getattr__(name: str) -> Any:

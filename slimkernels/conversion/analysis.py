@@ -61,7 +61,8 @@ class PatternStats:
 
     Attributes:
         block_shape: ``(block_out, block_in)``.
-        nnz_blocks, blocks: blocks that hold a non-zero, and all blocks.
+        nnz_blocks: number of blocks that hold a non-zero.
+        blocks: number of all blocks.
         nbytes: values and indices as stored.
         kernel: the kernel that would run, None where only the reference takes this block shape; ``reason`` says why.
         predicted_s: predicted time of the stored work at each size, seconds.
@@ -88,7 +89,8 @@ class LayerStats:
     """One layer with a weight.
 
     Attributes:
-        name, type: where it is and its class, as without parametrizations.
+        name: where the layer is in the model.
+        type: its class, without parametrizations.
         weight_shape: None where the layer has no readable weight.
         obstacle: why conversion cannot take the layer; None when it can.
         sparsity: share of weights that are exactly 0 (-0 too; NaN is not).
@@ -97,7 +99,8 @@ class LayerStats:
         ranks: inner sizes of a low-rank layer.
         calls: per example input, every call of the layer, those with an empty batch left out.
         macs: multiply-adds of the dense layer over all calls of the first example input, padding included.
-        bytes_dense, bytes_stored: of the dense weight, and of what is or would be stored (values and indices).
+        bytes_dense: of the dense weight.
+        bytes_stored: of what is or would be stored, values and indices.
     """
 
     name: str

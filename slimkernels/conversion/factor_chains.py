@@ -23,7 +23,10 @@ class FactorChain:
         kind: ``svd``, ``tai`` or ``tucker2``, see `slimkernels.formats.LowRankWeight`.
         factors: their weights in that order.
         bias: of the whole: biases of the earlier layers are carried through the later ones.
-        stride, padding, dilation: of the merged convolution.
+        stride: of the merged convolution.
+        padding: of the merged convolution.
+        dilation: of the merged convolution.
+        requires_grad: whether the layers' parameters are trainable.
     """
 
     names: tuple[str, ...]

@@ -122,8 +122,10 @@ def find_tail(
     """What follows a convolution or linear layer and may move into it, and why a batch norm that follows stays.
 
     Args:
-        uniques, readers: `slimkernels.conversion.graph.unique_names` and
-            `slimkernels.conversion.readers.weight_readers` of the model.
+        model: the model that holds the layer.
+        graph: what was read of the model's calls.
+        uniques: `slimkernels.conversion.graph.unique_names` of the model.
+        readers: `slimkernels.conversion.readers.weight_readers` of the model.
         name: the layer.
         weight: its weight, 4-D for a convolution.
     """

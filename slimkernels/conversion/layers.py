@@ -38,7 +38,9 @@ class LayerWeight:
     Attributes:
         weight: detached values.
         bias: ``(out,)`` or None.
-        stride, padding, dilation: of a convolution.
+        stride: of a convolution.
+        padding: of a convolution.
+        dilation: of a convolution.
         block_shape: declared by a `BlockMask` or a block-sparse module; None where nothing is declared.
         requires_grad: whether the layer's parameters are trainable.
     """
@@ -87,6 +89,7 @@ def declared_block_shape(module: nn.Module) -> Pair | None:
     if isinstance(module, SPARSE_LAYERS):
         return module.block_shape
     if parametrize.is_parametrized(module, "weight"):
+        # For mypy: an attribute of a Module is a Tensor or a Module to mypy.
         for parametrization in module.parametrizations.weight:  # type: ignore[union-attr, operator]
             if isinstance(parametrization, BlockMask):
                 return parametrization.block_shape
@@ -148,7 +151,7 @@ def layer_weight(module: nn.Module) -> LayerWeight:
     trainable = any(p.requires_grad for p in module.parameters(recurse=True))
     dense: Any = module
     if isinstance(module, DROP_IN_LAYERS):
-        dense = module.to_dense()  # type: ignore[operator]
+        dense = module.to_dense()  # type: ignore[operator]  # an attribute of a Module is a Tensor or a Module to mypy
     elif computes_weight(module):
         dense = copy_model(module)
         bake(dense)

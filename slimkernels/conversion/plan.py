@@ -40,7 +40,8 @@ class Policy:
         repeats: most timed rounds per layer.
         budget_s: most seconds per layer and example input, at least three rounds.
         fold_bn: fold batch norm into its convolution.
-        fuse_relu, fuse_pool: run ReLU, 2x2 max-pool in the kernel.
+        fuse_relu: run a ReLU that follows a layer in the layer's kernel.
+        fuse_pool: run a 2x2 max-pool that follows the ReLU in the layer's kernel.
         dense_layers: also try layers without a zero block (their whole weight is then stored as blocks).
         merge_low_rank: chains of thin layers and low-rank layers may be merged to dense where that is faster. Off, they
             keep their rank, and the size on disk that goes with it; they are then fused where that is faster.
@@ -87,7 +88,8 @@ class LayerPlan:
     """What happens to one module.
 
     Attributes:
-        name, type: of the module in the original model.
+        name: of the module in the original model.
+        type: its class in the original model.
         action: ``swap`` (replaced by a module of ``format``), ``keep`` (a batch norm may be folded into it), ``fold``
             (a batch norm or a factor, now inside ``into``), ``fuse`` (a ReLU or max-pool, now in ``into``'s epilogue).
         reason: why.
@@ -95,13 +97,24 @@ class LayerPlan:
             ``dense`` (a merged chain).
         into: the module that took over a folded or fused one.
         supported: False where conversion cannot take this layer at all (``strict=True`` raises for these).
-        weight_shape, block_shape, kind, ranks, bias, stride, padding, dilation: what a swapped module is built from.
+        weight_shape: of a swapped module.
+        block_shape: of a block-sparse module, ``(block_out, block_in)``.
+        kind: of a low-rank module: ``svd``, ``tai`` or ``tucker2``.
+        ranks: inner sizes of a low-rank module.
+        bias: whether a swapped module has one.
+        stride: of a swapped convolution.
+        padding: of a swapped convolution.
+        dilation: of a swapped convolution.
         dtype: of its weight, such as ``float32``.
-        epilogue, kernel: of a swapped module; ``kernel`` ran when it was converted (another device chooses its own).
+        epilogue: of a swapped module.
+        kernel: what a swapped module ran when it was converted; another device chooses its own.
         tied: the module asks for ``kernel`` by name (``Policy.backend`` was not ``auto``).
-        sparsity, block_sparsity: share of zero weights, and of blocks that are not stored.
-        bytes_dense, bytes_stored: dense weight and bias, and what is stored for them (values, indices, bias).
-        dense_ms, sparse_ms: time per example input of the dense layer with its ReLU and pool, and of what was compared.
+        sparsity: share of zero weights.
+        block_sparsity: share of blocks that are not stored.
+        bytes_dense: of the dense weight and bias.
+        bytes_stored: of what is stored for them: values, indices, bias.
+        dense_ms: time of the dense layer with its ReLU and pool, one number per example input.
+        sparse_ms: time of what was compared with it, one number per example input.
         mask_block_shape: block shape of a training mask that stays on a kept layer.
         folded_bn: whether a batch norm's scale and shift are inside this layer's weight.
         channels_last: whether a kept convolution holds its weight in channels_last.
@@ -221,7 +234,8 @@ class ModelPlan:
         device: type of the device the decision holds for.
         threads: CPU threads it was measured with.
         versions: of slimkernels and torch.
-        dense_ms, converted_ms: the whole model per example input; empty where not measured.
+        dense_ms: time of the whole dense model, one number per example input; empty where not measured.
+        converted_ms: time of the whole converted model, likewise.
         notes: lines for the report, such as why the model could not be traced.
     """
 

@@ -13,17 +13,21 @@ from slimkernels import env
 from slimkernels.data.decoded import decode
 from slimkernels.data.tensor_loader import TensorLoader
 
-# Per-channel mean and deviation of the training images, in [0, 1].
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
+"""Mean of CIFAR-10's training images in [0, 1], per channel."""
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
+"""Standard deviation of CIFAR-10's training images in [0, 1], per channel."""
 CIFAR100_MEAN = (0.5071, 0.4865, 0.4409)
+"""Mean of CIFAR-100's training images in [0, 1], per channel."""
 CIFAR100_STD = (0.2673, 0.2564, 0.2762)
+"""Standard deviation of CIFAR-100's training images in [0, 1], per channel."""
 
 _DIGITS_TEST = 450  # a quarter of the 1797 images
 _SPLIT_SEED = 0  # the split never depends on the caller's seed, so accuracies stay comparable
 _TEST_BATCH = 512
 
 Loaders = tuple[TensorLoader, TensorLoader]
+"""A loader of the training data and one of the test data."""
 
 
 def digits_loaders(

@@ -34,7 +34,8 @@ class TensorLoader:
         batch_size: samples a batch.
         shuffle: a new order every epoch.
         seed: of order and augmentation.
-        mean, std: per channel; images become ``(x - mean) / std``.
+        mean: per channel; images become ``(x - mean) / std``.
+        std: per channel, see ``mean``.
         crop_padding: pads by so many zero pixels (after normalisation) and crops back at a random place.
         flip: mirrors half of the images left to right.
         cutout: zeroes a square of so many pixels around a random place (arXiv 1708.04552), cut at the border.

@@ -65,9 +65,12 @@ def curves(entries: Iterable[Entry]) -> list[Curve]:
             groups.setdefault(_family(entry.problem), []).append(entry)
     found = []
     for members in groups.values():
+        # For mypy: entries of block-sparse problems alone get here.
         members = sorted(members, key=lambda e: -e.problem.stored_share)  # type: ignore[union-attr]
+        # For mypy: entries of block-sparse problems alone get here.
         points: dict[float, float] = {round(1 - e.problem.stored_share, 6): e.seconds for e in members}  # type: ignore[union-attr]
         dense = sorted(e.dense_seconds for e in members)[len(members) // 2]
+        # For mypy: entries of block-sparse problems alone get here.
         found.append(Curve(members[0].problem, members[-1].kernel, dense, tuple(points.items())))  # type: ignore[arg-type]
     return found
 

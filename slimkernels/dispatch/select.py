@@ -189,13 +189,15 @@ def launcher(kernel: str, index: int, problem_type: type[SizedProblem], *sizes: 
     Args:
         kernel: an explicit name, which keeps its name and gets the best of its configurations, or ``auto``.
         index: of x's CUDA device, -1 on the CPU (``x.get_device()``).
-        problem_type, sizes: the problem, taken apart because a cache looks up a tuple faster than a dataclass.
+        problem_type: the class of the problem.
+        sizes: the fields of the problem, which comes in parts because a cache looks up a tuple faster than a dataclass.
 
     Raises:
         ValueError: unknown name, or an explicit kernel that cannot run; explicit requests never fall back.
     """
     if _FORCED:
         return _bound(_FORCED[-1])
+    # For mypy: a problem's class is hashable, as the cache wants it.
     return _launcher(kernel, env.backend(), env.isa_cap(), index, problem_type, sizes)  # type: ignore[arg-type]
 
 

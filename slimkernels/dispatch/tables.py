@@ -44,7 +44,8 @@ class Entry:
 
     Attributes:
         problem: what was measured.
-        kernel, config: what won.
+        kernel: the name of the fastest kernel.
+        config: its configuration.
         seconds: its time.
         dense_seconds: the dense layer with the same epilogue (of low rank, the merged layer).
         tried: kernels and configurations measured.

@@ -46,6 +46,7 @@ class SampledGraph:
 
 def values_of_arguments(node: Node, values: Mapping[Node, Any]) -> tuple[Any, Any]:
     """A node's positional and keyword arguments with nodes replaced by their values."""
+    # For mypy: the arguments of a node are a pair.
     return torch.fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])  # type: ignore[return-value]
 
 
@@ -53,7 +54,9 @@ def sample(graph: fx.Graph, inputs: Mapping[str, Tensor], constants: Mapping[str
     """Runs a graph once.
 
     Args:
-        inputs, constants: the values of its placeholders, by name.
+        graph: of one call, its parameters and buffers among the placeholders.
+        inputs: values of the placeholders that a call hands over, by name.
+        constants: values of the other placeholders, by name.
     """
     nodes = tuple(graph.nodes)
     values: dict[Node, Any] = {}
@@ -62,6 +65,7 @@ def sample(graph: fx.Graph, inputs: Mapping[str, Tensor], constants: Mapping[str
             values[node] = inputs.get(node.name, constants.get(node.name))
         elif node.op == "call_function":
             args, kwargs = values_of_arguments(node, values)
+            # For mypy: the target of a call_function node is callable.
             values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
     fixed = frozenset(node for node in nodes if node.op == "placeholder" and node.name not in inputs)
     return SampledGraph(nodes, fixed, values, _owners(nodes, values))

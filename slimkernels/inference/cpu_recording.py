@@ -34,8 +34,10 @@ class Recording:
     Attributes:
         steps: calls without arguments, in order.
         calls: the number of kernels that they run.
-        inputs, outputs: where the steps read and write; an output that is no tensor as it is.
-        workspace_bytes, weight_bytes: memory of intermediates, and of packed weights.
+        inputs: where the steps read.
+        outputs: where the steps write; an output that is no tensor stands here as it is.
+        workspace_bytes: memory of the intermediate tensors.
+        weight_bytes: memory of the packed weights.
     """
 
     steps: list[Callable[[], Any]]
@@ -79,6 +81,7 @@ def bind(graph: SampledGraph, chains: Sequence[GraphChain], placement: Placement
     for node in graph.nodes:
         sampled: Any = graph.values.get(node)
         if node.op == "output":
+            # For mypy: the argument of an output node is a sequence.
             outputs = [values[n] if isinstance(n, Node) else n for n in node.args[0]]  # type: ignore[union-attr]
         elif node in graph.constants:
             values[node] = sampled
@@ -92,6 +95,7 @@ def bind(graph: SampledGraph, chains: Sequence[GraphChain], placement: Placement
             args, kwargs = values_of_arguments(node, values)
             if node.target is operator.getitem or graph.owners[node] is not node or not tensors(sampled):
                 # A view, or no tensor at all: computed once, it follows the memory.
+                # For mypy: the target of a call_function node is callable.
                 values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
             elif isinstance(sampled, Tensor):
                 values[node] = _tensor_in(memory[node], sampled)

@@ -194,7 +194,8 @@ class Chain:
         """The steps from x to y, piece by piece.
 
         Args:
-            x, y: images channels_last, or rows ``(n, channels)``.
+            x: the input: images channels_last, or rows ``(n, channels)``.
+            y: the output, likewise.
             memory: the bytes of each of the `lifetimes`, by name.
         """
         found: list[Step] = []

@@ -41,7 +41,8 @@ class WarmUp:
     """The result of `warm_up`.
 
     Attributes:
-        first_s, steady_s: seconds of the first call and of the fastest later one, per example input.
+        first_s: seconds of the first call, one number per example input.
+        steady_s: seconds of the fastest later call, one number per example input.
         kernels: of every drop-in layer, per size that it was called with.
     """
 
@@ -98,11 +99,13 @@ def problem_of(module: nn.Module, x: Tensor) -> SizedProblem:
             h,
             w,
             module.kind,
+            # For mypy: taken from a module's attribute, which mypy takes for a Tensor or a Module.
             shapes,  # type: ignore[arg-type]
             module.stride,
             module.padding,
             module.dilation,
             dtype,
+            # For mypy: taken from a module's attribute, which mypy takes for a Tensor or a Module.
             device,  # type: ignore[arg-type]
             module.epilogue,
         )

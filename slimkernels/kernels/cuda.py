@@ -224,7 +224,9 @@ def launch_bsr_conv2d(
 
     Args:
         x: ``(N, C_in, H, W)``, float32, float16 or bfloat16; channels_last is taken as it is.
-        values, crow_indices, col_indices: the BSR weight of `slimkernels.formats.BSRWeight`, indices validated there.
+        values: the stored blocks of the BSR weight, see `slimkernels.formats.BSRWeight`.
+        crow_indices: its row pointers, validated when the weight was built.
+        col_indices: its block columns, validated when the weight was built.
         bias: ``(C_out,)`` or None.
         epilogue: ``none`` or ``relu``.
 
@@ -385,7 +387,9 @@ def launch_low_rank_conv2d(
         factors: convolution weights in the order they are applied.
         bias: ``(C_out,)`` or None, added after the last factor, as is the epilogue.
         packed: not used.
-        stride, padding, dilation: of the convolution that the factors replace.
+        stride: of the convolution that the factors replace.
+        padding: of the convolution that the factors replace.
+        dilation: of the convolution that the factors replace.
         kind: ``svd``, ``tai`` or ``tucker2``.
         epilogue: ``none`` or ``relu``.
 

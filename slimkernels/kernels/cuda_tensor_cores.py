@@ -145,8 +145,9 @@ def launch_bsr_conv2d(
 
     Args:
         x: ``(N, C_in, H, W)``, float16 or bfloat16 on the GPU; channels_last is taken as it is.
-        values, crow_indices, col_indices: the BSR weight of `slimkernels.formats.BSRWeight`, indices validated there;
-            blocks that are multiples of 64 x 16.
+        values: the stored blocks of the BSR weight, see `slimkernels.formats.BSRWeight`; each a multiple of 64 x 16.
+        crow_indices: its row pointers, validated when the weight was built.
+        col_indices: its block columns, validated when the weight was built.
         bias: ``(C_out,)`` or None.
         packed: what `pack` returned for this weight, or anything else: then it is packed in this call.
         epilogue: ``none``, ``relu`` or ``relu_maxpool2``.
@@ -318,8 +319,11 @@ def launch_stem_conv2d(
         x: ``(N, 3, H, W)``, W even, float16 or bfloat16 on the GPU.
         first_weight: ``(64, 3, 3, 3)``.
         first_bias: ``(64,)`` or None.
-        values, crow_indices, col_indices, bias: the second convolution, as `launch_bsr_conv2d` takes them, of shape
-            ``(C_out <= 64, 64, 3, 3)`` and blocks of 64 output channels.
+        values: the stored blocks of the second convolution, whose weight is ``(C_out <= 64, 64, 3, 3)`` in blocks of 64
+            output channels.
+        crow_indices: its row pointers, as `launch_bsr_conv2d` takes them.
+        col_indices: its block columns, as `launch_bsr_conv2d` takes them.
+        bias: of the second convolution, ``(C_out,)`` or None.
         packed: what `pack_stem` returned for both weights, or anything else: then they are packed in this call.
         epilogue: of the second convolution.
         config: ``variant`` of `resident_plan.STEM_VARIANTS`; ``overlap`` as `launch_bsr_conv2d` has it.

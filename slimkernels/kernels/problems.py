@@ -43,7 +43,8 @@ class Room(NamedTuple):
 
     Attributes:
         pixels: of an image or an output, at most, one image being innermost.
-        rows, columns: how far the kernel reaches from a pixel, taps, padding and stride considered.
+        rows: how many rows the kernel reaches from a pixel, taps, padding and stride considered.
+        columns: how many columns it reaches, likewise.
         reach: the same in pixels, at most.
     """
 
@@ -153,12 +154,13 @@ class _Convolution:
     def dense_work(self) -> DenseWork:
         """The dense convolution's work."""
         weights = self.c_in * self.c_out * self.r * self.s
+        # For mypy: torch.dtype has it, torch's annotations do not.
         return DenseWork(self.rows * weights, weights * self.dtype.itemsize)  # type: ignore[attr-defined]
 
     def io_bytes(self, *, pooled: bool) -> tuple[int, int]:
         """``(input, output)`` bytes, each counted once; ``pooled``: the output after 2x2 pooling."""
         rows = self.n * (self.p // 2) * (self.q // 2) if pooled else self.rows
-        size: int = self.dtype.itemsize  # type: ignore[attr-defined]
+        size: int = self.dtype.itemsize  # type: ignore[attr-defined]  # torch.dtype has it, torch's annotations do not
         return self.n * self.c_in * self.h * self.w * size, rows * self.c_out * size
 
 

@@ -41,6 +41,7 @@ def bsr_conv2d(
     With finite input it is the dense convolution. A non-finite input must reach exactly the outputs whose stored blocks
     read it, so there each block row multiplies its own stored columns only.
     """
+    # For mypy: tuples have the right length, which their types do not say.
     weight = BSRWeight(values, crow_indices, col_indices, tuple(weight_shape), tuple(block_shape))  # type: ignore[arg-type]
     if bool(torch.isfinite(x).all()):
         y = convolution(x, weight.to_dense(), bias, stride, padding, dilation)
@@ -109,6 +110,7 @@ def bsr_linear(
 def _dense_weight(
     values: Tensor, crow: Tensor, col: Tensor, weight_shape: Sequence[int], block_shape: Sequence[int]
 ) -> Tensor:
+    # For mypy: tuples have the right length, which their types do not say.
     return BSRWeight(values.detach(), crow, col, tuple(weight_shape), tuple(block_shape)).to_dense()  # type: ignore[arg-type]
 
 
@@ -158,6 +160,7 @@ def bsr_conv2d_wgrad(
         (False, True),
     )
     assert grad_w is not None
+    # For mypy: tuples have the right length, which their types do not say.
     weight = BSRWeight(values, crow_indices, col_indices, tuple(weight_shape), tuple(block_shape))  # type: ignore[arg-type]
     grad_values = torch.zeros_like(values, memory_format=torch.contiguous_format)
     rows, cols = weight.block_rows(), col_indices[: weight.nnz_blocks].long()
@@ -204,6 +207,7 @@ def low_rank_conv2d(
     epilogue: str,
 ) -> Tensor:
     """The chain of factor convolutions, bias after the last."""
+    # For mypy: tuples have the right length, which their types do not say.
     geometry = factor_geometry(kind, len(factors), tuple(stride), tuple(padding), tuple(dilation))  # type: ignore[arg-type]
     for i, (factor, (stride_i, padding_i, dilation_i)) in enumerate(zip(factors, geometry)):
         x = convolution(x, factor, bias if i == len(factors) - 1 else None, stride_i, padding_i, dilation_i)

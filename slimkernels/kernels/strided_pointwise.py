@@ -30,7 +30,8 @@ def pixels_read(
     Args:
         x: ``(N, C_in, *image)`` or ``(C_in, *image)``, with one to three image dimensions.
         weight: ``(C_out, C_in / groups, *kernel)``.
-        stride, padding: as ``torch.nn.functional.conv2d`` takes them.
+        stride: as ``torch.nn.functional.conv2d`` takes it.
+        padding: as ``torch.nn.functional.conv2d`` takes it.
 
     Returns:
         A view of ``x``; ``x`` itself unless it is on a CPU and the convolution is a strided 1x1 one of few channels.

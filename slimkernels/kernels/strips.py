@@ -24,7 +24,9 @@ def pack_strips(
     """Strip pack of csrc/kernels.h: ``[weights (entries, strip), channels (entries,), tap_ptr (strips * taps + 1,)]``.
 
     Args:
-        values, crow_indices, col_indices: a valid BSR weight on the CPU; its spare capacity is left out.
+        values: the stored blocks of a valid BSR weight on the CPU; blocks beyond the last one in use are left out.
+        crow_indices: its row pointers.
+        col_indices: its block columns.
         weight_shape: ``(C_out, C_in, R, S)``.
         block_shape: ``(block_out, block_in)``.
         strip: output channels per strip, a divisor of ``block_out``.

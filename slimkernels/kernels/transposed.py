@@ -46,10 +46,12 @@ def transpose_index(
     """The transposed index, ``(pack_size,)`` int32 on the indices' device; reads nothing back from the device.
 
     Args:
-        crow_indices, col_indices: int32 pattern (`slimkernels.formats.BSRWeight`), spare capacity included.
+        crow_indices: int32 row pointers of the pattern, see `slimkernels.formats.BSRWeight`.
+        col_indices: int32 block columns of the pattern, spare capacity included.
         weight_shape: ``(C_out, C_in, R, S)``.
         block_shape: ``(block_out, block_in)``.
-        stride, dilation: of the convolution; ``(1, 1)`` for a linear layer.
+        stride: of the convolution; ``(1, 1)`` for a linear layer.
+        dilation: of the convolution; ``(1, 1)`` for a linear layer.
     """
     rows, groups, taps, classes = _sizes(weight_shape, block_shape, stride)
     device, capacity = col_indices.device, col_indices.shape[0]

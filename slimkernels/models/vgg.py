@@ -42,6 +42,7 @@ def _vgg_cifar(letter: str, num_classes: int, batch_norm: bool, width: int | flo
 
     stages = (64, 128, 256, 512)
     narrow = dict(zip(stages, scaled(f"{_NAMES[letter]}_cifar", stages, width), strict=True))
+    # For mypy: whatever is not "M" is a number of channels.
     plan: list[Any] = [stage if stage == "M" else narrow[stage] for stage in cfgs[letter]]  # type: ignore[index]
     hidden = narrow[512]
     classifier = nn.Sequential(

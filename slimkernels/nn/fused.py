@@ -15,7 +15,13 @@ class FusedConv2d(AttributesInUse):
     """Drop-in for ``nn.Conv2d`` (groups = 1, zero padding) and the ReLU and 2x2 max-pool behind it, of dense weight.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, bias: as ``nn.Conv2d``.
+        in_channels: as ``nn.Conv2d``.
+        out_channels: as ``nn.Conv2d``.
+        kernel_size: as ``nn.Conv2d``.
+        stride: as ``nn.Conv2d``.
+        padding: as ``nn.Conv2d``.
+        dilation: as ``nn.Conv2d``.
+        bias: as ``nn.Conv2d``.
         epilogue: ``none``, ``relu`` or ``relu_maxpool2``, fused behind the bias.
         kernel: a kernel's name, or ``auto``.
 

@@ -51,6 +51,7 @@ class LowRankLinear(PrepackedFactors):
 
     def _factors(self) -> list[Tensor]:
         parameters = self._parameters
+        # For mypy: registered in the constructor, so none of them is None.
         return [parameters["V"], parameters["U"]]  # type: ignore[list-item]
 
     def _prepare(self, isa: str, packed: Sequence[Tensor]) -> PackedLowRank:
@@ -117,7 +118,13 @@ class LowRankConv2d(PrepackedFactors):
     """Drop-in for ``nn.Conv2d`` (groups = 1, zero padding): a chain of factor convolutions, bias after the last.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, bias: of the merged convolution.
+        in_channels: of the merged convolution, as ``nn.Conv2d``.
+        out_channels: of the merged convolution.
+        kernel_size: of the merged convolution.
+        stride: of the merged convolution.
+        padding: of the merged convolution.
+        dilation: of the merged convolution.
+        bias: whether there is one, added after the last factor.
         kind: ``svd`` (RxS then 1x1), ``tai`` (Rx1 then 1xS) or ``tucker2`` (1x1, RxS, 1x1).
         ranks: ``(rank,)``, for ``tucker2`` ``(rank_in, rank_out)``.
         epilogue: ``none`` or ``relu``.
@@ -176,6 +183,7 @@ class LowRankConv2d(PrepackedFactors):
         self._init_packed(len(shapes))
 
     def _factors(self) -> list[Tensor]:
+        # For mypy: an attribute of a Module is a Tensor or a Module to mypy.
         return list(self._modules["factors"]._parameters.values())  # type: ignore[union-attr,arg-type]
 
     def _check_attributes(self) -> None:
@@ -186,6 +194,7 @@ class LowRankConv2d(PrepackedFactors):
 
     def _prepare(self, isa: str, packed: Sequence[Tensor]) -> PackedLowRank:
         geometry = self.stride, self.padding, self.dilation
+        # For mypy: tuples have the right length, which their types do not say.
         return prepare_conv2d(isa, packed, self._factors(), *geometry, self.kind, self.epilogue)  # type: ignore[arg-type]
 
     @classmethod

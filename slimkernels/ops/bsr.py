@@ -387,13 +387,18 @@ def bsr_conv2d(
 
     Args:
         x: ``(N, C_in, H, W)`` floating point, any strides; converted to channels_last where it is not. N = 0 is legal.
-        values, crow_indices, col_indices: the `slimkernels.formats.BSRWeight` in x's dtype, on x's device.
+        values: ``(nnz_blocks, block_out, block_in)``, the stored blocks of a `slimkernels.formats.BSRWeight`, in x's
+            dtype, on x's device.
+        crow_indices: int32 row pointers of its pattern, on x's device.
+        col_indices: int32 block columns of its pattern, on x's device.
         bias: ``(C_out,)`` in x's dtype, or None.
         packed: prepacked weight of the kernel (`slimkernels.nn.BlockSparseConv2d` keeps it), or empty. Its numbers and
             those of the indices are checked, once for tensors that nobody writes to.
         weight_shape: ``(C_out, C_in, R, S)``.
         block_shape: ``(block_out, block_in)``.
-        stride, padding, dilation: two ints each (rows, columns).
+        stride: two ints (rows, columns).
+        padding: two ints (rows, columns).
+        dilation: two ints (rows, columns).
         epilogue: ``none``, ``relu``, or ``relu_maxpool2`` (ReLU, then 2x2 max-pool of stride 2, floor mode).
         kernel: name of a kernel in `slimkernels.kernels.KERNELS`, or ``auto``; the gradients run on the same backend.
         transposed: `slimkernels.kernels.transposed.transpose_index` of the pattern at this stride and dilation, for the
@@ -429,7 +434,10 @@ def bsr_linear(
 
     Args:
         x: ``(..., in)`` floating point.
-        values, crow_indices, col_indices: the `slimkernels.formats.BSRWeight` in x's dtype, on x's device.
+        values: ``(nnz_blocks, block_out, block_in)``, the stored blocks of a `slimkernels.formats.BSRWeight`, in x's
+            dtype, on x's device.
+        crow_indices: int32 row pointers of its pattern, on x's device.
+        col_indices: int32 block columns of its pattern, on x's device.
         bias: ``(out,)`` in x's dtype, or None.
         packed: prepacked weight of the kernel, or empty.
         weight_shape: ``(out, in)``.

@@ -159,7 +159,9 @@ def fused_conv2d(
         x: ``(N, C_in, H, W)`` floating point, any strides.
         weight: ``(C_out, C_in, R, S)``, best in channels_last.
         bias: ``(C_out,)`` or None. In x's dtype, on its device.
-        stride, padding, dilation: two ints each.
+        stride: two ints (rows, columns).
+        padding: two ints (rows, columns).
+        dilation: two ints (rows, columns).
         epilogue: ``none``, ``relu`` or ``relu_maxpool2`` (2x2, stride 2, floor mode).
         kernel: name of a kernel in `slimkernels.kernels.KERNELS`, or ``auto``.
 

@@ -316,7 +316,9 @@ def low_rank_linear(
 
     Args:
         x: ``(..., in)`` floating point.
-        U: ``(out, rank)``; V: ``(rank, in)``; bias: ``(out,)`` or None; all in x's dtype, on x's device.
+        U: ``(out, rank)`` in x's dtype, on x's device.
+        V: ``(rank, in)`` in x's dtype, on x's device.
+        bias: ``(out,)`` in x's dtype, on x's device, or None.
         packed: prepacked factors (`slimkernels.nn.LowRankLinear` keeps them), or empty. On a CPU ``auto`` runs torch's
             layers without them.
         epilogue: ``none`` or ``relu``.
@@ -360,7 +362,9 @@ def low_rank_conv2d(
         packed: prepacked factors (`slimkernels.nn.LowRankConv2d` keeps them), or empty. On a CPU ``auto`` runs torch's
             convolutions without them.
         kind: ``svd`` (RxS then 1x1), ``tai`` (Rx1 then 1xS, arXiv 1511.06067) or ``tucker2`` (1x1, RxS, 1x1).
-        stride, padding, dilation: of the merged convolution, two ints each.
+        stride: of the merged convolution, two ints (rows, columns).
+        padding: of the merged convolution, two ints (rows, columns).
+        dilation: of the merged convolution, two ints (rows, columns).
         epilogue: ``none`` or ``relu``.
         kernel: name of a kernel in `slimkernels.kernels.KERNELS`, or ``auto``.
 

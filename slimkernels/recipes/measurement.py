@@ -123,6 +123,7 @@ def _convert(
         if step.verb == "convert":
             settings.update(step.settings)
     fast = convert(model, example_inputs=[(x,) for x in images.values()], policy=Policy(**settings))
+    # For mypy: a model's own attribute, a Tensor or a Module to mypy.
     plan: ModelPlan = fast.slimkernels_plan  # type: ignore[assignment]
     file = place.folder(row, seed) / "model.slim.safetensors"
     checkpoint.save(fast, file)
@@ -177,6 +178,7 @@ def _time_group(
         callables["converted", name] = partial(fast, x)
         recorded = graphed(fast, x)
         callables["recorded", name] = partial(recorded, x)
+    # For mypy: keys are pairs here, and what the functions return is not looked at.
     found: dict[Any, timing.Timing] = timing.interleaved(callables, seconds=seconds)  # type: ignore[type-var, arg-type]
     best = min((key for key in found if key[0] == "teacher"), key=lambda key: found[key].p50)
     for name in pairs:

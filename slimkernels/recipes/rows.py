@@ -39,7 +39,8 @@ class Workplace:
     Attributes:
         recipe: with its preset.
         out: folder of everything written.
-        train, test: loaders; ``train.batch_size`` is replaced by the step's.
+        train: loader of the training data; its ``batch_size`` is replaced by the step's.
+        test: loader of the test data.
         data_key: identifies the data in the keys of steps.
         device: where networks are trained.
         progress: training bars.

@@ -237,6 +237,7 @@ def _settings_of(verb: str) -> Collection[str]:
 
     function: Any = {"prune": prune_, "factorize": factorize_, "gradual": GradualPruning.__init__}[verb]
     keys = set(inspect.signature(function).parameters) - {"model", "self", "options"}
+    # For mypy: a set for the verbs that prune.
     return keys | (_settings_of("prune") if verb == "gradual" else set())  # type: ignore[operator]
 
 

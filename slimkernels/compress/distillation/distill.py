@@ -43,8 +43,11 @@ class DistillationStep(TrainingStep):
     whatever mode it is in: `distill` sees to eval mode.
 
     Args:
-        student, teacher: return logits ``(N, classes)``; the teacher may be on another device.
-        terms, temperature, soft_weight: as in `distill`.
+        student: the model to train; returns logits ``(N, classes)``.
+        teacher: returns logits ``(N, classes)``; it may be on another device.
+        terms: what the loss compares, as in `distill`.
+        temperature: divides the logits, as in `distill`.
+        soft_weight: share of the teacher in the loss, as in `distill`.
         label_smoothing: of the cross-entropy.
         sample: a few images, run through both models to check the logits and to build the terms' trainable parts.
         cache: keeps the teacher's logits by sample index; batches then have to bring their indices.

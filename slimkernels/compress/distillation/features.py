@@ -65,7 +65,7 @@ class FeatureTap:
                 f"{self.op}: expected layer {missing[0]!r} of the {self.whose} to run in its forward pass, it did not"
             )
 
-    def _hook(self, name: str):  # type: ignore[no-untyped-def]
+    def _hook(self, name: str):  # type: ignore[no-untyped-def]  # a closure of the type that torch expects
         def hook(module: nn.Module, inputs: object, output: object) -> None:
             if self._recorded is None:
                 return

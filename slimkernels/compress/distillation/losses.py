@@ -67,7 +67,10 @@ def decoupled_kd_loss(
     With ``alpha=1`` and ``beta = 1 - p(v / T)[target]`` per sample it equals `soft_target_loss` (their eq. 7).
 
     Args:
-        student_logits, teacher_logits, target, temperature: as in `kd_loss`, with at least two classes.
+        student_logits: ``(N, classes)``, at least two classes.
+        teacher_logits: like the student's.
+        target: ``(N,)`` class indices.
+        temperature: divides both logits, as in `kd_loss`.
         alpha: weight of the target's part, at least 0.
         beta: weight of the others' part, at least 0; or one per sample, ``(N,)``. The paper takes 8 for most pairs on
             CIFAR-100, with 20 epochs of warm-up; that much makes short runs diverge at their usual learning rates.

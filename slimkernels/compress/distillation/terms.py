@@ -125,7 +125,7 @@ class _LayerTerm(Term):
 
     @property
     def pairs(self) -> dict[str, str]:
-        return self.layers  # type: ignore[return-value]
+        return self.layers  # type: ignore[return-value]  # the constructor made pairs of them
 
     def _features(self, signals: Signals) -> list[tuple[Tensor, Tensor]]:
         """Student's and teacher's output of every pair, of one image size, the teacher's on the student's device."""

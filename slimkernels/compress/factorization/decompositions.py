@@ -113,6 +113,7 @@ def tucker2(weight: Tensor, rank_out: int, rank_in: int, *, sweeps: int = 5) -> 
         kept = norm
     core = torch.einsum("ncrs,no,ci->oirs", w, u_out, u_in)
     factors = u_in.t().reshape(rank_in, c, 1, 1), core, u_out.reshape(n, rank_out, 1, 1)
+    # For mypy: tuples have the right length, which their types do not say.
     return tuple(f.to(weight.dtype).contiguous() for f in factors)  # type: ignore[return-value]
 
 

@@ -122,7 +122,8 @@ def factorize_(
         budget: what the whole model may cost at most: ``{"bytes": 2_000_000}``, ``{"parameters": 0.4}``,
             ``{"flops": 0.5}``, ``{"latency": 0.6}``, see `layer_costs.Budget`. Ranks are spread over the layers by
             energy kept per cost, see `ranks.rank_for_budget`; a layer may stay dense.
-        layers: exact names or patterns; exclude: names or patterns left alone.
+        layers: names or fnmatch patterns of the layers to factorize.
+        exclude: names or fnmatch patterns of layers that stay as they are.
         multiple: chosen ranks are multiples of it; by default 8 on the CPU and 16 on a GPU. 1 does not round.
         batch_norm: puts a BatchNorm2d behind every factorized convolution that has none there yet, as SlimNets and Tai
             et al. do; the layer becomes a Sequential of ``low_rank`` and ``batch_norm``. It starts as the identity on

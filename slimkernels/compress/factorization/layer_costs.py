@@ -143,7 +143,7 @@ def problem(
         shape[-2],
         shape[-1],
         kind,
-        shapes,  # type: ignore[arg-type]
+        shapes,  # type: ignore[arg-type]  # shapes of the kind's lengths, which their type does not say
         tuple(layer.stride),
         resolved_padding(layer),
         tuple(layer.dilation),
@@ -187,6 +187,7 @@ def measured_seconds(modules: Sequence[nn.Module], calls: Sequence[Call], like: 
     def runner(module: nn.Module) -> Any:
         module.eval()
         if like.dim() == 4:
+            # For mypy: torch's overloads of `to` leave out memory_format alone.
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
         def run() -> None:

@@ -50,8 +50,10 @@ class LayerChoice:
     Attributes:
         name: of the layer.
         sparsity: share of its blocks to mask; 0 leaves it dense.
-        block_shape, kernel: None where it stays dense.
-        seconds, dense_s: per pass over the example inputs, as chosen and dense.
+        block_shape: ``(block_out, block_in)``; None where the layer stays dense.
+        kernel: the name of its kernel; None where the layer stays dense.
+        seconds: time per pass over the example inputs, as chosen.
+        dense_s: time per pass over the example inputs, dense.
         lost: price of what is pruned, see `latency_budget`.
     """
 
@@ -179,7 +181,9 @@ def latency_budget(
             multiplied by about that share in each layer, so prices add up, and no layer is starved. By anything else it
             is the sum of the scores that go, which makes "taylor" an estimate of the loss.
         weights: factors on the prices by layer name (1 where absent), for instance from a sensitivity scan.
-        layers, exclude, skip_first: as in `slimkernels.prune_`.
+        layers: as in `slimkernels.prune_`.
+        exclude: as in `slimkernels.prune_`.
+        skip_first: as in `slimkernels.prune_`.
         backend: ``auto``, or the backend whose kernels the layers are to run on.
         progress: shows a bar on stderr while measuring, if that is a terminal.
 

@@ -109,6 +109,7 @@ class GradualPruning(Callback):
         self.importance, self.granularity, self.options = importance, granularity, options
         self.history: list[tuple[int, float]] = []
         gathers = isinstance(importance, str) and importance in GRADIENT_IMPORTANCES
+        # For mypy: a name wherever gradients are gathered.
         self._gathered = GradientScores(importance) if gathers else None  # type: ignore[arg-type]
         self._snapshot: dict[str, Tensor] = {}
 
@@ -199,6 +200,7 @@ class GradualPruning(Callback):
 
 def _masked_layers(model: nn.Module, granularity: str) -> Iterator[tuple[str, Tensor, Tensor | None, Units]]:
     for name, mask in masks(model).items():
+        # For mypy: an attribute of a Module is a Tensor or a Module to mypy.
         weight: Any = model.get_submodule(name).parametrizations.weight.original  # type: ignore[union-attr]
         yield name, weight, weight.grad, Units.of(mask.weight_shape, mask.block_shape, granularity)
 

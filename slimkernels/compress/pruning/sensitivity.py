@@ -41,9 +41,11 @@ class SensitivityReport:
     """Accuracy and loss of a model with one layer pruned.
 
     Attributes:
-        accuracy, loss: of the unpruned model; accuracy in [0, 1], loss the mean cross-entropy per sample.
+        accuracy: of the unpruned model, in [0, 1].
+        loss: of the unpruned model, the mean cross-entropy per sample.
         sparsities: what was tried, ascending.
-        accuracies, losses: layer -> one number per sparsity.
+        accuracies: layer -> the accuracy at each sparsity, with that layer alone pruned.
+        losses: layer -> the loss at each sparsity, with that layer alone pruned.
         weights: layer -> number of weights.
     """
 
@@ -162,7 +164,12 @@ def sensitivity_scan(
         model: a trained classifier; masks that it has already are part of it.
         loader: batches ``(images, labels)``, evaluated ``1 + layers * sparsities`` times: a few thousand samples do.
         sparsities: shares to try, each in (0, 1).
-        block_shape, granularity, importance, layers, exclude, skip_first: as in `slimkernels.prune_`.
+        block_shape: as in `slimkernels.prune_`.
+        granularity: as in `slimkernels.prune_`.
+        importance: as in `slimkernels.prune_`.
+        layers: as in `slimkernels.prune_`.
+        exclude: as in `slimkernels.prune_`.
+        skip_first: as in `slimkernels.prune_`.
         path: JSON file, rewritten atomically after every layer; a later call with the same model and arguments goes on
             from it.
         progress: shows a bar on stderr if that is a terminal.

@@ -170,6 +170,7 @@ def _shrink(model: nn.Module, graph: fx.Graph, fold_borders: bool) -> ShrinkRepo
             found
             or structure_obstacle(name, uniques, readers)
             or weight_obstacle(
+                # For mypy: an attribute of a Module is a Tensor or a Module to mypy.
                 model.get_submodule(name).weight  # type: ignore[arg-type]
             )
         )
@@ -220,6 +221,7 @@ def _shrink(model: nn.Module, graph: fx.Graph, fold_borders: bool) -> ShrinkRepo
 def _follow(model: nn.Module, node: fx.Node) -> _Path | str:
     """The path from a layer to its reader, or why there is none."""
     path, producer = _Path(), model.get_submodule(str(node.target))
+    # For mypy: an attribute of a Module is a Tensor or a Module to mypy.
     channels: int = producer.weight.shape[0]  # type: ignore[union-attr, index, assignment]
     while True:
         users = list(node.users)
@@ -274,7 +276,7 @@ def _read(path: _Path, name: str, producer: nn.Module, reader: nn.Module, channe
 
 def _norm_step(bn: nn.Module) -> Callable[[Tensor], Tensor]:
     def step(values: Tensor) -> Tensor:
-        scale, shift = batch_norm_scale_shift(bn)  # type: ignore[arg-type]
+        scale, shift = batch_norm_scale_shift(bn)  # type: ignore[arg-type]  # a batch norm, as the caller has found out
         return values * scale + shift
 
     return step

@@ -184,5 +184,6 @@ def restore(state: Mapping[str, Any], path: Path, run: RunState) -> list[EpochSt
     for callback, saved in zip(run.callbacks, state["callbacks"], strict=True):
         callback.load_state_dict(saved)
     if state["loader_generator"] is not None:
+        # For mypy: there is one wherever its state was saved.
         run.loader.generator.set_state(state["loader_generator"])  # type: ignore[attr-defined]
     return [EpochStats(**stats) for stats in state["history"]]

@@ -73,7 +73,9 @@ def _masked(model: nn.Module) -> Iterator[tuple[Tensor, nn.Module]]:
     """Every weight behind a mask (a parametrization that owns a bool tensor ``mask``), with the mask."""
     for module in model.modules():
         if parametrize.is_parametrized(module, "weight"):
+            # For mypy: an attribute of a Module is a Tensor or a Module to mypy.
             for parametrization in module.parametrizations.weight:  # type: ignore[union-attr]
                 mask = getattr(parametrization, "mask", None)
                 if isinstance(mask, Tensor) and mask.dtype == torch.bool:
+                    # For mypy: an attribute of a Module is a Tensor or a Module to mypy.
                     yield module.parametrizations.weight.original, parametrization  # type: ignore[union-attr, misc]

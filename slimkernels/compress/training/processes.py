@@ -116,6 +116,7 @@ class _SlicedSampler:
 def _sliced_dataloader(loader: Any, rank: int, world: int, sizes: deque[int]) -> Any:
     return torch.utils.data.DataLoader(
         loader.dataset,
+        # For mypy: a sampler of batches, which is what DataLoader makes of it.
         batch_sampler=_SlicedSampler(loader.batch_sampler, rank, world, sizes),  # type: ignore[arg-type]
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,

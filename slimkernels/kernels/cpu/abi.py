@@ -19,11 +19,31 @@ class Conv2dArguments(NamedTuple):
     """One convolution, or one copy between layouts, which reads x, y, n, h, w, c_in and lanes alone.
 
     Attributes:
-        x, y, bias, weights, channels, tap_ptr, offsets: addresses, 0 for NULL.
-        n, h, w, c_in, c_out, p, q: images, input height and width, channels, output height and width before pooling.
-        r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w: the kernel's geometry.
+        x: address of the input; addresses are 0 for NULL.
+        y: address of the output.
+        bias: address of the bias.
+        weights: address of the packed weights.
+        channels: address of the entries' input channels.
+        tap_ptr: address of the first entry of every strip and tap.
+        offsets: address of the entries' distances in x.
+        n: images.
+        h: input height.
+        w: input width.
+        c_in: input channels.
+        c_out: output channels.
+        p: output height, before pooling.
+        q: output width, before pooling.
+        r: rows of taps.
+        s: columns of taps.
+        stride_h: stride of rows.
+        stride_w: stride of columns.
+        pad_h: rows of zeros above and below.
+        pad_w: columns of zeros on either side.
+        dil_h: dilation of rows.
+        dil_w: dilation of columns.
         strip: output channels that share an index list.
-        relu, pool: 0 or 1.
+        relu: 0 or 1.
+        pool: 0 or 1, a 2x2 max-pool after the ReLU.
         lanes: images innermost, or 1 for channels_last.
     """
 

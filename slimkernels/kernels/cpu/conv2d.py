@@ -36,7 +36,9 @@ class PackedConv2d:
         isa: instruction set of the kernel.
         packed: what `pack_strips` returned, or any other tensors that `strips.check_pack` lets pass.
         weight_shape: ``(C_out, C_in, R, S)``.
-        stride, padding, dilation: two ints each.
+        stride: two ints (rows, columns).
+        padding: two ints (rows, columns).
+        dilation: two ints (rows, columns).
         epilogue: ``none``, ``relu`` or ``relu_maxpool2``.
         op: named in errors.
 
@@ -307,8 +309,9 @@ class PackedConv2d:
         """The convolution of x into y as one of `Steps`.
 
         Args:
-            x, y: float32 on the CPU, not overlapping: images channels_last, contiguous rows ``(n, in)`` where the
-                weight is a linear layer's, or ``(groups, h, w, channels, lanes)`` with a vector of images innermost.
+            x: the input, float32 on the CPU: images channels_last, contiguous rows ``(n, in)`` where the weight is a
+                linear layer's, or ``(groups, h, w, channels, lanes)`` with a vector of images innermost.
+            y: the output, laid out like x, in memory that does not overlap it.
             bias: ``(C_out,)`` or None.
             n: images, or rows.
             offsets: `entry_offsets` for the width and the lanes of x.

@@ -69,7 +69,9 @@ def layout_step(x: Tensor, y: Tensor, n: int) -> Step:
     """The copy of n images between channels_last (or rows) and a vector of images innermost as one of `Steps`.
 
     Args:
-        x, y: float32 on the CPU, not overlapping; one of them ``(groups, h, w, channels, lanes)``.
+        x: what is copied, float32 on the CPU: images channels_last, rows, or ``(groups, h, w, channels, lanes)``.
+        y: where it is copied to, in the other layout, in memory that does not overlap x.
+        n: images, or rows.
 
     Raises:
         ValueError: tensors of another shape, dtype or layout.

@@ -1,0 +1,85 @@
+// The members of SlimConv2dF32 and what is checked of them.
+#pragma once
+#include <algorithm>
+#include <string>
+
+#include "bindings/members.h"
+#include "kernels.h"
+
+namespace slim {
+
+template <>
+struct Members<SlimConv2dF32> {
+  using Struct = SlimConv2dF32;  // Conv2dArguments in slimkernels/kernels/cpu/abi.py
+  static constexpr Member list[] = {
+      SLIM_MEMBER(x, kAddress),           SLIM_MEMBER(y, kAddress),
+      SLIM_MEMBER(bias, kAddress),        SLIM_MEMBER(weights, kAddress),
+      SLIM_MEMBER(channels, kAddress),    SLIM_MEMBER(tap_ptr, kAddress),
+      SLIM_MEMBER(offsets, kAddress),     SLIM_MEMBER(n, kImages),
+      SLIM_MEMBER(h, kNatural),           SLIM_MEMBER(w, kNatural),
+      SLIM_MEMBER(c_in, kPositive),       SLIM_MEMBER(c_out, kPositive),
+      SLIM_MEMBER(p, kPositive),          SLIM_MEMBER(q, kPositive),
+      SLIM_MEMBER(r, kPositive),          SLIM_MEMBER(s, kPositive),
+      SLIM_MEMBER(stride_h, kPositive),   SLIM_MEMBER(stride_w, kPositive),
+      SLIM_MEMBER(pad_h, kNatural),       SLIM_MEMBER(pad_w, kNatural),
+      SLIM_MEMBER(dil_h, kPositive),      SLIM_MEMBER(dil_w, kPositive),
+      SLIM_MEMBER(strip, (Range{1, 32})), SLIM_MEMBER(relu, kFlag),
+      SLIM_MEMBER(pool, kFlag),           SLIM_MEMBER(lanes, (Range{1, 16})),
+  };
+};
+static_assert(members_fill_the_struct<SlimConv2dF32>());
+
+constexpr int kMembers = kCount<SlimConv2dF32>;
+constexpr int kPointers = 7, kLanes = kMembers - 1;  // how many come first, and where `lanes` is
+
+// What is wrong with the members by what kernels.h asks for, as far as numbers tell; "" where nothing is. `a` is the
+// struct of these numbers.
+inline std::string conv2d_fault(const int64_t* numbers, const SlimConv2dF32& a) {
+  const std::string fault = range_fault<SlimConv2dF32>(numbers);
+  if (!fault.empty()) return fault;
+  const int64_t lanes = a.lanes, strip = a.strip, strips = (a.c_out + strip - 1) / strip;
+  if (!is_one_of(strip, {1, 2, 4, 8, 16, 24, 32})) return "strip = " + std::to_string(strip) + " is no known width";
+  if (!is_one_of(lanes, {1, 4, 8, 16})) return "lanes = " + std::to_string(lanes) + " is no known vector";
+  if (a.tap_ptr == nullptr) return "tap_ptr is NULL";
+  if (!product_fits(a.h, a.w, a.c_in * lanes) || a.c_in * lanes > kInt32Max)
+    return "an image has 2^31 elements or more";
+  if (!product_fits(a.p, a.q, a.c_out * lanes) || a.c_out * lanes > kInt32Max)
+    return "an output has 2^31 elements or more";
+  if (!product_fits(a.r, a.s, strips)) return "tap_ptr has 2^31 elements or more";
+  // Both factors of each product fit 31 bits; the sum below is at most 2^62 + 2^31.
+  const int64_t taps_down = int64_t(a.dil_h) * (a.r - 1), taps_right = int64_t(a.dil_w) * (a.s - 1);
+  const int64_t down = std::max<int64_t>(taps_down, a.pad_h);
+  const int64_t right = std::max<int64_t>({taps_right, a.pad_w, a.stride_w}) + 1;
+  if (down > kInt32Max || right > kInt32Max || down * a.w + right > kInt32Max / (a.c_in * lanes))
+    return "an offset is 2^31 or more";
+  return "";
+}
+
+// The same of a convolution that is about to run: its tensors must be there, and its output must have the size that
+// follows from the input's.
+inline std::string run_fault(const int64_t* numbers, const SlimConv2dF32& a) {
+  const std::string fault = conv2d_fault(numbers, a);
+  if (!fault.empty()) return fault;
+  if (a.x == nullptr || a.y == nullptr) return "x or y is NULL";
+  if (a.p != output_size(a.h, a.r, a.stride_h, a.pad_h, a.dil_h) ||
+      a.q != output_size(a.w, a.s, a.stride_w, a.pad_w, a.dil_w) || a.p <= a.pool || a.q <= a.pool)
+    return "p or q is not the size of the output";
+  const int64_t lanes = a.lanes, vector_of_images = std::max({a.h * a.w * a.c_in, a.p * a.q * a.c_out, int64_t(1)});
+  return a.n > (INT64_MAX >> 3) / (vector_of_images * lanes) ? "n is out of range" : "";
+}
+
+// The same of a step that copies between layouts, which reads n, h, w, c_in and lanes alone.
+inline std::string layout_fault(const int64_t* numbers, const SlimConv2dF32& a) {
+  for (const std::string& fault :
+       {range_fault<SlimConv2dF32>(numbers, kPointers, 4), range_fault<SlimConv2dF32>(numbers, kLanes, 1)}) {
+    if (!fault.empty()) return fault;
+  }
+  const int64_t lanes = a.lanes;
+  if (!is_one_of(lanes, {4, 8, 16})) return "lanes = " + std::to_string(lanes) + " is no known vector";
+  if (!product_fits(a.h, a.w, a.c_in * lanes) || a.c_in * lanes > kInt32Max)
+    return "an image has 2^31 elements or more";
+  const int64_t vector_of_images = std::max(a.h * a.w * a.c_in, int64_t(1)) * lanes;
+  return a.n > (INT64_MAX >> 3) / vector_of_images ? "n is out of range" : "";
+}
+
+}  // namespace slim

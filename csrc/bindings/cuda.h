@@ -1,0 +1,223 @@
+// The CUDA entry points of kernels.h for Python: each takes the members of its struct in order.
+#pragma once
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <string>
+
+#include "bindings/members.h"
+#include "kernels.h"
+
+namespace slim {
+
+constexpr int64_t kMaxPlaces = 65535;  // places of a patch, far more than shared memory holds
+constexpr Range kPlaces = {1, kMaxPlaces};
+constexpr Range kPlacesOrNone = {0, kMaxPlaces};
+constexpr Range kSide = {2, kMaxPlaces};
+constexpr Range kSteps = {0, kMaxPlaces};
+constexpr Range kTileImages = {1, INT64_MAX >> 8};
+constexpr Range kFusedRank = {1, SLIM_CUDA_MAX_FUSED_RANK};
+constexpr Range kDtype = {SLIM_DTYPE_F32, SLIM_DTYPE_BF16};
+constexpr Range kHalfDtype = {SLIM_DTYPE_F16, SLIM_DTYPE_BF16};
+
+template <>
+struct Members<SlimCudaBsrConv2d> {
+  using Struct = SlimCudaBsrConv2d;
+  static constexpr Member list[] = {
+      SLIM_MEMBER(x, kAddress),
+      SLIM_MEMBER(y, kAddress),
+      SLIM_MEMBER(bias, kAddress),
+      SLIM_MEMBER(values, kAddress),
+      SLIM_MEMBER(crow_indices, kAddress),
+      SLIM_MEMBER(col_indices, kAddress),
+      SLIM_MEMBER(n, kImages),
+      SLIM_MEMBER(h, kNatural),
+      SLIM_MEMBER(w, kNatural),
+      SLIM_MEMBER(c_in, kPositive),
+      SLIM_MEMBER(c_out, kPositive),
+      SLIM_MEMBER(p, kPositive),
+      SLIM_MEMBER(q, kPositive),
+      SLIM_MEMBER(r, kPositive),
+      SLIM_MEMBER(s, kPositive),
+      SLIM_MEMBER(stride_h, kPositive),
+      SLIM_MEMBER(stride_w, kPositive),
+      SLIM_MEMBER(pad_h, kNatural),
+      SLIM_MEMBER(pad_w, kNatural),
+      SLIM_MEMBER(dil_h, kPositive),
+      SLIM_MEMBER(dil_w, kPositive),
+      SLIM_MEMBER(block_out, kPositive),
+      SLIM_MEMBER(block_in, kPositive),
+      SLIM_MEMBER(relu, kFlag),
+      SLIM_MEMBER(dtype, kDtype),
+      SLIM_MEMBER(device, kNatural),
+      SLIM_MEMBER(stream, kAddress),
+  };
+};
+static_assert(members_fill_the_struct<SlimCudaBsrConv2d>());
+
+// The members that SlimCudaResidentConv2d and SlimCudaStemConv2d have in common.
+#define SLIM_TILE_MEMBERS                                                                                           \
+  SLIM_MEMBER(r, kPlaces), SLIM_MEMBER(s, kPlaces), SLIM_MEMBER(stride_h, kPlaces), SLIM_MEMBER(stride_w, kPlaces), \
+      SLIM_MEMBER(pad_h, kPlacesOrNone), SLIM_MEMBER(pad_w, kPlacesOrNone), SLIM_MEMBER(dil_h, kPlaces),            \
+      SLIM_MEMBER(dil_w, kPlaces), SLIM_MEMBER(relu, kFlag), SLIM_MEMBER(pool, kFlag),                              \
+      SLIM_MEMBER(tile_images, kPlaces), SLIM_MEMBER(tile_rows, kSide), SLIM_MEMBER(tile_cols, kSide),              \
+      SLIM_MEMBER(patch_row, kPlaces), SLIM_MEMBER(patch_image, kPlacesOrNone), SLIM_MEMBER(patch, kPlaces),        \
+      SLIM_MEMBER(load_top, kPlacesOrNone), SLIM_MEMBER(load_left, kPlacesOrNone), SLIM_MEMBER(load_rows, kPlaces), \
+      SLIM_MEMBER(load_cols, kPlaces)
+
+template <>
+struct Members<SlimCudaResidentConv2d> {
+  using Struct = SlimCudaResidentConv2d;
+  static constexpr Member list[] = {
+      SLIM_MEMBER(x, kAddress),
+      SLIM_MEMBER(y, kAddress),
+      SLIM_MEMBER(bias, kAddress),
+      SLIM_MEMBER(weights, kAddress),
+      SLIM_MEMBER(group_start, kAddress),
+      SLIM_MEMBER(taps, kAddress),
+      SLIM_MEMBER(n, kTileImages),
+      SLIM_MEMBER(h, kPositive),
+      SLIM_MEMBER(w, kPositive),
+      SLIM_MEMBER(c_in, kPositive),
+      SLIM_MEMBER(c_out, kPositive),
+      SLIM_MEMBER(p, kPositive),
+      SLIM_MEMBER(q, kPositive),
+      SLIM_TILE_MEMBERS,
+      SLIM_MEMBER(slab, (Range{16, 128})),
+      SLIM_MEMBER(stages, (Range{2, 8})),
+      SLIM_MEMBER(steps, kSteps),
+      SLIM_MEMBER(variant, (Range{0, 2})),
+      SLIM_MEMBER(blocks, kPositive),
+      SLIM_MEMBER(overlap, kFlag),
+      SLIM_MEMBER(dtype, kHalfDtype),
+      SLIM_MEMBER(device, kNatural),
+      SLIM_MEMBER(stream, kAddress),
+  };
+};
+static_assert(members_fill_the_struct<SlimCudaResidentConv2d>());
+
+template <>
+struct Members<SlimCudaStemConv2d> {
+  using Struct = SlimCudaStemConv2d;
+  static constexpr Member list[] = {
+      SLIM_MEMBER(x, kAddress),
+      SLIM_MEMBER(y, kAddress),
+      SLIM_MEMBER(first_weights, kAddress),
+      SLIM_MEMBER(first_bias, kAddress),
+      SLIM_MEMBER(weights, kAddress),
+      SLIM_MEMBER(bias, kAddress),
+      SLIM_MEMBER(taps, kAddress),
+      SLIM_MEMBER(n, kTileImages),
+      SLIM_MEMBER(h, kPositive),
+      SLIM_MEMBER(w, (Range{2, kMaxPlaces})),
+      SLIM_MEMBER(c_out, (Range{1, 64})),
+      SLIM_MEMBER(p, kPositive),
+      SLIM_MEMBER(q, kPositive),
+      SLIM_TILE_MEMBERS,
+      SLIM_MEMBER(steps, kSteps),
+      SLIM_MEMBER(variant, kFlag),
+      SLIM_MEMBER(blocks, kPositive),
+      SLIM_MEMBER(overlap, kFlag),
+      SLIM_MEMBER(dtype, kHalfDtype),
+      SLIM_MEMBER(device, kNatural),
+      SLIM_MEMBER(stream, kAddress),
+  };
+};
+static_assert(members_fill_the_struct<SlimCudaStemConv2d>());
+
+#undef SLIM_TILE_MEMBERS
+
+template <>
+struct Members<SlimCudaLowRankLinear> {
+  using Struct = SlimCudaLowRankLinear;
+  static constexpr Member list[] = {
+      SLIM_MEMBER(x, kAddress),      SLIM_MEMBER(y, kAddress),    SLIM_MEMBER(bias, kAddress),
+      SLIM_MEMBER(u, kAddress),      SLIM_MEMBER(v, kAddress),    SLIM_MEMBER(m, kImages),
+      SLIM_MEMBER(in, kPositive),    SLIM_MEMBER(out, kPositive), SLIM_MEMBER(rank, kFusedRank),
+      SLIM_MEMBER(relu, kFlag),      SLIM_MEMBER(dtype, kDtype),  SLIM_MEMBER(device, kNatural),
+      SLIM_MEMBER(stream, kAddress),
+  };
+};
+static_assert(members_fill_the_struct<SlimCudaLowRankLinear>());
+
+// "" where a tile reads and writes inside its patch and no offset wraps, else what is wrong.
+template <typename T>
+std::string tile_plan_fault(const T& a, int64_t c_in) {
+  const int64_t images = a.tile_images, rows = a.tile_rows, cols = a.tile_cols;
+  if (c_in % 8 != 0 || a.c_out % 8 != 0) return "c_in and c_out are not multiples of 8";
+  if (a.p != output_size(a.h, a.r, a.stride_h, a.pad_h, a.dil_h) ||
+      a.q != output_size(a.w, a.s, a.stride_w, a.pad_w, a.dil_w) || a.p <= a.pool || a.q <= a.pool)
+    return "p or q is not the size of the output";
+  if (rows % 2 != 0 || cols % 2 != 0) return "a tile's rows and columns are not even";
+  if (!product_fits(images * a.h, a.w, 2 * c_in) || !product_fits(images * a.p, a.q, a.c_out))
+    return "the images of a tile have 2^31 bytes or more";
+  if (images * a.load_rows * a.load_cols > kMaxPlaces) return "a tile reads too many pixels";
+  // All factors are at most 2^16, and so the places between rows are too: the products stay far below 2^62.
+  const int64_t before = (images - 1) * a.patch_image;
+  const int64_t down = (rows - 1) * a.stride_h + int64_t(a.r - 1) * a.dil_h;
+  const int64_t right = (cols - 1) * a.stride_w + int64_t(a.s - 1) * a.dil_w;
+  const int64_t loads = int64_t(a.load_top + a.load_rows - 1) * a.patch_row + a.load_left + a.load_cols - 1;
+  if (before + std::max(down * a.patch_row + right, loads) >= a.patch) return "a tile reaches beyond its patch";
+  const int64_t tiles = (a.p + rows - 1) / rows * ((a.q + cols - 1) / cols);
+  if ((a.n + images - 1) / images > kInt32Max / tiles) return "there are 2^31 tiles or more";
+  return "";
+}
+
+// The struct of a function's arguments, one a member; throws where their number or one of them is wrong.
+template <typename T>
+T struct_of_arguments(const char* function, const pybind11::args& args) {
+  if (args.size() != size_t(kCount<T>)) {
+    throw pybind11::type_error(std::string(function) + ": expected " + std::to_string(kCount<T>) + " arguments, got " +
+                               std::to_string(args.size()));
+  }
+  int64_t numbers[kCount<T>];
+  for (int i = 0; i < kCount<T>; ++i) {
+    numbers[i] = PyLong_AsLongLong(args[size_t(i)].ptr());
+    if (numbers[i] == -1 && PyErr_Occurred()) throw pybind11::error_already_set();
+  }
+  const std::string fault = range_fault<T>(numbers);
+  if (!fault.empty()) throw pybind11::value_error(std::string(function) + ": " + fault);
+  return struct_of<T>(numbers);
+}
+
+inline int cuda_bsr_conv2d(const pybind11::args& args) {
+  const auto a = struct_of_arguments<SlimCudaBsrConv2d>("cuda_bsr_conv2d", args);
+  const int64_t block_in = a.block_in;
+  if (!product_fits(a.r, a.s, (a.c_in + block_in - 1) / block_in * block_in) || a.c_in > kInt32Max - block_in)
+    throw pybind11::value_error("cuda_bsr_conv2d: an output channel has 2^31 weights or more");
+  pybind11::gil_scoped_release release;
+  return slim_cuda_bsr_conv2d(&a);
+}
+
+inline int cuda_resident_conv2d(const pybind11::args& args) {
+  const auto a = struct_of_arguments<SlimCudaResidentConv2d>("cuda_resident_conv2d", args);
+  std::string fault = tile_plan_fault(a, a.c_in);
+  const int64_t channels = a.variant == 2 ? 64 : 128;
+  if (fault.empty() && !is_one_of(a.slab, {16, 32, 64, 128}))
+    fault = "slab = " + std::to_string(a.slab) + " is no known width";
+  if (fault.empty() && a.blocks < (a.c_out + channels - 1) / channels)
+    fault = "there are fewer blocks than rows of channels";
+  if (!fault.empty()) throw pybind11::value_error("cuda_resident_conv2d: " + fault);
+  pybind11::gil_scoped_release release;
+  return slim_cuda_resident_conv2d(&a);
+}
+
+inline int cuda_stem_conv2d(const pybind11::args& args) {
+  const auto a = struct_of_arguments<SlimCudaStemConv2d>("cuda_stem_conv2d", args);
+  std::string fault = tile_plan_fault(a, 64);
+  if (fault.empty() &&
+      (a.w % 2 != 0 || a.load_cols != a.w || a.load_left != a.pad_w || a.tile_cols < a.q || a.tile_images != 1))
+    fault = "a tile is not made of whole rows of one image of even width";
+  if (fault.empty() && (a.load_rows + 2) * a.w * 3 / 2 > 1024) fault = "the rows of a tile hold more than 1024 words";
+  if (!fault.empty()) throw pybind11::value_error("cuda_stem_conv2d: " + fault);
+  pybind11::gil_scoped_release release;
+  return slim_cuda_stem_conv2d(&a);
+}
+
+inline int cuda_low_rank_linear(const pybind11::args& args) {
+  const auto a = struct_of_arguments<SlimCudaLowRankLinear>("cuda_low_rank_linear", args);
+  pybind11::gil_scoped_release release;
+  return slim_cuda_low_rank_linear(&a);
+}
+
+}  // namespace slim
