@@ -62,7 +62,7 @@ PACKAGES = {
     ),
     "kernels": (
         "__init__", "peak, cudnn, cuda_tensor_cores", "cpu, cuda, triton", "reference, strips, resident_plan",
-        "far_taps", "problems, strided_pointwise, transposed",
+        "far_taps", "packs, problems, strided_pointwise, transposed",
     ),
     "kernels/cpu": ("gradients, low_rank", "conv2d", "steps", "library", "abi", "__init__"),
     "kernels/triton": (

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from slimkernels.kernels.packs import TensorCorePack
 from slimkernels.kernels.problems import Pair, conv_output_size
 
 STEP_CHANNELS = 16  # input channels of one step: the depth of a tensor-core instruction
@@ -225,19 +226,6 @@ class Index(NamedTuple):
     order: Tensor
 
 
-class Packed(NamedTuple):
-    """A weight as the kernels read it: `Index` and
-
-    Attributes:
-        weights: ``(steps + 1, column * 16)`` in the order in which lanes hold them, the last step zero.
-    """
-
-    weights: Tensor
-    group_start: Tensor
-    taps: Tensor
-    most_steps: Tensor
-
-
 def pack_index(
     crow_indices: Tensor, col_indices: Tensor, weight_shape: Sequence[int], block_shape: Sequence[int], column: int
 ) -> Index:
@@ -276,7 +264,7 @@ def pack(
     weight_shape: Sequence[int],
     block_shape: Sequence[int],
     shape: Shape,
-) -> Packed:
+) -> TensorCorePack:
     """A BSR weight packed for a compiled shape; the arguments are those of `pack_index`. Waits for the device."""
     high, wide = block_shape[0] // shape.column, block_shape[1] // STEP_CHANNELS
     index = pack_index(crow_indices, col_indices, weight_shape, block_shape, shape.column)
@@ -284,7 +272,7 @@ def pack(
     steps = blocks.reshape(values.shape[0] * high * wide, shape.column, STEP_CHANNELS)[index.order]
     weights = values.new_zeros(steps.shape[0] + 1, shape.column * STEP_CHANNELS)
     weights[:-1] = in_lane_order(steps, shape.wgmma)
-    return Packed(weights, index.group_start, index.taps, index.most_steps)
+    return TensorCorePack(weights, index.group_start, index.taps, index.most_steps)
 
 
 def in_lane_order(steps: Tensor, wgmma: bool) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from slimkernels.dispatch.select import launcher, resolve_gradient
 from slimkernels.formats import block_grid, check_pattern
 from slimkernels.kernels import KERNELS, reference
+from slimkernels.kernels.packs import ForwardOrder, kind_of
 from slimkernels.kernels.problems import (
     INT32_MAX,
     ConvProblem,
@@ -131,8 +132,8 @@ def _check_contents(
     The kernels follow them without a check of their own. The CPU kernels' packs are checked by their launchers.
     """
     check_pattern(op, crow, col, weight_shape, block_shape)
-    if len(packed) == 1:
-        check_order(op, packed[0], crow, col, weight_shape, block_shape)
+    if kind_of(packed) is ForwardOrder:
+        check_order(op, *packed, crow, col, weight_shape, block_shape)
 
 
 def _bsr_conv2d_fake(
