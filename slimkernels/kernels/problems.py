@@ -15,6 +15,20 @@ def conv_output_size(size: int, kernel: int, stride: int, padding: int, dilation
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
+def conv_output_image(
+    image: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[int, int]:
+    """Height and width of a convolution's output for images ``(height, width)``."""
+    return (
+        conv_output_size(image[0], kernel[0], stride[0], padding[0], dilation[0]),
+        conv_output_size(image[1], kernel[1], stride[1], padding[1], dilation[1]),
+    )
+
+
 def taps_in_image(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
     """Number of (output position, tap) pairs along one axis whose input lies inside the image."""
     out = conv_output_size(size, kernel, stride, padding, dilation)
