@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from slimkernels.kernels.packs import TensorCorePack
-from slimkernels.kernels.problems import Pair, conv_output_size
+from slimkernels.kernels.problems import Pair, conv_output_image
 
 STEP_CHANNELS = 16  # input channels of one step: the depth of a tensor-core instruction
 
@@ -110,8 +110,7 @@ def plan(
     ``stages`` to take instead of the largest that fit.
     """
     shape = VARIANTS[variant]
-    p = conv_output_size(h, taps[0], stride[0], padding[0], dilation[0])
-    q = conv_output_size(w, taps[1], stride[1], padding[1], dilation[1])
+    p, q = conv_output_image((h, w), taps, stride, padding, dilation)
     rows = -(-c_out // (shape.column * shape.columns))
     pixels = shape.pixels
     while pixels >= 4:  # where strides and dilations make patches large, a part of the shape's pixels
@@ -194,8 +193,7 @@ def choose_tile(pixels: int, h: int, w: int, taps: Pair, stride: Pair, padding: 
 
     Args: pixels of the compiled shape; h, w of an input image; taps (R, S).
     """
-    p = conv_output_size(h, taps[0], stride[0], padding[0], dilation[0])
-    q = conv_output_size(w, taps[1], stride[1], padding[1], dilation[1])
+    p, q = conv_output_image((h, w), taps, stride, padding, dilation)
     best: tuple[tuple[float, int], Tile] | None = None
     for cols in range(2, min(_even(q), pixels // 2) + 1, 2):
         for rows in range(2, min(_even(p), pixels // cols) + 1, 2):
