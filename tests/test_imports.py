@@ -44,7 +44,7 @@ PACKAGES = {
         "budget, gradual, sensitivity, shrink", "prune", "importance", "granularity, schedules", "__init__",
     ),
     "compress/factorization": (
-        "factorize", "layer_ranks", "layer_costs, whitening, ranks", "decompositions", "__init__",
+        "factorize", "twins", "layer_ranks", "layer_costs, whitening, ranks", "decompositions", "__init__",
     ),
     "compress/distillation": ("distill", "terms", "features, losses", "__init__"),
     "compress/training": (
