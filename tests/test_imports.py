@@ -48,7 +48,7 @@ PACKAGES = {
     ),
     "compress/distillation": ("distill", "terms", "features, losses", "__init__"),
     "compress/training": (
-        "train", "engine", "checkpoint, processes, trackers", "steps, ema", "evaluation, config", "callbacks",
+        "train", "engine", "setup", "checkpoint, processes, trackers", "steps, ema", "evaluation, config", "callbacks",
         "__init__",
     ),
     "inference": (
