@@ -39,7 +39,7 @@ PACKAGES = {
         "__init__", "convert_model", "units, outputs", "candidates", "measure, report", "container, placement, hub",
         "plan", "analysis", "folding", "factor_chains", "layers", "readers", "calls", "graph", "wrappers",
     ),
-    "compress": ("distillation, factorization, pruning", "training", "selection, progress", "__init__"),
+    "compress": ("distillation, factorization, pruning", "training", "allocation, selection, progress", "__init__"),
     "compress/pruning": (
         "budget, gradual, sensitivity, shrink", "prune", "importance", "granularity, schedules", "__init__",
     ),
