@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from slimkernels.formats import BSRWeight
-from slimkernels.nn.attributes import int_pair, resolved_padding, unsupported_conv_reason
+from slimkernels.nn.attributes import conv_geometry, int_pair, unsupported_conv_reason
 from slimkernels.nn.stored_blocks import StoredBlocks
 from slimkernels.ops import bsr_conv2d, bsr_linear
 
@@ -55,8 +55,9 @@ class BlockSparseConv2d(StoredBlocks):
     ) -> None:
         super().__init__()
         self.in_channels, self.out_channels = in_channels, out_channels
-        self.kernel_size, self.stride = int_pair(kernel_size), int_pair(stride)
-        self.padding, self.dilation = int_pair(padding), int_pair(dilation)
+        own = type(self).__name__
+        self.kernel_size, self.stride = int_pair(own, "kernel_size", kernel_size), int_pair(own, "stride", stride)
+        self.padding, self.dilation = int_pair(own, "padding", padding), int_pair(own, "dilation", dilation)
         self._init_weight(
             (out_channels, in_channels, *self.kernel_size),
             block_shape,
@@ -90,10 +91,7 @@ class BlockSparseConv2d(StoredBlocks):
         module = cls(
             conv.in_channels,
             conv.out_channels,
-            conv.kernel_size,
-            conv.stride,
-            resolved_padding(conv),
-            conv.dilation,  # type: ignore[arg-type]
+            *conv_geometry(conv),
             conv.bias is not None,
             block_shape=block_shape,
             crow_indices=weight.crow_indices,

@@ -156,8 +156,9 @@ class LowRankConv2d(Factors):
                 f"got {tuple(ranks)}"
             )
         self.in_channels, self.out_channels = in_channels, out_channels
-        self.kernel_size, self.stride = int_pair(kernel_size), int_pair(stride)
-        self.padding, self.dilation = int_pair(padding), int_pair(dilation)
+        own = type(self).__name__
+        self.kernel_size, self.stride = int_pair(own, "kernel_size", kernel_size), int_pair(own, "stride", stride)
+        self.padding, self.dilation = int_pair(own, "padding", padding), int_pair(own, "dilation", dilation)
         self.kind, self.ranks, self.epilogue, self.kernel = kind, tuple(int(r) for r in ranks), epilogue, kernel
         super()._check_attributes()
         r, s = self.kernel_size
