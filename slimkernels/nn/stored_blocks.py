@@ -17,6 +17,7 @@ from slimkernels.kernels.problems import Request, strip_width
 from slimkernels.kernels.transposed import transpose_index
 from slimkernels.kernels.triton.bsr_conv2d_index import forward_order
 from slimkernels.nn.packing import Prepacked
+from slimkernels.ops.library import nothing_watches
 
 _STRIPS = tuple(f"packed_{name}" for name in StripPack._fields)
 _TENSOR_CORES = tuple(f"tensor_core_{name}" for name in TensorCorePack._fields)
@@ -39,6 +40,7 @@ class StoredBlocks(Prepacked):
     weight_shape: tuple[int, ...]
     block_shape: tuple[int, int]
     epilogue: str
+    _prepared: PackedConv2d | None
     _fixed = frozenset({"weight_shape", "block_shape"})
     _pack_buffers = (_STRIPS, _TENSOR_CORES)
 
@@ -130,6 +132,13 @@ class StoredBlocks(Prepacked):
         crow, col = self.crow_indices, self.col_indices
         counted = not (crow.is_inference() or col.is_inference())
         self._packed_pattern = crow, col, crow._version + col._version if counted else None
+
+    def _ready(self, x: Tensor) -> PackedConv2d | None:
+        # As the base's, with the one weight by name: 2% of a call of a small layer.
+        ready, parameters = self._prepared, self._parameters
+        if ready is None or not nothing_watches(x, parameters["values"], parameters["bias"]):
+            return None
+        return ready if self._pack_is_current() else None
 
     def _pack_is_current(self) -> bool:
         packed_from = self._packed_from

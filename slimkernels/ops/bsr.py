@@ -85,12 +85,14 @@ def _conv2d_output_shape(call: BSRConv2dCall | BSRConv2dBackwardCall) -> tuple[i
     stride, padding, dilation = call.stride, call.padding, call.dilation
     check_geometry(op, stride, padding, dilation)
     _check_weight(op, call, stride)
-    p, q = conv_output_image(x.shape[2:], weight_shape[2:], stride, padding, dilation)
+    n, _, h, w = x.shape
+    c_out, _, r, s = weight_shape
+    p, q = conv_output_image((h, w), (r, s), stride, padding, dilation)
     if call.epilogue == "relu_maxpool2":
         p, q = p // 2, q // 2
     if p < 1 or q < 1:
         raise ValueError(f"{op}: expected an output of at least 1x1, got {p}x{q} from x of shape {tuple(x.shape)}")
-    return x.shape[0], weight_shape[0], p, q
+    return n, c_out, p, q
 
 
 def _check_linear(call: BSRLinearCall) -> None:
@@ -359,12 +361,12 @@ def bsr_conv2d(
         ValueError: wrong shapes, devices, epilogue, indices, pack; a kernel that is unknown or cannot run here.
         TypeError: wrong dtypes.
     """
-    weight, sizes = (values, crow_indices, col_indices), (weight_shape, block_shape, stride, padding, dilation)
-    call = BSRConv2dCall(x, *weight, bias, list(packed), *sizes, epilogue, kernel, transposed)
+    weight, geometry = (values, crow_indices, col_indices), (weight_shape, block_shape, stride, padding, dilation)
+    call = BSRConv2dCall(x, *weight, bias, list(packed), *geometry, epilogue, kernel, transposed)
     if has_tangent(x, values, bias):
         _conv2d_output_shape(call)
         check_pattern("bsr_conv2d", crow_indices, col_indices, weight_shape, block_shape)
-        return reference.bsr_conv2d(x, *weight, bias, (), *sizes, epilogue)
+        return reference.bsr_conv2d(x, *weight, bias, (), *geometry, epilogue)
     return _bsr_conv2d(call) if runs_plainly(x, *weight, bias) else OPS.bsr_conv2d.default(*call)
 
 
