@@ -267,17 +267,25 @@ def _output_mask(ctx: Any) -> list[bool]:
 
 
 def _bsr_conv2d_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    call = BSRConv2dBackwardCall(grad, *ctx.saved_tensors, **ctx.settings, output_mask=_output_mask(ctx))
+    settings = {**ctx.settings, "output_mask": _output_mask(ctx)}
+    call = BSRConv2dBackwardCall(grad, *ctx.saved_tensors, **settings)
     return _gradients(ctx, OPS.bsr_conv2d_backward(*call))
 
 
 def _bsr_linear_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """That of the 1x1 convolution of images of one pixel, one image a row."""
-    x, *weight, y, transposed = ctx.saved_tensors
-    rows_of_grad, rows, y = (None if t is None else t.reshape(-1, t.shape[-1], 1, 1) for t in (grad, x, y))
-    settings = {**ctx.settings, "stride": [1, 1], "padding": [0, 0], "dilation": [1, 1]}
-    settings["weight_shape"] = [*ctx.settings["weight_shape"], 1, 1]
-    call = BSRConv2dBackwardCall(rows_of_grad, rows, *weight, y, transposed, **settings, output_mask=_output_mask(ctx))
+    x, values, crow, col, bias, y, transposed = ctx.saved_tensors
+    pixels: list[Any] = [None if t is None else t.reshape(-1, t.shape[-1], 1, 1) for t in (grad, x, y)]
+    rows_of_grad, rows, rows_of_y = pixels
+    settings = {
+        **ctx.settings,
+        "weight_shape": [*ctx.settings["weight_shape"], 1, 1],
+        "stride": [1, 1],
+        "padding": [0, 0],
+        "dilation": [1, 1],
+        "output_mask": _output_mask(ctx),
+    }
+    call = BSRConv2dBackwardCall(rows_of_grad, rows, values, crow, col, bias, rows_of_y, transposed, **settings)
     grad_x, grad_values, grad_bias = OPS.bsr_conv2d_backward(*call)
     if ctx.needs_input_grad[0]:
         grad_x = grad_x.reshape(x.shape)
