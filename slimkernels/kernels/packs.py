@@ -50,7 +50,9 @@ class TensorCorePack(NamedTuple):
 
     Attributes:
         weights: ``(steps + 1, column * 16)`` in the order in which lanes hold them, the last step zero.
-        group_start, taps, most_steps: as `resident_plan.Index` has them.
+        group_start: as `resident_plan.Index` has it.
+        taps: as `resident_plan.Index` has them.
+        most_steps: as `resident_plan.Index` has them.
     """
 
     weights: Tensor
@@ -64,7 +66,10 @@ class StemPack(NamedTuple):
 
     Attributes:
         first: ``(2, 1024)``, the dense first convolution.
-        weights, group_start, taps, most_steps: the `TensorCorePack` of the second one.
+        weights: that of the second one's `TensorCorePack`.
+        group_start: likewise.
+        taps: likewise.
+        most_steps: likewise.
     """
 
     first: Tensor

@@ -129,7 +129,7 @@ class Prepacked(AttributesInUse):
             usable = not wants_grad
         else:
             usable = self._pack_is_current() and not (wants_grad and torch.is_grad_enabled())
-        return [self._buffers[name] for name in held] if usable else []  # type: ignore[misc]
+        return [self._buffers[name] for name in held] if usable else []  # type: ignore[misc]  # a held one is no None
 
     def _attributes_changed(self) -> None:
         self.drop_packed()

@@ -125,7 +125,7 @@ class StoredBlocks(Prepacked):
     # ------------------------------------------------------------ the pack
 
     def _weights(self) -> list[Tensor]:
-        return [self._parameters["values"]]  # type: ignore[list-item]
+        return [self._parameters["values"]]  # type: ignore[list-item]  # never None
 
     def _hold(self) -> None:
         super()._hold()
@@ -151,7 +151,7 @@ class StoredBlocks(Prepacked):
             buffers["crow_indices"] is crow
             and buffers["col_indices"] is col
             and (writes is None or crow._version + col._version == writes)
-            and packed_from[0].holds(self._parameters["values"])  # type: ignore[arg-type]
+            and packed_from[0].holds(self._parameters["values"])  # type: ignore[arg-type]  # never None
         )
 
     def _request(self) -> Request:

@@ -98,7 +98,9 @@ class _Training:
 
     Attributes:
         state: what a checkpoint holds.
-        wrapped, stepper: the step and its optimiser as accelerate wraps them.
+        setup: what the run was asked for.
+        wrapped: the step as accelerate wraps it.
+        stepper: the optimiser as accelerate wraps it.
         forward: `wrapped`, compiled where that was asked for.
         log: of rank 0, where there is a log directory.
         advance: moves the progress bar by one step.

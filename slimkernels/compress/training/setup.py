@@ -33,8 +33,9 @@ class Setup:
         many: whether there are other ranks.
         main: whether this is rank 0.
         relaid: whether images are brought into channels_last.
-        micro_batches, steps: batches and optimiser steps of an epoch.
-        total_steps: of the whole run.
+        micro_batches: batches of an epoch.
+        steps: optimiser steps of an epoch.
+        total_steps: optimiser steps of the whole run.
     """
 
     name: str
