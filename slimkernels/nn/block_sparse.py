@@ -18,9 +18,16 @@ class BlockSparseConv2d(StoredBlocks):
     """Drop-in for ``nn.Conv2d`` (groups = 1, zero padding) that stores and multiplies the stored blocks only.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, bias: as ``nn.Conv2d``.
+        in_channels: as ``nn.Conv2d``.
+        out_channels: as ``nn.Conv2d``.
+        kernel_size: as ``nn.Conv2d``.
+        stride: as ``nn.Conv2d``.
+        padding: as ``nn.Conv2d``.
+        dilation: as ``nn.Conv2d``.
+        bias: as ``nn.Conv2d``.
         block_shape: ``(block_out, block_in)``.
-        crow_indices, col_indices: the pattern, see `slimkernels.formats.BSRWeight`.
+        crow_indices: row pointers of the pattern, see `slimkernels.formats.BSRWeight`.
+        col_indices: block columns of the pattern.
         epilogue: ``none``, ``relu`` or ``relu_maxpool2``, fused behind the bias.
         kernel: a kernel's name, or ``auto``.
 
@@ -162,9 +169,12 @@ class BlockSparseLinear(StoredBlocks):
     """Drop-in for ``nn.Linear`` that stores and multiplies the stored blocks only.
 
     Args:
-        in_features, out_features, bias: as ``nn.Linear``.
+        in_features: as ``nn.Linear``.
+        out_features: as ``nn.Linear``.
+        bias: as ``nn.Linear``.
         block_shape: ``(block_out, block_in)``.
-        crow_indices, col_indices: the pattern, see `slimkernels.formats.BSRWeight`.
+        crow_indices: row pointers of the pattern, see `slimkernels.formats.BSRWeight`.
+        col_indices: block columns of the pattern.
         epilogue: ``none`` or ``relu``.
         kernel: a kernel's name, or ``auto``.
 

@@ -124,8 +124,8 @@ class Prepacked(AttributesInUse):
         if not held:
             return []
         wants_grad = any(w.requires_grad for w in self._weights())
-        if torch.compiler.is_compiling():
-            # A compiled graph cannot see later writes, so only a frozen weight may be read through the pack.
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            # A recorded program cannot see later writes, so only a frozen weight may be read through the pack.
             usable = not wants_grad
         else:
             usable = self._pack_is_current() and not (wants_grad and torch.is_grad_enabled())

@@ -119,8 +119,9 @@ class StoredBlocks(Prepacked):
         super()._attributes_changed()
 
     def _index_for_gradients(self) -> Tensor | None:
-        """The transposed index where a backward may follow; an exported program does not carry it."""
-        return self.transposed if torch.is_grad_enabled() and not torch.compiler.is_exporting() else None
+        """The transposed index where a backward may follow; exported and traced programs do not carry it."""
+        recorded = torch.compiler.is_exporting() or torch.jit.is_tracing()
+        return self.transposed if torch.is_grad_enabled() and not recorded else None
 
     # ------------------------------------------------------------ the pack
 
