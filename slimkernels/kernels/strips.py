@@ -87,7 +87,7 @@ def check_pack(op: str, packed: Sequence[Tensor], weight_shape: Sequence[int]) -
     ):
         if tensor.dtype is not dtype:
             raise TypeError(f"{op}: expected {name} of the strip pack of dtype {dtype}, got {tensor.dtype}")
-        if tensor.device.type != "cpu" or not is_plain(tensor):
+        if not tensor.is_cpu or not is_plain(tensor):
             got = f"a {type(tensor).__name__} on {tensor.device} of layout {tensor.layout}"
             raise ValueError(f"{op}: expected {name} of the strip pack to be a plain CPU tensor, got {got}")
         if tensor.dim() != dims or not tensor.is_contiguous():
