@@ -36,8 +36,9 @@ PACKAGES = {
     ),
     "data": ("__init__", "datasets", "decoded, tensor_loader"),
     "conversion": (
-        "__init__", "convert_model", "units, outputs", "candidates", "measure, report", "container, placement, hub",
-        "plan", "analysis", "folding", "factor_chains", "layers", "readers", "calls", "graph", "wrappers",
+        "__init__", "convert_model, plain_model", "units, outputs", "candidates", "measure, report",
+        "container, placement, hub", "plan", "analysis", "folding", "factor_chains", "layers", "readers", "calls", "graph",
+        "wrappers",
     ),
     "compress": ("distillation, factorization, pruning", "training", "selection, progress", "__init__"),
     "compress/pruning": (
@@ -52,7 +53,7 @@ PACKAGES = {
         "__init__",
     ),
     "inference": (
-        "__init__", "graphed_model", "cuda_graph, cpu_replay, warming", "cpu_recording", "cpu_passes",
+        "__init__", "graphed_model, onnx_export", "cuda_graph, cpu_replay, warming", "cpu_recording", "cpu_passes",
         "native_chain",
         "native_layers, memory, concurrency", "inputs",
     ),

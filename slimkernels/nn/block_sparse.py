@@ -97,8 +97,9 @@ class _BlockSparse(PackedForKernel, AttributesInUse):
             self.prepack()
 
     def _index_for_gradients(self) -> Tensor | None:
-        """The transposed index where a backward may follow; an exported program does not carry it."""
-        return self.transposed if torch.is_grad_enabled() and not torch.compiler.is_exporting() else None
+        """The transposed index where a backward may follow; exported and traced programs do not carry it."""
+        recorded = torch.compiler.is_exporting() or torch.jit.is_tracing()
+        return self.transposed if torch.is_grad_enabled() and not recorded else None
 
     def _assign(self, weight: BSRWeight, like: nn.Conv2d | nn.Linear) -> None:
         """Takes over the values and bias of a dense layer, its training flag and requires_grad."""
@@ -193,8 +194,8 @@ class _BlockSparse(PackedForKernel, AttributesInUse):
         if names is None:
             return [self.order] if self.values.is_cuda and not torch.compiler.is_exporting() else []
         values = self.values
-        if torch.compiler.is_compiling():
-            # A compiled graph cannot see later writes, so only frozen values may be read through the pack.
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            # A recorded program cannot see later writes, so only frozen values may be read through the pack.
             usable = not values.requires_grad
         else:
             usable = self._pack_is_current() and not (values.requires_grad and torch.is_grad_enabled())

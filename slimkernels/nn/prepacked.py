@@ -117,8 +117,8 @@ class PrepackedFactors(AttributesInUse):
         if packed[0] is None:
             return []
         wants_grad = any(f.requires_grad for f in self._factors())
-        if torch.compiler.is_compiling():
-            # A compiled graph cannot see later writes, so only frozen factors may be read through the pack.
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            # A recorded program cannot see later writes, so only frozen factors may be read through the pack.
             usable = not wants_grad
         else:
             usable = self._pack_is_current() and not (wants_grad and torch.is_grad_enabled())
