@@ -37,8 +37,8 @@ PACKAGES = {
     "data": ("__init__", "datasets", "decoded, tensor_loader"),
     "conversion": (
         "__init__", "convert_model, plain_model", "units, outputs", "candidates", "measure, report",
-        "container, placement, hub", "plan", "analysis", "folding", "factor_chains", "layers", "readers", "calls", "graph",
-        "wrappers",
+        "container, placement, hub", "plan", "analysis", "folding", "factor_chains", "layers", "readers", "calls",
+        "graph", "wrappers",
     ),
     "compress": ("distillation, factorization, pruning", "training", "selection, progress", "__init__"),
     "compress/pruning": (
@@ -55,7 +55,7 @@ PACKAGES = {
     "inference": (
         "__init__", "graphed_model, onnx_export", "cuda_graph, cpu_replay, warming", "cpu_recording", "cpu_passes",
         "native_chain",
-        "native_layers, memory, concurrency", "inputs",
+        "native_layers, memory, concurrency", "inputs, batches",
     ),
     "dispatch": (
         "select", "tables, fused_cost", "break_even, cpu_cost, devices, gpu_cost", "gpu_dense_cost", "gpu_prediction",
