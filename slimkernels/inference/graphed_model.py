@@ -210,7 +210,7 @@ def graphed(
             time, a warning says what happens.
 
     Raises:
-        ValueError: a model in training mode or one that cannot be recorded; no example inputs; unknown ``other_shapes``.
+        ValueError: a model in training mode or that cannot be recorded; no example inputs; another ``other_shapes``.
         TypeError: example inputs of another form.
     """
     sets, device = served_sets("graphed", model, example_inputs)
