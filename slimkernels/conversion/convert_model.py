@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from slimkernels import __version__
 from slimkernels.conversion import measure
 from slimkernels.conversion.analysis import weight_layer_names
-from slimkernels.conversion.candidates import Decision, Unit, decide
+from slimkernels.conversion.candidates import Unit
+from slimkernels.conversion.decide import Decision, decide
 from slimkernels.conversion.folding import fold_tensors
 from slimkernels.conversion.graph import (
     InputSet,
@@ -29,7 +30,8 @@ from slimkernels.conversion.graph import (
 )
 from slimkernels.conversion.hub import guard_publishing
 from slimkernels.conversion.outputs import Outputs, call_of, own_tensors
-from slimkernels.conversion.plan import COST_MODEL, MEASURED, SHAPELESS, LayerPlan, ModelPlan, Policy, faster_everywhere
+from slimkernels.conversion.plan import COST_MODEL, MEASURED, SHAPELESS, LayerPlan, ModelPlan, Policy
+from slimkernels.conversion.spread import everywhere, in_ms, ratio, worst
 from slimkernels.conversion.units import (
     GUARD_ATTRIBUTE,
     PLAN_ATTRIBUTE,
@@ -224,6 +226,8 @@ def _apply_unit(
                 channels_last=relaid,
                 dense_ms=decision.dense_ms,
                 sparse_ms=decision.other_ms,
+                speedup_low=decision.speedup_low,
+                speedup_high=decision.speedup_high,
             )
     if tail.bn is not None:
         changes[tail.bn] = nn.Identity()
@@ -274,20 +278,40 @@ def _checked(
     staying = {name: replace(d, option=d.stay) for name, d in decisions.items()}
     dense, _ = _apply(found, staying, policy, channels_last=True)
     models = [scratch_copy(m) for m in (found.model, dense, fast)]
+    needed = min(policy.min_speedup, 1.0)
     times: list[list[float]] = []
     for args, kwargs in sets:
         runs = [call_of(m, args, kwargs) for m in models]
-        budget = _MODEL_BUDGET * policy.budget_s
-        times.append(measure.typical_seconds(runs, device=found.device, repeats=policy.repeats, budget_s=budget))
+        limits = {"repeats": policy.repeats, "budget_s": _MODEL_BUDGET * policy.budget_s}
+        found_s = measure.typical_seconds(
+            runs,
+            device=found.device,
+            **limits,  # type: ignore[arg-type]
+            clear=lambda seconds: ratio(min(seconds[0], seconds[1]), seconds[2]).verdict(needed) is not None,
+        )
+        times.append(list(found_s))
     best_dense = [min(t[0], t[1]) for t in times]
     converted = [t[2] for t in times]
-    plan = replace(plan, dense_ms=tuple(1e3 * t for t in best_dense), converted_ms=tuple(1e3 * t for t in converted))
-    if faster_everywhere(best_dense, converted, min(policy.min_speedup, 1.0)):
+    ratios = [ratio(d, c) for d, c in zip(best_dense, converted, strict=True)]
+    plan = replace(
+        plan,
+        dense_ms=tuple(1e3 * t for t in best_dense),
+        converted_ms=tuple(1e3 * t for t in converted),
+        speedup_low=tuple(r.low for r in ratios),
+        speedup_high=tuple(r.high for r in ratios),
+    )
+    verdict, least = everywhere(ratios, needed), worst(ratios)
+    at = ratios.index(least)
+    if verdict is True:
         return fast, plan
-    worst = max(range(len(sets)), key=lambda i: converted[i] / best_dense[i])
+    if verdict is None:
+        note = (
+            f"the whole model at example input {at} is {least} the speed of dense, too noisy to tell: its layers decide"
+        )
+        return fast, replace(plan, notes=(*plan.notes, note))
     text = (
-        f"the whole model is not faster with swapped layers: {1e3 * converted[worst]:.3g} ms against "
-        f"{1e3 * best_dense[worst]:.3g} ms dense at example input {worst}"
+        f"the whole model is not faster with swapped layers: {in_ms(converted[at])} against "
+        f"{in_ms(best_dense[at])} dense at example input {at}"
     )
     relaid = all(t[1] <= t[0] for t in times)
     # A layer that came low-rank stays so where the model as it was beat its merged twin.
@@ -300,7 +324,7 @@ def _checked(
     }
     fast, layers = _apply(found, staying, policy, channels_last=relaid)
     notes = (*plan.notes, text)
-    return fast, replace(plan, layers=tuple(layers), notes=notes, converted_ms=())
+    return fast, replace(plan, layers=tuple(layers), notes=notes, converted_ms=(), speedup_low=(), speedup_high=())
 
 
 def _agreeing(

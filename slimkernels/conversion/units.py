@@ -12,7 +12,8 @@ from torch.nn.utils import parametrize
 
 from slimkernels.conversion.analysis import obstacle_or_weight, weight_layer_names, zero_share
 from slimkernels.conversion.calls import capture
-from slimkernels.conversion.candidates import Decision, Unit, dense_twin, low_rank_module
+from slimkernels.conversion.candidates import Unit, dense_twin, low_rank_module
+from slimkernels.conversion.decide import Decision
 from slimkernels.conversion.factor_chains import FactorChain, find_chains
 from slimkernels.conversion.folding import Tail, find_tail, fold_chain, fold_weight
 from slimkernels.conversion.graph import (
@@ -315,6 +316,8 @@ def swap_plan(found: Survey, unit: Unit, decision: Decision, policy: Policy) -> 
         bytes_dense=weight.nbytes + bias,
         dense_ms=decision.dense_ms,
         sparse_ms=decision.other_ms,
+        speedup_low=decision.speedup_low,
+        speedup_high=decision.speedup_high,
         folded_bn=unit.tail.bn is not None,
     )
 
