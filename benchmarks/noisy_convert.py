@@ -71,12 +71,9 @@ def main() -> int:
     whole = [plan.dense_ms[0] / plan.converted_ms[0] for plan in plans if plan.converted_ms]
     if whole:
         low, high = min(whole), max(whole)
-        print(
-            f"whole model: median {statistics.median(whole):.2f}x, {low:.2f}x to {high:.2f}x over {len(whole)} conversions"
-        )
-    print(
-        f"{differing} layers were not decided alike in {len(plans)} conversions beside {options.neighbours} processes"
-    )
+        print(f"whole model: median {statistics.median(whole):.2f}x, {low:.2f}x to {high:.2f}x")
+    count, beside = len(plans), options.neighbours
+    print(f"{differing} layers were not decided alike in {count} conversions beside {beside} busy processes")
     return int(differing > 0)
 
 

@@ -37,8 +37,8 @@ PACKAGES = {
     "data": ("__init__", "datasets", "decoded, tensor_loader"),
     "conversion": (
         "__init__", "convert_model, plain_model", "units, outputs", "decide", "candidates", "measure, report",
-        "container, placement, hub", "plan", "analysis", "folding", "factor_chains", "layers", "readers", "calls",
-        "graph, spread", "wrappers",
+        "report_rows, container, placement, hub", "plan", "analysis", "folding", "factor_chains", "layers",
+        "readers", "calls", "graph, spread", "wrappers",
     ),
     "compress": ("distillation, factorization, pruning", "training", "selection, progress", "__init__"),
     "compress/pruning": (

@@ -129,12 +129,12 @@ def _tensor(file: BinaryIO, dtype: torch.dtype, shape: tuple[int, ...], nbytes: 
     return torch.frombuffer(raw, dtype=dtype).reshape(shape)
 
 
-def read_plan(path: str | os.PathLike[str]) -> tuple[ModelPlan, int]:
-    """The plan of a file and the file's size; tensors are not read. Raises like `read`."""
+def read_header(path: str | os.PathLike[str]) -> tuple[ModelPlan, int, int]:
+    """The plan of a file, the file's size, and the bytes of its tensors, which are not read. Raises like `read`."""
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
-        header, _ = _header(file, size, path)
-        return _metadata(header, path)[1], size
+        header, start = _header(file, size, path)
+        return _metadata(header, path)[1], size, size - start
 
 
 def _refuse(path: Any, field: str, expected: str, got: Any) -> NoReturn:

@@ -38,6 +38,8 @@ from slimkernels.conversion.units import (
     Survey,
     drop_in_plan,
     kept_plan,
+    nbytes,
+    stored_tensors,
     survey,
     swap_plan,
 )
@@ -179,7 +181,7 @@ def _apply(
         bn = found.model.get_submodule(bn_name)
         changes[name] = _refilled(conv, *fold_tensors(conv.weight, conv.bias, bn))  # type: ignore[arg-type]
         changes[bn_name] = nn.Identity()
-        plans[bn_name] = LayerPlan(bn_name, "BatchNorm2d", "fold", f"inside {name}", into=name)
+        plans[bn_name] = _folded_bn_plan(found, bn_name, name)
     for name in found.obstacles | dict.fromkeys(found.excluded, "excluded by the policy"):
         plans[name] = kept_plan(found, name, changes.get(name))
     for name in found.converted:
@@ -231,12 +233,17 @@ def _apply_unit(
             )
     if tail.bn is not None:
         changes[tail.bn] = nn.Identity()
-        plans[tail.bn] = LayerPlan(tail.bn, "BatchNorm2d", "fold", f"inside {into}", into=into)
+        plans[tail.bn] = _folded_bn_plan(found, tail.bn, into)
     fused = {"none": (), "relu": (tail.relu,), "relu_maxpool2": (tail.relu, tail.pool)}[option.epilogue]
     for name in filter(None, fused):
         changes[name] = nn.Identity()
         kind = type(found.model.get_submodule(name)).__name__
         plans[name] = LayerPlan(name, kind, "fuse", f"in the epilogue of {into}", into=into)
+
+
+def _folded_bn_plan(found: Survey, name: str, into: str) -> LayerPlan:
+    nbytes_before = nbytes(stored_tensors(found.model.get_submodule(name)))
+    return LayerPlan(name, "BatchNorm2d", "fold", f"inside {into}", into=into, bytes_dense=nbytes_before)
 
 
 def _plain_layout(module: nn.Module) -> nn.Module:

@@ -250,8 +250,6 @@ def _predicted_speedup(unit: Unit, stay: Option, option: Option) -> float | None
     """By the cost model, at the least favourable size; None where it knows nothing."""
     sizes = [call.input_shape for calls in unit.calls for call in calls]
     if option.pattern is not None:
-        if option.pattern.nnz_blocks == option.pattern.blocks:
-            return None
         dense, other = list(option.pattern.dense_s), list(option.pattern.predicted_s)
     elif option.format == "fused" and option.kernel is not None:
         asked = fused_problems(unit.weight, sizes, option.epilogue)
