@@ -65,7 +65,7 @@ def test_lines_fit_the_width(width: int, monkeypatch: pytest.MonkeyPatch) -> Non
     some = plan(timed(long, 1.0, reason), replace(timed("b", 2.0), sparsity=0.5), layer("c", type="BatchNorm2d"))
     table = sk.explain(some).text(width=width).split("\n\n")[0]
     assert width - 2 <= max(map(len, table.splitlines())) <= width
-    assert ("…layer24.and.so.on.conv1" in table) == (width == 80)
+    assert ("…selayer24.and.so.on.conv1" in table) == (width == 80)
     assert "…" in table and table.splitlines()[0].split()[0] == "layer"
     monkeypatch.setenv("COLUMNS", str(width))
     assert str(sk.explain(some)).split("\n\n")[0] == table
