@@ -20,7 +20,7 @@ MAX_LINES = 475
 # Imports point only to the right; modules of one entry do not import each other. A package stands for all its modules.
 CHAIN = (
     "cli", "recipes", "data, models", "compress", "checkpoint, inference", "conversion, tuning", "pattern",
-    "nn", "ops", "dispatch", "kernels", "_extension, formats", "files, timing, tensors", "env",
+    "nn", "ops", "dispatch", "kernels", "_extension, formats", "files, timing, tensors, progress", "env",
 )  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(CHAIN) for name in names.split(", ")}
 # For tests and benchmarks: nothing else in the package imports them, and they import no more than this.
@@ -40,7 +40,7 @@ PACKAGES = {
         "report_rows, container, placement, hub", "plan", "analysis", "folding", "factor_chains", "layers",
         "readers", "calls", "graph, spread", "wrappers",
     ),
-    "compress": ("distillation, factorization, pruning", "training", "selection, progress", "__init__"),
+    "compress": ("distillation, factorization, pruning", "training", "selection", "__init__"),
     "compress/pruning": (
         "budget, gradual, sensitivity, shrink", "prune", "importance", "granularity, schedules", "__init__",
     ),

@@ -66,6 +66,7 @@ def compress(
     if gradual and (method != "prune" or data is None):
         raise ValueError("compress: expected --method prune and --data with --gradual, which prunes while training")
     shape = o.pair("--block-shape", block_shape)
+    target = o.check_writable(out or Path(f"{weights.stem}.compressed.safetensors"))
     dense, name, classes, description = load_model(weights, model, num_classes, options=o.model_options(option))
     network = copy.deepcopy(dense)
     which: dict[str, Any] = {"layers": layer or None, "exclude": exclude or None}
@@ -94,7 +95,6 @@ def compress(
             history = run_distill(network, dense.to(device), loader, test_loader, config, **common)
         else:
             history = fine_tune(network, loader, test_loader, config, **common)
-    target = out or Path(f"{weights.stem}.compressed.safetensors")
     o.finish_training(finalize_(network), name, target, history, as_json, classes, description.options)
 
 
@@ -131,8 +131,9 @@ def convert(
         height, width = o.pair("--size", size)
     generator = torch.Generator().manual_seed(0)
     images = [torch.randn(n, channels, height, width, generator=generator).to(device) for n in batch or (1, 16)]
-    fast = run_convert(dense.to(device), None if without_shapes else [(x,) for x in images], strict=strict)
-    out = out or Path(f"{weights.name.split('.')[0]}.slim.safetensors")
+    inputs = None if without_shapes else [(x,) for x in images]
+    out = o.check_writable(out or Path(f"{weights.name.split('.')[0]}.slim.safetensors"))
+    fast = run_convert(dense.to(device), inputs, strict=strict, progress=o.progress(as_json))
     save(fast, out)
     if as_json:
         plan = json.loads(fast.slimkernels_plan.to_json())  # type: ignore[union-attr, operator]

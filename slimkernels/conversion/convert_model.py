@@ -6,6 +6,7 @@ ReLU and pool behind them (`units`); decide each unit (`options`); put the modul
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -45,9 +46,11 @@ from slimkernels.conversion.units import (
 )
 from slimkernels.conversion.wrappers import unwrapped
 from slimkernels.nn import guard_strided_pointwise_
+from slimkernels.progress import counting_bar
 
 __all__ = ["convert"]
 
+_LOG = logging.getLogger("slimkernels.convert")
 # The whole model is timed for at most this many times Policy.budget_s.
 _MODEL_BUDGET = 5
 # Runs of the whole model spent on finding the layers that make its outputs differ: enough for three among a hundred.
@@ -62,6 +65,7 @@ def convert(
     policy: Policy | None = None,
     training: bool = False,
     strict: bool = False,
+    progress: bool = False,
 ) -> nn.Module:
     """A copy of ``model`` whose sparse and low-rank layers run as such, where that is faster than dense.
 
@@ -77,6 +81,8 @@ def convert(
             batch norm folded, ReLU and 2x2 max-pool inside the kernels, replaced parameters without gradient;
             ``train(True)`` warns.
         strict: raise where a layer cannot be taken, or a candidate for it fails, instead of keeping it.
+        progress: shows a bar on stderr if that is a terminal. The logger ``slimkernels.convert`` tells every decision
+            at level DEBUG and each step at level INFO, with or without it.
 
     Returns:
         A model of the same class; batch norms, ReLUs and pools that went elsewhere are nn.Identity. `explain` tells
@@ -97,7 +103,7 @@ def convert(
     found = survey(model, sets, policy, training=training)
     if strict:
         _refuse(found.obstacles)
-    decisions = {unit.names[0]: decide(unit, policy) for unit in found.units}
+    decisions = _decided(found, policy, progress=progress)
     if strict:
         _refuse({name: d.failure for name, d in decisions.items() if d.failure})
     fast, layers = _apply(found, decisions, policy)
@@ -114,6 +120,21 @@ def convert(
         fast, plan = _checked(found, decisions, fast, plan, sets, policy)
     plan = replace(plan, layers=_with_earlier(plan.layers, getattr(model, PLAN_ATTRIBUTE, None), fast))
     return finish(fast, plan)
+
+
+def _decided(found: Survey, policy: Policy, *, progress: bool) -> dict[str, Decision]:
+    """The decision of every unit, by its first layer."""
+    _LOG.info("deciding %d layers (%s)", len(found.units), found.device)
+    decisions: dict[str, Decision] = {}
+    with counting_bar(progress, "converting", len(found.units)) as advance:
+        for unit in found.units:
+            name = unit.names[0]
+            decisions[name] = decided = decide(unit, policy)
+            swapped = "stays" if decided.option is decided.stay else "is swapped"
+            _LOG.debug("%s %s: %s", name, swapped, decided.reason)
+            advance(1, name)
+    _LOG.info("%d layers are to be swapped", sum(d.option is not d.stay for d in decisions.values()))
+    return decisions
 
 
 def _refuse(reasons: Mapping[str, str]) -> None:
@@ -271,6 +292,7 @@ def _checked(
     Layers that make the outputs differ are put back. Dense is the faster of the model as it was and its twin with batch
     norm folded and weights in channels_last.
     """
+    _LOG.info("comparing and timing the whole model")
     outputs = Outputs(found.model, sets)
     problem = outputs.difference(fast)
     if problem is not None:

@@ -47,7 +47,7 @@ class Policy:
         dense_layers: also try layers without a zero block (their whole weight is then stored as blocks).
         merge_low_rank: chains of thin layers and low-rank layers may be merged to dense where that is faster. Off, they
             keep their rank, and the size on disk that goes with it; they are then fused where that is faster.
-        exclude: names of layers that stay as they are.
+        exclude: layers that stay as they are: names, names of what contains them, patterns such as ``*.attn.*``.
         check_model: with example inputs, also time the whole model, and keep it dense where it is not faster.
 
     Raises:
@@ -82,7 +82,12 @@ class Policy:
             raise ValueError("Policy: expected at least one block shape, got none")
         if isinstance(self.exclude, str):
             raise ValueError(f"Policy: expected exclude to be names of layers, got the string {self.exclude!r}")
-        object.__setattr__(self, "block_shapes", tuple(block_shape_2d(b) for b in self.block_shapes))
+        if all(isinstance(size, int) for size in self.block_shapes):
+            raise ValueError(
+                "Policy: expected block_shapes to be several shapes (block_out, block_in), got one, "
+                f"{tuple(self.block_shapes)}; write ({tuple(self.block_shapes)},)"
+            )
+        object.__setattr__(self, "block_shapes", tuple(block_shape_2d(b, "Policy") for b in self.block_shapes))
         object.__setattr__(self, "exclude", tuple(self.exclude))
 
 

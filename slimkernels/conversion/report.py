@@ -231,7 +231,10 @@ def explain(subject: nn.Module | ModelPlan | str | os.PathLike[str]) -> Report:
             )
         return Report(plan, state_bytes=_state_bytes(subject.state_dict(keep_vars=True)))
     if isinstance(subject, (str, os.PathLike)):
-        plan, size, state_bytes = read_header(subject)
+        try:
+            plan, size, state_bytes = read_header(subject)
+        except ValueError as error:
+            raise ValueError(f"explain: {str(error).removeprefix('load: ')}") from error
         return Report(plan, size, state_bytes)
     raise TypeError(f"explain: expected a converted model, a ModelPlan or a path, got {type(subject).__name__}")
 

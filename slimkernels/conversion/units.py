@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -150,12 +152,14 @@ def survey(model: nn.Module, sets: list[InputSet], policy: Policy, *, training: 
 
 
 def _excluded(names: Iterable[str], exclude: Iterable[str]) -> set[str]:
-    """Layers that ``exclude`` names, itself or by a container. Raises ValueError where it names nothing."""
+    """Layers that ``exclude`` names, by themselves, by a container or by a pattern. Raises ValueError where none is."""
     names, found = list(names), set()
     for wanted in exclude:
-        hits = {name for name in names if name == wanted or name.startswith(wanted + ".")}
+        hits = {n for n in names if n == wanted or n.startswith(wanted + ".") or fnmatchcase(n, wanted)}
         if not hits:
-            raise ValueError(f"convert: expected Policy.exclude to name layers of the model, got {wanted!r}")
+            near = difflib.get_close_matches(wanted, names, n=3, cutoff=0.3) or names[:3]
+            hint = f"near matches: {', '.join(near)}" if near else "the model has no layers with weights"
+            raise ValueError(f"convert: expected Policy.exclude to name layers of the model, got {wanted!r}; {hint}")
         found |= hits
     return found
 

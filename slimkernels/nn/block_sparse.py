@@ -217,6 +217,7 @@ class _BlockSparse(PackedForKernel, AttributesInUse):
         super()._apply(fn, recurse)
         if (self.values.device.type, self.values.dtype) != before:
             self.kernel = "auto"  # which packs in eval mode
+            self._warn_of_reference()
         elif not self.training:
             self.prepack()
         return self

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimkernels.compress.progress import counting_bar
 from slimkernels.compress.pruning.granularity import Units
 from slimkernels.compress.pruning.importance import Importance, check_importance, unit_scores
 from slimkernels.compress.pruning.schedules import check_sparsity
@@ -33,6 +32,7 @@ from slimkernels.dispatch.select import predicted_dense_seconds, predicted_secon
 from slimkernels.formats import block_shape_2d
 from slimkernels.kernels import KERNELS
 from slimkernels.nn import BlockSparseConv2d, BlockSparseLinear
+from slimkernels.progress import counting_bar
 
 DEFAULT_SPARSITIES = (0.5, 0.625, 0.75, 0.8125, 0.875, 0.90625, 0.9375, 0.96875)
 # Times are rounded up to this share of the target before layers are added up: 20 layers cost at most 0.5 % of it.

@@ -8,6 +8,7 @@ from generators seeded by ``(seed, epoch)``.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from slimkernels import env
 from slimkernels.compress.training.callbacks import Callback
 from slimkernels.compress.training.checkpoint import RunState, read_checkpoint, restore, save_checkpoint
-from slimkernels.compress.training.config import EpochStats, TrainConfig, build_optimizer, build_scheduler
+from slimkernels.compress.training.config import EpochStats, TrainConfig, build_optimizer, build_scheduler, epoch_line
 from slimkernels.compress.training.ema import WeightAverage
 from slimkernels.compress.training.evaluation import (
     Loader,
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CrossEntropyStep", "EpochStats", "Loader", "TrainConfig", "TrainingStep", "evaluate", "run"]
 
+_LOG = logging.getLogger("slimkernels.train")
 # Reading a loss from a GPU waits for it; 16 steps of a small net cost less than one such wait is worth.
 _LOSSES_PER_CHECK_CUDA = 16
 
@@ -127,6 +129,8 @@ class _Training:
             ):
                 for epoch in range(done, self.config.epochs):
                     self._epoch(epoch, val_loader)
+                    if self.main:
+                        _LOG.info("%s: %s", self.name, epoch_line(self.history[-1], self.config.epochs))
                     if self.log is not None:
                         self.log.epoch(self.history)
                     if checkpoint is not None and self.main:
