@@ -19,8 +19,8 @@ MAX_LINES = 475
 
 # Imports point only to the right; modules of one entry do not import each other. A package stands for all its modules.
 CHAIN = (
-    "cli", "recipes", "data, models", "compress", "checkpoint, inference", "conversion, tuning", "pattern",
-    "nn", "ops", "dispatch", "kernels", "_extension, formats", "files, timing, tensors, progress", "env",
+    "__main__", "cli", "recipes", "data", "compress", "checkpoint, inference", "conversion, tuning",
+    "pattern, builders", "models", "nn", "ops", "dispatch", "kernels", "_extension, formats", "files, timing, tensors, progress", "env",
 )  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(CHAIN) for name in names.split(", ")}
 # For tests and benchmarks: nothing else in the package imports them, and they import no more than this.
@@ -28,8 +28,8 @@ TEST_ONLY = {"testing": {"formats"}, "cases": {"testing", "formats", "kernels"}}
 # Inside a package, by the same rule; a package in it stands for all its modules.
 PACKAGES = {
     "cli": (
-        "__main__", "__init__", "app", "training, compression, experiments", "options, tables", "demo, bench, tune",
-        "plots, weights, info",
+        "__main__", "__init__", "app", "training, compression, evaluation, experiments", "options, tables",
+        "demo, bench, tune, own_model", "plots, weights, info",
     ),
     "recipes": (
         "runner", "measurement, report", "rows, figures, summary", "store, schema, sources", "__init__",

@@ -236,6 +236,8 @@ class ModelPlan:
         dense_ms, converted_ms: the whole model per example input; empty where not measured.
         speedup_low, speedup_high: what their ratio is between, with 99 % confidence.
         notes: lines for the report, such as why the model could not be traced.
+        builder: of a saved model, how `slimkernels.models.build` makes its architecture, as JSON: ``model``,
+            ``num_classes``, ``options``.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -249,6 +251,7 @@ class ModelPlan:
     speedup_low: tuple[float, ...] = ()
     speedup_high: tuple[float, ...] = ()
     notes: tuple[str, ...] = ()
+    builder: str | None = None
 
     def __post_init__(self) -> None:
         if self.decided not in DECIDED:
