@@ -34,12 +34,17 @@ def weight_shape_4d(weight_shape: Sequence[int]) -> tuple[int, int, int, int]:
     return shape  # type: ignore[return-value]
 
 
-def block_shape_2d(block_shape: Sequence[int]) -> tuple[int, int]:
-    """``(block_out, block_in)`` as ints. Raises ValueError unless it is two positive sizes."""
+def block_shape_2d(block_shape: Sequence[int], op: str = "BSRWeight") -> tuple[int, int]:
+    """``(block_out, block_in)`` as ints. Raises ValueError, beginning with ``op``, unless it is two positive sizes."""
+    if isinstance(block_shape, int):
+        raise ValueError(
+            f"{op}: expected block_shape (block_out, block_in) of positive sizes, "
+            f"got the number {block_shape}; such as ({block_shape}, 1) or ({block_shape}, {block_shape})"
+        )
     shape = tuple(map(int, block_shape))
     if len(shape) != 2 or min(shape) < 1:
         raise ValueError(
-            f"BSRWeight: expected block_shape (block_out, block_in) of positive sizes, got {tuple(block_shape)}"
+            f"{op}: expected block_shape (block_out, block_in) of positive sizes, got {tuple(block_shape)}"
         )
     return shape  # type: ignore[return-value]
 

@@ -150,9 +150,13 @@ class Prepacked(AttributesInUse):
         super()._apply(fn, recurse)
         if (self._weights()[0].device.type, self._weights()[0].dtype) != before:
             self.kernel = "auto"  # which packs in eval mode
+            self._moved()
         elif not self.training:
             self.prepack()
         return self
+
+    def _moved(self) -> None:
+        """Called when the module came to another device or dtype."""
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -163,6 +164,23 @@ class StoredBlocks(Prepacked):
             return resolve(self.kernel, self._request()).isa
         except ValueError:  # the forward says why
             return None
+
+    def _moved(self) -> None:
+        """Warns where no kernel but the reference, which multiplies the zeros, takes this dtype on this device."""
+        if self.values.is_meta or self.values.dtype not in (torch.float16, torch.bfloat16):
+            return  # who asks for float64 wants digits
+        try:
+            slow = resolve("auto", self._request()).backend == "reference"
+            faster = slow and resolve("auto", self._request()._replace(dtype=torch.float32)).backend != "reference"
+        except ValueError:  # the forward says why
+            return
+        if faster:
+            warnings.warn(
+                f"{type(self).__name__}: {str(self.values.dtype).removeprefix('torch.')} has no sparse kernel on "
+                f"{self.values.device.type}, so zeros are multiplied and nothing is gained; convert in the dtype that "
+                "serves, or go back to float32 with model.float()",
+                stacklevel=3,
+            )
 
     def _wants_tensor_cores(self) -> bool:
         """Whether the module's calls take the tensor-core kernel, which runs on explicit request."""

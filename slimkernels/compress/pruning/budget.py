@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from slimkernels.compress.allocation import allocate_exactly, least_cost
-from slimkernels.compress.progress import counting_bar
 from slimkernels.compress.pruning.granularity import Units
 from slimkernels.compress.pruning.importance import Importance, check_importance, unit_scores
 from slimkernels.compress.pruning.schedules import check_sparsity
@@ -34,6 +33,7 @@ from slimkernels.dispatch.select import predicted_dense_seconds, predicted_secon
 from slimkernels.formats import block_shape_2d
 from slimkernels.kernels import KERNELS
 from slimkernels.nn import BlockSparseConv2d, BlockSparseLinear
+from slimkernels.progress import counting_bar
 
 DEFAULT_SPARSITIES = (0.5, 0.625, 0.75, 0.8125, 0.875, 0.90625, 0.9375, 0.96875)
 _MEASURE_ROUNDS = 7

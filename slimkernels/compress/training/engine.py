@@ -8,6 +8,7 @@ from generators seeded by ``(seed, epoch)``.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from slimkernels.compress.training.callbacks import Callback
 from slimkernels.compress.training.checkpoint import RunState, save_checkpoint
-from slimkernels.compress.training.config import EpochStats, TrainConfig
+from slimkernels.compress.training.config import EpochStats, TrainConfig, epoch_line
 from slimkernels.compress.training.evaluation import (
     Loader,
     batches_of,
@@ -49,6 +50,7 @@ from slimkernels.nn.strided_pointwise import StridedPointwiseGuard, strided_poin
 
 __all__ = ["CrossEntropyStep", "EpochStats", "Loader", "TrainConfig", "TrainingStep", "evaluate", "run"]
 
+_LOG = logging.getLogger("slimkernels.train")
 # Reading a loss from a GPU waits for it; 16 steps of a small net cost less than one such wait is worth.
 _LOSSES_PER_CHECK_CUDA = 16
 
@@ -129,6 +131,8 @@ class _Training:
             ):
                 for epoch in range(done, epochs):
                     self._epoch(epoch, val_loader)
+                    if setup.main:
+                        _LOG.info("%s: %s", setup.name, epoch_line(state.history[-1], epochs))
                     if self.log is not None:
                         self.log.epoch(state.history)
                     if checkpoint is not None and setup.main:
