@@ -67,6 +67,72 @@ class Option:
     seconds: list[float] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Candidates:
+    """The ways to run a unit that are compared.
+
+    Attributes:
+        stay: what the others have to beat, and what is taken where none does.
+        options: the others, the best predicted first.
+        fused: the dense convolution with what follows it in one kernel; tried beside the options.
+        why: what is missing among the options, and the reason.
+        settled: the one way there is, where nothing is to be compared.
+    """
+
+    stay: Option
+    options: list[Option]
+    fused: list[Option] = field(default_factory=list)
+    why: str = ""
+    settled: Option | None = None
+
+
+def candidates(unit: Unit, policy: Policy, sizes: Sequence[Sequence[int]] | None) -> Candidates:
+    """The ways to run a unit, by what it is made from.
+
+    Args:
+        sizes: shapes of the inputs of its first layer; None where they are not known.
+    """
+    if unit.source == "low_rank":
+        return _of_low_rank_module(unit, policy)
+    if unit.chain is not None:
+        return _of_thin_layers(unit, policy)
+    return _of_dense_weight(unit, policy, sizes)
+
+
+def unchanged(unit: Unit) -> Option:
+    """The unit without a swap. A block-sparse module then becomes the dense layer that it stands for."""
+    form = {"layer": None, "bsr": "dense", "low_rank": "low_rank"}[unit.source]
+    return Option(form, [*unit.dense, *rest(unit, "none")])
+
+
+def _of_dense_weight(unit: Unit, policy: Policy, sizes: Sequence[Sequence[int]] | None) -> Candidates:
+    """Of a dense layer, or of stored blocks: block-sparse, or dense with what follows it in its kernel."""
+    options, why = block_sparse_options(unit, policy, sizes)
+    return Candidates(unchanged(unit), options, fused_options(unit, policy, sizes), why)
+
+
+def _of_thin_layers(unit: Unit, policy: Policy) -> Candidates:
+    """Of a chain of layers that some factorization left: one low-rank module, or merged to the dense layer."""
+    options, why = low_rank_options(unit, policy)
+    merged = merged_option(unit, policy)
+    options += [merged] if merged is not None else []
+    return Candidates(unchanged(unit), options, why="" if options else why)
+
+
+def _of_low_rank_module(unit: Unit, policy: Policy) -> Candidates:
+    """Of a low-rank module: by a kernel of ours or by torch's layers, compared with the dense layer it stands for."""
+    (options, why), stay = low_rank_options(unit, policy), unchanged(unit)
+    merged = merged_option(unit, policy)
+    if not options:
+        return Candidates(stay, [], why=why or "stays low-rank", settled=stay)
+    if merged is not None:
+        return Candidates(merged, options)
+    if len(options) == 1:
+        return Candidates(stay, [], why="stays low-rank", settled=options[0])
+    *kernels, torch_layers = options
+    return Candidates(torch_layers, kernels)
+
+
 def _epilogues(unit: Unit, policy: Policy) -> list[str]:
     """Epilogues to try, the one that takes in most first."""
     names = ["none"]
@@ -160,11 +226,11 @@ def fused_options(unit: Unit, policy: Policy, sizes: Sequence[Sequence[int]] | N
     return found[:2]
 
 
-def low_rank_options(unit: Unit, policy: Policy) -> tuple[list[Option], Option | None, str]:
-    """``(as one low-rank module, merged to dense, why there is no low-rank option)``.
+def low_rank_options(unit: Unit, policy: Policy) -> tuple[list[Option], str]:
+    """A chain as one low-rank module, and why there is none.
 
-    A low-rank module is also tried on torch's layers, factor by factor; a chain of layers is that already. Merged is
-    None while training and where the policy keeps the rank, and with it the size on disk.
+    A low-rank module is also tried on torch's layers, factor by factor, which come last; a chain of layers is that
+    already.
     """
     chain = unit.chain
     assert chain is not None
@@ -188,10 +254,17 @@ def low_rank_options(unit: Unit, policy: Policy) -> tuple[list[Option], Option |
                 runs = reference
             if all(option.kernel != runs for option in options):
                 options.append(Option("low_rank", [module, *rest(unit, epilogue)], epilogue, runs))
-    merged = None
-    if policy.merge_low_rank and not unit.training:
-        merged = Option("dense", [dense_twin(unit.weight), *rest(unit, "none")])
-    return options, merged, reason
+    return options, reason
+
+
+def merged_option(unit: Unit, policy: Policy) -> Option | None:
+    """A chain merged to the dense layer that it stands for.
+
+    None while training, and where the policy keeps the rank, and with it the size on disk.
+    """
+    if unit.training or not policy.merge_low_rank:
+        return None
+    return Option("dense", [dense_twin(unit.weight), *rest(unit, "none")])
 
 
 def low_rank_module(chain: FactorChain, epilogue: str, kernel: str) -> LowRankConv2d | LowRankLinear:

@@ -12,11 +12,9 @@ from slimkernels.conversion.analysis import fused_problems
 from slimkernels.conversion.candidates import (
     Option,
     Unit,
-    block_sparse_options,
-    fused_options,
-    low_rank_options,
+    candidates,
     low_rank_problem,
-    rest,
+    unchanged,
 )
 from slimkernels.conversion.graph import in_a_line
 from slimkernels.conversion.plan import Policy, faster_everywhere
@@ -49,43 +47,33 @@ def decide(unit: Unit, policy: Policy) -> Decision:
     A candidate that raises an error, out of memory included, drops out; where none can be built or measured at all, the
     unit stays as it is. `Decision.failure` says so.
     """
-    stay = Option(
-        {"layer": None, "bsr": "dense", "low_rank": "low_rank"}[unit.source], [*unit.dense, *rest(unit, "none")]
-    )
     try:
-        return _decide(unit, stay, policy)
+        return _decide(unit, policy)
     except Exception as error:  # one layer's trouble does not end the conversion of all others
         text = f"its candidates could not be built or measured: {in_a_line(error)}"
+        stay = unchanged(unit)
         return Decision(stay, stay, text, failure=text)
 
 
-def _decide(unit: Unit, stay: Option, policy: Policy) -> Decision:
+def _decide(unit: Unit, policy: Policy) -> Decision:
     sizes = [call.input_shape for calls in unit.calls for call in calls] if unit.calls else None
     if unit.calls and not sizes:
+        stay = unchanged(unit)
         return Decision(stay, stay, "the example inputs do not reach it, or with an empty batch only")
-    if unit.chain is not None:
-        options, merged, why = low_rank_options(unit, policy)
-        if unit.source != "low_rank":
-            options += [merged] if merged is not None else []
-        elif merged is not None and options:
-            stay = merged  # compared with the dense layer that it stands for
-        elif len(options) < 2:
-            return Decision(options[0] if options else stay, stay, why or "stays low-rank")
-        else:
-            stay = options.pop()
-    else:
-        options, why = block_sparse_options(unit, policy, sizes)
-        fused = fused_options(unit, policy, sizes)
-        if policy.measure and sizes:
-            options += fused
-        elif fused:
-            return _fused_by_cost_model(unit, stay, options, fused[0], policy, sizes, why)
-    if not options:
-        return Decision(stay, stay, why)
+    found = candidates(unit, policy, sizes)
+    if found.settled is not None:
+        return Decision(found.settled, found.stay, found.why)
     if policy.measure and sizes:
-        decision = _by_measurement(unit, stay, options, policy)
-        return replace(decision, reason=f"{why}; {decision.reason}") if why and unit.chain is None else decision
-    return _by_cost_model(unit, stay, options, policy, sizes is None)
+        options = [*found.options, *found.fused]
+        if not options:
+            return Decision(found.stay, found.stay, found.why)
+        decision = _by_measurement(unit, found.stay, options, policy)
+        return replace(decision, reason=f"{found.why}; {decision.reason}") if found.why else decision
+    if found.fused:
+        return _fused_by_cost_model(unit, found.stay, found.options, found.fused[0], policy, sizes, found.why)
+    if not found.options:
+        return Decision(found.stay, found.stay, found.why)
+    return _by_cost_model(unit, found.stay, found.options, policy, sizes is None)
 
 
 def _fused_by_cost_model(
