@@ -18,6 +18,7 @@ PACKAGE = Path(slimkernels.__file__).parent
 
 # Where a message is only half of one: what catches it puts the function, and most often a file, in front.
 COMPLETED_BY = {
+    "cli/options.py": "`check_writable`: by itself",
     "checkpoint.py": "`_present`: by `save`",
     "compress/pruning/sensitivity.py": "`_read`, by itself",
     "conversion/graph.py": "`traced_graph`: by the report",

@@ -120,7 +120,7 @@ def test_ten_conversions_beside_a_busy_process_swap_the_same_layers(
     policy = sk.Policy(dense_layers=False, block_shapes=((16, 1),), fuse_relu=False)
     found = set()
     for seed in range(10):
-        monkeypatch.setattr(measure, "_cpu_reading", Neighbour(costs, seed, busy, slow))
+        monkeypatch.setattr(measure, "seconds_a_call", Neighbour(costs, seed, busy, slow))
         plan = sk.convert(model, x, policy=policy).slimkernels_plan
         found.add(tuple(plan.swapped))
         for layer in plan.layers:
@@ -137,7 +137,7 @@ def test_ten_conversions_beside_a_busy_process_swap_the_same_layers(
 @needs_native
 def test_the_report_names_the_rule_that_decided(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = layers(), images(2, 16)
-    monkeypatch.setattr(measure, "_cpu_reading", Neighbour(costs, 1, 0.9, 10.0))
+    monkeypatch.setattr(measure, "seconds_a_call", Neighbour(costs, 1, 0.9, 10.0))
     noisy = sk.convert(model, x, policy=sk.Policy(dense_layers=False)).slimkernels_plan
     assert "too noisy to tell; the cost model predicts" in noisy["2"].reason
     assert noisy["2"].reason.endswith("x, so it is swapped")
@@ -161,7 +161,7 @@ def test_what_the_saved_work_does_not_explain_is_left_to_the_cost_model(monkeypa
         readings[0] += 1
         return neighbour(run, calls)
 
-    monkeypatch.setattr(measure, "_cpu_reading", reading)
+    monkeypatch.setattr(measure, "seconds_a_call", reading)
     policy = sk.Policy(repeats=5, measured_candidates=1, dense_layers=False, check_model=False)
     reason = sk.convert(model, images(2, 16), policy=policy).slimkernels_plan["0"].reason
     assert "more than the saved work explains; the cost model predicts" in reason
@@ -176,7 +176,7 @@ def test_the_smaller_layer_may_win_where_times_are_even(
     model, cost = only(speedup)
     options: Any = {"dense_layers": False, "check_model": False}
     for prefer_smaller in (False, True):
-        monkeypatch.setattr(measure, "_cpu_reading", Neighbour(cost, 0, 0.0, 1.0))
+        monkeypatch.setattr(measure, "seconds_a_call", Neighbour(cost, 0, 0.0, 1.0))
         monkeypatch.setattr("slimkernels.conversion.decide._predicted_speedup", lambda *args: 0.5)
         fast = sk.convert(model, images(2, 16), policy=sk.Policy(prefer_smaller=prefer_smaller, **options))
         assert isinstance(fast[0], BlockSparseConv2d) == (swapped and prefer_smaller)

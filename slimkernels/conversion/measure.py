@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from slimkernels.conversion.calls import Call
 from slimkernels.conversion.spread import Seconds
 from slimkernels.nn.strided_pointwise import StridedPointwiseGuard
+from slimkernels.timing import cuda_seconds_a_call, seconds_a_call
 
 # A reading is repeated calls of at least this long: perf_counter and a CUDA event cost about 0.1 us and 2 us.
 _MIN_READING_S = 100e-6
@@ -47,7 +48,7 @@ def typical_seconds(
         clear: whether the times found so far say what they are to say. While they do not, the measurement goes on, for
             up to four times the rounds and the budget, or five rounds where the budget is long spent.
     """
-    reading = _cuda_reading if device == "cuda" else _cpu_reading
+    reading = cuda_seconds_a_call if device == "cuda" else seconds_a_call
     first, calls = [], []
     for run in runs:
         run()
@@ -74,24 +75,6 @@ def typical_seconds(
             break
         measured(_LEAST_PATIENT_ROUNDS, times * most, start + times * budget_s)
     return [Seconds(s) for s in samples]
-
-
-def _cpu_reading(run: Callable[[], Any], calls: int) -> float:
-    start = time.perf_counter()
-    for _ in range(calls):
-        run()
-    return (time.perf_counter() - start) / calls
-
-
-def _cuda_reading(run: Callable[[], Any], calls: int) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    start.record()
-    for _ in range(calls):
-        run()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1e3 / calls
 
 
 def example_input(call: Call, weight: Tensor) -> Tensor:
