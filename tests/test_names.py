@@ -18,6 +18,8 @@ PACKAGE = Path(slimkernels.__file__).parent
 
 # Where a message is only half of one: what catches it puts the function, and most often a file, in front.
 COMPLETED_BY = {
+    "builders.py": "`built_on_meta`: by `load`",
+    "cli/own_model.py": "`_import_file`: by `build_own`",
     "cli/options.py": "`check_writable`: by itself",
     "checkpoint.py": "`_present`: by `save`",
     "compress/pruning/sensitivity.py": "`_read`, by itself",
