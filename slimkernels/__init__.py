@@ -30,6 +30,7 @@ _PUBLIC = {
     "distill": "compress.distillation.distill",
     "evaluate": "compress.training.train",
     "explain": "conversion",
+    "export_onnx": "inference",
     "factorize_": "compress.factorization.factorize",
     "finalize_": "compress.pruning.prune",
     "fine_tune": "compress.training.train",
@@ -41,6 +42,7 @@ _PUBLIC = {
     "save": "checkpoint",
     "sensitivity_scan": "compress.pruning.sensitivity",
     "shrink_": "compress.pruning.shrink",
+    "to_dense": "conversion",
     "update_pattern": "pattern",
     "warm_up": "inference",
 }
@@ -59,11 +61,11 @@ if TYPE_CHECKING:
     from slimkernels.compress.pruning.sensitivity import sensitivity_scan
     from slimkernels.compress.pruning.shrink import shrink_
     from slimkernels.compress.training.train import evaluate, fine_tune
-    from slimkernels.conversion import convert, explain
+    from slimkernels.conversion import convert, explain, to_dense
     from slimkernels.conversion.analysis import analyze
     from slimkernels.conversion.plan import LayerPlan, ModelPlan, Policy
     from slimkernels.formats import BlockMask, BSRWeight, LowRankWeight
-    from slimkernels.inference import graphed, warm_up
+    from slimkernels.inference import export_onnx, graphed, warm_up
     from slimkernels.pattern import update_pattern
 
 
@@ -79,4 +81,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from slimkernels.builders import builder_text, built_on_meta
 from slimkernels.conversion import container, placement
 from slimkernels.conversion.container import Contents
 from slimkernels.conversion.convert_model import finish
@@ -39,7 +40,7 @@ _DROP_IN = {
 }
 
 
-def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def save(model: nn.Module, path: str | os.PathLike[str], *, builder: Mapping[str, Any] | None = None) -> None:
     """Writes a converted model: tensors, the `ModelPlan` and a SHA-256 of each, no pickle.
 
     The file appears under its name when it is complete; an interrupted call leaves what was there before. The hashes
@@ -49,6 +50,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         model: from `convert` or `load`, possibly trained since. Of a wrapper (DataParallel, AveragedModel,
             `torch.compile`) the model inside is saved.
         path: by convention ``*.slim.safetensors``.
+        builder: how `slimkernels.models.build` makes the architecture, so that ``load(path)`` needs no ``into``:
+            ``{"model": "vgg19_cifar", "num_classes": 10, "options": {"width": 0.5}}``, the last two as needed. By
+            default what the model was loaded with.
 
     Raises:
         TypeError: not a module; a tensor or an extra state that the format cannot hold.
@@ -69,6 +73,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         placement.check_tensors(plan, state)
     except ValueError as error:
         raise ValueError(f"save: {error}") from error
+    if builder is not None:
+        plan = replace(plan, builder=builder_text(builder))
     container.write(path, plan, state)
 
 
@@ -119,7 +125,8 @@ def load(path: str | os.PathLike[str], into: nn.Module | None = None) -> nn.Modu
     Args:
         path: from `save`.
         into: a model of the architecture that was converted (fresh, trained, masked or converted, on any device); it
-            stays untouched. A model on the meta device is filled on the CPU, a wrapper is taken off.
+            stays untouched. A model on the meta device is filled on the CPU, a wrapper is taken off. May be left out
+            where the file names a model of `slimkernels.models` (see `save`).
 
     Returns:
         The converted model, in eval mode unless it was converted with ``training=True``.
@@ -133,10 +140,14 @@ def load(path: str | os.PathLike[str], into: nn.Module | None = None) -> nn.Modu
         raise TypeError(f"load: expected into to be an nn.Module, got {type(into).__name__}")
     contents = container.read(path)
     plan = contents.plan
+    if into is None and plan.builder is not None:
+        with _naming(path):
+            into = built_on_meta(plan.builder)
     if into is None:
         raise ValueError(
             "load: expected into=<a model of the architecture that was converted>, such as into=vgg19(); "
-            f"{path} holds weights and a plan of {len(plan.layers)} layers, no code"
+            f"{path} holds weights and a plan of {len(plan.layers)} layers, no code, and names no model of "
+            "slimkernels.models (save(..., builder=...) writes such a name)"
         )
     with _naming(path):
         placement.check_tensors(plan, contents.tensors)

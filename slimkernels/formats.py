@@ -23,7 +23,7 @@ LOW_RANK_KINDS = ("svd", "tai", "tucker2")
 
 def weight_shape_4d(weight_shape: Sequence[int]) -> tuple[int, int, int, int]:
     """``(C_out, C_in, R, S)`` of a linear ``(out, in)`` or convolution shape. Raises ValueError on any other rank."""
-    shape = tuple(int(d) for d in weight_shape)
+    shape = tuple(map(int, weight_shape))
     if len(shape) == 2:
         shape = (*shape, 1, 1)
     if len(shape) != 4 or min(shape) < 1:
@@ -34,12 +34,17 @@ def weight_shape_4d(weight_shape: Sequence[int]) -> tuple[int, int, int, int]:
     return shape  # type: ignore[return-value]  # tuples have the right length, which their types do not say
 
 
-def block_shape_2d(block_shape: Sequence[int]) -> tuple[int, int]:
-    """``(block_out, block_in)`` as ints. Raises ValueError unless it is two positive sizes."""
-    shape = tuple(int(d) for d in block_shape)
+def block_shape_2d(block_shape: Sequence[int], op: str = "BSRWeight") -> tuple[int, int]:
+    """``(block_out, block_in)`` as ints. Raises ValueError, beginning with ``op``, unless it is two positive sizes."""
+    if isinstance(block_shape, int):
+        raise ValueError(
+            f"{op}: expected block_shape (block_out, block_in) of positive sizes, "
+            f"got the number {block_shape}; such as ({block_shape}, 1) or ({block_shape}, {block_shape})"
+        )
+    shape = tuple(map(int, block_shape))
     if len(shape) != 2 or min(shape) < 1:
         raise ValueError(
-            f"BSRWeight: expected block_shape (block_out, block_in) of positive sizes, got {tuple(block_shape)}"
+            f"{op}: expected block_shape (block_out, block_in) of positive sizes, got {tuple(block_shape)}"
         )
     return shape  # type: ignore[return-value]  # tuples have the right length, which their types do not say
 
@@ -363,7 +368,7 @@ class BlockMask(nn.Module):
 
     def __init__(self, mask: Tensor, weight_shape: Sequence[int], block_shape: Sequence[int]) -> None:
         super().__init__()
-        self.weight_shape = tuple(int(d) for d in weight_shape)
+        self.weight_shape = tuple(map(int, weight_shape))
         self.block_shape = block_shape_2d(block_shape)
         grid = block_grid(self.weight_shape, self.block_shape)
         if tuple(mask.shape) != grid:

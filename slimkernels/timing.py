@@ -53,13 +53,31 @@ def _clock() -> float:
     return time.perf_counter()
 
 
+def seconds_a_call(call: Callable[[], Any], calls: int, clock: Callable[[], float] = time.perf_counter) -> float:
+    """One reading of a stopwatch: seconds of one of so many calls, one right behind the other."""
+    start = clock()
+    for _ in range(calls):
+        call()
+    return (clock() - start) / calls
+
+
+def cuda_seconds_a_call(call: Callable[[], Any], calls: int) -> float:
+    """The same by the device's clock, between two events; what the host does meanwhile does not count."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(calls):
+        call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3 / calls
+
+
 def _calls_a_reading(call: Callable[[], Any]) -> int:
     """Calls between two looks at the clock: 1, on CUDA as many as take a millisecond."""
     if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
         return 1
-    start = _clock()
-    call()
-    return max(1, min(1000, int(_CUDA_READING_S / max(_clock() - start, 1e-6))))
+    return max(1, min(1000, int(_CUDA_READING_S / max(seconds_a_call(call, 1, _clock), 1e-6))))
 
 
 def interleaved(
@@ -103,12 +121,8 @@ def interleaved(
                 call()
                 burst_end = _clock() + _BURST_S
                 while True:
-                    start = _clock()
-                    for _ in range(repeats[name]):
-                        call()
-                    stop = _clock()
-                    record.append((stop - start) / repeats[name])
-                    if stop >= burst_end:
+                    record.append(seconds_a_call(call, repeats[name], _clock))
+                    if time.perf_counter() >= burst_end:
                         break
             rounds += 1
     return {name: percentiles(samples[name]) for name in names}

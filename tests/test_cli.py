@@ -196,8 +196,11 @@ def test_a_full_disk_loses_nothing(command, trained, tmp_path):
         result = run(*arguments, code=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert result.stderr.startswith("slimkernels: ") and result.stderr.count("\n") == 1
-    assert "too large" in result.stderr.lower() or "write" in result.stderr
+    *before, error = result.stderr.splitlines()
+    assert error.startswith("slimkernels: ") and all(
+        line.startswith("fine_tune: epoch 1 of 1: loss") for line in before
+    )
+    assert "too large" in error.lower() or "write" in error
     assert os.listdir(tmp_path) == ["out.safetensors"] and out.read_bytes() == b"before"
 
 
@@ -300,3 +303,29 @@ late = {"torchvision", "sklearn", "matplotlib", "safetensors", "triton"} & set(s
 assert not late, late
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_epochs_are_shown_without_a_terminal_unless_a_machine_reads(tmp_path):
+    small = ["train", "--option", "width=8", "--epochs", 2, "--batch-size", 256, "--out", tmp_path / "w.safetensors"]
+    lines = run(*small).stderr.splitlines()
+    assert [line[:23] for line in lines] == ["fine_tune: epoch 1 of 2", "fine_tune: epoch 2 of 2"]
+    assert run(*small, "--json").stderr == ""
+
+
+def test_a_run_in_the_checkpoint_is_not_overwritten_unasked(tmp_path):
+    out, state = tmp_path / "w.safetensors", tmp_path / "run.pt"
+    small = ["train", "--option", "width=8", "--batch-size", 256, "--out", out, "--checkpoint", state]
+    run(*small, "--epochs", 2)
+    whole = state.read_bytes()
+    error = run(*small, "--epochs", 1, code=1).stderr
+    assert "run.pt holds a run already" in error and "--resume" in error and state.read_bytes() == whole
+    assert len(run_json(*small, "--epochs", 2, "--resume")["epochs"]) == 2
+
+
+def test_where_nothing_can_be_written_nothing_is_trained(tmp_path):
+    (tmp_path / "file").write_text("")
+    result = run("train", "--epochs", 1, "--out", tmp_path / "file" / "w.safetensors", code=1)
+    assert (
+        result.stderr.startswith("slimkernels: --out: expected a file that can be written")
+        and "epoch" not in result.stderr
+    )

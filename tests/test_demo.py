@@ -11,6 +11,7 @@ import torch
 
 import slimkernels as sk
 from slimkernels.cli.demo import BATCHES, SPARSITY, _same, run_demo
+from slimkernels.cli.weights import load_model
 from slimkernels.data import digits_loaders
 from slimkernels.models import vgg_digits
 
@@ -26,6 +27,14 @@ def demo(tmp_path_factory):
     finally:
         torch.set_num_threads(threads)
     return result, folder / "out", lines
+
+
+def test_the_weights_feed_the_other_commands(demo):
+    _, folder, _ = demo
+    model, name, classes, description = load_model(folder / "dense.safetensors")
+    assert (name, classes, dict(description.options)) == ("vgg_digits", 10, {"width": 16})
+    with torch.no_grad():
+        assert model(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
 
 
 def test_files(demo):

@@ -44,6 +44,7 @@ GEOMETRIES = {
     "zero_block_row": {"pattern": "zero_block_row"},
     "batch_0": {"n": 0},
     "one_pixel": {"kernel": (1, 1), "padding": (0, 0), "h": 1, "w": 1, "n": 7},
+    "one_strip_of_one_tap": {"kernel": (1, 1), "padding": (0, 0), "c_in": 16, "c_out": 16, "pattern": "all_dense"},
 }
 
 

@@ -117,7 +117,7 @@ def test_outputs_are_copies_unless_asked_otherwise(gpu_net) -> None:
 
 @pytest.mark.gpu
 def test_a_captured_network_sees_new_weights_and_refuses_new_shapes(gpu_net) -> None:
-    captured = sk.graphed(gpu_net, cuda_images(2))
+    captured = sk.graphed(gpu_net, cuda_images(2), other_shapes="raise")
     before = captured(cuda_images(2))
     state = {k: v.clone() for k, v in gpu_net.state_dict().items()}
     gpu_net.load_state_dict({k: 2 * v if v.is_floating_point() else v for k, v in state.items()})

@@ -19,8 +19,9 @@ MAX_LINES = 475
 
 # Imports point only to the right; modules of one entry do not import each other. A package stands for all its modules.
 CHAIN = (
-    "cli", "recipes", "data, models", "compress", "checkpoint, inference", "conversion, tuning", "pattern",
-    "nn", "ops", "dispatch", "kernels", "_extension, formats", "files, timing, tensors", "env",
+    "__main__", "cli", "recipes", "data", "compress", "checkpoint, inference", "conversion, tuning",
+    "pattern, builders", "models", "nn", "ops", "dispatch", "kernels", "_extension, formats",
+    "files, timing, tensors, progress", "env",
 )  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(CHAIN) for name in names.split(", ")}
 # For tests and benchmarks: nothing else in the package imports them, and they import no more than this.
@@ -28,33 +29,34 @@ TEST_ONLY = {"testing": {"formats"}, "cases": {"testing", "formats", "kernels"}}
 # Inside a package, by the same rule; a package in it stands for all its modules.
 PACKAGES = {
     "cli": (
-        "__main__", "__init__", "app", "training, compression, experiments", "options, tables", "demo, bench, tune",
-        "plots, weights, info",
+        "__main__", "__init__", "app", "training, compression, evaluation, experiments", "options, tables",
+        "demo, bench, tune, own_model", "plots, weights, info",
     ),
     "recipes": (
         "runner", "measurement, report", "rows, figures, summary", "store, schema, sources", "__init__",
     ),
     "data": ("__init__", "datasets", "decoded, tensor_loader"),
     "conversion": (
-        "__init__", "convert_model", "units, outputs", "candidates", "measure, report", "container, placement, hub",
-        "plan", "analysis", "folding", "factor_chains", "layers", "readers", "calls", "graph", "wrappers",
+        "__init__", "convert_model, plain_model", "units, outputs", "decide", "candidates", "measure, report",
+        "report_rows, container, placement, hub", "plan", "analysis", "folding", "factor_chains", "layers",
+        "readers", "calls", "graph, spread", "wrappers",
     ),
-    "compress": ("distillation, factorization, pruning", "training", "selection, progress", "__init__"),
+    "compress": ("distillation, factorization, pruning", "training", "allocation, selection", "__init__"),
     "compress/pruning": (
         "budget, gradual, sensitivity, shrink", "prune", "importance", "granularity, schedules", "__init__",
     ),
     "compress/factorization": (
-        "factorize", "layer_ranks", "layer_costs, whitening, ranks", "decompositions", "__init__",
+        "factorize", "twins", "layer_ranks", "layer_costs, whitening, ranks", "decompositions", "__init__",
     ),
     "compress/distillation": ("distill", "terms", "features, losses", "__init__"),
     "compress/training": (
-        "train", "engine", "checkpoint, processes, trackers", "steps, ema", "evaluation, config", "callbacks",
+        "train", "engine", "setup", "checkpoint, processes, trackers", "steps, ema", "evaluation, config", "callbacks",
         "__init__",
     ),
     "inference": (
-        "__init__", "graphed_model", "cuda_graph, cpu_replay, warming", "cpu_recording", "cpu_passes",
+        "__init__", "graphed_model, onnx_export", "cuda_graph, cpu_replay, warming", "cpu_recording", "cpu_passes",
         "native_chain",
-        "native_layers, memory, concurrency", "inputs",
+        "native_layers, memory, concurrency", "inputs, batches",
     ),
     "dispatch": (
         "select", "tables, fused_cost", "break_even, cpu_cost, devices, gpu_cost", "gpu_dense_cost", "gpu_prediction",
@@ -62,7 +64,7 @@ PACKAGES = {
     ),
     "kernels": (
         "__init__", "peak, cudnn, cuda_tensor_cores", "cpu, cuda, triton", "reference, strips, resident_plan",
-        "far_taps", "problems, strided_pointwise, transposed",
+        "far_taps", "packs, problems, strided_pointwise, transposed",
     ),
     "kernels/cpu": ("gradients, low_rank", "conv2d", "steps", "library", "abi", "__init__"),
     "kernels/triton": (

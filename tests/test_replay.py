@@ -65,7 +65,7 @@ def test_outputs_are_the_callers_own() -> None:
 
 def test_graphed_serves_every_recorded_shape() -> None:
     model = vgg_like()
-    served = sk.graphed(model, [(images(1),), (images(2),), (images(1),)])
+    served = sk.graphed(model, [(images(1),), (images(2),), (images(1),)], other_shapes="raise")
     assert isinstance(served, GraphedModel) and len(served.signatures) == 2
     with torch.no_grad():
         for n in (2, 1):

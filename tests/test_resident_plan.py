@@ -10,13 +10,14 @@ from torch import Tensor
 from slimkernels import _extension
 from slimkernels.formats import BSRWeight
 from slimkernels.kernels import resident_plan
+from slimkernels.kernels.packs import TensorCorePack
 from slimkernels.kernels.resident_plan import VARIANTS, Shape
 from slimkernels.testing import random_bsr
 
 ONE = (1, 1)
 
 
-def unpacked(packed: resident_plan.Packed, shape: Shape, weight_shape: tuple[int, int, int, int]) -> Tensor:
+def unpacked(packed: TensorCorePack, shape: Shape, weight_shape: tuple[int, int, int, int]) -> Tensor:
     """The dense weight that a pack's steps add up to, by what csrc/cuda/tensor_cores.cuh says of lanes."""
     c_out, c_in, r, s = weight_shape
     columns, groups = packed.group_start.shape[0], packed.group_start.shape[1] - 1
@@ -71,7 +72,7 @@ def test_the_first_convolution_is_packed_by_rows_of_taps():
         shape = Shape(256, 64, 1, 2, wgmma)
         packed = resident_plan.pack_first(weight, wgmma)
         index = torch.tensor([[0, 1, 2]], dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)
-        steps = resident_plan.Packed(packed, *index, torch.tensor([2]))
+        steps = TensorCorePack(packed, *index, torch.tensor([2]))
         rows = unpacked(steps, shape, (64, 32, 1, 1)).reshape(64, 32)
         assert not rows[:, [9, 19, 29, 30, 31]].any()
         taps = rows[:, :30].reshape(64, 3, 10)[:, :, :9].reshape(64, 3, 3, 3)  # channel, row, column, input channel

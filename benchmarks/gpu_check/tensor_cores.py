@@ -101,13 +101,11 @@ def of_stem(p: ConvProblem, reason: str | None) -> Iterator[dict[str, Any]]:
     best = int(cuda_tensor_cores._limits(x).wgmma)
     overlapping = [{"variant": 1, "overlap": 1}] * best
     for config in (*({"variant": v} for v in dict.fromkeys((best, 0))), *overlapping):
-        first_packed, packed = cuda_tensor_cores.pack_stem(
-            first.weight, *parts, w.weight_shape, w.block_shape, config["variant"]
-        )
+        pack = cuda_tensor_cores.pack_stem(first.weight, *parts, w.weight_shape, w.block_shape, config["variant"])
 
-        def call(config: Mapping[str, int] = config, packs: Sequence[Tensor] = (first_packed, *packed)) -> Tensor:
+        def call(config: Mapping[str, int] = config, packed: Sequence[Tensor] = pack) -> Tensor:
             return cuda_tensor_cores.launch_stem_conv2d(
-                x, first.weight, first.bias, *parts, None if bias is None else bias.detach(), packs, w.weight_shape,
+                x, first.weight, first.bias, *parts, None if bias is None else bias.detach(), packed, w.weight_shape,
                 w.block_shape, p.epilogue, config,
             )  # fmt: skip
 

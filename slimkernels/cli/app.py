@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from slimkernels import env
-from slimkernels.cli import compression, experiments, training
+from slimkernels.cli import compression, evaluation, experiments, training
 from slimkernels.cli.tune import tune
 
 
@@ -41,7 +41,7 @@ def _complain(line: str) -> None:
 
 app = typer.Typer(
     cls=_Commands,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Pruned and factorized networks as fast as their FLOP count promises.",
@@ -64,6 +64,7 @@ def _options(
     pass
 
 
+_NAMES = {"evaluate": "eval"}
 for _command in (
     experiments.demo,
     experiments.info,
@@ -72,8 +73,9 @@ for _command in (
     training.distill,
     compression.convert,
     compression.explain,
+    evaluation.evaluate,
     tune,
     experiments.bench,
     experiments.reproduce,
 ):
-    app.command()(_command)
+    app.command(_NAMES.get(_command.__name__))(_command)

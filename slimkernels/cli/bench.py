@@ -19,6 +19,7 @@ from slimkernels import models, timing
 from slimkernels.compress.pruning.prune import finalize_, prune_
 from slimkernels.conversion import convert
 from slimkernels.conversion.plan import ModelPlan, Policy
+from slimkernels.inference import graphed
 
 # A converted network may be at most twice as far from float64 as torch's dense network in the same dtype. Of a handful
 # of outputs the ratio is mostly chance: 0.97 to 2.07 for VGG-19 on one image, 1.42 to 1.51 on 64.
@@ -71,6 +72,9 @@ def run_bench(
     compile: bool = True,
     device: str = "cpu",
     seed: int = 0,
+    network: nn.Module | None = None,
+    shape: Sequence[int] | None = None,
+    recorded: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> BenchResult:
     """Times the named model dense (the best of eager and torch.compile) and converted, interleaved.
@@ -81,6 +85,8 @@ def run_bench(
         batches: batch sizes.
         seconds: timing budget per network and batch.
         compile: also try torch.compile with freezing as a dense baseline.
+        network, shape: a model of the user's own and the shape of one of its images, instead of the named model's.
+        recorded: serve the converted network by `slimkernels.graphed`.
         say: called with one line per step.
 
     Returns:
@@ -97,9 +103,12 @@ def run_bench(
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        sample = torch.randn(32, *models.input_shape(model))
-        dense = calibrated(with_random_norms(models.build(model, models.default_classes(model))), sample).to(device)
-        inputs = {batch: torch.randn(batch, *models.input_shape(model)).to(device) for batch in batches}
+        shape = tuple(shape or models.input_shape(model))
+        sample = torch.randn(32, *shape)
+        if network is None:
+            network = with_random_norms(models.build(model, models.default_classes(model)))
+        dense = calibrated(copy.deepcopy(network), sample).to(device)
+        inputs = {batch: torch.randn(batch, *shape).to(device) for batch in batches}
     pruned: dict[float, nn.Module] = {}
     for sparsity in sparsities:
         say(f"pruning {sparsity:.1%} of the blocks")
@@ -108,7 +117,7 @@ def run_bench(
     notes: list[str] = []
     for batch, x in inputs.items():
         say(f"batch {batch}: preparing dense baselines" + (" (torch.compile takes a while)" if compile else ""))
-        rows += _rows(dense, pruned, x, seconds, compile, notes, say)
+        rows += _rows(dense, pruned, x, seconds, compile, recorded, notes, say)
     return BenchResult(
         model=model,
         weights="random, pruned by magnitude",
@@ -160,6 +169,7 @@ def _rows(
     x: Tensor,
     seconds: float,
     compile: bool,
+    recorded: bool,
     notes: list[str],
     say: Callable[[str], None],
 ) -> Iterable[Row]:
@@ -177,7 +187,8 @@ def _rows(
         # For mypy: a model's own attribute, a Tensor or a Module to mypy.
         plan: ModelPlan = fast.slimkernels_plan  # type: ignore[assignment]
         swapped[sparsity] = len(plan.swapped)
-        callables[f"sparse {sparsity}"] = partial(fast, channels_last)
+        served = graphed(fast, channels_last) if recorded else fast
+        callables[f"sparse {sparsity}"] = partial(served, channels_last)
     say(f"batch {batch}: timing")
     measured = timing.interleaved(callables, seconds=seconds)
     baseline = min(baselines, key=lambda name: measured[name].p50)

@@ -66,6 +66,7 @@ def compress(
     if gradual and (method != "prune" or data is None):
         raise ValueError("compress: expected --method prune and --data with --gradual, which prunes while training")
     shape = o.pair("--block-shape", block_shape)
+    target = o.check_writable(out or Path(f"{weights.stem}.compressed.safetensors"))
     dense, name, classes, description = load_model(weights, model, num_classes, options=o.model_options(option))
     network = copy.deepcopy(dense)
     which: dict[str, Any] = {"layers": layer or None, "exclude": exclude or None}
@@ -94,13 +95,26 @@ def compress(
             history = run_distill(network, dense.to(device), loader, test_loader, config, **common)
         else:
             history = fine_tune(network, loader, test_loader, config, **common)
-    target = out or Path(f"{weights.stem}.compressed.safetensors")
     o.finish_training(finalize_(network), name, target, history, as_json, classes, description.options)
 
 
 def convert(
-    weights: Annotated[Path, typer.Argument(help="Weights of a pruned or factorized model.")],
-    model: o.Model = None,
+    weights: Annotated[
+        Path | None,
+        typer.Argument(help="Weights of a pruned or factorized model; none with a --model that brings them."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Name of the model where the file does not carry it, or FILE.py:NAME, a function of your own."
+        ),
+    ] = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input", help="Shape to decide for, as in 1,3,224,224 (repeatable), instead of --batch and --size."
+        ),
+    ] = None,
     option: o.ModelOption = None,
     num_classes: o.Classes = None,
     batch: Annotated[
@@ -116,24 +130,40 @@ def convert(
     as_json: o.Json = False,
 ) -> None:
     """Swap in the sparse and low-rank kernels where they are faster, and write a .slim.safetensors file."""
-    import torch
-
     from slimkernels import models
     from slimkernels.checkpoint import save
+    from slimkernels.cli.own_model import build_own, example_inputs, is_own
     from slimkernels.cli.weights import load_model
     from slimkernels.conversion import convert as run_convert
     from slimkernels.conversion import explain as run_explain
 
     device = o.training_device(device)
-    dense, name, classes, _ = load_model(weights, model, num_classes, options=o.model_options(option))
-    channels, height, width = models.input_shape(name)
-    if size is not None:
-        height, width = o.pair("--size", size)
-    generator = torch.Generator().manual_seed(0)
-    images = [torch.randn(n, channels, height, width, generator=generator).to(device) for n in batch or (1, 16)]
-    fast = run_convert(dense.to(device), None if without_shapes else [(x,) for x in images], strict=strict)
-    out = out or Path(f"{weights.name.split('.')[0]}.slim.safetensors")
-    save(fast, out)
+    keywords, builder, classes = o.model_options(option), None, num_classes
+    if is_own(model):
+        assert model is not None
+        dense, name = build_own(model, keywords, weights), model
+        stem = weights.name.split(".")[0] if weights is not None else model.rpartition(":")[2]
+        if not shape and not without_shapes:
+            raise ValueError(
+                "convert: expected --input SHAPE, as in 1,3,224,224, or --without-shapes with a model of your own"
+            )
+    else:
+        if weights is None:
+            raise ValueError("convert: expected a file of weights, or --model FILE.py:NAME, a model of your own")
+        dense, name, classes, description = load_model(weights, model, num_classes, options=keywords)
+        builder = {"model": name, "num_classes": classes, "options": dict(description.options) or keywords}
+        stem = weights.name.split(".")[0]
+    if shape:
+        images = example_inputs(shape, device)
+    elif not without_shapes:
+        channels, height, width = models.input_shape(name)
+        if size is not None:
+            height, width = o.pair("--size", size)
+        images = example_inputs([f"{n},{channels},{height},{width}" for n in batch or (1, 16)], device)
+    inputs = None if without_shapes else [(x,) for x in images]
+    out = o.check_writable(out or Path(f"{stem}.slim.safetensors"))
+    fast = run_convert(dense.to(device), inputs, strict=strict, progress=o.progress(as_json))
+    save(fast, out, builder=builder)
     if as_json:
         plan = json.loads(fast.slimkernels_plan.to_json())  # type: ignore[union-attr, operator]
         o.print_json(
@@ -141,7 +171,8 @@ def convert(
         )
         return
     o.echo(str(run_explain(fast)))
-    o.echo(f"wrote {out} ({out.stat().st_size / 1e6:.2f} MB); the weights were {weights.stat().st_size / 1e6:.2f} MB")
+    were = "" if weights is None else f"; the weights were {weights.stat().st_size / 1e6:.2f} MB"
+    o.echo(f"wrote {out} ({out.stat().st_size / 1e6:.2f} MB){were}")
 
 
 def explain(

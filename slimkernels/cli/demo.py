@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from slimkernels import timing
 from slimkernels.checkpoint import load, save
+from slimkernels.cli.weights import write_weights
 from slimkernels.compress.distillation.distill import distill
 from slimkernels.compress.factorization.factorize import factorize_
 from slimkernels.compress.pruning.gradual import GradualPruning
@@ -143,7 +144,7 @@ def run_demo(
     images = test.images[: max(BATCHES)]
     inputs = {batch: (images[:batch] - test.mean) / test.std for batch in BATCHES}
     dense_file = folder / "dense.safetensors"
-    _save_dense(teacher, dense_file)
+    write_weights(teacher, dense_file, name="vgg_digits", num_classes=10, options={"width": width})
     fast: dict[str, nn.Module] = {}
     files: dict[str, Path] = {}
     differences: dict[str, float] = {}
@@ -190,13 +191,6 @@ def run_demo(
     with atomic_path(folder / "demo.json") as temporary:
         temporary.write_text(result.to_json() + "\n")
     return result
-
-
-def _save_dense(model: nn.Module, path: Path) -> None:
-    from safetensors.torch import save_file
-
-    with atomic_path(path) as temporary:
-        save_file({name: value.contiguous() for name, value in model.state_dict().items()}, str(temporary))
 
 
 @torch.no_grad()

@@ -43,7 +43,17 @@ def info(as_json: o.Json = False) -> None:
 
 
 def bench(
-    model: Annotated[str, typer.Option(help="This package's or torchvision's name of a model.")] = "vgg19_cifar",
+    model: Annotated[
+        str,
+        typer.Option(help="This package's or torchvision's name of a model, or FILE.py:NAME, a function of your own."),
+    ] = "vgg19_cifar",
+    option: o.ModelOption = None,
+    shape: Annotated[
+        str | None, typer.Option("--input", help="Of one image, as in 3,224,224, for a model of your own.")
+    ] = None,
+    recorded: Annotated[
+        bool, typer.Option("--recorded", help="Serve the converted network by graphed, as in the README's table.")
+    ] = False,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Repeatable; 1, 16 and 128 by default.")] = None,
     sparsity: Annotated[list[float] | None, typer.Option(help="Repeatable; 0.75, 0.875, 0.95 by default.")] = None,
     block_shape: o.BlockShape = "16x1",
@@ -57,8 +67,16 @@ def bench(
     import torch
 
     from slimkernels.cli.bench import run_bench
+    from slimkernels.cli.own_model import build_own, example_inputs, is_own
     from slimkernels.cli.tables import bench_table
 
+    network = image = None
+    if is_own(model):
+        if shape is None:
+            raise ValueError("bench: expected --input SHAPE of one image, as in 3,224,224, with a model of your own")
+        network, image = build_own(model, o.model_options(option)), example_inputs([shape], "cpu")[0].shape
+    elif shape is not None or option:
+        raise ValueError("bench: expected --input and --option with --model FILE.py:NAME alone, a model of your own")
     if threads is not None:
         torch.set_num_threads(threads)
     result = run_bench(
@@ -69,6 +87,9 @@ def bench(
         seconds=seconds,
         compile=compile,
         device=device,
+        network=network,
+        shape=image,
+        recorded=recorded,
         say=o.say(as_json),
     )
     if as_json:

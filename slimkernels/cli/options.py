@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -69,9 +71,28 @@ def say(as_json: bool) -> Callable[[str], None]:
     return lambda line: typer.echo(line, err=True)
 
 
+class _ToStderr(logging.Handler):
+    """Lines on whatever stderr is at the time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """One record in a line."""
+        typer.echo(record.getMessage(), err=True)
+
+
 def progress(as_json: bool) -> bool:
-    """Whether bars may be shown: for people, by one process."""
-    return not as_json and env.rank() == 0
+    """Whether bars may be shown: for people, by one process.
+
+    Where stderr is no terminal, which shows no bars, lines of the package's log take their place as things happen.
+    """
+    shown = not as_json and env.rank() == 0
+    log = logging.getLogger("slimkernels")
+    if shown and not sys.stderr.isatty():
+        if not any(isinstance(handler, _ToStderr) for handler in log.handlers):
+            log.addHandler(_ToStderr())
+        log.setLevel(logging.INFO)
+    else:
+        log.setLevel(logging.WARNING)
+    return shown
 
 
 def pair(option: str, text: str) -> tuple[int, int]:
@@ -120,9 +141,34 @@ def training_device(device: str) -> str:
 
 
 def check_resume(resume: bool, checkpoint: Path | None) -> None:
-    """Raises ValueError for --resume without --checkpoint."""
+    """Raises ValueError for --resume without --checkpoint, and for a checkpoint that a new run would overwrite."""
     if resume and checkpoint is None:
         raise ValueError("--resume: expected --checkpoint FILE with it")
+    if checkpoint is not None and not resume and env.rank() == 0 and checkpoint.exists():
+        raise ValueError(
+            f"--checkpoint: {checkpoint} holds a run already, which a new one would overwrite; continue it with "
+            "--resume, or give another file, or remove it"
+        )
+
+
+def check_writable(out: Path) -> Path:
+    """The file of --out, whose folder is made; before the work whose result it is to hold.
+
+    Raises:
+        OSError: it cannot be written; nothing is left of the trial.
+    """
+    if env.rank() > 0:
+        return out
+    try:
+        if out.is_dir():
+            raise IsADirectoryError(f"{out} is a folder")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        trial = out.with_name(f".{out.name}.trial")
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise OSError(f"--out: expected a file that can be written, got {out}: {error.strerror or error}") from error
+    return out
 
 
 def data_loaders(data: str, batch_size: int, seed: int, device: str) -> tuple[TensorLoader, TensorLoader]:
@@ -143,6 +189,7 @@ def finish_training(
 ) -> None:
     """Writes the weights and says how good they are; on rank 0 alone."""
     from slimkernels.cli.weights import write_weights
+    from slimkernels.compress.training.config import epoch_line
 
     if env.rank() > 0:
         return
@@ -169,7 +216,5 @@ def finish_training(
         )
         return
     for stats in history:
-        shown = "" if stats.val_accuracy is None else f", accuracy {stats.val_accuracy:.2%}"
-        shown += "" if stats.ema_val_accuracy is None else f" (average {stats.ema_val_accuracy:.2%})"
-        echo(f"epoch {stats.epoch}: loss {stats.loss:.4f}{shown} ({stats.seconds:.1f} s)")
+        echo(epoch_line(stats))
     echo(f"wrote {out} ({out.stat().st_size / 1e6:.2f} MB, {nonzero:,} of {parameters:,} parameters are not zero)")

@@ -59,6 +59,7 @@ def train(
         deterministic=deterministic,
         seed=seed,
     )
+    target = o.check_writable(out or Path(f"{model}.safetensors"))
     device, keywords = o.training_device(device), o.model_options(option)
     train_loader, test_loader = o.data_loaders(data, batch_size, seed, device)
     with torch.random.fork_rng(devices=[]):
@@ -74,7 +75,6 @@ def train(
         resume=resume,
         log_dir=log_dir,
     )
-    target = out or Path(f"{model}.safetensors")
     o.finish_training(network, model, target, history, as_json, len(train_loader.classes), keywords)
 
 
@@ -143,6 +143,7 @@ def distill(
         deterministic=deterministic,
         seed=seed,
     )
+    target = o.check_writable(out or Path(f"{student}.distilled.safetensors"))
     device, keywords = o.training_device(device), o.model_options(option)
     teacher_model, _, classes, _ = load_model(teacher, model)
     if student_weights is not None:
@@ -168,5 +169,4 @@ def distill(
         resume=resume,
         log_dir=log_dir,
     )
-    target = out or Path(f"{student}.distilled.safetensors")
     o.finish_training(finalize_(network), student, target, history, as_json, len(train_loader.classes), keywords)

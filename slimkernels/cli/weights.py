@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from slimkernels import models
 from slimkernels.conversion.container import FORMAT as CONVERTED_FORMAT
 from slimkernels.files import atomic_path
-from slimkernels.nn import LowRankConv2d, LowRankLinear, resolved_padding
-from slimkernels.nn.attributes import int_pair
+from slimkernels.nn import LowRankConv2d, LowRankLinear
+from slimkernels.nn.attributes import conv_geometry
 
 _HEADER_KEY = "slimkernels.weights"
 
@@ -174,10 +174,7 @@ def _make_low_rank(model: nn.Module, layer: str, kind: str, ranks: tuple[int, ..
         twin = LowRankConv2d(
             dense.in_channels,
             dense.out_channels,
-            int_pair(dense.kernel_size),
-            int_pair(dense.stride),
-            int_pair(resolved_padding(dense)),
-            int_pair(dense.dilation),
+            *conv_geometry(dense),
             dense.bias is not None,
             kind=kind,
             ranks=ranks,

@@ -138,27 +138,54 @@ def prunable_layers(
     picked = select_layers(op, model, PRUNABLE, layers, exclude, layers_argument)
     every = [module for module in model.modules() if isinstance(module, PRUNABLE)]
     first = next((module for module in every if isinstance(module, nn.Conv2d)), None)
-    out = []
+    out, passed_over = [], {}
     for layer in picked:
         module = layer.module
-        if isinstance(module, nn.Conv2d) and module.groups != 1:
-            if layer.explicit:
-                raise ValueError(f"{op}: expected groups=1 in layer {layer.name!r}, got groups={module.groups}")
-            continue
-        if not layer.explicit:
-            if skip_first and module is first:
-                continue
-            if layers is None and isinstance(module, nn.Linear):
-                narrow = min(module.in_features, module.out_features) < MIN_LINEAR_FEATURES
-                if narrow or (module is every[-1] and len(every) > 1):
-                    continue
-        out.append(layer)
+        if isinstance(module, nn.Conv2d) and module.groups != 1 and layer.explicit:
+            raise ValueError(f"{op}: expected groups=1 in layer {layer.name!r}, got groups={module.groups}")
+        rule = _rule_against(
+            layer, skip_first and module is first, layers is None, len(every) > 1 and module is every[-1]
+        )
+        if rule is None:
+            out.append(layer)
+        else:
+            passed_over[layer.name] = rule
     if not out:
-        raise ValueError(f"{op}: expected at least one Conv2d or Linear to {verb}, got none after the exclusions")
+        raise ValueError(_nothing_left(op, verb, passed_over, excluded=exclude is not None and not picked))
     reasons = _no_gain(model, out)
     if reasons:
         _warn_of_skipped(op, reasons)
     return [layer for layer in out if layer.name not in reasons]
+
+
+def _rule_against(layer: SelectedLayer, first: bool, all_layers: bool, last: bool) -> str | None:
+    """The rule by which a layer that nobody named is left out; None where it is taken."""
+    module: Any = layer.module
+    if isinstance(module, nn.Conv2d) and module.groups != 1:
+        return f"groups={module.groups}"
+    if layer.explicit:
+        return None
+    if first:
+        return "the first convolution (skip_first)"
+    if all_layers and isinstance(module, nn.Linear):
+        if min(module.in_features, module.out_features) < MIN_LINEAR_FEATURES:
+            return f"a Linear of fewer than {MIN_LINEAR_FEATURES} features"
+        if last:
+            return "the last Linear, the classifier"
+    return None
+
+
+def _nothing_left(op: str, verb: str, passed_over: Mapping[str, str], *, excluded: bool) -> str:
+    """Why no layer is left, rule by rule, and what to do."""
+    start = f"{op}: expected at least one Conv2d or Linear to {verb}, got"
+    if not passed_over:
+        return f"{start} none after the exclusions" if excluded else f"{start} a model without any"
+    shown = [f"{name}: {rule}" for name, rule in list(passed_over.items())[:5]]
+    more = f" and {len(passed_over) - 5} more" if len(passed_over) > 5 else ""
+    return (
+        f"{start} none that a call without names takes ({'; '.join(shown)}{more}); name layers to {verb} them all the "
+        f"same, as in layers={[n for n, rule in passed_over.items() if 'groups' not in rule][:2]}"
+    )
 
 
 def _no_gain(model: nn.Module, picked: Sequence[SelectedLayer]) -> dict[str, str]:
@@ -210,7 +237,7 @@ def block_shapes_of(
         ValueError: a bad shape, a key that matches no layer, or a layer without an entry.
     """
     if not isinstance(block_shape, Mapping):
-        return {layer.name: block_shape_2d(block_shape) for layer in layers}
+        return {layer.name: block_shape_2d(block_shape, op) for layer in layers}
     modules = dict(model.named_modules(remove_duplicate=False))
     matched = match_layers(op, "block_shape", as_patterns(op, "block_shape", block_shape), modules, PRUNABLE)
     missing = [layer.name for layer in layers if layer.name not in matched]
@@ -219,7 +246,7 @@ def block_shapes_of(
         raise ValueError(
             f"{op}: expected block_shape to have an entry for layer {missing[0]!r}, got {', '.join(map(repr, near))}"
         )
-    return {layer.name: block_shape_2d(block_shape[matched[layer.name]]) for layer in layers}
+    return {layer.name: block_shape_2d(block_shape[matched[layer.name]], op) for layer in layers}
 
 
 def lone_mask(op: str, name: str, module: Any) -> BlockMask | None:

@@ -3,10 +3,12 @@
 In the order of the work: `wrappers` takes off what only runs a model; `analysis` finds patterns; `graph`, `layers` and
 `chains` see what feeds what, `calls` what example inputs do, `readers` which weights are their layer's own; `units`
 groups each layer with what follows it; `options` decides; `folding` and `measure` serve it; `convert_model` puts the
-modules in and compares by `outputs`; `plan`, `report` and `container` record, print and store what was done.
+modules in and compares by `outputs`; `plan`, `report` and `container` record, print and store what was done;
+`plain_model` is the way back.
 """
 
 from slimkernels.conversion.convert_model import convert
+from slimkernels.conversion.plain_model import to_dense
 from slimkernels.conversion.report import explain
 
-__all__ = ["convert", "explain"]
+__all__ = ["convert", "explain", "to_dense"]

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from slimkernels.conversion import measure
 from slimkernels.conversion.analysis import (
     PatternStats,
     fused_problems,
@@ -21,10 +20,9 @@ from slimkernels.conversion.analysis import (
 from slimkernels.conversion.calls import Call
 from slimkernels.conversion.factor_chains import FactorChain
 from slimkernels.conversion.folding import Tail
-from slimkernels.conversion.graph import in_a_line
 from slimkernels.conversion.layers import LayerWeight
-from slimkernels.conversion.plan import Policy, faster_everywhere
-from slimkernels.dispatch.select import choose, predicted_dense_seconds, predicted_seconds
+from slimkernels.conversion.plan import Policy
+from slimkernels.dispatch.select import choose
 from slimkernels.formats import block_mask
 from slimkernels.kernels import KERNELS
 from slimkernels.kernels.problems import LowRankConvProblem, LowRankLinearProblem, SizedProblem
@@ -70,18 +68,69 @@ class Option:
 
 
 @dataclass(frozen=True)
-class Decision:
-    """The option taken, how the unit would stay dense, why, and the times of dense and of the best other option.
+class Candidates:
+    """The ways to run a unit that are compared.
 
-    ``failure`` says which candidates raised an error, and what; the decision was made without them.
+    Attributes:
+        stay: what the others have to beat, and what is taken where none does.
+        options: the others, the best predicted first.
+        fused: the dense convolution with what follows it in one kernel; tried beside the options.
+        why: what is missing among the options, and the reason.
+        settled: the one way there is, where nothing is to be compared.
     """
 
-    option: Option
     stay: Option
-    reason: str
-    dense_ms: tuple[float, ...] = ()
-    other_ms: tuple[float, ...] = ()
-    failure: str = ""
+    options: list[Option]
+    fused: list[Option] = field(default_factory=list)
+    why: str = ""
+    settled: Option | None = None
+
+
+def candidates(unit: Unit, policy: Policy, sizes: Sequence[Sequence[int]] | None) -> Candidates:
+    """The ways to run a unit, by what it is made from.
+
+    Args:
+        sizes: shapes of the inputs of its first layer; None where they are not known.
+    """
+    if unit.source == "low_rank":
+        return _of_low_rank_module(unit, policy)
+    if unit.chain is not None:
+        return _of_thin_layers(unit, policy)
+    return _of_dense_weight(unit, policy, sizes)
+
+
+def unchanged(unit: Unit) -> Option:
+    """The unit without a swap. A block-sparse module then becomes the dense layer that it stands for."""
+    form = {"layer": None, "bsr": "dense", "low_rank": "low_rank"}[unit.source]
+    return Option(form, [*unit.dense, *rest(unit, "none")])
+
+
+def _of_dense_weight(unit: Unit, policy: Policy, sizes: Sequence[Sequence[int]] | None) -> Candidates:
+    """Of a dense layer, or of stored blocks: block-sparse, or dense with what follows it in its kernel."""
+    options, why = block_sparse_options(unit, policy, sizes)
+    return Candidates(unchanged(unit), options, fused_options(unit, policy, sizes), why)
+
+
+def _of_thin_layers(unit: Unit, policy: Policy) -> Candidates:
+    """Of a chain of layers that some factorization left: one low-rank module, or merged to the dense layer."""
+    options, why = low_rank_options(unit, policy)
+    merged = merged_option(unit, policy)
+    options += [merged] if merged is not None else []
+    return Candidates(unchanged(unit), options, why="" if options else why)
+
+
+def _of_low_rank_module(unit: Unit, policy: Policy) -> Candidates:
+    """Of a low-rank module: by a kernel of ours or by torch's layers, compared with the dense layer it stands for."""
+    (options, why), stay = low_rank_options(unit, policy), unchanged(unit)
+    merged = merged_option(unit, policy)
+    if not options:
+        return Candidates(stay, [], why=why or "stays low-rank", settled=stay)
+    if merged is not None:
+        return Candidates(merged, options)
+    if len(options) == 1:
+        return Candidates(stay, [], why="stays low-rank", settled=options[0])
+    *kernels, torch_layers = options
+    return Candidates(torch_layers, kernels)
 
 
 def _epilogues(unit: Unit, policy: Policy) -> list[str]:
@@ -94,7 +143,7 @@ def _epilogues(unit: Unit, policy: Policy) -> list[str]:
     return names
 
 
-def _rest(unit: Unit, epilogue: str) -> list[nn.Module]:
+def rest(unit: Unit, epilogue: str) -> list[nn.Module]:
     """ReLU and pool of the unit's tail that the epilogue leaves to run on their own."""
     rest: list[nn.Module] = []
     if unit.tail.relu is not None and epilogue == "none":
@@ -150,7 +199,7 @@ def _block_sparse_option(unit: Unit, policy: Policy, pattern: PatternStats, epil
     cls = BlockSparseConv2d if unit.weight.is_conv else BlockSparseLinear
     asked = "auto" if policy.backend == "auto" else kernel
     module = cls.from_dense(dense, pattern.block_shape, mask, epilogue, asked)  # type: ignore[arg-type]
-    return Option("bsr", [module, *_rest(unit, epilogue)], epilogue, kernel, pattern)
+    return Option("bsr", [module, *rest(unit, epilogue)], epilogue, kernel, pattern)
 
 
 def fused_options(unit: Unit, policy: Policy, sizes: Sequence[Sequence[int]] | None) -> list[Option]:
@@ -170,18 +219,18 @@ def fused_options(unit: Unit, policy: Policy, sizes: Sequence[Sequence[int]] | N
             continue
         asked = "auto" if policy.backend == "auto" else kernel
         module = FusedConv2d.from_dense(dense_twin(unit.weight), epilogue, asked)  # type: ignore[arg-type]
-        found.append(Option("fused", [module.eval(), *_rest(unit, epilogue)], epilogue, kernel))
+        found.append(Option("fused", [module.eval(), *rest(unit, epilogue)], epilogue, kernel))
         # As with blocks, a pool of its own may be the faster one.
         if epilogue != "relu_maxpool2" or not policy.measure or sizes is None:
             break
     return found[:2]
 
 
-def low_rank_options(unit: Unit, policy: Policy) -> tuple[list[Option], Option | None, str]:
-    """``(as one low-rank module, merged to dense, why there is no low-rank option)``.
+def low_rank_options(unit: Unit, policy: Policy) -> tuple[list[Option], str]:
+    """A chain as one low-rank module, and why there is none.
 
-    A low-rank module is also tried on torch's layers, factor by factor; a chain of layers is that already. Merged is
-    None while training and where the policy keeps the rank, and with it the size on disk.
+    A low-rank module is also tried on torch's layers, factor by factor, which come last; a chain of layers is that
+    already.
     """
     chain = unit.chain
     assert chain is not None
@@ -204,11 +253,18 @@ def low_rank_options(unit: Unit, policy: Policy) -> tuple[list[Option], Option |
             if KERNELS[runs].isa is not None and kernel == "auto" and not module.prepacked:
                 runs = reference
             if all(option.kernel != runs for option in options):
-                options.append(Option("low_rank", [module, *_rest(unit, epilogue)], epilogue, runs))
-    merged = None
-    if policy.merge_low_rank and not unit.training:
-        merged = Option("dense", [dense_twin(unit.weight), *_rest(unit, "none")])
-    return options, merged, reason
+                options.append(Option("low_rank", [module, *rest(unit, epilogue)], epilogue, runs))
+    return options, reason
+
+
+def merged_option(unit: Unit, policy: Policy) -> Option | None:
+    """A chain merged to the dense layer that it stands for.
+
+    None while training, and where the policy keeps the rank, and with it the size on disk.
+    """
+    if unit.training or not policy.merge_low_rank:
+        return None
+    return Option("dense", [dense_twin(unit.weight), *rest(unit, "none")])
 
 
 def low_rank_module(chain: FactorChain, epilogue: str, kernel: str) -> LowRankConv2d | LowRankLinear:
@@ -272,201 +328,3 @@ def dense_twin(weight: LayerWeight) -> nn.Module:
             weight.requires_grad,
         )
     return weight.to_module().eval()
-
-
-def decide(unit: Unit, policy: Policy) -> Decision:
-    """The fastest way to run a unit that is faster than dense at every example input.
-
-    A candidate that raises an error, out of memory included, drops out; where none can be built or measured at all, the
-    unit stays as it is. `Decision.failure` says so.
-    """
-    stay = Option(
-        {"layer": None, "bsr": "dense", "low_rank": "low_rank"}[unit.source], [*unit.dense, *_rest(unit, "none")]
-    )
-    try:
-        return _decide(unit, stay, policy)
-    except Exception as error:  # one layer's trouble does not end the conversion of all others
-        text = f"its candidates could not be built or measured: {in_a_line(error)}"
-        return Decision(stay, stay, text, failure=text)
-
-
-def _decide(unit: Unit, stay: Option, policy: Policy) -> Decision:
-    sizes = [call.input_shape for calls in unit.calls for call in calls] if unit.calls else None
-    if unit.calls and not sizes:
-        return Decision(stay, stay, "the example inputs do not reach it, or with an empty batch only")
-    if unit.chain is not None:
-        options, merged, why = low_rank_options(unit, policy)
-        if unit.source != "low_rank":
-            options += [merged] if merged is not None else []
-        elif merged is not None and options:
-            stay = merged  # compared with the dense layer that it stands for
-        elif len(options) < 2:
-            return Decision(options[0] if options else stay, stay, why or "stays low-rank")
-        else:
-            stay = options.pop()
-    else:
-        options, why = block_sparse_options(unit, policy, sizes)
-        fused = fused_options(unit, policy, sizes)
-        if policy.measure and sizes:
-            options += fused
-        elif fused:
-            return _fused_by_cost_model(unit, stay, options, fused[0], policy, sizes, why)
-    if not options:
-        return Decision(stay, stay, why)
-    if policy.measure and sizes:
-        decision = _by_measurement(unit, stay, options, policy)
-        return replace(decision, reason=f"{why}; {decision.reason}") if why and unit.chain is None else decision
-    return _by_cost_model(unit, stay, options, policy, sizes is None)
-
-
-def _fused_by_cost_model(
-    unit: Unit,
-    stay: Option,
-    sparse: list[Option],
-    fused: Option,
-    policy: Policy,
-    sizes: Sequence[Sequence[int]] | None,
-    why: str,
-) -> Decision:
-    """Block-sparse where that is predicted to be faster than dense, else dense with its epilogue where that is."""
-    decision = Decision(stay, stay, why)
-    if sparse:
-        decision = _by_cost_model(unit, stay, sparse, policy, sizes is None)
-    asked = fused_problems(unit.weight, sizes, fused.epilogue)
-    assert fused.kernel is not None
-    dense = [predicted_seconds(KERNELS["fused_conv2d__reference"], p) for p in asked]
-    other = [predicted_seconds(KERNELS[fused.kernel], p) for p in asked]
-    if decision.option is not stay or not faster_everywhere(dense, other, policy.min_speedup):
-        return decision
-    how = "decided without shapes" if sizes is None else "by the cost model"
-    ratio = min(d / max(o, 1e-12) for d, o in zip(dense, other, strict=True))
-    text = f"{decision.reason}; {how}: dense, predicted {ratio:.2f}x or more faster with what follows in its kernel"
-    return Decision(fused, stay, text)
-
-
-def _by_measurement(unit: Unit, stay: Option, options: list[Option], policy: Policy) -> Decision:
-    options, failures = list(options), []
-    for calls in unit.calls:
-        inputs = [measure.example_input(call, unit.weight.weight) for call in calls]
-        if not inputs:
-            continue
-        failures += _time(unit, stay, options, inputs, policy)
-    failure = "; ".join(failures)
-    if not options:
-        return Decision(stay, stay, failure, failure=failure)
-    decision = _fastest(unit, stay, options, policy)
-    return replace(decision, reason=f"{decision.reason}; {failure}", failure=failure) if failure else decision
-
-
-def _time(unit: Unit, stay: Option, options: list[Option], inputs: list[Tensor], policy: Policy) -> list[str]:
-    """Appends the seconds of one example input to every option; those that fail leave the list, and why is returned.
-
-    Raises:
-        Whatever the layers as they are raise: without their time there is nothing to compare with.
-    """
-    device, failures = unit.weight.weight.device.type, []
-    while options:
-        every = [stay, *options]
-        runs = [measure.LayerRun(nn.Sequential(*option.modules), inputs, unit.training) for option in every]
-        try:
-            found = measure.typical_seconds(runs, device=device, repeats=policy.repeats, budget_s=policy.budget_s)
-        except measure.RunError as error:
-            at, cause = runs.index(error.run), error.__cause__
-            assert cause is not None
-            if at == 0:
-                raise cause from None
-            failures.append(f"{_label(options.pop(at - 1))} failed: {in_a_line(cause)}")
-            continue
-        for option, seconds in zip(every, found, strict=True):
-            option.seconds.append(seconds)
-        break
-    return failures
-
-
-def _label(option: Option) -> str:
-    if option.pattern is not None:
-        return f"the candidate of {option.pattern.block_shape} blocks"
-    words = {"dense": "the merged dense layer", "fused": "the dense layer with its epilogue"}
-    return words.get(option.format or "", "the low-rank layer")
-
-
-def _fastest(unit: Unit, stay: Option, options: list[Option], policy: Policy) -> Decision:
-    """The decision between options that all have been timed."""
-
-    def share(option: Option) -> float:
-        return sum(o / d for o, d in zip(option.seconds, stay.seconds, strict=True))
-
-    best = min(options, key=share)
-    # A low-rank module is smaller than the dense layer it is compared with, so it stays where both are equally fast.
-    needed = min(policy.min_speedup, 1.0) if unit.source == "low_rank" else policy.min_speedup
-    passing = [o for o in options if faster_everywhere(stay.seconds, o.seconds, needed)]
-    dense_ms = tuple(1e3 * s for s in stay.seconds)
-    if passing:
-        taken = min(passing, key=share)
-        text = f"measured {1 / max(share(taken) / len(stay.seconds), 1e-12):.2f}x the speed of {_baseline(unit, stay)}"
-        if taken.pattern is not None and taken.pattern.nnz_blocks == taken.pattern.blocks:
-            text += ", with every block stored"
-        if taken.format == "fused":
-            text += f" as it is, {taken.kernel} taking in what follows"
-        return Decision(taken, stay, text, dense_ms, tuple(1e3 * s for s in taken.seconds))
-    worst = max(range(len(stay.seconds)), key=lambda i: best.seconds[i] / stay.seconds[i])
-    text = (
-        f"{_baseline(unit, stay)} is as fast or faster: {1e3 * stay.seconds[worst]:.3g} ms against "
-        f"{1e3 * best.seconds[worst]:.3g} ms"
-    )
-    return Decision(stay, stay, text, dense_ms, tuple(1e3 * s for s in best.seconds))
-
-
-def _baseline(unit: Unit, stay: Option) -> str:
-    if unit.chain is None:
-        return "dense"
-    if unit.source == "low_rank":
-        return "torch's layers, factor by factor" if stay.format == "low_rank" else "the merged dense layer"
-    return "the chain of layers"
-
-
-def _by_cost_model(unit: Unit, stay: Option, options: list[Option], policy: Policy, shapeless: bool) -> Decision:
-    how = "decided without shapes" if shapeless else "by the cost model"
-    best = options[0]
-    if best.pattern is None:
-        return _low_rank_by_cost_model(unit, stay, options, policy, how if shapeless else None)
-    dense, sparse = best.pattern.dense_s, best.pattern.predicted_s
-    ratios = [d / max(s, 1e-12) for d, s in zip(dense, sparse, strict=True)]
-    sparsity = f"{best.pattern.block_sparsity:.1%} of its {best.pattern.block_shape} blocks are zero"
-    if faster_everywhere(dense, sparse, policy.min_speedup):
-        return Decision(best, stay, f"{how}: predicted {min(ratios):.2f}x or more faster at every size; {sparsity}")
-    return Decision(stay, stay, f"{how}: predicted {min(ratios):.2f}x at the least favourable size; {sparsity}")
-
-
-def _low_rank_by_cost_model(
-    unit: Unit, stay: Option, options: list[Option], policy: Policy, shapeless: str | None
-) -> Decision:
-    """A chain or low-rank module by predicted times, stay's at first; without shapes nothing but its rank is known."""
-    if shapeless is not None:
-        if unit.source == "low_rank":
-            taken = options[0] if options[0].format == "low_rank" else stay
-            return Decision(taken, stay, f"stays low-rank, {shapeless}")
-        swap = policy.min_speedup == 0
-        text = f"{shapeless}: a chain is fused or merged only where that is faster at known shapes"
-        return Decision(options[0] if swap else stay, stay, text)
-    calls = [call for calls in unit.calls for call in calls]
-
-    def seconds(option: Option) -> list[float]:
-        found = []
-        for call in calls:
-            problem = low_rank_problem(unit, option.epilogue, call)
-            reference = KERNELS[f"{problem.op}__reference"]
-            spec = reference if option.kernel is None else KERNELS[option.kernel]
-            dense = option.format == "dense"
-            found.append(predicted_dense_seconds(problem) if dense else predicted_seconds(spec, problem))
-        return found
-
-    before, times = seconds(stay), [seconds(option) for option in options]
-    best = min(range(len(options)), key=lambda i: sum(times[i]))
-    ratio = min(b / max(t, 1e-12) for b, t in zip(before, times[best], strict=True))
-    needed = min(policy.min_speedup, 1.0) if unit.source == "low_rank" else policy.min_speedup
-    taken = options[best] if faster_everywhere(before, times[best], needed) else stay
-    text = (
-        f"by the cost model: predicted {ratio:.2f}x the speed of {_baseline(unit, stay)} at the least favourable size"
-    )
-    return Decision(taken, stay, text)

@@ -129,12 +129,12 @@ def _tensor(file: BinaryIO, dtype: torch.dtype, shape: tuple[int, ...], nbytes: 
     return torch.frombuffer(raw, dtype=dtype).reshape(shape)
 
 
-def read_plan(path: str | os.PathLike[str]) -> tuple[ModelPlan, int]:
-    """The plan of a file and the file's size; tensors are not read. Raises like `read`."""
+def read_header(path: str | os.PathLike[str]) -> tuple[ModelPlan, int, int]:
+    """The plan of a file, the file's size, and the bytes of its tensors, which are not read. Raises like `read`."""
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
-        header, _ = _header(file, size, path)
-        return _metadata(header, path)[1], size
+        header, start = _header(file, size, path)
+        return _metadata(header, path)[1], size, size - start
 
 
 def _refuse(path: Any, field: str, expected: str, got: Any) -> NoReturn:
@@ -147,7 +147,8 @@ def _header(file: BinaryIO, size: int, path: Any) -> tuple[dict[str, Any], int]:
         _refuse(path, "header length", "8 bytes", f"a file of {size}")
     length, longest = int.from_bytes(file.read(8), "little"), min(size - 8, _MAX_HEADER)
     if not 2 <= length <= longest:
-        _refuse(path, "header length", f"2 to {longest}", length)
+        what = "; it may be no safetensors file at all, which is what slimkernels.save writes"
+        _refuse(path, "header length", f"2 to {longest}", f"{length}{what}")
     try:
         text = file.read(length).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -170,6 +171,11 @@ def _json_object(text: str, field: str, path: Any) -> dict[str, Any]:
 def _metadata(header: dict[str, Any], path: Any) -> tuple[dict[str, str], ModelPlan, dict[str, Any]]:
     """The checked metadata fields, the plan and the hashes."""
     metadata = header.get("__metadata__")
+    if metadata is None or (isinstance(metadata, dict) and "format_version" not in metadata and "plan" not in metadata):
+        raise ValueError(
+            f"load: {path}: header field '__metadata__': expected an object of slimkernels.save, got safetensors of "
+            "something else; weights of a model become such a file by convert and save (or slimkernels convert)"
+        )
     if not isinstance(metadata, dict):
         _refuse(path, "header field '__metadata__'", "an object", type(metadata).__name__)
     for name in _FIELDS:

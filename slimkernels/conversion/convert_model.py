@@ -6,6 +6,7 @@ ReLU and pool behind them (`units`); decide each unit (`options`); put the modul
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from slimkernels import __version__
 from slimkernels.conversion import measure
 from slimkernels.conversion.analysis import weight_layer_names
-from slimkernels.conversion.candidates import Decision, Unit, decide
+from slimkernels.conversion.candidates import Unit
+from slimkernels.conversion.decide import Decision, decide
 from slimkernels.conversion.folding import fold_tensors
 from slimkernels.conversion.graph import (
     InputSet,
@@ -29,21 +31,26 @@ from slimkernels.conversion.graph import (
 )
 from slimkernels.conversion.hub import guard_publishing
 from slimkernels.conversion.outputs import Outputs, call_of, own_tensors
-from slimkernels.conversion.plan import COST_MODEL, MEASURED, SHAPELESS, LayerPlan, ModelPlan, Policy, faster_everywhere
+from slimkernels.conversion.plan import COST_MODEL, MEASURED, SHAPELESS, LayerPlan, ModelPlan, Policy
+from slimkernels.conversion.spread import everywhere, in_ms, ratio, worst
 from slimkernels.conversion.units import (
     GUARD_ATTRIBUTE,
     PLAN_ATTRIBUTE,
     Survey,
     drop_in_plan,
     kept_plan,
+    nbytes,
+    stored_tensors,
     survey,
     swap_plan,
 )
 from slimkernels.conversion.wrappers import unwrapped
 from slimkernels.nn import guard_strided_pointwise_
+from slimkernels.progress import counting_bar
 
 __all__ = ["convert"]
 
+_LOG = logging.getLogger("slimkernels.convert")
 # The whole model is timed for at most this many times Policy.budget_s.
 _MODEL_BUDGET = 5
 # Runs of the whole model spent on finding the layers that make its outputs differ: enough for three among a hundred.
@@ -58,6 +65,7 @@ def convert(
     policy: Policy | None = None,
     training: bool = False,
     strict: bool = False,
+    progress: bool = False,
 ) -> nn.Module:
     """A copy of ``model`` whose sparse and low-rank layers run as such, where that is faster than dense.
 
@@ -73,6 +81,8 @@ def convert(
             batch norm folded, ReLU and 2x2 max-pool inside the kernels, replaced parameters without gradient;
             ``train(True)`` warns.
         strict: raise where a layer cannot be taken, or a candidate for it fails, instead of keeping it.
+        progress: shows a bar on stderr if that is a terminal. The logger ``slimkernels.convert`` tells every decision
+            at level DEBUG and each step at level INFO, with or without it.
 
     Returns:
         A model of the same class; batch norms, ReLUs and pools that went elsewhere are nn.Identity. `explain` tells
@@ -93,7 +103,7 @@ def convert(
     found = survey(model, sets, policy, training=training)
     if strict:
         _refuse(found.obstacles)
-    decisions = {unit.names[0]: decide(unit, policy) for unit in found.units}
+    decisions = _decided(found, policy, progress=progress)
     if strict:
         _refuse({name: d.failure for name, d in decisions.items() if d.failure})
     fast, layers = _apply(found, decisions, policy)
@@ -110,6 +120,21 @@ def convert(
         fast, plan = _checked(found, decisions, fast, plan, sets, policy)
     plan = replace(plan, layers=_with_earlier(plan.layers, getattr(model, PLAN_ATTRIBUTE, None), fast))
     return finish(fast, plan)
+
+
+def _decided(found: Survey, policy: Policy, *, progress: bool) -> dict[str, Decision]:
+    """The decision of every unit, by its first layer."""
+    _LOG.info("deciding %d layers (%s)", len(found.units), found.device)
+    decisions: dict[str, Decision] = {}
+    with counting_bar(progress, "converting", len(found.units)) as advance:
+        for unit in found.units:
+            name = unit.names[0]
+            decisions[name] = decided = decide(unit, policy)
+            swapped = "stays" if decided.option is decided.stay else "is swapped"
+            _LOG.debug("%s %s: %s", name, swapped, decided.reason)
+            advance(1, name)
+    _LOG.info("%d layers are to be swapped", sum(d.option is not d.stay for d in decisions.values()))
+    return decisions
 
 
 def _refuse(reasons: Mapping[str, str]) -> None:
@@ -177,7 +202,7 @@ def _apply(
         bn = found.model.get_submodule(bn_name)
         changes[name] = _refilled(conv, *fold_tensors(conv.weight, conv.bias, bn))  # type: ignore[arg-type]
         changes[bn_name] = nn.Identity()
-        plans[bn_name] = LayerPlan(bn_name, "BatchNorm2d", "fold", f"inside {name}", into=name)
+        plans[bn_name] = _folded_bn_plan(found, bn_name, name)
     for name in found.obstacles | dict.fromkeys(found.excluded, "excluded by the policy"):
         plans[name] = kept_plan(found, name, changes.get(name))
     for name in found.converted:
@@ -224,15 +249,22 @@ def _apply_unit(
                 channels_last=relaid,
                 dense_ms=decision.dense_ms,
                 sparse_ms=decision.other_ms,
+                speedup_low=decision.speedup_low,
+                speedup_high=decision.speedup_high,
             )
     if tail.bn is not None:
         changes[tail.bn] = nn.Identity()
-        plans[tail.bn] = LayerPlan(tail.bn, "BatchNorm2d", "fold", f"inside {into}", into=into)
+        plans[tail.bn] = _folded_bn_plan(found, tail.bn, into)
     fused = {"none": (), "relu": (tail.relu,), "relu_maxpool2": (tail.relu, tail.pool)}[option.epilogue]
     for name in filter(None, fused):
         changes[name] = nn.Identity()
         kind = type(found.model.get_submodule(name)).__name__
         plans[name] = LayerPlan(name, kind, "fuse", f"in the epilogue of {into}", into=into)
+
+
+def _folded_bn_plan(found: Survey, name: str, into: str) -> LayerPlan:
+    nbytes_before = nbytes(stored_tensors(found.model.get_submodule(name)))
+    return LayerPlan(name, "BatchNorm2d", "fold", f"inside {into}", into=into, bytes_dense=nbytes_before)
 
 
 def _plain_layout(module: nn.Module) -> nn.Module:
@@ -260,6 +292,7 @@ def _checked(
     Layers that make the outputs differ are put back. Dense is the faster of the model as it was and its twin with batch
     norm folded and weights in channels_last.
     """
+    _LOG.info("comparing and timing the whole model")
     outputs = Outputs(found.model, sets)
     problem = outputs.difference(fast)
     if problem is not None:
@@ -274,20 +307,40 @@ def _checked(
     staying = {name: replace(d, option=d.stay) for name, d in decisions.items()}
     dense, _ = _apply(found, staying, policy, channels_last=True)
     models = [scratch_copy(m) for m in (found.model, dense, fast)]
+    needed = min(policy.min_speedup, 1.0)
     times: list[list[float]] = []
     for args, kwargs in sets:
         runs = [call_of(m, args, kwargs) for m in models]
-        budget = _MODEL_BUDGET * policy.budget_s
-        times.append(measure.typical_seconds(runs, device=found.device, repeats=policy.repeats, budget_s=budget))
+        limits = {"repeats": policy.repeats, "budget_s": _MODEL_BUDGET * policy.budget_s}
+        found_s = measure.typical_seconds(
+            runs,
+            device=found.device,
+            **limits,  # type: ignore[arg-type]
+            clear=lambda seconds: ratio(min(seconds[0], seconds[1]), seconds[2]).verdict(needed) is not None,
+        )
+        times.append(list(found_s))
     best_dense = [min(t[0], t[1]) for t in times]
     converted = [t[2] for t in times]
-    plan = replace(plan, dense_ms=tuple(1e3 * t for t in best_dense), converted_ms=tuple(1e3 * t for t in converted))
-    if faster_everywhere(best_dense, converted, min(policy.min_speedup, 1.0)):
+    ratios = [ratio(d, c) for d, c in zip(best_dense, converted, strict=True)]
+    plan = replace(
+        plan,
+        dense_ms=tuple(1e3 * t for t in best_dense),
+        converted_ms=tuple(1e3 * t for t in converted),
+        speedup_low=tuple(r.low for r in ratios),
+        speedup_high=tuple(r.high for r in ratios),
+    )
+    verdict, least = everywhere(ratios, needed), worst(ratios)
+    at = ratios.index(least)
+    if verdict is True:
         return fast, plan
-    worst = max(range(len(sets)), key=lambda i: converted[i] / best_dense[i])
+    if verdict is None:
+        note = (
+            f"the whole model at example input {at} is {least} the speed of dense, too noisy to tell: its layers decide"
+        )
+        return fast, replace(plan, notes=(*plan.notes, note))
     text = (
-        f"the whole model is not faster with swapped layers: {1e3 * converted[worst]:.3g} ms against "
-        f"{1e3 * best_dense[worst]:.3g} ms dense at example input {worst}"
+        f"the whole model is not faster with swapped layers: {in_ms(converted[at])} against "
+        f"{in_ms(best_dense[at])} dense at example input {at}"
     )
     relaid = all(t[1] <= t[0] for t in times)
     # A layer that came low-rank stays so where the model as it was beat its merged twin.
@@ -300,7 +353,7 @@ def _checked(
     }
     fast, layers = _apply(found, staying, policy, channels_last=relaid)
     notes = (*plan.notes, text)
-    return fast, replace(plan, layers=tuple(layers), notes=notes, converted_ms=())
+    return fast, replace(plan, layers=tuple(layers), notes=notes, converted_ms=(), speedup_low=(), speedup_high=())
 
 
 def _agreeing(

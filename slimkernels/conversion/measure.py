@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,19 +13,30 @@ import torch
 from torch import Tensor, nn
 
 from slimkernels.conversion.calls import Call
+from slimkernels.conversion.spread import Seconds
 from slimkernels.nn.strided_pointwise import StridedPointwiseGuard
+from slimkernels.timing import cuda_seconds_a_call, seconds_a_call
 
 # A reading is repeated calls of at least this long: perf_counter and a CUDA event cost about 0.1 us and 2 us.
 _MIN_READING_S = 100e-6
 _MIN_ROUNDS = 3
+# A comparison that is not clear is measured for up to so many times the rounds and the time.
+_PATIENCE, _LEAST_PATIENT_ROUNDS = 4, 5
 # The other callables have evicted a callable's weights: reading them back, at most some 10 MB, takes about 1 ms, so
 # shorter calls are made once untimed before each reading.
 _CACHE_SHARE_S = 20e-3
 _MAX_CALLS = 64
 
 
-def typical_seconds(runs: Sequence[Callable[[], Any]], *, device: str, repeats: int, budget_s: float) -> list[float]:
-    """Seconds of one call of each callable: the median of the faster half of its readings.
+def typical_seconds(
+    runs: Sequence[Callable[[], Any]],
+    *,
+    device: str,
+    repeats: int,
+    budget_s: float,
+    clear: Callable[[list[Seconds]], bool] | None = None,
+) -> list[Seconds]:
+    """Seconds of one call of each callable: the median of the faster half of its readings, which come with it.
 
     Other work on the machine only ever adds time, and one slow reading of three would decide a plain median. Every
     callable is called twice first (the first call may pack weights or compile), then all take turns, in an order that
@@ -35,8 +45,10 @@ def typical_seconds(runs: Sequence[Callable[[], Any]], *, device: str, repeats: 
     Args:
         runs: callables without arguments.
         device: ``cuda`` times with events, anything else with the clock.
+        clear: whether the times found so far say what they are to say. While they do not, the measurement goes on, for
+            up to four times the rounds and the budget, or five rounds where the budget is long spent.
     """
-    reading = _cuda_reading if device == "cuda" else _cpu_reading
+    reading = cuda_seconds_a_call if device == "cuda" else seconds_a_call
     first, calls = [], []
     for run in runs:
         run()
@@ -45,34 +57,24 @@ def typical_seconds(runs: Sequence[Callable[[], Any]], *, device: str, repeats: 
     short = [seconds < _CACHE_SHARE_S for seconds in first]
     done = 0 if any(short) else 1  # long calls: the first reading is as good as any other
     samples = [[seconds] if done else [] for seconds in first]
-    end = time.perf_counter() + budget_s
-    for round_ in range(done, max(repeats, _MIN_ROUNDS)):
-        if round_ >= _MIN_ROUNDS and time.perf_counter() >= end:
+
+    def measured(least: int, most: int, end: float) -> None:
+        for round_ in range(len(samples[0]) if samples else 0, most):
+            if round_ >= least and time.perf_counter() >= end:
+                return
+            for i in range(len(runs)):
+                j = (i + round_) % len(runs)
+                if short[j]:
+                    runs[j]()
+                samples[j].append(reading(runs[j], calls[j]))
+
+    start, most = time.perf_counter(), max(repeats, _MIN_ROUNDS)
+    measured(_MIN_ROUNDS, most, start + budget_s)
+    for times in range(2, _PATIENCE + 1):
+        if clear is None or clear([Seconds(s) for s in samples]):
             break
-        for i in range(len(runs)):
-            j = (i + round_) % len(runs)
-            if short[j]:
-                runs[j]()
-            samples[j].append(reading(runs[j], calls[j]))
-    return [statistics.median(sorted(s)[: (len(s) + 1) // 2]) for s in samples]
-
-
-def _cpu_reading(run: Callable[[], Any], calls: int) -> float:
-    start = time.perf_counter()
-    for _ in range(calls):
-        run()
-    return (time.perf_counter() - start) / calls
-
-
-def _cuda_reading(run: Callable[[], Any], calls: int) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    start.record()
-    for _ in range(calls):
-        run()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1e3 / calls
+        measured(_LEAST_PATIENT_ROUNDS, times * most, start + times * budget_s)
+    return [Seconds(s) for s in samples]
 
 
 def example_input(call: Call, weight: Tensor) -> Tensor:

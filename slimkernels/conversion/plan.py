@@ -32,8 +32,9 @@ class Policy:
 
     Attributes:
         backend: ``auto`` or the backend whose kernels the swapped layers are tied to.
-        min_speedup: a layer is swapped where dense time >= ``min_speedup`` * sparse time at every example input. The
-            default asks for 5 %, so that noise does not decide. 0 swaps every layer that a kernel takes.
+        min_speedup: a layer is swapped where dense time >= ``min_speedup`` * sparse time at every example input. Where
+            the spread of the measured times leaves that open, they are measured up to four times as long; where it is
+            still open, the cost model decides, and the report says so. 0 swaps every layer that a kernel takes.
         block_shapes: candidates for layers that declare no block shape.
         measured_candidates: how many of them, fastest by prediction first, are timed per layer.
         measure: time layers where example inputs are given; else the cost model decides at their shapes.
@@ -42,10 +43,12 @@ class Policy:
         fold_bn: fold batch norm into its convolution.
         fuse_relu: run a ReLU that follows a layer in the layer's kernel.
         fuse_pool: run a 2x2 max-pool that follows the ReLU in the layer's kernel.
+        prefer_smaller: swap a layer that is stored in fewer bytes also where it is only as fast as dense, or where
+            noise hides which is faster. Off, it has to be faster by ``min_speedup``.
         dense_layers: also try layers without a zero block (their whole weight is then stored as blocks).
         merge_low_rank: chains of thin layers and low-rank layers may be merged to dense where that is faster. Off, they
             keep their rank, and the size on disk that goes with it; they are then fused where that is faster.
-        exclude: names of layers that stay as they are.
+        exclude: layers that stay as they are: names, names of what contains them, patterns such as ``*.attn.*``.
         check_model: with example inputs, also time the whole model, and keep it dense where it is not faster.
 
     Raises:
@@ -62,6 +65,7 @@ class Policy:
     fold_bn: bool = True
     fuse_relu: bool = True
     fuse_pool: bool = True
+    prefer_smaller: bool = False
     dense_layers: bool = True
     merge_low_rank: bool = True
     exclude: tuple[str, ...] = ()
@@ -79,7 +83,12 @@ class Policy:
             raise ValueError("Policy: expected at least one block shape, got none")
         if isinstance(self.exclude, str):
             raise ValueError(f"Policy: expected exclude to be names of layers, got the string {self.exclude!r}")
-        object.__setattr__(self, "block_shapes", tuple(block_shape_2d(b) for b in self.block_shapes))
+        if all(isinstance(size, int) for size in self.block_shapes):
+            raise ValueError(
+                "Policy: expected block_shapes to be several shapes (block_out, block_in), got one, "
+                f"{tuple(self.block_shapes)}; write ({tuple(self.block_shapes)},)"
+            )
+        object.__setattr__(self, "block_shapes", tuple(block_shape_2d(b, "Policy") for b in self.block_shapes))
         object.__setattr__(self, "exclude", tuple(self.exclude))
 
 
@@ -115,6 +124,8 @@ class LayerPlan:
         bytes_stored: of what is stored for them: values, indices, bias.
         dense_ms: time of the dense layer with its ReLU and pool, one number per example input.
         sparse_ms: time of what was compared with it, one number per example input.
+        speedup_low: the least that the speed-up is, with 99 % confidence.
+        speedup_high: the most that it is.
         mask_block_shape: block shape of a training mask that stays on a kept layer.
         folded_bn: whether a batch norm's scale and shift are inside this layer's weight.
         channels_last: whether a kept convolution holds its weight in channels_last.
@@ -145,6 +156,8 @@ class LayerPlan:
     bytes_stored: int = 0
     dense_ms: tuple[float, ...] = ()
     sparse_ms: tuple[float, ...] = ()
+    speedup_low: tuple[float, ...] = ()
+    speedup_high: tuple[float, ...] = ()
     mask_block_shape: tuple[int, int] | None = None
     folded_bn: bool = False
     channels_last: bool = False
@@ -236,7 +249,11 @@ class ModelPlan:
         versions: of slimkernels and torch.
         dense_ms: time of the whole dense model, one number per example input; empty where not measured.
         converted_ms: time of the whole converted model, likewise.
+        speedup_low: the least that the speed-up is, with 99 % confidence.
+        speedup_high: the most that it is.
         notes: lines for the report, such as why the model could not be traced.
+        builder: of a saved model, how `slimkernels.models.build` makes its architecture, as JSON: ``model``,
+            ``num_classes``, ``options``.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -247,7 +264,10 @@ class ModelPlan:
     versions: Mapping[str, str] = field(default_factory=dict)
     dense_ms: tuple[float, ...] = ()
     converted_ms: tuple[float, ...] = ()
+    speedup_low: tuple[float, ...] = ()
+    speedup_high: tuple[float, ...] = ()
     notes: tuple[str, ...] = ()
+    builder: str | None = None
 
     def __post_init__(self) -> None:
         if self.decided not in DECIDED:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -12,7 +14,8 @@ from torch.nn.utils import parametrize
 
 from slimkernels.conversion.analysis import obstacle_or_weight, weight_layer_names, zero_share
 from slimkernels.conversion.calls import capture
-from slimkernels.conversion.candidates import Decision, Unit, dense_twin, low_rank_module
+from slimkernels.conversion.candidates import Unit, dense_twin, low_rank_module
+from slimkernels.conversion.decide import Decision
 from slimkernels.conversion.factor_chains import FactorChain, find_chains
 from slimkernels.conversion.folding import Tail, find_tail, fold_chain, fold_weight
 from slimkernels.conversion.graph import (
@@ -149,12 +152,14 @@ def survey(model: nn.Module, sets: list[InputSet], policy: Policy, *, training: 
 
 
 def _excluded(names: Iterable[str], exclude: Iterable[str]) -> set[str]:
-    """Layers that ``exclude`` names, itself or by a container. Raises ValueError where it names nothing."""
+    """Layers that ``exclude`` names, by themselves, by a container or by a pattern. Raises ValueError where none is."""
     names, found = list(names), set()
     for wanted in exclude:
-        hits = {name for name in names if name == wanted or name.startswith(wanted + ".")}
+        hits = {n for n in names if n == wanted or n.startswith(wanted + ".") or fnmatchcase(n, wanted)}
         if not hits:
-            raise ValueError(f"convert: expected Policy.exclude to name layers of the model, got {wanted!r}")
+            near = difflib.get_close_matches(wanted, names, n=3, cutoff=0.3) or names[:3]
+            hint = f"near matches: {', '.join(near)}" if near else "the model has no layers with weights"
+            raise ValueError(f"convert: expected Policy.exclude to name layers of the model, got {wanted!r}; {hint}")
         found |= hits
     return found
 
@@ -315,6 +320,8 @@ def swap_plan(found: Survey, unit: Unit, decision: Decision, policy: Policy) -> 
         bytes_dense=weight.nbytes + bias,
         dense_ms=decision.dense_ms,
         sparse_ms=decision.other_ms,
+        speedup_low=decision.speedup_low,
+        speedup_high=decision.speedup_high,
         folded_bn=unit.tail.bn is not None,
     )
 

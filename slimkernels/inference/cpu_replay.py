@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree
 
+from slimkernels.inference.batches import same
 from slimkernels.inference.cpu_recording import record
 
 
@@ -159,18 +160,6 @@ def _no_generated_sources_kept() -> Iterator[None]:
 def _compare(expected: Any, got: Any) -> str | None:
     """The first output that differs by more than the order of its sums explains, or None."""
     for i, (a, b) in enumerate(zip(_pytree.tree_leaves(expected), _pytree.tree_leaves(got), strict=True)):
-        if isinstance(a, Tensor) and not _is_close(a, b):
+        if isinstance(a, Tensor) and not same(a, b):
             return f"output {i} of shape {tuple(a.shape)}"
     return None
-
-
-def _is_close(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape or a.dtype is not b.dtype:
-        return False
-    if not (a.dtype.is_floating_point or a.dtype.is_complex):
-        return torch.equal(a, b)
-    finite = a[torch.isfinite(a)]
-    largest = float(finite.abs().max()) if finite.numel() else 0.0
-    # Sums in another order differ by about 1e-6 of the largest value, through many layers by 100 times as much.
-    tolerance = 5e-2 if a.dtype in (torch.float16, torch.bfloat16) else 1e-3
-    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * largest, equal_nan=True)

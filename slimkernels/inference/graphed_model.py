@@ -2,41 +2,71 @@
 
 from __future__ import annotations
 
+import threading
+import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
+from slimkernels.inference.batches import cut, filled_up, fitting, like_the_model
 from slimkernels.inference.cpu_replay import Replay
 from slimkernels.inference.cuda_graph import CudaGraphs
-from slimkernels.inference.inputs import describe, served_sets, signature
+from slimkernels.inference.inputs import describe, served_sets, signature, tensors
+from slimkernels.tensors import Snapshot
+
+OTHER_SHAPES = ("pad", "run", "raise")
 
 
-class GraphedModel:
+class GraphedModel(nn.Module):
     """A model's inference as recordings, one for each input signature (`graphed` makes it). Gradients are off.
 
+    It has the parameters and the state dict of ``model``, which it holds. What would make the recordings untrue is
+    refused: another device or dtype, training mode, loading a state dict; record the changed model again instead.
+
     Attributes:
+        model: what was recorded; it runs inputs that no recording takes.
         device: of the model.
         recordings: what runs, by signature; each a `slimkernels.inference.Replay` on the CPU.
+        other_shapes: what happens to inputs of other shapes, as `graphed` says.
     """
 
-    def __init__(self, device: torch.device, recordings: Mapping[Any, Callable[..., Any]]) -> None:
-        self.device, self.recordings = device, dict(recordings)
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        recordings: Mapping[Any, Callable[..., Any]],
+        other_shapes: str = "pad",
+    ) -> None:
+        super().__init__()
+        if other_shapes not in OTHER_SHAPES:
+            raise ValueError(f"graphed: expected other_shapes in {', '.join(OTHER_SHAPES)}, got {other_shapes!r}")
+        self.model, self.device, self.recordings, self.other_shapes = model, device, dict(recordings), other_shapes
         # A short cut for calls with tensors alone, by their shapes, of recordings that have been found once: making a
         # signature takes 20 us, and a recorded VGG-19 at batch 1 runs in 340 us.
         self._by_shape: dict[Any, Callable[..., Any]] = {}
+        # The way that inputs of a signature took which has no recording of its own.
+        self._others: dict[Any, Callable[..., Any]] = {}
+        self._said: set[str] = set()
+        self._lock = threading.Lock()
+        # A CPU recording holds the weights as they were, and so the model may answer for it only while they are.
+        tensors_then = [*model.parameters(), *model.buffers()] if device.type == "cpu" else []
+        self._weights = [(tensor, Snapshot(tensor)) for tensor in tensors_then]
+        nn.Module.train(self, False)
 
     @property
     def signatures(self) -> list[str]:
         """One line per recording: the shapes and dtypes of its inputs."""
         return [describe(key) for key in self.recordings]
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's output for inputs of a recorded signature, copied in and (unless asked otherwise) out.
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's output for some inputs, copied in and (unless asked otherwise) out.
 
         Raises:
-            ValueError: inputs of a signature that was not recorded; the message lists those that were.
+            ValueError: inputs that no recording takes, where ``other_shapes`` is ``raise`` or they are on another
+                device; the message lists those that were recorded.
+            RuntimeError: inputs that the model itself would have to run, after its weights or its mode changed.
         """
         shape = None
         if not kwargs and all(isinstance(x, Tensor) for x in args):
@@ -46,23 +76,122 @@ class GraphedModel:
                 return known(*args)
         key = signature(args, kwargs)
         recording = self.recordings.get(key)
-        if recording is None:
+        if recording is not None:
+            if shape is not None:
+                self._by_shape[shape] = recording
+            return recording(*args, **kwargs)
+        if self.other_shapes == "raise" or any(t.device != self.device for t in tensors((args, kwargs))):
             raise ValueError(
                 f"GraphedModel: expected inputs {' or '.join(self.signatures)} on {self.device}, got {describe(key)}"
             )
-        if shape is not None:
-            self._by_shape[shape] = recording
-        return recording(*args, **kwargs)
+        way = self._others.get(key)
+        if way is not None:
+            return way(*args, **kwargs)
+        return self._first_of_its_shape(key, args, kwargs)
+
+    def _first_of_its_shape(self, key: Any, args: Any, kwargs: Any) -> Any:
+        """Runs the model, and finds out whether a recording of a larger batch computes the same; later calls take it.
+
+        Not every model does: one that mixes the images of a batch sees the padding.
+        """
+        expected = self._run(*args, **kwargs)
+        larger = fitting(self.recordings, key) if self.other_shapes == "pad" else None
+        if larger is None:
+            hint = "; record this shape, or a larger batch of it, to serve it faster"
+            hint = "" if self.other_shapes == "run" else hint
+            self._say("run", f"{describe(key)} was not recorded, so the model itself runs it{hint}")
+            self._others[key] = self._run
+            return expected
+        recorded, batch, given = larger
+        recording = self.recordings[recorded]
+
+        def padded(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = filled_up(args, kwargs, recorded)
+            return cut(recording(*args, **kwargs), given, batch)
+
+        if like_the_model(expected, padded(*args, **kwargs)):
+            self._say("pad", f"{describe(key)} was not recorded, so a batch of {batch} runs, filled up with zeros")
+            self._others[key] = padded
+        else:
+            self._say(
+                "mixed", f"{describe(key)} was not recorded, and padding changes its outputs, so the model runs it"
+            )
+            self._others[key] = self._run
+        return expected
+
+    @torch.no_grad()
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        if any(module.training for module in self.model.modules()):
+            raise RuntimeError("GraphedModel: expected the model in eval mode, got training mode; call model.eval()")
+        if not all(snapshot.holds(tensor) for tensor, snapshot in self._weights):
+            raise RuntimeError(
+                "GraphedModel: expected the weights that were recorded, and the model has others since, so that it and "
+                "its recordings would disagree; record it again with graphed(model, example_inputs)"
+            )
+        return self.model(*args, **kwargs)
+
+    def _say(self, what: str, text: str) -> None:
+        with self._lock:
+            if what in self._said:
+                return
+            self._said.add(what)
+        warnings.warn(f"graphed: {text} (said once)", stacklevel=5)
+
+    def train(self, mode: bool = True) -> GraphedModel:
+        """Eval mode is the only one: ``eval()`` changes nothing. Raises ValueError for training mode."""
+        if mode:
+            raise ValueError("GraphedModel: expected eval mode, since inference was recorded; train the model itself")
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> GraphedModel:
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            with torch.no_grad():
+                moved = fn(tensor)
+            if (moved.device, moved.dtype) != (tensor.device, tensor.dtype):
+                self._refuse(
+                    f"a recording on {self.device} to stay there in its dtype", f"{moved.dtype} on {moved.device}"
+                )
+        return self
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused with ValueError: the recordings would not see it."""
+        self._refuse("a recording to keep its weights", "a state dict to load")
+
+    def _refuse(self, expected: str, got: str) -> NoReturn:
+        raise ValueError(
+            f"GraphedModel: expected {expected}, got {got}; change the model and record it again with "
+            "graphed(model, example_inputs)"
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(
+            "GraphedModel: a recording holds memory of this process and cannot be copied or pickled; copy or save its "
+            "model and record that again with graphed(model, example_inputs)"
+        )
+
+    def __repr__(self) -> str:
+        lines = [f"  {describe(key)}: {_one_line(recording)}" for key, recording in self.recordings.items()]
+        head = f"GraphedModel({type(self.model).__name__} on {self.device}, other shapes: {self.other_shapes}"
+        return "\n".join([head, *lines, ")"])
+
+
+def _one_line(recording: Any) -> str:
+    return repr(recording) if isinstance(recording, Replay) else "a CUDA graph"
 
 
 def graphed(
-    model: nn.Module, example_inputs: Any, *, warm_up_calls: int = 3, copy_outputs: bool = True
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    warm_up_calls: int = 3,
+    copy_outputs: bool = True,
+    other_shapes: str = "pad",
 ) -> GraphedModel:
     """Records a model's inference on static shapes and returns a callable that replays it.
 
     At small batches a network is bound by what happens between its kernels: launches on a GPU; on the CPU Python,
     fresh output tensors and cold weights. A CUDA graph replays all launches with one call; on the CPU a list of kernel
-    calls runs on fixed memory. The example inputs say which shapes can be served. Calls from several threads or
+    calls runs on fixed memory. The example inputs say which shapes are recorded. Calls from several threads or
     streams wait for each other, since they share memory.
 
     A CUDA graph sees weights that change in place, but none that is replaced, moved or repacked; a CPU recording
@@ -75,14 +204,20 @@ def graphed(
         warm_up_calls: calls before each capture on CUDA: kernels are compiled and loaded there, which a capture cannot
             do.
         copy_outputs: return copies. Without, a call returns the recording's own memory, which the next call overwrites.
+        other_shapes: what happens to inputs that were not recorded. ``pad``: a smaller batch is filled up with zeros to
+            the next recorded one, where the first such call shows that the model then computes the same; all else runs
+            on the model itself. ``run``: everything else runs on the model itself. ``raise``: ValueError. The first
+            time, a warning says what happens.
 
     Raises:
-        ValueError: a model in training mode or one that cannot be recorded; no example inputs.
+        ValueError: a model in training mode or that cannot be recorded; no example inputs; another ``other_shapes``.
         TypeError: example inputs of another form.
     """
     sets, device = served_sets("graphed", model, example_inputs)
     if warm_up_calls < 1:
         raise ValueError(f"graphed: expected warm_up_calls >= 1, got {warm_up_calls}")
+    if other_shapes not in OTHER_SHAPES:
+        raise ValueError(f"graphed: expected other_shapes in {', '.join(OTHER_SHAPES)}, got {other_shapes!r}")
     if device.type not in ("cuda", "cpu"):
         raise ValueError(f"graphed: expected model and inputs on the CPU or a CUDA device, got {device}")
     graphs = CudaGraphs(model, device, warm_up_calls, copy_outputs) if device.type == "cuda" else None
@@ -97,4 +232,4 @@ def graphed(
             raise TypeError(f"graphed: expected positional example inputs on the CPU, got keywords {sorted(kwargs)}")
         else:
             recordings[key] = Replay(model, args, copy_outputs=copy_outputs)
-    return GraphedModel(device, recordings)
+    return GraphedModel(model, device, recordings, other_shapes)

@@ -20,6 +20,7 @@ from torch import Tensor
 from slimkernels.inference.memory import Lifetime, Placement, place, whole_lines
 from slimkernels.inference.native_layers import NativeLayer
 from slimkernels.kernels.cpu.steps import Step, images_innermost, layout_step
+from slimkernels.kernels.packs import StripPack
 from slimkernels.kernels.problems import LANES
 
 # Share of a vector's images that must be there: below it, half-empty vectors cost more than the other layout.
@@ -183,7 +184,7 @@ class Chain:
         """The same chain with its `weights` replaced by copies, given in the same order."""
         copies = iter(tensors)
         moved = [
-            (replace(layer, packed=tuple(islice(copies, len(layer.packed)))), dict(zip(offsets, copies)))
+            (replace(layer, packed=StripPack(*islice(copies, len(layer.packed)))), dict(zip(offsets, copies)))
             for layer, offsets in zip(self.layers, self.offsets)
         ]
         return replace(self, layers=tuple(layer for layer, _ in moved), offsets=tuple(found for _, found in moved))

@@ -13,6 +13,7 @@ from torch import Tensor
 from slimkernels.dispatch.select import resolve
 from slimkernels.kernels.cpu.conv2d import PackedConv2d, pack_strips
 from slimkernels.kernels.cpu.low_rank import pack_factor
+from slimkernels.kernels.packs import StripPack
 from slimkernels.kernels.problems import Pair, Request, factor_geometry, strip_width
 
 _OPS = torch.ops.slimkernels
@@ -27,13 +28,13 @@ class NativeLayer:
 
     Attributes:
         op: which op the layer comes from; named in errors.
-        packed: what `pack_strips` returned.
+        packed: of the weight.
         shape: of the weight, ``(C_out, C_in, R, S)``.
     """
 
     isa: str
     op: str
-    packed: tuple[Tensor, ...]
+    packed: StripPack
     shape: tuple[int, int, int, int]
     geometry: Geometry
     epilogue: str = "none"
@@ -107,7 +108,7 @@ def _block_sparse(isa: str, op: str, given: dict[str, Any]) -> list[NativeLayer]
     geometry = tuple(tuple(given[name]) for name in ("stride", "padding", "dilation")) if taps else _POINTWISE
     blocks = given["values"], given["crow_indices"], given["col_indices"]
     packed = pack_strips(*blocks, shape, block_shape, strip_width(block_shape[0], isa))
-    return [NativeLayer(isa, op, tuple(packed), shape, geometry)]  # type: ignore[arg-type]
+    return [NativeLayer(isa, op, packed, shape, geometry)]  # type: ignore[arg-type]
 
 
 def _low_rank_linear(isa: str, op: str, given: dict[str, Any]) -> list[NativeLayer]:
@@ -123,4 +124,4 @@ def _low_rank_conv2d(isa: str, op: str, given: dict[str, Any]) -> list[NativeLay
 
 def _dense_factor(isa: str, op: str, factor: Tensor, geometry: Geometry) -> NativeLayer:
     c_out, c_in, r, s = (*factor.shape, 1, 1)[:4]
-    return NativeLayer(isa, op, tuple(pack_factor(factor, isa)), (c_out, c_in, r, s), geometry)
+    return NativeLayer(isa, op, pack_factor(factor, isa), (c_out, c_in, r, s), geometry)

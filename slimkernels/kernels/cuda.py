@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from slimkernels import _extension
-from slimkernels.kernels.problems import Pair, check_geometry, conv_output_size, factor_geometry
+from slimkernels.kernels.problems import Pair, check_geometry, conv_output_image, factor_geometry
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _ERROR_CUDA = 3  # SLIM_ERROR_CUDA of csrc/kernels.h
@@ -181,8 +181,7 @@ def _conv(
         raise ValueError(f"{op}: expected x of shape (N, {c_in}, H, W), got {tuple(x.shape)}")
     x = x.contiguous(memory_format=torch.channels_last)
     n, _, h, w = x.shape
-    p = conv_output_size(h, r, stride[0], padding[0], dilation[0])
-    q = conv_output_size(w, s, stride[1], padding[1], dilation[1])
+    p, q = conv_output_image((h, w), (r, s), stride, padding, dilation)
     if p < 1 or q < 1:
         raise ValueError(f"{op}: expected an image that the kernel fits into, got x of shape {tuple(x.shape)}")
     y = torch.empty((n, c_out, p, q), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)

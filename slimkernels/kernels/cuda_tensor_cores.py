@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from slimkernels.kernels import cuda, resident_plan
+from slimkernels.kernels.packs import StemPack, TensorCorePack, kind_of
 from slimkernels.kernels.problems import ConvProblem, Pair, Problem, check_geometry
-from slimkernels.kernels.resident_plan import STEM_VARIANTS, STEP_CHANNELS, VARIANTS, Index, Packed, Shape
+from slimkernels.kernels.resident_plan import STEM_VARIANTS, STEP_CHANNELS, VARIANTS, Index, Shape
 from slimkernels.tensors import Checked
 
 NAME = "bsr_conv2d__cuda_tensor_cores"
@@ -61,7 +62,7 @@ _CHECKED = Checked()
 
 def _check_packed(
     op: str,
-    packed: Packed,
+    packed: TensorCorePack,
     crow: Tensor,
     col: Tensor,
     values: Tensor,
@@ -96,7 +97,7 @@ def _check_packed(
 
 def pack(
     values: Tensor, crow_indices: Tensor, col_indices: Tensor, weight_shape: Sequence[int], block_shape: Sequence[int]
-) -> Packed:
+) -> TensorCorePack:
     """The weight packed for values' device, as `launch_bsr_conv2d` takes it. Waits for the device.
 
     Args: a valid `slimkernels.formats.BSRWeight` whose block shape `shape_reason` takes.
@@ -114,13 +115,12 @@ def _packed_or_new(
     weight_shape: Sequence[int],
     block_shape: Sequence[int],
     variant: int,
-) -> Packed:
+) -> TensorCorePack:
     shape = VARIANTS[variant]
-    if len(packed) == len(Packed._fields) and packed[0].dim() == 2:
-        found = Packed(*packed)
-        if found.weights.shape[1] == shape.column * STEP_CHANNELS:
-            _check_packed(op, found, crow, col, values, weight_shape, block_shape, shape.column)
-            return found
+    if kind_of(packed) is TensorCorePack and packed[0].shape[1:] == (shape.column * STEP_CHANNELS,):
+        found = TensorCorePack(*packed)
+        _check_packed(op, found, crow, col, values, weight_shape, block_shape, shape.column)
+        return found
     if values.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(f"{op}: the weight must be packed before a CUDA graph is captured: call the layer once")
     return resident_plan.pack(values, crow, col, weight_shape, block_shape, shape)
@@ -373,13 +373,15 @@ def launch_stem_conv2d(
     variant = config.get("variant", int(limits.wgmma))
     _check_variant(op, variant, STEM_VARIANTS, limits, block_shape, config.get("overlap", 0))
     shape = STEM_VARIANTS[variant]
-    if len(packed) == 1 + len(Packed._fields):
-        first, weight = packed[0], Packed(*packed[1:])
+    if kind_of(packed) is StemPack:
+        pack = StemPack(*packed)
+        first = pack.first
         if tuple(first.shape) != (2, 1024) or first.dtype != x.dtype or first.device != x.device:
             raise ValueError(f"{op}: expected packed first weights (2, 1024) of {x.dtype}, got {tuple(first.shape)}")
-        _check_packed(op, weight, crow, col, values, weight_shape, block_shape, shape.column)
+        _check_packed(op, pack.second, crow, col, values, weight_shape, block_shape, shape.column)
     else:
-        first, weight = pack_stem(first_weight, values, crow, col, weight_shape, block_shape, variant)
+        pack = pack_stem(first_weight, values, crow, col, weight_shape, block_shape, variant)
+    first, weight = pack.first, pack.second
     steps = int(weight.most_steps[0])
     plan = resident_plan.plan_stem(variant, n, h, w, steps, limits.shared_memory, limits.processors)
     if plan is None:
@@ -428,8 +430,8 @@ def pack_stem(
     weight_shape: Sequence[int],
     block_shape: Sequence[int],
     variant: int | None = None,
-) -> tuple[Tensor, Packed]:
+) -> StemPack:
     """Both weights packed as `launch_stem_conv2d` takes them, for values' device. Waits for the device."""
     shape = STEM_VARIANTS[int(_limits(values).wgmma) if variant is None else variant]
     first = resident_plan.pack_first(first_weight, shape.wgmma)
-    return first, resident_plan.pack(values, crow_indices, col_indices, weight_shape, block_shape, shape)
+    return StemPack(first, *resident_plan.pack(values, crow_indices, col_indices, weight_shape, block_shape, shape))

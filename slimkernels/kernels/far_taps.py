@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from slimkernels.kernels import strided_pointwise
-from slimkernels.kernels.problems import conv_output_size
+from slimkernels.kernels.problems import conv_output_image
 
 # Pixels that a kernel reaches, pads or strides over, from which torch's convolution is not asked. Of such geometries a
 # run under sanitizers crashed once in generated code, which is oneDNN's, and nearly no tap meets the image anyway.
@@ -27,7 +27,7 @@ def convolution(
     """``F.conv2d``; where the geometry reaches far past any image, tap by tap."""
     if not _reaches_far(weight, stride, padding, dilation):
         return F.conv2d(x, weight, bias, list(stride), list(padding), list(dilation))
-    p, q = (conv_output_size(x.shape[2 + i], weight.shape[2 + i], stride[i], padding[i], dilation[i]) for i in (0, 1))
+    p, q = conv_output_image(x.shape[2:], weight.shape[2:], stride, padding, dilation)
     y = x.new_zeros(x.shape[0], weight.shape[0], p, q)
     for i, j, inside, outside in _taps_inside(x.shape, (p, q), weight.shape, stride, padding, dilation):
         y[outside] += torch.einsum("oc,nchw->nohw", weight[:, :, i, j], x[inside])

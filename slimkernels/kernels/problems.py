@@ -15,6 +15,20 @@ def conv_output_size(size: int, kernel: int, stride: int, padding: int, dilation
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
+def conv_output_image(
+    image: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[int, int]:
+    """Height and width of a convolution's output for images ``(height, width)``."""
+    return (
+        conv_output_size(image[0], kernel[0], stride[0], padding[0], dilation[0]),
+        conv_output_size(image[1], kernel[1], stride[1], padding[1], dilation[1]),
+    )
+
+
 def taps_in_image(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
     """Number of (output position, tap) pairs along one axis whose input lies inside the image."""
     out = conv_output_size(size, kernel, stride, padding, dilation)
@@ -26,7 +40,8 @@ INT32_MAX = 2**31 - 1
 
 def check_geometry(op: str, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> None:
     """Raises ValueError unless stride and dilation are positive, padding is not negative, and all fit int32."""
-    if any(len(pair) != 2 or max(pair) > INT32_MAX for pair in (stride, padding, dilation)):
+    pairs = len(stride) == len(padding) == len(dilation) == 2
+    if not pairs or max(*stride, *padding, *dilation) > INT32_MAX:
         raise ValueError(
             f"{op}: expected stride, padding and dilation of two ints below 2**31 each, "
             f"got {tuple(stride)}, {tuple(padding)}, {tuple(dilation)}"
@@ -315,11 +330,7 @@ class LowRankConvProblem:
     @property
     def output_size(self) -> tuple[int, int]:
         """Height and width of the output."""
-        kernel = self.kernel_size
-        return (
-            conv_output_size(self.h, kernel[0], self.stride[0], self.padding[0], self.dilation[0]),
-            conv_output_size(self.w, kernel[1], self.stride[1], self.padding[1], self.dilation[1]),
-        )
+        return conv_output_image((self.h, self.w), self.kernel_size, self.stride, self.padding, self.dilation)
 
     @property
     def rows(self) -> int:
@@ -362,8 +373,7 @@ class LowRankConvProblem:
             self.factor_shapes,
             factor_geometry(self.kind, len(self.factor_shapes), self.stride, self.padding, self.dilation),
         ):
-            h = conv_output_size(h, shape[2], stride[0], padding[0], dilation[0])
-            w = conv_output_size(w, shape[3], stride[1], padding[1], dilation[1])
+            h, w = conv_output_image((h, w), shape[2:], stride, padding, dilation)
             total += self.n * h * w * shape[0] * shape[1] * shape[2] * shape[3]
         return total
 
@@ -404,9 +414,7 @@ def native_obstacle(isa: str, problem: Problem) -> str | None:
         return None
     h, w, lanes = problem.h, problem.w, LANES[isa] if narrow else 1
     for shape, (stride, padding, dilation) in zip(shapes, geometry, strict=True):
-        p, q = (
-            conv_output_size(size, shape[2 + i], stride[i], padding[i], dilation[i]) for i, size in enumerate((h, w))
-        )
+        p, q = conv_output_image((h, w), shape[2:], stride, padding, dilation)
         if not Room.of(shape, stride, padding, dilation).holds(h, w, p, q, lanes):
             return "an image, an output or the reach of the kernel has 2**31 elements or more"
         if narrow and shape[2] > MAX_TAP_ROWS:

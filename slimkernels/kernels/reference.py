@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from slimkernels.formats import BSRWeight, _to_blocks
 from slimkernels.kernels.far_taps import convolution, convolution_backward
-from slimkernels.kernels.problems import factor_geometry
+from slimkernels.kernels.problems import conv_output_image, factor_geometry
 
 
 def apply_epilogue(y: Tensor, epilogue: str) -> Tensor:
@@ -60,9 +60,7 @@ def _conv2d_stored_columns(
 ) -> Tensor:
     c_out, c_in, r, s = weight.weight_shape
     block_out, block_in = weight.block_shape
-    p, q = (
-        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (k - 1) - 1) // stride[i] + 1 for i, k in enumerate((r, s))
-    )
+    p, q = conv_output_image(x.shape[2:], (r, s), stride, padding, dilation)
     columns = F.unfold(x, (r, s), tuple(dilation), tuple(padding), tuple(stride))
     columns = columns.reshape(x.shape[0], c_in, r * s, p * q).transpose(1, 2)
     groups = -(-c_in // block_in)

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from slimkernels.kernels.problems import Pair, conv_output_size
+from slimkernels.kernels.packs import TensorCorePack
+from slimkernels.kernels.problems import Pair, conv_output_image
 
 STEP_CHANNELS = 16  # input channels of one step: the depth of a tensor-core instruction
 
@@ -109,8 +110,7 @@ def plan(
     ``stages`` to take instead of the largest that fit.
     """
     shape = VARIANTS[variant]
-    p = conv_output_size(h, taps[0], stride[0], padding[0], dilation[0])
-    q = conv_output_size(w, taps[1], stride[1], padding[1], dilation[1])
+    p, q = conv_output_image((h, w), taps, stride, padding, dilation)
     rows = -(-c_out // (shape.column * shape.columns))
     pixels = shape.pixels
     while pixels >= 4:  # where strides and dilations make patches large, a part of the shape's pixels
@@ -193,8 +193,7 @@ def choose_tile(pixels: int, h: int, w: int, taps: Pair, stride: Pair, padding: 
 
     Args: pixels of the compiled shape; h, w of an input image; taps (R, S).
     """
-    p = conv_output_size(h, taps[0], stride[0], padding[0], dilation[0])
-    q = conv_output_size(w, taps[1], stride[1], padding[1], dilation[1])
+    p, q = conv_output_image((h, w), taps, stride, padding, dilation)
     best: tuple[tuple[float, int], Tile] | None = None
     for cols in range(2, min(_even(q), pixels // 2) + 1, 2):
         for rows in range(2, min(_even(p), pixels // cols) + 1, 2):
@@ -223,19 +222,6 @@ class Index(NamedTuple):
     taps: Tensor
     most_steps: Tensor
     order: Tensor
-
-
-class Packed(NamedTuple):
-    """A weight as the kernels read it: `Index` and
-
-    Attributes:
-        weights: ``(steps + 1, column * 16)`` in the order in which lanes hold them, the last step zero.
-    """
-
-    weights: Tensor
-    group_start: Tensor
-    taps: Tensor
-    most_steps: Tensor
 
 
 def pack_index(
@@ -276,7 +262,7 @@ def pack(
     weight_shape: Sequence[int],
     block_shape: Sequence[int],
     shape: Shape,
-) -> Packed:
+) -> TensorCorePack:
     """A BSR weight packed for a compiled shape; the arguments are those of `pack_index`. Waits for the device."""
     high, wide = block_shape[0] // shape.column, block_shape[1] // STEP_CHANNELS
     index = pack_index(crow_indices, col_indices, weight_shape, block_shape, shape.column)
@@ -284,7 +270,7 @@ def pack(
     steps = blocks.reshape(values.shape[0] * high * wide, shape.column, STEP_CHANNELS)[index.order]
     weights = values.new_zeros(steps.shape[0] + 1, shape.column * STEP_CHANNELS)
     weights[:-1] = in_lane_order(steps, shape.wgmma)
-    return Packed(weights, index.group_start, index.taps, index.most_steps)
+    return TensorCorePack(weights, index.group_start, index.taps, index.most_steps)
 
 
 def in_lane_order(steps: Tensor, wgmma: bool) -> Tensor:

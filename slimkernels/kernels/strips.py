@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from slimkernels.kernels.packs import StripPack, kind_of
 from slimkernels.tensors import Checked, is_plain
 
 # Output channels of a strip that the kernels have tiles for.
@@ -20,8 +21,8 @@ def pack_strips(
     weight_shape: Sequence[int],
     block_shape: Sequence[int],
     strip: int,
-) -> list[Tensor]:
-    """Strip pack of csrc/kernels.h: ``[weights (entries, strip), channels (entries,), tap_ptr (strips * taps + 1,)]``.
+) -> StripPack:
+    """The strip pack of a block-sparse weight.
 
     Args:
         values: the stored blocks of a valid BSR weight on the CPU; blocks beyond the last one in use are left out.
@@ -61,7 +62,7 @@ def pack_strips(
         weights, channels, key = weights[inside], channels[inside], key[inside]
     tap_ptr = torch.zeros(strips * taps + 1, dtype=torch.int32)
     tap_ptr[1:] = torch.bincount(key, minlength=strips * taps).cumsum(0)
-    return [weights.contiguous(), channels.to(torch.int32), tap_ptr]
+    return StripPack(weights.contiguous(), channels.to(torch.int32), tap_ptr)
 
 
 _CHECKED_PACKS = Checked()
@@ -81,14 +82,14 @@ def check_pack(op: str, packed: Sequence[Tensor], weight_shape: Sequence[int]) -
         TypeError: a tensor of another dtype. ValueError: anything else.
     """
     c_out, c_in, r, s = weight_shape
-    if len(packed) != 3:
-        raise ValueError(f"{op}: expected a strip pack of 3 tensors, got {len(packed)}")
+    if kind_of(packed) is not StripPack:
+        raise ValueError(f"{op}: expected a strip pack of {len(StripPack._fields)} tensors, got {len(packed)}")
     for name, tensor, dtype, dims in zip(
-        ("weights", "channels", "tap_ptr"), packed, (torch.float32, torch.int32, torch.int32), (2, 1, 1), strict=True
+        StripPack._fields, packed, (torch.float32, torch.int32, torch.int32), (2, 1, 1), strict=True
     ):
         if tensor.dtype is not dtype:
             raise TypeError(f"{op}: expected {name} of the strip pack of dtype {dtype}, got {tensor.dtype}")
-        if tensor.device.type != "cpu" or not is_plain(tensor):
+        if not tensor.is_cpu or not is_plain(tensor):
             got = f"a {type(tensor).__name__} on {tensor.device} of layout {tensor.layout}"
             raise ValueError(f"{op}: expected {name} of the strip pack to be a plain CPU tensor, got {got}")
         if tensor.dim() != dims or not tensor.is_contiguous():

@@ -5,6 +5,10 @@ from slimkernels.nn.block_sparse import BlockSparseConv2d, BlockSparseLinear
 from slimkernels.nn.fused import FusedConv2d
 from slimkernels.nn.low_rank import LowRankConv2d, LowRankLinear
 from slimkernels.nn.strided_pointwise import guard_strided_pointwise_
+from slimkernels.ops.flops import register_flop_formulas
+
+# Here and not with the ops: importing the package alone imports no more of torch than torch itself does.
+register_flop_formulas()
 
 __all__ = [
     "BlockSparseConv2d",

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.utils import _pair
 
 from slimkernels.kernels import EPILOGUES
-from slimkernels.kernels.problems import check_geometry
+from slimkernels.kernels.problems import Pair, check_geometry
 
 
 def unsupported_conv_reason(conv: nn.Conv2d) -> str | None:
@@ -57,7 +57,7 @@ class AttributesInUse(nn.Module):
         if name in self._fixed:
             raise AttributeError(f"{type(self).__name__}: {name} belongs to the stored weight and cannot be changed")
         if name in ("stride", "padding", "dilation"):
-            value = int_pair(value)
+            value = int_pair(type(self).__name__, name, value)
         before = getattr(self, name)
         super().__setattr__(name, value)
         try:
@@ -79,12 +79,20 @@ class AttributesInUse(nn.Module):
         raise NotImplementedError
 
 
-def int_pair(value: Any) -> tuple[int, int]:
-    """Two ints from one or two. Raises TypeError or ValueError for anything else."""
-    pair = tuple(operator.index(v) for v in _pair(value))
+def int_pair(owner: str, name: str, value: Any) -> tuple[int, int]:
+    """Two ints from one or two. Raises TypeError or ValueError, beginning with ``owner``, for anything else."""
+    try:
+        pair = tuple(operator.index(v) for v in _pair(value))
+    except TypeError:
+        raise TypeError(f"{owner}: expected {name} to be one int or two, got {value!r}") from None
     if len(pair) != 2:
-        raise ValueError(f"expected one int or two, got {value!r}")
+        raise ValueError(f"{owner}: expected {name} to be one int or two, got {value!r}")
     return pair[0], pair[1]
+
+
+def conv_geometry(conv: nn.Conv2d) -> tuple[Pair, Pair, Pair, Pair]:
+    """Kernel size, stride, padding and dilation of a convolution. Raises ValueError as `resolved_padding`."""
+    return _pair(conv.kernel_size), _pair(conv.stride), resolved_padding(conv), _pair(conv.dilation)
 
 
 def check_epilogue(name: str, op: str, epilogue: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimkernels.nn.attributes import AttributesInUse, int_pair, resolved_padding, unsupported_conv_reason
+from slimkernels.nn.attributes import AttributesInUse, conv_geometry, int_pair, unsupported_conv_reason
 from slimkernels.ops import fused_conv2d
 
 
@@ -55,8 +55,9 @@ class FusedConv2d(AttributesInUse):
     ) -> None:
         super().__init__()
         self.in_channels, self.out_channels = in_channels, out_channels
-        self.kernel_size, self.stride = int_pair(kernel_size), int_pair(stride)
-        self.padding, self.dilation = int_pair(padding), int_pair(dilation)
+        own = type(self).__name__
+        self.kernel_size, self.stride = int_pair(own, "kernel_size", kernel_size), int_pair(own, "stride", stride)
+        self.padding, self.dilation = int_pair(own, "padding", padding), int_pair(own, "dilation", dilation)
         self.epilogue, self.kernel = epilogue, kernel
         self._check_attributes()
         weight = torch.zeros(out_channels, in_channels, *self.kernel_size, device=device, dtype=dtype)
@@ -77,10 +78,7 @@ class FusedConv2d(AttributesInUse):
         module = cls(
             conv.in_channels,
             conv.out_channels,
-            int_pair(conv.kernel_size),
-            int_pair(conv.stride),
-            resolved_padding(conv),
-            int_pair(conv.dilation),
+            *conv_geometry(conv),
             conv.bias is not None,
             epilogue=epilogue,
             kernel=kernel,

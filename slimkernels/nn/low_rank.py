@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from slimkernels.formats import LOW_RANK_KINDS, LowRankWeight, factor_obstacle
 from slimkernels.kernels.cpu.low_rank import PackedLowRank, prepare_conv2d, prepare_linear
 from slimkernels.nn.attributes import check_epilogue, int_pair
-from slimkernels.nn.prepacked import PrepackedFactors
+from slimkernels.nn.factors import Factors
 from slimkernels.ops import low_rank_conv2d, low_rank_linear
 
 
-class LowRankLinear(PrepackedFactors):
+class LowRankLinear(Factors):
     """Drop-in for ``nn.Linear``: ``y = epilogue((x V^T) U^T + bias)`` with U ``(out, rank)`` and V ``(rank, in)``."""
 
     _op = "low_rank_linear"
@@ -47,7 +47,7 @@ class LowRankLinear(PrepackedFactors):
         # Kaiming's bound for the product: var(U V x) = rank * var(U) * in * var(V) * var(x).
         nn.init.normal_(self.U, std=rank**-0.5)
         nn.init.normal_(self.V, std=in_features**-0.5)
-        self._init_packed(2)
+        self._init_factors(2)
 
     def _factors(self) -> list[Tensor]:
         parameters = self._parameters
@@ -114,7 +114,7 @@ class LowRankLinear(PrepackedFactors):
         )
 
 
-class LowRankConv2d(PrepackedFactors):
+class LowRankConv2d(Factors):
     """Drop-in for ``nn.Conv2d`` (groups = 1, zero padding): a chain of factor convolutions, bias after the last.
 
     Args:
@@ -163,8 +163,9 @@ class LowRankConv2d(PrepackedFactors):
                 f"got {tuple(ranks)}"
             )
         self.in_channels, self.out_channels = in_channels, out_channels
-        self.kernel_size, self.stride = int_pair(kernel_size), int_pair(stride)
-        self.padding, self.dilation = int_pair(padding), int_pair(dilation)
+        own = type(self).__name__
+        self.kernel_size, self.stride = int_pair(own, "kernel_size", kernel_size), int_pair(own, "stride", stride)
+        self.padding, self.dilation = int_pair(own, "padding", padding), int_pair(own, "dilation", dilation)
         self.kind, self.ranks, self.epilogue, self.kernel = kind, tuple(int(r) for r in ranks), epilogue, kernel
         super()._check_attributes()
         r, s = self.kernel_size
@@ -180,7 +181,7 @@ class LowRankConv2d(PrepackedFactors):
         for factor in self.factors:
             nn.init.normal_(factor, std=factor[0].numel() ** -0.5)
         self.bias = nn.Parameter(torch.zeros(out_channels, device=device, dtype=dtype)) if bias else None
-        self._init_packed(len(shapes))
+        self._init_factors(len(shapes))
 
     def _factors(self) -> list[Tensor]:
         # For mypy: an attribute of a Module is a Tensor or a Module to mypy.

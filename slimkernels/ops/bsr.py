@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,18 +11,19 @@ from torch import Tensor
 from slimkernels.dispatch.select import launcher, resolve_gradient
 from slimkernels.formats import block_grid, check_pattern
 from slimkernels.kernels import KERNELS, reference
+from slimkernels.kernels.packs import ForwardOrder, kind_of
 from slimkernels.kernels.problems import (
     INT32_MAX,
     ConvProblem,
     LinearProblem,
     Request,
     check_geometry,
-    conv_output_size,
+    conv_output_image,
 )
 from slimkernels.kernels.transposed import check_transposed, pack_size
 from slimkernels.kernels.triton.bsr_conv2d_index import check_order
+from slimkernels.ops.calls import BSRConv2dBackwardCall, BSRConv2dCall, BSRLinearCall
 from slimkernels.ops.library import (
-    LIBRARY,
     OPS,
     cast_floats,
     check_bias,
@@ -32,19 +32,22 @@ from slimkernels.ops.library import (
     has_tangent,
     register,
     register_autocast,
+    register_gradient,
     runs_plainly,
     with_channels_last_strides,
 )
 
 _CHANNELS_LAST = torch.channels_last
+_BSRCall = BSRConv2dCall | BSRConv2dBackwardCall | BSRLinearCall
 
 
-def _check_weight(
-    op: str, x: Tensor, values: Tensor, crow: Tensor, col: Tensor, bias: Tensor | None, weight_shape: Sequence[int],
-    block_shape: Sequence[int], epilogue: str, transposed: Tensor | None, stride: Sequence[int] = (1, 1),
-) -> None:  # fmt: skip
-    check_epilogue(op, epilogue)
-    check_floating(op, x, values=values, bias=bias)
+# Checks
+
+
+def _check_weight(op: str, call: _BSRCall, stride: Sequence[int]) -> None:
+    x, values, weight_shape, block_shape = call.x, call.values, call.weight_shape, call.block_shape
+    check_epilogue(op, call.epilogue)
+    check_floating(op, x, values=values, bias=call.bias)
     if max(*weight_shape, *block_shape) > INT32_MAX:
         raise ValueError(
             f"{op}: expected weight_shape and block_shape below 2**31, got {tuple(weight_shape)}, {tuple(block_shape)}"
@@ -55,10 +58,10 @@ def _check_weight(
             f"{op}: expected values of shape (nnz_blocks, {block_shape[0]}, {block_shape[1]}), "
             f"got {tuple(values.shape)}"
         )
-    indices = [("crow_indices", crow, rows + 1), ("col_indices", col, values.shape[0])]
-    if transposed is not None:
+    indices = [("crow_indices", call.crow_indices, rows + 1), ("col_indices", call.col_indices, values.shape[0])]
+    if call.transposed is not None:
         shape = (*weight_shape, 1, 1)[:4]
-        indices.append(("transposed", transposed, pack_size(values.shape[0], shape, block_shape, stride)))
+        indices.append(("transposed", call.transposed, pack_size(values.shape[0], shape, block_shape, stride)))
     for name, index, size in indices:
         if index.dtype != torch.int32:
             raise TypeError(f"{op}: expected {name} of dtype torch.int32, got {index.dtype}")
@@ -66,16 +69,12 @@ def _check_weight(
             raise ValueError(f"{op}: expected {name} of shape ({size},), got {tuple(index.shape)}")
         if index.device != x.device:
             raise ValueError(f"{op}: expected {name} on {x.device} like x, got {index.device}")
-    check_bias(op, bias, weight_shape[0])
+    check_bias(op, call.bias, weight_shape[0])
 
 
-def _conv2d_output_shape(
-    x: Tensor, values: Tensor, crow: Tensor, col: Tensor, bias: Tensor | None, weight_shape: Sequence[int],
-    block_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], epilogue: str,
-    transposed: Tensor | None,
-) -> tuple[int, int, int, int]:  # fmt: skip
+def _conv2d_output_shape(call: BSRConv2dCall | BSRConv2dBackwardCall) -> tuple[int, int, int, int]:
     """The checked output shape of `bsr_conv2d`."""
-    op = "bsr_conv2d"
+    op, x, weight_shape, block_shape = "bsr_conv2d", call.x, call.weight_shape, call.block_shape
     if len(weight_shape) != 4 or len(block_shape) != 2:
         raise ValueError(
             f"{op}: expected weight_shape (C_out, C_in, R, S) and block_shape (block_out, block_in), "
@@ -83,211 +82,144 @@ def _conv2d_output_shape(
         )
     if x.dim() != 4 or x.shape[1] != weight_shape[1]:
         raise ValueError(f"{op}: expected x of shape (N, {weight_shape[1]}, H, W), got {tuple(x.shape)}")
+    stride, padding, dilation = call.stride, call.padding, call.dilation
     check_geometry(op, stride, padding, dilation)
-    _check_weight(op, x, values, crow, col, bias, weight_shape, block_shape, epilogue, transposed, stride)
-    p = conv_output_size(x.shape[2], weight_shape[2], stride[0], padding[0], dilation[0])
-    q = conv_output_size(x.shape[3], weight_shape[3], stride[1], padding[1], dilation[1])
-    if epilogue == "relu_maxpool2":
+    _check_weight(op, call, stride)
+    n, _, h, w = x.shape
+    c_out, _, r, s = weight_shape
+    p, q = conv_output_image((h, w), (r, s), stride, padding, dilation)
+    if call.epilogue == "relu_maxpool2":
         p, q = p // 2, q // 2
     if p < 1 or q < 1:
         raise ValueError(f"{op}: expected an output of at least 1x1, got {p}x{q} from x of shape {tuple(x.shape)}")
-    return x.shape[0], weight_shape[0], p, q
+    return n, c_out, p, q
 
 
-def _bsr_conv2d(
-    x: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, bias: Tensor | None, packed: Sequence[Tensor],
-    weight_shape: Sequence[int], block_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], epilogue: str, kernel: str, transposed: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    _conv2d_output_shape(
-        x, values, crow_indices, col_indices, bias, weight_shape, block_shape, stride, padding, dilation, epilogue,
-        transposed,
-    )  # fmt: skip
+def _check_linear(call: BSRLinearCall) -> None:
+    op, x, weight_shape = "bsr_linear", call.x, call.weight_shape
+    if len(weight_shape) != 2 or len(call.block_shape) != 2:
+        raise ValueError(
+            f"{op}: expected weight_shape (out, in) and block_shape (block_out, block_in), "
+            f"got {tuple(weight_shape)}, {tuple(call.block_shape)}"
+        )
+    if x.dim() < 1 or x.shape[-1] != weight_shape[1]:
+        raise ValueError(f"{op}: expected x of shape (..., {weight_shape[1]}), got {tuple(x.shape)}")
+    _check_weight(op, call, (1, 1))
+
+
+def _check_contents(op: str, call: BSRConv2dCall | BSRLinearCall) -> None:
+    """Reads the indices, and an order of the Triton kernels, unless these very tensors were read before.
+
+    The kernels follow them without a check of their own. Other packs are checked by the launchers of their kernels.
+    """
+    pattern = call.crow_indices, call.col_indices, call.weight_shape, (call.block_shape[0], call.block_shape[1])
+    check_pattern(op, *pattern)
+    if kind_of(call.packed) is ForwardOrder:
+        check_order(op, call.packed[0], *pattern)
+
+
+# The ops
+
+
+def _bsr_conv2d(call: BSRConv2dCall) -> Tensor:
+    _conv2d_output_shape(call)
+    _check_contents("bsr_conv2d", call)
+    x, values, crow, col, bias, packed, weight_shape, block_shape, stride, padding, dilation, epilogue, kernel, _ = call
     block = (block_shape[0], block_shape[1])
-    _check_contents("bsr_conv2d", crow_indices, col_indices, packed, weight_shape, block)
-    launch = launcher(
-        kernel, x.get_device(), ConvProblem, x.shape[0], x.shape[1], x.shape[2], x.shape[3], weight_shape[0],
-        weight_shape[2], weight_shape[3], tuple(stride), tuple(padding), tuple(dilation), block, values.shape[0],
-        x.dtype, x.device.type, epilogue,
-    )  # fmt: skip
+    n, c_in, h, w = x.shape
+    c_out, _, r, s = weight_shape
+    geometry = tuple(stride), tuple(padding), tuple(dilation)
+    sizes = (n, c_in, h, w, c_out, r, s, *geometry, block, values.shape[0], x.dtype, x.device.type, epilogue)
+    launch = launcher(kernel, x.get_device(), ConvProblem, *sizes)
     x = x.contiguous(memory_format=_CHANNELS_LAST)
-    y = launch(
-        x, values, crow_indices.contiguous(), col_indices.contiguous(), bias, packed, weight_shape, block, stride,
-        padding, dilation, epilogue,
-    )  # fmt: skip
+    weight = (values, crow.contiguous(), col.contiguous())
+    y = launch(x, *weight, bias, packed, weight_shape, block, stride, padding, dilation, epilogue)
     return with_channels_last_strides(y)
 
 
-def _check_contents(
-    op: str,
-    crow: Tensor,
-    col: Tensor,
-    packed: Sequence[Tensor],
-    weight_shape: Sequence[int],
-    block_shape: tuple[int, int],
-) -> None:
-    """Reads the indices, and an order of the Triton kernels, unless these very tensors were read before.
-
-    The kernels follow them without a check of their own. The CPU kernels' packs are checked by their launchers.
-    """
-    check_pattern(op, crow, col, weight_shape, block_shape)
-    if len(packed) == 1:
-        check_order(op, packed[0], crow, col, weight_shape, block_shape)
-
-
-def _bsr_conv2d_fake(
-    x: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, bias: Tensor | None, packed: Sequence[Tensor],
-    weight_shape: Sequence[int], block_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], epilogue: str, kernel: str, transposed: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    shape = _conv2d_output_shape(
-        x, values, crow_indices, col_indices, bias, weight_shape, block_shape, stride, padding, dilation, epilogue,
-        transposed,
-    )  # fmt: skip
+def _bsr_conv2d_fake(call: BSRConv2dCall) -> Tensor:
+    shape, x = _conv2d_output_shape(call), call.x
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_CHANNELS_LAST)
 
 
-def _bsr_conv2d_backward(
-    grad: Tensor, x: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, bias: Tensor | None,
-    y: Tensor | None, transposed: Tensor | None, weight_shape: Sequence[int], block_shape: Sequence[int],
-    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], epilogue: str, kernel: str,
-    output_mask: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _bsr_linear(call: BSRLinearCall) -> Tensor:
+    _check_linear(call)
+    _check_contents("bsr_linear", call)
+    x, values, crow, col, bias, packed, weight_shape, block_shape, epilogue, kernel, _ = call
+    block = (block_shape[0], block_shape[1])
+    out_features, in_features = weight_shape
+    rows = x.numel() // in_features
+    sizes = (rows, in_features, out_features, block, values.shape[0], x.dtype, x.device.type, epilogue)
+    launch = launcher(kernel, x.get_device(), LinearProblem, *sizes)
+    weight = (values, crow.contiguous(), col.contiguous())
+    return launch(x.contiguous(), *weight, bias, packed, weight_shape, block, epilogue).contiguous()
+
+
+def _bsr_linear_fake(call: BSRLinearCall) -> Tensor:
+    _check_linear(call)
+    return call.x.new_empty((*call.x.shape[:-1], call.weight_shape[0]))
+
+
+def _bsr_conv2d_backward(call: BSRConv2dBackwardCall) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, values and bias; an empty tensor where ``output_mask`` is False.
 
     Both gradient kernels read every element of ``grad`` many times, so the epilogue's mask is applied once before them
     rather than in their main loops. ``relu_maxpool2`` kept no output: it is computed again and overwritten with the
     gradient. The bias gradient is a pass of its own: block rows without stored blocks have one too.
     """
-    block = (block_shape[0], block_shape[1])
     op = "bsr_conv2d_backward"
-    shape = _conv2d_output_shape(
-        x, values, crow_indices, col_indices, bias, weight_shape, block_shape, stride, padding, dilation, epilogue,
-        transposed,
-    )  # fmt: skip
+    shape = _conv2d_output_shape(call)
+    grad, x, y, epilogue = call.grad, call.x, call.y, call.epilogue
     check_floating(op, x, grad=grad, y=y)
     if tuple(grad.shape) != shape or (epilogue == "relu" and (y is None or tuple(y.shape) != shape)):
         raise ValueError(
             f"{op}: expected grad, and y with the epilogue 'relu', of shape {shape}, "
             f"got {tuple(grad.shape)} and {None if y is None else tuple(y.shape)}"
         )
-    check_pattern(op, crow_indices, col_indices, weight_shape, block)
-    if transposed is not None and output_mask[0]:
-        check_transposed(op, transposed, crow_indices, col_indices, weight_shape, block, stride, dilation)
+    block = (call.block_shape[0], call.block_shape[1])
+    pattern = call.crow_indices, call.col_indices, call.weight_shape, block
+    need_x, need_values, need_bias = call.output_mask
+    check_pattern(op, *pattern)
+    if call.transposed is not None and need_x:
+        check_transposed(op, call.transposed, *pattern, call.stride, call.dilation)
 
     def launch(op: str, *args: Any) -> Tensor:
-        return resolve_gradient(kernel, Request(op, x.dtype, x.device.type, block, "none"), stride).launch(*args)
+        request = Request(op, x.dtype, x.device.type, block, "none")
+        return resolve_gradient(call.kernel, request, call.stride).launch(*args)
 
     grad = grad.contiguous(memory_format=_CHANNELS_LAST)
     if epilogue == "relu":
         grad = torch.ops.aten.threshold_backward(grad, y, 0)
     elif epilogue == "relu_maxpool2":
-        y = _bsr_conv2d(
-            x, values, crow_indices, col_indices, bias, (), weight_shape, block_shape, stride, padding, dilation,
-            "relu", kernel,
-        )  # fmt: skip
-        grad = launch("relu_maxpool2_backward", grad, y)
-    need_x, need_values, need_bias = output_mask
-    weight = (values.contiguous(), crow_indices.contiguous(), col_indices.contiguous())
-    transposed = transposed if transposed is None else transposed.contiguous()
-    geometry = (weight_shape, block, stride, padding, dilation)
+        grad = launch("relu_maxpool2_backward", grad, _bsr_conv2d(_forward_of(call, "relu")))
+    weight = (call.values.contiguous(), call.crow_indices.contiguous(), call.col_indices.contiguous())
+    transposed = None if call.transposed is None else call.transposed.contiguous()
+    geometry = (call.weight_shape, block, call.stride, call.padding, call.dilation)
     grad_x, grad_values = x.new_empty(0), x.new_empty(0)
     if need_x:
-        grad_x = with_channels_last_strides(
-            launch("bsr_conv2d_dgrad", grad, *weight, transposed, tuple(x.shape[2:]), *geometry)
-        )
+        grad_x = launch("bsr_conv2d_dgrad", grad, *weight, transposed, tuple(x.shape[2:]), *geometry)
+        grad_x = with_channels_last_strides(grad_x)
     if need_values:
-        x = x.contiguous(memory_format=_CHANNELS_LAST)
-        grad_values = launch("bsr_conv2d_wgrad", grad, x, *weight, *geometry)
+        x_of_images = x.contiguous(memory_format=_CHANNELS_LAST)
+        grad_values = launch("bsr_conv2d_wgrad", grad, x_of_images, *weight, *geometry)
     return grad_x, grad_values, launch("bsr_conv2d_bias_grad", grad) if need_bias else x.new_empty(0)
 
 
-def _bsr_conv2d_backward_fake(
-    grad: Tensor, x: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, bias: Tensor | None,
-    y: Tensor | None, transposed: Tensor | None, weight_shape: Sequence[int], block_shape: Sequence[int],
-    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], epilogue: str, kernel: str,
-    output_mask: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    need_x, need_values, need_bias = output_mask
-    return (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=_CHANNELS_LAST)
-        if need_x
-        else x.new_empty(0),
-        torch.empty_like(values, memory_format=torch.contiguous_format) if need_values else x.new_empty(0),
-        x.new_empty(weight_shape[0] if need_bias else 0),
-    )
+def _forward_of(call: BSRConv2dBackwardCall, epilogue: str) -> BSRConv2dCall:
+    """The forward that a backward belongs to, with another epilogue and without a pack."""
+    tensors = (call.x, call.values, call.crow_indices, call.col_indices, call.bias)
+    return BSRConv2dCall(*tensors, packed=(), **{**_settings(call), "epilogue": epilogue})
 
 
-def _bsr_linear(
-    x: Tensor,
-    values: Tensor,
-    crow_indices: Tensor,
-    col_indices: Tensor,
-    bias: Tensor | None,
-    packed: Sequence[Tensor],
-    weight_shape: Sequence[int],
-    block_shape: Sequence[int],
-    epilogue: str,
-    kernel: str,
-    transposed: Tensor | None = None,
-) -> Tensor:
-    _check_linear(x, values, crow_indices, col_indices, bias, weight_shape, block_shape, epilogue, transposed)
-    block = (block_shape[0], block_shape[1])
-    _check_contents("bsr_linear", crow_indices, col_indices, packed, weight_shape, block)
-    rows = x.numel() // weight_shape[1]
-    launch = launcher(
-        kernel, x.get_device(), LinearProblem, rows, weight_shape[1], weight_shape[0], block, values.shape[0], x.dtype,
-        x.device.type, epilogue,
-    )  # fmt: skip
-    return launch(
-        x.contiguous(),
-        values,
-        crow_indices.contiguous(),
-        col_indices.contiguous(),
-        bias,
-        packed,
-        weight_shape,
-        block,
-        epilogue,
-    ).contiguous()
-
-
-def _check_linear(
-    x: Tensor,
-    values: Tensor,
-    crow: Tensor,
-    col: Tensor,
-    bias: Tensor | None,
-    weight_shape: Sequence[int],
-    block_shape: Sequence[int],
-    epilogue: str,
-    transposed: Tensor | None,
-) -> None:
-    if len(weight_shape) != 2 or len(block_shape) != 2:
-        raise ValueError(
-            f"bsr_linear: expected weight_shape (out, in) and block_shape (block_out, block_in), "
-            f"got {tuple(weight_shape)}, {tuple(block_shape)}"
-        )
-    if x.dim() < 1 or x.shape[-1] != weight_shape[1]:
-        raise ValueError(f"bsr_linear: expected x of shape (..., {weight_shape[1]}), got {tuple(x.shape)}")
-    _check_weight("bsr_linear", x, values, crow, col, bias, weight_shape, block_shape, epilogue, transposed)
-
-
-def _bsr_linear_fake(
-    x: Tensor,
-    values: Tensor,
-    crow_indices: Tensor,
-    col_indices: Tensor,
-    bias: Tensor | None,
-    packed: Sequence[Tensor],
-    weight_shape: Sequence[int],
-    block_shape: Sequence[int],
-    epilogue: str,
-    kernel: str,
-    transposed: Tensor | None = None,
-) -> Tensor:
-    _check_linear(x, values, crow_indices, col_indices, bias, weight_shape, block_shape, epilogue, transposed)
-    return x.new_empty((*x.shape[:-1], weight_shape[0]))
+def _bsr_conv2d_backward_fake(call: BSRConv2dBackwardCall) -> tuple[Tensor, Tensor, Tensor]:
+    x, values = call.x, call.values
+    need_x, need_values, need_bias = call.output_mask
+    grad_x = grad_values = x.new_empty(0)
+    if need_x:
+        grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=_CHANNELS_LAST)
+    if need_values:
+        grad_values = torch.empty_like(values, memory_format=torch.contiguous_format)
+    return grad_x, grad_values, x.new_empty(call.weight_shape[0] if need_bias else 0)
 
 
 register("bsr_conv2d", _bsr_conv2d, _bsr_conv2d_fake)
@@ -295,18 +227,28 @@ register("bsr_conv2d_backward", _bsr_conv2d_backward, _bsr_conv2d_backward_fake)
 register("bsr_linear", _bsr_linear, _bsr_linear_fake)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, crow, col, bias, packed, *arguments, transposed = inputs
-    epilogue = arguments[-2]
-    ctx.save_for_backward(x, values, crow, col, bias, output if epilogue == "relu" else None, transposed)
-    ctx.arguments, ctx.packed_count = arguments, len(packed)
+# Autograd
+
+_SETTINGS = ("weight_shape", "block_shape", "stride", "padding", "dilation", "epilogue", "kernel")
+
+
+def _settings(call: _BSRCall) -> dict[str, Any]:
+    """The arguments of a call that are no tensors, by name."""
+    return {name: getattr(call, name) for name in _SETTINGS if name in call._fields}
+
+
+def _setup_context(ctx: Any, call: BSRConv2dCall | BSRLinearCall, output: Tensor) -> None:
+    y = output if call.epilogue == "relu" else None
+    weight = call.values, call.crow_indices, call.col_indices
+    ctx.save_for_backward(call.x, *weight, call.bias, y, call.transposed)
+    ctx.settings, ctx.packed_count = _settings(call), len(call.packed)
 
 
 def _gradients(ctx: Any, grads: tuple[Tensor, Tensor, Tensor]) -> tuple[Any, ...]:
     """One gradient for each argument that reached autograd: torch's dispatcher leaves out a last one at its default,
     and up to torch 2.11 one gradient more than arguments is an error where an argument is a list of tensors.
     """
-    need_x, need_values, need_bias = (ctx.needs_input_grad[i] for i in (0, 1, 4))
+    need_x, need_values, need_bias = _output_mask(ctx)
     grad_x, grad_values, grad_bias = grads
     first = (
         grad_x if need_x else None,
@@ -320,23 +262,31 @@ def _gradients(ctx: Any, grads: tuple[Tensor, Tensor, Tensor]) -> tuple[Any, ...
 
 
 def _output_mask(ctx: Any) -> list[bool]:
-    return [ctx.needs_input_grad[i] for i in (0, 1, 4)]
+    needs = BSRConv2dCall._fields.index
+    return [ctx.needs_input_grad[needs(name)] for name in ("x", "values", "bias")]
 
 
 def _bsr_conv2d_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    grads = OPS.bsr_conv2d_backward(grad, *ctx.saved_tensors, *ctx.arguments, _output_mask(ctx))
-    return _gradients(ctx, grads)
+    settings = {**ctx.settings, "output_mask": _output_mask(ctx)}
+    call = BSRConv2dBackwardCall(grad, *ctx.saved_tensors, **settings)
+    return _gradients(ctx, OPS.bsr_conv2d_backward(*call))
 
 
 def _bsr_linear_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, *weight, y, transposed = ctx.saved_tensors
-    weight_shape, block_shape, epilogue, kernel = ctx.arguments
-    grad = grad.reshape(-1, grad.shape[-1], 1, 1)
-    rows, y = (None if t is None else t.reshape(-1, t.shape[-1], 1, 1) for t in (x, y))
-    grad_x, grad_values, grad_bias = OPS.bsr_conv2d_backward(
-        grad, rows, *weight, y, transposed, [*weight_shape, 1, 1], block_shape, [1, 1], [0, 0], [1, 1], epilogue,
-        kernel, _output_mask(ctx),
-    )  # fmt: skip
+    """That of the 1x1 convolution of images of one pixel, one image a row."""
+    x, values, crow, col, bias, y, transposed = ctx.saved_tensors
+    pixels: list[Any] = [None if t is None else t.reshape(-1, t.shape[-1], 1, 1) for t in (grad, x, y)]
+    rows_of_grad, rows, rows_of_y = pixels
+    settings = {
+        **ctx.settings,
+        "weight_shape": [*ctx.settings["weight_shape"], 1, 1],
+        "stride": [1, 1],
+        "padding": [0, 0],
+        "dilation": [1, 1],
+        "output_mask": _output_mask(ctx),
+    }
+    call = BSRConv2dBackwardCall(rows_of_grad, rows, values, crow, col, bias, rows_of_y, transposed, **settings)
+    grad_x, grad_values, grad_bias = OPS.bsr_conv2d_backward(*call)
     if ctx.needs_input_grad[0]:
         grad_x = grad_x.reshape(x.shape)
     return _gradients(ctx, (grad_x, grad_values, grad_bias))
@@ -346,41 +296,53 @@ def _second_derivative(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     raise NotImplementedError("bsr_conv2d: expected to be differentiated once, got a second derivative")
 
 
-torch.library.register_autograd(
-    "slimkernels::bsr_conv2d", _bsr_conv2d_autograd, setup_context=_setup_context, lib=LIBRARY
-)
-torch.library.register_autograd(
-    "slimkernels::bsr_linear", _bsr_linear_autograd, setup_context=_setup_context, lib=LIBRARY
-)
-torch.library.register_autograd("slimkernels::bsr_conv2d_backward", _second_derivative, lib=LIBRARY)
+register_gradient("bsr_conv2d", _bsr_conv2d_autograd, _setup_context)
+register_gradient("bsr_linear", _bsr_linear_autograd, _setup_context)
+register_gradient("bsr_conv2d_backward", _second_derivative)
 
 
-def _autocast(kernel_at: int, device: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+# Autocast
+
+
+def _autocast(device: str, call: BSRConv2dCall | BSRLinearCall) -> tuple[Any, ...]:
     """On CUDA, cast to the autocast dtype unless an explicit kernel does not take it; elsewhere keep float32.
 
     The CPU kernels are float32: casting down would trade them for the reference.
     """
-    kernel = args[kernel_at]
     dtype = torch.get_autocast_dtype(device) if device == "cuda" else torch.float32
-    if kernel in KERNELS and dtype not in KERNELS[kernel].dtypes:
+    if call.kernel in KERNELS and dtype not in KERNELS[call.kernel].dtypes:
         dtype = torch.float32
-    packed = list(args[5])
-    if args[1].dtype != dtype and any(part.is_floating_point() for part in packed):
-        packed = []  # a pack of weights in another dtype; an order of blocks holds for every dtype
-    return cast_floats((*args[:5], packed, *args[6:]), dtype)
+    packed = list(call.packed)
+    if call.values.dtype != dtype and kind_of(packed) is not ForwardOrder:
+        packed = []  # weights in another dtype; an order of blocks holds for every dtype
+    return cast_floats(call._replace(packed=packed), dtype)
 
 
-register_autocast("bsr_conv2d", partial(_autocast, 12))
-register_autocast("bsr_linear", partial(_autocast, 9))
-register_autocast("bsr_conv2d_backward", lambda device, args: args)
+register_autocast("bsr_conv2d", _autocast)
+register_autocast("bsr_linear", _autocast)
+register_autocast("bsr_conv2d_backward", lambda device, call: call)
+
+
+# The functions
 
 
 def bsr_conv2d(
-    x: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, bias: Tensor | None = None,
-    packed: Sequence[Tensor] = (), *, weight_shape: Sequence[int], block_shape: Sequence[int],
-    stride: Sequence[int] = (1, 1), padding: Sequence[int] = (0, 0), dilation: Sequence[int] = (1, 1),
-    epilogue: str = "none", kernel: str = "auto", transposed: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    bias: Tensor | None = None,
+    packed: Sequence[Tensor] = (),
+    *,
+    weight_shape: Sequence[int],
+    block_shape: Sequence[int],
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    epilogue: str = "none",
+    kernel: str = "auto",
+    transposed: Tensor | None = None,
+) -> Tensor:
     """Block-sparse 2-D convolution (cross-correlation, as torch's), groups = 1.
 
     Inputs with tangents of forward-mode differentiation run the reference kernel, whose derivatives are torch's.
@@ -412,24 +374,29 @@ def bsr_conv2d(
         ValueError: wrong shapes, devices, epilogue, indices, pack; a kernel that is unknown or cannot run here.
         TypeError: wrong dtypes.
     """
+    weight, geometry = (values, crow_indices, col_indices), (weight_shape, block_shape, stride, padding, dilation)
+    call = BSRConv2dCall(x, *weight, bias, list(packed), *geometry, epilogue, kernel, transposed)
     if has_tangent(x, values, bias):
-        weight = (values, crow_indices, col_indices)
-        sizes = (weight_shape, block_shape, stride, padding, dilation)
-        _conv2d_output_shape(x, *weight, bias, *sizes, epilogue, transposed)
+        _conv2d_output_shape(call)
         check_pattern("bsr_conv2d", crow_indices, col_indices, weight_shape, block_shape)
-        return reference.bsr_conv2d(x, *weight, bias, (), *sizes, epilogue)
-    run = _bsr_conv2d if runs_plainly(x, values, crow_indices, col_indices, bias) else OPS.bsr_conv2d.default
-    return run(
-        x, values, crow_indices, col_indices, bias, list(packed), weight_shape, block_shape, stride, padding, dilation,
-        epilogue, kernel, transposed,
-    )  # fmt: skip
+        return reference.bsr_conv2d(x, *weight, bias, (), *geometry, epilogue)
+    return _bsr_conv2d(call) if runs_plainly(x, *weight, bias) else OPS.bsr_conv2d.default(*call)
 
 
 def bsr_linear(
-    x: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, bias: Tensor | None = None,
-    packed: Sequence[Tensor] = (), *, weight_shape: Sequence[int], block_shape: Sequence[int], epilogue: str = "none",
-    kernel: str = "auto", transposed: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    bias: Tensor | None = None,
+    packed: Sequence[Tensor] = (),
+    *,
+    weight_shape: Sequence[int],
+    block_shape: Sequence[int],
+    epilogue: str = "none",
+    kernel: str = "auto",
+    transposed: Tensor | None = None,
+) -> Tensor:
     """Block-sparse linear layer ``epilogue(x W^T + bias)``; forward-mode differentiation as `bsr_conv2d`.
 
     Args:
@@ -453,13 +420,10 @@ def bsr_linear(
         ValueError: wrong shapes, devices, epilogue, indices, pack; a kernel that is unknown or cannot run here.
         TypeError: wrong dtypes.
     """
+    weight, sizes = (values, crow_indices, col_indices), (weight_shape, block_shape)
+    call = BSRLinearCall(x, *weight, bias, list(packed), *sizes, epilogue, kernel, transposed)
     if has_tangent(x, values, bias):
-        weight = (values, crow_indices, col_indices)
-        _check_linear(x, *weight, bias, weight_shape, block_shape, epilogue, transposed)
+        _check_linear(call)
         check_pattern("bsr_linear", crow_indices, col_indices, weight_shape, block_shape)
-        return reference.bsr_linear(x, *weight, bias, (), weight_shape, block_shape, epilogue)
-    run = _bsr_linear if runs_plainly(x, values, crow_indices, col_indices, bias) else OPS.bsr_linear.default
-    return run(
-        x, values, crow_indices, col_indices, bias, list(packed), weight_shape, block_shape, epilogue, kernel,
-        transposed,
-    )  # fmt: skip
+        return reference.bsr_linear(x, *weight, bias, (), *sizes, epilogue)
+    return _bsr_linear(call) if runs_plainly(x, *weight, bias) else OPS.bsr_linear.default(*call)

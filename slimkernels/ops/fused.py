@@ -11,9 +11,9 @@ from torch import Tensor
 from slimkernels.dispatch.select import launcher
 from slimkernels.kernels import KERNELS, reference
 from slimkernels.kernels.far_taps import convolution, convolution_backward
-from slimkernels.kernels.problems import FusedConvProblem, check_geometry, conv_output_size
+from slimkernels.kernels.problems import FusedConvProblem, check_geometry, conv_output_image
+from slimkernels.ops.calls import FusedConv2dCall
 from slimkernels.ops.library import (
-    LIBRARY,
     OPS,
     cast_floats,
     check_bias,
@@ -22,6 +22,7 @@ from slimkernels.ops.library import (
     has_tangent,
     register,
     register_autocast,
+    register_gradient,
     runs_plainly,
     with_channels_last_strides,
 )
@@ -29,84 +30,48 @@ from slimkernels.ops.library import (
 _OP = "fused_conv2d"
 
 
-def _output_shape(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    epilogue: str,
-) -> tuple[int, int, int, int]:
+def _output_shape(call: FusedConv2dCall) -> tuple[int, int, int, int]:
     """The checked output shape."""
-    check_epilogue(_OP, epilogue)
+    x, weight, bias = call.x, call.weight, call.bias
+    check_epilogue(_OP, call.epilogue)
     check_floating(_OP, x, weight=weight, bias=bias)
     if weight.dim() != 4 or min(weight.shape) < 1:
         raise ValueError(f"{_OP}: expected weight of shape (C_out, C_in, R, S), got {tuple(weight.shape)}")
     if x.dim() != 4 or x.shape[1] != weight.shape[1]:
         raise ValueError(f"{_OP}: expected x of shape (N, {weight.shape[1]}, H, W), got {tuple(x.shape)}")
-    check_geometry(_OP, stride, padding, dilation)
+    geometry = call.stride, call.padding, call.dilation
+    check_geometry(_OP, *geometry)
     check_bias(_OP, bias, weight.shape[0])
-    p, q = (conv_output_size(x.shape[2 + i], weight.shape[2 + i], stride[i], padding[i], dilation[i]) for i in range(2))
-    if epilogue == "relu_maxpool2":
+    p, q = conv_output_image(x.shape[2:], weight.shape[2:], *geometry)
+    if call.epilogue == "relu_maxpool2":
         p, q = p // 2, q // 2
     if p < 1 or q < 1:
         raise ValueError(f"{_OP}: expected an output of at least 1x1, got {p}x{q} from x of shape {tuple(x.shape)}")
     return x.shape[0], weight.shape[0], p, q
 
 
-def _fused_conv2d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    epilogue: str,
-    kernel: str,
-) -> Tensor:
-    _output_shape(x, weight, bias, stride, padding, dilation, epilogue)
-    c_out, c_in, r, s = weight.shape
-    launch = launcher(
-        kernel,
-        x.get_device(),
-        FusedConvProblem,
-        x.shape[0],
-        c_in,
-        *x.shape[2:],
-        c_out,
-        r,
-        s,
-        tuple(stride),
-        tuple(padding),
-        tuple(dilation),
-        x.dtype,
-        x.device.type,
-        epilogue,
-    )
+def _fused_conv2d(call: FusedConv2dCall) -> Tensor:
+    _output_shape(call)
+    x, weight, bias, stride, padding, dilation, epilogue, kernel = call
+    n, c_in, h, w = x.shape
+    c_out, _, r, s = weight.shape
+    geometry = tuple(stride), tuple(padding), tuple(dilation)
+    sizes = (n, c_in, h, w, c_out, r, s, *geometry, x.dtype, x.device.type, epilogue)
+    launch = launcher(kernel, x.get_device(), FusedConvProblem, *sizes)
     return with_channels_last_strides(launch(x, weight, bias, stride, padding, dilation, epilogue))
 
 
-def _fused_conv2d_fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    epilogue: str,
-    kernel: str,
-) -> Tensor:
-    shape = _output_shape(x, weight, bias, stride, padding, dilation, epilogue)
+def _fused_conv2d_fake(call: FusedConv2dCall) -> Tensor:
+    shape, x = _output_shape(call), call.x
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 register(_OP, _fused_conv2d, _fused_conv2d_fake)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, *ctx.geometry, ctx.epilogue, _ = inputs
-    ctx.save_for_backward(x, weight, bias, output if ctx.epilogue == "relu" else None)
+def _setup_context(ctx: Any, call: FusedConv2dCall, output: Tensor) -> None:
+    ctx.geometry, ctx.epilogue = (call.stride, call.padding, call.dilation), call.epilogue
+    ctx.save_for_backward(call.x, call.weight, call.bias, output if call.epilogue == "relu" else None)
 
 
 def _autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -125,15 +90,15 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return grad_x, grad_weight, grad.sum((0, 2, 3)) if need_bias else None, *[None] * 5
 
 
-torch.library.register_autograd(f"slimkernels::{_OP}", _autograd, setup_context=_setup_context, lib=LIBRARY)
+register_gradient(_OP, _autograd, _setup_context)
 
 
-def _autocast(device: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def _autocast(device: str, call: FusedConv2dCall) -> tuple[Any, ...]:
     """Cast to the autocast dtype, or to float32 where an explicit kernel does not take that."""
-    kernel, dtype = args[-1], torch.get_autocast_dtype(device)
-    if kernel in KERNELS and dtype not in KERNELS[kernel].dtypes:
+    dtype = torch.get_autocast_dtype(device)
+    if call.kernel in KERNELS and dtype not in KERNELS[call.kernel].dtypes:
         dtype = torch.float32
-    return cast_floats(args, dtype)
+    return cast_floats(call, dtype)
 
 
 register_autocast(_OP, _autocast)
@@ -172,9 +137,8 @@ def fused_conv2d(
         ValueError: wrong shapes, devices, epilogue; a kernel that is unknown or cannot run here.
         TypeError: wrong dtypes.
     """
+    call = FusedConv2dCall(x, weight, bias, stride, padding, dilation, epilogue, kernel)
     if has_tangent(x, weight, bias):
-        geometry = (stride, padding, dilation, epilogue)
-        _output_shape(x, weight, bias, *geometry)
-        return reference.fused_conv2d(x, weight, bias, *geometry)
-    run = _fused_conv2d if runs_plainly(x, weight, bias) else OPS.fused_conv2d.default
-    return run(x, weight, bias, stride, padding, dilation, epilogue, kernel)
+        _output_shape(call)
+        return reference.fused_conv2d(x, weight, bias, stride, padding, dilation, epilogue)
+    return _fused_conv2d(call) if runs_plainly(x, weight, bias) else OPS.fused_conv2d.default(*call)

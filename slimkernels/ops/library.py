@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 
 from slimkernels.kernels import EPILOGUES
+from slimkernels.ops.calls import CALLS
 from slimkernels.tensors import is_plain
 
 
@@ -55,21 +56,38 @@ for _schema in _SCHEMAS:
 
 
 def register(name: str, impl: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Registers an op's implementation for CPU and CUDA tensors and its fake."""
+    """Registers an op's implementation for CPU and CUDA tensors and its fake; both take the record of its arguments."""
+    call = CALLS[name]
     for key in ("CPU", "CUDA"):
-        LIBRARY.impl(name, impl, key)
-    torch.library.register_fake(f"slimkernels::{name}", fake, lib=LIBRARY)
+        LIBRARY.impl(name, lambda *args: impl(call(*args)), key)
+    torch.library.register_fake(f"slimkernels::{name}", lambda *args: fake(call(*args)), lib=LIBRARY)
 
 
-def register_autocast(name: str, cast: Callable[[str, tuple[Any, ...]], tuple[Any, ...]]) -> None:
-    """Registers ``cast(device_type, args) -> args`` to run under autocast before the op."""
-    op = getattr(torch.ops.slimkernels, name).default
+def _no_context(ctx: Any, call: Any, output: Any) -> None:
+    """For a derivative that needs nothing of the call."""
+
+
+def register_gradient(
+    name: str, backward: Callable[..., Any], setup_context: Callable[..., None] = _no_context
+) -> None:
+    """Registers an op's derivative: ``setup_context(ctx, call, output)`` and ``backward(ctx, *grads)``, as torch's."""
+    call = CALLS[name]
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        setup_context(ctx, call(*inputs), output)
+
+    torch.library.register_autograd(f"slimkernels::{name}", backward, setup_context=setup, lib=LIBRARY)
+
+
+def register_autocast(name: str, cast: Callable[[str, Any], tuple[Any, ...]]) -> None:
+    """Registers ``cast(device_type, call)``, which gives the arguments of the op, to run under autocast before it."""
+    op, call = getattr(torch.ops.slimkernels, name).default, CALLS[name]
     for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
         keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
         def impl(*args: Any, device: str = device, keyset: Any = keyset) -> Any:
             with torch._C._ExcludeDispatchKeyGuard(keyset):
-                return op(*cast(device, args))
+                return op(*cast(device, call(*args)))
 
         LIBRARY.impl(name, impl, key)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,11 +18,11 @@ from slimkernels.kernels.problems import (
     LowRankLinearProblem,
     Request,
     check_geometry,
-    conv_output_size,
+    conv_output_image,
     factor_geometry,
 )
+from slimkernels.ops.calls import LowRankConv2dCall, LowRankLinearCall, LowRankLinearDgradCall
 from slimkernels.ops.library import (
-    LIBRARY,
     OPS,
     cast_floats,
     check_bias,
@@ -32,14 +31,15 @@ from slimkernels.ops.library import (
     has_tangent,
     register,
     register_autocast,
+    register_gradient,
     runs_plainly,
     with_channels_last_strides,
 )
 
 
-def _check_linear(x: Tensor, U: Tensor, V: Tensor, bias: Tensor | None, epilogue: str) -> None:
-    op = "low_rank_linear"
-    check_epilogue(op, epilogue)
+def _check_linear(call: LowRankLinearCall) -> None:
+    op, x, U, V, bias = "low_rank_linear", call.x, call.U, call.V, call.bias
+    check_epilogue(op, call.epilogue)
     check_floating(op, x, U=U, V=V, bias=bias)
     if U.dim() != 2 or V.dim() != 2 or U.shape[1] != V.shape[0] or min(*U.shape, *V.shape) < 1:
         raise ValueError(
@@ -51,132 +51,79 @@ def _check_linear(x: Tensor, U: Tensor, V: Tensor, bias: Tensor | None, epilogue
     check_bias(op, bias, U.shape[0])
 
 
-def _without_pack(kernel: str, op: str, x: Tensor, packed: Sequence[Tensor]) -> str:
-    """``kernel``, or torch's layers where ``auto`` would choose a CPU kernel and pack the weight in every call."""
-    if kernel == "auto" and not packed and x.device.type == "cpu" and env.backend() == "auto":
+def _without_pack(op: str, call: LowRankLinearCall | LowRankConv2dCall) -> str:
+    """The kernel, or torch's layers where ``auto`` would choose a CPU kernel and pack the weight in every call."""
+    if call.kernel == "auto" and not call.packed and call.x.device.type == "cpu" and env.backend() == "auto":
         return f"{op}__reference"
-    return kernel
+    return call.kernel
 
 
-def _low_rank_linear(
-    x: Tensor, U: Tensor, V: Tensor, bias: Tensor | None, packed: Sequence[Tensor], epilogue: str, kernel: str
-) -> Tensor:
-    _check_linear(x, U, V, bias, epilogue)
+def _low_rank_linear(call: LowRankLinearCall) -> Tensor:
+    _check_linear(call)
+    x, U, V, bias, packed, epilogue, _ = call
     rank, in_features = V.shape
-    launch = launcher(
-        _without_pack(kernel, "low_rank_linear", x, packed),
-        x.get_device(),
-        LowRankLinearProblem,
-        x.numel() // max(in_features, 1),
-        in_features,
-        U.shape[0],
-        rank,
-        x.dtype,
-        x.device.type,
-        epilogue,
-    )
+    rows = x.numel() // max(in_features, 1)
+    sizes = (rows, in_features, U.shape[0], rank, x.dtype, x.device.type, epilogue)
+    launch = launcher(_without_pack("low_rank_linear", call), x.get_device(), LowRankLinearProblem, *sizes)
     return launch(x.contiguous(), U.contiguous(), V.contiguous(), bias, packed, epilogue).contiguous()
 
 
-def _low_rank_linear_fake(
-    x: Tensor, U: Tensor, V: Tensor, bias: Tensor | None, packed: Sequence[Tensor], epilogue: str, kernel: str
-) -> Tensor:
-    _check_linear(x, U, V, bias, epilogue)
-    return x.new_empty((*x.shape[:-1], U.shape[0]))
+def _low_rank_linear_fake(call: LowRankLinearCall) -> Tensor:
+    _check_linear(call)
+    return call.x.new_empty((*call.x.shape[:-1], call.U.shape[0]))
 
 
-def _conv2d_output_shape(
-    x: Tensor,
-    factors: Sequence[Tensor],
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    kind: str,
-    epilogue: str,
-) -> tuple[int, int, int, int]:
+def _conv2d_output_shape(call: LowRankConv2dCall) -> tuple[int, int, int, int]:
     """The checked output shape of `low_rank_conv2d`."""
-    op = "low_rank_conv2d"
-    check_epilogue(op, epilogue)
-    obstacle = factor_obstacle(kind, tuple(tuple(f.shape) for f in factors))
+    op, x, factors = "low_rank_conv2d", call.x, call.factors
+    check_epilogue(op, call.epilogue)
+    obstacle = factor_obstacle(call.kind, tuple(tuple(f.shape) for f in factors))
     if obstacle is not None:
         raise ValueError(f"{op}: {obstacle}")
-    check_floating(op, x, **{f"factors[{i}]": f for i, f in enumerate(factors)}, bias=bias)
+    check_floating(op, x, **{f"factors[{i}]": f for i, f in enumerate(factors)}, bias=call.bias)
     positive = all(min(f.shape) > 0 for f in factors)
     if not positive or factors[0].dim() != 4 or x.dim() != 4 or x.shape[1] != factors[0].shape[1]:
         raise ValueError(
             f"{op}: expected x of shape (N, {factors[0].shape[1]}, H, W) and 4-D factors of positive sizes, "
             f"got {tuple(x.shape)} and {[tuple(f.shape) for f in factors]}"
         )
-    check_geometry(op, stride, padding, dilation)
-    check_bias(op, bias, factors[-1].shape[0])
-    h, w = x.shape[2:]
-    for factor, (s, p, d) in zip(factors, _geometry(factors, stride, padding, dilation, kind)):
-        h = conv_output_size(h, factor.shape[2], s[0], p[0], d[0])
-        w = conv_output_size(w, factor.shape[3], s[1], p[1], d[1])
+    check_geometry(op, call.stride, call.padding, call.dilation)
+    check_bias(op, call.bias, factors[-1].shape[0])
+    image: Sequence[int] = x.shape[2:]
+    for factor, geometry in zip(factors, _geometry(call)):
+        image = conv_output_image(image, factor.shape[2:], *geometry)
+    h, w = image
     if h < 1 or w < 1:
         raise ValueError(f"{op}: expected an output of at least 1x1, got {h}x{w} from x of shape {tuple(x.shape)}")
     return x.shape[0], factors[-1].shape[0], h, w
 
 
-def _geometry(
-    factors: Sequence[Tensor], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], kind: str
-) -> list[Any]:
-    return factor_geometry(kind, len(factors), tuple(stride), tuple(padding), tuple(dilation))  # type: ignore[arg-type]
+def _geometry(call: LowRankConv2dCall) -> list[Any]:
+    """Stride, padding and dilation of every factor."""
+    geometry = tuple(call.stride), tuple(call.padding), tuple(call.dilation)
+    return factor_geometry(call.kind, len(call.factors), *geometry)  # type: ignore[arg-type]
 
 
-def _low_rank_conv2d(
-    x: Tensor,
-    factors: Sequence[Tensor],
-    bias: Tensor | None,
-    packed: Sequence[Tensor],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    kind: str,
-    epilogue: str,
-    kernel: str,
-) -> Tensor:
-    _conv2d_output_shape(x, factors, bias, stride, padding, dilation, kind, epilogue)
+def _low_rank_conv2d(call: LowRankConv2dCall) -> Tensor:
+    _conv2d_output_shape(call)
+    x, factors, bias, packed, stride, padding, dilation, kind, epilogue, _ = call
+    n, _, h, w = x.shape
     shapes = tuple(tuple(f.shape) for f in factors)
-    launch = launcher(
-        _without_pack(kernel, "low_rank_conv2d", x, packed),
-        x.get_device(),
-        LowRankConvProblem,
-        x.shape[0],
-        *x.shape[2:],
-        kind,
-        shapes,
-        tuple(stride),
-        tuple(padding),
-        tuple(dilation),
-        x.dtype,
-        x.device.type,
-        epilogue,
-    )
+    geometry = tuple(stride), tuple(padding), tuple(dilation)
+    sizes = (n, h, w, kind, shapes, *geometry, x.dtype, x.device.type, epilogue)
+    launch = launcher(_without_pack("low_rank_conv2d", call), x.get_device(), LowRankConvProblem, *sizes)
     x = x.contiguous(memory_format=torch.channels_last)
     return with_channels_last_strides(launch(x, factors, bias, packed, stride, padding, dilation, kind, epilogue))
 
 
-def _low_rank_conv2d_fake(
-    x: Tensor,
-    factors: Sequence[Tensor],
-    bias: Tensor | None,
-    packed: Sequence[Tensor],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    kind: str,
-    epilogue: str,
-    kernel: str,
-) -> Tensor:
-    shape = _conv2d_output_shape(x, factors, bias, stride, padding, dilation, kind, epilogue)
+def _low_rank_conv2d_fake(call: LowRankConv2dCall) -> Tensor:
+    shape, x = _conv2d_output_shape(call), call.x
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def _low_rank_linear_dgrad(grad: Tensor, U: Tensor, V: Tensor, kernel: str) -> tuple[Tensor, Tensor]:
+def _low_rank_linear_dgrad(call: LowRankLinearDgradCall) -> tuple[Tensor, Tensor]:
     """``(grad_x, grad_z)``, z = x V^T: the low-rank layer of grad with the factors' roles swapped, chosen as one."""
-    op = "low_rank_linear_dgrad"
+    op, (grad, U, V, kernel) = "low_rank_linear_dgrad", call
     check_floating(op, grad, U=U, V=V)
     if U.dim() != 2 or V.dim() != 2 or U.shape[1] != V.shape[0] or grad.shape[-1:] != U.shape[:1]:
         raise ValueError(
@@ -193,8 +140,9 @@ def _low_rank_linear_dgrad(grad: Tensor, U: Tensor, V: Tensor, kernel: str) -> t
     return grad_x, grad_z
 
 
-def _low_rank_linear_dgrad_fake(grad: Tensor, U: Tensor, V: Tensor, kernel: str) -> tuple[Tensor, Tensor]:
-    return grad.new_empty((*grad.shape[:-1], V.shape[1])), grad.new_empty((*grad.shape[:-1], V.shape[0]))
+def _low_rank_linear_dgrad_fake(call: LowRankLinearDgradCall) -> tuple[Tensor, Tensor]:
+    rows, (rank, in_features) = call.grad.shape[:-1], call.V.shape
+    return call.grad.new_empty((*rows, in_features)), call.grad.new_empty((*rows, rank))
 
 
 register("low_rank_linear", _low_rank_linear, _low_rank_linear_fake)
@@ -202,14 +150,13 @@ register("low_rank_linear_dgrad", _low_rank_linear_dgrad, _low_rank_linear_dgrad
 register("low_rank_conv2d", _low_rank_conv2d, _low_rank_conv2d_fake)
 
 
-def _linear_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, U, V, bias, packed, epilogue, kernel = inputs
-    ctx.save_for_backward(x, U, V, bias, output if epilogue == "relu" else None)
-    ctx.packed_count, ctx.kernel = len(packed), kernel
+def _linear_setup_context(ctx: Any, call: LowRankLinearCall, output: Tensor) -> None:
+    ctx.save_for_backward(call.x, call.U, call.V, output if call.epilogue == "relu" else None)
+    ctx.packed_count, ctx.kernel = len(call.packed), call.kernel
 
 
 def _linear_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, U, V, _bias, y = ctx.saved_tensors
+    x, U, V, y = ctx.saved_tensors
     if y is not None:
         grad = torch.ops.aten.threshold_backward(grad, y, 0)
     need_x, need_u, need_v, need_bias = ctx.needs_input_grad[:4]
@@ -233,9 +180,8 @@ def _linear_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     )
 
 
-def _dgrad_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    grad, U, V, _ = inputs
-    ctx.save_for_backward(grad, U, V, output[1])
+def _dgrad_setup_context(ctx: Any, call: LowRankLinearDgradCall, output: Any) -> None:
+    ctx.save_for_backward(call.grad, call.U, call.V, output[1])
 
 
 def _dgrad_autograd(ctx: Any, grad_grad_x: Tensor, grad_grad_z: Tensor) -> tuple[Any, ...]:
@@ -246,15 +192,13 @@ def _dgrad_autograd(ctx: Any, grad_grad_x: Tensor, grad_grad_z: Tensor) -> tuple
     return (inner @ U.t()).reshape(shape), grad.t() @ inner, grad_z.t() @ over_x, None
 
 
-def _conv2d_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, factors, bias, packed, stride, padding, dilation, kind, epilogue, _ = inputs
-    ctx.save_for_backward(x, bias, output if epilogue == "relu" else None, *factors)
-    ctx.packed_count = len(packed)
-    ctx.geometry = _geometry(factors, stride, padding, dilation, kind)
+def _conv2d_setup_context(ctx: Any, call: LowRankConv2dCall, output: Tensor) -> None:
+    ctx.save_for_backward(call.x, output if call.epilogue == "relu" else None, *call.factors)
+    ctx.packed_count, ctx.geometry = len(call.packed), _geometry(call)
 
 
 def _conv2d_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, _bias, y, *factors = ctx.saved_tensors
+    x, y, *factors = ctx.saved_tensors
     if y is not None:
         grad = torch.ops.aten.threshold_backward(grad, y, 0)
     grad = grad.contiguous(memory_format=torch.channels_last)
@@ -276,28 +220,22 @@ def _conv2d_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return grad if need_x else None, grad_factors, grad_bias, [None] * ctx.packed_count, *[None] * 6
 
 
-torch.library.register_autograd(
-    "slimkernels::low_rank_linear", _linear_autograd, setup_context=_linear_setup_context, lib=LIBRARY
-)
-torch.library.register_autograd(
-    "slimkernels::low_rank_linear_dgrad", _dgrad_autograd, setup_context=_dgrad_setup_context, lib=LIBRARY
-)
-torch.library.register_autograd(
-    "slimkernels::low_rank_conv2d", _conv2d_autograd, setup_context=_conv2d_setup_context, lib=LIBRARY
-)
+register_gradient("low_rank_linear", _linear_autograd, _linear_setup_context)
+register_gradient("low_rank_linear_dgrad", _dgrad_autograd, _dgrad_setup_context)
+register_gradient("low_rank_conv2d", _conv2d_autograd, _conv2d_setup_context)
 
 
-def _autocast(device: str, args: tuple[Any, ...], packed_at: int) -> tuple[Any, ...]:
+def _autocast(device: str, call: LowRankLinearCall | LowRankConv2dCall) -> tuple[Any, ...]:
     """Cast to the autocast dtype, or to float32 where a pack or an explicit kernel does not take that."""
-    kernel, packed, dtype = args[-1], list(args[packed_at]), torch.get_autocast_dtype(device)
-    if packed or (kernel in KERNELS and dtype not in KERNELS[kernel].dtypes):
+    dtype = torch.get_autocast_dtype(device)
+    if call.packed or (call.kernel in KERNELS and dtype not in KERNELS[call.kernel].dtypes):
         dtype = torch.float32
-    return (*cast_floats(args[:packed_at], dtype), packed, *args[packed_at + 1 :])
+    return cast_floats(call, dtype)
 
 
-register_autocast("low_rank_linear_dgrad", lambda device, args: args)
-register_autocast("low_rank_linear", partial(_autocast, packed_at=4))
-register_autocast("low_rank_conv2d", partial(_autocast, packed_at=3))
+register_autocast("low_rank_linear_dgrad", lambda device, call: call)
+register_autocast("low_rank_linear", _autocast)
+register_autocast("low_rank_conv2d", _autocast)
 
 
 def low_rank_linear(
@@ -331,11 +269,11 @@ def low_rank_linear(
         ValueError: wrong shapes, devices, epilogue; a kernel that is unknown or cannot run here.
         TypeError: wrong dtypes.
     """
+    call = LowRankLinearCall(x, U, V, bias, list(packed), epilogue, kernel)
     if has_tangent(x, U, V, bias):
-        _check_linear(x, U, V, bias, epilogue)
+        _check_linear(call)
         return reference.low_rank_linear(x, U, V, bias, (), epilogue)
-    run = _low_rank_linear if runs_plainly(x, U, V, bias) else OPS.low_rank_linear.default
-    return run(x, U, V, bias, list(packed), epilogue, kernel)
+    return _low_rank_linear(call) if runs_plainly(x, U, V, bias) else OPS.low_rank_linear.default(*call)
 
 
 def low_rank_conv2d(
@@ -376,9 +314,8 @@ def low_rank_conv2d(
         TypeError: wrong dtypes.
     """
     factors = list(factors)
+    call = LowRankConv2dCall(x, factors, bias, list(packed), stride, padding, dilation, kind, epilogue, kernel)
     if has_tangent(x, *factors, bias):
-        geometry = (stride, padding, dilation, kind, epilogue)
-        _conv2d_output_shape(x, factors, bias, *geometry)
-        return reference.low_rank_conv2d(x, factors, bias, (), *geometry)
-    run = _low_rank_conv2d if runs_plainly(x, *factors, bias) else OPS.low_rank_conv2d.default
-    return run(x, factors, bias, list(packed), stride, padding, dilation, kind, epilogue, kernel)
+        _conv2d_output_shape(call)
+        return reference.low_rank_conv2d(x, factors, bias, (), stride, padding, dilation, kind, epilogue)
+    return _low_rank_conv2d(call) if runs_plainly(x, *factors, bias) else OPS.low_rank_conv2d.default(*call)

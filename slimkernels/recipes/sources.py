@@ -29,7 +29,15 @@ def open_data(spec: str, batch_size: int, seed: int = 0, *, device: Any = "cpu",
             raise ValueError(f"--data: expected a folder as in {kind}:DIR, got {spec!r}")
         archive = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}[kind]
         missing = not (Path(folder) / archive).is_dir()
-        return _NAMED[kind](folder, batch_size, seed, download=missing, device=device)
+        try:
+            return _NAMED[kind](folder, batch_size, seed, download=missing, device=device)
+        except OSError as error:
+            if not missing or isinstance(error, FileNotFoundError):
+                raise
+            raise OSError(
+                f"--data: expected {spec} to hold the folder {archive}, got none, and fetching it failed ({error}); "
+                f"put {archive} there yourself, or use --data digits, which needs no network"
+            ) from error
     return loaders_for(spec, batch_size, seed, device=device, progress=progress)
 
 

@@ -1,43 +1,41 @@
 """Low-rank factorization of a model: Linear and Conv2d layers become two or three thin layers.
 
-The arithmetic is in `decompositions` and `whitening`, the choice of ranks in `layer_ranks`; this module goes through
-the model, carries the layers' arguments over and keeps the record that `factorization_report` returns.
+The arithmetic is in `decompositions` and `whitening`, the choice of ranks in `layer_ranks`, the twin of one layer in
+`twins`; this module goes through the model, with one record a layer, and keeps what `factorization_report` returns.
 """
 
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from slimkernels.compress.factorization.decompositions import svd_conv, tai, truncated_svd, tucker2
 from slimkernels.compress.factorization.layer_costs import Budget, factor_params
-from slimkernels.compress.factorization.layer_ranks import FactorizableLayer, asked_ranks, ranks_within
+from slimkernels.compress.factorization.layer_ranks import FactorizableLayer, Ranks, asked_ranks, ranks_within
 from slimkernels.compress.factorization.ranks import check_energy, lost_shares, rank_by_energy
-from slimkernels.compress.factorization.whitening import (
-    match_batch_norms,
-    output_moments,
-    refit_last_factors,
-    whitened_svd,
+from slimkernels.compress.factorization.twins import (
+    batch_norm_size,
+    decomposed,
+    low_rank_part,
+    low_rank_twin,
+    relative_error,
+    with_batch_norm,
 )
+from slimkernels.compress.factorization.whitening import match_batch_norms, output_moments, refit_last_factors
 from slimkernels.compress.selection import SelectedLayer, select_layers
 from slimkernels.compress.training.evaluation import device_of
 from slimkernels.conversion.calls import capture
 from slimkernels.conversion.graph import input_sets
 from slimkernels.conversion.readers import weight_readers
 from slimkernels.conversion.wrappers import unwrapped
-from slimkernels.formats import LOW_RANK_KINDS, LowRankWeight
+from slimkernels.formats import LOW_RANK_KINDS
 from slimkernels.nn import (
-    LowRankConv2d,
-    LowRankLinear,
     guard_strided_pointwise_,
-    resolved_padding,
     unsupported_conv_reason,
 )
 from slimkernels.nn.strided_pointwise import PixelsRead
@@ -78,6 +76,68 @@ class LayerFactorization:
     reason: str
     output_error: float | None = None
     batch_norm: bool = False
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Where the ranks of a call come from: exactly one of ``rank``, ``energy`` and ``budget`` is given."""
+
+    rank: int | str | Mapping[str, Rank] | None
+    energy: float | None
+    budget: Budget | None
+
+    @classmethod
+    def checked(cls, method: str, rank: Any, energy: float | None, budget: Any, multiple: Any) -> _Asked:
+        """Raises ValueError or TypeError as `factorize_`."""
+        if method not in LOW_RANK_KINDS:
+            raise ValueError(f"factorize_: expected method in {LOW_RANK_KINDS}, got {method!r}")
+        if sum(way is not None for way in (rank, energy, budget)) != 1:
+            raise ValueError(
+                f"factorize_: expected one of rank, energy and budget, got rank={rank}, energy={energy}, "
+                f"budget={budget}"
+            )
+        if energy is not None:
+            check_energy("factorize_", energy)
+        if isinstance(rank, str) and rank != "vbmf":
+            raise ValueError(f"factorize_: expected rank to be numbers or 'vbmf', got {rank!r}")
+        if multiple is not None and (isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1):
+            raise ValueError(f"factorize_: expected multiple to be a positive int, got {multiple!r}")
+        return cls(rank, energy, None if budget is None else Budget.of(budget))
+
+    def ranks(self, job: _Job) -> Ranks:
+        """Those of one layer, where no budget binds all of them together."""
+        if self.energy is not None:
+            return job.by_energy(self.energy)
+        if self.rank == "vbmf":
+            return job.by_vbmf()
+        return asked_ranks(job, self.rank[job.key or job.name] if isinstance(self.rank, Mapping) else self.rank)
+
+
+@dataclass(frozen=True)
+class _Data:
+    """The calibration data, and how many of its batches to use."""
+
+    batches: Iterable[Any]
+    count: int | None
+
+
+@dataclass
+class _Job(FactorizableLayer):
+    """One layer that `factorize_` can factorize, and what becomes of it.
+
+    Attributes:
+        key: the name or pattern that picked it.
+        batch_norm: whether one goes behind it.
+        ranks: None where the budget has room for it as it is.
+        twin: what takes its place, None where it stays dense.
+        record: for the report, once the twin was made or refused.
+    """
+
+    key: str | None = None
+    batch_norm: bool = False
+    ranks: Ranks | None = None
+    twin: nn.Module | None = None
+    record: LayerFactorization | None = None
 
 
 def factorize_(
@@ -146,19 +206,7 @@ def factorize_(
         TypeError: an argument of the wrong type.
     """
     given, model = model, unwrapped("factorize_", model)
-    if method not in LOW_RANK_KINDS:
-        raise ValueError(f"factorize_: expected method in {LOW_RANK_KINDS}, got {method!r}")
-    if sum(way is not None for way in (rank, energy, budget)) != 1:
-        raise ValueError(
-            f"factorize_: expected one of rank, energy and budget, got rank={rank}, energy={energy}, budget={budget}"
-        )
-    if energy is not None:
-        check_energy("factorize_", energy)
-    if isinstance(rank, str) and rank != "vbmf":
-        raise ValueError(f"factorize_: expected rank to be numbers or 'vbmf', got {rank!r}")
-    if multiple is not None and (isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1):
-        raise ValueError(f"factorize_: expected multiple to be a positive int, got {multiple!r}")
-    allowed = None if budget is None else Budget.of(budget)
+    asked = _Asked.checked(method, rank, energy, budget, multiple)
     types = (nn.Linear, nn.Conv2d)
     if isinstance(rank, Mapping):
         if layers is not None:
@@ -169,57 +217,23 @@ def factorize_(
     else:
         picked = select_layers("factorize_", model, types, layers, exclude)
 
-    records: dict[str, LayerFactorization] = {}
-    todo: dict[str, FactorizableLayer] = {}
-    keys = {layer.name: layer.key for layer in picked}
-    readers = _weight_readers(model, example_inputs) if picked else {}
-    for selected in picked:
-        name, module, explicit = selected.name, selected.module, selected.explicit
-        refusal = _refusal(selected, model, readers)
-        if refusal is None:
-            todo[name] = FactorizableLayer(name, module, _kind(module, method), explicit, asked_multiple=multiple)
-            todo[name].check_finite()
-            continue
-        if explicit or module is model:
-            raise ValueError(f"factorize_: layer {name!r}: {refusal}")
-        records[name] = _kept(name, module, refusal)
-    if calibration is not None:
-        split = {name: layer.module for name, layer in todo.items() if layer.kind == "svd"}
-        moments = output_moments("factorize_", model, split, calibration, calibration_batches) if split else {}
-        for name, moment in moments.items():
-            todo[name].moment = moment
-    normed = _without_batch_norm(model, todo.values()) if batch_norm else set()
-
-    chosen: dict[str, tuple[int, ...] | None] = {}
-    if allowed is not None:
-        extra = {name: _batch_norm_size(todo[name].module) for name in normed}
-        chosen = ranks_within(model, list(todo.values()), allowed, example_inputs, _twin, extra)
-    twins: dict[str, nn.Module] = {}
-    for name, layer in todo.items():
-        if allowed is not None:
-            ranks = chosen[name]
-        elif energy is not None:
-            ranks = layer.by_energy(energy)
-        elif rank == "vbmf":
-            ranks = layer.by_vbmf()
-        else:
-            ranks = asked_ranks(layer, rank[keys[name] or name] if isinstance(rank, Mapping) else rank)
-        records[name], twin = _factorize_layer(layer, method, ranks, name in normed)
-        if twin is not None:
-            twins[name] = twin
-    if calibration is not None:
-        chains = {
-            name: (todo[name].module, _low_rank(twin)) for name, twin in twins.items() if records[name].kind != "svd"
-        }
-        errors = refit_last_factors("factorize_", model, chains, calibration, calibration_batches) if chains else {}
-        for name, error in errors.items():
-            change = _relative_error(todo[name].dense, chains[name][1].factors, todo[name].kind)
-            records[name] = replace(records[name], relative_error=change, output_error=error)
-    _replace(model, {id(todo[name].module): twin for name, twin in twins.items()})
-    if calibration is not None and normed & set(twins):
-        norms = {name: twins[name].batch_norm for name in twins if name in normed}
-        match_batch_norms("factorize_", model, norms, calibration, calibration_batches)  # type: ignore[arg-type]
+    jobs, refused = _jobs(model, picked, method, multiple, example_inputs)
+    data = None if calibration is None else _Data(calibration, calibration_batches)
+    if data is not None:
+        _set_moments(model, jobs, data)
+    if batch_norm:
+        _set_batch_norms(model, jobs)
+    _set_ranks(model, jobs, asked, example_inputs)
+    for job in jobs:
+        _make_twin(job, method)
+    done = [job for job in jobs if job.twin is not None]
+    if data is not None:
+        _refit(model, done, data)
+    _replace(model, {id(job.module): job.twin for job in done if job.twin is not None})
+    if data is not None:
+        _match_batch_norms(model, done, data)
     guard_strided_pointwise_(model)
+    records = refused | {job.name: job.record for job in jobs}
     in_order = {layer.name: records[layer.name] for layer in picked}
     object.__setattr__(model, _REPORT, {**getattr(model, _REPORT, {}), **in_order})
     return given
@@ -228,6 +242,118 @@ def factorize_(
 def factorization_report(model: nn.Module) -> tuple[LayerFactorization, ...]:
     """What `factorize_` did to each layer it looked at; empty where it was never called on this model."""
     return tuple(getattr(unwrapped("factorization_report", model), _REPORT, {}).values())
+
+
+def _jobs(
+    model: nn.Module, picked: Sequence[SelectedLayer], method: str, multiple: int | None, example_inputs: Any
+) -> tuple[list[_Job], dict[str, LayerFactorization | None]]:
+    """The layers that can be factorized, and by name why others cannot."""
+    jobs: list[_Job] = []
+    refused: dict[str, LayerFactorization | None] = {}
+    readers = _weight_readers(model, example_inputs) if picked else {}
+    for layer in picked:
+        refusal = _refusal(layer, model, readers)
+        if refusal is None:
+            kind = _kind(layer.module, method)
+            jobs.append(_Job(layer.name, layer.module, kind, layer.explicit, asked_multiple=multiple, key=layer.key))
+            jobs[-1].check_finite()
+            continue
+        if layer.explicit or layer.module is model:
+            raise ValueError(f"factorize_: layer {layer.name!r}: {refusal}")
+        refused[layer.name] = _kept(layer.name, layer.module, refusal)
+    return jobs, refused
+
+
+def _set_moments(model: nn.Module, jobs: Sequence[_Job], data: _Data) -> None:
+    """Of the outputs of what the SVD splits, on the calibration data."""
+    split = {job.name: job for job in jobs if job.kind == "svd"}
+    if split:
+        modules = {name: job.module for name, job in split.items()}
+        for name, moment in output_moments("factorize_", model, modules, data.batches, data.count).items():
+            split[name].moment = moment
+
+
+def _set_batch_norms(model: nn.Module, jobs: Sequence[_Job]) -> None:
+    """For convolutions that no BatchNorm2d follows directly; all of them where the model cannot be traced."""
+    from slimkernels.conversion.graph import trace
+
+    graph = trace(model)
+    for job in jobs:
+        if isinstance(job.module, nn.Conv2d):
+            follower = next(iter(graph.chain(job.name)), None)
+            job.batch_norm = follower is None or not isinstance(model.get_submodule(follower), nn.BatchNorm2d)
+
+
+def _set_ranks(model: nn.Module, jobs: Sequence[_Job], asked: _Asked, example_inputs: Any) -> None:
+    if asked.budget is None:
+        for job in jobs:
+            job.ranks = asked.ranks(job)
+        return
+    extra = {job.name: batch_norm_size(job.module) for job in jobs if job.batch_norm}
+    chosen = ranks_within(model, jobs, asked.budget, example_inputs, _twin_of_ranks, extra)
+    for job in jobs:
+        job.ranks = chosen[job.name]
+
+
+def _twin_of_ranks(layer: FactorizableLayer, ranks: Ranks) -> nn.Module:
+    return low_rank_twin(layer.module, decomposed(layer, ranks), layer.kind)
+
+
+def _make_twin(job: _Job, method: str) -> None:
+    """Factorizes a layer at its ranks, unless it stays dense; the record says why."""
+    module, kind, ranks, name = job.module, job.kind, job.ranks, job.name
+    weight = module.weight.detach()
+    if ranks is None:
+        job.record = _kept(name, module, "the budget has room for it as it is")
+        return
+    if kind != "tucker2" and ranks[0] > job.full_rank:
+        if job.explicit:
+            raise ValueError(
+                f"factorize_: layer {name!r}: expected rank in [1, {job.full_rank}] for a weight "
+                f"{tuple(weight.shape)}, got {ranks[0]}"
+            )
+        job.record = _kept(name, module, f"rank {ranks[0]} exceeds the full rank {job.full_rank}")
+        return
+    after = factor_params(job.shape, kind, ranks)
+    if after >= weight.numel() and not job.explicit:
+        reason = f"rank {ranks[::-1]} needs {after} parameters, the dense weight {weight.numel()}"
+        job.record = _kept(name, module, reason)
+        return
+    factors = decomposed(job, ranks)
+    twin: nn.Module = low_rank_twin(module, factors, kind)
+    job.twin = with_batch_norm(twin, module) if job.batch_norm else twin
+    job.record = LayerFactorization(
+        name=name,
+        kind=kind,
+        ranks=ranks[::-1],
+        relative_error=relative_error(job.dense, factors, kind),
+        params_before=weight.numel(),
+        params_after=after,
+        reason=f"svd instead of {method}: one tap" if kind != method else "",
+        output_error=None if job.moment is None else float(lost_shares(job.spectra[0])[ranks[0]]) ** 0.5,
+        batch_norm=job.batch_norm,
+    )
+
+
+def _refit(model: nn.Module, done: Sequence[_Job], data: _Data) -> None:
+    """Fits the last factor of what the SVD does not split to the calibration data."""
+    jobs = {job.name: job for job in done if job.kind != "svd"}
+    if not jobs:
+        return
+    chains = {name: (job.module, low_rank_part(job.twin)) for name, job in jobs.items()}
+    errors = refit_last_factors("factorize_", model, chains, data.batches, data.count)
+    for name, error in errors.items():
+        job = jobs[name]
+        assert job.record is not None
+        change = relative_error(job.dense, low_rank_part(job.twin).factors, job.kind)
+        job.record = replace(job.record, relative_error=change, output_error=error)
+
+
+def _match_batch_norms(model: nn.Module, done: Sequence[_Job], data: _Data) -> None:
+    """Makes the new batch norms the identity on the calibration data."""
+    norms = {job.name: job.twin.batch_norm for job in done if job.batch_norm and isinstance(job.twin, nn.Sequential)}
+    if norms:
+        match_batch_norms("factorize_", model, norms, data.batches, data.count)  # type: ignore[arg-type]
 
 
 def _kind(module: nn.Module, method: str) -> str:
@@ -279,111 +405,3 @@ def _refusal(layer: SelectedLayer, model: nn.Module, readers: Mapping[int, str])
     if id(module) in readers:
         return f"expected a weight that nothing else reads, but {readers[id(module)]}"
     return unsupported_conv_reason(module) if isinstance(module, nn.Conv2d) else None
-
-
-def _factorize_layer(
-    layer: FactorizableLayer, method: str, ranks: tuple[int, ...] | None, batch_norm: bool
-) -> tuple[LayerFactorization, nn.Module | None]:
-    module, kind, op = layer.module, layer.kind, f"factorize_: layer {layer.name!r}"
-    weight = module.weight.detach()
-    if ranks is None:
-        return _kept(layer.name, module, "the budget has room for it as it is"), None
-    if kind != "tucker2" and ranks[0] > layer.full_rank:
-        if layer.explicit:
-            raise ValueError(
-                f"{op}: expected rank in [1, {layer.full_rank}] for a weight {tuple(weight.shape)}, got {ranks[0]}"
-            )
-        return _kept(layer.name, module, f"rank {ranks[0]} exceeds the full rank {layer.full_rank}"), None
-    after = factor_params(layer.shape, kind, ranks)
-    if after >= weight.numel() and not layer.explicit:
-        reason = f"rank {ranks[::-1]} needs {after} parameters, the dense weight {weight.numel()}"
-        return _kept(layer.name, module, reason), None
-
-    factors = _decompose(layer, ranks)
-    error = _relative_error(layer.dense, factors, kind)
-    of_outputs = None if layer.moment is None else float(lost_shares(layer.spectra[0])[ranks[0]]) ** 0.5
-    twin = _build(module, factors, kind)
-    if batch_norm:
-        twin = with_batch_norm(twin, module)
-    reason = f"svd instead of {method}: one tap" if kind != method else ""
-    record = LayerFactorization(
-        layer.name, kind, ranks[::-1], error, weight.numel(), after, reason, of_outputs, batch_norm
-    )
-    return record, twin
-
-
-def _relative_error(dense: Tensor, factors: Iterable[Tensor], kind: str) -> float:
-    """Frobenius norm of what the factors change of a float64 weight, over that of the weight."""
-    norm = float(torch.linalg.vector_norm(dense))
-    product = LowRankWeight(kind, tuple(f.detach().double() for f in factors)).to_dense()
-    return float(torch.linalg.vector_norm(dense - product)) / norm if norm > 0 else 0.0
-
-
-def _low_rank(twin: Any) -> Any:
-    """The low-rank layer of a twin, in front of its batch norm where it has one."""
-    return twin.low_rank if isinstance(twin, nn.Sequential) else twin
-
-
-def _decompose(layer: FactorizableLayer, ranks: tuple[int, ...]) -> tuple[Tensor, ...]:
-    """Factors in the order of `formats.LowRankWeight`."""
-    weight, kind = layer.module.weight.detach(), layer.kind
-    if kind == "tucker2":
-        return tucker2(weight, *ranks)
-    if kind == "tai":
-        return tai(weight, *ranks)
-    if layer.moment is not None:
-        u, v = whitened_svd(weight.flatten(1), ranks[0], layer.moment)
-    elif weight.dim() == 2:
-        u, v = truncated_svd(weight, *ranks)
-    else:
-        return svd_conv(weight, *ranks)
-    return (v, u) if weight.dim() == 2 else (v.reshape(-1, *weight.shape[1:]), u.reshape(*u.shape, 1, 1))
-
-
-def _twin(layer: FactorizableLayer, ranks: tuple[int, ...]) -> nn.Module:
-    return _build(layer.module, _decompose(layer, ranks), layer.kind)
-
-
-def _build(module: Any, factors: tuple[Tensor, ...], kind: str) -> nn.Module:
-    bias = None if module.bias is None else module.bias.detach()
-    if isinstance(module, nn.Linear):
-        v, u = factors
-        twin: nn.Module = LowRankLinear.from_factors(u, v, bias)
-    else:
-        twin = LowRankConv2d.from_factors(
-            factors,
-            bias,
-            kind=kind,
-            stride=module.stride,
-            padding=resolved_padding(module),
-            dilation=module.dilation,
-        )
-    for name, parameter in twin.named_parameters():
-        parameter.requires_grad_((module.bias if name == "bias" else module.weight).requires_grad)
-    return twin.train(module.training)
-
-
-def _without_batch_norm(model: nn.Module, layers: Iterable[FactorizableLayer]) -> set[str]:
-    """Convolutions that no BatchNorm2d follows directly; all of them where the model cannot be traced."""
-    from slimkernels.conversion.graph import trace
-
-    graph = trace(model)
-    found = set()
-    for layer in layers:
-        if isinstance(layer.module, nn.Conv2d):
-            follower = next(iter(graph.chain(layer.name)), None)
-            if follower is None or not isinstance(model.get_submodule(follower), nn.BatchNorm2d):
-                found.add(layer.name)
-    return found
-
-
-def _batch_norm_size(conv: nn.Conv2d) -> tuple[int, int]:
-    """Parameters and bytes of a batch norm behind a convolution."""
-    return 2 * conv.out_channels, 4 * conv.out_channels * conv.weight.element_size() + 8
-
-
-def with_batch_norm(twin: nn.Module, conv: nn.Conv2d) -> nn.Sequential:
-    """A low-rank convolution as ``low_rank`` with a fresh ``batch_norm`` behind it, in the mode of the dense one."""
-    norm = nn.BatchNorm2d(conv.out_channels, device=conv.weight.device, dtype=conv.weight.dtype)
-    norm.requires_grad_(conv.weight.requires_grad)
-    return nn.Sequential(OrderedDict(low_rank=twin, batch_norm=norm)).train(conv.training)

@@ -197,4 +197,4 @@ def measured_seconds(modules: Sequence[nn.Module], calls: Sequence[Call], like: 
 
         return run
 
-    return typical_seconds([runner(m) for m in modules], device=like.device.type, repeats=15, budget_s=0.3)
+    return list(typical_seconds([runner(m) for m in modules], device=like.device.type, repeats=15, budget_s=0.3))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimkernels.compress.allocation import least_cost
 from slimkernels.compress.factorization.decompositions import float64, tai_matrix, unfold_in, unfold_out
 from slimkernels.compress.factorization.layer_costs import (
     Budget,
@@ -207,8 +208,8 @@ def ranks_within(
         options[name] = [*found, RankOption(None, dense, 0.0)]
     shares = budget.resource in ("flops", "latency") or (budget.resource == "parameters" and budget.amount <= 1)
     allowed = budget.amount * total if shares else budget.amount
-    if sum(min(o.cost for o in found) for found in options.values()) + fixed > allowed:
-        least = sum(min(o.cost for o in found) for found in options.values()) + fixed
+    least = least_cost(list(options.values())) + fixed
+    if least > allowed:
         raise ValueError(
             f"factorize_: expected a budget of at least {least:.6g} {budget.resource} "
             f"({least / total:.1%} of the model), what the smallest ranks leave, got {allowed:.6g}"

@@ -5,7 +5,6 @@ Everything here works on spectra and costs; `factorize` brings the layers.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from slimkernels.compress.allocation import allocate_by_rate, least_cost
 from slimkernels.compress.factorization.decompositions import float64
 
 # The native kernels take eight float32 at a time; a tensor core's product has depth 16.
@@ -155,9 +155,7 @@ class RankOption:
 def rank_for_budget(options: Mapping[str, Sequence[RankOption]], budget: float) -> dict[str, RankOption]:
     """One option per layer, together within the budget, with little energy lost in all.
 
-    Every layer starts at its cheapest option. Steps along the lower convex hull of (cost, lost) are taken in falling
-    order of energy gained per cost, the greedy solution of the relaxed multiple-choice knapsack (Sinha and Zoltners,
-    1979), then what is left of the budget is spent on the best single exchanges.
+    See `slimkernels.compress.allocation.allocate_by_rate`.
 
     Args:
         options: of every layer, in any order.
@@ -172,52 +170,10 @@ def rank_for_budget(options: Mapping[str, Sequence[RankOption]], budget: float) 
     for name, choices in options.items():
         if not choices:
             raise ValueError(f"rank_for_budget: expected options for layer {name!r}, got none")
-    hulls = {name: _lower_hull(choices) for name, choices in options.items()}
-    taken = {name: hull[0] for name, hull in hulls.items()}
-    left = budget - sum(option.cost for option in taken.values())
-    if left < 0:
+    least = least_cost(list(options.values()))
+    if budget - least < 0:
         raise ValueError(
-            f"rank_for_budget: expected a budget of at least {budget - left:.6g}, what the smallest ranks cost, "
+            f"rank_for_budget: expected a budget of at least {least:.6g}, what the smallest ranks cost, "
             f"got {budget:.6g}"
         )
-    steps: list[tuple[float, str, RankOption]] = []
-    for name, hull in hulls.items():
-        rate = math.inf
-        for a, b in itertools.pairwise(hull):
-            rate = min(rate, (a.lost - b.lost) / (b.cost - a.cost))  # rounding must not put a later step first
-            steps.append((rate, name, b))
-    blocked: set[str] = set()
-    for _, name, option in sorted(steps, key=lambda step: -step[0]):  # stable: equal rates stay in order
-        extra = option.cost - taken[name].cost
-        if name in blocked or extra > left:
-            blocked.add(name)
-            continue
-        taken[name], left = option, left - extra
-    while True:
-        exchanges = [
-            (taken[name].lost - option.lost, name, option)
-            for name, choices in options.items()
-            for option in choices
-            if option.lost < taken[name].lost and option.cost - taken[name].cost <= left
-        ]
-        if not exchanges:
-            return taken
-        _, name, option = max(exchanges, key=lambda exchange: exchange[0])
-        left -= option.cost - taken[name].cost
-        taken[name] = option
-
-
-def _lower_hull(choices: Sequence[RankOption]) -> list[RankOption]:
-    """Options on the falling lower convex hull of (cost, lost), cheapest first."""
-    hull: list[RankOption] = []
-    for option in sorted(choices, key=lambda o: (o.cost, o.lost)):
-        if hull and option.lost >= hull[-1].lost:
-            continue  # no cheaper and no better
-        while len(hull) >= 2:
-            (a, b), c = hull[-2:], option
-            gain, next_gain = (a.lost - b.lost) * (c.cost - b.cost), (b.lost - c.lost) * (b.cost - a.cost)
-            if gain >= next_gain * (1 - 1e-9):  # points on a line stay: small steps waste less of a budget
-                break
-            hull.pop()
-        hull.append(option)
-    return hull
+    return allocate_by_rate(options, budget)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimkernels.compress.progress import counting_bar
+from slimkernels.compress.allocation import allocate_exactly, least_cost
 from slimkernels.compress.pruning.granularity import Units
 from slimkernels.compress.pruning.importance import Importance, check_importance, unit_scores
 from slimkernels.compress.pruning.schedules import check_sparsity
@@ -33,10 +33,9 @@ from slimkernels.dispatch.select import predicted_dense_seconds, predicted_secon
 from slimkernels.formats import block_shape_2d
 from slimkernels.kernels import KERNELS
 from slimkernels.nn import BlockSparseConv2d, BlockSparseLinear
+from slimkernels.progress import counting_bar
 
 DEFAULT_SPARSITIES = (0.5, 0.625, 0.75, 0.8125, 0.875, 0.90625, 0.9375, 0.96875)
-# Times are rounded up to this share of the target before layers are added up: 20 layers cost at most 0.5 % of it.
-_STEPS = 4096
 _MEASURE_ROUNDS = 7
 _MEASURE_BUDGET_S = 0.05
 # A way that is not this much faster than dense is no way: conversion's own default asks for as much.
@@ -64,6 +63,11 @@ class LayerChoice:
     seconds: float
     dense_s: float
     lost: float
+
+    @property
+    def cost(self) -> float:
+        """``seconds``, which the target is a budget of."""
+        return self.seconds
 
 
 @dataclass(frozen=True)
@@ -395,36 +399,12 @@ def _model_seconds(model: nn.Module, sets: list[InputSet]) -> float:
 
 
 def _knapsack(op: str, ways: list[list[LayerChoice]], seconds: float, wanted: float, dense: float) -> list[LayerChoice]:
-    """One way per layer, the least lost in total among those whose times fit into ``seconds``.
-
-    ``best[t]`` is the least loss of the layers so far in ``t`` time steps; a way's time is rounded up to whole steps.
-    """
-    fastest = [min(choices, key=lambda c: (c.seconds, c.lost)) for choices in ways]
-    least = sum(choice.seconds for choice in fastest)
+    """One way per layer, the least lost in total among those whose times fit into ``seconds``."""
+    least = least_cost(ways)
     if least > seconds:
         reach = wanted - seconds + least
         raise ValueError(
             f"{op}: expected a target that can be reached, got {1e3 * wanted:.4g} ms ({dense / wanted:.3g}x); the "
             f"fastest ways give {1e3 * reach:.4g} ms ({dense / reach:.3g}x)"
         )
-    if sum(choices[0].seconds for choices in ways) <= seconds * (1 + 1e-9):
-        return [choices[0] for choices in ways]
-    step = seconds / _STEPS
-    best = torch.zeros(_STEPS + 1, dtype=torch.float64)
-    taken = []
-    for choices in ways:
-        table = torch.full((len(choices), _STEPS + 1), math.inf, dtype=torch.float64)
-        for row, choice in zip(table, choices, strict=True):
-            cost = math.ceil(choice.seconds / step - 1e-9)
-            if cost <= _STEPS:
-                row[cost:] = best[: _STEPS + 1 - cost] + choice.lost
-        best, index = table.min(0)
-        taken.append(index)
-    if not math.isfinite(float(best[-1])):
-        return fastest  # it fits, but only without the rounding of times
-    left, chosen = _STEPS, []
-    for choices, index in zip(reversed(ways), reversed(taken), strict=True):
-        choice = choices[int(index[left])]
-        left -= math.ceil(choice.seconds / step - 1e-9)
-        chosen.append(choice)
-    return chosen[::-1]
+    return allocate_exactly(ways, seconds)

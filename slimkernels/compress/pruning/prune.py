@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -295,8 +295,8 @@ def _check_shared(model: nn.Module, layers: list[_Layer]) -> None:
         shared = owners.get(id(layer.weight), [])
         if len(shared) > 1:
             raise ValueError(
-                f"prune_: expected the weight of layer {layer.name!r} to be its own, got one shared by {shared}; "
-                "exclude it"
+                f"prune_: expected the weight of layer {layer.name!r} to be its own, got one shared by {shared}: "
+                f"zeros would appear in both; leave it out with exclude=[{layer.name!r}]"
             )
 
 
@@ -342,6 +342,19 @@ def _install(layer: _Layer) -> None:
     if existing is None:
         existing = BlockMask(mask, layer.weight.shape, layer.units.block_shape)
         parametrize.register_parametrization(layer.module, "weight", existing)
+        _say_what_pickles(layer.module)
     else:
         existing.mask &= mask
     zero_masked_(layer.weight, existing)
+
+
+def _say_what_pickles(module: nn.Module) -> None:
+    """Torch refuses to pickle a parametrized module; its class, which is the module's own, then says the way out."""
+
+    def refuse(self: nn.Module) -> NoReturn:
+        raise RuntimeError(
+            "torch.save: expected a model without masks, got a layer masked by prune_, which torch does not pickle; "
+            "call slimkernels.finalize_(model) to bake the zeros in, or save model.state_dict()"
+        )
+
+    type(module).__getstate__ = refuse  # type: ignore[method-assign]

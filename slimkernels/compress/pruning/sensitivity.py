@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from slimkernels.compress.progress import counting_bar
 from slimkernels.compress.pruning.granularity import check_granularity
 from slimkernels.compress.pruning.importance import Importance, check_importance
 from slimkernels.compress.pruning.prune import finalize_, prune_
@@ -30,6 +29,7 @@ from slimkernels.compress.selection import block_shapes_of, prunable_layers, rea
 from slimkernels.compress.training.evaluation import Loader, checked_logits, device_of, mode_of
 from slimkernels.conversion.wrappers import unwrapped
 from slimkernels.files import atomic_path, sealed_json, unsealed_json
+from slimkernels.progress import counting_bar
 
 SCAN_VERSION = 1
 _UNPRUNED = "(none)"  # no layer can be called that

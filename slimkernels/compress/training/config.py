@@ -157,3 +157,11 @@ def build_scheduler(
         return 1.0
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def epoch_line(stats: EpochStats, epochs: int | None = None) -> str:
+    """One epoch in a line for people."""
+    of = "" if epochs is None else f" of {epochs}"
+    shown = "" if stats.val_accuracy is None else f", accuracy {stats.val_accuracy:.2%}"
+    shown += "" if stats.ema_val_accuracy is None else f" (average {stats.ema_val_accuracy:.2%})"
+    return f"epoch {stats.epoch}{of}: loss {stats.loss:.4f}{shown} ({stats.seconds:.1f} s)"

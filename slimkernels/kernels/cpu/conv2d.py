@@ -10,6 +10,7 @@ from torch import Tensor
 from slimkernels.kernels.cpu.abi import Conv2dArguments, address
 from slimkernels.kernels.cpu.library import library
 from slimkernels.kernels.cpu.steps import CONV2D, Step, Steps, image_sizes, images_innermost, is_dense, layout_step
+from slimkernels.kernels.packs import StripPack
 from slimkernels.kernels.problems import (
     INT32_MAX,
     LANES,
@@ -86,7 +87,7 @@ class PackedConv2d:
         if channels.is_inference() or tap_ptr.is_inference():  # of which torch would not count writes
             with torch.inference_mode(False):
                 channels, tap_ptr = channels.clone(), tap_ptr.clone()
-        self._packed = weights, channels, tap_ptr
+        self._packed = weights, channels, tap_ptr  # a plain tuple, which every call takes apart faster
         self._versions = channels._version + tap_ptr._version
         self._geometry = (r, s, stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1])
         self._pool = epilogue == "relu_maxpool2"
@@ -95,9 +96,9 @@ class PackedConv2d:
         self._room = Room.of(weight_shape, stride, padding, dilation)
 
     @property
-    def packed(self) -> tuple[Tensor, ...]:
-        """What `pack_strips` returned."""
-        return self._packed
+    def packed(self) -> StripPack:
+        """The pack, whose tensors are aliases of those that were given."""
+        return StripPack(*self._packed)
 
     @property
     def narrow(self) -> bool:
@@ -117,10 +118,10 @@ class PackedConv2d:
 
     def output_size(self, h: int, w: int) -> tuple[int, int]:
         """Height and width of the output, before pooling, for an input of this height and width."""
+        # `problems.conv_output_image` written out: it would take 2% of a call of a small layer.
         r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w = self._geometry
-        return (h + 2 * pad_h - dil_h * (r - 1) - 1) // stride_h + 1, (
-            w + 2 * pad_w - dil_w * (s - 1) - 1
-        ) // stride_w + 1
+        p = (h + 2 * pad_h - dil_h * (r - 1) - 1) // stride_h + 1
+        return p, (w + 2 * pad_w - dil_w * (s - 1) - 1) // stride_w + 1
 
     def takes_images(self, h: int, w: int) -> bool:
         """Whether the kernel runs on images of this size, and they leave an output to compute."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from slimkernels.kernels.cpu.conv2d import PackedConv2d, pack_strips
+from slimkernels.kernels.packs import StripPack
 from slimkernels.kernels.problems import Room, strip_width
 from slimkernels.kernels.reference import bsr_conv2d_dgrad, bsr_conv2d_wgrad
 
@@ -37,8 +38,8 @@ def transposed_strips(
     weight_shape: Sequence[int],
     block_shape: Sequence[int],
     isa: str,
-) -> list[Tensor]:
-    """Strip pack (`pack_strips`) of the weight ``(C_in, C_out, R, S)``, transposed and flipped in both directions.
+) -> StripPack:
+    """The strip pack of the weight ``(C_in, C_out, R, S)``, transposed and flipped in both directions.
 
     Blocks of 8 n input channels become strips by themselves. Narrower ones share strips of 16 input channels, whose
     entries are the union of their blocks' entries, zeros included: at 87.5% sparsity (16, 1) blocks leave 12% of them
@@ -67,9 +68,10 @@ def transposed_strips(
         dense = blocks.view(rows, taps, groups, block_out, block_in).permute(1, 0, 3, 2, 4)
         dense = dense.reshape(taps, rows * block_out, groups * block_in)[:, :c_out, :c_in]
         dense = F.pad(dense, (0, strips * NARROW_STRIP - c_in)).view(taps, c_out, strips, NARROW_STRIP)
-        weights = dense.permute(2, 0, 1, 3).reshape(-1, NARROW_STRIP)
+        # A single tap and strip may be a view of transposed values, which the kernel does not take.
+        weights = dense.permute(2, 0, 1, 3).reshape(-1, NARROW_STRIP).contiguous()
         channels = torch.arange(c_out, dtype=torch.int32).repeat(strips * taps)
-        return [weights, channels, torch.arange(strips * taps + 1, dtype=torch.int32) * c_out]
+        return StripPack(weights, channels, torch.arange(strips * taps + 1, dtype=torch.int32) * c_out)
     out = row[:, None, None] * block_out + torch.arange(block_out)[:, None]
     channel = group[:, None, None] * block_in + torch.arange(block_in)
     if c_out % block_out or c_in % block_in:  # padded entries are 0: put where they do no harm
@@ -88,7 +90,7 @@ def transposed_strips(
     else:
         weights.view(-1)[place.reshape(-1)] = values.reshape(-1)
     channels = torch.arange(c_out, dtype=torch.int32).repeat(strips * taps)[present]
-    return [weights, channels, tap_ptr]
+    return StripPack(weights, channels, tap_ptr)
 
 
 def launch_dgrad(

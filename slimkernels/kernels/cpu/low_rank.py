@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from slimkernels.kernels.cpu.conv2d import PackedConv2d
+from slimkernels.kernels.packs import StripPack, factor_packs
 from slimkernels.kernels.problems import Pair, factor_geometry
 
 # Relative time of one strip of so many output channels, per pixel and entry. avx2: measured on Zen 3 over VGG-19's
@@ -22,7 +23,6 @@ _STRIP_COST = {
     "avx2": {8: 0.16, 16: 0.213, 24: 0.30},
     "avx512": {8: 0.6, 16: 0.6, 24: 1.5, 32: 1.0},
 }
-TENSORS_PER_FACTOR = 3
 
 
 def factor_strip(out_channels: int, isa: str) -> int:
@@ -31,8 +31,8 @@ def factor_strip(out_channels: int, isa: str) -> int:
     return min(costs, key=lambda strip: (-(-out_channels // strip) * costs[strip], -strip))
 
 
-def pack_factor(factor: Tensor, isa: str) -> list[Tensor]:
-    """Strip pack of csrc/kernels.h of a dense weight: ``[weights, channels, tap_ptr]``; padded channels weigh 0.
+def pack_factor(factor: Tensor, isa: str) -> StripPack:
+    """The strip pack of a dense weight; padded channels weigh 0.
 
     Args:
         factor: ``(C_out, C_in, R, S)``, or ``(out, in)``, float32 on the CPU.
@@ -45,7 +45,7 @@ def pack_factor(factor: Tensor, isa: str) -> list[Tensor]:
     padded[:c_out] = weight.reshape(c_out, c_in, taps).transpose(1, 2)
     weights = padded.reshape(strips, strip, taps * c_in).transpose(1, 2).reshape(-1, strip).contiguous()
     channels = torch.arange(c_in, dtype=torch.int32).repeat(strips * taps)
-    return [weights, channels, torch.arange(strips * taps + 1, dtype=torch.int32) * c_in]
+    return StripPack(weights, channels, torch.arange(strips * taps + 1, dtype=torch.int32) * c_in)
 
 
 def pack_factors(factors: Sequence[Tensor], isa: str) -> list[Tensor]:
@@ -81,22 +81,14 @@ class PackedLowRank:
         geometry: Sequence[tuple[Pair, Pair, Pair]],
         epilogue: str,
     ) -> None:
-        if len(packed) != TENSORS_PER_FACTOR * len(shapes):
-            raise ValueError(f"{op}: expected {TENSORS_PER_FACTOR * len(shapes)} packed tensors, got {len(packed)}")
+        packs = factor_packs(op, packed, len(shapes))
         if any(after[1] != before[0] for before, after in pairwise(shapes)):
             got = [tuple(shape) for shape in shapes]
             raise ValueError(f"{op}: expected factors that take each other's channels, got {got}")
         last = len(shapes) - 1
         self._factors = tuple(
-            PackedConv2d(
-                isa,
-                packed[TENSORS_PER_FACTOR * i : TENSORS_PER_FACTOR * (i + 1)],
-                shape,
-                *step,
-                epilogue if i == last else "none",
-                op=op,
-            )
-            for i, (shape, step) in enumerate(zip(shapes, geometry, strict=True))
+            PackedConv2d(isa, pack, shape, *step, epilogue if i == last else "none", op=op)
+            for i, (pack, shape, step) in enumerate(zip(packs, shapes, geometry, strict=True))
         )
         self.c_out = shapes[-1][0]
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from slimkernels.kernels.packs import ForwardOrder, kind_of
 from slimkernels.kernels.triton import bsr_conv2d_images, bsr_conv2d_shared
 from slimkernels.kernels.triton.bsr_conv2d_config import default_config, grid_integers, group_m
 from slimkernels.kernels.triton.bsr_conv2d_geometry import Geometry, check
@@ -103,10 +104,11 @@ def _output_shape(geometry: Geometry) -> tuple[int, int, int, int]:
 
 def _order(packed: Sequence[Tensor], geometry: Geometry) -> Tensor | None:
     """The `forward_order` in `packed`; other kernels' packs come the same way and are passed over."""
-    if len(packed) != 1 or packed[0].dtype != torch.int32:
+    if kind_of(packed) is not ForwardOrder or packed[0].dtype != torch.int32:
         return None
+    (order,) = packed
     size = order_size(geometry.block_rows, geometry.capacity, math.prod(geometry.weight_shape[2:]))
-    return packed[0] if packed[0].numel() == size else None
+    return order if order.numel() == size else None
 
 
 def _run(

@@ -133,7 +133,7 @@ def column_groups(weight_shape: Sequence[int], block_shape: Sequence[int]) -> in
 def forward_order(
     crow_indices: Tensor, col_indices: Tensor, weight_shape: Sequence[int], block_shape: Sequence[int]
 ) -> Tensor:
-    """What the launches take as `packed[0]`: `row_table`, `taps_together`, `tap_starts` one after the other.
+    """What the launches take as a `ForwardOrder`: `row_table`, `taps_together`, `tap_starts` one after the other.
 
     Its size, `order_size`, does not change with the pattern. Most launches also run without, in storage order.
     """

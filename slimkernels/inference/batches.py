@@ -1,0 +1,85 @@
+"""Which recording of a larger batch takes smaller inputs, and what of its outputs belongs to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
+
+def fitting(recorded: Iterable[Any], key: Any) -> tuple[Any, int, int] | None:
+    """``(signature, its batch, the given batch)`` of the smallest recorded batch that holds inputs; None without one.
+
+    Signatures are those of `slimkernels.inference.inputs.signature`. Two fit where they differ in the first size of
+    some tensors alone, and all these are one number on either side.
+    """
+    found = []
+    for other in recorded:
+        if other[1] != key[1] or len(other[0]) != len(key[0]):
+            continue
+        batches = {_batches(a, b) for a, b in zip(other[0], key[0])} - {(None, None)}
+        if len(batches) == 1:
+            batch, given = next(iter(batches))
+            if batch is not None and given is not None and 0 < given < batch:
+                found.append((batch, given, other))
+    if not found:
+        return None
+    batch, given, other = min(found, key=lambda item: item[0])
+    return other, batch, given
+
+
+def _batches(recorded: Any, given: Any) -> tuple[int | None, int | None]:
+    """The first sizes where they are all that differs, two None where nothing does, (-1, -1) for anything else."""
+    if recorded == given:
+        return None, None
+    shaped = all(isinstance(p, tuple) and len(p) == 3 and isinstance(p[1], torch.dtype) for p in (recorded, given))
+    if not shaped or recorded[1:] != given[1:] or not recorded[0] or not given[0] or recorded[0][1:] != given[0][1:]:
+        return -1, -1
+    return recorded[0][0], given[0][0]
+
+
+def filled_up(args: Any, kwargs: Any, recorded: Any) -> tuple[Any, Any]:
+    """Inputs with zeros behind them, in the sizes of the recorded signature that `fitting` found."""
+    leaves, spec = _pytree.tree_flatten((args, kwargs))
+    for i, (value, part) in enumerate(zip(leaves, recorded[0])):
+        if isinstance(value, Tensor) and tuple(value.shape) != part[0]:
+            images = value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last)
+            layout = torch.channels_last if images else torch.contiguous_format
+            whole = torch.zeros(part[0], dtype=value.dtype, device=value.device).contiguous(memory_format=layout)
+            whole[: value.shape[0]] = value
+            leaves[i] = whole
+    return _pytree.tree_unflatten(leaves, spec)
+
+
+def cut(outputs: Any, given: int, batch: int) -> Any:
+    """The part of a batch's outputs that belongs to its first images."""
+
+    def one(value: Any) -> Any:
+        return value[:given] if isinstance(value, Tensor) and value.dim() and value.shape[0] == batch else value
+
+    return _pytree.tree_map(one, outputs)
+
+
+def like_the_model(expected: Any, got: Any) -> bool:
+    """Whether outputs are those of the model up to the order of its sums."""
+    if _pytree.tree_structure(expected) != _pytree.tree_structure(got):
+        return False
+    return all(same(a, b) for a, b in zip(_pytree.tree_leaves(expected), _pytree.tree_leaves(got)))
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two outputs of one model are equal up to the order of its sums."""
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return type(a) is type(b) and a == b
+    if a.shape != b.shape or a.dtype is not b.dtype:
+        return False
+    if not (a.dtype.is_floating_point or a.dtype.is_complex):
+        return torch.equal(a, b)
+    finite = a[torch.isfinite(a)]
+    largest = float(finite.abs().max()) if finite.numel() else 0.0
+    # Sums in another order differ by about 1e-6 of the largest value, through many layers by 100 times as much.
+    tolerance = 5e-2 if a.dtype in (torch.float16, torch.bfloat16) else 1e-3
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * largest, equal_nan=True)

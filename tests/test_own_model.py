@@ -1,0 +1,149 @@
+"""Models of the user's own on the command line, and files that name a packaged architecture."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import slimkernels as sk
+from slimkernels.builders import built_on_meta
+from slimkernels.cli import app as cli
+from slimkernels.models import vgg_digits
+
+OWN = """
+import helper
+import torch
+from torch import nn
+
+import slimkernels as sk
+
+def build(width=32):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, width, 3), nn.ReLU(), nn.Conv2d(width, 32, 3), nn.Flatten(), nn.Linear(512, 10))
+    return sk.finalize_(sk.prune_(model, helper.SPARSITY, (16, 1)))
+
+def number():
+    return 3
+
+ready = build()
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    (tmp_path / "my_model.py").write_text(OWN)
+    (tmp_path / "helper.py").write_text("SPARSITY = 0.75\n")
+    return tmp_path / "my_model.py"
+
+
+def run(*arguments: object, code: int = 0):
+    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
+    return result
+
+
+def test_a_function_of_the_users_own_is_converted(own: Path, tmp_path: Path) -> None:
+    out = tmp_path / "own.slim.safetensors"
+    arguments = ["convert", "--model", f"{own}:build", "--option", "width=48", "--out", out, "--json"]
+    data = json.loads(run(*arguments, "--input", "1,3,8,8", "--input", "4x3x8x8").stdout)
+    layers = {layer["name"]: layer for layer in data["plan"]["layers"]}
+    assert layers["2"]["weight_shape"] == [32, 48, 3, 3] and len(layers["2"]["dense_ms"]) == 2
+    assert data["plan"]["builder"] is None
+    loaded = sk.load(out, into=torch.nn.Sequential(*_own_layers(48)))
+    assert loaded(torch.zeros(2, 3, 8, 8)).shape == (2, 10)
+    weights = tmp_path / "w.pt"
+    torch.save({key: value + 1 for key, value in torch.nn.Sequential(*_own_layers(32)).state_dict().items()}, weights)
+    run("convert", weights, "--model", f"{own}:ready", "--without-shapes", "--out", out)
+    assert bool((sk.load(out, into=torch.nn.Sequential(*_own_layers(32)))[0].bias > 0.5).all())
+
+
+def _own_layers(width: int) -> list[torch.nn.Module]:
+    nn = torch.nn
+    return [nn.Conv2d(3, width, 3), nn.ReLU(), nn.Conv2d(width, 32, 3), nn.Flatten(), nn.Linear(512, 10)]
+
+
+def test_what_is_wrong_with_ones_own_model_is_said(own: Path, tmp_path: Path) -> None:
+    given = ["--input", "1,3,8,8"]
+    for model, message in (
+        (f"{own}:biuld", "to define 'biuld', got build, number"),
+        (f"{tmp_path}/none.py:build", "there is no file"),
+        ("no_such_module:build", "No module named 'no_such_module'"),
+        (f"{own}:number", "to return an nn.Module, got int"),
+    ):
+        assert message in run("convert", "--model", model, *given, code=1).stderr
+    assert "expected --input SHAPE" in run("convert", "--model", f"{own}:build", code=1).stderr
+    assert "--model FILE.py:NAME" in run("convert", code=1).stderr
+    wrong = run("convert", "--model", f"{own}:build", "--input", "1,3,a", code=1).stderr
+    assert "--input: expected positive sizes as in 1,3,224,224, got '1,3,a'" in wrong
+    torch.save({"other": torch.ones(1)}, tmp_path / "w.pt")
+    error = run("convert", tmp_path / "w.pt", "--model", f"{own}:build", *given, code=1).stderr
+    assert f"expected weights of {own}:build in {tmp_path / 'w.pt'}, got" in error
+
+
+def test_ones_own_model_is_timed(own: Path) -> None:
+    arguments = ["--batch", 2, "--sparsity", 0.5, "--seconds", 0, "--no-compile", "--recorded"]
+    data = json.loads(run("bench", "--model", f"{own}:build", "--input", "3,8,8", *arguments, "--json").stdout)
+    assert data["rows"][0]["batch"] == 2 and data["rows"][0]["converted"]["n"] > 0
+    assert "expected --input SHAPE of one image" in run("bench", "--model", f"{own}:build", code=1).stderr
+
+
+@pytest.fixture
+def digits() -> torch.nn.Module:
+    model = vgg_digits(width=16).eval()
+    sk.finalize_(sk.prune_(model, 0.75, (16, 1)))
+    return sk.convert(model, policy=sk.Policy(min_speedup=0))
+
+
+def test_files_of_packaged_models_load_by_themselves(digits: torch.nn.Module, tmp_path: Path) -> None:
+    path, again = tmp_path / "m.slim.safetensors", tmp_path / "again.slim.safetensors"
+    sk.save(digits, path, builder={"model": "vgg_digits", "options": {"width": 16}})
+    loaded, x = sk.load(path), torch.randn(2, 1, 8, 8)
+    assert torch.equal(loaded(x), digits(x))
+    sk.save(loaded, again)
+    assert torch.equal(sk.load(again)(x), digits(x))  # the name stays with the model
+    accuracy = json.loads(run("eval", path, "--data", "digits", "--json").stdout)
+    assert accuracy["images"] == 450 and 0 <= accuracy["accuracy"] <= 1
+    assert run("eval", path).stdout.startswith("accuracy ")
+    assert run("eval", tmp_path / "none", code=1).stderr.startswith("slimkernels: eval: expected a file")
+    sk.save(digits, path)
+    with pytest.raises(ValueError, match=r"names no model of slimkernels.models \(save\(..., builder=...\) writes"):
+        sk.load(path)
+
+
+@pytest.mark.parametrize(
+    "builder",
+    [
+        {"model": "no_such_network"},
+        {"model": "resnet18", "options": {"weights": "DEFAULT"}},
+        {"model": "vgg_digits", "options": {"width": [1]}},
+        {"model": "vgg_digits", "code": "x"},
+        {"model": 3},
+        {"model": "vgg_digits", "num_classes": -1},
+    ],
+)
+def test_builders_name_packaged_models_alone(builder: dict, digits: torch.nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="builder"):
+        sk.save(digits, tmp_path / "m.slim.safetensors", builder=builder)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_builder_of_enormous_sizes_takes_no_memory() -> None:
+    model = built_on_meta('{"model": "vgg19_cifar", "options": {"width": 1000}}')
+    assert all(p.is_meta for p in model.parameters())
+    with pytest.raises(ValueError, match="expected builder to be JSON"):
+        built_on_meta("[")
+
+
+def test_the_module_runs_as_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "slimkernels", "-h"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "eval" in done.stdout and "--show-completion" in done.stdout
+
+
+def test_dir_shows_the_interface_alone() -> None:
+    assert dir(sk) == sorted(sk.__all__)
