@@ -85,7 +85,8 @@ def run_bench(
         batches: batch sizes.
         seconds: timing budget per network and batch.
         compile: also try torch.compile with freezing as a dense baseline.
-        network, shape: a model of the user's own and the shape of one of its images, instead of the named model's.
+        network: a model of the user's own, instead of the named one.
+        shape: of one of its images.
         recorded: serve the converted network by `slimkernels.graphed`.
         say: called with one line per step.
 
