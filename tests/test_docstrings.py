@@ -81,12 +81,7 @@ def faults(source: str) -> list[str]:
     return found
 
 
-MODULES = [
-    path
-    for path in sorted(PACKAGE.rglob("*.py"))
-    # To be brought into this form later.
-    if "kernels/triton" not in path.as_posix() and not path.name.startswith("gpu_")
-]
+MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix())

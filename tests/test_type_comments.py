@@ -9,22 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "slimkernels"
 IGNORE = re.compile(r"# type: ignore(?P<code>\[[a-z, -]+\])?(?P<reason>  # \w.+)?")
-# To be given their reasons later.
-PENDING = (
-    "checkpoint.py",
-    "cli/compression.py",
-    "cli/demo.py",
-    "compress/factorization/factorize.py",
-    "compress/pruning/prune.py",
-    "conversion/",
-    "inference/",
-    "kernels/triton/",
-    "nn/",
-    "ops/",
-)
-MODULES = [
-    path for path in sorted(PACKAGE.rglob("*.py")) if not path.relative_to(PACKAGE).as_posix().startswith(PENDING)
-]
+MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
 def faults(source: str) -> list[str]:

@@ -165,6 +165,7 @@ def convert(
     fast = run_convert(dense.to(device), inputs, strict=strict, progress=o.progress(as_json))
     save(fast, out, builder=builder)
     if as_json:
+        # For mypy: a model's own attribute, a Tensor or a Module to mypy.
         plan = json.loads(fast.slimkernels_plan.to_json())  # type: ignore[union-attr, operator]
         o.print_json(
             {"file": str(out), "bytes": out.stat().st_size, "model": name, "num_classes": classes, "plan": plan}

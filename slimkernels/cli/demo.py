@@ -253,6 +253,7 @@ def _entry(
 
 
 def _layers(pruned: nn.Module, converted: nn.Module) -> list[LayerSparsity]:
+    # For mypy: a model's own attribute, a Tensor or a Module to mypy.
     plan: ModelPlan = converted.slimkernels_plan  # type: ignore[assignment]
     rows = []
     for name, module in pruned.named_modules():

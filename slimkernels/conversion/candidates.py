@@ -198,6 +198,7 @@ def _block_sparse_option(unit: Unit, policy: Policy, pattern: PatternStats, epil
         mask = unit.mask | block_mask(unit.weight.weight, pattern.block_shape)
     cls = BlockSparseConv2d if unit.weight.is_conv else BlockSparseLinear
     asked = "auto" if policy.backend == "auto" else kernel
+    # For mypy: the class fits the layer that was read.
     module = cls.from_dense(dense, pattern.block_shape, mask, epilogue, asked)  # type: ignore[arg-type]
     return Option("bsr", [module, *rest(unit, epilogue)], epilogue, kernel, pattern)
 
@@ -218,6 +219,7 @@ def fused_options(unit: Unit, policy: Policy, sizes: Sequence[Sequence[int]] | N
         if KERNELS[kernel].backend == "reference":
             continue
         asked = "auto" if policy.backend == "auto" else kernel
+        # For mypy: an attribute of a Module is a Tensor or a Module to mypy.
         module = FusedConv2d.from_dense(dense_twin(unit.weight), epilogue, asked)  # type: ignore[arg-type]
         found.append(Option("fused", [module.eval(), *rest(unit, epilogue)], epilogue, kernel))
         # As with blocks, a pool of its own may be the faster one.
@@ -305,12 +307,13 @@ def low_rank_problem(unit: Unit, epilogue: str, call: Call | None = None) -> Siz
         h,
         w,
         chain.kind,
-        shapes,  # type: ignore[arg-type]
+        shapes,  # type: ignore[arg-type]  # taken from a module's attribute, which mypy takes for a Tensor or a Module
         chain.stride,
         chain.padding,
         chain.dilation,
         dtype,
         device,
+        # For mypy: taken from a module's attribute, which mypy takes for a Tensor or a Module.
         epilogue,  # type: ignore[arg-type]
     )
 

@@ -123,7 +123,7 @@ def _tensor(file: BinaryIO, dtype: torch.dtype, shape: tuple[int, ...], nbytes: 
     if nbytes == 0:
         return torch.empty(shape, dtype=dtype)
     raw = bytearray(nbytes)
-    got = file.readinto(raw)  # type: ignore[attr-defined]
+    got = file.readinto(raw)  # type: ignore[attr-defined]  # files opened for reading bytes have it
     if got != nbytes:
         _refuse(path, f"{field}: data", f"{nbytes} bytes", got)
     return torch.frombuffer(raw, dtype=dtype).reshape(shape)

@@ -200,6 +200,7 @@ def _apply(
     for bn_name, name in found.foldable.items():
         conv = found.model.get_submodule(name)
         bn = found.model.get_submodule(bn_name)
+        # For mypy: a batch norm, as the caller has found out.
         changes[name] = _refilled(conv, *fold_tensors(conv.weight, conv.bias, bn))  # type: ignore[arg-type]
         changes[bn_name] = nn.Identity()
         plans[bn_name] = _folded_bn_plan(found, bn_name, name)
@@ -315,7 +316,7 @@ def _checked(
         found_s = measure.typical_seconds(
             runs,
             device=found.device,
-            **limits,  # type: ignore[arg-type]
+            **limits,  # type: ignore[arg-type]  # an int and a float, by name
             clear=lambda seconds: ratio(min(seconds[0], seconds[1]), seconds[2]).verdict(needed) is not None,
         )
         times.append(list(found_s))

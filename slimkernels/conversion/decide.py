@@ -135,6 +135,7 @@ def _time(unit: Unit, stay: Option, options: list[Option], inputs: list[Tensor],
 
         limits = {"repeats": policy.repeats, "budget_s": policy.budget_s}
         try:
+            # For mypy: an int and a float, by name.
             found = measure.typical_seconds(runs, device=device, **limits, clear=clear)  # type: ignore[arg-type]
         except measure.RunError as error:
             at, cause = runs.index(error.run), error.__cause__

@@ -167,6 +167,7 @@ def _excluded(names: Iterable[str], exclude: Iterable[str]) -> set[str]:
 def _mask(module: nn.Module) -> Tensor | None:
     if not parametrize.is_parametrized(module, "weight"):
         return None
+    # For mypy: an attribute of a Module is a Tensor or a Module to mypy.
     chain: Any = module.parametrizations.weight  # type: ignore[union-attr]
     return next((p.mask for p in chain if isinstance(p, BlockMask)), None)
 
@@ -218,7 +219,9 @@ def _unit(
         source = "low_rank"
     if tail.bn is not None:
         bn = found.model.get_submodule(tail.bn)
+        # For mypy: a batch norm, as the caller has found out.
         weights[-1] = fold_weight(weights[-1], bn)  # type: ignore[arg-type]
+        # For mypy: a batch norm, as the caller has found out.
         chain = None if chain is None else fold_chain(chain, bn)  # type: ignore[arg-type]
     if found.training:
         dense = [found.model.get_submodule(name) for name in names]

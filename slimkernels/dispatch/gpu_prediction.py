@@ -23,7 +23,11 @@ class Prediction:
     """Where the time of a kernel goes, in seconds.
 
     Attributes:
-        matrix_s, l2_s, memory_s, issue_s, tags_s: each alone, all processors equally busy.
+        matrix_s: the matrix units alone, all processors equally busy, as in the next four.
+        l2_s: bytes from L2.
+        memory_s: bytes from and to device memory.
+        issue_s: instructions.
+        tags_s: lookups in L1.
         loads_s: what the loads of a gathering kernel take one after the other, memory included.
         launch_s: kernel launches.
         imbalance: tiles of the busiest processor over the average, times the rows and columns that pad tiles.

@@ -15,11 +15,13 @@ class GpuRates:
         matrix_flops: 16-bit matrix product on random data, FLOP/s.
         dense_flops: what the vendor's dense convolutions and products reach, FLOP/s.
         fma_flops: IEEE float32 on the plain cores, FLOP/s.
-        memory_bytes_s, l2_bytes_s: device memory (read plus written) and L2 to all processors, bytes/s.
+        memory_bytes_s: device memory, read plus written, bytes/s.
+        l2_bytes_s: L2 to all processors, bytes/s.
         processors: streaming multiprocessors.
         launch_s: one kernel inside a CUDA graph, seconds.
         clock_hz: of the multiprocessors under load.
-        l2_capacity, shared_memory: bytes of L2, bytes one block may use.
+        l2_capacity: bytes of L2.
+        shared_memory: bytes that one block may use.
         latency_s: from the address to the data of a load that L2 answers, under load.
     """
 

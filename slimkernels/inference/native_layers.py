@@ -80,6 +80,7 @@ def native_layers(target: Any, args: Sequence[Any]) -> list[NativeLayer]:
         return []
     op = target._opname
     block_shape = tuple(given.get("block_shape", (1, 1)))
+    # For mypy: a pair, as the op has checked.
     request = Request(op, x.dtype, x.device.type, block_shape, given["epilogue"])  # type: ignore[arg-type]
     spec = resolve(given["kernel"], request)
     if spec.backend != "cpu":
@@ -108,6 +109,7 @@ def _block_sparse(isa: str, op: str, given: dict[str, Any]) -> list[NativeLayer]
     geometry = tuple(tuple(given[name]) for name in ("stride", "padding", "dilation")) if taps else _POINTWISE
     blocks = given["values"], given["crow_indices"], given["col_indices"]
     packed = pack_strips(*blocks, shape, block_shape, strip_width(block_shape[0], isa))
+    # For mypy: four sizes, which its type does not say.
     return [NativeLayer(isa, op, packed, shape, geometry)]  # type: ignore[arg-type]
 
 

@@ -101,6 +101,7 @@ def _conv2d_output_shape(call: LowRankConv2dCall) -> tuple[int, int, int, int]:
 def _geometry(call: LowRankConv2dCall) -> list[Any]:
     """Stride, padding and dilation of every factor."""
     geometry = tuple(call.stride), tuple(call.padding), tuple(call.dilation)
+    # For mypy: pairs, as the schema says.
     return factor_geometry(call.kind, len(call.factors), *geometry)  # type: ignore[arg-type]
 
 

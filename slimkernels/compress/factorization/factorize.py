@@ -353,6 +353,7 @@ def _match_batch_norms(model: nn.Module, done: Sequence[_Job], data: _Data) -> N
     """Makes the new batch norms the identity on the calibration data."""
     norms = {job.name: job.twin.batch_norm for job in done if job.batch_norm and isinstance(job.twin, nn.Sequential)}
     if norms:
+        # For mypy: there are calibration data wherever there are norms to match.
         match_batch_norms("factorize_", model, norms, data.batches, data.count)  # type: ignore[arg-type]
 
 

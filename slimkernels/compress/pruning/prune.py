@@ -187,6 +187,7 @@ def apply_masks_(model: nn.Module, optimizer: torch.optim.Optimizer | None = Non
     """
     inside = unwrapped("apply_masks_", model)
     for name, mask in masks(inside).items():
+        # For mypy: an attribute of a Module is a Tensor or a Module to mypy.
         weight: Any = inside.get_submodule(name).parametrizations.weight.original  # type: ignore[union-attr]
         tensors = [weight]
         if optimizer is not None:
@@ -357,4 +358,5 @@ def _say_what_pickles(module: nn.Module) -> None:
             "call slimkernels.finalize_(model) to bake the zeros in, or save model.state_dict()"
         )
 
+    # For mypy: the class is the one that parametrization made for this module alone.
     type(module).__getstate__ = refuse  # type: ignore[method-assign]

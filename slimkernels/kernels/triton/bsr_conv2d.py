@@ -125,6 +125,7 @@ def _run(
     dtype = geometry.dtype
     compute = interpreted_dtype(dtype)
     if compute != dtype:
+        # For mypy: the same tensors in another dtype, None where there was none.
         x, values, bias = (None if t is None else t.to(compute) for t in (x, values, bias))  # type: ignore[assignment]
         geometry = geometry._replace(dtype=compute)
         return _run(x, values, crow_indices, col_indices, bias, packed, geometry, variant, config).to(dtype)
@@ -208,7 +209,7 @@ def launch(
         x.dtype,
         values.shape[0],
         bias is not None,
-    )  # type: ignore[arg-type]
+    )  # type: ignore[arg-type]  # tuples have the right length, which their types do not say
     x = x.contiguous(memory_format=torch.channels_last)
     return _run(x, values, crow_indices, col_indices, bias, packed, geometry, variant, config)
 
@@ -256,6 +257,6 @@ def launch_linear(
         x.dtype,
         values.shape[0],
         bias is not None,
-    )  # type: ignore[arg-type]
+    )  # type: ignore[arg-type]  # tuples have the right length, which their types do not say
     y = _run(rows, values, crow_indices, col_indices, bias, packed, geometry, variant, config)
     return y.reshape(*x.shape[:-1], out_features)

@@ -313,7 +313,8 @@ def launch(
         grad: (N, C_out, P, Q) float32 | float16 | bfloat16.
         x: (N, C_in, H, W) of that dtype. Both are read as channels_last (converted when they are not).
         values: gives its shape and dtype alone.
-        crow_indices, col_indices: int32.
+        crow_indices: int32, of the pattern.
+        col_indices: int32, of the pattern.
         weight_shape: (C_out, C_in, R, S).
         config: BLOCK_M, BLOCK_N, BLOCK_K, SPLITS, num_warps, num_stages; None takes `default_config`. INDEX_64=1 forces
             64-bit addresses, which are otherwise used from 2^31 elements on.
@@ -337,7 +338,7 @@ def launch(
         tuple(dilation),
         compute,
         gradient_precision((r, s, *x.shape[2:])),
-    )  # type: ignore[arg-type]
+    )  # type: ignore[arg-type]  # tuples have the right length, which their types do not say
     plan, splits = _plan(geometry, tuple(config.items()) if config else (), limits(x.get_device()))
     if splits == 1:
         # Zeroed, because spare blocks belong to no program.

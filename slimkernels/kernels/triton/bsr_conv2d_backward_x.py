@@ -346,7 +346,7 @@ def launch(
         tuple(dilation),
         compute,
         gradient_precision((r, s, h, w)),
-    )  # type: ignore[arg-type]
+    )  # type: ignore[arg-type]  # tuples have the right length, which their types do not say
     plan = _plan(geometry, tuple(config.items()) if config else (), limits(grad.get_device()))
     plan(grad, values, *lists, dx)
     return dx.to(dtype)

@@ -262,7 +262,8 @@ def configs(
         problem: a ConvProblem or LinearProblem.
         variant: "pixels_on_m", "weights_on_m", "taps_together" or "shared_input", the kernels of this op.
         tensor_cores: False for IEEE float32, None asks torch's switch (False unless "tf32").
-        shared_memory, processors: limits of the device, `runtime.device_limits`.
+        shared_memory: bytes a block may use on the device, `runtime.device_limits`.
+        processors: of the device.
 
     Raises: TypeError for another problem.
     """
@@ -335,6 +336,7 @@ def _images_configs(problem: ConvProblem, tensor_cores: bool | None, shared_memo
 
 def _tf32(problem: ConvProblem | LinearProblem) -> bool:
     switches = torch.backends.cudnn.conv if isinstance(problem, ConvProblem) else torch.backends.cuda.matmul
+    # For mypy: torch 2.9 has it, torch's annotations do not.
     return switches.fp32_precision == "tf32"  # type: ignore[attr-defined]
 
 

@@ -111,6 +111,7 @@ def check(op: str, x: Tensor, values: Tensor, bias: Tensor | None, epilogue: str
     if x.dtype not in DTYPES:
         raise TypeError(f"{op}: expected x of dtype float32, float16 or bfloat16, got {x.dtype}")
     if values.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
+        # For mypy: if the values fit, the bias is there and does not.
         got = values.dtype if values.dtype != x.dtype else bias.dtype  # type: ignore[union-attr]
         raise TypeError(f"{op}: expected values and bias of x's dtype {x.dtype}, got {got}")
     if epilogue not in EPILOGUES:

@@ -124,6 +124,7 @@ def launch(
         x = x.contiguous(memory_format=torch.channels_last)
     weight = weight.contiguous(memory_format=torch.channels_last)
     switch = torch.backends.cudnn.conv
+    # For mypy: torch 2.9 has it, torch's annotations do not.
     precision = "tf32" if x.dtype == torch.float32 and switch.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
     geometry = Geometry(
         tuple(x.shape),
@@ -136,7 +137,7 @@ def launch(
         x.dtype,
         channels_last,
         bias is not None,
-    )  # type: ignore[arg-type]
+    )  # type: ignore[arg-type]  # tuples have the right length, which their types do not say
     _, p, q = geometry.output
     y = torch.empty(
         (x.shape[0], weight.shape[0], p, q), dtype=x.dtype, device=x.device, memory_format=torch.channels_last

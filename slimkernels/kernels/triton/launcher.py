@@ -28,8 +28,11 @@ class Launch:
     The kernel's parameters must be ordered pointers, integers, constants.
 
     Args:
-        kernel: the jitted function. grid: three ints. integers: its integer arguments. constants: its constexpr
-        arguments by name. options: num_warps, num_stages.
+        kernel: the jitted function.
+        grid: three ints.
+        integers: its integer arguments.
+        constants: its constexpr arguments by name.
+        options: num_warps, num_stages and others of `launch_options`.
     """
 
     def __init__(

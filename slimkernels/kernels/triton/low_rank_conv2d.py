@@ -215,6 +215,7 @@ def _convolve(
     if y.numel() == 0:
         return y
     m_total = n * p * q
+    # For mypy: torch 2.9 has it, torch's annotations do not.
     precision = "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
     if config is None or (u is not None and inner > config["RANK"]):
         tensor_cores = x.dtype != torch.float32 or precision == "tf32"

@@ -109,6 +109,7 @@ def gradient_precision(sizes: tuple[int, int, int, int]) -> str:
     A linear layer arrives as the convolution of single pixels and follows the switch of matrix products.
     """
     switch = torch.backends.cuda.matmul if max(sizes) == 1 else torch.backends.cudnn.conv
+    # For mypy: torch 2.9 has it, torch's annotations do not.
     return "tf32" if switch.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
 
 
