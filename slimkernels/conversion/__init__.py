@@ -1,10 +1,10 @@
 """Conversion: a compressed model's layers replaced by drop-in modules where that is faster, and the account of it.
 
 In the order of the work: `wrappers` takes off what only runs a model; `analysis` finds patterns; `graph`, `layers` and
-`chains` see what feeds what, `calls` what example inputs do, `readers` which weights are their layer's own; `units`
-groups each layer with what follows it; `options` decides; `folding` and `measure` serve it; `convert_model` puts the
-modules in and compares by `outputs`; `plan`, `report` and `container` record, print and store what was done;
-`plain_model` is the way back.
+`factor_chains` see what feeds what, `calls` what example inputs do, `readers` which weights are their layer's own;
+`units` groups each layer with what follows it; `candidates` builds the ways to run it, and `decide` takes one by the
+times of `measure` and their `spread`; `convert_model` puts the modules in and compares by `outputs`; `plan`, `report`
+and `container` record, print and store what was done; `plain_model` is the way back.
 """
 
 from slimkernels.conversion.convert_model import convert
