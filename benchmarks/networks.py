@@ -135,27 +135,27 @@ def one(name: str) -> dict[str, Any]:
             sk.save(fast, Path(folder) / "m.slim.safetensors")
             return sk.load(Path(folder) / "m.slim.safetensors", into=build(name)[0])(x)
 
-    def traced() -> Any:
+    def traced(network: Any = fast) -> Any:
         # Detection returns mappings, which strict tracing refuses of any model.
-        program = torch.jit.trace(fast, (x,), strict=False, check_trace=not isinstance(x, list))
+        program = torch.jit.trace(network, (x,), strict=False, check_trace=not isinstance(x, list))
         return program(x)
 
-    def in_onnx_runtime() -> Any:
+    def in_onnx_runtime(network: Any = fast) -> Any:
         import onnxruntime
 
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "m.onnx"
             try:
-                sk.export_onnx(fast, path, example)
+                sk.export_onnx(network, path, example)
             except ValueError:
-                sk.export_onnx(fast, path, example, dynamo=False)
+                sk.export_onnx(network, path, example, dynamo=False)
                 result["exporter"] = "TorchScript"
             session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
             inputs = x if isinstance(x, list) else [x]
             feeds = {i.name: t.numpy() for i, t in zip(session.get_inputs(), inputs, strict=True)}
             return [torch.from_numpy(v) for v in session.run(None, feeds)]
 
-    ways: dict[str, Callable[[], Any]] = {
+    ways: dict[str, Callable[..., Any]] = {
         "converted": lambda: fast(x),
         "plain again": lambda: sk.to_dense(fast)(x),
         "recorded": recorded,
@@ -170,7 +170,22 @@ def one(name: str) -> dict[str, Any]:
         except Exception as error:  # a table of what works says what does not
             lines = str(error).strip().splitlines() or [type(error).__name__]
             result[step] = f"{type(error).__name__}: {lines[0]}"
+            if step in ("traced", "ONNX Runtime"):
+                result[step] += _of_the_original(lambda run=run: difference(expected, run(model)))
     return result
+
+
+def _of_the_original(run: Callable[[], Any]) -> str:
+    """Whether the dense model fails as well."""
+    import torch
+
+    try:
+        with torch.no_grad():
+            run()
+    except Exception as error:  # as above
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return f" (the dense model, never converted: {type(error).__name__}: {lines[0]})"
+    return " (the dense model works)"
 
 
 def table(results: Iterable[dict[str, Any]], versions: str) -> str:
