@@ -100,7 +100,7 @@ SPEEDUPS = {16: 2.5, 32: 1.3, 48: 1.05, 64: 1.1, 80: 0.7}
 
 
 def costs(layer: nn.Module, sparse: bool) -> float:
-    dense = 1e-4 * layer.out_channels
+    dense = 1e-5 * layer.out_channels
     return dense / SPEEDUPS[layer.out_channels] if sparse else dense
 
 
@@ -191,3 +191,16 @@ def test_the_smaller_layer_may_win_where_times_are_even(
         monkeypatch.setattr("slimkernels.conversion.decide._predicted_speedup", lambda *args: 0.5)
         fast = sk.convert(model, images(2, 16), policy=sk.Policy(prefer_smaller=prefer_smaller, **options))
         assert isinstance(fast[0], BlockSparseConv2d) == (swapped and prefer_smaller)
+
+
+@needs_native
+def test_readings_of_the_scheduler_decide_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both sides take a time slice of 8 ms where the layer takes microseconds: a clear ratio, and no meaning."""
+    model, _ = only(1.0)
+    monkeypatch.setattr(
+        measure, "_cpu_reading", Neighbour(lambda layer, sparse: 8e-3 if sparse else 7.5e-3, 0, 0.0, 1.0)
+    )
+    monkeypatch.setattr("slimkernels.conversion.decide._predicted_speedup", lambda *args: 2.0)
+    policy = sk.Policy(dense_layers=False, check_model=False, repeats=5, budget_s=1e9)
+    reason = sk.convert(model, images(2, 16), policy=policy).slimkernels_plan["0"].reason
+    assert reason.endswith("too noisy to tell; the cost model predicts 2.00x, so it is swapped")

@@ -22,6 +22,10 @@ from slimkernels.conversion.spread import Ratio, everywhere, in_ms, ratio, worst
 from slimkernels.dispatch.select import predicted_dense_seconds, predicted_seconds
 from slimkernels.kernels import KERNELS
 
+_FULL_MARGIN = 1.15
+# A layer takes less than so many times its predicted time, or so many times 100 us, on any machine that runs it at all.
+_STALLED, _LEAST_PREDICTION_S = 20, 1e-4
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -212,6 +216,8 @@ def _judge(unit: Unit, stay: Option, option: Option, ratios: list[Ratio], policy
     """Whether a timed option is taken, and the rule that decided."""
     needed, least, baseline = _needed(unit, option, stay, policy), worst(ratios), _baseline(unit, stay)
     verdict, implausible = everywhere(ratios, needed), least.middle > _plausible(unit, option)
+    if _stalled(stay, option):
+        verdict = None
     where = " at the least favourable input" if len(ratios) > 1 else ""
     if verdict is True and not implausible:
         return True, f"measured {least} the speed of {baseline}{where}"
@@ -224,7 +230,9 @@ def _judge(unit: Unit, stay: Option, option: Option, ratios: list[Ratio], policy
         if predicted is None:
             return False, f"{measured}, and the cost model knows nothing of it, so it stays"
         text = f"{measured}; the cost model predicts {predicted:.2f}x"
-        if predicted >= needed:
+        # Without a block to leave out a gain rests on the kernels' fine points, which the cost model does not know.
+        full = option.pattern is not None and option.pattern.nnz_blocks == option.pattern.blocks
+        if predicted >= needed * (_FULL_MARGIN if full else 1.0):
             return True, f"{text}, so it is swapped"
         return False, f"{text}, and Policy.min_speedup asks for {needed:.2f}x, so it stays"
     at = ratios.index(least)
@@ -233,6 +241,14 @@ def _judge(unit: Unit, stay: Option, option: Option, ratios: list[Ratio], policy
         return False, f"{baseline} is as fast or faster: {times}{where}"
     text = f"too small a gain over {baseline}: {times}, {least}{where}"
     return False, f"{text}; Policy.min_speedup asks for {needed:.2f}x"
+
+
+def _stalled(stay: Option, option: Option) -> bool:
+    """Whether all readings are a scheduler's, not the layer's: every thread waited for one that had lost its core."""
+    if option.pattern is None or not any(isinstance(s, measure.Seconds) for s in stay.seconds):
+        return False
+    predicted = max(sum(option.pattern.dense_s), _LEAST_PREDICTION_S)
+    return min(sum(stay.seconds), sum(option.seconds)) > _STALLED * predicted
 
 
 def _predicted_speedup(unit: Unit, stay: Option, option: Option) -> float | None:
