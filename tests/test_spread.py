@@ -138,13 +138,8 @@ def test_ten_conversions_beside_a_busy_process_swap_the_same_layers(
 @needs_native
 def test_the_report_names_the_rule_that_decided(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = layers(), images(2, 16)
-<<<<<<< HEAD
     monkeypatch.setattr(measure, "seconds_a_call", Neighbour(costs, 1, 0.9, 10.0))
-    noisy = sk.convert(model, x, policy=sk.Policy(dense_layers=False)).slimkernels_plan
-=======
-    monkeypatch.setattr(measure, "_cpu_reading", Neighbour(costs, 1, 0.9, 10.0))
     noisy = sk.convert(model, x, policy=sk.Policy(dense_layers=False, repeats=5, budget_s=1e9)).slimkernels_plan
->>>>>>> a75235e (Networks that work, as a table; tests of decisions that do not depend on the machine's speed)
     assert "too noisy to tell; the cost model predicts" in noisy["2"].reason
     assert noisy["2"].reason.endswith("x, so it is swapped")
 
@@ -167,13 +162,8 @@ def test_what_the_saved_work_does_not_explain_is_left_to_the_cost_model(monkeypa
         readings[0] += 1
         return neighbour(run, calls)
 
-<<<<<<< HEAD
     monkeypatch.setattr(measure, "seconds_a_call", reading)
-    policy = sk.Policy(repeats=5, measured_candidates=1, dense_layers=False, check_model=False)
-=======
-    monkeypatch.setattr(measure, "_cpu_reading", reading)
     policy = sk.Policy(repeats=5, budget_s=1e9, measured_candidates=1, dense_layers=False, check_model=False)
->>>>>>> a75235e (Networks that work, as a table; tests of decisions that do not depend on the machine's speed)
     reason = sk.convert(model, images(2, 16), policy=policy).slimkernels_plan["0"].reason
     assert "more than the saved work explains; the cost model predicts" in reason
     assert readings[0] >= 2 * (1 + 4 * 5)  # a reading to start with, then four times the rounds
@@ -198,7 +188,7 @@ def test_readings_of_the_scheduler_decide_nothing(monkeypatch: pytest.MonkeyPatc
     """Both sides take a time slice of 8 ms where the layer takes microseconds: a clear ratio, and no meaning."""
     model, _ = only(1.0)
     monkeypatch.setattr(
-        measure, "_cpu_reading", Neighbour(lambda layer, sparse: 8e-3 if sparse else 7.5e-3, 0, 0.0, 1.0)
+        measure, "seconds_a_call", Neighbour(lambda layer, sparse: 8e-3 if sparse else 7.5e-3, 0, 0.0, 1.0)
     )
     monkeypatch.setattr("slimkernels.conversion.decide._predicted_speedup", lambda *args: 2.0)
     policy = sk.Policy(dense_layers=False, check_model=False, repeats=5, budget_s=1e9)
