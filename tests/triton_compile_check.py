@@ -291,7 +291,6 @@ def _low_rank(target: Target) -> tuple[Any, dict[str, int]]:
         "STORE_INNER": False,
         "INDEX_64": target.index_64,
         "PRECISION": target.precision,
-        "OVERLAP": 2 if target.arch >= 90 else 0,
         **{name: config[name] for name in ("RANK", "BLOCK_M", "BLOCK_N", "BLOCK_K")},
     }
     pointers = dict.fromkeys(("x_ptr", "u_ptr", "v_ptr", "bias_ptr", "y_ptr", "h_ptr"), f"*{target.dtype}")

@@ -8,7 +8,12 @@ weight the stored blocks count, of a low-rank weight its factors: what is comput
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 from slimkernels.kernels.problems import conv_output_size, factor_geometry
@@ -79,10 +84,40 @@ FORMULAS: dict[str, Callable[..., int]] = {
 
 
 def register_flop_formulas() -> None:
-    """Makes the formulas known to `torch.utils.flop_counter`, which takes 0.1 s to import; once."""
-    from torch.utils.flop_counter import flop_registry, register_flop_formula
+    """Makes the formulas known to `torch.utils.flop_counter`, once it is imported: it takes Triton with it."""
+    if _COUNTER in sys.modules:
+        _register(sys.modules[_COUNTER])
+    elif not any(isinstance(finder, _WhenImported) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _WhenImported())
 
+
+_COUNTER = "torch.utils.flop_counter"
+
+
+def _register(counter: Any) -> None:
     for name, formula in FORMULAS.items():
         op = getattr(OPS, name)
-        if op not in flop_registry:
-            register_flop_formula(op)(formula)
+        if op not in counter.flop_registry:
+            counter.register_flop_formula(op)(formula)
+
+
+class _WhenImported(MetaPathFinder):
+    """Registers the formulas when torch's module of FLOP counts has been imported, and is gone then."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """torch's own spec of that module, with the registration behind its execution; None for every other one."""
+        if name != _COUNTER:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            _register(module)
+
+        # For mypy: the loader is this spec's own, made for one import.
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
