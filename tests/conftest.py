@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 import sys
@@ -47,6 +48,15 @@ ORIGINAL_EMPTY = torch.empty
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU")
+
+
+@pytest.fixture(autouse=True)
+def log_as_it_was() -> Iterator[None]:
+    """A command of the command line shows the package's log for the rest of its process, which here is not its own."""
+    yield
+    log = logging.getLogger("slimkernels")
+    log.handlers.clear()
+    log.setLevel(logging.NOTSET)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
