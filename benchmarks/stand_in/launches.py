@@ -156,7 +156,8 @@ class Driver:
 def run_op(name: str, args: Any, kwargs: Any) -> Any:
     """An op of slimkernels by its own code, as torch's dispatcher would run it for CUDA tensors."""
     (room,) = (room for room in ("low_rank", "fused", "bsr") if name.startswith(room))
-    return getattr(importlib.import_module(f"slimkernels.ops.{room}"), f"_{name}")(*args, **kwargs)
+    call = importlib.import_module("slimkernels.ops.calls").CALLS[name](*args, **kwargs)
+    return getattr(importlib.import_module(f"slimkernels.ops.{room}"), f"_{name}")(call)
 
 
 # Functions that launch, by module of slimkernels.kernels.triton, and the op whose reference computes what they return.
