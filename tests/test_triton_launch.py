@@ -18,6 +18,8 @@ from triton.runtime import driver  # noqa: E402
 from slimkernels import testing  # noqa: E402
 from slimkernels.kernels.triton import bsr_conv2d  # noqa: E402
 from slimkernels.kernels.triton.bsr_conv2d_index import forward_order  # noqa: E402
+from slimkernels.kernels.triton.launcher import Launch  # noqa: E402
+from slimkernels.kernels.triton.runtime import Limits  # noqa: E402
 
 CONFIG = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
 
@@ -107,3 +109,23 @@ def test_split_launches_the_reduction_after_the_product(no_driver: NoDriver) -> 
     written, read = no_driver.launched[0][2][6], no_driver.launched[1][2][1]
     assert written is read and written.shape == (3, 256, 32) and written.dtype == torch.float32
     assert no_driver.launched[1][2][3] is y or no_driver.launched[1][2][3].data_ptr() == y.data_ptr()
+
+
+@pytest.mark.parametrize("given", (True, False), ids=("given", "made here"))
+@pytest.mark.parametrize("variant", ("images_on_m", "taps_together"))
+def test_an_order_made_for_the_call_is_waited_for(monkeypatch: pytest.MonkeyPatch, variant: str, given: bool) -> None:
+    """A kernel reads an order before it waits for the one in front, so none may overlap with what made the order."""
+    launched: list[tuple[int, bool]] = []
+    monkeypatch.setattr(
+        Launch,
+        "__call__",
+        lambda self, *tensors: launched.append((self.constants["OVERLAP"], self.options.get("launch_pdl", False))),
+    )
+    monkeypatch.setattr(bsr_conv2d, "limits", lambda device: Limits(227 * 1024, 132, True))
+    weight = testing.random_bsr((32, 32, 3, 3), (16, 16), 0.5, dtype=torch.float16)
+    index = weight.crow_indices, weight.col_indices
+    packed = [forward_order(*index, weight.weight_shape, weight.block_shape)] if given else []
+    geometry = weight.weight_shape, weight.block_shape, (1, 1), (1, 1), (1, 1)
+    bsr_conv2d.launch(aligned_input(0), weight.values, *index, None, packed, *geometry, "relu", variant=variant)
+    ((overlap, early),) = launched
+    assert (overlap > 0) == early == given

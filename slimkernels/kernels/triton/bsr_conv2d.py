@@ -141,6 +141,8 @@ def _run(
     order = _order(packed, geometry)
     if order is None and (keep_in_l1 or variant == "images_on_m"):
         order = forward_order(crow_indices, col_indices, geometry.weight_shape, geometry.block_shape)
+        # The kernels read an order before they wait for the kernel in front, which here has just written it.
+        device = device._replace(overlaps=False)
     if variant == "images_on_m":
         assert order is not None
         bsr_conv2d_images.run(x, values, order, col_indices, bias, y, geometry, config, device)
