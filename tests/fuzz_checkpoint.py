@@ -258,7 +258,7 @@ def consistent_block(rng: random.Random, file: Crafted) -> str:
 
 def extra_state(rng: random.Random, file: Crafted) -> str:
     state: dict[str, Any] = {}
-    with contextlib.suppress(ValueError, TypeError):  # another mutation was there first
+    with contextlib.suppress(ValueError, TypeError, RecursionError):  # another mutation was there first
         state = dict(json.loads(file.meta["extra_state"]))
     key = rng.choice([*state, "_extra_state", "out.weight", "nothing._extra_state"])
     state[key] = any_value(rng) if rng.random() < 0.8 else {"block_shape": any_value(rng), "weight_shape": [1]}

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fuzz_checkpoint
 import pytest
 import torch
 from conversion_models import FORCE, Tiny, force, images, sparse_tiny
@@ -497,6 +498,13 @@ def test_hashes_are_of_the_bytes_that_are_there(files: Any, tmp_path: Path) -> N
     digest = hashlib.sha256(f"{dtype}{tuple(shape)}".encode())
     digest.update(raw)
     assert hashes["tensor:conv2.bias"] == digest.hexdigest()
+
+
+def test_the_fuzz_can_make_its_files(tmp_path: Path) -> None:
+    """A change to a file takes whatever the changes before it left there, also a nest that no parser takes."""
+    files = bases(tmp_path)
+    told = [fuzz_checkpoint.crafted(0, case, files)[2] for case in range(4000)]
+    assert any(changes.count("extra state") == 2 for changes in told)  # the one that reads what it wrote itself
 
 
 def test_fuzzed_files(tmp_path: Path) -> None:
