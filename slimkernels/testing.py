@@ -16,7 +16,7 @@ errors of a sum of k independent terms grow as ``u sqrt(k) scale``, not as their
 (Higham and Mary, SIAM J. Sci. Comput. 41(5), 2019). So the bound is statistical, for inputs of mean zero.
 
 `C` was fitted once: over 40 seeds and k = 1 .. 2048 sequential float32 sums need 3.2, TF32-rounded factors 3.0, and
-the root mean square stays below 0.8 of its bound. tests/test_testing.py passes right results over many seeds and
+the root mean square stays below 0.8 of its bound. tests/ops/test_testing.py passes right results over many seeds and
 rejects one that lacks a single term or reads one wrong block. Changing `C` is a decision about every test, not a
 fix for one of them.
 

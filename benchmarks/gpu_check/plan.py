@@ -55,9 +55,15 @@ def _networks(*names: str) -> tuple[str, ...]:
 
 # The files with tests that need a GPU, the most telling first (`telling` orders the tests inside them).
 GPU_TESTS = (
-    "tests/test_triton_gpu.py", "tests/test_triton_backward_gpu.py", "tests/test_fused_gpu.py", "tests/test_graphs.py",
-    "tests/test_composition_gpu.py", "tests/test_cuda_tensor_cores.py", "tests/test_cuda.py", "tests/test_engine.py",
-)  # fmt: skip
+    "tests/on_gpu/test_triton_gpu.py",
+    "tests/on_gpu/test_triton_backward_gpu.py",
+    "tests/on_gpu/test_fused_gpu.py",
+    "tests/inference/test_graphs.py",
+    "tests/on_gpu/test_composition_gpu.py",
+    "tests/cuda_kernels/test_cuda_tensor_cores.py",
+    "tests/cuda_kernels/test_cuda.py",
+    "tests/compress/test_engine.py",
+)
 # One at a time, in the given order: 14 compilers of 16 cores, and the time box cuts off the least telling tests.
 _WORKERS = ("-n", "14", "--dist", "load", "--maxschedchunk", "1")
 _TESTS = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "gpu_check.telling", "--rows", "{rows}")

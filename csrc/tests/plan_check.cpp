@@ -1,5 +1,5 @@
 // Prints how csrc/cpu/plan.h cuts the convolutions of VGG-19 (32x32 images, seven eighths of the weights pruned) and
-// some of ResNet-50 (224x224 images), one line each. tests/test_cpp_sources.py compares the lines with
+// some of ResNet-50 (224x224 images), one line each. tests/cpu_kernels/test_cpp_sources.py compares the lines with
 // csrc/tests/plans.txt.
 //
 //   plan_check

@@ -5,7 +5,7 @@ computed, and the largest is the prediction, plus the launch:
 
 * loads: what the pieces of the input, the bytes and device memory cost one after the other. On an H200 the time of 104
   configurations of eleven layers (8 to 80 us), their stages one slice each and 64 to 128 channels in flight, follows
-  the sum of three terms within 13% on average, 38% at worst (tests/test_cost_model.py): 0.83 clocks a processor for
+  the sum of three terms within 13% on average, 38% at worst (`test_cost_model.py`): 0.83 clocks a processor for
   every piece of consecutive input channels, 0.37 for every 32 bytes of input and weights, and the time of device memory
   in full; a constant 5.8 us, the launch included, comes on top. They do not overlap as a roofline would have it: the
   largest of L2 at its measured 9.8 TB/s, device memory and matrix units is half of the measured time. Measurements:

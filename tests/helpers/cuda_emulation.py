@@ -1,0 +1,118 @@
+"""csrc/cuda compiled for the CPU (csrc/tests/cuda_on_cpu.h, tensor_cores_on_cpu.h), in the place of slimkernels._C."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from places import ROOT
+
+LAUNCH = re.compile(r"(\w+<[\w, ]+>)<<<(.*?)>>>\((.*?)\);", re.S)
+SHARED = re.compile(r"extern __shared__ (\w+) (\w+)\[\];")
+CTYPES = {"int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32}
+
+
+def structure(name: str) -> type[ctypes.Structure]:
+    """A struct of csrc/kernels.h, read from it: a launcher's argument order is checked against the header."""
+    text = re.search(rf"typedef struct {name} \{{(.*?)\}}", (ROOT / "csrc" / "kernels.h").read_text(), re.S)
+    assert text is not None
+    fields: list[tuple[str, Any]] = []
+    for declaration in re.sub(r"//.*", "", text.group(1)).split(";")[:-1]:
+        parsed = re.fullmatch(r"\s*(?:const )?(\w+)(\*?) (\w+(?:, \w+)*)", declaration)
+        assert parsed is not None, declaration
+        kind, star, names = parsed.groups()
+        fields += [(n, ctypes.c_void_p if star else CTYPES[kind]) for n in names.split(", ")]
+    return type(name, (ctypes.Structure,), {"_fields_": fields})
+
+
+class Emulator(SimpleNamespace):
+    """The CUDA functions of slimkernels._C over the emulated library."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        rank = re.search(r"SLIM_CUDA_MAX_FUSED_RANK = (\d+)", (ROOT / "csrc" / "kernels.h").read_text())
+        assert rank is not None
+        super().__init__(library=library, CUDA_MAX_FUSED_RANK=int(rank.group(1)), launches=0)
+        library.error_message.restype = ctypes.c_char_p
+        self.cuda_bsr_conv2d = self.entry("bsr_conv2d", structure("SlimCudaBsrConv2d"))
+        self.cuda_low_rank_linear = self.entry("low_rank_linear", structure("SlimCudaLowRankLinear"))
+        self.cuda_resident_conv2d = self.entry("resident_conv2d", structure("SlimCudaResidentConv2d"))
+        self.cuda_stem_conv2d = self.entry("stem_conv2d", structure("SlimCudaStemConv2d"))
+
+    def entry(self, name: str, kind: type[ctypes.Structure]) -> Callable[..., int]:
+        function = getattr(self.library, name)
+
+        def call(*arguments: int) -> int:
+            assert len(arguments) == len(kind._fields_)
+            self.launches += 1
+            return int(function(ctypes.byref(kind(*arguments))))
+
+        return call
+
+    def cuda_error_message(self) -> str:
+        return bytes(self.library.error_message()).decode()
+
+
+def write_headers(folder: Path) -> None:
+    """CUDA's headers and those of csrc/cuda as the emulation takes them, but for those that the folder has already."""
+    for header in ("cuda_runtime.h", "cuda_fp16.h", "cuda_bf16.h"):
+        (folder / header).write_text('#include "cuda_on_cpu.h"\n')
+    for path in sorted((ROOT / "csrc" / "cuda").glob("*.cuh")):
+        if not (folder / path.name).exists():
+            emulated = path.name == "tensor_cores.cuh"
+            (folder / path.name).write_text('#include "tensor_cores_on_cpu.h"\n' if emulated else path.read_text())
+
+
+def include_flags(folder: Path) -> list[str | Path]:
+    return ["-I", folder, "-I", ROOT / "csrc" / "tests", "-I", ROOT / "csrc", "-I", ROOT / "csrc" / "cuda"]
+
+
+def emulate(folder: Path) -> Emulator:
+    """csrc/cuda compiled for the CPU; a header in ``folder`` goes before that of csrc/cuda or csrc/tests."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("the emulation needs g++")
+    write_headers(folder)
+    sources = []
+    for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+        text, launches = LAUNCH.subn(r"emulate([=] { \1(\3); }, \2);", path.read_text())
+        assert launches == len(re.findall("<<<", path.read_text()))
+        text = SHARED.sub(r"\1* \2 = reinterpret_cast<\1*>(emulated::dynamic_shared.data());", text)
+        sources.append(folder / f"{path.stem}.cpp")
+        sources[-1].write_text(text)
+    state = folder / "state.cpp"
+    state.write_text(
+        '#include "tensor_cores_on_cpu.h"\n#include "kernels.h"\nextern "C" {\n'
+        "int bsr_conv2d(const SlimCudaBsrConv2d* a) { return slim_cuda_bsr_conv2d(a); }\n"
+        "int low_rank_linear(const SlimCudaLowRankLinear* a) { return slim_cuda_low_rank_linear(a); }\n"
+        "int resident_conv2d(const SlimCudaResidentConv2d* a) { return slim_cuda_resident_conv2d(a); }\n"
+        "int stem_conv2d(const SlimCudaStemConv2d* a) { return slim_cuda_stem_conv2d(a); }\n"
+        "const char* error_message() { return slim_cuda_error_message(); }\n"
+        "int get_launch_device() { return emulated::launch_device; }\n"
+        "void* get_launch_stream() { return emulated::launch_stream; }\n"
+        "int get_launch_shared() { return emulated::launch_shared; }\n"
+        "void set_mode(int mode, int shared_limit) { emulated::mode = mode; emulated::shared_limit = shared_limit; }\n"
+        "long get_conflicts() { return emulated::conflicts; }\n"
+        "int get_current_device() { return emulated::current_device; }\n}\n"
+    )
+    library = folder / "libcuda_on_cpu.so"
+    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-w"]
+    command = [compiler, *flags, *include_flags(folder), *sources, state, "-o", library]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return Emulator(ctypes.CDLL(str(library)))
+
+
+@lru_cache(maxsize=1)
+def compiled() -> Emulator:
+    """csrc/cuda as it stands, compiled once a process."""
+    with tempfile.TemporaryDirectory() as folder:
+        return emulate(Path(folder))
