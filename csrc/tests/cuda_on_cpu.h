@@ -1,6 +1,6 @@
 // Just enough of the CUDA language and runtime to run csrc/cuda on a CPU, one CTA at a time, its threads as coroutines
-// that switch where they wait. tests/helpers/cuda_emulation.py rewrites what C++ cannot express: kernel<<<...>>>(...) to
-// emulate(...), and `extern __shared__`.
+// that switch where they wait. tests/helpers/cuda_emulation.py rewrites what C++ cannot express: kernel<<<...>>>(...)
+// to emulate(...), and `extern __shared__`.
 #pragma once
 #include <math.h>
 #include <stdint.h>

@@ -12,7 +12,9 @@ from slimkernels.kernels import strided_pointwise
 from slimkernels.kernels.problems import conv_output_image
 
 # Pixels that a kernel reaches, pads or strides over, from which torch's convolution is not asked. Of such geometries a
-# run under sanitizers crashed once in generated code, which is oneDNN's, and nearly no tap meets the image anyway.
+# run under sanitizers crashed once in generated code, which is oneDNN's, and nearly no tap meets the image anyway. Nor
+# is it asked where an output lies so far in the padding that no tap of it meets the image: oneDNN then reads and writes
+# outside its memory (uxlfoundation/oneDNN, issue 5942; seen in torch 2.14 in float32 with channels_last images).
 _FAR = 4096
 
 
@@ -24,8 +26,8 @@ def convolution(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Tensor:
-    """``F.conv2d``; where the geometry reaches far past any image, tap by tap."""
-    if not _reaches_far(weight, stride, padding, dilation):
+    """``F.conv2d``; where the geometry reaches far past the image, tap by tap."""
+    if not _reaches_far(x, weight, stride, padding, dilation):
         return F.conv2d(x, weight, bias, list(stride), list(padding), list(dilation))
     p, q = conv_output_image(x.shape[2:], weight.shape[2:], stride, padding, dilation)
     y = x.new_zeros(x.shape[0], weight.shape[0], p, q)
@@ -44,7 +46,7 @@ def convolution_backward(
     output_mask: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of `convolution`'s input and weight; None where ``output_mask`` is False."""
-    if not _reaches_far(weight, stride, padding, dilation):
+    if not _reaches_far(x, weight, stride, padding, dilation):
         return strided_pointwise.convolution_backward(grad, x, weight, stride, padding, dilation, output_mask)
     need_x, need_weight = output_mask
     grad_x = torch.zeros_like(x) if need_x else None
@@ -58,9 +60,17 @@ def convolution_backward(
     return grad_x, grad_weight
 
 
-def _reaches_far(weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> bool:
-    reach = (d * (k - 1) for d, k in zip(dilation, weight.shape[2:]))
-    return max(*stride, *padding, *reach) >= _FAR
+def _reaches_far(
+    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> bool:
+    for size, k, s, p, d in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True):
+        reach = d * (k - 1)
+        if max(s, p, reach) >= _FAR:
+            return True
+        # The last tap of the first output lies before the image, or the whole image between two taps of an output.
+        if p > reach or (p > 0 and size < d and k > 1):
+            return True
+    return False
 
 
 def _taps_inside(

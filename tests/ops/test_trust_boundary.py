@@ -243,7 +243,16 @@ def test_the_reference_tap_by_tap_is_torchs_convolution(monkeypatch, dtype, stri
     assert far_taps.convolution_backward(grad, x, w, stride, padding, dilation, (False, False)) == (None, None)
 
 
-@pytest.mark.parametrize("far", [{"stride": (1, 10**9)}, {"padding": (5000, 1), "dilation": (5000, 1)}])
+@pytest.mark.parametrize(
+    "far",
+    [
+        {"stride": (1, 10**9)},
+        {"padding": (5000, 1), "dilation": (5000, 1)},
+        {"padding": (1, 3)},
+        {"padding": (5, 7)},
+        {"padding": (1, 7), "dilation": (1, 7)},
+    ],
+)
 def test_torchs_convolution_is_not_asked_for_far_geometries(monkeypatch, far) -> None:
     x, factors = torch.randn(1, 8, 6, 6, requires_grad=True), [torch.randn(4, 8, 3, 3), torch.randn(16, 4, 1, 1)]
     asked: list[int] = []
