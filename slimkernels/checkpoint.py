@@ -209,7 +209,6 @@ def _empty(layer: LayerPlan, tensors: dict[str, Tensor], device: torch.device) -
     common = {"device": device, "dtype": dtype}
     if layer.format == "dense":
         # For mypy: tuples have the right length, which their types do not say.
-        # For mypy: tuples have the right length, which their types do not say.
         module = dense_module(shape, layer.bias, *(geometry[1:] or ((1, 1), (0, 0), (1, 1))))  # type: ignore[arg-type]
         module = module.to(dtype).to_empty(device=device)
         return module.to(memory_format=torch.channels_last) if layer.channels_last else module

@@ -74,7 +74,6 @@ def capture(
             module.register_forward_hook(record(name), with_kwargs=True)
         if name in records or isinstance(module, nn.modules.batchnorm._BatchNorm):
             # For mypy: mypy does not infer the type of a lambda with a default.
-            # For mypy: mypy does not infer the type of a lambda with a default.
             _watch(module, lambda name=name: reads.add(name))  # type: ignore[misc]
     for i, (args, kwargs) in enumerate(sets):
         for calls in records.values():

@@ -85,7 +85,6 @@ def bake(module: nn.Module) -> None:
     if parametrize.is_parametrized(module):
         # Not torch's remove_parametrizations: it deletes the property from a class that copies of the module share.
         # For mypy: an attribute of a Module is a Tensor or a Module to mypy.
-        # For mypy: an attribute of a Module is a Tensor or a Module to mypy.
         chains = dict(module.parametrizations.items())  # type: ignore[operator, union-attr]
         with torch.no_grad():
             values = {name: getattr(module, name).clone() for name in chains}

@@ -90,7 +90,6 @@ def declared_block_shape(module: nn.Module) -> Pair | None:
         return module.block_shape
     if parametrize.is_parametrized(module, "weight"):
         # For mypy: an attribute of a Module is a Tensor or a Module to mypy.
-        # For mypy: an attribute of a Module is a Tensor or a Module to mypy.
         for parametrization in module.parametrizations.weight:  # type: ignore[union-attr, operator]
             if isinstance(parametrization, BlockMask):
                 return parametrization.block_shape

@@ -227,7 +227,6 @@ class _Places:
             if layer.format == "low_rank" and (layer.kind, layer.ranks) != (merged[0], ranks):
                 continue
             # For mypy: an attribute of a Module is a Tensor or a Module to mypy.
-            # For mypy: an attribute of a Module is a Tensor or a Module to mypy.
             self.bias(layer, [m.bias is not None for m in order])  # type: ignore[union-attr]
             return
         raise ValueError(
@@ -311,7 +310,6 @@ def _merged(modules: list[nn.Module]) -> tuple[str, _Geometry] | None:
         weight = torch.empty(geometry.weight_shape, device="meta")
         conv = weight.dim() == 4
         # For mypy: tuples have the right length, which their types do not say.
-        # For mypy: tuples have the right length, which their types do not say.
         layers.append(LayerWeight(weight, None, *(geometry[1:] if conv else ())))  # type: ignore[arg-type]
     shapes = [tuple(layer.weight.shape) for layer in layers]
     if len({len(shape) for shape in shapes}) != 1 or any(a[0] != b[1] for a, b in itertools.pairwise(shapes)):
@@ -379,7 +377,6 @@ def _expected_state(model: nn.Module, plan: ModelPlan) -> tuple[dict[str, Tensor
         module = model.get_submodule(layer.name)
         if adds_bias(layer, module):
             # For mypy: an attribute of a Module is a Tensor or a Module to mypy.
-            # For mypy: an attribute of a Module is a Tensor or a Module to mypy.
             expected[_key(layer, "bias")] = torch.empty(bias_size(module), dtype=module.weight.dtype, device="meta")  # type: ignore[arg-type]
         if adds_mask(layer, module, training=plan.training):
             weight = expected.pop(_key(layer, "weight"))
@@ -406,7 +403,6 @@ def adds_mask(layer: LayerPlan, module: nn.Module, *, training: bool) -> bool:
 
 def bias_size(module: nn.Module) -> int:
     """Entries of a layer's bias."""
-    # For mypy: an attribute of a Module is a Tensor or a Module to mypy.
     # For mypy: an attribute of a Module is a Tensor or a Module to mypy.
     return int(getattr(module, "out_channels", module.weight.shape[0]))  # type: ignore[arg-type, index, union-attr]
 

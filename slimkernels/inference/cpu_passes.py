@@ -47,7 +47,6 @@ class SampledGraph:
 def values_of_arguments(node: Node, values: Mapping[Node, Any]) -> tuple[Any, Any]:
     """A node's positional and keyword arguments with nodes replaced by their values."""
     # For mypy: the arguments of a node are a pair.
-    # For mypy: the arguments of a node are a pair.
     return torch.fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])  # type: ignore[return-value]
 
 
@@ -66,7 +65,6 @@ def sample(graph: fx.Graph, inputs: Mapping[str, Tensor], constants: Mapping[str
             values[node] = inputs.get(node.name, constants.get(node.name))
         elif node.op == "call_function":
             args, kwargs = values_of_arguments(node, values)
-            # For mypy: the target of a call_function node is callable.
             # For mypy: the target of a call_function node is callable.
             values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
     fixed = frozenset(node for node in nodes if node.op == "placeholder" and node.name not in inputs)

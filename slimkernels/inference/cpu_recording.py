@@ -82,7 +82,6 @@ def bind(graph: SampledGraph, chains: Sequence[GraphChain], placement: Placement
         sampled: Any = graph.values.get(node)
         if node.op == "output":
             # For mypy: the argument of an output node is a sequence.
-            # For mypy: the argument of an output node is a sequence.
             outputs = [values[n] if isinstance(n, Node) else n for n in node.args[0]]  # type: ignore[union-attr]
         elif node in graph.constants:
             values[node] = sampled
@@ -96,7 +95,6 @@ def bind(graph: SampledGraph, chains: Sequence[GraphChain], placement: Placement
             args, kwargs = values_of_arguments(node, values)
             if node.target is operator.getitem or graph.owners[node] is not node or not tensors(sampled):
                 # A view, or no tensor at all: computed once, it follows the memory.
-                # For mypy: the target of a call_function node is callable.
                 # For mypy: the target of a call_function node is callable.
                 values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
             elif isinstance(sampled, Tensor):

@@ -100,13 +100,11 @@ def problem_of(module: nn.Module, x: Tensor) -> SizedProblem:
             w,
             module.kind,
             # For mypy: taken from a module's attribute, which mypy takes for a Tensor or a Module.
-            # For mypy: taken from a module's attribute, which mypy takes for a Tensor or a Module.
             shapes,  # type: ignore[arg-type]
             module.stride,
             module.padding,
             module.dilation,
             dtype,
-            # For mypy: taken from a module's attribute, which mypy takes for a Tensor or a Module.
             # For mypy: taken from a module's attribute, which mypy takes for a Tensor or a Module.
             device,  # type: ignore[arg-type]
             module.epilogue,

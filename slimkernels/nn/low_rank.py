@@ -52,7 +52,6 @@ class LowRankLinear(Factors):
     def _factors(self) -> list[Tensor]:
         parameters = self._parameters
         # For mypy: registered in the constructor, so none of them is None.
-        # For mypy: registered in the constructor, so none of them is None.
         return [parameters["V"], parameters["U"]]  # type: ignore[list-item]
 
     def _prepare(self, isa: str, packed: Sequence[Tensor]) -> PackedLowRank:
@@ -186,7 +185,6 @@ class LowRankConv2d(Factors):
 
     def _factors(self) -> list[Tensor]:
         # For mypy: an attribute of a Module is a Tensor or a Module to mypy.
-        # For mypy: an attribute of a Module is a Tensor or a Module to mypy.
         return list(self._modules["factors"]._parameters.values())  # type: ignore[union-attr,arg-type]
 
     def _check_attributes(self) -> None:
@@ -197,7 +195,6 @@ class LowRankConv2d(Factors):
 
     def _prepare(self, isa: str, packed: Sequence[Tensor]) -> PackedLowRank:
         geometry = self.stride, self.padding, self.dilation
-        # For mypy: tuples have the right length, which their types do not say.
         # For mypy: tuples have the right length, which their types do not say.
         return prepare_conv2d(isa, packed, self._factors(), *geometry, self.kind, self.epilogue)  # type: ignore[arg-type]
 

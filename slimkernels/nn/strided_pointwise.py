@@ -57,7 +57,6 @@ class PixelsRead:
             return args, kwargs
         x, rest = (args[0], args[1:]) if args else (kwargs["input"], ())
         # For mypy: an attribute of a Module is a Tensor or a Module to mypy.
-        # For mypy: an attribute of a Module is a Tensor or a Module to mypy.
         return (pixels_read(x, layer.weight, layer.stride, layer.padding), *rest), {}  # type: ignore[arg-type]
 
 
