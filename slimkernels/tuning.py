@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from slimkernels import timing
+from slimkernels.capture import capture
 from slimkernels.dispatch import select
 from slimkernels.dispatch.cpu_cost import CPU_RATES, CpuRates
 from slimkernels.dispatch.select import KernelChoice
@@ -295,18 +296,7 @@ def captured(call: Callable[[], Any], device: str, calls: int = 1) -> Callable[[
     """
     if device != "cuda":
         return call
-    side = torch.cuda.Stream()
-    # The call's inputs may still be on their way: copies and fills of the current stream come first.
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            call()
+    graph, _ = capture(call, calls=calls)
     return graph.replay
 
 

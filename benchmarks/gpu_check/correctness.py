@@ -16,6 +16,7 @@ import torch
 
 from gpu_check import layers, options, rows
 from gpu_check.summary import config_text
+from slimkernels.capture import capture
 from slimkernels.dispatch.select import KernelChoice
 from slimkernels.kernels.problems import ConvProblem, FusedConvProblem, problem_json
 from slimkernels.testing import compare
@@ -54,14 +55,7 @@ def check(p: ConvProblem | FusedConvProblem, choice: KernelChoice | None = None)
 
 def replayed(bench: layers.Bench, choice: KernelChoice) -> torch.Tensor:
     """The output of one replay of a CUDA graph."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        bench.call(choice)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = bench.call(choice)
+    graph, y = capture(lambda: bench.call(choice), warm_up_calls=1)
     graph.replay()
     return y
 

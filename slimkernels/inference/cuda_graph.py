@@ -11,18 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from slimkernels.capture import capture
 from slimkernels.inference.inputs import tensors
-
-
-def _end_capture_of_random_numbers(device: torch.device) -> None:
-    """Gives a device's generator of random numbers a state that no capture has begun on.
-
-    A capture that fails leaves the state as if it went on, and every later ``torch.randn`` of the process raises
-    "Offset increment outside graph capture encountered unexpectedly" (seen with torch 2.11).
-    """
-    index = torch.cuda.current_device() if device.index is None else device.index
-    for generator in torch.cuda.default_generators[index : index + 1]:
-        generator.graphsafe_set_state(generator.clone_state())
 
 
 @dataclass
@@ -55,19 +45,11 @@ class CudaGraphs:
         leaves = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         args, kwargs = _pytree.tree_unflatten(leaves, spec)
         with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(self._device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(self._warm_up_calls):
-                    self._model(*args, **kwargs)
-            torch.cuda.current_stream().wait_stream(side)
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
             try:
-                with torch.cuda.graph(graph, pool=self._pool, stream=side):
-                    outputs = self._model(*args, **kwargs)
+                graph, outputs = capture(
+                    lambda: self._model(*args, **kwargs), warm_up_calls=self._warm_up_calls, pool=self._pool
+                )
             except RuntimeError as error:
-                _end_capture_of_random_numbers(self._device)
                 line = (str(error).strip().splitlines() or ["no message"])[0]
                 raise ValueError(f"graphed: the model cannot be captured in a CUDA graph: {line}") from error
         self._pool = graph.pool()

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import slimkernels as sk
+from slimkernels import tuning
 from slimkernels.dispatch.select import choose
 from slimkernels.inference import GraphedModel, problem_of
 from slimkernels.kernels import KERNELS
@@ -163,6 +164,9 @@ def test_what_cannot_be_captured_is_said() -> None:
 
     with pytest.raises(ValueError, match=r"^graphed: the model cannot be captured in a CUDA graph: "):
         sk.graphed(Branches().eval(), cuda_images(1))
+    torch.randn(3, device="cuda")
+    with pytest.raises(RuntimeError):
+        tuning.captured(lambda: cuda_images(1).sum().item(), "cuda")
     torch.randn(3, device="cuda")  # random numbers do not wait for the end of the capture that failed
     torch.cuda.synchronize()
 

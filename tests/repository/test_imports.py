@@ -21,7 +21,7 @@ MAX_LINES = 475
 CHAIN = (
     "__main__", "cli", "recipes", "data", "compress", "checkpoint, inference", "conversion, tuning",
     "pattern, builders", "models", "nn", "ops", "dispatch", "kernels", "_extension, formats",
-    "files, timing, tensors, progress", "env",
+    "capture, files, timing, tensors, progress", "env",
 )  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(CHAIN) for name in names.split(", ")}
 # For tests and benchmarks: nothing else in the package imports them, and they import no more than this.
