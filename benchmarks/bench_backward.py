@@ -21,6 +21,7 @@ from slimkernels.cases import ConvCase
 from slimkernels.cli import bench
 from slimkernels.compress.pruning.prune import finalize_, prune_
 from slimkernels.conversion import convert
+from slimkernels.conversion.batch_norms import fuse_batch_norm_
 from slimkernels.conversion.plan import Policy
 from slimkernels.models import vgg19_cifar
 from slimkernels.tuning import captured
@@ -86,7 +87,8 @@ def test_training_step(race: Any, smoke: bool, block_shape: tuple[int, int]) -> 
     """One SGD step of VGG-19 at 87.5%, batch norm in training mode, against the step with masks.
 
     On CUDA a step from Python takes longer to launch than to run, so both sides are raced in CUDA graphs, and from
-    Python besides: the masked step's better form counts.
+    Python besides: the masked step's better form counts. The sparse model's batch norms run what is behind them
+    (`slimkernels.fuse_batch_norm_`); what the sparse step takes without, and the masked one with it, is told beside.
     """
     torch.manual_seed(0)
     dense = vgg19_cifar(width=0.25 if smoke else 1.0).to(DEVICE_TYPE)
@@ -104,6 +106,7 @@ def test_training_step(race: Any, smoke: bool, block_shape: tuple[int, int]) -> 
     pruned = bench.calibrated(finalize_(dense), images[:2]).train()
     sparse = convert(pruned, policy=policy, training=True).train()
     assert len(sparse.slimkernels_plan.swapped) == len(convs) - 1
+    fused, masked_fused = (fuse_batch_norm_(copy.deepcopy(model)) for model in (sparse, masked))
 
     def steps(model: torch.nn.Module) -> Callable[[], float]:
         optimiser = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
@@ -120,11 +123,15 @@ def test_training_step(race: Any, smoke: bool, block_shape: tuple[int, int]) -> 
 
         return step
 
-    ours, other = steps(sparse), steps(masked)
+    ours, other = steps(fused), steps(masked)
     assert bool(torch.isfinite(ours()).all() & torch.isfinite(other()).all())
     if DEVICE_TYPE == "cuda" and not smoke:
         baselines = {"masked dense": other, "masked dense, CUDA graph": captured(other, DEVICE_TYPE)}
         from_python = timing.interleaved({"sparse": ours, "masked": other}, seconds=0.3)
+        besides = {"sparse_torchs_batch_norm": steps(sparse), "masked_fused_batch_norm": steps(masked_fused)}
+        besides = {name: captured(step, DEVICE_TYPE) for name, step in besides.items()}
+        for name, t in timing.interleaved(besides, seconds=0.3).items():
+            race.benchmark.extra_info[f"{name}_p50_ms"] = 1e3 * t.p50
         race.benchmark.extra_info.update({f"{name}_from_python_p50_ms": 1e3 * t.p50 for name, t in from_python.items()})
         timings = race.run(captured(ours, DEVICE_TYPE), baselines)
         assert bool(torch.isfinite(ours()).all()), "replayed steps left no finite loss"

@@ -34,11 +34,13 @@ _PUBLIC = {
     "factorize_": "compress.factorization.factorize",
     "finalize_": "compress.pruning.prune",
     "fine_tune": "compress.training.train",
+    "fuse_batch_norm_": "conversion.batch_norms",
     "graphed": "inference",
     "latency_budget": "compress.pruning.budget",
     "load": "checkpoint",
     "masks": "compress.pruning.prune",
     "prune_": "compress.pruning.prune",
+    "restore_batch_norm_": "conversion.batch_norms",
     "save": "checkpoint",
     "sensitivity_scan": "compress.pruning.sensitivity",
     "shrink_": "compress.pruning.shrink",
@@ -63,6 +65,7 @@ if TYPE_CHECKING:
     from slimkernels.compress.training.train import evaluate, fine_tune
     from slimkernels.conversion import convert, explain, to_dense
     from slimkernels.conversion.analysis import analyze
+    from slimkernels.conversion.batch_norms import fuse_batch_norm_, restore_batch_norm_
     from slimkernels.conversion.plan import LayerPlan, ModelPlan, Policy
     from slimkernels.formats import BlockMask, BSRWeight, LowRankWeight
     from slimkernels.inference import export_onnx, graphed, warm_up

@@ -17,6 +17,7 @@ import torch
 from gpu_check import layers, options, rows
 from gpu_check.summary import config_text
 from gpu_check.sweep import ways
+from slimkernels import ops
 from slimkernels.dispatch.select import KernelChoice
 from slimkernels.kernels.problems import ConvProblem, FusedConvProblem
 
@@ -37,17 +38,17 @@ def jobs(names: Iterable[str], device: str, swept: bool = True, training: bool =
             for choice in ways(p):
                 found.setdefault(layers.choice_key(p, choice.name, choice.config), (p, choice))
     training_step = replace(layers.HEADLINE, batch=TRAINING_BATCH).problems(device) if training else []
-    # Batch norm stands between convolution and ReLU there.
-    steps = dict.fromkeys(replace(p, epilogue="none") for p in training_step)
-    return list(found.values()) + [(p, None) for p in steps]
+    return list(found.values()) + [(p, None) for p in dict.fromkeys(training_step)]
 
 
 def _train(p: ConvProblem) -> None:
-    """Forward and both gradients of a layer, as a step under autocast runs them."""
-    bench = layers.Bench(replace(p, dtype=torch.float32))
+    """Forward and both gradients of a layer and of the batch norm that takes its ReLU, as a step under autocast."""
+    bench = layers.Bench(replace(p, dtype=torch.float32, epilogue="none"))
     layer, x = bench.layer.train().requires_grad_(True), bench.x.requires_grad_(True)
     with torch.autocast(p.device, torch.bfloat16, enabled=p.device == "cuda"):
         y = layer(x)
+    weight = torch.ones(p.c_out, device=p.device, requires_grad=True)
+    y = ops.batch_norm(y, weight, torch.zeros_like(weight), epilogue=p.epilogue)
     y.backward(torch.randn_like(y))
 
 

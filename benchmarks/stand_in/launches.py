@@ -155,7 +155,7 @@ class Driver:
 
 def run_op(name: str, args: Any, kwargs: Any) -> Any:
     """An op of slimkernels by its own code, as torch's dispatcher would run it for CUDA tensors."""
-    (room,) = (room for room in ("low_rank", "fused", "bsr") if name.startswith(room))
+    (room,) = (room for room in ("low_rank", "fused", "bsr", "batch_norms") if name.startswith(room.removesuffix("s")))
     call = importlib.import_module("slimkernels.ops.calls").CALLS[name](*args, **kwargs)
     return getattr(importlib.import_module(f"slimkernels.ops.{room}"), f"_{name}")(call)
 
@@ -170,6 +170,7 @@ LAUNCHERS = {
     "relu_maxpool2_backward": {"launch": "relu_maxpool2_backward"},
     "low_rank_linear": {"launch": "low_rank_linear", "launch_dgrad": "low_rank_linear_dgrad"},
     "low_rank_conv2d": {"launch": "low_rank_conv2d"},
+    "batch_norm": {"launch_forward": "batch_norm_forward", "launch_backward": "batch_norm_backward"},
 }
 _PACKAGE = "slimkernels.kernels.triton."
 

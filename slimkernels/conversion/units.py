@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from slimkernels.conversion.analysis import obstacle_or_weight, weight_layer_names, zero_share
+from slimkernels.conversion.batch_norms import restore_batch_norm_
 from slimkernels.conversion.calls import capture
 from slimkernels.conversion.candidates import Unit, dense_twin, low_rank_module
 from slimkernels.conversion.decide import Decision
@@ -101,6 +102,7 @@ def prepare(model: nn.Module, *, training: bool) -> nn.Module:
         copied.__dict__.pop(name, None)
     unguard_publishing(copied)
     nn.Module.train(copied, training)
+    restore_batch_norm_(copied)
     if not training:
         for module in list(copied.modules()):
             if isinstance(module, WEIGHT_LAYERS):

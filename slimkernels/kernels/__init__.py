@@ -43,6 +43,8 @@ GRADIENT_OPS = (
     "relu_maxpool2_backward",
     "low_rank_linear_dgrad",
 )
+# Batch norm of a training step with what is behind it, forward and backward.
+NORM_OPS = ("batch_norm_forward", "batch_norm_backward")
 EPILOGUES = {
     "bsr_conv2d": frozenset({"none", "relu", "relu_maxpool2"}),
     "bsr_linear": frozenset({"none", "relu"}),
@@ -50,6 +52,7 @@ EPILOGUES = {
     "low_rank_conv2d": frozenset({"none", "relu"}),
     "fused_conv2d": frozenset({"none", "relu", "relu_maxpool2"}),
     **{op: frozenset({"none"}) for op in GRADIENT_OPS},
+    **{op: frozenset({"none", "relu", "relu_maxpool2"}) for op in NORM_OPS},
 }
 ALL_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
@@ -64,7 +67,7 @@ class KernelSpec:
 
     Attributes:
         name: key in ``KERNELS``, ``<op>[_<dtype>]__<backend or isa>``.
-        op: the op it implements, one of ``OPS``, ``DENSE_OPS`` or ``GRADIENT_OPS``.
+        op: the op it implements, one of ``OPS``, ``DENSE_OPS``, ``GRADIENT_OPS`` or ``NORM_OPS``.
         backend: ``reference``, ``cpu``, ``triton`` or ``cuda``.
         isa: CPU instruction set it needs, None elsewhere.
         dtypes: dtypes of activations and weights.
@@ -227,6 +230,8 @@ _ROWS = (
     _reference("bsr_conv2d_bias_grad__reference"),
     _reference("relu_maxpool2_backward__reference"),
     _reference("low_rank_linear_dgrad__reference"),
+    _reference("batch_norm_forward__reference"),
+    _reference("batch_norm_backward__reference"),
     #
     _cpu("bsr_conv2d_f32__avx512", native.launch_bsr_conv2d, native_obstacle),
     _cpu("bsr_conv2d_f32__avx2", native.launch_bsr_conv2d, native_obstacle),
@@ -272,6 +277,8 @@ _ROWS = (
     _triton("bsr_conv2d_wgrad__triton", "triton.bsr_conv2d_backward_w.launch"),
     _triton("bsr_conv2d_bias_grad__triton", "triton.sums.launch"),
     _triton("relu_maxpool2_backward__triton", "triton.relu_maxpool2_backward.launch"),
+    _triton("batch_norm_forward__triton", "triton.batch_norm.launch_forward"),
+    _triton("batch_norm_backward__triton", "triton.batch_norm.launch_backward"),
     # Few input channels; any number of them goes to cuDNN below.
     _triton(
         "fused_conv2d__triton",
@@ -306,6 +313,7 @@ __all__ = [
     "EPILOGUES",
     "GRADIENT_OPS",
     "KERNELS",
+    "NORM_OPS",
     "OPS",
     "ConvProblem",
     "FusedConvProblem",

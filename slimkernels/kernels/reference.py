@@ -180,6 +180,61 @@ def relu_maxpool2_backward(grad: Tensor, y: Tensor) -> Tensor:
     return torch.ops.aten.threshold_backward(grad, y, 0)
 
 
+def batch_norm_forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, epilogue: str
+) -> tuple[Tensor, Tensor]:
+    """``(y, statistics)`` of a batch norm over what it is given, in training mode; x (N, C, P, Q).
+
+    Returns: epilogue of the normalised x; (3, C), float64 for float64 x and else float32: the means, ``1 / sqrt(var +
+        eps)`` and the unbiased variances.
+    """
+    wide = _wide(x)
+    var, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
+    pixels = x.numel() // max(x.shape[1], 1)
+    statistics = torch.stack([mean, (var + eps).rsqrt(), var * (pixels / max(pixels - 1, 1))])
+    y = _scaled(_normalised(wide, statistics), weight, bias).to(x.dtype)
+    return apply_epilogue(y, epilogue).contiguous(memory_format=torch.channels_last), statistics
+
+
+def batch_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistics: Tensor,
+    eps: float,
+    epilogue: str,
+) -> tuple[Tensor, Tensor]:
+    """``(grad_x, sums)`` of `batch_norm_forward`; sums (2, C) in the dtype of the statistics: of bias and of weight."""
+    xhat = _normalised(_wide(x), statistics)
+    if epilogue != "none":
+        y = torch.relu(_scaled(xhat, weight, bias).to(x.dtype)).contiguous(memory_format=torch.channels_last)
+        pooled = epilogue == "relu_maxpool2"
+        grad = relu_maxpool2_backward(grad, y) if pooled else torch.ops.aten.threshold_backward(grad, y, 0)
+    wide = _wide(grad)
+    sums = torch.stack([wide.sum((0, 2, 3)), (wide * xhat).sum((0, 2, 3))])
+    mean_grad, mean_product = (sums / max(x.numel() // max(x.shape[1], 1), 1))[:, :, None, None]
+    grad_x = (wide - mean_grad - xhat * mean_product) * statistics[1][:, None, None]
+    if weight is not None:
+        grad_x = grad_x * weight.to(grad_x.dtype)[:, None, None]
+    return grad_x.to(x.dtype).contiguous(memory_format=torch.channels_last), sums
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _normalised(x: Tensor, statistics: Tensor) -> Tensor:
+    mean, rstd = statistics[0][:, None, None], statistics[1][:, None, None]
+    return (x - mean) * rstd
+
+
+def _scaled(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    if weight is None or bias is None:
+        return x
+    return x * weight.to(x.dtype)[:, None, None] + bias.to(x.dtype)[:, None, None]
+
+
 def low_rank_linear(
     x: Tensor, U: Tensor, V: Tensor, bias: Tensor | None, packed: Sequence[Tensor], epilogue: str
 ) -> Tensor:

@@ -1,6 +1,7 @@
 """Drop-in modules: block-sparse, low-rank and fused dense twins of ``nn.Conv2d`` and ``nn.Linear``."""
 
 from slimkernels.nn.attributes import resolved_padding, unsupported_conv_reason
+from slimkernels.nn.batch_norm import FusedBatchNorm2d
 from slimkernels.nn.block_sparse import BlockSparseConv2d, BlockSparseLinear
 from slimkernels.nn.fused import FusedConv2d
 from slimkernels.nn.low_rank import LowRankConv2d, LowRankLinear
@@ -13,6 +14,7 @@ register_flop_formulas()
 __all__ = [
     "BlockSparseConv2d",
     "BlockSparseLinear",
+    "FusedBatchNorm2d",
     "FusedConv2d",
     "LowRankConv2d",
     "LowRankLinear",

@@ -123,6 +123,30 @@ class FusedConv2dCall(NamedTuple):
     kernel: str
 
 
+class BatchNormForwardCall(NamedTuple):
+    """The arguments of ``batch_norm_forward``, which `slimkernels.ops.batch_norm` describes."""
+
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    epilogue: str
+    kernel: str
+
+
+class BatchNormBackwardCall(NamedTuple):
+    """The arguments of ``batch_norm_backward``: those of the forward, its statistics and the gradient of its output."""
+
+    grad: Tensor
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    statistics: Tensor
+    eps: float
+    epilogue: str
+    kernel: str
+
+
 CALLS: dict[str, Any] = {
     "bsr_conv2d": BSRConv2dCall,
     "bsr_conv2d_backward": BSRConv2dBackwardCall,
@@ -131,4 +155,6 @@ CALLS: dict[str, Any] = {
     "low_rank_linear_dgrad": LowRankLinearDgradCall,
     "low_rank_conv2d": LowRankConv2dCall,
     "fused_conv2d": FusedConv2dCall,
+    "batch_norm_forward": BatchNormForwardCall,
+    "batch_norm_backward": BatchNormBackwardCall,
 }

@@ -72,6 +72,10 @@ def _fused_conv2d(
     return 2 * _positions(x, weight[2:], stride, padding, dilation) * math.prod(weight)
 
 
+def _nothing(*args: Any, **kwargs: Any) -> int:
+    return 0  # as torch counts a batch norm
+
+
 FORMULAS: dict[str, Callable[..., int]] = {
     "bsr_conv2d": _bsr_conv2d,
     "bsr_conv2d_backward": _bsr_conv2d_backward,
@@ -80,6 +84,8 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "low_rank_linear_dgrad": _low_rank_linear,
     "low_rank_conv2d": _low_rank_conv2d,
     "fused_conv2d": _fused_conv2d,
+    "batch_norm_forward": _nothing,
+    "batch_norm_backward": _nothing,
 }
 
 

@@ -50,6 +50,10 @@ _SCHEMAS = (
     "int[2] dilation, str kind, str epilogue, str kernel) -> Tensor",
     "fused_conv2d(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, str epilogue, "
     "str kernel) -> Tensor",
+    "batch_norm_forward(Tensor x, Tensor? weight, Tensor? bias, float eps, str epilogue, str kernel) "
+    "-> (Tensor, Tensor)",
+    "batch_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, Tensor statistics, float eps, "
+    "str epilogue, str kernel) -> (Tensor, Tensor)",
 )
 for _schema in _SCHEMAS:
     LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))

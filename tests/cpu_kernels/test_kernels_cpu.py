@@ -22,7 +22,7 @@ from slimkernels.cases import (
     assert_matches_reference,
     launch,
 )
-from slimkernels.kernels import DENSE_OPS, EPILOGUES, GRADIENT_OPS, KERNELS, OPS
+from slimkernels.kernels import DENSE_OPS, EPILOGUES, GRADIENT_OPS, KERNELS, NORM_OPS, OPS
 from slimkernels.kernels.cpu.conv2d import pack_strips
 from slimkernels.testing import assert_close, naive_bsr_conv2d, naive_bsr_linear, naive_epilogue, random_bsr
 
@@ -359,14 +359,14 @@ def test_spare_capacity_is_never_read() -> None:
 def test_every_listed_kernel_has_its_tests() -> None:
     """Local kernels are parametrised from the table; the others have a file that names them or iterates over it."""
     for name, spec in KERNELS.items():
-        assert name == spec.name and spec.op in OPS + DENSE_OPS + GRADIENT_OPS and spec.launch is not None
+        assert name == spec.name and spec.op in OPS + DENSE_OPS + GRADIENT_OPS + NORM_OPS and spec.launch is not None
         assert spec.epilogues <= EPILOGUES[spec.op] and spec.dtypes and spec.devices
         if spec.backend in ("triton", "cuda"):
             text = "".join(p.read_text() for p in TESTS.rglob(f"*{spec.backend}*.py"))
             assert name in text or "KERNELS" in text, f"no test of {name} in tests/*/*{spec.backend}*.py"
         else:
-            # Those are in tests/ops/test_gradients.py and tests/ops/test_fused.py.
-            assert name in LISTED or spec.op in GRADIENT_OPS + DENSE_OPS
+            # Those are in tests/ops, in test_gradients.py, test_fused.py and test_batch_norm.py.
+            assert name in LISTED or spec.op in GRADIENT_OPS + DENSE_OPS + NORM_OPS
     assert {KERNELS[n].op for n in LOCAL} == set(OPS), "every op has a reference kernel"
     assert {KERNELS[n].isa for n in LISTED} == {None, "scalar", "avx2", "avx512"}
 

@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from batch_norm_cases import SHAPES, check_batch_norm
 from precision import fp32_precision
 from triton_backward_cases import (  # fmt: skip
     CORE_CASES,
@@ -86,6 +87,13 @@ def test_pool(dtype: torch.dtype, image: tuple[int, int, int, int]) -> None:
 @dtypes
 def test_bias_gradient(dtype: torch.dtype, shape: tuple[int, int, int, int]) -> None:
     check_bias(shape, dtype, "cuda")
+
+
+@pytest.mark.parametrize("epilogue", ("none", "relu", "relu_maxpool2"))
+@pytest.mark.parametrize("shape", [*SHAPES, (33, 512, 30, 31)], ids=str)
+@dtypes
+def test_batch_norm(dtype: torch.dtype, shape: tuple[int, int, int, int], epilogue: str) -> None:
+    check_batch_norm(shape, dtype, epilogue, device="cuda")
 
 
 @shapes

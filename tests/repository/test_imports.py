@@ -38,7 +38,7 @@ PACKAGES = {
     "data": ("__init__", "datasets", "decoded, tensor_loader"),
     "conversion": (
         "__init__", "convert_model, plain_model", "units, outputs", "decide", "candidates", "measure, report",
-        "report_rows, container, placement, hub", "plan", "analysis", "folding", "factor_chains", "layers",
+        "report_rows, container, placement, hub", "plan", "analysis, batch_norms", "folding", "factor_chains", "layers",
         "readers", "calls", "graph, spread", "wrappers",
     ),
     "compress": ("distillation, factorization, pruning", "training", "allocation, selection", "__init__"),
@@ -69,8 +69,9 @@ PACKAGES = {
     "kernels/cpu": ("gradients, low_rank", "conv2d", "steps", "library", "abi", "__init__"),
     "kernels/triton": (
         "bsr_conv2d, bsr_conv2d_backward_w, bsr_conv2d_backward_x, low_rank_linear, low_rank_conv2d, "
-        "relu_maxpool2_backward, fused_conv2d",
-        "bsr_conv2d_images, bsr_conv2d_shared, bsr_conv2d_kernel, bsr_conv2d_split, fused_conv2d_kernel",
+        "relu_maxpool2_backward, fused_conv2d, batch_norm",
+        "bsr_conv2d_images, bsr_conv2d_shared, bsr_conv2d_kernel, bsr_conv2d_split, fused_conv2d_kernel, "
+        "batch_norm_kernel",
         "bsr_conv2d_geometry, bsr_conv2d_config, fused_conv2d_config",
         "sums", "bsr_conv2d_index, tiles, launcher", "runtime", "__init__",
     ),

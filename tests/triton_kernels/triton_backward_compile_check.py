@@ -11,10 +11,23 @@ from typing import Any
 
 from triton_compile_check import DTYPES, LIMITS, artefacts, compile_kernel, main
 
-from slimkernels.kernels.triton import bsr_conv2d_backward_w, bsr_conv2d_backward_x, relu_maxpool2_backward, sums
+from slimkernels.kernels.triton import (
+    batch_norm,
+    bsr_conv2d_backward_w,
+    bsr_conv2d_backward_x,
+    relu_maxpool2_backward,
+    sums,
+)
 from slimkernels.kernels.triton.runtime import cdiv, power_of_2_divisor
 
 C_OUT = 256
+# Batch norm: the kernel and its epilogue.
+BATCH_NORM = {
+    f"batch norm {kernel}{' pool' if epilogue == 2 else ''}": (kernel, epilogue)
+    for epilogue in (1, 2)
+    for kernel in ("moments", "statistics", "apply", "reduce", "input_gradient")
+    if epilogue == 1 or kernel not in ("moments", "statistics")
+}
 
 
 @dataclass(frozen=True)
@@ -52,7 +65,9 @@ class Target:
 
 def quick() -> list[Target]:
     """The kernels of the default test run: both gradients and the pooling on every architecture."""
-    targets = [Target(kind, arch, "bf16") for arch in LIMITS for kind in ("dgrad", "wgrad", "pool", "bias", "add")]
+    targets = [
+        Target(kind, arch, "bf16") for arch in LIMITS for kind in ("dgrad", "wgrad", "pool", "bias", "add", *BATCH_NORM)
+    ]
     return [
         *targets,
         Target("dgrad", 90, "fp16", (64, 16), stride=2),
@@ -158,9 +173,24 @@ def _add(target: Target) -> tuple[Any, dict[str, Any], dict[str, int]]:
     return plan.kernel, plan.constants, {**plan.constants, **plan.options}
 
 
+def _batch_norm(target: Target) -> tuple[Any, dict[str, Any], dict[str, int]]:
+    kernel, epilogue = BATCH_NORM[target.kind]
+    image = 32 if target.m_total % 1024 == 0 else 1
+    n = target.m_total // image**2
+    plan = getattr(batch_norm._plan(n, target.channels, image, image, epilogue, True, 1e-5), kernel)
+    return plan.kernel, {**plan.constants}, {**plan.constants, **plan.options}
+
+
 def compile_target(target: Target) -> tuple[Any, dict[str, int]]:
     """Triton's compiled kernel and its tile constants, with the argument hints that a launch derives."""
-    kinds = {"dgrad": _dgrad, "wgrad": _wgrad, "pool": _pool, "bias": _bias, "add": _add}
+    kinds = {
+        "dgrad": _dgrad,
+        "wgrad": _wgrad,
+        "pool": _pool,
+        "bias": _bias,
+        "add": _add,
+        **dict.fromkeys(BATCH_NORM, _batch_norm),
+    }
     kernel, constants, config = kinds[target.kind](target)
     constants.update(INDEX_64=target.index_64, PRECISION=target.precision)
     constants.update({name: config.get(name) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")})
@@ -169,7 +199,7 @@ def compile_target(target: Target) -> tuple[Any, dict[str, int]]:
     pointers = dict.fromkeys(("dy_ptr", "x_ptr", "values_ptr", "dx_ptr", "grad_ptr", "y_ptr"), f"*{target.dtype}")
     pointers |= dict.fromkeys(("crow_ptr", "block_ptr", "col_ptr"), "*i32") | {
         "out_ptr": f"*{dtype}",
-        "partial_ptr": "*fp32",
+        **dict.fromkeys(("partial_ptr", "statistics_ptr", "sums_ptr", "weight_ptr", "bias_ptr"), "*fp32"),
     }
     aligned = {"out_stride"} | ({"c_in", "c_out", "channels"} if target.channels % 16 == 0 else set())
     # The transposed index is one tensor: its parts start anywhere.

@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from batch_norm_cases import SHAPES, check_batch_norm
 from precision import fp32_precision
 from triton_backward_cases import (  # fmt: skip
     CORE_CASES,
@@ -74,6 +75,18 @@ def test_pool(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("shape", ((2, 3, 5, 7), (1, 130, 1, 1), (3, 64, 20, 9), (0, 8, 4, 4)), ids=str)
 def test_bias_gradient(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     check_bias(shape, dtype)
+
+
+@pytest.mark.parametrize("epilogue", ("none", "relu", "relu_maxpool2"))
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_batch_norm(shape: tuple[int, int, int, int], epilogue: str) -> None:
+    check_batch_norm(shape, torch.float32, epilogue)
+
+
+@pytest.mark.parametrize("epilogue", ("none", "relu", "relu_maxpool2"))
+def test_batch_norm_in_16_bits_and_without_weights(epilogue: str) -> None:
+    check_batch_norm(SHAPES[1], torch.float16, epilogue)
+    check_batch_norm(SHAPES[1], torch.float16, epilogue, affine=False)
 
 
 @pytest.mark.parametrize("block_shape", [(1, 1), (16, 16), (64, 16)], ids=str)

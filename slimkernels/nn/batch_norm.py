@@ -1,0 +1,149 @@
+"""The twin of ``nn.BatchNorm2d`` that runs the ReLU and the max-pool behind it in the same kernels while training."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from slimkernels import env
+from slimkernels.kernels import EPILOGUES
+from slimkernels.ops import batch_norm
+
+_Norm = TypeVar("_Norm", bound=nn.Module)
+
+
+# Not an nn.BatchNorm2d: SyncBatchNorm.convert_sync_batchnorm would replace it, and what is behind it be run by nobody.
+class FusedBatchNorm2d(nn.modules.batchnorm._NormBase):
+    """Drop-in for ``nn.BatchNorm2d`` and the ReLU and 2x2 max-pool behind it.
+
+    In training mode on a GPU it runs `slimkernels.ops.batch_norm`, which reads the activation twice forward and twice
+    backward and keeps nothing but it. Otherwise, and with ``momentum=None`` or running statistics in another dtype than
+    float32, it runs torch's ops one after the other. Parameters, buffers and a state dict's keys are those of
+    ``nn.BatchNorm2d``. In training on several devices each has statistics of its own.
+
+    Args:
+        num_features: as ``nn.BatchNorm2d``.
+        eps: as ``nn.BatchNorm2d``.
+        momentum: as ``nn.BatchNorm2d``.
+        affine: as ``nn.BatchNorm2d``.
+        track_running_stats: as ``nn.BatchNorm2d``.
+        epilogue: ``none``, ``relu`` or ``relu_maxpool2``.
+        kernel: a ``batch_norm_forward`` kernel's name, or ``auto``.
+        device: of parameters and buffers.
+        dtype: of parameters and buffers.
+
+    Shape: ``(N, C, H, W)`` to ``(N, C, H, W)``, or ``(N, C, H // 2, W // 2)`` behind a max-pool.
+
+    Raises:
+        ValueError: an unknown epilogue.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
+        epilogue: str = "none",
+        kernel: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        if epilogue not in EPILOGUES["batch_norm_forward"]:
+            expected = sorted(EPILOGUES["batch_norm_forward"])
+            raise ValueError(f"FusedBatchNorm2d: expected epilogue in {expected}, got {epilogue!r}")
+        self.epilogue, self.kernel = epilogue, kernel
+
+    @classmethod
+    def from_batch_norm(cls, norm: nn.BatchNorm2d, epilogue: str = "none", kernel: str = "auto") -> FusedBatchNorm2d:
+        """The twin of a batch norm, with its parameters, buffers and mode: the same tensors, not copies.
+
+        Args:
+            norm: the batch norm.
+            epilogue: as for the class.
+            kernel: as for the class.
+        """
+        settings = (norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+        return _with_tensors_of(norm, cls(*settings, epilogue=epilogue, kernel=kernel, device="meta"))
+
+    def to_batch_norm(self) -> nn.BatchNorm2d:
+        """The plain batch norm, with the same tensors; what is behind it is no longer run."""
+        settings = (self.num_features, self.eps, self.momentum, self.affine, self.track_running_stats)
+        return _with_tensors_of(self, nn.BatchNorm2d(*settings, device="meta"))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``epilogue(batch_norm(input))``."""
+        if not self._fuses(input):
+            # For mypy: what torch's own reads of self is there.
+            return _epilogue(nn.BatchNorm2d.forward(self, input), self.epilogue)  # type: ignore[arg-type]
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        return batch_norm(
+            input,
+            self.weight,
+            self.bias,
+            self.running_mean,
+            self.running_var,
+            momentum=self.momentum or 0.0,  # never None here
+            eps=self.eps,
+            epilogue=self.epilogue,
+            kernel=self.kernel,
+        )
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        # For mypy: what torch's own reads of self is there.
+        nn.BatchNorm2d._check_input_dim(self, input)  # type: ignore[arg-type]
+
+    def _fuses(self, x: Tensor) -> bool:
+        tracked = (self.running_mean, self.running_var)
+        return (
+            self.training
+            and (x.is_cuda or env.triton_interpret())
+            and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+            and x.dim() == 4
+            and x.numel() > 0
+            and self.momentum is not None
+            and (self.weight is None) == (self.bias is None)
+            and all(t is None or t.dtype == torch.float32 for t in tracked)
+        )
+
+    def extra_repr(self) -> str:
+        """As of ``nn.BatchNorm2d``, with the epilogue."""
+        return f"{super().extra_repr()}, epilogue={self.epilogue!r}"
+
+
+class RunsInBatchNorm(nn.Identity):
+    """Stands where a ReLU or a max-pool was that a `FusedBatchNorm2d` before it runs now; keeps it for the way back."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self._kept = (original,)  # in a tuple: not a child
+
+    @property
+    def original(self) -> nn.Module:
+        """What was here."""
+        return self._kept[0]
+
+    def extra_repr(self) -> str:
+        """What was here."""
+        return repr(self.original)
+
+
+def _epilogue(y: Tensor, epilogue: str) -> Tensor:
+    if epilogue != "none":
+        y = F.relu(y)
+    return F.max_pool2d(y, 2) if epilogue == "relu_maxpool2" else y
+
+
+def _with_tensors_of(source: nn.Module, target: _Norm) -> _Norm:
+    """``target`` with the parameters, buffers and mode of ``source``."""
+    target._parameters.update(source._parameters)
+    target._buffers.update(source._buffers)
+    target.training = source.training
+    return target
