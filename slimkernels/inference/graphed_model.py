@@ -68,10 +68,15 @@ class GraphedModel(nn.Module):
                 device; the message lists those that were recorded.
             RuntimeError: inputs that the model itself would have to run, after its weights or its mode changed.
         """
-        shape = None
-        if not kwargs and all(isinstance(x, Tensor) for x in args):
-            shape = tuple([(x.shape, x.dtype, x.device) for x in args])
-            known = self._by_shape.get(shape)
+        shape: Any = None
+        if not kwargs:
+            # One tensor, what most models take, is looked up without a loop, which would take a microsecond of fifteen.
+            if len(args) == 1 and isinstance(args[0], Tensor):
+                x = args[0]
+                shape = (x.shape, x.dtype, x.device)
+            elif all(isinstance(x, Tensor) for x in args):
+                shape = tuple([(x.shape, x.dtype, x.device) for x in args])
+            known = None if shape is None else self._by_shape.get(shape)
             if known is not None:
                 return known(*args)
         key = signature(args, kwargs)
