@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from slimkernels import models, timing
 from slimkernels.cli import bench
+from slimkernels.cli.peers import cpu_peers
 from slimkernels.compress.factorization.factorize import factorize_
 from slimkernels.compress.pruning.prune import finalize_, prune_
 from slimkernels.conversion import convert
@@ -64,7 +65,7 @@ def pruned_model(sparsity: float, block_shape: tuple[int, int]) -> nn.Module:
 def dense_baselines(batch: int, compile: bool) -> dict[str, Any]:
     x = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(batch))
     found = timing.best_dense(dense_model(), x, compile=compile)
-    return found | (peers.cpu_peers(dense_model(), x, print) if compile else {})
+    return found | (cpu_peers(dense_model(), x, print) if compile else {})
 
 
 def predicted_ms(fast: nn.Module, x: Tensor) -> tuple[float, float]:
@@ -119,15 +120,11 @@ def test_vgg19_cifar(
     )  # fmt: skip
 
 
-# SlimNets' ranks of the sixteen convolutions (arXiv 1808.00496): a vertical factor, then a horizontal one.
-PAPER_RANKS = (5, 24, 48, 48, 64, 128, 128, 160, 192, 256, 320, 320, 320, 320, 320, 320)
-
-
 @lru_cache(maxsize=1)
 def low_rank_model() -> nn.Module:
     model = copy.deepcopy(dense_model())
     convs = [name for name, m in model.named_modules() if isinstance(m, nn.Conv2d)]
-    for name, rank in zip(convs, PAPER_RANKS, strict=True):
+    for name, rank in zip(convs, bench.SLIMNETS_RANKS, strict=True):
         factorize_(model, "tai", rank=rank, layers=[name])
     return bench.calibrated(model, sample())
 

@@ -1,13 +1,12 @@
-"""Dense baselines of the whole-network suite beyond `slimkernels.timing.best_dense`.
+"""Baselines of the whole-network suite beyond `slimkernels.timing.best_dense` and `slimkernels.cli.peers`.
 
-CPU: ONNX Runtime and OpenVINO, where they are installed, and DeepSparse at the same sparsity (``--deepsparse PYTHON``).
+CPU: DeepSparse at the same sparsity (``--deepsparse PYTHON``).
 GPU: cuDNN channels_last eager, and replayed from CUDA graphs, because at small batches launches decide: the same, with
 ReLU fused by cuDNN, and torch.compile.
 """
 
 from __future__ import annotations
 
-import io
 import itertools
 import subprocess
 import tempfile
@@ -21,60 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from slimkernels import timing
+from slimkernels.cli.peers import first_line
 from slimkernels.tuning import captured
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error, with its type."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
-
-
-def openvino(model: nn.Module, x: Tensor) -> Callable[[], Any]:
-    """The model compiled by OpenVINO in float32 at torch's thread count, its input already in OpenVINO's memory."""
-    import openvino as ov
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        graph = ov.convert_model(model, example_input=x)
-    options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-               "PERFORMANCE_HINT": "LATENCY"}  # fmt: skip
-    graph.reshape({graph.inputs[0]: list(x.shape)})
-    request = ov.compile_model(graph, "CPU", options).create_infer_request()
-    request.set_input_tensor(ov.Tensor(x.contiguous().numpy()))
-    return request.infer
-
-
-def onnx_runtime(model: nn.Module, x: Tensor) -> Callable[[], Any]:
-    """The model in ONNX Runtime at torch's thread count; exporting to ONNX needs the package onnx."""
-    import onnxruntime
-
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(model, (x,), buffer, dynamo=False, input_names=["x"])
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
-    session = onnxruntime.InferenceSession(buffer.getvalue(), options, providers=["CPUExecutionProvider"])
-    feed = {"x": x.contiguous().numpy()}
-    return lambda: session.run(None, feed)
-
-
-def cpu_peers(model: nn.Module, x: Tensor, note: Callable[[str], None]) -> dict[str, Callable[[], Any]]:
-    """OpenVINO and ONNX Runtime on a folded model; left out, with a note, where one cannot run or computes wrongly."""
-    folded = timing.fold_batch_norm(model)
-    with torch.no_grad():
-        expected = folded(x)
-    found: dict[str, Callable[[], Any]] = {}
-    for name, make in (("OpenVINO", openvino), ("ONNX Runtime", onnx_runtime)):
-        try:
-            call = make(folded, x)
-            out = torch.as_tensor(next(iter(call().values())) if name == "OpenVINO" else call()[0])
-            torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
-        except Exception as error:  # optional packages fail in their own ways
-            note(f"{name} left out: {first_line(error)}")
-        else:
-            found[name] = call
-    return found
 
 
 class DeepSparse:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,16 @@ _CUDA_READING_S = 1e-3
 
 @dataclass(frozen=True)
 class Timing:
-    """Percentiles of one callable's duration, in seconds, over ``n`` timed calls."""
+    """Percentiles of one callable's duration, in seconds, over ``n`` timed calls.
+
+    ``rounds`` holds the median of each round of `interleaved`: what was timed in one round saw the same machine.
+    """
 
     p20: float
     p50: float
     p80: float
     n: int
+    rounds: tuple[float, ...] = field(default=(), compare=False, repr=False)
 
     def as_ms(self) -> dict[str, float | int]:
         """The same in milliseconds, keyed ``p20_ms``, ``p50_ms``, ``p80_ms``, and ``n``."""
@@ -109,6 +114,7 @@ def interleaved(
         )
     names = list(callables)
     samples: dict[str, list[float]] = {name: [] for name in names}
+    medians: dict[str, list[float]] = {name: [] for name in names}
     with torch.inference_mode():
         for name in names:  # the first call may compile, pack weights or start threads
             callables[name]()
@@ -118,15 +124,16 @@ def interleaved(
         while rounds < min_rounds or _clock() < deadline:
             shift = rounds % len(names)
             for name in names[shift:] + names[:shift]:
-                call, record = callables[name], samples[name]
+                call, record, before = callables[name], samples[name], len(samples[name])
                 call()
                 burst_end = _clock() + _BURST_S
                 while True:
                     record.append(seconds_a_call(call, repeats[name], _clock))
                     if time.perf_counter() >= burst_end:
                         break
+                medians[name].append(statistics.median(record[before:]))
             rounds += 1
-    return {name: percentiles(samples[name]) for name in names}
+    return {name: replace(percentiles(samples[name]), rounds=tuple(medians[name])) for name in names}
 
 
 def fold_batch_norm(model: nn.Module) -> nn.Module:

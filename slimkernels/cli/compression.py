@@ -103,73 +103,37 @@ def convert(
         Path | None,
         typer.Argument(help="Weights of a pruned or factorized model; none with a --model that brings them."),
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="Name of the model where the file does not carry it, or FILE.py:NAME, a function of your own."
-        ),
-    ] = None,
-    shape: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--input", help="Shape to decide for, as in 1,3,224,224 (repeatable), instead of --batch and --size."
-        ),
-    ] = None,
+    model: o.AnyModel = None,
+    shape: o.InputShapes = None,
     option: o.ModelOption = None,
     num_classes: o.Classes = None,
-    batch: Annotated[
-        list[int] | None, typer.Option(min=1, help="Batch size to decide for (repeatable); 1 and 16 by default.")
-    ] = None,
-    size: Annotated[str | None, typer.Option(help="Image height and width, as in 32x32.")] = None,
-    without_shapes: Annotated[
-        bool, typer.Option("--without-shapes", help="Let the cost model decide instead of the stopwatch.")
-    ] = False,
+    batch: o.DecideBatches = None,
+    size: o.Size = None,
+    without_shapes: o.WithoutShapes = False,
     strict: Annotated[bool, typer.Option("--strict", help="Fail where a layer cannot be taken.")] = False,
     device: o.Device = "cpu",
     out: Annotated[Path | None, typer.Option(help="File to write; NAME.slim.safetensors by default.")] = None,
     as_json: o.Json = False,
 ) -> None:
     """Swap in the sparse and low-rank kernels where they are faster, and write a .slim.safetensors file."""
-    from slimkernels import models
     from slimkernels.checkpoint import save
-    from slimkernels.cli.own_model import build_own, example_inputs, is_own
-    from slimkernels.cli.weights import load_model
+    from slimkernels.cli.own_model import example_batches, open_model
     from slimkernels.conversion import convert as run_convert
     from slimkernels.conversion import explain as run_explain
 
     device = o.training_device(device)
-    keywords, builder, classes = o.model_options(option), None, num_classes
-    if is_own(model):
-        assert model is not None
-        dense, name = build_own(model, keywords, weights), model
-        stem = weights.name.split(".")[0] if weights is not None else model.rpartition(":")[2]
-        if not shape and not without_shapes:
-            raise ValueError(
-                "convert: expected --input SHAPE, as in 1,3,224,224, or --without-shapes with a model of your own"
-            )
-    else:
-        if weights is None:
-            raise ValueError("convert: expected a file of weights, or --model FILE.py:NAME, a model of your own")
-        dense, name, classes, description = load_model(weights, model, num_classes, options=keywords)
-        builder = {"model": name, "num_classes": classes, "options": dict(description.options) or keywords}
-        stem = weights.name.split(".")[0]
-    if shape:
-        images = example_inputs(shape, device)
-    elif not without_shapes:
-        channels, height, width = models.input_shape(name)
-        if size is not None:
-            height, width = o.pair("--size", size)
-        images = example_inputs([f"{n},{channels},{height},{width}" for n in batch or (1, 16)], device)
-    inputs = None if without_shapes else [(x,) for x in images]
-    out = o.check_writable(out or Path(f"{stem}.slim.safetensors"))
-    fast = run_convert(dense.to(device), inputs, strict=strict, progress=o.progress(as_json))
-    save(fast, out, builder=builder)
+    opened = open_model("convert", weights, model, num_classes, o.model_options(option))
+    inputs = example_batches(
+        "convert", opened, shape, batches=batch, size=size, without_shapes=without_shapes, device=device
+    )
+    out = o.check_writable(out or Path(f"{opened.stem}.slim.safetensors"))
+    fast = run_convert(opened.network.to(device), inputs, strict=strict, progress=o.progress(as_json))
+    save(fast, out, builder=opened.builder)
     if as_json:
         # For mypy: a model's own attribute, a Tensor or a Module to mypy.
         plan = json.loads(fast.slimkernels_plan.to_json())  # type: ignore[union-attr, operator]
-        o.print_json(
-            {"file": str(out), "bytes": out.stat().st_size, "model": name, "num_classes": classes, "plan": plan}
-        )
+        written = {"file": str(out), "bytes": out.stat().st_size}
+        o.print_json({**written, "model": opened.name, "num_classes": opened.num_classes, "plan": plan})
         return
     o.echo(str(run_explain(fast)))
     were = "" if weights is None else f"; the weights were {weights.stat().st_size / 1e6:.2f} MB"
@@ -177,11 +141,41 @@ def convert(
 
 
 def explain(
-    file: Annotated[Path, typer.Argument(help="A .slim.safetensors file.")],
+    file: Annotated[
+        Path | None, typer.Argument(help="A .slim.safetensors file; or, with --model, weights of that model.")
+    ] = None,
+    model: o.AnyModel = None,
+    shape: o.InputShapes = None,
+    option: o.ModelOption = None,
+    num_classes: o.Classes = None,
+    batch: o.DecideBatches = None,
+    size: o.Size = None,
+    without_shapes: o.WithoutShapes = False,
+    device: o.Device = "cpu",
     as_json: o.Json = False,
 ) -> None:
-    """Show what conversion did to every layer of a .slim.safetensors file, and why."""
+    """Show what conversion did to every layer of a .slim.safetensors file, or would do to a --model, and why."""
+    from slimkernels.checkpoint import load
+    from slimkernels.cli.own_model import build_own, example_batches, is_own, open_model
+    from slimkernels.conversion import convert as run_convert
     from slimkernels.conversion import explain as run_explain
 
-    report = run_explain(file)
+    keywords = o.model_options(option)
+    if file is None and model is None:
+        raise typer.BadParameter("expected a .slim.safetensors file, or --model FILE.py:NAME, a model of your own")
+    if file is not None and (model is None or file.name.endswith(".slim.safetensors")):
+        if is_own(model):
+            assert model is not None
+            load(file, into=build_own(model, keywords))  # whether the file is of this model
+        report = run_explain(file)
+    else:
+        device = o.training_device(device)
+        opened = open_model("explain", file, model, num_classes, keywords)
+        network = opened.network.to(device)
+        if not hasattr(network, "slimkernels_plan"):
+            inputs = example_batches(
+                "explain", opened, shape, batches=batch, size=size, without_shapes=without_shapes, device=device
+            )
+            network = run_convert(network, inputs, progress=o.progress(as_json))
+        report = run_explain(network)
     o.echo(report.to_json() if as_json else str(report))

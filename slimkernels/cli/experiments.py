@@ -49,34 +49,46 @@ def bench(
     ] = "vgg19_cifar",
     option: o.ModelOption = None,
     shape: Annotated[
-        str | None, typer.Option("--input", help="Of one image, as in 3,224,224, for a model of your own.")
+        list[str] | None,
+        typer.Option("--input", help="Shape of a batch of a model of your own, as in 1,3,224,224 (repeatable)."),
     ] = None,
-    recorded: Annotated[
-        bool, typer.Option("--recorded", help="Serve the converted network by graphed, as in the README's table.")
+    readme: Annotated[
+        bool, typer.Option("--readme", help="The rows of the README's table of VGG-19 on a CPU, and these alone.")
     ] = False,
+    recorded: Annotated[
+        bool, typer.Option("--recorded/--modules", help="Serve the converted network by graphed, or call it as it is.")
+    ] = True,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Repeatable; 1, 16 and 128 by default.")] = None,
     sparsity: Annotated[list[float] | None, typer.Option(help="Repeatable; 0.75, 0.875, 0.95 by default.")] = None,
     block_shape: o.BlockShape = "16x1",
     seconds: Annotated[float, typer.Option(min=0.0, help="Timing budget per network and batch size.")] = 3.0,
     compile: Annotated[bool, typer.Option(help="Also try torch.compile as a dense baseline.")] = True,
+    peers: Annotated[bool, typer.Option(help="Also try ONNX Runtime and OpenVINO, where they are installed.")] = True,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's choice by default.")] = None,
     device: o.Device = "cpu",
     as_json: o.Json = False,
 ) -> None:
-    """Time a network with random weights, dense against pruned and converted."""
+    """Time a network, the fastest dense engine that is installed against pruned and converted."""
     import torch
 
-    from slimkernels.cli.bench import run_bench
-    from slimkernels.cli.own_model import build_own, example_inputs, is_own
+    from slimkernels.cli.bench import README_CASES, run_bench
+    from slimkernels.cli.own_model import build_own, check_runs, example_inputs, is_own
     from slimkernels.cli.tables import bench_table
 
     network = image = None
     if is_own(model):
-        if shape is None:
-            raise ValueError("bench: expected --input SHAPE of one image, as in 3,224,224, with a model of your own")
-        network, image = build_own(model, o.model_options(option)), example_inputs([shape], "cpu")[0].shape
-    elif shape is not None or option:
+        if not shape:
+            raise ValueError("bench: expected --input SHAPE, as in 1,3,224,224, with a model of your own")
+        shapes = [tuple(x.shape) for x in example_inputs(shape, "cpu")]
+        if len({one[1:] for one in shapes}) > 1 or len(shapes[0]) < 2:
+            raise ValueError(f"bench: expected --input of one image size, the batch size first, got {', '.join(shape)}")
+        network, image = build_own(model, o.model_options(option)), shapes[0][1:]
+        check_runs("bench", network, shape[0])
+        batch = batch or [one[0] for one in shapes]
+    elif shape or option:
         raise ValueError("bench: expected --input and --option with --model FILE.py:NAME alone, a model of your own")
+    if readme and (model != "vgg19_cifar" or batch or sparsity):
+        raise ValueError("bench: expected --readme without --model, --batch and --sparsity, which it sets")
     if threads is not None:
         torch.set_num_threads(threads)
     result = run_bench(
@@ -84,9 +96,11 @@ def bench(
         sparsities=sparsity or (0.75, 0.875, 0.95),
         batches=batch or (1, 16, 128),
         block_shape=o.pair("--block-shape", block_shape),
+        cases=README_CASES if readme else None,
         seconds=seconds,
         compile=compile,
-        device=device,
+        peers=peers,
+        device=o.training_device(device),
         network=network,
         shape=image,
         recorded=recorded,

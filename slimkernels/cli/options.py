@@ -35,6 +35,24 @@ Checkpoint = Annotated[Path | None, typer.Option(help="Training state, rewritten
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from --checkpoint if it exists.")]
 LogDir = Annotated[Path | None, typer.Option(help="Folder for epochs.csv, steps.csv and TensorBoard's files.")]
 Model = Annotated[str | None, typer.Option(help="Name of the model, where the file does not carry it.")]
+AnyModel = Annotated[
+    str | None,
+    typer.Option(
+        "--model", help="Name of the model where the file does not carry it, or FILE.py:NAME, a function of your own."
+    ),
+]
+InputShapes = Annotated[
+    list[str] | None,
+    typer.Option("--input", help="Shape of a batch, as in 1,3,224,224 (repeatable), instead of --batch and --size."),
+]
+DecideBatches = Annotated[
+    list[int] | None,
+    typer.Option("--batch", min=1, help="Batch size to decide for (repeatable); 1 and 16 by default."),
+]
+Size = Annotated[str | None, typer.Option(help="Image height and width, as in 32x32.")]
+WithoutShapes = Annotated[
+    bool, typer.Option("--without-shapes", help="Let the cost model decide instead of the stopwatch.")
+]
 Classes = Annotated[int | None, typer.Option(min=1, help="Number of classes, where the file does not carry it.")]
 ModelOption = Annotated[
     list[str] | None, typer.Option("--option", help="The model's own keyword, as in width=0.5 (repeatable).")

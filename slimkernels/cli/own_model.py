@@ -1,4 +1,7 @@
-"""Models of the user's own on the command line: ``--model my_model.py:build --input 1,3,224,224``."""
+"""Models of the user's own on the command line: ``--model my_model.py:build --input 1,3,224,224``.
+
+`convert`, `bench`, `eval` and `explain` take them alike: ``--input`` is the shape of a whole batch everywhere.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,16 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from slimkernels.cli.weights import read_weights
+from slimkernels import models
+from slimkernels.cli.options import pair
+from slimkernels.cli.weights import load_model, read_weights
 
 
 def is_own(model: str | None) -> bool:
@@ -64,6 +70,75 @@ def _import_file(path: Path) -> Any:
     return module
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A model that a command was given: a packaged one with weights from a file, or one of the user's own.
+
+    ``builder`` is what `slimkernels.save` writes so that the file loads by itself; None for a model of the user's own.
+    ``stem`` is how a file of it is called.
+    """
+
+    network: nn.Module
+    name: str
+    own: bool
+    num_classes: int | None
+    builder: dict[str, Any] | None
+    stem: str
+
+
+def open_model(
+    command: str,
+    weights: Path | None,
+    model: str | None,
+    num_classes: int | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Opened:
+    """The model of ``weights`` and ``--model``, in eval mode on the CPU.
+
+    Raises:
+        ValueError: neither a file nor a model of the user's own; what `build_own` and `load_model` refuse.
+        FileNotFoundError: no such file.
+    """
+    if is_own(model):
+        assert model is not None
+        stem = weights.name.split(".")[0] if weights is not None else model.rpartition(":")[2]
+        return Opened(build_own(model, options, weights), model, True, num_classes, None, stem)
+    if weights is None:
+        raise ValueError(f"{command}: expected a file of weights, or --model FILE.py:NAME, a model of your own")
+    network, name, classes, description = load_model(weights, model, num_classes, options=options)
+    builder = {"model": name, "num_classes": classes, "options": dict(description.options) or dict(options or {})}
+    return Opened(network, name, False, classes, builder, weights.name.split(".")[0])
+
+
+def example_batches(
+    command: str,
+    opened: Opened,
+    shapes: Sequence[str] | None,
+    *,
+    batches: Sequence[int] | None = None,
+    size: str | None = None,
+    without_shapes: bool = False,
+    device: str = "cpu",
+) -> list[tuple[Tensor]] | None:
+    """Example inputs of ``--input``, or of ``--batch`` and ``--size`` for a packaged model; None without shapes.
+
+    Raises:
+        ValueError: a model of the user's own without ``--input``; sizes that are none.
+    """
+    if without_shapes:
+        return None
+    if shapes:
+        return [(x,) for x in example_inputs(shapes, device)]
+    if opened.own:
+        raise ValueError(
+            f"{command}: expected --input SHAPE, as in 1,3,224,224, or --without-shapes with a model of your own"
+        )
+    channels, height, width = models.input_shape(opened.name)
+    if size is not None:
+        height, width = pair("--size", size)
+    return [(x,) for x in example_inputs([f"{n},{channels},{height},{width}" for n in batches or (1, 16)], device)]
+
+
 def example_inputs(inputs: Sequence[str], device: str) -> list[Tensor]:
     """Random inputs of the shapes given as ``1,3,224,224``. Raises ValueError for anything else."""
     generator, found = torch.Generator().manual_seed(0), []
@@ -73,3 +148,15 @@ def example_inputs(inputs: Sequence[str], device: str) -> list[Tensor]:
             raise ValueError(f"--input: expected positive sizes as in 1,3,224,224, got {text!r}")
         found.append(torch.randn([int(part) for part in parts], generator=generator).to(device))
     return found
+
+
+@torch.no_grad()
+def check_runs(command: str, network: nn.Module, text: str) -> None:
+    """Raises ValueError where a model of the user's own does not run on a batch of the shape given as ``--input``."""
+    try:
+        network(*example_inputs([text], "cpu"))
+    except Exception as error:  # the user's code runs here
+        what = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{command}: expected the model to run on --input {text}, whose first size is the batch's, got: {what}"
+        ) from error

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from slimkernels.conversion.spread import Ratio
+
 if TYPE_CHECKING:
     from slimkernels.cli.bench import BenchResult
     from slimkernels.cli.demo import DemoResult
@@ -36,7 +38,8 @@ def demo_table(result: DemoResult) -> None:
     ):
         table.add_column(heading, justify="right")
     for entry in result.entries:
-        times = [f"{entry.latency[b]['p50_ms']:.3f}  {entry.speedup[b]:.2f}x" for b in batches]
+        gains = {b: Ratio(entry.speedup_low[b], entry.speedup[b], entry.speedup_high[b]) for b in batches}
+        times = [f"{entry.latency[b]['p50_ms']:.3f}  {gains[b]}" for b in batches]
         difference = "" if entry.max_abs_difference is None else f"{entry.max_abs_difference:.1e}"
         words = {"bsr": "block-sparse", "low_rank": "low-rank", "fused": "fused dense", "dense": "merged"}
         swapped = ", ".join(f"{count} {words[name]}" for name, count in entry.swapped.items())
@@ -44,11 +47,14 @@ def demo_table(result: DemoResult) -> None:
     console = _console()
     console.print(table)
     console.print(
-        "Latency: median, interleaved. Dense and masked: eager, batch norm folded, the faster memory format. "
+        "Latency: median, interleaved; speed-up: in brackets its limits with 99 % confidence. "
+        "Dense and masked: eager, batch norm folded, the faster memory format. "
         "Merged: low-rank layers that ran faster as one dense layer at these sizes. "
         "Max difference: of the logits, converted against unconverted.",
         highlight=False,
     )
+    for note in result.notes:
+        console.print(f"note: {note}", highlight=False, markup=False)
     console.print(f"Files and picture: {result.out}/ (look at {result.figure})", highlight=False)
 
 
@@ -63,27 +69,38 @@ def bench_table(result: BenchResult) -> None:
     commit = environment["commit"]
     if commit:
         where += f", commit {commit[:12]}" + (" (modified)" if environment["dirty"] else "")
-    block = "x".join(str(size) for size in result.block_shape)
-    table = Table(title=f"{result.model}, {block} blocks, weights {result.weights}\n{where}")
+    table = Table(title=f"{result.model}, weights {result.weights}\n{where}")
     table.add_column("batch", justify="right")
-    table.add_column("sparsity", justify="right")
-    table.add_column("dense baseline")
-    for heading in ("dense ms p20/p50/p80", "converted ms p20/p50/p80", "n", "speed-up", "images/s", "swapped"):
+    table.add_column("zero blocks")
+    table.add_column("fastest dense")
+    for heading in ("its ms p20/p50/p80", "ours ms p20/p50/p80", "speed-up (spread)", "images/s", "swapped"):
         table.add_column(heading, justify="right")
     for row in result.rows:
         table.add_row(
             str(row.batch),
-            f"{row.sparsity:.1%}",
+            row.compression,
             row.baseline,
             _percentiles(row.dense),
             _percentiles(row.converted),
-            f"{row.dense['n']}/{row.converted['n']}",
-            f"{row.speedup:.2f}x",
+            str(Ratio(row.speedup_low, row.speedup, row.speedup_high)),
             f"{row.images_per_s:,.0f}",
             str(row.swapped_layers),
         )
     console = _console()
     console.print(table)
+    how = {True: "recorded by slimkernels.graphed", False: "called module by module"}
+    served = " or ".join(how[recorded] for recorded in sorted({row.recorded for row in result.rows}, reverse=True))
+    console.print(
+        f"Medians, timed in turn; ours is {served}. Dense, p50 in ms, the fastest of each batch size first:",
+        highlight=False,
+    )
+    for row in {row.batch: row for row in result.rows}.values():
+        ordered = sorted(row.baselines.items(), key=lambda item: item[1])
+        console.print(
+            f"  batch {row.batch}: " + ", ".join(f"{name} {ms:.3g}" for name, ms in ordered),
+            highlight=False,
+            markup=False,
+        )
     for note in result.notes:
         console.print(f"note: {note}", highlight=False, markup=False)
 

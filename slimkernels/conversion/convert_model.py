@@ -19,7 +19,7 @@ from slimkernels import __version__
 from slimkernels.conversion import measure
 from slimkernels.conversion.analysis import weight_layer_names
 from slimkernels.conversion.candidates import Unit
-from slimkernels.conversion.decide import Decision, decide
+from slimkernels.conversion.decide import Decision, decide, plausible
 from slimkernels.conversion.folding import fold_tensors
 from slimkernels.conversion.graph import (
     InputSet,
@@ -32,7 +32,7 @@ from slimkernels.conversion.graph import (
 from slimkernels.conversion.hub import guard_publishing
 from slimkernels.conversion.outputs import Outputs, call_of, own_tensors
 from slimkernels.conversion.plan import COST_MODEL, MEASURED, SHAPELESS, LayerPlan, ModelPlan, Policy
-from slimkernels.conversion.spread import everywhere, in_ms, ratio, worst
+from slimkernels.conversion.spread import Ratio, everywhere, in_ms, ratio, worst
 from slimkernels.conversion.units import (
     GUARD_ATTRIBUTE,
     PLAN_ATTRIBUTE,
@@ -309,6 +309,14 @@ def _checked(
     dense, _ = _apply(found, staying, policy, channels_last=True)
     models = [scratch_copy(m) for m in (found.model, dense, fast)]
     needed = min(policy.min_speedup, 1.0)
+    # As a whole a model gains no more than the layer that gains most.
+    chosen = [(unit, decisions[unit.names[0]]) for unit in found.units]
+    most = max(plausible(unit, d.option) for unit, d in chosen if d.option is not d.stay)
+
+    def clear(seconds: list[measure.Seconds]) -> bool:
+        now = ratio(min(seconds[0], seconds[1]), seconds[2])
+        return now.verdict(needed) is not None and now.middle <= most
+
     times: list[list[float]] = []
     for args, kwargs in sets:
         runs = [call_of(m, args, kwargs) for m in models]
@@ -317,7 +325,7 @@ def _checked(
             runs,
             device=found.device,
             **limits,  # type: ignore[arg-type]  # an int and a float, by name
-            clear=lambda seconds: ratio(min(seconds[0], seconds[1]), seconds[2]).verdict(needed) is not None,
+            clear=clear,
         )
         times.append(list(found_s))
     best_dense = [min(t[0], t[1]) for t in times]
@@ -330,6 +338,8 @@ def _checked(
         speedup_low=tuple(r.low for r in ratios),
         speedup_high=tuple(r.high for r in ratios),
     )
+    notes = [_beyond(i, r, most) for i, r in enumerate(ratios) if r.middle > most]
+    plan = replace(plan, notes=(*plan.notes, *notes))
     verdict, least = everywhere(ratios, needed), worst(ratios)
     at = ratios.index(least)
     if verdict is True:
@@ -353,8 +363,15 @@ def _checked(
         for name, d in decisions.items()
     }
     fast, layers = _apply(found, staying, policy, channels_last=relaid)
-    notes = (*plan.notes, text)
-    return fast, replace(plan, layers=tuple(layers), notes=notes, converted_ms=(), speedup_low=(), speedup_high=())
+    plan = replace(plan, layers=tuple(layers), notes=(*plan.notes, text))
+    return fast, replace(plan, converted_ms=(), speedup_low=(), speedup_high=())
+
+
+def _beyond(i: int, found: Ratio, most: float) -> str:
+    return (
+        f"at example input {i} the whole model was measured {found} the speed of dense, which is more than the saved "
+        f"work explains (at most {most:.0f}x): other work on this machine disturbed it, measure again"
+    )
 
 
 def _agreeing(

@@ -18,7 +18,7 @@ from slimkernels.conversion.candidates import (
 )
 from slimkernels.conversion.graph import in_a_line
 from slimkernels.conversion.plan import Policy, faster_everywhere
-from slimkernels.conversion.spread import Ratio, everywhere, in_ms, ratio, worst
+from slimkernels.conversion.spread import EXPLAINED, Ratio, everywhere, in_ms, ratio, worst
 from slimkernels.dispatch.select import predicted_dense_seconds, predicted_seconds
 from slimkernels.kernels import KERNELS
 
@@ -133,7 +133,7 @@ def _time(unit: Unit, stay: Option, options: list[Option], inputs: list[Tensor],
         def clear(found: list[measure.Seconds]) -> bool:
             ratios = [ratio(found[0], seconds) for seconds in found[1:]]
             return all(
-                r.verdict(_needed(unit, o, stay, policy)) is not None and r.middle <= _plausible(unit, o)
+                r.verdict(_needed(unit, o, stay, policy)) is not None and r.middle <= plausible(unit, o)
                 for r, o in zip(ratios, options, strict=True)
             )
 
@@ -173,11 +173,11 @@ def _nbytes(option: Option) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def _plausible(unit: Unit, option: Option) -> float:
-    """The largest speed-up that is believed without another look: four times what the saved work explains."""
+def plausible(unit: Unit, option: Option) -> float:
+    """The largest speed-up that is believed without another look, by the work that is saved."""
     stored = sum(p.numel() for module in option.modules for p in module.parameters() if p.dim() > 1)
     before = sum(p.numel() for module in unit.dense for p in module.parameters() if p.dim() > 1)
-    return 4 * max(1.0, max(before, unit.weight.weight.numel()) / max(stored, 1))
+    return EXPLAINED * max(1.0, max(before, unit.weight.weight.numel()) / max(stored, 1))
 
 
 def _fastest(unit: Unit, stay: Option, options: list[Option], policy: Policy) -> Decision:
@@ -215,7 +215,7 @@ def _beats(option: Option, other: Option) -> bool:
 def _judge(unit: Unit, stay: Option, option: Option, ratios: list[Ratio], policy: Policy) -> tuple[bool, str]:
     """Whether a timed option is taken, and the rule that decided."""
     needed, least, baseline = _needed(unit, option, stay, policy), worst(ratios), _baseline(unit, stay)
-    verdict, implausible = everywhere(ratios, needed), least.middle > _plausible(unit, option)
+    verdict, implausible = everywhere(ratios, needed), least.middle > plausible(unit, option)
     if _stalled(stay, option):
         verdict = None
     where = " at the least favourable input" if len(ratios) > 1 else ""

@@ -241,28 +241,135 @@ def test_interrupt_is_code_130(monkeypatch):
     assert run("info", code=130).stderr == "slimkernels: interrupted\n"
 
 
+BENCH = ("bench", "--model", "vgg_digits", "--seconds", 0, "--no-compile")
+
+
 def test_bench_rows():
-    data = run_json(
-        "bench", "--model", "vgg_digits", "--batch", 1, "--batch", 4, "--sparsity", 0.75, "--seconds", 0, "--no-compile"
-    )
+    data = run_json(*BENCH, "--batch", 1, "--batch", 4, "--sparsity", 0.75, "--no-peers")
     assert data["weights"] == "random, pruned by magnitude" and data["environment"]["threads"] >= 1
-    assert [(row["batch"], row["sparsity"]) for row in data["rows"]] == [(1, 0.75), (4, 0.75)]
+    assert [(row["batch"], row["sparsity"], row["block_shape"]) for row in data["rows"]] == [
+        (1, 0.75, [16, 1]),
+        (4, 0.75, [16, 1]),
+    ]
     for row in data["rows"]:
         assert row["baseline"] in row["baselines"] and row["dense"]["p50_ms"] == min(row["baselines"].values())
+        assert set(row["baselines"]) == {"eager channels_last", "eager contiguous"} and row["recorded"]
         assert row["speedup"] == pytest.approx(row["dense"]["p50_ms"] / row["converted"]["p50_ms"])
+        assert row["speedup_low"] < row["speedup"] < row["speedup_high"]
         assert row["images_per_s"] == pytest.approx(1e3 * row["batch"] / row["converted"]["p50_ms"])
 
 
 def test_bench_table():
-    text = run("bench", "--model", "vgg_digits", "--batch", 2, "--sparsity", 0.5, "--seconds", 0, "--no-compile").stdout
-    assert "weights random, pruned by magnitude" in text and "50.0%" in text and "eager" in text
+    text = run(*BENCH, "--batch", 2, "--sparsity", 0.5, "--no-peers", "--modules").stdout
+    told = " ".join(text.split())
+    assert "weights random, pruned by magnitude" in told and "50.0%, 16x1" in told and "eager" in told
+    assert "ours is called module by module" in told and "batch 2: eager c" in told
+
+
+def test_the_rows_of_the_readme_are_the_benchs():
+    """Each row of the README's table of a CPU is one of `bench --readme`, in the same words."""
+    from slimkernels.cli.bench import README_CASES, SLIMNETS_RANKS
+
+    text = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+    table = text[text.index("| batch | zero blocks |") :].split("\n\n")[0].splitlines()[2:]
+    rows = [tuple(part.strip() for part in line.strip("|").split("|")) for line in table]
+    assert [int(row[0]) for row in rows] == [case.batch for case in README_CASES]
+    for row, case in zip(rows, README_CASES, strict=True):
+        words = case.compression.replace("1x1", "unstructured").replace(".0%", "%")
+        assert row[1].startswith(words), (row, case)
+    assert len(SLIMNETS_RANKS) == 16
+    assert "--readme without --model" in run("bench", "--readme", "--batch", 2, code=1).stderr
+
+
+def test_low_rank_cases_are_of_a_vgg19():
+    from slimkernels.cli.bench import Case
+
+    with pytest.raises(ValueError, match=r"run_bench: expected a network of 16 convolutions, a VGG-19, .* got 6"):
+        run_bench("vgg_digits", cases=[Case(1, 0.0, None)], seconds=0, compile=False)
+
+
+def test_engines_that_are_not_installed_are_named(monkeypatch):
+    from slimkernels.cli import peers
+
+    def engine(model, x):
+        with torch.no_grad():
+            out = model(x)
+        return lambda: out
+
+    model, x, notes = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3)).eval(), torch.randn(1, 1, 4, 4), []
+    table = {
+        "there": (engine, ("torch",)),
+        "absent": (engine, ("torch", "no_such_engine")),
+        "broken": (lambda model, x: 1 / 0, ()),
+        "wrong": (lambda model, x: engine(lambda y: model(y) + 1, x), ()),
+    }
+    monkeypatch.setattr(peers, "_PEERS", table)
+    found = peers.cpu_peers(model, x, notes.append)
+    assert list(found) == ["there"] and len(notes) == 3
+    assert notes[0] == "absent left out: not installed (pip install no_such_engine)"
+    assert notes[1] == "broken left out: ZeroDivisionError: division by zero"
+    assert notes[2].startswith("wrong left out: AssertionError: Tensor-likes are not close")
+
+
+@pytest.mark.parametrize("engine", ["OpenVINO", "ONNX Runtime"])
+def test_installed_engines_compute_what_torch_does(engine):
+    from slimkernels.cli import peers
+
+    for package in peers._PEERS[engine][1]:
+        pytest.importorskip(package)
+    model, notes = vgg_digits(width=8).eval(), []
+    found = peers.cpu_peers(model, torch.randn(2, 1, 8, 8), notes.append)
+    assert engine in found, notes
+
+
+class Times:
+    """Timings of `timing.interleaved` as told: dense is ``factor`` times as slow, once for each factor, then 2."""
+
+    def __init__(self, *factors):
+        self.factors, self.seconds = list(factors), []
+
+    def __call__(self, callables, seconds):
+        from slimkernels import timing
+
+        self.seconds.append(seconds)
+        factor = self.factors.pop(0) if self.factors else 2.0
+
+        def of(name):
+            p50 = 1e-3 if "converted" in name else 1e-3 * factor
+            return timing.Timing(p50, p50, p50, 5, (p50,) * 5)
+
+        return {name: of(name) for name in callables}
+
+
+@pytest.mark.parametrize(("factors", "budgets", "told"), [((87.0,), [1, 2], 0), ((491.0,) * 3, [1, 2, 3], 1)])
+def test_implausible_ratios_are_measured_again(factors, budgets, told, monkeypatch):
+    """At 75% zeros four times the saved work is 16x: 87x is the machine's doing."""
+    times, lines = Times(*factors), []
+    monkeypatch.setattr("slimkernels.cli.comparison.timing.interleaved", times)
+    settings = {"sparsities": [0.75], "batches": [1], "compile": False, "peers": False, "seconds": 1}
+    result = run_bench("vgg_digits", **settings, say=lines.append)
+    assert times.seconds == budgets and len(result.notes) == told
+    again = [line for line in lines if line.startswith("measured again")]
+    assert len(again) == len(budgets) - 1 and "is more than the saved work explains (at most 16x)" in again[0]
+    (row,) = result.rows
+    assert row.speedup == pytest.approx(2.0 if not told else 491.0) and row.speedup_low < row.speedup
+    if told:
+        assert result.notes[0].startswith("batch 1, 75.0%, 16x1: 491.00x (") and "busy" in result.notes[0]
+
+
+def test_wide_ratios_are_in_doubt():
+    from slimkernels.cli.comparison import doubt
+    from slimkernels.conversion.spread import Ratio
+
+    assert doubt(Ratio(1.9, 2.0, 2.1), 16) is None
+    assert doubt(Ratio(1.0, 2.0, 3.0), 16) == "2.00x (1.00x to 3.00x) is too wide a range"
 
 
 def test_bench_refuses_a_wrong_conversion(monkeypatch):
     monkeypatch.setattr(
         "slimkernels.cli.bench.convert", lambda model, **kwargs: torch.nn.Sequential(model, torch.nn.ReLU())
     )
-    with pytest.raises(RuntimeError, match=r"at sparsity 0\.5 the converted model"):
+    with pytest.raises(RuntimeError, match=r"with 50\.0%, 16x1 the converted model"):
         run_bench("vgg_digits", sparsities=[0.5], batches=[1], seconds=0, compile=False)
 
 
@@ -271,8 +378,9 @@ def test_demo_table(tmp_path):
     from slimkernels.cli.tables import demo_table
 
     latency = {1: {"p20_ms": 1.0, "p50_ms": 2.0, "p80_ms": 3.0, "n": 9}}
-    entry = Entry("pruned, converted", 0.975, 123_456, "x", latency, {1: 4.5}, 1e-6, {"bsr": 3})
-    result = DemoResult([entry], [], "out", "out/demo.png", "", {"data": "digits"}, {"threads": 2, "cpu": "a CPU"})
+    entry = Entry("pruned, converted", 0.975, 123_456, "x", latency, {1: 4.5}, 1e-6, {"bsr": 3}, {1: 4.25}, {1: 4.8})
+    facts = {"threads": 2, "cpu": "a CPU"}
+    result = DemoResult([entry], [], "out", "out/demo.png", "", {"data": "digits"}, facts, ["a speed-up in doubt"])
     with pytest.MonkeyPatch.context() as patch:
         import io
 
@@ -280,7 +388,9 @@ def test_demo_table(tmp_path):
         patch.setattr(sys, "stdout", stream)
         demo_table(result)
     text = stream.getvalue()
-    assert all(part in text for part in ("97.50%", "123 kB", "2.000  4.50x", "3 block-sparse", "1.0e-06", "a CPU"))
+    told = " ".join(text.replace("│", " ").split())
+    assert all(part in told for part in ("97.50%", "123 kB", "2.000 4.50x", "3 block-sparse", "1.0e-06", "a CPU"))
+    assert "(4.25x to 4.80x)" in told and "note: a speed-up in doubt" in told
 
 
 def test_the_real_command(tmp_path):

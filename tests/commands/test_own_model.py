@@ -87,10 +87,50 @@ def test_what_is_wrong_with_ones_own_model_is_said(own: Path, tmp_path: Path) ->
 
 
 def test_ones_own_model_is_timed(own: Path) -> None:
-    arguments = ["--batch", 2, "--sparsity", 0.5, "--seconds", 0, "--no-compile", "--recorded"]
-    data = json.loads(run("bench", "--model", f"{own}:build", "--input", "3,8,8", *arguments, "--json").stdout)
-    assert data["rows"][0]["batch"] == 2 and data["rows"][0]["converted"]["n"] > 0
-    assert "expected --input SHAPE of one image" in run("bench", "--model", f"{own}:build", code=1).stderr
+    arguments = ["--sparsity", 0.5, "--seconds", 0, "--no-compile", "--no-peers", "--json"]
+    data = json.loads(run("bench", "--model", f"{own}:build", "--input", "2,3,8,8", *arguments).stdout)
+    assert data["rows"][0]["batch"] == 2 and data["rows"][0]["converted"]["n"] > 0 and data["rows"][0]["recorded"]
+    assert "expected --input SHAPE" in run("bench", "--model", f"{own}:build", code=1).stderr
+    error = run("bench", "--model", f"{own}:build", "--input", "3,8,8", code=1).stderr
+    assert "bench: expected the model to run on --input 3,8,8, whose first size is the batch's, got: " in error
+    two = ["--input", "1,3,8,8", "--input", "1,3,9,9"]
+    assert "of one image size" in run("bench", "--model", f"{own}:build", *two, code=1).stderr
+
+
+def test_ones_own_model_is_explained(own: Path, tmp_path: Path) -> None:
+    given = ["--model", f"{own}:build", "--input", "2,3,8,8"]
+    report = json.loads(run("explain", *given, "--json").stdout)
+    rows = {row["name"]: row for row in report["rows"]}
+    assert report["decided"] == "measured" and len(rows["2"]["dense_ms"]) == 1
+    assert "layers swapped" in run("explain", "--model", f"{own}:build", "--without-shapes").stdout
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix) == ["helper.py", "my_model.py"]
+    for arguments, message in (
+        (["--model", f"{own}:build"], "explain: expected --input SHAPE"),
+        (["--model", "vgg_digits"], "explain: expected a file of weights, or --model FILE.py:NAME"),
+    ):
+        assert message in run("explain", *arguments, code=1).stderr
+    assert "expected a .slim.safetensors file, or --model" in run("explain", code=2).stderr
+
+
+def test_files_of_ones_own_model_are_explained_with_it(own: Path, tmp_path: Path) -> None:
+    out = tmp_path / "own.slim.safetensors"
+    run("convert", "--model", f"{own}:build", "--input", "2,3,8,8", "--out", out)
+    assert run("explain", out, "--model", f"{own}:build").stdout == run("explain", out).stdout
+    assert run("explain", out, "--model", f"{own}:build", "--option", "width=48", code=1).stderr
+    (tmp_path / "fast.py").write_text(OWN.replace("ready = build()", "ready = sk.convert(build())"))
+    assert "layers swapped" in run("explain", "--model", f"{tmp_path / 'fast.py'}:ready").stdout
+
+
+def test_ones_own_model_is_evaluated(own: Path, tmp_path: Path) -> None:
+    (tmp_path / "digits.py").write_text(
+        "from torch import nn\n\ndef build():\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n"
+    )
+    model = ["--model", f"{tmp_path / 'digits.py'}:build"]
+    data = json.loads(run("eval", *model, "--input", "32,1,8,8", "--json").stdout)
+    assert data["images"] == 450 and 0 <= data["accuracy"] <= 1 and data["file"] is None
+    error = run("eval", *model, "--input", "32,3,8,8", code=1).stderr
+    assert "eval: expected images of 3x8x8 as --input says, got 1x8x8 in digits" in error
+    assert "eval: expected a file of weights, or --model" in run("eval", code=1).stderr
 
 
 @pytest.fixture

@@ -29,8 +29,8 @@ TEST_ONLY = {"testing": {"formats"}, "cases": {"testing", "formats", "kernels"}}
 # Inside a package, by the same rule; a package in it stands for all its modules.
 PACKAGES = {
     "cli": (
-        "__main__", "__init__", "app", "training, compression, evaluation, experiments", "options, tables",
-        "demo, bench, tune, own_model", "plots, weights, info",
+        "__main__", "__init__", "app", "training, compression, evaluation, experiments", "own_model", "options, tables",
+        "demo, bench, tune", "plots, weights, info, comparison, peers",
     ),
     "recipes": (
         "runner", "measurement, report", "rows, figures, summary", "store, schema, sources", "__init__",
