@@ -95,6 +95,16 @@ class DemoResult:
         """The result as JSON text."""
         return json.dumps(asdict(self), indent=2)
 
+    @classmethod
+    def from_json(cls, text: str) -> DemoResult:
+        """The result of `to_json`, such as that in ``demo.json``."""
+        data = json.loads(text)
+        by_batch = ("latency", "speedup", "speedup_low", "speedup_high")
+        for entry in data["entries"]:
+            entry.update({name: {int(batch): value for batch, value in entry[name].items()} for name in by_batch})
+        entries = [Entry(**entry) for entry in data.pop("entries")]
+        return cls(entries, [LayerSparsity(**layer) for layer in data.pop("layers")], **data)
+
 
 def run_demo(
     out: str | Path = "slimkernels-demo",
@@ -189,6 +199,7 @@ def run_demo(
         report=str(explain(fast["pruned"])),
         settings={
             "data": f"scikit-learn digits, {train.samples} training and {test.samples} test images of 8x8 pixels",
+            "test_images": test.samples,
             "epochs": epochs,
             "seed": seed,
             "width": width,

@@ -15,17 +15,26 @@ _DENSE, _MASKED, _PRUNED, _LOW_RANK = "#7f7f7f", "#56b4e9", "#0072b2", "#e69f00"
 
 
 def demo_figure(result: DemoResult, path: str | Path) -> None:
-    """Writes a PNG of block sparsity per layer, test accuracy, and latency per batch size."""
+    """Writes a PNG of block sparsity per layer, test accuracy, and latency per batch size, under model and machine."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13.0, 4.6), dpi=130, layout="constrained")
+    figure = Figure(figsize=(13.6, 5.0), dpi=130, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
-    layers, accuracy, latency = figure.subplots(1, 3, gridspec_kw={"width_ratios": [1.15, 0.85, 1.25]})
+    layers, accuracy, latency = figure.subplots(1, 3, gridspec_kw={"width_ratios": [1.1, 0.9, 1.35]})
+    settings, environment = result.settings, result.environment
+    figure.suptitle(
+        f"A VGG of {settings['parameters'] / 1e6:.1f} million parameters on scikit-learn's digits\n"
+        f"{environment['cpu']}, {environment['threads']} threads, torch {environment['torch']}",
+        fontsize=13,
+        fontweight="bold",
+    )
     _sparsity_panel(layers, result)
     _accuracy_panel(accuracy, result)
     _latency_panel(latency, result)
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
     for axes in (layers, accuracy, latency):
+        axes.title.set_fontsize(11)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_axisbelow(True)
     with atomic_path(path) as temporary:
@@ -43,7 +52,7 @@ def _sparsity_panel(axes: Any, result: DemoResult) -> None:
     axes.set_xticks(range(0, 101, 25))
     block = "x".join(str(size) for size in result.settings["block_shape"])
     axes.set_xlabel(f"zero {block} blocks (% of all blocks)")
-    axes.set_title("Pruned model: block sparsity per layer")
+    axes.set_title("Pruned model: zero blocks per layer")
     axes.grid(axis="x", alpha=0.25)
     handles = [_patch(_PRUNED, "runs block-sparse"), _patch(_DENSE, "stays dense")]
     present = [handle for handle in handles if any(handle.get_facecolor() == _rgba(colour) for colour in colours)]
@@ -51,17 +60,37 @@ def _sparsity_panel(axes: Any, result: DemoResult) -> None:
 
 
 def _accuracy_panel(axes: Any, result: DemoResult) -> None:
+    """Accuracies as dots on an axis that begins where they do, with what 450 test images leave open."""
     shown = [entry for entry in result.entries if entry.name != "pruned, masked"]
-    names = [entry.name.split(",")[0] for entry in shown]
-    values = [100 * entry.accuracy for entry in shown]
-    bars = axes.bar(names, values, color=[_colour(entry.name) for entry in shown], width=0.6)
-    labels = [f"{value:.1f} %\n{entry.bytes / 1e6:.2f} MB" for value, entry in zip(values, shown, strict=True)]
-    axes.bar_label(bars, labels=labels, padding=3, fontsize=9)
-    axes.set_ylim(0, 122)
-    axes.set_yticks(range(0, 101, 20))
-    axes.set_ylabel("test accuracy (%)")
-    axes.set_title("Accuracy, and size on disk")
+    names = [f"{entry.name.split(',')[0]}\n{entry.bytes / 1e6:.2f} MB" for entry in shown]
+    images = result.settings["test_images"]
+    lowest = 100.0
+    for i, entry in enumerate(shown):
+        low, high = (100 * limit for limit in _wilson(entry.accuracy, images))
+        axes.plot([i, i], [low, high], color=_colour(entry.name), linewidth=2.5, solid_capstyle="round")
+        axes.plot(i, 100 * entry.accuracy, "o", color=_colour(entry.name), markersize=9)
+        axes.annotate(
+            f"{100 * entry.accuracy:.1f} %",
+            (i, 100 * entry.accuracy),
+            xytext=(9, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+        )
+        lowest = min(lowest, low)
+    axes.set_xticks(range(len(shown)), names)
+    axes.set_xlim(-0.5, len(shown) - 0.2)
+    axes.set_ylim(lowest - 0.1 * (100 - lowest), 100)
+    axes.set_ylabel(f"test accuracy (%), 95 % limits of {images} images")
+    axes.set_title("Accuracy (axis cut), and size on disk")
     axes.grid(axis="y", alpha=0.25)
+
+
+def _wilson(share: float, n: int) -> tuple[float, float]:
+    """Wilson's 95 % limits of a share of n trials."""
+    z = 1.96
+    middle, width = share + z * z / (2 * n), z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
+    return (middle - width) / (1 + z * z / n), (middle + width) / (1 + z * z / n)
 
 
 def _latency_panel(axes: Any, result: DemoResult) -> None:
@@ -77,7 +106,10 @@ def _latency_panel(axes: Any, result: DemoResult) -> None:
             middle, low, high = (float(entry.latency[batch][key]) for key in ("p50_ms", "p20_ms", "p80_ms"))
             axes.plot([low, high], [row, row], color=_colour(entry.name), linewidth=2.5, solid_capstyle="round")
             axes.plot(middle, row, "o", color=_colour(entry.name), markersize=8)
-            text = f"{middle:.3g} ms" if entry.name == "dense" else f"{middle:.3g} ms, {entry.speedup[batch]:.1f}x"
+            text = f"{middle:.3g} ms"
+            if entry.name != "dense":
+                limits = f"{entry.speedup_low[batch]:.1f} to {entry.speedup_high[batch]:.1f}"
+                text += f", {entry.speedup[batch]:.1f}x ({limits})"
             axes.annotate(
                 text, (max(high, middle), row), xytext=(8, 0), textcoords="offset points", va="center", fontsize=9
             )
@@ -91,10 +123,10 @@ def _latency_panel(axes: Any, result: DemoResult) -> None:
     axes.set_ylim(row - 0.5, -0.6)
     axes.set_xscale("log")
     left, right = axes.get_xlim()
-    axes.set_xlim(left / 1.3, right * (right / left) ** 0.45 * 1.5)  # room for the labels
+    axes.set_xlim(left / 1.3, right * (right / left) ** 0.6 * 1.5)  # room for the labels
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("latency (ms, log scale): median, p20 to p80")
-    axes.set_title("Latency, and speed-up over dense")
+    axes.set_title("Latency, and speed-up over dense (its spread)")
     axes.grid(axis="x", alpha=0.25)
 
 
