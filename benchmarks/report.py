@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import gpu_tables
+import pictures
 from gpu_tables import table
 
 from slimkernels.files import atomic_path
-from slimkernels.kernels import KERNELS
 
 
 def rows_of(record: dict[str, Any]) -> list[dict[str, Any]]:
@@ -186,69 +186,6 @@ def markdown(record: dict[str, Any]) -> str:
     return "\n".join(parts + gpu_tables.sections(record))
 
 
-def plot_breakeven(rows: list[dict[str, Any]], path: Path) -> None:
-    """Speed-up over dense against sparsity, one line per block shape, one panel per swept layer and batch size."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fastest: dict[tuple[str, int, tuple[int, ...], float], float] = {}
-    for r in rows:
-        if r["sparsity"] > 0:
-            key = r["layer"], r["batch"], tuple(r["block_shape"]), r["sparsity"]
-            fastest[key] = max(fastest.get(key, 0.0), r["speedup"])
-    layers = [n for n in dict.fromkeys(k[0] for k in fastest) if len({k[3] for k in fastest if k[0] == n}) > 1]
-    batches = sorted({k[1] for k in fastest})
-    if not layers:
-        return
-    figure, axes = plt.subplots(
-        len(layers), len(batches), figsize=(5 * len(batches), 4 * len(layers)), squeeze=False, sharey=True
-    )
-    for axis_row, layer in zip(axes, layers, strict=True):
-        for axis, batch in zip(axis_row, batches, strict=True):
-            for block in sorted({k[2] for k in fastest if k[:2] == (layer, batch)}):
-                points = sorted((100 * k[3], v) for k, v in fastest.items() if k[:3] == (layer, batch, block))
-                axis.plot(*zip(*points, strict=True), marker="o", label=f"{block[0]}x{block[1]}")
-            axis.axhline(1, color="0.5", linewidth=1)
-            axis.set(title=f"{layer}, batch {batch}", xlabel="block sparsity [%]", ylabel="speed-up over dense")
-            axis.legend(title="block")
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def plot_roofline(rows: list[dict[str, Any]], path: Path) -> None:
-    """Share of the multiply-add peak by layer, natural block shape, one bar per kernel and batch size."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = [r for r in rows if r["share_of_peak"] is not None and r["sparsity"] in (0.0, 0.875)]
-    if not rows:
-        return
-    natural = rows[0]["block_shape"]
-    rows = [r for r in rows if r["block_shape"] == natural]
-    layers = list(dict.fromkeys(r["layer"] for r in rows))
-    bars = sorted({(r["batch"], r["kernel"]) for r in rows})
-    figure, axis = plt.subplots(figsize=(9, 4))
-    width = 0.8 / len(bars)
-    for i, (batch, kernel) in enumerate(bars):
-        shares = {r["layer"]: r["share_of_peak"] * 100 for r in rows if (r["batch"], r["kernel"]) == (batch, kernel)}
-        axis.bar([j + i * width for j in range(len(layers))], [shares.get(name, 0) for name in layers], width,
-                 label=f"batch {batch}, {kernel}")  # fmt: skip
-    axis.set_xticks([j + width * (len(bars) - 1) / 2 for j in range(len(layers))],
-                    [name.split(".")[1].split("@")[0] for name in layers])  # fmt: skip
-    axis.set(ylabel="share of multiply-add peak [%]", ylim=(0, 100),
-             title=f"VGG-19/CIFAR-10, 87.5% zero {natural[0]}x{natural[1]} blocks (conv1_1 dense), "
-                   "in-image FLOPs")  # fmt: skip
-    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("records", nargs="+", type=Path)
@@ -264,8 +201,7 @@ def main() -> None:
         path.write_text(markdown(record))
     sweep = [r for r in record["rows"] if r["suite"] == "ops"]
     if sweep:
-        plot_breakeven([r for r in sweep if r["kernel"] in KERNELS], arguments.out / f"{stem}-breakeven.png")
-        plot_roofline(sweep, arguments.out / f"{stem}-roofline.png")
+        pictures.draw_record(arguments.out / f"{stem}.json")
     print(markdown(record))
 
 

@@ -14,6 +14,9 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.patches import FancyArrowPatch, Rectangle  # noqa: E402
 
+from slimkernels.cli.demo import DemoResult  # noqa: E402
+from slimkernels.cli.plots import demo_figure  # noqa: E402
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 STORED, EMPTY, LINE, MARK, TEXT = "#5c6bc0", "#e8eaf6", "#9fa8da", "#ef6c00", "#37474f"
@@ -143,37 +146,70 @@ def layouts() -> None:
     save(figure, "layouts")
 
 
-def result() -> None:
-    """The README's picture: one row of the committed measurements of VGG-19 on two CPU cores."""
-    record = json.loads((ROOT / "benchmarks/results/amd-epyc-zen5-2c/2e2017bdf1f0.json").read_text())
-    wanted = {"network": "vgg19_cifar", "batch": 16, "sparsity": 0.875, "block_shape": [16, 1], "recorded": True}
-    (row,) = [row for row in record["rows"] if wanted.items() <= row.items()]
-    rows = (
-        ("dense (best engine)", row["dense_p50_ms"], EMPTY),
-        ("DeepSparse 1.8,\nsame zeros", row["deepsparse_p50_ms"], "#9fa8da"),
-        ("slimkernels", row["p50_ms"], STORED),
-    )
-    figure, axes = plt.subplots(figsize=(7.2, 1.9))
-    for i, (_, ms, color) in enumerate(rows):
-        axes.barh(-i, ms, color=color, edgecolor=LINE, height=0.62)
+RECORD = ROOT / "benchmarks/results/amd-epyc-zen5-2c/2e2017bdf1f0.json"
+ENGINES = (("fastest dense engine", "dense_p50_ms"), ("DeepSparse 1.8", "deepsparse_p50_ms"), ("slimkernels", "p50_ms"))
+# Colours of the bars, of text and of the background, for light and for dark pages.
+LIGHT = (("#b0bec5", "#9fa8da", "#3949ab"), "#263238", "#ffffff")
+DARK = (("#546e7a", "#7986cb", "#ffb74d"), "#e6edf3", "#0d1117")
+
+
+def headline(name: str, theme: tuple[tuple[str, ...], str, str]) -> plt.Figure:
+    """The README's picture: speed over the fastest dense engine, recorded VGG-19 on two CPU cores."""
+    colours, text, background = theme
+    rows = {}
+    for row in json.loads(RECORD.read_text())["rows"]:
+        wanted = {"network": "vgg19_cifar", "sparsity": 0.875, "block_shape": [16, 1], "recorded": True}
+        if wanted.items() <= row.items():
+            rows[row["batch"]] = row
+    figure, axes = plt.subplots(figsize=(8.4, 3.5), facecolor=background)
+    axes.set_facecolor(background)
+    for i, (batch, row) in enumerate(sorted(rows.items())):
+        for j, (_, key) in enumerate(ENGINES):
+            place, ratio = i + 0.29 * (j - 1), row["dense_p50_ms"] / row[key]
+            axes.bar(place, ratio, width=0.26, color=colours[j])
+            digits = 1 if row[key] >= 0.95 and row[key] < 100 else 2 if row[key] < 1 else 0
+            axes.text(place, ratio + 0.14, f"{row[key]:.{digits}f} ms", ha="center", color=text, fontsize=8.5)
+            axes.text(
+                place, ratio + 0.75, f"{ratio:.1f}x", ha="center", color=text, fontsize=12 if j == 2 else 9.5,
+                fontweight="bold" if j == 2 else "normal",
+            )  # fmt: skip
+        axes.text(i, -0.75, f"batch {batch}", ha="center", color=text, fontsize=10.5)
+    axes.axhline(0, color=text, linewidth=1.0)
+    axes.set_xlim(-0.55, len(rows) - 0.45)
+    axes.set_ylim(-1.0, 12.0)
+    axes.axis("off")
+    for j, (left, (engine, _)) in enumerate(zip((0.05, 0.34, 0.69), ENGINES, strict=True)):
+        square = Rectangle((left - 0.03, 0.945), 0.02, 0.05, transform=axes.transAxes, color=colours[j], clip_on=False)
+        axes.add_patch(square)
         axes.text(
-            ms + 0.3, -i, f"{ms:.1f} ms" + ("" if i == 0 else f", {rows[0][1] / ms:.1f}x"), va="center", color=TEXT
-        )
-    axes.set_yticks([0, -1, -2], [name for name, _, _ in rows], color=TEXT)
-    axes.set_xlim(0, 31)
-    axes.set_xticks([])
-    for side in axes.spines.values():
-        side.set_visible(False)
-    axes.tick_params(length=0)
+            left, 0.97, engine + (", same zeros" if j else ""), transform=axes.transAxes, color=text, va="center",
+            fontsize=9.5, fontweight="bold" if j == 2 else "normal",
+        )  # fmt: skip
     axes.set_title(
-        "VGG-19/CIFAR-10, batch 16, 87.5% zeros in 16x1 blocks, fp32, two Zen 5 cores",
-        color=TEXT,
-        fontsize=10,
-        loc="left",
+        "VGG-19/CIFAR-10, 87.5% of the 16x1 blocks zero: speed over the fastest dense engine (fp32, two Zen 5 cores)",
+        color=text, fontsize=10, pad=12,
+    )  # fmt: skip
+    figure.savefig(
+        HERE / f"{name}.svg", bbox_inches="tight", facecolor=background, metadata={"Date": None, "Title": ALT}
     )
-    save(figure, "vgg19")
+    return figure
+
+
+# What a reader is told who does not see the picture.
+ALT = "Speed of VGG-19 over the fastest dense engine at batch 1, 16 and 128: DeepSparse and slimkernels"
+
+
+def result() -> None:
+    """The headline for light and dark pages."""
+    for name, theme in (("vgg19", LIGHT), ("vgg19-dark", DARK)):
+        plt.close(headline(name, theme))
+
+
+def demo() -> None:
+    """What `slimkernels demo` draws, from a committed run of it."""
+    demo_figure(DemoResult.from_json((RECORD.parent / "demo.json").read_text()), HERE / "demo.png")
 
 
 if __name__ == "__main__":
-    for draw in (blocks, taps, strips, layouts, result):
+    for draw in (blocks, taps, strips, layouts, result, demo):
         draw()

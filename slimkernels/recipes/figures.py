@@ -31,15 +31,17 @@ def write_figures(out: Path, report: Mapping[str, Any], recipe: Recipe) -> list[
         figures.append({"file": "loss.png", "title": title})
     measured = [row for row in report["rows"] if (row["measurement"] or {}).get("latency")]
     if measured:
-        _draw(
-            out / "pareto.png",
-            lambda figure: _pareto(figure, measured, report),
-            width=6.2 * (1 + len(report["batches"])),
-        )
+        pareto_figure(report, out / "pareto.png")
         figures.append(
             {"file": "pareto.png", "title": "Accuracy against size and latency; the line is the Pareto front"}
         )
     return figures
+
+
+def pareto_figure(report: Mapping[str, Any], path: Path) -> None:
+    """Writes a PNG of accuracy against size and latency, from the report of a run alone."""
+    rows = [row for row in report["rows"] if (row["measurement"] or {}).get("latency")]
+    _draw(path, lambda figure: _pareto(figure, rows, report), width=6.4 * (1 + len(report["batches"])), height=5.8)
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -53,11 +55,11 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     return front
 
 
-def _draw(path: Path, paint: Any, width: float = 9.0) -> None:
+def _draw(path: Path, paint: Any, width: float = 9.0, height: float = 5.0) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, 5.0), dpi=120, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     paint(figure)
     for axes in figure.axes:
@@ -132,11 +134,15 @@ def _smoothed(values: Sequence[float]) -> list[float]:
 
 def _pareto(figure: Any, rows: Sequence[Mapping[str, Any]], report: Mapping[str, Any]) -> None:
     """Accuracy against bytes on disk, and against the recorded network's latency at every batch size."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    fronts = []
     panels = figure.subplots(1, 1 + len(report["batches"]), sharey=True, squeeze=False)[0]
     groups = list(dict.fromkeys(row["group"] for row in rows))
     costs = [("size of the file (MB, log scale)", [row["measurement"]["bytes"] / 1e6 for row in rows])]
     for batch in report["batches"]:
-        times = [row["measurement"]["latency"][str(batch)]["recorded"]["p50_ms"] for row in rows]
+        ways = [row["measurement"]["latency"][str(batch)] for row in rows]
+        times = [way.get("recorded", way["converted"])["p50_ms"] for way in ways]  # reports of old know no recordings
         costs.append((f"latency at batch {batch} (ms, log scale)", times))
     accuracies = [100 * row["accuracy"]["mean"] for row in rows]
     for panel, (label, cost) in zip(panels, costs, strict=True):
@@ -150,14 +156,74 @@ def _pareto(figure: Any, rows: Sequence[Mapping[str, Any]], report: Mapping[str,
         panel.step(
             [cost[i] for i in front], [accuracies[i] for i in front], where="post", color="#7f7f7f", linewidth=1.2
         )
-        for i in front:
-            panel.annotate(
-                rows[i]["name"], (cost[i], accuracies[i]), xytext=(5, -9), textcoords="offset points", fontsize=7
-            )
+        fronts.append((panel, [(cost[i], accuracies[i], rows[i]["name"]) for i in front], cost))
         panel.set_xscale("log")
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.xaxis.set_minor_formatter(NullFormatter())
         panel.set_xlabel(label)
+        panel.margins(x=0.08, y=0.06)
     teacher = 100 * report["rows"][0]["accuracy"]["mean"]
     for panel in panels:
         panel.axhline(98.0 / 100.0 * teacher, color="#7f7f7f", linestyle=":", linewidth=1.0)
     panels[0].set_ylabel("test accuracy (%); dotted: 98% of the teacher's")
-    panels[0].legend(fontsize=7, loc="lower right")
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize=9)
+    environment = report["environment"]
+    figure.suptitle(
+        f"{report['title']}: accuracy against size and latency, the line is the Pareto front\n"
+        f"{environment['gpu'] or environment['cpu']}, {environment['threads']} threads, torch {environment['torch']}",
+        fontsize=12,
+    )
+    figure.canvas.draw()  # the layout decides where there is room for names
+    for panel, named, cost in fronts:
+        place_names(panel, named, list(zip(cost, accuracies, strict=True)))
+
+
+# Places of a name around its point, in points, near ones first; those further than _NEAR get a line to the point.
+# Above a Pareto front, to the left, there is nothing else.
+_NEAR = 10
+_NAME_PLACES = [
+    (dx, dy)
+    for distance in (8, 18, 30, 44, 60, 80, 100, 120)
+    for dx, dy in ((-distance, distance), (distance, -distance), (distance, distance), (-distance, -distance))
+]
+
+
+def place_names(panel: Any, named: Sequence[tuple[float, float, str]], points: Sequence[tuple[float, float]]) -> None:
+    """Writes the names of some points of a drawn panel where they cover no other name, no point and no edge of it.
+
+    Args:
+        panel: its limits are final.
+        named: ``(x, y, name)`` of each, in the coordinates of the data.
+        points: all points of the panel.
+    """
+    from matplotlib.transforms import Bbox
+
+    frame, scale = panel.get_window_extent(), panel.figure.dpi / 72
+    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in panel.transData.transform(list(points))]
+    for x, y, name in named:
+        text = panel.annotate(name, (x, y), xytext=(0, 0), textcoords="offset points", fontsize=7.5, va="center")
+        text.set_in_layout(False)
+        size = text.get_window_extent()
+        at_x, at_y = panel.transData.transform((x, y))
+        for dx, dy in _NAME_PLACES:
+            left = at_x + dx * scale - (size.width if dx < 0 else 0)
+            box = Bbox.from_bounds(left - 2, at_y + dy * scale - size.height / 2, size.width + 4, size.height)
+            inside = box.x0 >= frame.x0 and box.x1 <= frame.x1 and box.y0 >= frame.y0 and box.y1 <= frame.y1
+            if inside and not any(box.overlaps(other) for other in taken):
+                break
+        else:  # a crowd: better beside its point and over others than nowhere
+            dx, dy = _NAME_PLACES[0]
+            box = Bbox.from_bounds(at_x + dx * scale, at_y + dy * scale, size.width, size.height)
+        taken.append(box)
+        text.set(position=(dx, dy), ha="left" if dx > 0 else "right")
+        text.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5})
+        if max(abs(dx), abs(dy)) > _NEAR:
+            panel.annotate(
+                "",
+                (x, y),
+                xytext=(dx, dy),
+                textcoords="offset points",
+                arrowprops={"arrowstyle": "-", "color": "#7f7f7f", "linewidth": 0.7, "shrinkA": 0, "shrinkB": 3},
+            ).set_in_layout(False)

@@ -221,6 +221,34 @@ def test_pareto_front():
     assert pareto_front([]) == []
 
 
+def test_names_of_points_cover_nothing(tmp_path):
+    """Of the committed report, whose points lie close together: no name covers another, a point or the frame."""
+    import json
+    from pathlib import Path
+
+    from slimkernels.recipes import figures
+
+    path = Path(__file__).resolve().parents[1] / "benchmarks/results/amd-epyc-zen3-2c/slimnets-cpu/report.json"
+    seen = []
+    place = figures.place_names
+
+    def placed(panel, named, points):
+        place(panel, named, points)
+        texts = [text for text in panel.texts if text.get_text()]
+        assert [text.get_text() for text in texts] == [name for *_, name in named]
+        boxes = [text.get_window_extent() for text in texts]
+        for text, box in zip(texts, boxes, strict=True):
+            assert panel.get_window_extent().contains(*box.min) and panel.get_window_extent().contains(*box.max)
+            assert not any(box.contains(*at) for at in panel.transData.transform(points)), text.get_text()
+        assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+        seen.append(len(texts))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "place_names", placed)
+        figures.pareto_figure(json.loads(path.read_text()), tmp_path / "pareto.png")
+    assert len(seen) == 3 and min(seen) > 3
+
+
 def test_data_by_name(tmp_path):
     train, test = sources.open_data("digits", 32)
     assert train.batch_size == 32 and sources.data_title("digits", (train, test)) == "scikit-learn digits"

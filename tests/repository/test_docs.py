@@ -206,9 +206,12 @@ def test_quoted_rows_are_those_measured(page: str) -> None:
             assert abs(row[key] - float(text)) <= 0.51 * 10**-digits, f"{page}: {key} of {batch}, {percent}%, {block}"
 
 
-def test_the_picture_shows_what_was_measured() -> None:
+@pytest.mark.parametrize("picture", ["vgg19", "vgg19-dark"])
+def test_the_picture_shows_what_was_measured(picture: str) -> None:
     """docs/pictures/draw.py has been run since the record was made."""
-    text = (ROOT / "docs/pictures/vgg19.svg").read_text()
-    row = recorded(16, 0.875, "16x1")
-    for key in ("dense_p50_ms", "deepsparse_p50_ms", "p50_ms"):
-        assert f">{row[key]:.1f} ms" in text
+    text = (ROOT / f"docs/pictures/{picture}.svg").read_text()
+    for batch in (1, 16, 128):
+        row = recorded(batch, 0.875, "16x1")
+        assert f">{row['speedup']:.1f}x<" in text
+        for key in ("dense_p50_ms", "deepsparse_p50_ms", "p50_ms"):
+            assert any(f">{row[key]:.{digits}f} ms<" in text for digits in (0, 1, 2)), (batch, key)
