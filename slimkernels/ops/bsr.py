@@ -22,6 +22,7 @@ from slimkernels.kernels.problems import (
 )
 from slimkernels.kernels.transposed import check_transposed, pack_size
 from slimkernels.kernels.triton.bsr_conv2d_index import check_order
+from slimkernels.ops import transforms
 from slimkernels.ops.calls import BSRConv2dBackwardCall, BSRConv2dCall, BSRLinearCall
 from slimkernels.ops.library import (
     OPS,
@@ -116,6 +117,12 @@ def _check_contents(op: str, call: BSRConv2dCall | BSRLinearCall) -> None:
     check_pattern(op, *pattern)
     if kind_of(call.packed) is ForwardOrder:
         check_order(op, call.packed[0], *pattern)
+
+
+def _check_known_pattern(op: str, call: BSRConv2dCall | BSRLinearCall) -> None:
+    """`check_pattern`, unless a transform of torch.func holds the indices: then they cannot be read."""
+    if not transforms.is_wrapped(call.crow_indices, call.col_indices):
+        check_pattern(op, call.crow_indices, call.col_indices, call.weight_shape, call.block_shape)
 
 
 # The ops
@@ -345,7 +352,8 @@ def bsr_conv2d(
 ) -> Tensor:
     """Block-sparse 2-D convolution (cross-correlation, as torch's), groups = 1.
 
-    Inputs with tangents of forward-mode differentiation run the reference kernel, whose derivatives are torch's.
+    Inputs with tangents of forward-mode differentiation run the reference kernel, whose derivatives are torch's. Under
+    a transform of torch.func (vmap, grad, jacrev and others) torch's functions compute it from the dense weight.
 
     Args:
         x: ``(N, C_in, H, W)`` floating point, any strides; converted to channels_last where it is not. N = 0 is legal.
@@ -376,6 +384,10 @@ def bsr_conv2d(
     """
     weight, geometry = (values, crow_indices, col_indices), (weight_shape, block_shape, stride, padding, dilation)
     call = BSRConv2dCall(x, *weight, bias, list(packed), *geometry, epilogue, kernel, transposed)
+    if transforms.transformed():
+        _conv2d_output_shape(call)
+        _check_known_pattern("bsr_conv2d", call)
+        return transforms.bsr_conv2d(call)
     if has_tangent(x, values, bias):
         _conv2d_output_shape(call)
         check_pattern("bsr_conv2d", crow_indices, col_indices, weight_shape, block_shape)
@@ -397,7 +409,7 @@ def bsr_linear(
     kernel: str = "auto",
     transposed: Tensor | None = None,
 ) -> Tensor:
-    """Block-sparse linear layer ``epilogue(x W^T + bias)``; forward-mode differentiation as `bsr_conv2d`.
+    """Block-sparse linear layer ``epilogue(x W^T + bias)``; forward mode and torch.func as `bsr_conv2d`.
 
     Args:
         x: ``(..., in)`` floating point.
@@ -422,6 +434,10 @@ def bsr_linear(
     """
     weight, sizes = (values, crow_indices, col_indices), (weight_shape, block_shape)
     call = BSRLinearCall(x, *weight, bias, list(packed), *sizes, epilogue, kernel, transposed)
+    if transforms.transformed():
+        _check_linear(call)
+        _check_known_pattern("bsr_linear", call)
+        return transforms.bsr_linear(call)
     if has_tangent(x, values, bias):
         _check_linear(call)
         check_pattern("bsr_linear", crow_indices, col_indices, weight_shape, block_shape)

@@ -12,6 +12,7 @@ from slimkernels.dispatch.select import launcher
 from slimkernels.kernels import KERNELS, reference
 from slimkernels.kernels.far_taps import convolution, convolution_backward
 from slimkernels.kernels.problems import FusedConvProblem, check_geometry, conv_output_image
+from slimkernels.ops import transforms
 from slimkernels.ops.calls import FusedConv2dCall
 from slimkernels.ops.library import (
     OPS,
@@ -117,7 +118,8 @@ def fused_conv2d(
 ) -> Tensor:
     """Dense 2-D convolution ``epilogue(conv2d(x, weight) + bias)`` with the epilogue in the same kernel.
 
-    Inputs with tangents of forward-mode differentiation run the reference kernel, whose derivatives are torch's.
+    Inputs with tangents of forward-mode differentiation run the reference kernel, whose derivatives are torch's. Under
+    a transform of torch.func (vmap, grad, jacrev and others) torch's functions compute it.
     Gradients are those of torch's convolution.
 
     Args:
@@ -138,6 +140,9 @@ def fused_conv2d(
         TypeError: wrong dtypes.
     """
     call = FusedConv2dCall(x, weight, bias, stride, padding, dilation, epilogue, kernel)
+    if transforms.transformed():
+        _output_shape(call)
+        return transforms.fused_conv2d(call)
     if has_tangent(x, weight, bias):
         _output_shape(call)
         return reference.fused_conv2d(x, weight, bias, stride, padding, dilation, epilogue)

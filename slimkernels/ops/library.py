@@ -11,17 +11,23 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 
 from slimkernels.kernels import EPILOGUES
+from slimkernels.ops import transforms
 from slimkernels.ops.calls import CALLS
 from slimkernels.tensors import is_plain
 
 
 class _Library(torch.library.Library):
-    """Refuses tangents where torch's autograd meets an op: below it they would vanish without a word."""
+    """Refuses what torch's registration of an op's derivative cannot do, where torch's autograd meets the op.
+
+    Tangents would vanish below it without a word, and torch's own errors under torch.func do not name the op.
+    """
 
     def impl(self, op_name: str, fn: Callable[..., Any], dispatch_key: str = "", **options: Any) -> Any:
         """As torch's."""
 
-        def without_tangents(keys: Any, *args: Any, **kwargs: Any) -> Any:
+        def checked(keys: Any, *args: Any, **kwargs: Any) -> Any:
+            if transforms.transformed():
+                raise NotImplementedError(_no_transform(op_name))
             if forward_ad._current_level >= 0 and has_tangent(*tree_leaves(args)):
                 raise NotImplementedError(
                     f"{op_name}: torch.ops.slimkernels.{op_name} has no forward-mode derivative; "
@@ -29,7 +35,14 @@ class _Library(torch.library.Library):
                 )
             return fn(keys, *args, **kwargs)
 
-        return super().impl(op_name, without_tangents if dispatch_key == "Autograd" else fn, dispatch_key, **options)
+        return super().impl(op_name, checked if dispatch_key == "Autograd" else fn, dispatch_key, **options)
+
+
+def _no_transform(op_name: str) -> str:
+    return (
+        f"{op_name}: torch.ops.slimkernels.{op_name} has no rule for torch.func's transforms (vmap, grad and others); "
+        "the functions of slimkernels.ops and the modules have"
+    )
 
 
 LIBRARY = _Library("slimkernels", "DEF")
@@ -65,6 +78,11 @@ def register(name: str, impl: Callable[..., Any], fake: Callable[..., Any]) -> N
     for key in ("CPU", "CUDA"):
         LIBRARY.impl(name, lambda *args: impl(call(*args)), key)
     torch.library.register_fake(f"slimkernels::{name}", lambda *args: fake(call(*args)), lib=LIBRARY)
+
+    def refused(info: Any, in_dims: Any, *args: Any) -> Any:
+        raise NotImplementedError(_no_transform(name))
+
+    torch.library.register_vmap(f"slimkernels::{name}", refused, lib=LIBRARY)
 
 
 def _no_context(ctx: Any, call: Any, output: Any) -> None:

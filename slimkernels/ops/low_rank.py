@@ -21,6 +21,7 @@ from slimkernels.kernels.problems import (
     conv_output_image,
     factor_geometry,
 )
+from slimkernels.ops import transforms
 from slimkernels.ops.calls import LowRankConv2dCall, LowRankLinearCall, LowRankLinearDgradCall
 from slimkernels.ops.library import (
     OPS,
@@ -251,7 +252,8 @@ def low_rank_linear(
 ) -> Tensor:
     """Low-rank linear layer ``epilogue((x V^T) U^T + bias)``.
 
-    Inputs with tangents of forward-mode differentiation run the reference kernel, whose derivatives are torch's.
+    Inputs with tangents of forward-mode differentiation run the reference kernel, whose derivatives are torch's. Under
+    a transform of torch.func (vmap, grad, jacrev and others) torch's functions compute it factor by factor.
 
     Args:
         x: ``(..., in)`` floating point.
@@ -271,6 +273,9 @@ def low_rank_linear(
         TypeError: wrong dtypes.
     """
     call = LowRankLinearCall(x, U, V, bias, list(packed), epilogue, kernel)
+    if transforms.transformed():
+        _check_linear(call)
+        return transforms.low_rank_linear(call)
     if has_tangent(x, U, V, bias):
         _check_linear(call)
         return reference.low_rank_linear(x, U, V, bias, (), epilogue)
@@ -292,7 +297,7 @@ def low_rank_conv2d(
 ) -> Tensor:
     """Low-rank 2-D convolution: the chain of its factor convolutions, bias and epilogue after the last.
 
-    Forward-mode differentiation as `low_rank_linear`.
+    Forward mode and torch.func as `low_rank_linear`.
 
     Args:
         x: ``(N, C_in, H, W)`` floating point, any strides.
@@ -316,6 +321,9 @@ def low_rank_conv2d(
     """
     factors = list(factors)
     call = LowRankConv2dCall(x, factors, bias, list(packed), stride, padding, dilation, kind, epilogue, kernel)
+    if transforms.transformed():
+        _conv2d_output_shape(call)
+        return transforms.low_rank_conv2d(call)
     if has_tangent(x, *factors, bias):
         _conv2d_output_shape(call)
         return reference.low_rank_conv2d(x, factors, bias, (), stride, padding, dilation, kind, epilogue)
