@@ -190,3 +190,17 @@ def test_what_has_no_rule_names_the_op(transform: Any) -> None:
 
     with pytest.raises(NotImplementedError, match=r"^bsr_linear: torch.ops.slimkernels.bsr_linear has no rule for"):
         transform(raw)(inputs("bsr_linear")[0])
+
+
+def test_converted_layers_are_single_nodes_of_fx() -> None:
+    """As torch's own layers are, so that what works on fx graphs works on converted models."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(8, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.Flatten()]
+    model = nn.Sequential(*layers, nn.Linear(128, 64), nn.Linear(64, 32), nn.Linear(32, 4)).eval()
+    sk.finalize_(sk.prune_(model, 0.5, (16, 1), layers=["0", "4"]))
+    sk.factorize_(sk.factorize_(model, "svd", rank=2, layers=["2", "5"]), "svd", rank=1, layers=["6"])
+    fast, x = sk.convert(model, policy=FORCE), torch.randn(2, 8, 4, 4)
+    traced = torch.fx.symbolic_trace(fast)
+    targets = {node.target for node in traced.graph.nodes if node.op == "call_module"}
+    assert set(sk.explain(fast).plan.swapped) <= targets
+    torch.testing.assert_close(traced(x), fast(x))

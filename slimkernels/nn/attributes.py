@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 from torch.nn.modules.utils import _pair
 
 from slimkernels.kernels import EPILOGUES
@@ -37,6 +37,14 @@ def resolved_padding(conv: nn.Conv2d) -> tuple[int, int]:
     if any(t % 2 for t in total):
         raise ValueError(f"padding='same' with kernel_size={conv.kernel_size} is asymmetric and not supported")
     return total[0] // 2, total[1] // 2
+
+
+def fx_call(module: nn.Module, x: Any) -> Any:
+    """A module's call as one node where torch.fx traces it, as those of torch's own layers are; None elsewhere."""
+    if not isinstance(x, fx.Proxy):
+        return None
+    path = x.tracer.path_of_module(module)
+    return x.tracer.create_proxy("call_module", path, (x,), {})
 
 
 class AttributesInUse(nn.Module):

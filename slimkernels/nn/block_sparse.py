@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from slimkernels.formats import BSRWeight
-from slimkernels.nn.attributes import conv_geometry, int_pair, unsupported_conv_reason
+from slimkernels.nn.attributes import conv_geometry, fx_call, int_pair, unsupported_conv_reason
 from slimkernels.nn.stored_blocks import StoredBlocks
 from slimkernels.ops import bsr_conv2d, bsr_linear
 
@@ -139,6 +139,8 @@ class BlockSparseConv2d(StoredBlocks):
             y = ready.attempt(x, self._parameters["bias"])
             if y is not None:
                 return y
+        if (node := fx_call(self, x)) is not None:
+            return node
         if x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
         return bsr_conv2d(
@@ -254,6 +256,8 @@ class BlockSparseLinear(StoredBlocks):
             y = ready.attempt_rows(x, self._parameters["bias"])
             if y is not None:
                 return y
+        if (node := fx_call(self, x)) is not None:
+            return node
         return bsr_linear(
             x,
             self.values,

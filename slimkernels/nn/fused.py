@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimkernels.nn.attributes import AttributesInUse, conv_geometry, int_pair, unsupported_conv_reason
+from slimkernels.nn.attributes import AttributesInUse, conv_geometry, fx_call, int_pair, unsupported_conv_reason
 from slimkernels.ops import fused_conv2d
 
 
@@ -115,6 +115,8 @@ class FusedConv2d(AttributesInUse):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
+        if (node := fx_call(self, x)) is not None:
+            return node
         if x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
         return fused_conv2d(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from slimkernels.formats import LOW_RANK_KINDS, LowRankWeight, factor_obstacle
 from slimkernels.kernels.cpu.low_rank import PackedLowRank, prepare_conv2d, prepare_linear
-from slimkernels.nn.attributes import check_epilogue, int_pair
+from slimkernels.nn.attributes import check_epilogue, fx_call, int_pair
 from slimkernels.nn.factors import Factors
 from slimkernels.ops import low_rank_conv2d, low_rank_linear
 
@@ -105,6 +105,8 @@ class LowRankLinear(Factors):
             y = ready.attempt_rows(x, self._parameters.get("bias"))
             if y is not None:
                 return y
+        if (node := fx_call(self, x)) is not None:
+            return node
         return low_rank_linear(x, self.U, self.V, self.bias, self._packed(), epilogue=self.epilogue, kernel=self.kernel)
 
     def extra_repr(self) -> str:
@@ -265,6 +267,8 @@ class LowRankConv2d(Factors):
             y = ready.attempt(x, self._parameters.get("bias"))
             if y is not None:
                 return y
+        if (node := fx_call(self, x)) is not None:
+            return node
         if x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
         return low_rank_conv2d(

@@ -26,13 +26,13 @@ class _Library(torch.library.Library):
         """As torch's."""
 
         def checked(keys: Any, *args: Any, **kwargs: Any) -> Any:
-            if transforms.transformed():
-                raise NotImplementedError(_no_transform(op_name))
             if forward_ad._current_level >= 0 and has_tangent(*tree_leaves(args)):
                 raise NotImplementedError(
                     f"{op_name}: torch.ops.slimkernels.{op_name} has no forward-mode derivative; "
                     "the functions of slimkernels.ops and the modules have"
                 )
+            if transforms.transformed():
+                raise NotImplementedError(_no_transform(op_name))
             return fn(keys, *args, **kwargs)
 
         return super().impl(op_name, checked if dispatch_key == "Autograd" else fn, dispatch_key, **options)
