@@ -166,7 +166,7 @@ def run_demo(
     for name, compressed in (("pruned", pruned), ("low-rank", low_rank)):
         converted = convert(compressed, example_inputs=[(x,) for x in inputs.values()])
         files[name] = folder / f"{name}.slim.safetensors"
-        save(converted, files[name])
+        save(converted, files[name], builder={"model": "vgg_digits", "options": {"width": width}})
         fast[name] = load(files[name], into=vgg_digits(width=width))
         differences[name] = max(_same(name, compressed, model, inputs) for model in (converted, fast[name]))
 

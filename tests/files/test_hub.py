@@ -14,6 +14,7 @@ from conversion_models import FORCE, Tiny, force, images, sparse_tiny
 from safetensors.torch import load_model, save_model
 from torch import nn
 
+import slimkernels
 from slimkernels import convert, load, save
 from slimkernels.conversion.hub import PublishGuard
 
@@ -190,3 +191,42 @@ def test_with_huggingface_hub_itself(tmp_path: Path) -> None:
     fast = convert(sparse(Own), policy=FORCE)
     fast.save_pretrained(tmp_path / "own")
     assert computes_the_same(Own.from_pretrained(tmp_path / "own"), fast)
+
+
+def test_the_recipe_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/leaving.md, as it stands there: a converted and a plain model, from a folder and from the hub."""
+    hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
+    text = (Path(__file__).resolve().parents[1] / "docs/leaving.md").read_text()
+    start = text.index("```\nimport os\n") + len("```\n")
+    fetched: list[dict[str, Any]] = []
+
+    def download(repo: str, name: str, **options: Any) -> str:
+        fetched.append({"repo": repo, **options})
+        if repo == "someone/plain":
+            raise hub.errors.EntryNotFoundError(name)
+        return str(tmp_path / "converted" / name)
+
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    monkeypatch.setattr(
+        hub.hub_mixin, "hf_hub_download", lambda repo_id, filename, **_: str(tmp_path / "converted" / filename)
+    )
+    scope: dict[str, Any] = {"__name__": __name__}
+    exec(text[start : text.index("```", start)], scope)
+    torch.manual_seed(0)
+    model, x = scope["Net"](classes=7).eval(), torch.randn(2, 3, 32, 32)
+    slimkernels.finalize_(slimkernels.prune_(model, 0.875, (16, 1)))
+    fast = convert(model, policy=FORCE)
+    for name, network in (("converted", fast), ("plain", model)):
+        network.save_pretrained(tmp_path / name)
+        again = scope["Net"].from_pretrained(tmp_path / name)
+        with torch.no_grad():
+            assert torch.equal(again(x), network(x)) and again(x).shape == (2, 7)
+    assert slimkernels.explain(scope["Net"].from_pretrained(tmp_path / "converted")).plan.swapped
+    from_hub = scope["Net"].from_pretrained("someone/net", revision="v1")
+    with torch.no_grad():
+        assert torch.equal(from_hub(x), fast(x))
+    assert fetched[-1]["repo"] == "someone/net" and fetched[-1]["revision"] == "v1"
+    read: list[dict[str, Any]] = []
+    monkeypatch.setattr(hub.PyTorchModelHubMixin, "_from_pretrained", classmethod(lambda cls, **k: read.append(k)))
+    scope["Net"].from_pretrained("someone/plain")
+    assert read[0]["model_id"] == "someone/plain" and not read[0]["strict"]  # the mixin's own reader
