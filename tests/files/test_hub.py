@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -208,7 +209,9 @@ def test_the_recipe_of_the_documentation(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(hub, "hf_hub_download", download)
     monkeypatch.setattr(
-        hub.hub_mixin, "hf_hub_download", lambda repo_id, filename, **_: str(tmp_path / "converted" / filename)
+        sys.modules[hub.PyTorchModelHubMixin.__module__],  # where the mixin itself asks for the configuration
+        "hf_hub_download",
+        lambda repo_id, filename, **_: str(tmp_path / "converted" / filename),
     )
     scope: dict[str, Any] = {"__name__": __name__}
     exec(text[start : text.index("```", start)], scope)
@@ -227,6 +230,8 @@ def test_the_recipe_of_the_documentation(tmp_path: Path, monkeypatch: pytest.Mon
         assert torch.equal(from_hub(x), fast(x))
     assert fetched[-1]["repo"] == "someone/net" and fetched[-1]["revision"] == "v1"
     read: list[dict[str, Any]] = []
-    monkeypatch.setattr(hub.PyTorchModelHubMixin, "_from_pretrained", classmethod(lambda cls, **k: read.append(k)))
+    monkeypatch.setattr(
+        hub.PyTorchModelHubMixin, "_from_pretrained", classmethod(lambda cls, **k: read.append(k) or model)
+    )
     scope["Net"].from_pretrained("someone/plain")
     assert read[0]["model_id"] == "someone/plain" and not read[0]["strict"]  # the mixin's own reader
