@@ -12,13 +12,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
 from gpu_check import rows
 
 from slimkernels import timing
+from slimkernels.cli.comparison import FAR, PAUSE_S, SETTLE_S
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -59,16 +60,9 @@ def _repeated(call: Callable[[], Any], calls: int) -> Callable[[], None]:
 class Race:
     """Times a contender against baselines, burst by burst in turn, and records the contender with pytest-benchmark.
 
-    All sides see the same clock rate and neighbours. A burst begins with a pause, since the threads of ONNX Runtime,
-    OpenVINO and OpenMP go on spinning for a while after a call and would share the cores with the other side, and with
-    untimed calls for `SETTLE` seconds, since cores wake up and the other side has just evicted the caches. A first,
-    quick reading leaves out the baselines that are `FAR` from the fastest: ONNX Runtime's threads, once awake, spin for
-    longer than the pause.
+    All sides see the same clock rate and neighbours. Pauses, untimed calls and which baselines are left out after a
+    first, quick reading: as in `slimkernels bench` (`slimkernels.cli.comparison`).
     """
-
-    FAR: ClassVar[float] = 1.05
-    PAUSE: ClassVar[float] = 0.02
-    SETTLE: ClassVar[float] = 0.005
 
     benchmark: Any
     seconds: float
@@ -91,7 +85,7 @@ class Race:
             baselines, seconds=0.0 if self.smoke else self.seconds / 4, min_rounds=1 if self.smoke else 2
         )
         fastest = min(t.p50 for t in quick.values())
-        near = {name: call for name, call in baselines.items() if quick[name].p50 <= self.FAR * fastest}
+        near = {name: call for name, call in baselines.items() if quick[name].p50 <= FAR * fastest}
         self.samples = {name: [] for name in near}
         with torch.inference_mode():
             self._settle(contender)
@@ -124,8 +118,8 @@ class Race:
             # To its end: the reading that follows must not wait for it.
             self._synchronised(call)()
             return
-        time.sleep(self.PAUSE)
-        end = time.perf_counter() + self.SETTLE
+        time.sleep(PAUSE_S)
+        end = time.perf_counter() + SETTLE_S
         while True:
             call()
             if time.perf_counter() >= end:

@@ -87,7 +87,12 @@ def _calls_a_reading(call: Callable[[], Any]) -> int:
 
 
 def interleaved(
-    callables: Mapping[str, Callable[[], Any]], seconds: float = 1.0, min_rounds: int = 5
+    callables: Mapping[str, Callable[[], Any]],
+    seconds: float = 1.0,
+    min_rounds: int = 5,
+    *,
+    pause: float = 0.0,
+    settle: float = 0.0,
 ) -> dict[str, Timing]:
     """Times every callable in turns, for ``seconds`` each on average and for ``min_rounds`` turns at least.
 
@@ -99,6 +104,8 @@ def interleaved(
         callables: name -> function without arguments.
         seconds: time budget per callable.
         min_rounds: rounds run even when the budget is spent.
+        pause: seconds without work before a turn, in which the threads of another engine come to rest.
+        settle: seconds of untimed calls at the beginning of a turn, at least one call.
 
     Returns:
         name -> Timing, in the order given.
@@ -125,7 +132,11 @@ def interleaved(
             shift = rounds % len(names)
             for name in names[shift:] + names[:shift]:
                 call, record, before = callables[name], samples[name], len(samples[name])
+                time.sleep(pause)
+                settled = _clock() + settle
                 call()
+                while settle and _clock() < settled:
+                    call()
                 burst_end = _clock() + _BURST_S
                 while True:
                     record.append(seconds_a_call(call, repeats[name], _clock))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from slimkernels import models, timing
-from slimkernels.cli.comparison import believable_speedup, doubt, speedup, timed
+from slimkernels.cli.comparison import believable_speedup, contest, doubt, speedup
 from slimkernels.cli.peers import cpu_peers, first_line
 from slimkernels.compress.factorization.factorize import factorize_
 from slimkernels.compress.pruning.prune import finalize_, prune_
@@ -243,8 +243,8 @@ def _rows(setting: _Setting, cases: Sequence[Case], x: Tensor) -> Iterable[Row]:
     batch, dense, say = len(x), setting.dense, setting.say
     note: Callable[[str], None] = setting.notes.append
     say(f"batch {batch}: preparing dense baselines" + (" (torch.compile takes a while)" if setting.compile else ""))
-    callables: dict[str, Callable[[], Any]] = dict(_dense_baselines(setting, x))
-    baselines = list(callables)
+    baselines: dict[str, Callable[[], Any]] = dict(_dense_baselines(setting, x))
+    ours: dict[str, Callable[[], Any]] = {}
     channels_last = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
     swapped: dict[str, int] = {}
     recorded: dict[str, bool] = {}
@@ -263,11 +263,11 @@ def _rows(setting: _Setting, cases: Sequence[Case], x: Tensor) -> Iterable[Row]:
                 served, recorded[key] = graphed(fast, channels_last), True
             except Exception as error:  # whatever the model's own code does that cannot be recorded
                 note(f"batch {batch}, {key}: called module by module, since it cannot be recorded: {first_line(error)}")
-        callables[_ours(case)] = partial(served, channels_last)
+        ours[_ours(case)] = partial(served, channels_last)
     limits = {case: believable_speedup(dense, setting.compressed[case.compression]) for case in cases}
 
     def best(measured: Mapping[str, timing.Timing]) -> str:
-        return min(baselines, key=lambda name: measured[name].p50)
+        return min((name for name in baselines if name in measured), key=lambda name: measured[name].p50)
 
     def doubts(measured: Mapping[str, timing.Timing]) -> list[str]:
         fastest = measured[best(measured)]
@@ -275,7 +275,7 @@ def _rows(setting: _Setting, cases: Sequence[Case], x: Tensor) -> Iterable[Row]:
         return [f"batch {batch}, {case.compression}: {text}" for case, text in found.items() if text is not None]
 
     say(f"batch {batch}: timing")
-    measured, left = timed(callables, setting.seconds, doubts, say)
+    measured, others, left = contest(ours, baselines, setting.seconds, doubts, say)
     setting.notes.extend(f"{text}, and stays so after it was measured again; is the machine busy?" for text in left)
     baseline = best(measured)
     for case in cases:
@@ -290,7 +290,7 @@ def _rows(setting: _Setting, cases: Sequence[Case], x: Tensor) -> Iterable[Row]:
             baseline=baseline,
             dense=measured[baseline].as_ms(),
             converted=own.as_ms(),
-            baselines={name: measured[name].p50 * 1e3 for name in baselines},
+            baselines={name: one.p50 * 1e3 for name, one in {**others, **measured}.items() if name in baselines},
             speedup=ratio.middle,
             speedup_low=ratio.low,
             speedup_high=ratio.high,

@@ -10,6 +10,12 @@ from torch import nn
 from slimkernels import timing
 from slimkernels.conversion.spread import EXPLAINED, Ratio, ratio_of_medians
 
+# The threads of ONNX Runtime, OpenVINO and OpenMP go on spinning for a while after a call and would share the cores
+# with whatever comes next, so a turn begins with a pause, and with untimed calls, since cores wake up and the other side
+# has just evicted the caches. A baseline that is FAR from the fastest is left out of the race after a quick reading:
+# ONNX Runtime's threads, once awake, spin for longer than the pause.
+PAUSE_S, SETTLE_S, FAR = 0.02, 0.005, 1.05
+
 # A comparison whose limits lie further apart says little, and one in doubt is measured so often, longer each time.
 _WIDE = 1.5
 _ATTEMPTS = 3
@@ -46,11 +52,40 @@ def doubt(found: Ratio, believable: float) -> str | None:
     return None
 
 
+def contest(
+    contenders: Mapping[str, Callable[[], Any]],
+    baselines: Mapping[str, Callable[[], Any]],
+    seconds: float,
+    doubts: Callable[[Mapping[str, timing.Timing]], list[str]],
+    say: Callable[[str], None],
+) -> tuple[dict[str, timing.Timing], dict[str, timing.Timing], list[str]]:
+    """Times contenders in turn with the baselines that are among the fastest, as `timed`; the others once, before.
+
+    Args:
+        contenders: name -> function without arguments.
+        baselines: the same, of engines that may have threads of their own.
+        seconds: time budget per callable, the first time.
+        doubts: what looks wrong in a result, in words.
+        say: told of every repetition.
+
+    Returns:
+        The timings of the contenders and of the baselines that took part; those of the baselines that did not; and the
+        doubts that are left.
+    """
+    rest = {"pause": PAUSE_S, "settle": SETTLE_S}
+    quick = timing.interleaved(baselines, seconds=seconds / 4, min_rounds=2, **rest)
+    fastest = min(one.p50 for one in quick.values())
+    near = {name: call for name, call in baselines.items() if quick[name].p50 <= FAR * fastest}
+    measured, left = timed({**near, **contenders}, seconds, doubts, say, **rest)
+    return measured, {name: one for name, one in quick.items() if name not in near}, left
+
+
 def timed(
     callables: Mapping[str, Callable[[], Any]],
     seconds: float,
     doubts: Callable[[Mapping[str, timing.Timing]], list[str]],
     say: Callable[[str], None],
+    **rest: float,
 ) -> tuple[dict[str, timing.Timing], list[str]]:
     """`timing.interleaved`, again and for longer while there are doubts, and the doubts that are left.
 
@@ -59,9 +94,10 @@ def timed(
         seconds: time budget per callable, the first time.
         doubts: what looks wrong in a result, in words.
         say: told of every repetition.
+        rest: ``pause`` and ``settle`` of `timing.interleaved`.
     """
     for attempt in range(1, _ATTEMPTS + 1):
-        measured = timing.interleaved(callables, seconds=attempt * seconds)
+        measured = timing.interleaved(callables, seconds=attempt * seconds, **rest)
         found = doubts(measured)
         if not found or attempt == _ATTEMPTS:
             break
