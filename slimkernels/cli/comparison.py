@@ -11,9 +11,9 @@ from slimkernels import timing
 from slimkernels.conversion.spread import EXPLAINED, Ratio, ratio_of_medians
 
 # The threads of ONNX Runtime, OpenVINO and OpenMP go on spinning for a while after a call and would share the cores
-# with whatever comes next, so a turn begins with a pause, and with untimed calls, since cores wake up and the other side
-# has just evicted the caches. A baseline that is FAR from the fastest is left out of the race after a quick reading:
-# ONNX Runtime's threads, once awake, spin for longer than the pause.
+# with whatever comes next, so a turn begins with a pause; and with untimed calls, since cores wake up and the other
+# side has just evicted the caches. A baseline that is FAR from the fastest is left out after a quick reading: ONNX
+# Runtime's threads, once awake, spin for longer than the pause.
 PAUSE_S, SETTLE_S, FAR = 0.02, 0.005, 1.05
 
 # A comparison whose limits lie further apart says little, and one in doubt is measured so often, longer each time.
