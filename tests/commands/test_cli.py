@@ -270,7 +270,7 @@ def test_the_rows_of_the_readme_are_the_benchs():
     """Each row of the README's table of a CPU is one of `bench --readme`, in the same words."""
     from slimkernels.cli.bench import README_CASES, SLIMNETS_RANKS
 
-    text = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+    text = (Path(__file__).resolve().parents[2] / "README.md").read_text()
     table = text[text.index("| batch | zero blocks |") :].split("\n\n")[0].splitlines()[2:]
     rows = [tuple(part.strip() for part in line.strip("|").split("|")) for line in table]
     assert [int(row[0]) for row in rows] == [case.batch for case in README_CASES]

@@ -228,7 +228,7 @@ def test_names_of_points_cover_nothing(tmp_path):
 
     from slimkernels.recipes import figures
 
-    path = Path(__file__).resolve().parents[1] / "benchmarks/results/amd-epyc-zen3-2c/slimnets-cpu/report.json"
+    path = Path(__file__).resolve().parents[2] / "benchmarks/results/amd-epyc-zen3-2c/slimnets-cpu/report.json"
     seen = []
     place = figures.place_names
 

@@ -197,7 +197,7 @@ def test_with_huggingface_hub_itself(tmp_path: Path) -> None:
 def test_the_recipe_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """docs/leaving.md, as it stands there: a converted and a plain model, from a folder and from the hub."""
     hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
-    text = (Path(__file__).resolve().parents[1] / "docs/leaving.md").read_text()
+    text = (Path(__file__).resolve().parents[2] / "docs/leaving.md").read_text()
     start = text.index("```\nimport os\n") + len("```\n")
     fetched: list[dict[str, Any]] = []
 
