@@ -72,7 +72,7 @@ def contest(
         The timings of the contenders and of the baselines that took part; those of the baselines that did not; and the
         doubts that are left.
     """
-    rest = {"pause": PAUSE_S, "settle": SETTLE_S}
+    rest: dict[str, Any] = {"pause": PAUSE_S, "settle": SETTLE_S}
     quick = timing.interleaved(baselines, seconds=seconds / 4, min_rounds=2, **rest)
     fastest = min(one.p50 for one in quick.values())
     near = {name: call for name, call in baselines.items() if quick[name].p50 <= FAR * fastest}
@@ -85,7 +85,7 @@ def timed(
     seconds: float,
     doubts: Callable[[Mapping[str, timing.Timing]], list[str]],
     say: Callable[[str], None],
-    **rest: float,
+    **rest: Any,
 ) -> tuple[dict[str, timing.Timing], list[str]]:
     """`timing.interleaved`, again and for longer while there are doubts, and the doubts that are left.
 

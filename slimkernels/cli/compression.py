@@ -162,7 +162,9 @@ def explain(
 
     keywords = o.model_options(option)
     if file is None and model is None:
-        raise typer.BadParameter("expected a .slim.safetensors file, or --model FILE.py:NAME, a model of your own")
+        raise typer.BadParameter(
+            "explain: expected a .slim.safetensors file, or --model FILE.py:NAME, a model of your own"
+        )
     if file is not None and (model is None or file.name.endswith(".slim.safetensors")):
         if is_own(model):
             assert model is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import io
 import warnings
@@ -21,7 +22,7 @@ def first_line(error: BaseException) -> str:
 
 def openvino(model: nn.Module, x: Tensor) -> Callable[[], Any]:
     """The model compiled by OpenVINO in float32 at torch's thread count, its input already in OpenVINO's memory."""
-    import openvino as ov
+    ov: Any = importlib.import_module("openvino")
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -43,12 +44,13 @@ def openvino(model: nn.Module, x: Tensor) -> Callable[[], Any]:
 
 def onnx_runtime(model: nn.Module, x: Tensor) -> Callable[[], Any]:
     """The model in ONNX Runtime at torch's thread count."""
-    import onnxruntime
+    onnxruntime: Any = importlib.import_module("onnxruntime")
 
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.onnx.export(model, (x,), buffer, dynamo=False, input_names=["x"])
+        # For mypy: with dynamo=False a file object is taken too.
+        torch.onnx.export(model, (x,), buffer, dynamo=False, input_names=["x"])  # type: ignore[arg-type]
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
     session = onnxruntime.InferenceSession(buffer.getvalue(), options, providers=["CPUExecutionProvider"])

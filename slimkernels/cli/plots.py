@@ -18,8 +18,10 @@ def demo_figure(result: DemoResult, path: str | Path) -> None:
     """Writes a PNG of block sparsity per layer, test accuracy, and latency per batch size, under model and machine."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(13.6, 5.0), dpi=130, layout="constrained", facecolor="white")
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
+    figure = Figure(figsize=(13.6, 5.0), dpi=130, layout=layout, facecolor="white")
     FigureCanvasAgg(figure)
     layers, accuracy, latency = figure.subplots(1, 3, gridspec_kw={"width_ratios": [1.1, 0.9, 1.35]})
     settings, environment = result.settings, result.environment
@@ -32,7 +34,6 @@ def demo_figure(result: DemoResult, path: str | Path) -> None:
     _sparsity_panel(layers, result)
     _accuracy_panel(accuracy, result)
     _latency_panel(latency, result)
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
     for axes in (layers, accuracy, latency):
         axes.title.set_fontsize(11)
         axes.spines[["top", "right"]].set_visible(False)

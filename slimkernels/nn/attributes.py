@@ -43,8 +43,8 @@ def fx_call(module: nn.Module, x: Any) -> Any:
     """A module's call as one node where torch.fx traces it, as those of torch's own layers are; None elsewhere."""
     if not isinstance(x, fx.Proxy):
         return None
-    path = x.tracer.path_of_module(module)
-    return x.tracer.create_proxy("call_module", path, (x,), {})
+    tracer: Any = x.tracer  # of symbolic_trace, which knows where a module lies
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), (x,), {})
 
 
 class AttributesInUse(nn.Module):

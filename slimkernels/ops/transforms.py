@@ -56,7 +56,8 @@ def low_rank_conv2d(call: LowRankConv2dCall) -> Tensor:
     pairs: list[Any] = [tuple(call.stride), tuple(call.padding), tuple(call.dilation)]
     y, last = call.x, len(call.factors) - 1
     for i, (factor, geometry) in enumerate(zip(call.factors, factor_geometry(call.kind, last + 1, *pairs))):
-        y = F.conv2d(y, factor, call.bias if i == last else None, *map(list, geometry))
+        stride, padding, dilation = geometry
+        y = F.conv2d(y, factor, call.bias if i == last else None, list(stride), list(padding), list(dilation))
     return apply_epilogue(y, call.epilogue)
 
 
