@@ -194,3 +194,28 @@ def test_readings_of_the_scheduler_decide_nothing(monkeypatch: pytest.MonkeyPatc
     policy = sk.Policy(dense_layers=False, check_model=False, repeats=5, budget_s=1e9)
     reason = sk.convert(model, images(2, 16), policy=policy).slimkernels_plan["0"].reason
     assert reason.endswith("too noisy to tell; the cost model predicts 2.00x, so it is swapped")
+
+
+@needs_native
+def test_an_implausible_ratio_of_the_whole_model_is_measured_again_and_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its layers cannot explain 491x: the stopwatch runs for as long as it may, and the report says what that means."""
+    rounds: list[int] = []
+
+    class Disturbed(Neighbour):
+        def __call__(self, run: Any, calls: int) -> float:
+            seconds = super().__call__(run, calls)
+            if hasattr(run, "module") or self.whole.index(run) % 3 < 2:
+                return seconds
+            rounds[-1] += 1
+            return seconds / 300
+
+    policy = sk.Policy(dense_layers=False, block_shapes=((16, 1),), fuse_relu=False, repeats=9, budget_s=1e9)
+    found = {}
+    for kind in (Neighbour, Disturbed):
+        rounds.append(0)
+        monkeypatch.setattr(measure, "seconds_a_call", kind(costs, 0, 0.0, 1.0))
+        found[kind] = sk.convert(layers(), images(2, 16), policy=policy).slimkernels_plan
+    assert not any("more than the saved work explains" in note for note in found[Neighbour].notes)
+    (note,) = [note for note in found[Disturbed].notes if "more than the saved work explains" in note]
+    assert note.startswith("at example input 0 the whole model was measured ") and "measure again" in note
+    assert rounds[-1] >= 4 * 9
