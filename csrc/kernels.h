@@ -25,7 +25,7 @@ enum { SLIM_OK = 0, SLIM_ERROR_NO_MEMORY = 1, SLIM_ERROR_UNSUPPORTED = 2, SLIM_E
 // ---------------------------------------------------------------- CPU
 
 // Block-sparse 2-D convolution, fp32, channels-last:
-//   y[n,p,q,o] = epilogue(bias[o] + sum over stored (tap,c) of weight[o,tap,c] * x[n, iy, ix, c])
+//   y[n,p,q,o] = epilogue(bias[o] + sum over stored (tap,c) of weight[o,tap,c] * x[n, iy, ix, c] + residual[n,p,q,o])
 //   where tap = i*s + j reads the pixel iy = p*stride_h - pad_h + i*dil_h, ix = q*stride_w - pad_w + j*dil_w
 //
 // The weight is a *strip pack*: output channels are cut into ceil(c_out / strip) strips of `strip` channels (8, 16, 24
@@ -37,9 +37,10 @@ enum { SLIM_OK = 0, SLIM_ERROR_NO_MEMORY = 1, SLIM_ERROR_UNSUPPORTED = 2, SLIM_E
 // avx2, 16 avx512): (ceil(n/lanes), h, w, c, lanes), lanes beyond n holding anything finite.
 //
 // Preconditions: x is (n,h,w,c_in), y is (n,p,q,c_out), or (n,p/2,q/2,c_out) with pool, both contiguous in that order
-// and not overlapping; n,p,q,c_out >= 1; every channel in [0, c_in); tap_ptr non-decreasing from 0; h*w*c_in*lanes,
-// p*q*c_out*lanes, the entry count and (max(dil_h*(r-1), pad_h)*w + max(dil_w*(s-1), pad_w, stride_w) + 1)*c_in*lanes
-// below 2^31; r <= 64 unless lanes = 1. A linear layer is h = w = r = s = 1.
+// and not overlapping; residual, where given, lies like y, overlaps it nowhere, and pool is 0; n,p,q,c_out >= 1; every
+// channel in [0, c_in); tap_ptr non-decreasing from 0; h*w*c_in*lanes, p*q*c_out*lanes, the entry count and
+// (max(dil_h*(r-1), pad_h)*w + max(dil_w*(s-1), pad_w, stride_w) + 1)*c_in*lanes below 2^31; r <= 64 unless lanes = 1.
+// A linear layer is h = w = r = s = 1.
 //
 // offsets, where given, is what slim_entry_offsets writes: of every entry the elements of x between a pixel's tap
 // (0, 0) and the entry, and behind them SLIM_OFFSETS_MARGIN numbers that are read ahead.
@@ -51,6 +52,7 @@ typedef struct SlimConv2dF32 {
   const int32_t* channels;  // (entries)
   const int32_t* tap_ptr;   // (ceil(c_out/strip) * r*s + 1)
   const int32_t* offsets;   // (entries + SLIM_OFFSETS_MARGIN), or NULL: computed in the call
+  const float* residual;    // added to the sums in front of the ReLU, or NULL
   int64_t n, h, w, c_in, c_out, p, q;
   int32_t r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w;
   int32_t strip;  // 8, 16, 24 or 32; images innermost also 1, 2 or 4
@@ -95,7 +97,7 @@ SLIM_HIDDEN double slim_multiply_adds_f32_avx2(int64_t iterations, int32_t threa
 SLIM_HIDDEN double slim_multiply_adds_f32_avx512(int64_t iterations, int32_t threads);
 
 // In Python, with the members of SlimConv2dF32 in order, pointers as integers, 0 for NULL:
-// _C.conv2d_f32(isa, x, y, bias, weights, channels, tap_ptr, offsets, n, h, w, c_in, c_out, p, q, r, s,
+// _C.conv2d_f32(isa, x, y, bias, weights, channels, tap_ptr, offsets, residual, n, h, w, c_in, c_out, p, q, r, s,
 //               stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, strip, relu, pool, lanes, threads).
 // _C.Steps(isa, [(kind, slot, members in order), ...]).run(threads) or, in tests, .run_delayed(threads, seed);
 // _C.entry_offsets(members in order, offsets, their number).

@@ -12,25 +12,21 @@ template <>
 struct Members<SlimConv2dF32> {
   using Struct = SlimConv2dF32;  // Conv2dArguments in slimkernels/kernels/cpu/abi.py
   static constexpr Member list[] = {
-      SLIM_MEMBER(x, kAddress),           SLIM_MEMBER(y, kAddress),
-      SLIM_MEMBER(bias, kAddress),        SLIM_MEMBER(weights, kAddress),
-      SLIM_MEMBER(channels, kAddress),    SLIM_MEMBER(tap_ptr, kAddress),
-      SLIM_MEMBER(offsets, kAddress),     SLIM_MEMBER(n, kImages),
-      SLIM_MEMBER(h, kNatural),           SLIM_MEMBER(w, kNatural),
-      SLIM_MEMBER(c_in, kPositive),       SLIM_MEMBER(c_out, kPositive),
-      SLIM_MEMBER(p, kPositive),          SLIM_MEMBER(q, kPositive),
-      SLIM_MEMBER(r, kPositive),          SLIM_MEMBER(s, kPositive),
-      SLIM_MEMBER(stride_h, kPositive),   SLIM_MEMBER(stride_w, kPositive),
-      SLIM_MEMBER(pad_h, kNatural),       SLIM_MEMBER(pad_w, kNatural),
-      SLIM_MEMBER(dil_h, kPositive),      SLIM_MEMBER(dil_w, kPositive),
-      SLIM_MEMBER(strip, (Range{1, 32})), SLIM_MEMBER(relu, kFlag),
-      SLIM_MEMBER(pool, kFlag),           SLIM_MEMBER(lanes, (Range{1, 16})),
+      SLIM_MEMBER(x, kAddress),         SLIM_MEMBER(y, kAddress),        SLIM_MEMBER(bias, kAddress),
+      SLIM_MEMBER(weights, kAddress),   SLIM_MEMBER(channels, kAddress), SLIM_MEMBER(tap_ptr, kAddress),
+      SLIM_MEMBER(offsets, kAddress),   SLIM_MEMBER(residual, kAddress), SLIM_MEMBER(n, kImages),
+      SLIM_MEMBER(h, kNatural),         SLIM_MEMBER(w, kNatural),        SLIM_MEMBER(c_in, kPositive),
+      SLIM_MEMBER(c_out, kPositive),    SLIM_MEMBER(p, kPositive),       SLIM_MEMBER(q, kPositive),
+      SLIM_MEMBER(r, kPositive),        SLIM_MEMBER(s, kPositive),       SLIM_MEMBER(stride_h, kPositive),
+      SLIM_MEMBER(stride_w, kPositive), SLIM_MEMBER(pad_h, kNatural),    SLIM_MEMBER(pad_w, kNatural),
+      SLIM_MEMBER(dil_h, kPositive),    SLIM_MEMBER(dil_w, kPositive),   SLIM_MEMBER(strip, (Range{1, 32})),
+      SLIM_MEMBER(relu, kFlag),         SLIM_MEMBER(pool, kFlag),        SLIM_MEMBER(lanes, (Range{1, 16})),
   };
 };
 static_assert(members_fill_the_struct<SlimConv2dF32>());
 
 constexpr int kMembers = kCount<SlimConv2dF32>;
-constexpr int kPointers = 7, kLanes = kMembers - 1;  // how many come first, and where `lanes` is
+constexpr int kPointers = 8, kLanes = kMembers - 1;  // how many come first, and where `lanes` is
 
 // What is wrong with the members by what kernels.h asks for, as far as numbers tell; "" where nothing is. `a` is the
 // struct of these numbers.
@@ -64,6 +60,7 @@ inline std::string run_fault(const int64_t* numbers, const SlimConv2dF32& a) {
   if (a.p != output_size(a.h, a.r, a.stride_h, a.pad_h, a.dil_h) ||
       a.q != output_size(a.w, a.s, a.stride_w, a.pad_w, a.dil_w) || a.p <= a.pool || a.q <= a.pool)
     return "p or q is not the size of the output";
+  if (a.residual != nullptr && a.pool) return "a residual is added in front of no pooling";
   const int64_t lanes = a.lanes, vector_of_images = std::max({a.h * a.w * a.c_in, a.p * a.q * a.c_out, int64_t(1)});
   return a.n > (INT64_MAX >> 3) / (vector_of_images * lanes) ? "n is out of range" : "";
 }

@@ -126,6 +126,9 @@ inline void read_ahead(const float* from, int64_t count) {
   __asm__ volatile("" : : "m"(sum));  // keeps the loop
 }
 
+// Whether the microkernels end with the ReLU; a residual is added after them and in front of it.
+inline int relu_in_tiles(const SlimConv2dF32& conv) { return conv.relu && conv.residual == nullptr; }
+
 // ---------------------------------------------------------------- all taps at once
 
 // Tap rows that one call of a microkernel may be given.
@@ -195,7 +198,7 @@ inline void run_strip_over_taps(const Plan& plan, int64_t strip, const TilePixel
     const int count = list_segments(plan, strip, part, tap_columns, segments);
     const Start start = row == tap_rows.begin ? START_AT_BIAS : START_AT_Y;
     const bool last = part.end >= tap_rows.end;
-    run_strip(plan, strip, tile, channel0, segments, count, start, plan.conv->relu && last);
+    run_strip(plan, strip, tile, channel0, segments, count, start, relu_in_tiles(*plan.conv) && last);
     row = part.end;
   } while (row < tap_rows.end);
 }
@@ -277,8 +280,35 @@ inline void unit_tap_by_tap(const Plan& plan, const WorkUnit& unit, const Destin
     for (int64_t tile = 0, first = 0; tile < tiles; ++tile) {
       const int64_t size = pixels * (tile + 1) / tiles - first;
       plan.tiles.run_taps[size](x + first * taps, taps, y + first, channel - to.channel0, conv.weights, conv.channels,
-                                conv.tap_ptr + strip * taps, bias, conv.relu, present);
+                                conv.tap_ptr + strip * taps, bias, relu_in_tiles(conv), present);
       first += size;
+    }
+  }
+}
+
+// ---------------------------------------------------------------- residual
+
+// y = epilogue(y + residual) for the unit's outputs, which are still in the cache.
+template <class V>
+inline void add_residual(const Plan& plan, const WorkUnit& unit, const Destination& to) {
+  const SlimConv2dF32& conv = *plan.conv;
+  const int64_t begin = unit.strips.begin * conv.strip * plan.work.lanes;
+  const int64_t count = min64(unit.strips.end * conv.strip * plan.work.lanes, to.pixel_stride) - begin;
+  for (int64_t image = unit.images.begin; image < unit.images.end; ++image) {
+    for (int64_t row = unit.rows.begin; row < unit.rows.end; ++row) {
+      for (int64_t column = 0; column < plan.work.columns; ++column) {
+        float* const y = to.at(image, row, column) + begin;
+        const float* const added = conv.residual + (y - conv.y);
+        int64_t i = 0;
+        for (; i + V::N <= count; i += V::N) {
+          const typename V::type sum = V::add(V::load(y + i), V::load(added + i));
+          V::store(y + i, conv.relu ? V::relu(sum) : sum);
+        }
+        for (; i < count; ++i) {
+          const float sum = y[i] + added[i];
+          y[i] = conv.relu && sum < 0 ? 0 : sum;  // NaN passes
+        }
+      }
     }
   }
 }
@@ -332,6 +362,7 @@ inline void run_unit(const Plan& plan, int64_t index, float* scratch) {
     unit_tap_by_tap(plan, unit, to);
   else
     unit_all_taps(plan, unit, to);
+  if (plan.conv->residual != nullptr) add_residual<V>(plan, unit, to);
   if (plan.conv->pool) pool_unit<V>(plan, unit, to);
 }
 

@@ -92,6 +92,12 @@ double output(const SlimConv2dF32& a, int64_t n, int64_t p, int64_t q, int64_t o
       ++*terms;
     }
   }
+  if (a.residual != nullptr) {
+    const double term = a.residual[((n * a.p + p) * a.q + q) * a.c_out + o];
+    sum += term;
+    *scale += fabs(term);
+    ++*terms;
+  }
   return a.relu && sum < 0.0 ? 0.0 : sum;
 }
 
@@ -102,9 +108,10 @@ double bound(double scale, long terms) { return double(terms + 3) * 0x1p-24 * sc
 void describe(const char* isa, const SlimConv2dF32& a) {
   printf(
       "  %s: n=%ld h=%ld w=%ld c_in=%ld c_out=%ld p=%ld q=%ld r=%d s=%d stride=%d,%d pad=%d,%d dil=%d,%d "
-      "strip=%d relu=%d pool=%d bias=%d\n",
+      "strip=%d relu=%d pool=%d bias=%d residual=%d\n",
       isa, long(a.n), long(a.h), long(a.w), long(a.c_in), long(a.c_out), long(a.p), long(a.q), a.r, a.s, a.stride_h,
-      a.stride_w, a.pad_h, a.pad_w, a.dil_h, a.dil_w, a.strip, a.relu, a.pool, a.bias != nullptr);
+      a.stride_w, a.pad_h, a.pad_w, a.dil_h, a.dil_w, a.strip, a.relu, a.pool, a.bias != nullptr,
+      a.residual != nullptr);
 }
 
 // How a problem is run.
@@ -130,8 +137,9 @@ int run(const Isa& isa, SlimConv2dF32 a, const Way& way) {
   const int64_t groups = (a.n + a.lanes - 1) / a.lanes;
   const int64_t out_h = a.pool ? a.p / 2 : a.p, out_w = a.pool ? a.q / 2 : a.q;
   // Vectors are read and written whole and unaligned.
-  Block<float> x(groups * a.h * a.w * a.c_in * a.lanes, 1), y(groups * out_h * out_w * a.c_out * a.lanes, 3);
-  SlimStepF32 steps[3];
+  const int64_t outputs = groups * out_h * out_w * a.c_out * a.lanes;
+  Block<float> x(groups * a.h * a.w * a.c_in * a.lanes, 1), y(outputs, 3), residual(outputs, 2);
+  SlimStepF32 steps[4];
   memset(steps, 0, sizeof steps);
   steps[0] = {SLIM_STEP_TO_IMAGES, way.slot, a};
   steps[0].conv.y = x.data;
@@ -143,7 +151,16 @@ int run(const Isa& isa, SlimConv2dF32 a, const Way& way) {
   steps[2].conv.h = out_h;
   steps[2].conv.w = out_w;
   steps[2].conv.c_in = a.c_out;
-  return isa.run(steps, 3, way.threads);
+  if (a.residual == nullptr) return isa.run(steps, 3, way.threads);
+  steps[1].conv.residual = residual.data;
+  steps[3] = {SLIM_STEP_TO_IMAGES, way.slot, a};
+  steps[3].conv.x = a.residual;
+  steps[3].conv.y = residual.data;
+  steps[3].conv.h = out_h;
+  steps[3].conv.w = out_w;
+  steps[3].conv.c_in = a.c_out;
+  const SlimStepF32 in_order[] = {steps[3], steps[0], steps[1], steps[2]};
+  return isa.run(in_order, 4, way.threads);
 }
 
 // Runs one problem and compares every output and both guard zones.
@@ -270,12 +287,14 @@ void run_case(const Isa& isa, long number, int max_threads, Tally* tally) {
   const int64_t shift = rng.range(0, 3);
   Block<float> x(a.n * a.h * a.w * a.c_in, shift);
   Block<float> weights(entries * a.strip, rng.range(0, 3)), bias(a.c_out, rng.range(0, 3));
+  Block<float> residual(a.n * a.p * a.q * a.c_out, rng.range(0, 3));
   Block<int32_t> channel_block(entries), tap_block(int64_t(tap_ptr.size()));
   for (int64_t i = 0; i < a.n * a.h * a.w * a.c_in; ++i) x.data[i] = rng.value();
   for (int64_t i = 0; i < entries * a.strip; ++i) {
     weights.data[i] = i % a.strip >= lanes[size_t(i / a.strip)] || rng.chance(10) ? 0.0f : rng.value();
   }
   for (int64_t i = 0; i < a.c_out; ++i) bias.data[i] = rng.value();
+  for (int64_t i = 0; i < a.n * a.p * a.q * a.c_out; ++i) residual.data[i] = rng.value();
   if (rng.chance(20)) {  // non-finite inputs reach the outputs that read them, and no others
     static const float kSpecial[] = {NAN, INFINITY, -INFINITY};
     for (int k = 0; k < 3; ++k) x.data[rng.below(a.n * a.h * a.w * a.c_in)] = kSpecial[rng.below(3)];
@@ -284,6 +303,7 @@ void run_case(const Isa& isa, long number, int max_threads, Tally* tally) {
   memcpy(tap_block.data, tap_ptr.data(), tap_ptr.size() * sizeof(int32_t));
   a.x = x.data;
   a.bias = rng.chance(70) ? bias.data : nullptr;
+  a.residual = !a.pool && rng.chance(40) ? residual.data : nullptr;
   a.weights = weights.data;
   a.channels = channel_block.data;
   a.tap_ptr = tap_block.data;

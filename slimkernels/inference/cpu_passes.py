@@ -7,175 +7,111 @@ their memory, and `cpu_recording.bind` turns everything into calls.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.fx import Node
-from torch.utils import _pytree
 
-from slimkernels.inference.inputs import tensors
 from slimkernels.inference.memory import Lifetime, span
-from slimkernels.inference.native_chain import Chain
-from slimkernels.inference.native_layers import NativeLayer, native_layers, reads_images
-
-# ---------------------------------------------------------------- sample
-
-
-@dataclass(frozen=True)
-class SampledGraph:
-    """A captured graph with the value of every node on the example inputs.
-
-    Attributes:
-        nodes: in the order in which they run.
-        constants: the placeholders of weights and of other values that are no inputs.
-        values: by node. The output node has none.
-        owners: by node, the node whose memory its value lies in: another one where an op made a view of its input.
-    """
-
-    nodes: tuple[Node, ...]
-    constants: frozenset[Node]
-    values: dict[Node, Any]
-    owners: dict[Node, Node]
-
-    def arguments(self, node: Node) -> tuple[Any, Any]:
-        """The values of a node's positional and keyword arguments."""
-        return values_of_arguments(node, self.values)
-
-
-def values_of_arguments(node: Node, values: Mapping[Node, Any]) -> tuple[Any, Any]:
-    """A node's positional and keyword arguments with nodes replaced by their values."""
-    # For mypy: the arguments of a node are a pair.
-    return torch.fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])  # type: ignore[return-value]
-
-
-def sample(graph: fx.Graph, inputs: Mapping[str, Tensor], constants: Mapping[str, Any]) -> SampledGraph:
-    """Runs a graph once.
-
-    Args:
-        graph: of one call, its parameters and buffers among the placeholders.
-        inputs: values of the placeholders that a call hands over, by name.
-        constants: values of the other placeholders, by name.
-    """
-    nodes = tuple(graph.nodes)
-    values: dict[Node, Any] = {}
-    for node in nodes:
-        if node.op == "placeholder":
-            values[node] = inputs.get(node.name, constants.get(node.name))
-        elif node.op == "call_function":
-            args, kwargs = values_of_arguments(node, values)
-            # For mypy: the target of a call_function node is callable.
-            values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-    fixed = frozenset(node for node in nodes if node.op == "placeholder" and node.name not in inputs)
-    return SampledGraph(nodes, fixed, values, _owners(nodes, values))
-
-
-def _owners(nodes: Sequence[Node], values: Mapping[Node, Any]) -> dict[Node, Node]:
-    """By node, the node whose memory its value lies in."""
-    storages = {n: {t.untyped_storage().data_ptr() for t in tensors(values.get(n)) if t.numel()} for n in nodes}
-    owners: dict[Node, Node] = {}
-    for node in nodes:
-        owners[node] = node
-        if node.op == "call_function" and len(storages[node]) == 1:
-            shared = (source for source in node.all_input_nodes if storages[node] <= storages[source])
-            owners[node] = next((owners[source] for source in shared), node)
-    return owners
-
+from slimkernels.inference.native_chain import Chain, Link
+from slimkernels.inference.native_nodes import NativeNode, native_nodes
+from slimkernels.inference.sampled_graph import SampledGraph
 
 # ---------------------------------------------------------------- find_chains
 
 
 @dataclass(frozen=True)
-class NativeNode:
-    """A node that native kernels compute.
-
-    Attributes:
-        source: the node that it reads.
-        linear: the dense linear layer before it, if the node is a ReLU and the kernels compute both.
-    """
-
-    layers: tuple[NativeLayer, ...]
-    source: Node
-    linear: Node | None = None
-
-
-@dataclass(frozen=True)
 class GraphChain:
-    """Native nodes in a row. The value of each but the last is read by the next one alone.
+    """Native nodes that follow each other. The values of all but the last are read inside the chain alone.
 
     Attributes:
-        source: the node that the first reads.
-        inside: the nodes whose values only the chain sees: every node but the last, and the dense linear layers that
-            are computed with the ReLU behind them.
+        nodes: in the order in which they run; the value of the last is the chain's output.
+        sources: the nodes outside of the chain that it reads, as the chain counts its inputs.
+        readers: the nodes of the graph that read those.
+        images_in: of each source, whether it is read as images; else as rows.
+        images_out: whether the output is images.
+        inside: the nodes whose values only the chain sees: every node but the last, and what they absorbed.
         chain: what runs them.
     """
 
     nodes: tuple[Node, ...]
-    source: Node
+    sources: tuple[Node, ...]
+    readers: frozenset[Node]
+    images_in: tuple[bool, ...]
+    images_out: bool
     inside: frozenset[Node]
     chain: Chain
 
 
 def find_chains(graph: SampledGraph) -> list[GraphChain]:
     """The native nodes of a graph in chains, in order. Dense linear layers among themselves are left to torch."""
-    native = _native_nodes(graph)
-    groups: list[list[Node]] = []
-    for node in native:
-        if groups and _continues(graph, native, groups[-1][-1], node):
-            groups[-1].append(node)
-        else:
-            groups.append([node])
-    return [
-        _graph_chain(graph, native, nodes)
-        for nodes in groups
-        if any(layer.op != "linear" for node in nodes for layer in native[node].layers)
-    ]
+    native = native_nodes(graph)
+    idle = {*graph.constants, *(n for found in native.values() for n in found.absorbed)}
+    # Nodes at which something runs: in between the nodes of a chain there is nothing else.
+    running = [n for n in graph.nodes if n in native or (graph.owners[n] is n and n not in idle)]
+    aliases: dict[Node, list[Node]] = {}
+    for n in graph.nodes:
+        aliases.setdefault(graph.owners[n], []).append(n)
+    chains: list[GraphChain] = []
+    at = 0
+    while at < len(running):
+        nodes = _longest_chain(graph, native, aliases, running, at)
+        at += max(1, len(nodes))
+        if any(layer.op != "linear" for node in nodes for layer in native[node].layers):
+            chains.append(_graph_chain(graph, native, nodes))
+    return chains
 
 
-def _native_nodes(graph: SampledGraph) -> dict[Node, NativeNode]:
-    """The nodes that native kernels compute, in order. A dense linear layer and the ReLU behind it are one of them."""
-    native: dict[Node, NativeNode] = {}
-    for node in graph.nodes:
-        before = node.args[0] if node.op == "call_function" and node.args else None
-        if not isinstance(before, Node):
-            continue
-        if node.target is torch.ops.aten.relu.default:
-            if before.target is torch.ops.aten.linear.default and before in native and len(before.users) == 1:
-                linear = native.pop(before)
-                layers = (*linear.layers[:-1], replace(linear.layers[-1], epilogue="relu"))
-                native[node] = NativeNode(layers, linear.source, before)
-        # A weight that depends on the input, or is the input, cannot be packed now.
-        elif all(
-            n in graph.constants for n in _pytree.tree_leaves((node.args[1:], node.kwargs)) if isinstance(n, Node)
-        ):
-            layers = tuple(native_layers(node.target, graph.arguments(node)[0]))
-            if layers:
-                native[node] = NativeNode(layers, before)
-    return native
+def _longest_chain(
+    graph: SampledGraph,
+    native: Mapping[Node, NativeNode],
+    aliases: Mapping[Node, Sequence[Node]],
+    running: Sequence[Node],
+    start: int,
+) -> list[Node]:
+    """The most nodes from ``running[start]`` on that make a chain; none where that one is not native."""
+    nodes: list[Node] = []
+    read: set[Node] = set()  # the ops of the chain that read, and what they absorbed
+    longest = 0
+    open_values: dict[Node, set[Node]] = {}  # by node of the chain, who reads its value outside of the chain so far
+    for node in running[start:]:
+        if node not in native or (nodes and not _joins(graph, native, nodes, node)):
+            break
+        nodes.append(node)
+        found = native[node]
+        read |= {node, found.op, *found.absorbed}
+        for readers in open_values.values():
+            readers -= read
+        own = set(aliases[node])
+        open_values[node] = {user for alias in own for user in alias.users} - own - read
+        # The last node's value is the output; those of the others have to stay inside.
+        if not any(readers for other, readers in open_values.items() if other is not node):
+            longest = len(nodes)
+    return nodes[:longest]
 
 
-def _continues(graph: SampledGraph, native: Mapping[Node, NativeNode], before: Node, node: Node) -> bool:
-    """Whether a native node can follow the native node before it in a chain: no other op has to run in between."""
-    x, linear = native[node].source, native[node].linear
-    if graph.owners[x] is not before or native[before].layers[0].isa != native[node].layers[0].isa:
+def _joins(graph: SampledGraph, native: Mapping[Node, NativeNode], nodes: Sequence[Node], node: Node) -> bool:
+    """Whether a native node can follow the nodes of a chain: it finds what it reads of their values as they lie."""
+    found = native[node]
+    if native[nodes[0]].layers[0].isa != found.layers[0].isa or _count(graph, native, node) != _count(
+        graph, native, nodes[0]
+    ):
         return False
-    between = graph.nodes[graph.nodes.index(before) + 1 : graph.nodes.index(node)]
-    # Only views of what the chain hands on may lie in between, and only this node may read those.
-    aliases = {before, *(n for n in between if graph.owners[n] is before)}
-    if any(user not in aliases and user not in (node, linear) for alias in aliases for user in alias.users):
-        return False
-    idle = {*graph.constants, *(n.linear for n in native.values())}
-    if any(graph.owners[n] is n and n not in idle for n in between):
-        return False
-    return _same_elements(graph, before, x, node)
+    inside = [x for x in found.read if graph.owners[x] in nodes]
+    return all(_same_elements(graph, graph.owners[x], x, native[graph.owners[x]].images, found.images) for x in inside)
 
 
-def _same_elements(graph: SampledGraph, before: Node, x: Node, node: Node) -> bool:
+def _count(graph: SampledGraph, native: Mapping[Node, NativeNode], node: Node) -> int:
+    """How many images or rows a native node takes."""
+    x = graph.values[native[node].source]
+    return x.shape[0] if native[node].images else x.numel() // x.shape[-1]
+
+
+def _same_elements(graph: SampledGraph, before: Node, x: Node, images: bool, reads_images: bool) -> bool:
     """Whether a native node finds the output of the one before as it lies, though it reads a view x of it."""
     value, seen = graph.values[before], graph.values[x]
-    images = reads_images(before.target)
-    if reads_images(node.target):
+    if reads_images:
         return images and seen.shape == value.shape and seen.stride() == value.stride()
     # Rows of any shape, or one-pixel images as rows: the same elements in the same order, and as many in a row.
     length = value.shape[1 if images else -1]
@@ -185,12 +121,36 @@ def _same_elements(graph: SampledGraph, before: Node, x: Node, node: Node) -> bo
 
 
 def _graph_chain(graph: SampledGraph, native: Mapping[Node, NativeNode], nodes: Sequence[Node]) -> GraphChain:
-    source = native[nodes[0]].source
-    x = graph.values[source]
-    n, (h, w) = (x.shape[0], x.shape[2:]) if reads_images(nodes[0].target) else (x.numel() // x.shape[-1], (1, 1))
-    layers = [layer for node in nodes for layer in native[node].layers]
-    inside = frozenset({*nodes[:-1], *(linear for node in nodes if (linear := native[node].linear) is not None)})
-    return GraphChain(tuple(nodes), source, inside, Chain.of(layers, n, h, w))
+    sources: dict[Node, bool] = {}  # whether it is read as images
+    for node in nodes:
+        for x in native[node].read:
+            if graph.owners[x] not in nodes:
+                sources.setdefault(x, native[node].images)
+    places = {x: i for i, x in enumerate(sources)}
+    links: list[Link] = []
+    for node in nodes:
+        found = native[node]
+        # Two of the nodes may read one value through different views.
+        source, *residual = (places[x] if x in places else places[graph.owners[x]] for x in found.read)
+        for layer in found.layers:
+            last = layer is found.layers[-1]
+            links.append(Link(layer, source, residual[0] if residual and last else None))
+            source = len(sources) + len(links) - 1
+        places[node] = source
+    sizes = []
+    for x, images in sources.items():
+        shape = graph.values[x].shape
+        sizes.append(tuple(shape[1:]) if images else (shape[-1], 1, 1))
+    inside = frozenset({*nodes[:-1], *(n for node in nodes for n in native[node].absorbed)})
+    return GraphChain(
+        tuple(nodes),
+        tuple(sources),
+        frozenset(n for node in nodes for n in (node, *native[node].absorbed)),
+        tuple(sources.values()),
+        native[nodes[-1]].images,
+        inside,
+        Chain.of(links, _count(graph, native, nodes[0]), sizes),
+    )
 
 
 # ---------------------------------------------------------------- lifetimes
@@ -215,10 +175,12 @@ def lifetimes(graph: SampledGraph, chains: Sequence[GraphChain]) -> dict[Any, Li
         if node in graph.constants or node in inside:
             continue
         if node in chain_of:
-            source, chain, first = chain_of[node].source, chain_of[node].chain, now + 1
+            found, chain, first = chain_of[node], chain_of[node].chain, now + 1
             now += chain.ticks
             written[node] = first + chain.output_written_from
-            needed[graph.owners[source]] = first + chain.input_read_until
+            for i, source in enumerate(found.sources):
+                owner = graph.owners[source]
+                needed[owner] = max(needed.get(owner, 0), first + chain.input_read_until(i))
             in_chains |= {(node, name): lifetime for name, lifetime in chain.lifetimes(first).items()}
         else:
             now += node.op != "placeholder"

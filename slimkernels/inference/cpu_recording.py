@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,17 +14,10 @@ from torch.fx import Node
 from torch.utils import _pytree
 
 from slimkernels.inference.concurrency import conflict
-from slimkernels.inference.cpu_passes import (
-    GraphChain,
-    SampledGraph,
-    find_chains,
-    lifetimes,
-    sample,
-    values_of_arguments,
-)
+from slimkernels.inference.cpu_passes import GraphChain, find_chains, lifetimes
 from slimkernels.inference.inputs import tensors
 from slimkernels.inference.memory import Placement, copy_side_by_side, huge_pages, place
-from slimkernels.inference.native_layers import reads_images
+from slimkernels.inference.sampled_graph import SampledGraph, sample, values_of_arguments
 from slimkernels.kernels.cpu.steps import Step, Steps
 
 
@@ -170,39 +164,49 @@ def _tensor_in(memory: Tensor, like: Tensor) -> Tensor:
 
 def _in_layout_of_readers(node: Node, chains: Sequence[GraphChain], value: Tensor) -> Tensor:
     """An input's value in the layout that the chain wants which reads it, if nothing else reads it."""
-    heads = {chain.nodes[0] for chain in chains}
-    wanted = {_layout(user) if user in heads else torch.preserve_format for user in node.users}
+    readers = {reader: found for found in chains if node in found.sources for reader in found.readers}
+    wanted = {
+        _layout(readers[user].images_in[readers[user].sources.index(node)])
+        if user in readers
+        else torch.preserve_format
+        for user in node.users
+    }
     return torch.empty_like(value, memory_format=wanted.pop()) if len(wanted) == 1 else value
 
 
 def _add_chain(calls: _Calls, found: GraphChain, values: Mapping[Node, Tensor], memory: Mapping[Any, Tensor]) -> None:
-    """Adds the steps of a chain, and copies at its ends where its input or output lies in another layout."""
-    head, tail, chain = found.nodes[0], found.nodes[-1], found.chain
-    x, y = values[found.source], values[tail]
-    source, target = _laid_out(head, x), _laid_out(tail, y)
-    if source is not x:
-        calls.add(lambda: source.copy_(x))
+    """Adds the steps of a chain, and copies at its ends where its inputs or its output lie in another layout."""
+    tail, chain = found.nodes[-1], found.chain
+    inputs = []
+    for node, images in zip(found.sources, found.images_in):
+        x = values[node]
+        source = _laid_out(x, images)
+        if source is not x:
+            calls.add(partial(source.copy_, x))
+        inputs.append(_images_or_rows(source, images))
+    y = values[tail]
+    target = _laid_out(y, found.images_out)
     parts = {name: memory[tail, name] for name in chain.lifetimes(0)}
-    steps = chain.steps(_images_or_rows(head, source), _images_or_rows(tail, target), parts)
+    steps = chain.steps(inputs, _images_or_rows(target, found.images_out), parts)
     calls.add_native(chain.layers[0].isa, steps)
     if target is not y:
-        calls.add(lambda: y.copy_(target))
+        calls.add(partial(y.copy_, target))
 
 
-def _layout(node: Node) -> torch.memory_format:
+def _layout(images: bool) -> torch.memory_format:
     """How the images or rows of a native node lie."""
-    return torch.channels_last if reads_images(node.target) else torch.contiguous_format
+    return torch.channels_last if images else torch.contiguous_format
 
 
-def _laid_out(node: Node, tensor: Tensor) -> Tensor:
-    """The tensor if it lies as a native node wants it, else a new one that does."""
-    layout = _layout(node)
+def _laid_out(tensor: Tensor, images: bool) -> Tensor:
+    """The tensor if it lies as native layers want their images or rows, else a new one that does."""
+    layout = _layout(images)
     return tensor if tensor.is_contiguous(memory_format=layout) else torch.empty_like(tensor, memory_format=layout)
 
 
-def _images_or_rows(node: Node, tensor: Tensor) -> Tensor:
-    """The tensor as a native node takes it: images for a convolution, ``(n, channels)`` for all others."""
-    return tensor if reads_images(node.target) else tensor.view(-1, tensor.shape[-1])
+def _images_or_rows(tensor: Tensor, images: bool) -> Tensor:
+    """The tensor as native layers take it: images for a convolution, ``(n, channels)`` for all others."""
+    return tensor if images else tensor.view(-1, tensor.shape[-1])
 
 
 def _op_step(target: Any, args: Any, kwargs: Any, out: Tensor) -> Callable[[], Any]:

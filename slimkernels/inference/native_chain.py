@@ -1,4 +1,4 @@
-"""A chain of native layers, each read by the next alone: run piece by piece of the batch, in the layout that is faster.
+"""A chain of native layers, whose values only the chain sees: run piece by piece of the batch, in the faster layout.
 
 With images innermost, a vector of the CPU holds one channel of 8 or 16 images. On an AVX-512 machine the kernels then
 reach about 85% of the multiply-add peak, against 55 to 60% with channels last, and a piece's activations stay in the
@@ -85,64 +85,100 @@ class _Activation:
     nbytes: int
 
 
-@dataclass(frozen=True)
-class Chain:
-    """Native layers of one instruction set in a row (`Chain.of` makes one).
-
-    A chain counts its time in ticks, one for each kernel. Tick 0 copies the input to images innermost, ticks 1, 2, ...
-    run the layers, and the last tick copies the output back. Where no copy is needed, its tick passes unused.
-    Activation i is written in tick i and read in tick i + 1: activation 0 is the copied input, the last one the output
-    before it is copied back.
+class Link(NamedTuple):
+    """A layer of a chain, and which of the chain's activations it takes.
 
     Attributes:
-        layers: in the order in which they run.
+        layer: what runs.
+        source: the activation that it reads.
+        residual: the activation that is added to its sums, in front of the ReLU; None for none.
+    """
+
+    layer: NativeLayer
+    source: int
+    residual: int | None = None
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        """The activations that it reads."""
+        return (self.source,) if self.residual is None else (self.source, self.residual)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Native layers of one instruction set that follow each other (`Chain.of` makes one).
+
+    The activations are the chain's inputs, and behind them what each layer writes; a layer reads any of those before
+    it. The last one is the output.
+
+    A chain counts its time in ticks, one for each kernel. Tick 0 copies the inputs to images innermost, ticks 1, 2, ...
+    run the layers, and the last tick copies the output back. Where no copy is needed, its tick passes unused.
+
+    Attributes:
+        links: the layers in the order in which they run.
         offsets: for every layer, the entry offsets that its kernel reads, by the number of images that lie innermost
             (1: channels last).
         pieces: how the batch is cut.
-        activations: one more than layers. The first and the last are None where the chain reads its input and writes
-            its output as they lie.
+        activations: None stands for inputs that are read, and an output that is written, as they lie.
     """
 
-    layers: tuple[NativeLayer, ...]
+    links: tuple[Link, ...]
     offsets: tuple[dict[int, Tensor], ...]
     pieces: tuple[Piece, ...]
     activations: tuple[_Activation | None, ...]
 
     @classmethod
-    def of(cls, layers: Sequence[NativeLayer], n: int, h: int, w: int) -> Chain:
-        """The chain for n images of this height and width (rows are images of 1 x 1 pixel).
+    def of(cls, links: Sequence[Link], n: int, inputs: Sequence[tuple[int, int, int]]) -> Chain:
+        """The chain for n images.
 
         It is cut for the number of threads that torch uses now, and can be run with another one.
+
+        Args:
+            links: the layers, in the order in which they run.
+            n: the number of images.
+            inputs: channels, height and width of each input (rows are images of 1 x 1 pixel).
         """
-        sizes = [(h, w)]
-        for layer in layers:
-            sizes.append(layer.output_size(*sizes[-1]))
-        narrow = any(layer.conv.narrow for layer in layers)
-        lanes = LANES[layers[0].isa] if narrow or _is_faster_innermost(layers, n, sizes) else 1
+        sizes = list(inputs)
+        for link in links:
+            sizes.append((link.layer.conv.c_out, *link.layer.output_size(*sizes[link.source][1:])))
+        narrow = any(link.layer.conv.narrow for link in links)
+        lanes = LANES[links[0].layer.isa] if narrow or _is_faster_innermost(links, n, sizes) else 1
         cut = pieces(n, lanes, torch.get_num_threads(), 0.0 if narrow else _FULL_ENOUGH)
         used = {piece.lanes for piece in cut}
-        offsets = [{k: layer.conv.entry_offsets(width, k) for k in used} for layer, (_, width) in zip(layers, sizes)]
-        channels = [layers[0].conv.c_in, *(layer.conv.c_out for layer in layers)]
+        offsets = [{k: layer.conv.entry_offsets(sizes[source][2], k) for k in used} for layer, source, _ in links]
         activations: list[_Activation | None] = []
-        for i, (c, (p, q)) in enumerate(zip(channels, sizes)):
-            # Pieces that lie channels last read the chain's input and write its output themselves.
-            at_an_end = i in (0, len(layers))
+        for i, (c, p, q) in enumerate(sizes):
+            # Pieces that lie channels last read the chain's inputs and write its output themselves.
+            at_an_end = i < len(inputs) or i == len(sizes) - 1
             images = [piece.padded_count for piece in cut if piece.lanes > 1 or not at_an_end]
             nbytes = whole_lines(4 * max(images, default=0) * c * p * q)
             activations.append(_Activation(c, p, q, nbytes) if images else None)
-        return cls(tuple(layers), tuple(offsets), tuple(cut), tuple(activations))
+        return cls(tuple(links), tuple(offsets), tuple(cut), tuple(activations))
+
+    @property
+    def layers(self) -> list[NativeLayer]:
+        """The layers in the order in which they run."""
+        return [link.layer for link in self.links]
+
+    @property
+    def _inputs(self) -> int:
+        """The number of inputs."""
+        return len(self.activations) - len(self.links)
 
     # ------------------------------------------------------------ time and memory
 
     @property
     def ticks(self) -> int:
         """The number of ticks that the chain takes."""
-        return len(self.layers) + 2
+        return len(self.links) + 2
 
-    @property
-    def input_read_until(self) -> int:
-        """The tick in which the input is read last. Where the batch is cut, the last piece may read it at any time."""
-        return 1 if len(self.pieces) == 1 else self.ticks - 1
+    def _read_until(self, activation: int) -> int:
+        """The tick in which the last layer reads an activation."""
+        return max((1 + i for i, link in enumerate(self.links) if activation in link.reads), default=0)
+
+    def input_read_until(self, which: int) -> int:
+        """The tick in which an input is read last. Where the batch is cut, the last piece may read it at any time."""
+        return self._read_until(which) if len(self.pieces) == 1 else self.ticks - 1
 
     @property
     def output_written_from(self) -> int:
@@ -155,9 +191,12 @@ class Chain:
         return 1 + max(0, *(piece.slot for piece in self.pieces))
 
     def _activation_lifetimes(self, first: int) -> dict[int, Lifetime]:
-        return {
-            i: Lifetime(a.nbytes, first + i, first + i + 1) for i, a in enumerate(self.activations) if a is not None
-        }
+        found, output = {}, len(self.activations) - 1
+        for i, a in enumerate(self.activations):
+            if a is not None:
+                last = self.ticks - 1 if i == output else self._read_until(i)
+                found[i] = Lifetime(a.nbytes, first + max(0, i - self._inputs + 1), first + last)
+        return found
 
     def lifetimes(self, first: int) -> dict[int, Lifetime]:
         """What the chain needs of the workspace if it starts in the tick ``first``, each under a name of its own.
@@ -183,36 +222,40 @@ class Chain:
     def with_weights(self, tensors: Iterable[Tensor]) -> Chain:
         """The same chain with its `weights` replaced by copies, given in the same order."""
         copies = iter(tensors)
-        moved = [
-            (replace(layer, packed=StripPack(*islice(copies, len(layer.packed)))), dict(zip(offsets, copies)))
-            for layer, offsets in zip(self.layers, self.offsets)
-        ]
-        return replace(self, layers=tuple(layer for layer, _ in moved), offsets=tuple(found for _, found in moved))
+        links, offsets = [], []
+        for link, own in zip(self.links, self.offsets):
+            packed = StripPack(*islice(copies, len(link.layer.packed)))
+            links.append(link._replace(layer=replace(link.layer, packed=packed)))
+            offsets.append(dict(zip(own, copies)))
+        return replace(self, links=tuple(links), offsets=tuple(offsets))
 
     # ------------------------------------------------------------ kernels
 
-    def steps(self, x: Tensor, y: Tensor, memory: Mapping[int, Tensor]) -> list[Step]:
-        """The steps from x to y, piece by piece.
+    def steps(self, inputs: Sequence[Tensor], y: Tensor, memory: Mapping[int, Tensor]) -> list[Step]:
+        """The steps from the inputs to y, piece by piece.
 
         Args:
-            x: the input: images channels_last, or rows ``(n, channels)``.
+            inputs: images channels_last, or rows ``(n, channels)``.
             y: the output, likewise.
             memory: the bytes of each of the `lifetimes`, by name.
         """
         found: list[Step] = []
         for piece in self.pieces:
-            source, target = (t[piece.start : piece.start + piece.count] for t in (x, y))
+            *sources, target = (t[piece.start : piece.start + piece.count] for t in (*inputs, y))
             values = self._activation_tensors(piece, memory)
+            output = len(self.activations) - 1
             own = []
             if piece.lanes > 1:
-                own.append(layout_step(source, values[0], piece.count))
+                own += [layout_step(source, values[i], piece.count) for i, source in enumerate(sources)]
             else:
-                values |= {0: source, len(self.layers): target}
-            for i, layer in enumerate(self.layers):
+                values |= {**dict(enumerate(sources)), output: target}
+            for i, (layer, source, residual) in enumerate(self.links):
+                x, y_own = values[source], values[self._inputs + i]
+                added = None if residual is None else values[residual]
                 offsets = self.offsets[i][piece.lanes]
-                own.append(layer.conv.step(values[i], values[i + 1], layer.bias, piece.count, offsets))
+                own.append(layer.conv.step(x, y_own, layer.bias, piece.count, offsets, added))
             if piece.lanes > 1:
-                own.append(layout_step(values[len(self.layers)], target, piece.count))
+                own.append(layout_step(values[output], target, piece.count))
             found += [step._replace(slot=piece.slot) for step in own]
         return found
 
@@ -222,7 +265,9 @@ class Chain:
             ranges, slot_bytes = self._slot_memory
             part = memory[0][max(piece.slot, 0) * slot_bytes :]
             memory = {i: part[r] for i, r in ranges.items()}
-        used = range(len(self.layers) + 1) if piece.lanes > 1 else range(1, len(self.layers))
+        used = range(len(self.activations))
+        if piece.lanes == 1:
+            used = range(self._inputs, len(self.activations) - 1)
         return {i: self._as_tensor(i, piece, memory[i]) for i in used}
 
     def _as_tensor(self, index: int, piece: Piece, memory: Tensor) -> Tensor:
@@ -235,21 +280,21 @@ class Chain:
         return memory[: math.prod(channels_last)].view(channels_last).permute(0, 3, 1, 2)
 
 
-def _is_faster_innermost(layers: Sequence[NativeLayer], n: int, sizes: Sequence[tuple[int, int]]) -> bool:
+def _is_faster_innermost(links: Sequence[Link], n: int, sizes: Sequence[tuple[int, int, int]]) -> bool:
     """Whether images innermost save more than the copies at both ends cost.
 
     Args:
-        sizes: heights and widths of the chain's input and of what every layer writes.
+        sizes: channels, heights and widths of the chain's activations.
     """
-    lanes = LANES[layers[0].isa]
-    (h, w), (p, q) = sizes[0], sizes[-1]
-    copied = layers[0].conv.c_in * h * w + layers[-1].conv.c_out * p * q
-    if n < _FULL_ENOUGH * lanes or _macs(layers, sizes) < _MACS_PER_COPY * copied:
+    lanes = LANES[links[0].layer.isa]
+    inputs = len(sizes) - len(links)
+    copied = sum(c * h * w for c, h, w in (*sizes[:inputs], sizes[-1]))
+    if n < _FULL_ENOUGH * lanes or _macs(links, sizes) < _MACS_PER_COPY * copied:
         return False
-    return all(layer.conv.takes_images_innermost(*size) for layer, size in zip(layers, sizes))
+    return all(layer.conv.takes_images_innermost(*sizes[source][1:]) for layer, source, _ in links)
 
 
-def _macs(layers: Sequence[NativeLayer], sizes: Sequence[tuple[int, int]]) -> int:
+def _macs(links: Sequence[Link], sizes: Sequence[tuple[int, int, int]]) -> int:
     """Multiply-adds of one image, those at the border counted whole."""
-    outputs = [layer.conv.output_size(*size) for layer, size in zip(layers, sizes)]
-    return sum(layer.conv.macs * p * q for layer, (p, q) in zip(layers, outputs))
+    outputs = [layer.conv.output_size(*sizes[source][1:]) for layer, source, _ in links]
+    return sum(link.layer.conv.macs * p * q for link, (p, q) in zip(links, outputs))

@@ -17,7 +17,7 @@ from slimkernels.kernels.cpu.steps import Step
 from slimkernels.kernels.strips import pack_strips
 
 INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
-ADDRESSES = ("x", "y", "bias", "weights", "channels", "tap_ptr", "offsets")
+ADDRESSES = ("x", "y", "bias", "weights", "channels", "tap_ptr", "offsets", "residual")
 # Lowest and highest legal number of each member of SlimConv2dF32, as csrc/kernels.h states them.
 CONV2D = {
     "n": (1, INT64_MAX),

@@ -111,7 +111,7 @@ def test_delayed_threads_change_nothing_in_many_nets(first: int, monkeypatch: py
 
 
 class Neighbours(nn.Module):
-    """Two chains behind each other, of other sizes: what the first leaves is read by the second and by an addition."""
+    """Two chains behind each other, of other sizes: what the first leaves is read by the second and by another op."""
 
     def __init__(self, c_in: int) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class Neighbours(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.stem(x)
-        return self.second(self.first(y)) + y
+        return torch.maximum(self.second(self.first(y)), y)
 
 
 @pytest.mark.parametrize(("c_in", "calls"), [(16, 2), (64, 1)])
@@ -173,22 +173,26 @@ def test_conflicts_of_steps_by_hand() -> None:
 
 
 @pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("lanes", [1, LANES[ISAS[-1]] if ISAS else 1])
-def test_steps_know_every_byte_that_they_touch(bias: bool, lanes: int) -> None:
+def test_steps_know_every_byte_that_they_touch(bias: bool, residual: bool, lanes: int) -> None:
     isa, n = ISAS[-1], 5
     layer = nn.Conv2d(6, 20, 3, padding=1, bias=bias)
-    sparse = sk.nn.BlockSparseConv2d.from_dense(layer, (16, 1), epilogue="relu_maxpool2")
+    epilogue = "relu" if residual else "relu_maxpool2"
+    sparse = sk.nn.BlockSparseConv2d.from_dense(layer, (16, 1), epilogue=epilogue)
     packed = native.pack_strips(
         sparse.values.detach(), sparse.crow_indices, sparse.col_indices, (20, 6, 3, 3), (16, 1), 16
     )
-    conv = native.PackedConv2d(isa, packed, (20, 6, 3, 3), (1, 1), (1, 1), (1, 1), "relu_maxpool2")
-    x, y = (torch.zeros(n, h, h, c).permute(0, 3, 1, 2) for h, c in ((5, 6), (2, 20)))
+    conv = native.PackedConv2d(isa, packed, (20, 6, 3, 3), (1, 1), (1, 1), (1, 1), epilogue)
+    side = 5 if residual else 2
+    x, y, added = (torch.zeros(n, h, h, c).permute(0, 3, 1, 2) for h, c in ((5, 6), (side, 20), (side, 20)))
     steps = []
     if lanes > 1:
         near, far = x, y
-        x, y = (torch.zeros(native.images_innermost(n, h, h, c, isa)) for h, c in ((5, 6), (2, 20)))
+        sizes = ((5, 6), (side, 20), (side, 20))
+        x, y, added = (torch.zeros(native.images_innermost(n, h, h, c, isa)) for h, c in sizes)
         steps = [native.layout_step(near, x, n), native.layout_step(y, far, n)]
-    steps.append(conv.step(x, y, sparse.bias, n, conv.entry_offsets(5, lanes)))
+    steps.append(conv.step(x, y, sparse.bias, n, conv.entry_offsets(5, lanes), added if residual else None))
     for step in steps:
         assert sorted(byte_ranges(step)) == sorted(native_memory.ranges(step))
-    assert len(native_memory.ranges(steps[-1])) == 6 + bias
+    assert len(native_memory.ranges(steps[-1])) == 6 + bias + residual

@@ -201,3 +201,57 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
     for pair in ((x, b), (x.contiguous(), a), (x.double(), a.double()), (x[1:], a), (x, a[..., 1:])):
         with pytest.raises(ValueError, match="layout_step: expected"):
             native.layout_step(*pair, lanes)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("innermost", [False, True])
+@pytest.mark.parametrize(("n", "size", "c_out", "taps", "epilogue"), [(3, 5, 37, 9, "relu"), (18, 1, 16, 1, "none")])
+def test_a_residual_is_added_in_front_of_the_relu(
+    isa: str, innermost: bool, n: int, size: int, c_out: int, taps: int, epilogue: str
+) -> None:
+    conv, dense, bias = packed_conv(isa, 19, c_out, 16, taps, epilogue)
+    x, residual = images(n, 19, size, size), images(n, c_out, size, size, seed=2)
+    residual[0, 3, 0, 0] = torch.nan
+    sums, bound = expected(x, dense, bias, "none")
+    want = sums + residual.double()
+    if epilogue == "relu":
+        want = want.relu()
+    y = poisoned(n, size, size, c_out).permute(0, 3, 1, 2)
+    lanes = LANES[isa] if innermost else 1
+    own = [x, residual, y]
+    steps = []
+    if innermost:
+        own = [poisoned(*native.images_innermost(n, size, size, c, isa)) for c in (19, c_out, c_out)]
+        steps = [native.layout_step(far, near, n) for far, near in zip((x, residual), own)]
+    steps.append(conv.step(own[0], own[2], bias, n, conv.entry_offsets(size, lanes), own[1]))
+    if innermost:
+        steps.append(native.layout_step(own[2], y, n))
+    native.Steps(isa, steps)()
+    assert torch.equal(y.isnan(), want.isnan()) and int(want.isnan().sum()) == 1
+    error = (y.double() - want).abs().nan_to_num(0)
+    assert bool((error <= bound + 2.0**-23 * (sums.abs() + residual.abs()).nan_to_num(0)).all())
+
+
+@pytest.mark.parametrize("wrong", ["shape", "layout", "dtype", "pooling"])
+def test_a_residual_has_the_layout_of_the_output(wrong: str) -> None:
+    epilogue = "relu_maxpool2" if wrong == "pooling" else "relu"
+    conv, _, bias = packed_conv(ISAS[-1], 16, 16, 16, 9, epilogue)
+    side = 2 if wrong == "pooling" else 4
+    x, y, residual = images(2, 16, 4, 4), images(2, 16, side, side), images(2, 16, side, side)
+    if wrong == "shape":
+        residual = residual[:1]
+    elif wrong == "layout":
+        residual = residual.contiguous()
+    elif wrong == "dtype":
+        residual = residual.double()
+    with pytest.raises(ValueError, match="bsr_conv2d: expected a float32 residual laid out like y and no pooling"):
+        conv.step(x, y, bias, 2, conv.entry_offsets(4), residual)
+
+
+def test_the_bindings_refuse_a_residual_in_front_of_pooling() -> None:
+    conv, _, bias = packed_conv(ISAS[-1], 16, 16, 16, 9, "relu_maxpool2")
+    x, y = images(2, 16, 4, 4), images(2, 16, 2, 2)
+    step = conv.step(x, y, bias, 2, conv.entry_offsets(4))
+    step = step._replace(arguments=step.arguments._replace(residual=x.data_ptr()))
+    with pytest.raises(ValueError, match="residual"):
+        native.Steps(ISAS[-1], [step])

@@ -24,6 +24,7 @@ def ranges(step: Step) -> list[Range]:
     read_counts = [
         (a.x, images * a.h * a.w * a.c_in), (a.bias, a.c_out), (a.weights, entries * a.strip), (a.channels, entries),
         (a.tap_ptr, runs + 1), (a.offsets, entries + MARGIN),
+        (a.residual, images * a.p * a.q * a.c_out),
     ]  # fmt: skip
     found = [(at, at + 4 * count, False) for at, count in read_counts if at and count]
     return [*found, (a.y, a.y + 4 * images * (a.p >> a.pool) * (a.q >> a.pool) * a.c_out, True)]

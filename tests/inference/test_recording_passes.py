@@ -14,9 +14,10 @@ from torch.fx import Node
 
 import slimkernels as sk
 from slimkernels.inference import native_chain
-from slimkernels.inference.cpu_passes import SampledGraph, find_chains, lifetimes, sample
+from slimkernels.inference.cpu_passes import find_chains, lifetimes
 from slimkernels.inference.cpu_recording import bind
 from slimkernels.inference.memory import Lifetime, place
+from slimkernels.inference.sampled_graph import SampledGraph, sample
 from slimkernels.kernels.cpu.library import unavailable_reason
 from slimkernels.kernels.problems import LANES
 
@@ -106,13 +107,64 @@ def test_a_chain_ends_where_something_else_reads_its_value() -> None:
     built = Built(images())
     a = built.conv(built.x)
     b = built.conv(a)
-    c = built.conv(b)  # the residual needs b, so b has memory of its own
-    total = built.op(ATEN.add.Tensor, b, c)
-    last = built.conv(total)
+    c = built.conv(b)
+    product = built.op(ATEN.mul.Tensor, b, c)  # of b, too, so b has memory of its own
+    last = built.conv(product)
     chains = find_chains(built.returning(last))
     assert [chain.nodes for chain in chains] == [(a, b), (c,), (last,)]
-    assert [chain.source for chain in chains] == [built.x, b, total]
+    assert [chain.sources for chain in chains] == [(built.x,), (b,), (product,)]
     assert [chain.inside for chain in chains] == [{a}, set(), set()]
+
+
+@native_only
+def test_a_residual_and_its_relu_are_a_part_of_the_convolution_in_front() -> None:
+    """As in a ResNet: a block with a convolution in its short cut, and one without."""
+    built = Built(images())
+    a = built.conv(built.x)
+    inner = built.op(ATEN.relu.default, built.conv(a))
+    first, short_cut = built.conv(inner), built.conv(a)
+    total = built.op(ATEN.add.Tensor, first, short_cut)
+    b = built.op(ATEN.relu.default, total)
+    second = built.conv(built.op(ATEN.relu.default, built.conv(b)))
+    last = built.op(ATEN.relu.default, built.op(ATEN.add.Tensor, b, second))
+    (chain,) = find_chains(graph := built.returning(last))
+    assert chain.sources == (built.x,) and chain.nodes[-1] == last and chain.nodes[:2] == (a, inner)
+    # Activation 0 is the input; a, inner, first, b, ... are 1, 2, 3, 4, ...
+    links = chain.chain.links
+    assert [(link.source, link.residual) for link in links] == [
+        (0, None),
+        (1, None),
+        (2, None),
+        (1, 3),
+        (4, None),
+        (5, 4),
+    ]
+    assert [link.layer.epilogue for link in links] == ["none", "relu", "none", "relu", "relu", "relu"]
+    assert {total, short_cut, second} < chain.inside
+    found = lifetimes(graph, [chain])
+    # a is written in tick 2 (tick 1 is that of copied inputs) and read in ticks 3 and 5; first lives from 4 to 5.
+    assert [(found[last, i].first, found[last, i].last) for i in (1, 3, 4)] == [(2, 5), (4, 5), (5, 7)]
+
+
+@native_only
+@pytest.mark.parametrize("how", ["alpha", "broadcast", "twice", "constant", "read elsewhere"])
+def test_additions_that_no_kernel_does(how: str) -> None:
+    built = Built(images(2))
+    other = built.op(ATEN.exp.default, built.x)
+    conv = built.conv(built.x)
+    if how == "alpha":
+        total = built.graph.call_function(ATEN.add.Tensor, (conv, other), {"alpha": 2})
+    elif how == "broadcast":
+        total = built.op(ATEN.add.Tensor, conv, built.op(ATEN.mean.dim, other, [2, 3], True))
+    elif how == "twice":
+        total = built.op(ATEN.add.Tensor, conv, conv)
+    elif how == "constant":
+        total = built.op(ATEN.add.Tensor, conv, built.constant(torch.randn(2, 16, 4, 4)))
+    else:
+        total = built.op(ATEN.add.Tensor, conv, other)
+    outputs = (total, conv) if how == "read elsewhere" else (total,)
+    (chain,) = find_chains(built.returning(*outputs))
+    assert chain.nodes == (conv,) and chain.chain.links[0].residual is None
 
 
 @native_only

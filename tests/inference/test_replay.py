@@ -112,6 +112,38 @@ def test_branches_views_and_several_outputs() -> None:
         torch.testing.assert_close(got[key], value, rtol=1e-5, atol=1e-5)
 
 
+class Block(nn.Module):
+    """A ResNet's block; ``wide`` has a convolution in its short cut."""
+
+    def __init__(self, wide: bool) -> None:
+        super().__init__()
+        c_in, stride = (16, 2) if wide else (32, 1)
+        self.relu = nn.ReLU()
+        self.first = nn.Conv2d(c_in, 24, 3, stride, 1)
+        self.second = nn.Conv2d(24, 32, 1)
+        self.short_cut = nn.Conv2d(c_in, 32, 1, stride) if wide else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.second(self.relu(self.first(x)))
+        return self.relu(y + self.short_cut(x))
+
+
+@pytest.mark.parametrize(("n", "block"), [(1, (16, 1)), (3, (8, 1)), (35, (16, 1)), (20, (1, 1))])
+def test_a_residual_network_is_one_native_call(n: int, block: tuple[int, int]) -> None:
+    """Channels last, images innermost with a rest, and blocks that know images innermost alone."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), Block(True), Block(False), Block(False))
+    sk.finalize_(sk.prune_(model, 0.5, block, layers=[n for n, m in model.named_modules() if type(m) is nn.Conv2d]))
+    fast = sk.convert(model.eval(), policy=sk.Policy(min_speedup=0, measure=False))
+    replay = Replay(fast, images(n))
+    assert len(replay._steps) == 1
+    x = images(n, seed=5)
+    with torch.no_grad():
+        torch.testing.assert_close(replay(x), model(x), rtol=1e-4, atol=1e-4)
+        x[0, 0, 3, 3] = torch.nan
+        torch.testing.assert_close(replay(x), model(x), rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
 class Chunks(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         a, b = torch.relu(x).chunk(2, dim=1)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-_POINTERS = ("x", "y", "bias", "weights", "channels", "tap_ptr", "offsets")
+_POINTERS = ("x", "y", "bias", "weights", "channels", "tap_ptr", "offsets", "residual")
 _INT64 = ("n", "h", "w", "c_in", "c_out", "p", "q")
 
 
@@ -26,6 +26,7 @@ class Conv2dArguments(NamedTuple):
         channels: address of the entries' input channels.
         tap_ptr: address of the first entry of every strip and tap.
         offsets: address of the entries' distances in x.
+        residual: address of what is added in front of the ReLU.
         n: images.
         h: input height.
         w: input width.
@@ -54,6 +55,7 @@ class Conv2dArguments(NamedTuple):
     channels: int = 0
     tap_ptr: int = 0
     offsets: int = 0
+    residual: int = 0
     n: int = 0
     h: int = 0
     w: int = 0

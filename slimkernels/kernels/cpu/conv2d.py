@@ -306,7 +306,9 @@ class PackedConv2d:
         module.entry_offsets(members, offsets.data_ptr(), offsets.numel())
         return offsets
 
-    def step(self, x: Tensor, y: Tensor, bias: Tensor | None, n: int, offsets: Tensor) -> Step:
+    def step(
+        self, x: Tensor, y: Tensor, bias: Tensor | None, n: int, offsets: Tensor, residual: Tensor | None = None
+    ) -> Step:
         """The convolution of x into y as one of `Steps`.
 
         Args:
@@ -316,6 +318,8 @@ class PackedConv2d:
             bias: ``(C_out,)`` or None.
             n: images, or rows.
             offsets: `entry_offsets` for the width and the lanes of x.
+            residual: added to the sums in front of the ReLU; laid out like y, in memory that does not overlap it. Not
+                with pooling.
 
         Raises:
             ValueError: tensors of another shape, dtype or layout. TypeError: a bias of another dtype.
@@ -344,10 +348,13 @@ class PackedConv2d:
         ):
             got = f"{tuple(x.shape)} and {tuple(y.shape)}"
             raise ValueError(f"{self._op}: expected float32 x and y that fit this weight and {n} images, got {got}")
+        if residual is not None and (self._pool or residual.shape != y.shape or not is_dense(residual)):
+            got = f"{tuple(residual.shape)} for {tuple(y.shape)}, pooling {self._pool}"
+            raise ValueError(f"{self._op}: expected a float32 residual laid out like y and no pooling, got {got}")
         self._check_for_writes()
         bias = None if bias is None else readable_bias(self._op, bias, self.c_out)
-        arguments = self._arguments(x, y, bias, offsets, n, h, w, p, q, lanes)
-        return Step(CONV2D, arguments, (self, x, y, bias, offsets))
+        arguments = self._arguments(x, y, bias, offsets, n, h, w, p, q, lanes)._replace(residual=address(residual))
+        return Step(CONV2D, arguments, (self, x, y, bias, offsets, residual))
 
 
 _UNIT = (1, 1)
