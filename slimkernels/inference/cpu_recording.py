@@ -1,4 +1,4 @@
-"""A captured graph as a list of calls on fixed memory: ``sample -> find_chains -> lifetimes -> place -> bind``."""
+"""A captured graph as calls on fixed memory: ``sample -> find_chains -> in_fastest_forms -> lifetimes -> place -> bind``."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ from torch import Tensor
 from torch.fx import Node
 from torch.utils import _pytree
 
+from slimkernels.inference.chain_forms import ModuleByModule, in_fastest_forms
 from slimkernels.inference.concurrency import conflict
 from slimkernels.inference.cpu_passes import GraphChain, find_chains, lifetimes
 from slimkernels.inference.inputs import tensors
 from slimkernels.inference.memory import Placement, copy_side_by_side, huge_pages, place
+from slimkernels.inference.native_chain import Form
+from slimkernels.inference.native_layers import images_or_rows, laid_out
 from slimkernels.inference.sampled_graph import SampledGraph, sample, values_of_arguments
 from slimkernels.kernels.cpu.steps import Step, Steps
 
@@ -32,6 +35,7 @@ class Recording:
         outputs: where the steps write; an output that is no tensor stands here as it is.
         workspace_bytes: memory of the intermediate tensors.
         weight_bytes: memory of the packed weights.
+        chains: of each chain of native layers its number of layers and its form, in order.
     """
 
     steps: list[Callable[[], Any]]
@@ -40,16 +44,25 @@ class Recording:
     outputs: list[Any]
     workspace_bytes: int
     weight_bytes: int
+    chains: list[tuple[int, str]]
 
 
-def record(program: Any, inputs: Sequence[Tensor]) -> Recording:
-    """Records what `torch.export` captured, for inputs as these."""
+def record(program: Any, inputs: Sequence[Tensor], measure: bool = True) -> Recording:
+    """Records what `torch.export` captured, for inputs as these.
+
+    Args:
+        program: what was captured.
+        inputs: values of its inputs.
+        measure: take the fastest form of each chain by measurement.
+    """
     signature = program.graph_signature
     stored = dict(program.state_dict) | dict(program.constants)
     names = signature.inputs_to_parameters, signature.inputs_to_buffers, signature.inputs_to_lifted_tensor_constants
     constants = {name: stored[target].detach() for kind in names for name, target in kind.items()}
     graph = sample(program.graph, dict(zip(signature.user_inputs, inputs, strict=True)), constants)
     chains = find_chains(graph)
+    if measure:
+        chains = in_fastest_forms(graph, chains)
     placement = place(lifetimes(graph, chains))
     return bind(graph, chains, placement)
 
@@ -99,7 +112,8 @@ def bind(graph: SampledGraph, chains: Sequence[GraphChain], placement: Placement
                 values[node] = _pytree.tree_map_only(Tensor, torch.empty_like, sampled)
                 calls.add(_ops_step(node.target, args, kwargs, tensors(values[node])))
     calls.flush()
-    return Recording(calls.steps, calls.count, inputs, outputs, placement.nbytes, weight_bytes)
+    forms = [(len(found.chain.links), found.chain.form.value) for found in chains]
+    return Recording(calls.steps, calls.count, inputs, outputs, placement.nbytes, weight_bytes, forms)
 
 
 class _Calls:
@@ -165,13 +179,13 @@ def _tensor_in(memory: Tensor, like: Tensor) -> Tensor:
 def _in_layout_of_readers(node: Node, chains: Sequence[GraphChain], value: Tensor) -> Tensor:
     """An input's value in the layout that the chain wants which reads it, if nothing else reads it."""
     readers = {reader: found for found in chains if node in found.sources for reader in found.readers}
-    wanted = {
-        _layout(readers[user].images_in[readers[user].sources.index(node)])
-        if user in readers
-        else torch.preserve_format
-        for user in node.users
-    }
+    wanted = {_layout(readers[user], node) if user in readers else torch.preserve_format for user in node.users}
     return torch.empty_like(value, memory_format=wanted.pop()) if len(wanted) == 1 else value
+
+
+def _layout(found: GraphChain, node: Node) -> torch.memory_format:
+    """How a chain wants what it reads of a node."""
+    return torch.channels_last if found.images_in[found.sources.index(node)] else torch.contiguous_format
 
 
 def _add_chain(calls: _Calls, found: GraphChain, values: Mapping[Node, Tensor], memory: Mapping[Any, Tensor]) -> None:
@@ -180,33 +194,20 @@ def _add_chain(calls: _Calls, found: GraphChain, values: Mapping[Node, Tensor], 
     inputs = []
     for node, images in zip(found.sources, found.images_in):
         x = values[node]
-        source = _laid_out(x, images)
+        source = laid_out(x, images)
         if source is not x:
             calls.add(partial(source.copy_, x))
-        inputs.append(_images_or_rows(source, images))
+        inputs.append(images_or_rows(source, images))
     y = values[tail]
-    target = _laid_out(y, found.images_out)
+    target = laid_out(y, found.images_out)
     parts = {name: memory[tail, name] for name in chain.lifetimes(0)}
-    steps = chain.steps(inputs, _images_or_rows(target, found.images_out), parts)
-    calls.add_native(chain.layers[0].isa, steps)
+    output = images_or_rows(target, found.images_out)
+    if chain.form is Form.MODULES:
+        calls.add(ModuleByModule(chain, inputs, output), len(chain.links))
+    else:
+        calls.add_native(chain.layers[0].isa, chain.steps(inputs, output, parts))
     if target is not y:
         calls.add(partial(y.copy_, target))
-
-
-def _layout(images: bool) -> torch.memory_format:
-    """How the images or rows of a native node lie."""
-    return torch.channels_last if images else torch.contiguous_format
-
-
-def _laid_out(tensor: Tensor, images: bool) -> Tensor:
-    """The tensor if it lies as native layers want their images or rows, else a new one that does."""
-    layout = _layout(images)
-    return tensor if tensor.is_contiguous(memory_format=layout) else torch.empty_like(tensor, memory_format=layout)
-
-
-def _images_or_rows(tensor: Tensor, images: bool) -> Tensor:
-    """The tensor as native layers take it: images for a convolution, ``(n, channels)`` for all others."""
-    return tensor if images else tensor.view(-1, tensor.shape[-1])
 
 
 def _op_step(target: Any, args: Any, kwargs: Any, out: Tensor) -> Callable[[], Any]:

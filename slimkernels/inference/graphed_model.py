@@ -191,6 +191,7 @@ def graphed(
     warm_up_calls: int = 3,
     copy_outputs: bool = True,
     other_shapes: str = "pad",
+    measure: bool = True,
 ) -> GraphedModel:
     """Records a model's inference on static shapes and returns a callable that replays it.
 
@@ -213,6 +214,8 @@ def graphed(
             the next recorded one, where the first such call shows that the model then computes the same; all else runs
             on the model itself. ``run``: everything else runs on the model itself. ``raise``: ValueError. The first
             time, a warning says what happens.
+        measure: on the CPU, time each chain of native layers in its possible forms, the way of the modules among them,
+            and take the fastest, as `slimkernels.inference.Replay` says; its ``repr`` lists the forms.
 
     Raises:
         ValueError: a model in training mode or that cannot be recorded; no example inputs; another ``other_shapes``.
@@ -236,5 +239,5 @@ def graphed(
         elif kwargs:
             raise TypeError(f"graphed: expected positional example inputs on the CPU, got keywords {sorted(kwargs)}")
         else:
-            recordings[key] = Replay(model, args, copy_outputs=copy_outputs)
+            recordings[key] = Replay(model, args, copy_outputs=copy_outputs, measure=measure)
     return GraphedModel(model, device, recordings, other_shapes)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import Enum
 from functools import cached_property
 from itertools import islice
 from typing import NamedTuple
@@ -19,60 +20,32 @@ from torch import Tensor
 
 from slimkernels.inference.memory import Lifetime, Placement, place, whole_lines
 from slimkernels.inference.native_layers import NativeLayer
+from slimkernels.inference.pieces import FULL_ENOUGH, Piece, image_by_image, pieces
 from slimkernels.kernels.cpu.steps import Step, images_innermost, layout_step
 from slimkernels.kernels.packs import StripPack
 from slimkernels.kernels.problems import LANES
 
-# Share of a vector's images that must be there: below it, half-empty vectors cost more than the other layout.
-_FULL_ENOUGH = 0.75
 # Multiply-adds per copied element below which the two copies cost more than the layout saves.
 _MACS_PER_COPY = 150
+# Bytes of a batch's activations around one layer above which they come from memory layer after layer, so that a chain
+# rather takes image by image. A third-level cache of 16 MB holds less beside the weights.
+_BYTES_IN_CACHE = 12 << 20
 
 
-class Piece(NamedTuple):
-    """The images from ``start`` to ``start + count`` of a batch, and how they run.
+class Form(Enum):
+    """How a chain runs its layers.
 
     Attributes:
-        lanes: the number of images that lie innermost; 1 means channels last.
-        slot: pieces with different slots from 0 on run at the same time, each on one thread. A piece with slot -1 runs
-            on all threads.
+        VECTORS: piece by piece with a vector of images innermost.
+        WHOLE: the whole batch layer by layer, channels last.
+        IMAGES: image by image through all layers, channels last.
+        MODULES: as the modules do: a native call for each layer, into new memory.
     """
 
-    start: int
-    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody asks a piece for
-    lanes: int
-    slot: int
-
-    @property
-    def padded_count(self) -> int:
-        """Images that memory is needed for: the last vector of images may not be full."""
-        return -(-self.count // self.lanes) * self.lanes
-
-
-def pieces(n: int, lanes: int, threads: int, full_enough: float = _FULL_ENOUGH) -> list[Piece]:
-    """A batch in pieces: a vector of images for every thread as long as there are enough, then the rest.
-
-    A piece that runs on one thread needs no barriers, and its data stays on one core. If the last images do not nearly
-    fill a vector, they run channels last.
-
-    Args:
-        n: the number of images.
-        lanes: the number of images in a vector; 1 keeps the batch whole and channels last.
-        threads: the number of threads.
-        full_enough: the share of a vector that the last images must fill to become one; 0 if they always have to.
-    """
-    if lanes == 1:
-        return [Piece(0, n, 1, -1)]
-    rest = n % lanes
-    vectors = n // lanes + (rest > 0 and rest >= full_enough * lanes)
-    covered = min(vectors * lanes, n)  # images in vectors; the others run channels last
-    one_thread_each = vectors // threads * threads if threads > 1 else 0
-    cut = [Piece(i * lanes, min(lanes, n - i * lanes), lanes, i % threads) for i in range(one_thread_each)]
-    # Several vectors a piece give many threads enough to do in the smallest layers.
-    together = -(-threads // 2)
-    for i in range(one_thread_each, vectors, together):
-        cut.append(Piece(i * lanes, min(together * lanes, covered - i * lanes), lanes, -1))
-    return cut if covered == n else [*cut, Piece(covered, n - covered, 1, -1)]
+    VECTORS = "vectors of images"
+    WHOLE = "whole batch"
+    IMAGES = "image by image"
+    MODULES = "module by module"
 
 
 @dataclass(frozen=True)
@@ -120,15 +93,19 @@ class Chain:
             (1: channels last).
         pieces: how the batch is cut.
         activations: None stands for inputs that are read, and an output that is written, as they lie.
+        form: how the layers run.
     """
 
     links: tuple[Link, ...]
     offsets: tuple[dict[int, Tensor], ...]
     pieces: tuple[Piece, ...]
     activations: tuple[_Activation | None, ...]
+    form: Form
 
     @classmethod
-    def of(cls, links: Sequence[Link], n: int, inputs: Sequence[tuple[int, int, int]]) -> Chain:
+    def of(
+        cls, links: Sequence[Link], n: int, inputs: Sequence[tuple[int, int, int]], form: Form | None = None
+    ) -> Chain:
         """The chain for n images.
 
         It is cut for the number of threads that torch uses now, and can be run with another one.
@@ -137,23 +114,28 @@ class Chain:
             links: the layers, in the order in which they run.
             n: the number of images.
             inputs: channels, height and width of each input (rows are images of 1 x 1 pixel).
+            form: one of `forms`; None takes the first of them.
         """
-        sizes = list(inputs)
-        for link in links:
-            sizes.append((link.layer.conv.c_out, *link.layer.output_size(*sizes[link.source][1:])))
-        narrow = any(link.layer.conv.narrow for link in links)
-        lanes = LANES[links[0].layer.isa] if narrow or _is_faster_innermost(links, n, sizes) else 1
-        cut = pieces(n, lanes, torch.get_num_threads(), 0.0 if narrow else _FULL_ENOUGH)
-        used = {piece.lanes for piece in cut}
+        form, sizes = form or forms(links, n, inputs)[0], activation_sizes(links, inputs)
+        threads = torch.get_num_threads()
+        if form is Form.IMAGES:
+            cut = image_by_image(n, threads)
+        elif form is Form.VECTORS:
+            full_enough = 0.0 if any(link.layer.conv.narrow for link in links) else FULL_ENOUGH
+            cut = pieces(n, LANES[links[0].layer.isa], threads, full_enough)
+        else:
+            cut = pieces(n, 1, threads)
+        used = {piece.lanes for piece in cut} if form is not Form.MODULES else set()
         offsets = [{k: layer.conv.entry_offsets(sizes[source][2], k) for k in used} for layer, source, _ in links]
         activations: list[_Activation | None] = []
         for i, (c, p, q) in enumerate(sizes):
             # Pieces that lie channels last read the chain's inputs and write its output themselves.
             at_an_end = i < len(inputs) or i == len(sizes) - 1
             images = [piece.padded_count for piece in cut if piece.lanes > 1 or not at_an_end]
+            images = [] if form is Form.MODULES else images
             nbytes = whole_lines(4 * max(images, default=0) * c * p * q)
             activations.append(_Activation(c, p, q, nbytes) if images else None)
-        return cls(tuple(links), tuple(offsets), tuple(cut), tuple(activations))
+        return cls(tuple(links), tuple(offsets), tuple(cut), tuple(activations), form)
 
     @property
     def layers(self) -> list[NativeLayer]:
@@ -178,7 +160,8 @@ class Chain:
 
     def input_read_until(self, which: int) -> int:
         """The tick in which an input is read last. Where the batch is cut, the last piece may read it at any time."""
-        return self._read_until(which) if len(self.pieces) == 1 else self.ticks - 1
+        in_order = len(self.pieces) == 1 and self.form is not Form.MODULES
+        return self._read_until(which) if in_order else self.ticks - 1
 
     @property
     def output_written_from(self) -> int:
@@ -280,6 +263,35 @@ class Chain:
         return memory[: math.prod(channels_last)].view(channels_last).permute(0, 3, 1, 2)
 
 
+def forms(links: Sequence[Link], n: int, inputs: Sequence[tuple[int, int, int]]) -> list[Form]:
+    """The forms that a chain may take for n images, the one first that is taken unless another is measured faster."""
+    sizes = activation_sizes(links, inputs)
+    if any(link.layer.conv.narrow for link in links):
+        return [Form.VECTORS, Form.MODULES]
+    if _is_faster_innermost(links, n, sizes):
+        return [Form.VECTORS, Form.WHOLE, Form.MODULES]
+    if n < max(2, torch.get_num_threads()):
+        return [Form.WHOLE, Form.MODULES]
+    found = [Form.WHOLE, Form.IMAGES, Form.MODULES]
+    if n * _bytes_around_a_layer(links, sizes) > _BYTES_IN_CACHE:
+        found[:2] = found[1::-1]
+    return found
+
+
+def activation_sizes(links: Sequence[Link], inputs: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """Channels, height and width of the activations of a chain with these inputs."""
+    sizes = list(inputs)
+    for link in links:
+        sizes.append((link.layer.conv.c_out, *link.layer.output_size(*sizes[link.source][1:])))
+    return sizes
+
+
+def _bytes_around_a_layer(links: Sequence[Link], sizes: Sequence[tuple[int, int, int]]) -> int:
+    """The most bytes of one image that a layer reads and writes."""
+    first = len(sizes) - len(links)
+    return max(4 * sum(math.prod(sizes[a]) for a in (*link.reads, first + i)) for i, link in enumerate(links))
+
+
 def _is_faster_innermost(links: Sequence[Link], n: int, sizes: Sequence[tuple[int, int, int]]) -> bool:
     """Whether images innermost save more than the copies at both ends cost.
 
@@ -289,7 +301,7 @@ def _is_faster_innermost(links: Sequence[Link], n: int, sizes: Sequence[tuple[in
     lanes = LANES[links[0].layer.isa]
     inputs = len(sizes) - len(links)
     copied = sum(c * h * w for c, h, w in (*sizes[:inputs], sizes[-1]))
-    if n < _FULL_ENOUGH * lanes or _macs(links, sizes) < _MACS_PER_COPY * copied:
+    if n < FULL_ENOUGH * lanes or _macs(links, sizes) < _MACS_PER_COPY * copied:
         return False
     return all(layer.conv.takes_images_innermost(*sizes[source][1:]) for layer, source, _ in links)
 

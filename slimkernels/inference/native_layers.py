@@ -56,6 +56,17 @@ def reads_images(target: Any) -> bool:
     return target in (_OPS.bsr_conv2d.default, _OPS.low_rank_conv2d.default)
 
 
+def laid_out(tensor: Tensor, images: bool) -> Tensor:
+    """The tensor if it lies as native layers want their images or rows, else a new one that does."""
+    layout = torch.channels_last if images else torch.contiguous_format
+    return tensor if tensor.is_contiguous(memory_format=layout) else torch.empty_like(tensor, memory_format=layout)
+
+
+def images_or_rows(tensor: Tensor, images: bool) -> Tensor:
+    """The tensor as native layers take it: images for a convolution, ``(n, channels)`` for all others."""
+    return tensor if images else tensor.view(-1, tensor.shape[-1])
+
+
 def native_layers(target: Any, args: Sequence[Any]) -> list[NativeLayer]:
     """The native layers of an op call, in the order in which they run; none where it takes another kernel.
 

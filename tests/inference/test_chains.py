@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import slimkernels as sk
 from slimkernels.inference import Replay
 from slimkernels.inference import native_chain as chains
-from slimkernels.inference.native_chain import Piece, pieces
+from slimkernels.inference.pieces import Piece, pieces
 from slimkernels.kernels.cpu.library import unavailable_reason
 from slimkernels.kernels.problems import LANES
 

@@ -54,8 +54,9 @@ PACKAGES = {
         "__init__",
     ),
     "inference": (
-        "__init__", "graphed_model, onnx_export", "cuda_graph, cpu_replay, warming", "cpu_recording", "cpu_passes",
-        "native_chain, native_nodes", "native_layers, memory, concurrency, sampled_graph", "inputs, batches",
+        "__init__", "graphed_model, onnx_export", "cuda_graph, cpu_replay, warming", "cpu_recording", "chain_forms",
+        "cpu_passes", "native_chain, native_nodes", "native_layers, memory, concurrency, sampled_graph",
+        "inputs, batches, pieces",
     ),
     "dispatch": (
         "select", "tables, fused_cost", "break_even, cpu_cost, devices, gpu_cost", "gpu_dense_cost", "gpu_prediction",
