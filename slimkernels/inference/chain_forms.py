@@ -74,11 +74,12 @@ def _fastest(graph: SampledGraph, found: GraphChain) -> Chain:
         x = graph.values[node]
         inputs.append(images_or_rows(laid_out(x, images).copy_(x), images))
     y = images_or_rows(torch.empty_like(laid_out(graph.values[found.nodes[-1]], found.images_out)), found.images_out)
-    first = _runs(chain, inputs, y)
-    if _is_short(first):
-        return chain
     n, sizes = inputs[0].shape[0], [tuple(_as_images(x).shape[1:]) for x in inputs]
-    candidates = [chain, *(Chain.of(chain.links, n, sizes, form) for form in forms(chain.links, n, sizes)[1:])]
+    others = forms(chain.links, n, sizes)[1:]
+    first = _runs(chain, inputs, y)
+    if not others or _is_short(first):
+        return chain
+    candidates = [chain, *(Chain.of(chain.links, n, sizes, form) for form in others)]
     runs = [first, *(_runs(other, inputs, y) for other in candidates[1:])]
     seconds = typical_seconds(runs, device="cpu", repeats=_ROUNDS, budget_s=_BUDGET_S)
     return candidates[faster(seconds)]

@@ -1,4 +1,7 @@
-"""A captured graph as calls on fixed memory: ``sample -> find_chains -> in_fastest_forms -> lifetimes -> place -> bind``."""
+"""A captured graph as calls on fixed memory.
+
+``sample -> find_chains -> in_fastest_forms -> lifetimes -> place -> bind``.
+"""
 
 from __future__ import annotations
 

@@ -35,9 +35,9 @@ class Replay:
         copy_outputs: return copies. Without, a call returns the workspace, which the next call overwrites.
         measure: time each chain of native layers in its possible forms, the way of the modules among them, and take
             the fastest where the difference exceeds the spread of the times; some tenths of a second a chain, none for
-            a chain below a millisecond. Off, the sizes of the layers decide. The forms add up in one order, and so the
-            outputs are the same to the last bit; those of blocks lower than 8 channels, whose small tiles have several
-            accumulators, may differ in the last bits.
+            a chain below a millisecond. Off, the sizes of the layers decide. A recording computes the same in every
+            call. Two recordings whose forms differ may differ in the last bits, since small tiles of pixels have
+            several accumulators: switch the measuring off where that matters.
 
     Attributes:
         calls: the number of kernel calls of one run.

@@ -62,7 +62,7 @@ class RandomNet(nn.Module):
         return [head(rows) for head in self.heads] + [conv(x) for conv in self.spatial]
 
 
-def recorded_and_run(seed: int, monkeypatch: pytest.MonkeyPatch) -> int:
+def recorded_and_run(seed: int, monkeypatch: pytest.MonkeyPatch, batch: int | None = None) -> int:
     """A random net recorded and run with random delays computes what the model does; the pairs that ran together."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
@@ -74,7 +74,7 @@ def recorded_and_run(seed: int, monkeypatch: pytest.MonkeyPatch) -> int:
     layers = [name for name, m in net.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     sk.finalize_(sk.prune_(net, 0.5, (16, 1), layers=layers))
     fast = sk.convert(net.eval(), policy=sk.Policy(min_speedup=0, dense_layers=False))
-    batch = LANES[isa] * threads * rng.choice((1, 1, 2)) + rng.choice((0, 0, 0, 3))
+    batch = batch or LANES[isa] * threads * rng.choice((1, 1, 2)) + rng.choice((0, 0, 0, 3))
     seeds, pairs = itertools.count(1000 * seed + 1), []
 
     def delayed(self: native.Steps) -> None:
@@ -101,6 +101,12 @@ def recorded_and_run(seed: int, monkeypatch: pytest.MonkeyPatch) -> int:
 def test_delayed_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     together = [recorded_and_run(seed, monkeypatch) for seed in range(6)]
     assert sum(count > 0 for count in together) > 3, "the nets run on threads of their own"
+
+
+@pytest.mark.parametrize("batch", [2, 4, 7])
+def test_delayed_threads_change_nothing_image_by_image(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chains, "forms", lambda *_: [chains.Form.IMAGES])
+    assert sum(recorded_and_run(seed, monkeypatch, batch) for seed in (2, 3)) > 0, "images run on threads of their own"
 
 
 @pytest.mark.slow

@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import slimkernels as sk
-from slimkernels.inference import Replay
+from slimkernels.conversion.spread import Seconds
+from slimkernels.inference import Replay, chain_forms
 from slimkernels.inference import native_chain as chains
-from slimkernels.inference.pieces import Piece, pieces
+from slimkernels.inference.native_chain import Form
+from slimkernels.inference.pieces import Piece, image_by_image, pieces
 from slimkernels.kernels.cpu.library import unavailable_reason
 from slimkernels.kernels.problems import LANES
 
@@ -41,6 +43,109 @@ def test_pieces_by_value() -> None:
     assert pieces(45, 16, 2) == [Piece(0, 16, 16, 0), Piece(16, 16, 16, 1), Piece(32, 13, 16, -1)]
     assert pieces(48, 16, 8) == [Piece(0, 48, 16, -1)]
     assert pieces(100, 1, 2) == [Piece(0, 100, 1, -1)]
+
+
+@given(st.integers(1, 200), st.integers(1, 9))
+@settings(max_examples=100, deadline=None)
+def test_single_images_cover_the_batch_once(n: int, threads: int) -> None:
+    cut = image_by_image(n, threads)
+    assert [(p.start, p.count, p.lanes) for p in cut] == [(i, 1, 1) for i in range(n)]
+    # Every slot has as many images, and those that all threads share come last.
+    alone = [p.slot for p in cut if p.slot >= 0]
+    assert [p.slot for p in cut[: len(alone)]] == alone and n - len(alone) < max(threads, n * (threads == 1) + 1)
+    assert len({alone.count(slot) for slot in range(threads)}) == 1
+
+
+class Joined(nn.Module):
+    """A residual, a ReLU that several layers share, pooling, and rows at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.short_cut, self.last, self.relu = nn.Conv2d(16, 16, 1), nn.Linear(16, 24), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.first(x))
+        x = self.relu(self.second(x) + self.short_cut(x)) + x
+        return self.last(x.permute(0, 2, 3, 1))
+
+
+def joined() -> nn.Module:
+    torch.manual_seed(0)
+    model = Joined()
+    sk.finalize_(sk.prune_(model, 0.5, (16, 1), layers=["first", "second", "short_cut", "last"]))
+    return sk.convert(model.eval(), policy=sk.Policy(min_speedup=0, measure=False))
+
+
+def test_the_first_form_follows_from_the_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Image by image where the batch does not fit the caches; vectors of images where they fill up."""
+    monkeypatch.setenv("SLIMKERNELS_ISA", ISAS[-1])
+    torch.set_num_threads(2)
+    fast = joined()
+
+    def form(n: int) -> str:
+        """Of the chain of the second layer and its short cut, which reads, adds and writes 16 channels."""
+        return Replay(fast, torch.randn(n, 3, 6, 6), measure=False).chains[1][1]
+
+    monkeypatch.setattr(chains, "_BYTES_IN_CACHE", 3 * 4 * 6 * 6 * (16 + 16 + 16))
+    assert [form(n) for n in (1, 3, 4)] == ["whole batch", "whole batch", "image by image"]
+    monkeypatch.setattr(chains, "_MACS_PER_COPY", 0)
+    assert form(LANES[ISAS[-1]]) == "vectors of images"
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_every_form_computes_the_same(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, x, found = joined(), torch.randn(n, 3, 6, 6), []
+    for form in Form:
+        torch.set_num_threads(2)
+        monkeypatch.setattr(chains, "forms", lambda *_, form=form: [form])
+        replay = Replay(fast, torch.randn(n, 3, 6, 6), measure=False)
+        assert {name for _, name in replay.chains} == {form.value} and form.value in repr(replay)
+        found.append(replay(x))
+        torch.set_num_threads(1)
+        assert torch.equal(replay(x), found[-1]), "whatever the number of threads"
+    with torch.no_grad():
+        want = fast(x)
+    for got in found:
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_another_form_is_taken_only_where_it_is_surely_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    steady, noisy = Seconds([1.0, 1.01, 1.0, 1.02, 1.0]), Seconds([1.0, 3.0, 0.7, 2.0, 1.4])
+    slower, little, much = Seconds([1.5] * 5), Seconds([0.98] * 5), Seconds([0.8] * 5)
+    assert chain_forms.faster([steady, slower, little]) == 0
+    assert chain_forms.faster([steady, slower, much]) == 2
+    assert chain_forms.faster([noisy, Seconds([0.95, 2.0, 0.75, 1.9, 1.2]), slower]) == 0
+    assert chain_forms.faster([steady, much, Seconds([0.5] * 5), little]) == 2
+
+
+def test_measured_forms_are_kept_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that calls the modules' way twice as fast, then one that calls it twice as slow."""
+    fast, x = joined(), torch.randn(4, 3, 6, 6)
+    torch.set_num_threads(2)
+    asked: list[int] = []
+
+    def clock(times: float):
+        def seconds(runs, **_) -> list[float]:
+            asked.append(len(runs))
+            return [times if isinstance(run, chain_forms.ModuleByModule) else 1.0 for run in runs]
+
+        return seconds
+
+    monkeypatch.setattr(chain_forms, "typical_seconds", clock(0.5))
+    monkeypatch.setattr(chain_forms, "_SHORTEST_MEASURED_S", 1e9)
+    usual = Replay(fast, x)
+    assert asked == [], "too short to measure"
+    monkeypatch.setattr(chain_forms, "_SHORTEST_MEASURED_S", 0.0)
+    as_modules = Replay(fast, x)
+    assert len(asked) == len(usual.chains) and {form for _, form in as_modules.chains} == {"module by module"}
+    monkeypatch.setattr(chain_forms, "typical_seconds", clock(2.0))
+    assert Replay(fast, x).chains == usual.chains
+    asked.clear()
+    assert Replay(fast, x, measure=False).chains == usual.chains
+    assert repr(sk.graphed(fast, x, measure=False)).count("whole batch") == 1 and asked == []
+    with torch.no_grad():
+        torch.testing.assert_close(as_modules(x), fast(x), rtol=1e-4, atol=1e-4)
 
 
 def net() -> nn.Module:
