@@ -109,42 +109,68 @@ inline void run_alone(const PlannedStep& step, float* scratch) {
   for (int64_t unit = 0; unit < units; ++unit) step.run(unit, scratch);
 }
 
-// This thread's part of a step that the team shares. The units are cut into equal shares, one for each thread, in
-// order: neighbouring units read the same input, and the same share of the next layer reads this one's output, so most
-// data stays in its core's cache.
+// Runs what nobody has begun of one thread's share of a step.
+inline void run_share(const PlannedStep& step, Share* shares, int owner, int team, Progress& progress, float* scratch) {
+  const int64_t first = step.units() * owner / team, end = step.units() * (owner + 1) / team;
+  int64_t count = 0;
+  for (int64_t unit; first + (unit = take(shares[owner])) < end; ++count) step.run(first + unit, scratch);
+  progress.add(count);
+}
+
+// This thread's part of a step that the team shares, until the step is done. The units are cut into equal shares, one
+// for each thread, in order: neighbouring units read the same input, and the same share of the next layer reads this
+// one's output, so most data stays in its core's cache.
 //
 // In a large step a thread that is done takes units from the others. The data of such a unit changes cores, and does so
-// again in the next layer, which costs more than the imbalance of a small step.
-inline void run_together(const PlannedStep& step, Share* shares, int thread, int team, float* scratch) {
+// again in the next layer, which costs more than the imbalance of a small step: there it does so only after a long
+// wait.
+inline void run_together(const PlannedStep& step, Share* shares, int thread, int team, Progress& progress,
+                         float* scratch) {
   constexpr int64_t MIN_MACS_TO_STEAL = 8000000;
-  const int64_t units = step.units();
-  const int owners = step.macs() >= MIN_MACS_TO_STEAL ? team : 1;
-  for (int i = 0; i < owners; ++i) {
-    const int owner = (thread + i) % team;
-    const int64_t first = units * owner / team, end = units * (owner + 1) / team;
-    for (int64_t unit; first + (unit = take(shares[owner])) < end;) step.run(first + unit, scratch);
-  }
+  const auto run_others = [&] {
+    for (int i = 1; i < team; ++i) run_share(step, shares, (thread + i) % team, team, progress, scratch);
+  };
+  run_share(step, shares, thread, team, progress, scratch);
+  if (step.macs() >= MIN_MACS_TO_STEAL) run_others();
+  progress.wait(step.units(), run_others);
+}
+
+// Consecutive steps with slots, until all are done. Those of the slots that belong to a thread run on it in order,
+// unless another thread, after a long wait, finds that they have not been begun.
+inline void run_slots(const PlannedStep* steps, int64_t count, Share* shares, int thread, int team, Progress& progress,
+                      float* scratch, int64_t first, uint32_t seed) {
+  const auto run_slots_of = [&](int owner) {
+    if (take(shares[owner]) != 0) return;
+    int64_t done = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      if (steps[i].slot % team != owner) continue;
+      delay(seed, first + i, thread);
+      run_alone(steps[i], scratch);
+      ++done;
+    }
+    progress.add(done);
+  };
+  run_slots_of(thread);
+  progress.wait(count, [&] {
+    for (int i = 1; i < team; ++i) run_slots_of((thread + i) % team);
+  });
 }
 
 // ---------------------------------------------------------------- all steps
 
-// One thread's part of all steps. Consecutive steps with a slot run on the slot's thread, without a barrier between
-// them.
-inline void run_team(const PlannedStep* steps, int64_t count, Share* shares, Barrier* barrier, int thread, int team,
+// One thread's part of all steps. `shares` has `team` of them for each step, `progress` one.
+inline void run_team(const PlannedStep* steps, int64_t count, Share* shares, Progress* progress, int thread, int team,
                      float* scratch, uint32_t seed) {
-  for (int64_t i = 0; i < count;) {
+  for (int64_t i = 0, end; i < count; i = end) {
+    Share* const own = shares + i * team;
+    end = i + 1;
     if (steps[i].slot < 0) {
       delay(seed, i, thread);
-      run_together(steps[i], shares + i * team, thread, team, scratch);
-      ++i;
+      run_together(steps[i], own, thread, team, progress[i], scratch);
     } else {
-      for (; i < count && steps[i].slot >= 0; ++i) {
-        if (steps[i].slot % team != thread) continue;
-        delay(seed, i, thread);
-        run_alone(steps[i], scratch);
-      }
+      while (end < count && steps[end].slot >= 0) ++end;
+      run_slots(steps + i, end - i, own, thread, team, progress[i], scratch, i, seed);
     }
-    if (i < count) barrier->wait(team);
   }
 }
 
@@ -156,23 +182,24 @@ inline int run_on_one_thread(const PlannedStep* steps, int64_t count, size_t scr
   return SLIM_OK;
 }
 
-// One parallel region for all steps: a barrier costs a fraction of a new region.
+// One parallel region for all steps: to wait for a step costs a fraction of a new region.
 inline int run_on_team(const PlannedStep* steps, int64_t count, int team, size_t scratch_bytes, uint32_t seed) {
-  // Memory is allocated before the region starts, because within it every thread must reach every barrier.
-  Barrier barrier = {0, 0, {}};
+  // Memory is allocated before the region starts, because within it every thread must do its part.
   Share* const shares = (Share*)calloc((size_t)(count * team), sizeof(Share));
+  Progress* const progress = (Progress*)calloc((size_t)count, sizeof(Progress));
   float* const scratch = scratch_bytes > 0 ? (float*)malloc(scratch_bytes * (size_t)team) : nullptr;
-  const bool failed = shares == nullptr || (scratch_bytes > 0 && scratch == nullptr);
+  const bool failed = shares == nullptr || progress == nullptr || (scratch_bytes > 0 && scratch == nullptr);
   if (!failed) {
 #pragma omp parallel num_threads(team)
     {
       // The team may come out smaller than asked for; shares are then cut for the smaller one.
       const int thread = omp_get_thread_num(), present = omp_get_num_threads();
       float* const own = scratch + scratch_bytes / sizeof(float) * (size_t)thread;
-      run_team(steps, count, shares, &barrier, thread, present, own, seed);
+      run_team(steps, count, shares, progress, thread, present, own, seed);
     }
   }
   free(scratch);
+  free(progress);
   free(shares);
   return failed ? SLIM_ERROR_NO_MEMORY : SLIM_OK;
 }

@@ -1,4 +1,4 @@
-// The threads that run a list of steps together: where they meet, and how they share the units of a step.
+// The threads that run a list of steps together: how they share the units of a step, and wait until it is done.
 #pragma once
 #include <sched.h>
 #include <stdint.h>
@@ -31,25 +31,30 @@ inline int64_t take(Share& share) {
   return unit;
 }
 
-// Where threads wait for each other. libgomp's barrier makes a system call each time. Here threads spin, and give their
-// core away when that takes long, since a thread that they wait for may have lost its core to another program.
-struct Barrier {
-  int arrived, generation;
-  char line[64 - 2 * sizeof(int)];
+// How much of a step is done, on a cache line of its own.
+struct Progress {
+  int64_t done;
+  char line[64 - sizeof(int64_t)];
 
-  void wait(int team) {
+  // What this thread has written is seen by all who find that so much is done.
+  void add(int64_t count) {
+    if (count > 0) __atomic_add_fetch(&done, count, __ATOMIC_ACQ_REL);
+  }
+
+  // Waits until all is done. Threads wait for work and not for each other: a thread that has lost its core to another
+  // program holds nobody up unless it is in the middle of a unit. They spin at first, since a system call takes longer
+  // than most waits. When that takes long, `help` runs what others have not begun, once, and then this thread gives
+  // its core away.
+  template <class Help>
+  void wait(int64_t all, Help help) {
     constexpr int SPINS = 5000;  // about 50 us on a CPU whose pause takes 40 cycles
-    const int before = __atomic_load_n(&generation, __ATOMIC_RELAXED);
-    if (__atomic_add_fetch(&arrived, 1, __ATOMIC_ACQ_REL) == team) {
-      __atomic_store_n(&arrived, 0, __ATOMIC_RELAXED);
-      __atomic_store_n(&generation, before + 1, __ATOMIC_RELEASE);
-      return;
-    }
-    for (int spins = 0; __atomic_load_n(&generation, __ATOMIC_ACQUIRE) == before; ++spins) {
-      if (spins < SPINS)
+    for (int spins = 0; __atomic_load_n(&done, __ATOMIC_ACQUIRE) < all; ++spins) {
+      if (spins < SPINS) {
         pause();
-      else
+      } else {
+        if (spins == SPINS) help();
         sched_yield();
+      }
     }
   }
 
