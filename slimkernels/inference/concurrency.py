@@ -13,7 +13,7 @@ def conflict(steps: Sequence[Step]) -> tuple[int, int] | None:
     """Two steps of one native call that may run at the same time while one writes bytes that the other touches.
 
     Steps with slots from 0 on that follow each other are not kept in order across slots (csrc/kernels.h). Inside a slot
-    they are, and a step with slot -1 has all threads meet before and after it.
+    they are, and a step with slot -1 begins when all before it is done, as do those behind it.
 
     Returns:
         The steps' positions, or None where everything may run.

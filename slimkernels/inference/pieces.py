@@ -31,7 +31,7 @@ class Piece(NamedTuple):
 def pieces(n: int, lanes: int, threads: int, full_enough: float = FULL_ENOUGH) -> list[Piece]:
     """A batch in pieces: a vector of images for every thread as long as there are enough, then the rest.
 
-    A piece that runs on one thread needs no waiting for other threads, and its data stays on one core. If the last images do not nearly
+    A piece that runs on one thread waits for no other, and its data stays on one core. If the last images do not nearly
     fill a vector, they run channels last.
 
     Args:
