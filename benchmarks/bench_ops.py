@@ -153,7 +153,7 @@ def test_images_innermost(
         torch.empty(native.images_innermost(n, layer.size, layer.size, c, isa)) for c in (layer.c_in, layer.c_out)
     )
     native.Steps(isa, [native.layout_step(x.contiguous(memory_format=torch.channels_last), inner, n)])()
-    run = native.Steps(isa, [conv.step(inner, outer, bias, n, conv.entry_offsets(layer.size, LANES[isa]))])
+    run = native.Steps(isa, [conv.step(inner, outer, bias, n, conv.entry_offsets(layer.size, layer.size, LANES[isa]))])
     dense = weight.to_dense().contiguous(memory_format=torch.channels_last)
     timings = race.run(run, {"eager conv2d + relu_": lambda: F.relu_(F.conv2d(x, dense, bias, padding=1))})
     expected = F.relu_(F.conv2d(x.double(), dense.double(), None if bias is None else bias.double(), padding=1))

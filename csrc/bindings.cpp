@@ -114,18 +114,29 @@ PyObject* conv2d_f32(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return PyLong_FromLong(status);
 }
 
+// What is wrong with a convolution that offsets are asked for.
+std::string offsets_fault(const std::array<int64_t, kMembers>& members, const SlimConv2dF32& a) {
+  const std::string fault = conv2d_fault(members.data(), a);
+  if (!fault.empty()) return fault;
+  const int64_t runs = (a.c_out + a.strip - 1) / a.strip * a.r * a.s;
+  bool rises = a.tap_ptr[0] == 0;
+  for (int64_t i = 0; i < runs && rises; ++i) rises = a.tap_ptr[i] <= a.tap_ptr[i + 1];
+  if (!rises) return "tap_ptr does not rise from 0";
+  return a.tap_ptr[runs] > 0 && (a.channels == nullptr || a.weights == nullptr) ? "channels or weights are NULL" : "";
+}
+
+int64_t entry_offsets_count(const std::array<int64_t, kMembers>& members) {
+  const SlimConv2dF32 a = struct_of<SlimConv2dF32>(members.data());
+  const std::string fault = offsets_fault(members, a);
+  if (!fault.empty()) throw py::value_error("entry_offsets_count: " + fault);
+  return slim_entry_offsets_count(&a);
+}
+
 void entry_offsets(const std::array<int64_t, kMembers>& members, uintptr_t offsets, int64_t count) {
   const SlimConv2dF32 a = struct_of<SlimConv2dF32>(members.data());
-  std::string fault = conv2d_fault(members.data(), a);
-  if (fault.empty()) {
-    const int64_t runs = (a.c_out + a.strip - 1) / a.strip * a.r * a.s;
-    bool rises = a.tap_ptr[0] == 0;
-    for (int64_t i = 0; i < runs && rises; ++i) rises = a.tap_ptr[i] <= a.tap_ptr[i + 1];
-    if (!rises)
-      fault = "tap_ptr does not rise from 0";
-    else if (count - SLIM_OFFSETS_MARGIN != a.tap_ptr[runs])
-      fault = "the offsets have room for " + std::to_string(count) + " numbers";
-  }
+  std::string fault = offsets_fault(members, a);
+  if (fault.empty() && count != slim_entry_offsets_count(&a))
+    fault = "the offsets have room for " + std::to_string(count) + " numbers";
   if (!fault.empty()) throw py::value_error("entry_offsets: " + fault);
   py::gil_scoped_release release;
   slim_entry_offsets(&a, pointer<int32_t>(offsets));
@@ -222,6 +233,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("multiply_adds_f32", &multiply_adds_f32,
         "(isa, iterations, threads) -> FLOPs done; 0 where the isa does not run.");
   m.def("conv2d_members", &conv2d_members, "(name, offset, size) in bytes of every member of SlimConv2dF32.");
+  m.def("entry_offsets_count", &entry_offsets_count, "(members of SlimConv2dF32 in order) -> numbers");
   m.def("entry_offsets", &entry_offsets, "(members of SlimConv2dF32 in order, address of the offsets, their number)");
   py::class_<Steps>(m, "Steps", "Recorded steps of kernels.h; the caller keeps their memory alive.")
       .def(py::init<const std::string&, const std::vector<std::array<int64_t, 2 + kMembers>>&>(), "isa"_a, "steps"_a)

@@ -42,8 +42,10 @@ enum { SLIM_OK = 0, SLIM_ERROR_NO_MEMORY = 1, SLIM_ERROR_UNSUPPORTED = 2, SLIM_E
 // (max(dil_h*(r-1), pad_h)*w + max(dil_w*(s-1), pad_w, stride_w) + 1)*c_in*lanes below 2^31; r <= 64 unless lanes = 1.
 // A linear layer is h = w = r = s = 1.
 //
-// offsets, where given, is what slim_entry_offsets writes: of every entry the elements of x between a pixel's tap
-// (0, 0) and the entry, and behind them SLIM_OFFSETS_MARGIN numbers that are read ahead.
+// offsets, where given, is what slim_entry_offsets writes for a convolution of the same weight, geometry and image
+// size: of every entry the elements of x between a pixel's tap (0, 0) and the entry, and behind them
+// SLIM_OFFSETS_MARGIN numbers that are read ahead. Of single weights with images innermost it is usually the program of
+// cpu/slab_plan.h instead, which holds a copy of the weights.
 typedef struct SlimConv2dF32 {
   const float* x;
   float* y;
@@ -51,7 +53,7 @@ typedef struct SlimConv2dF32 {
   const float* weights;     // (entries, strip)
   const int32_t* channels;  // (entries)
   const int32_t* tap_ptr;   // (ceil(c_out/strip) * r*s + 1)
-  const int32_t* offsets;   // (entries + SLIM_OFFSETS_MARGIN), or NULL: computed in the call
+  const int32_t* offsets;   // (slim_entry_offsets_count), or NULL: computed in the call
   const float* residual;    // added to the sums in front of the ReLU, or NULL
   int64_t n, h, w, c_in, c_out, p, q;
   int32_t r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w;
@@ -87,7 +89,8 @@ SLIM_HIDDEN int slim_run_delayed_steps_f32_avx2(const SlimStepF32* steps, int64_
 SLIM_HIDDEN int slim_run_delayed_steps_f32_avx512(const SlimStepF32* steps, int64_t count, int32_t threads,
                                                   uint32_t seed);
 
-// The offsets of a convolution's entries, for its w, c_in, dilation and lanes; of `a`, x, y and bias are not read.
+// The offsets of a convolution's entries and how many numbers they are; of `a`, n, x, y and bias are not read.
+SLIM_HIDDEN int64_t slim_entry_offsets_count(const SlimConv2dF32* a);
 SLIM_HIDDEN void slim_entry_offsets(const SlimConv2dF32* a, int32_t* offsets);
 
 // The multiply-add ceiling: runs that many rounds of independent multiply-adds and returns the FLOPs done; the caller
@@ -100,7 +103,7 @@ SLIM_HIDDEN double slim_multiply_adds_f32_avx512(int64_t iterations, int32_t thr
 // _C.conv2d_f32(isa, x, y, bias, weights, channels, tap_ptr, offsets, residual, n, h, w, c_in, c_out, p, q, r, s,
 //               stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, strip, relu, pool, lanes, threads).
 // _C.Steps(isa, [(kind, slot, members in order), ...]).run(threads) or, in tests, .run_delayed(threads, seed);
-// _C.entry_offsets(members in order, offsets, their number).
+// _C.entry_offsets_count(members in order); _C.entry_offsets(members in order, offsets, their number).
 
 // ---------------------------------------------------------------- CUDA
 

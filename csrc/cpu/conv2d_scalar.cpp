@@ -105,4 +105,6 @@ extern "C" double slim_multiply_adds_f32_scalar(int64_t iterations, int32_t thre
   return multiply_adds<Vec4, 6>(iterations, threads);
 }
 
-extern "C" void slim_entry_offsets(const SlimConv2dF32* a, int32_t* offsets) { entry_offsets(*a, offsets); }
+extern "C" int64_t slim_entry_offsets_count(const SlimConv2dF32* a) { return offsets_count(*a); }
+
+extern "C" void slim_entry_offsets(const SlimConv2dF32* a, int32_t* offsets) { write_offsets(*a, offsets); }

@@ -3,7 +3,7 @@
 // The plan follows from the problem alone and never from the number of threads, so results do not depend on that number
 // either. It is decided in four steps, each a function of the workload and of what the steps before it decided:
 //
-//   choose_order            whether a tile passes over all taps at once or tap by tap
+//   choose_order            whether a tile passes over all taps at once, tap by tap, or in slabs of input channels
 //   split_images_and_rows   images and output rows of a unit
 //   fit_pool_scratch        fewer of them where the outputs in front of a max-pool would not stay in L2
 //   split_strips            strips of a unit
@@ -13,6 +13,7 @@
 
 #include "../kernels.h"
 #include "ranges.h"
+#include "slab_plan.h"
 #include "tiles.h"
 
 namespace {
@@ -62,6 +63,8 @@ enum Order {
   // A microkernel is given other pixel pointers for every tap, so a tile takes any pixels: taps outside the image point
   // at zeros.
   TAP_BY_TAP,
+  // A tile passes over a few input channels at a time, at all taps (slab_plan.h).
+  SLABS,
 };
 
 // Limits of TAP_BY_TAP; units.h keeps the pointers of this many pixels and taps on the stack.
@@ -69,7 +72,8 @@ constexpr int64_t TAP_BY_TAP_MAX_PIXELS = 48, TAP_BY_TAP_MAX_TAPS = 25;
 
 // Corners and edges of a few small images are classes of one to four pixels, too small to fill tiles of one class. Tap
 // by tap wins there, if a strip has enough entries at each tap to outweigh the pointers that change with it.
-inline Order choose_order(const Workload& work) {
+inline Order choose_order(const Workload& work, const SlabCut& slabs) {
+  if (slabs.used) return SLABS;
   constexpr int64_t MIN_ENTRIES_PER_TAP = 4;
   const bool has_classes = work.taps > 1 && work.taps <= TAP_BY_TAP_MAX_TAPS;
   const bool few_pixels = work.image_groups * work.rows * work.columns <= TAP_BY_TAP_MAX_PIXELS;
@@ -124,6 +128,13 @@ inline PixelSplit split_images_and_rows(const Workload& work) {
   return {images, rows};
 }
 
+// In slabs a unit takes whole tiles of one vector of images: as many rows of tiles as make enough work, since tiles
+// share nothing.
+inline PixelSplit split_slab_rows(const Workload& work, const SlabCut& slabs) {
+  const int64_t macs = work.pixel_macs * work.strips * work.columns * slabs.rows.tile;
+  return {1, min64(ceil_div(work.rows, slabs.rows.tile), ceil_div(UNIT_MACS, macs)) * slabs.rows.tile};
+}
+
 // ---------------------------------------------------------------- step 3
 
 // A unit with pooling writes its outputs to scratch memory and pools from there. They should stay in half of a 512 KB
@@ -153,9 +164,20 @@ inline int64_t split_strips(const Workload& work, PixelSplit split) {
   return ceil_div(work.strips, min64(work.strips, ceil_div(wanted_units, pixel_units)));
 }
 
+// In slabs the units that share a tile each copy what it reads, and their partial sums should leave L2 some room.
+inline int64_t split_slab_strips(const Workload& work, PixelSplit split) {
+  constexpr int64_t LEAST = 128, MOST = 512;
+  const int64_t pixel_units = work.image_groups * ceil_div(work.rows, split.rows);
+  const int64_t parts = min64(max64(1, work.strips / LEAST), ceil_div(WANTED_UNITS, pixel_units));
+  return min64(MOST, ceil_div(work.strips, parts));
+}
+
 // ---------------------------------------------------------------- the plan
 
 // A piece of work for one thread.
+// Whether the microkernels end with the ReLU; a residual is added after them and in front of it.
+inline int relu_in_tiles(const SlimConv2dF32& conv) { return conv.relu && conv.residual == nullptr; }
+
 struct WorkUnit {
   Range images, rows, strips;  // images count groups of `lanes`
 };
@@ -169,26 +191,37 @@ struct Plan {
   int64_t strips_per_unit;
   int64_t image_parts, row_parts, strip_parts, units;  // units is the product of the three
   int64_t macs;                                        // of all units, taps in the padding included
-  int64_t scratch_floats;                              // that one thread needs in front of the pooling
-  const int32_t* offsets;  // of each entry: elements from the pixel pointers that the tiles are given
-  int32_t* own_offsets;    // the same where the plan allocated them, else NULL
-  float* zeros;            // with TAP_BY_TAP: what a tap outside the image reads, c_in floats, else NULL
+  int64_t scratch_floats;  // that one thread needs: in front of the pooling, or for a patch and partial sums
+  SlabCut slabs;
+  const int32_t*
+      offsets;           // of each entry: elements from the pixel pointers that tiles are given; in slabs, the program
+  int32_t* own_offsets;  // the same where the plan allocated them, else NULL
+  float* zeros;          // with TAP_BY_TAP: what a tap outside the image reads, c_in floats, else NULL
 };
 
 // Everything of a plan but its tiles and its memory.
 inline void decide(Plan& plan, const SlimConv2dF32& conv, int64_t tile_pixels) {
   const Workload work = workload_of(conv, tile_pixels);
-  const PixelSplit split = fit_pool_scratch(work, split_images_and_rows(work));
+  plan.slabs = slab_cut(conv);
+  plan.order = choose_order(work, plan.slabs);
+  const bool slabs = plan.order == SLABS;
+  const PixelSplit split =
+      slabs ? split_slab_rows(work, plan.slabs) : fit_pool_scratch(work, split_images_and_rows(work));
   plan.conv = &conv;
   plan.work = work;
-  plan.order = choose_order(work);
   plan.pixels_per_unit = split;
-  plan.strips_per_unit = split_strips(work, split);
+  plan.strips_per_unit = slabs ? split_slab_strips(work, split) : split_strips(work, split);
   plan.image_parts = ceil_div(work.image_groups, split.images);
   plan.row_parts = ceil_div(work.rows, split.rows);
   plan.strip_parts = ceil_div(work.strips, plan.strips_per_unit);
   plan.units = plan.image_parts * plan.row_parts * plan.strip_parts;
   plan.macs = work.pixel_macs * work.strips * work.image_groups * work.rows * work.columns;
+  if (slabs) {
+    constexpr int64_t LINE_FLOATS = 16;  // of which one may be lost in front of the patch, and one behind it
+    const int64_t sums = plan.strips_per_unit * plan.slabs.pixels() * work.lanes;
+    plan.scratch_floats = plan.slabs.patch_floats(work.lanes) + sums + 2 * LINE_FLOATS;
+    return;
+  }
   const int64_t unit_channels = min64(plan.strips_per_unit * work.strip_width, work.channels);
   plan.scratch_floats = work.pool ? split.images * split.rows * work.columns * unit_channels * work.lanes : 0;
 }
@@ -218,6 +251,21 @@ inline void entry_offsets(const SlimConv2dF32& conv, int32_t* offsets) {
   for (int64_t i = 0; i < SLIM_OFFSETS_MARGIN; ++i) offsets[entries + i] = 0;
 }
 
+// How many numbers the offsets of a convolution have: those of its entries and a margin, or the program of its slabs.
+inline int64_t offsets_count(const SlimConv2dF32& conv) {
+  const SlabCut slabs = slab_cut(conv);
+  if (slabs.used) return slab_program_numbers(conv, slabs);
+  return conv.tap_ptr[ceil_div(conv.c_out, conv.strip) * conv.r * conv.s] + SLIM_OFFSETS_MARGIN;
+}
+
+inline void write_offsets(const SlimConv2dF32& conv, int32_t* offsets) {
+  const SlabCut slabs = slab_cut(conv);
+  if (slabs.used)
+    write_slab_program(conv, slabs, offsets);
+  else
+    entry_offsets(conv, offsets);
+}
+
 // Fills in the plan for `conv` with the tiles that take its strips; false when memory ran out. Whether or not it did,
 // the caller frees own_offsets and zeros.
 inline bool make_plan(Plan& plan, const SlimConv2dF32& conv, const TileSet& tiles) {
@@ -232,10 +280,11 @@ inline bool make_plan(Plan& plan, const SlimConv2dF32& conv, const TileSet& tile
   // With one tap, or with pointers for each tap, an entry lies its input channel away from the pointer.
   const bool channels_suffice = conv.lanes == 1 && (plan.work.taps == 1 || plan.order == TAP_BY_TAP);
   plan.offsets = channels_suffice ? conv.channels : conv.offsets;
-  if (plan.offsets != nullptr) return true;
-  plan.own_offsets = (int32_t*)malloc(sizeof(int32_t) * (size_t)(plan.work.entries + SLIM_OFFSETS_MARGIN));
+  const bool usable = plan.order != SLABS || (plan.offsets != nullptr && is_slab_program(plan.slabs, plan.offsets));
+  if (plan.offsets != nullptr && usable) return true;
+  plan.own_offsets = (int32_t*)malloc(sizeof(int32_t) * (size_t)offsets_count(conv));
   if (plan.own_offsets == nullptr) return false;
-  entry_offsets(conv, plan.own_offsets);
+  write_offsets(conv, plan.own_offsets);
   plan.offsets = plan.own_offsets;
   return true;
 }

@@ -5,6 +5,7 @@
 // compiled with its own flags, defines its vector type and says in an InstructionSet which tiles it has.
 //
 //   tiles.h, plan.h, units.h   a convolution: microkernels, how it is cut into units of work, how a unit is run
+//   slab_plan.h, slab_tiles.h  the same for single weights with images innermost
 //   images_layout.h            a change of layout
 //   team.h                     threads
 #pragma once

@@ -1,11 +1,12 @@
-// Computes one unit of work of a plan: its tiles over its strips, and the pooling. plan.h explains the two orders over
-// the taps.
+// Computes one unit of work of a plan: its tiles over its strips, and the pooling. plan.h explains the orders over
+// the taps, slab_tiles.h has the units in slabs.
 #pragma once
 #include <stdint.h>
 
 #include "../kernels.h"
 #include "plan.h"
 #include "ranges.h"
+#include "slab_tiles.h"
 #include "tiles.h"
 
 namespace {
@@ -125,9 +126,6 @@ inline void read_ahead(const float* from, int64_t count) {
   for (int64_t i = 0; i < count; i += LINE_FLOATS) sum += from[i];
   __asm__ volatile("" : : "m"(sum));  // keeps the loop
 }
-
-// Whether the microkernels end with the ReLU; a residual is added after them and in front of it.
-inline int relu_in_tiles(const SlimConv2dF32& conv) { return conv.relu && conv.residual == nullptr; }
 
 // ---------------------------------------------------------------- all taps at once
 
@@ -357,6 +355,11 @@ inline void pool_unit(const Plan& plan, const WorkUnit& unit, const Destination&
 template <class V>
 inline void run_unit(const Plan& plan, int64_t index, float* scratch) {
   const WorkUnit unit = unit_at(plan, index);
+  if (plan.order == SLABS) {
+    run_slab_unit<V>(plan, unit, scratch);
+    if (plan.conv->residual != nullptr) add_residual<V>(plan, unit, unit_destination(plan, unit, scratch));
+    return;
+  }
   const Destination to = unit_destination(plan, unit, scratch);
   if (plan.order == TAP_BY_TAP)
     unit_tap_by_tap(plan, unit, to);

@@ -72,12 +72,18 @@ void print_plan(const char* network, const Layer& layer, int64_t batch, const Fo
 
   Plan plan;
   decide(plan, conv, form.tile_pixels);
+  static const char* const kOrders[] = {"all_taps", "tap_by_tap", "slabs"};
   printf(
       "%s %s batch=%ld lanes=%d strip=%d: %s, images %ld x %ld, rows %ld x %ld, strips %ld x %ld, scratch %ld, macs "
-      "%ld\n",
-      network, layer.name, long(batch), form.lanes, form.strip, plan.order == TAP_BY_TAP ? "tap_by_tap" : "all_taps",
-      long(plan.image_parts), long(plan.pixels_per_unit.images), long(plan.row_parts), long(plan.pixels_per_unit.rows),
-      long(plan.strip_parts), long(plan.strips_per_unit), long(plan.scratch_floats), long(plan.macs));
+      "%ld",
+      network, layer.name, long(batch), form.lanes, form.strip, kOrders[plan.order], long(plan.image_parts),
+      long(plan.pixels_per_unit.images), long(plan.row_parts), long(plan.pixels_per_unit.rows), long(plan.strip_parts),
+      long(plan.strips_per_unit), long(plan.scratch_floats), long(plan.macs));
+  if (plan.order == SLABS) {
+    printf(", tiles %ld x %ld, slabs %ld x %ld, plane %ld", long(plan.slabs.rows.tile), long(plan.slabs.columns.tile),
+           long(plan.slabs.count), long(plan.slabs.channels), long(plan.slabs.plane));
+  }
+  printf("\n");
 }
 
 }  // namespace

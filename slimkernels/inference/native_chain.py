@@ -126,7 +126,7 @@ class Chain:
         else:
             cut = pieces(n, 1, threads)
         used = {piece.lanes for piece in cut} if form is not Form.MODULES else set()
-        offsets = [{k: layer.conv.entry_offsets(sizes[source][2], k) for k in used} for layer, source, _ in links]
+        offsets = [{k: layer.conv.entry_offsets(*sizes[source][1:], k) for k in used} for layer, source, _ in links]
         activations: list[_Activation | None] = []
         for i, (c, p, q) in enumerate(sizes):
             # Pieces that lie channels last read the chain's inputs and write its output themselves.

@@ -47,7 +47,7 @@ def step() -> Step:
     packed = PackedConv2d("scalar", pack, weight.weight_shape, (1, 1), (0, 0), (1, 1), "none")
     x = torch.randn(1, 2, 4, 4).contiguous(memory_format=torch.channels_last)
     y = torch.empty(1, 8, 4, 4).contiguous(memory_format=torch.channels_last)
-    return packed.step(x, y, None, 1, packed.entry_offsets(4))
+    return packed.step(x, y, None, 1, packed.entry_offsets(4, 4))
 
 
 def beyond(ranges: dict[str, tuple[int, int]]) -> list[Any]:

@@ -198,7 +198,7 @@ def test_steps_know_every_byte_that_they_touch(bias: bool, residual: bool, lanes
         sizes = ((5, 6), (side, 20), (side, 20))
         x, y, added = (torch.zeros(native.images_innermost(n, h, h, c, isa)) for h, c in sizes)
         steps = [native.layout_step(near, x, n), native.layout_step(y, far, n)]
-    steps.append(conv.step(x, y, sparse.bias, n, conv.entry_offsets(5, lanes), added if residual else None))
+    steps.append(conv.step(x, y, sparse.bias, n, conv.entry_offsets(5, 5, lanes), added if residual else None))
     for step in steps:
         assert sorted(byte_ranges(step)) == sorted(native_memory.ranges(step))
     assert len(native_memory.ranges(steps[-1])) == 6 + bias + residual

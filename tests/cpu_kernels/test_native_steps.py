@@ -88,7 +88,7 @@ def test_images_innermost(isa: str, strip: int, n: int, h: int, w: int, epilogue
     y = poisoned(n, p, q, c_out).permute(0, 3, 1, 2)
     steps = [
         native.layout_step(x, a, n),
-        conv.step(a, b, bias, n, conv.entry_offsets(w, lanes)),
+        conv.step(a, b, bias, n, conv.entry_offsets(h, w, lanes)),
         native.layout_step(b, y, n),
     ]
     native.Steps(isa, steps)()
@@ -105,9 +105,9 @@ def test_layouts_agree(isa: str) -> None:
     n, size = 16, 6
     x = images(n, 24, size, size)
     plain = poisoned(n, size, size, 32).permute(0, 3, 1, 2)
-    native.Steps(isa, [conv.step(x, plain, bias, n, conv.entry_offsets(size))])()
+    native.Steps(isa, [conv.step(x, plain, bias, n, conv.entry_offsets(size, size))])()
     a, b = (poisoned(*native.images_innermost(n, size, size, c, isa)) for c in (24, 32))
-    steps = [native.layout_step(x, a, n), conv.step(a, b, bias, n, conv.entry_offsets(size, LANES[isa]))]
+    steps = [native.layout_step(x, a, n), conv.step(a, b, bias, n, conv.entry_offsets(size, size, LANES[isa]))]
     native.Steps(isa, steps)()
     back = b.permute(0, 4, 3, 1, 2).reshape(-1, 32, size, size)
     torch.testing.assert_close(back[:n], plain, rtol=1e-5, atol=1e-5)
@@ -125,10 +125,10 @@ def test_slots_run_beside_each_other_and_in_order(isa: str, threads: int) -> Non
     steps = []
     for i in range(4):
         part = slice(2 * i, 2 * i + 2)
-        one = first.step(x[part], middle[part], bias1, 2, first.entry_offsets(5))
-        two = second.step(middle[part], y[part], bias2, 2, second.entry_offsets(5))
+        one = first.step(x[part], middle[part], bias1, 2, first.entry_offsets(5, 5))
+        two = second.step(middle[part], y[part], bias2, 2, second.entry_offsets(5, 5))
         steps += [one._replace(slot=i), two._replace(slot=i)]
-    steps.append(third.step(y, z, bias3, 8, third.entry_offsets(5)))
+    steps.append(third.step(y, z, bias3, 8, third.entry_offsets(5, 5)))
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
@@ -156,7 +156,7 @@ def test_a_wrong_entry_is_seen(isa: str) -> None:
     dense[3, 5, 1, 1] += 0.01
     wrong = expected(x, dense, bias, "relu")
     a, b = (poisoned(*native.images_innermost(n, 5, 5, c, isa)) for c in (11, 16))
-    native.Steps(isa, [native.layout_step(x, a, n), conv.step(a, b, bias, n, conv.entry_offsets(5, lanes))])()
+    native.Steps(isa, [native.layout_step(x, a, n), conv.step(a, b, bias, n, conv.entry_offsets(5, 5, lanes))])()
     y = b.permute(0, 4, 3, 1, 2).reshape(-1, 16, 5, 5)[:n]
     assert_within(y, want)
     with pytest.raises(AssertionError):
@@ -171,10 +171,47 @@ def test_non_finite_images_stay_in_their_lane(isa: str) -> None:
     x[1] = torch.nan
     x[2] = torch.inf
     a, b = (poisoned(*native.images_innermost(n, 3, 3, c, isa)) for c in (4, 8))
-    native.Steps(isa, [native.layout_step(x, a, n), conv.step(a, b, bias, n, conv.entry_offsets(3, lanes))])()
+    native.Steps(isa, [native.layout_step(x, a, n), conv.step(a, b, bias, n, conv.entry_offsets(3, 3, lanes))])()
     finite = torch.isfinite(b).flatten(1, 3).all(1)[0]
     assert not finite[1] and not finite[2]
     assert bool(finite[0]) and bool(finite[3:].all())
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_single_weights_follow_writes_to_their_pack(isa: str) -> None:
+    """What the kernel reads of them is a copy in another order."""
+    conv, _, _ = packed_conv(isa, 11, 16, 1, epilogue="none")
+    x = images(LANES[isa], 11, 6, 6)
+    once = conv(x, None)
+    conv.packed.weights.mul_(2)
+    assert bool(once.any()) and torch.equal(conv(x, None), 2 * once)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_single_weights_ordered_for_other_images_are_ordered_again(isa: str) -> None:
+    """How entries are ordered depends on the size of the images, which their number need not tell."""
+    conv, _, bias = packed_conv(isa, 11, 16, 1)
+    n, lanes = LANES[isa], LANES[isa]
+    x = images(n, 11, 4, 4)
+    own, other = conv.entry_offsets(4, 4, lanes), conv.entry_offsets(9, 9, lanes)
+    assert own.numel() == other.numel() and not torch.equal(own, other)
+    results = []
+    for offsets in (own, other):
+        a, b = (poisoned(*native.images_innermost(n, 4, 4, c, isa)) for c in (11, 16))
+        native.Steps(isa, [native.layout_step(x, a, n), conv.step(a, b, bias, n, offsets)])()
+        results.append(b)
+    assert bool(torch.isfinite(results[0]).all()) and torch.equal(*results)
+
+
+# Images around the tiles of 4x4, 2x4 and 2x2 pixels, and input channels in one slab and in several.
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("h", "w", "stride", "c_in"), [(3, 10, 1, 80), (4, 4, 1, 150), (11, 8, 2, 40), (2, 2, 1, 500)])
+@pytest.mark.parametrize("epilogue", ["none", "relu_maxpool2"])
+def test_slabs(isa: str, h: int, w: int, stride: int, c_in: int, epilogue: str) -> None:
+    conv, dense, bias = packed_conv(isa, c_in, 19, 1, epilogue=epilogue, stride=stride)
+    n = LANES[isa] + 1
+    x = images(n, c_in, h, w)
+    assert_within(conv(x, bias), expected(x, dense, bias, epilogue, stride))
 
 
 def test_tensors_that_do_not_fit_are_refused() -> None:
@@ -183,7 +220,7 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
     conv, _, bias = packed_conv(isa, 8, 16, 16)
     x, y = images(lanes, 8, 4, 4), torch.empty(lanes, 4, 4, 16).permute(0, 3, 1, 2)
     a, b = (torch.empty(native.images_innermost(lanes, 4, 4, c, isa)) for c in (8, 16))
-    offsets = conv.entry_offsets(4)
+    offsets = conv.entry_offsets(4, 4)
     conv.step(x, y, bias, lanes, offsets)
     message = "bsr_conv2d: expected float32 x and y that fit this weight and"
     for wrong in (
@@ -195,9 +232,9 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
         with pytest.raises(ValueError, match=message):
             conv.step(wrong[0], wrong[1], bias, wrong[2], wrong[3])
     narrow, _, bias = packed_conv(isa, 8, 16, 4)
-    narrow.step(a, b, bias, lanes, narrow.entry_offsets(4, lanes))
+    narrow.step(a, b, bias, lanes, narrow.entry_offsets(4, 4, lanes))
     with pytest.raises(ValueError, match=message):  # strips of 4 channels read images innermost only
-        narrow.step(x, y, bias, lanes, narrow.entry_offsets(4))
+        narrow.step(x, y, bias, lanes, narrow.entry_offsets(4, 4))
     for pair in ((x, b), (x.contiguous(), a), (x.double(), a.double()), (x[1:], a), (x, a[..., 1:])):
         with pytest.raises(ValueError, match="layout_step: expected"):
             native.layout_step(*pair, lanes)

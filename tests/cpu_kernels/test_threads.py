@@ -80,6 +80,7 @@ def test_the_kernel_follows_torch_set_num_threads(name: str, monkeypatch) -> Non
 
     class Recorder:
         entry_offsets = staticmethod(module.entry_offsets)
+        entry_offsets_count = staticmethod(module.entry_offsets_count)
 
         @staticmethod
         def conv2d_f32(isa, *args):

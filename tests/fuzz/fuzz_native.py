@@ -406,12 +406,12 @@ def steps(rng: random.Random) -> None:
             (x, y, 0), (x, y, 2**40), (torch._neg_view(x), y, n),
         ]
     )  # fmt: skip
-    offsets = packed.entry_offsets(w)
+    offsets = packed.entry_offsets(h, w)
     refused(lambda: packed.step(wrong[0], wrong[1], conv.bias, wrong[2], offsets), "step")
-    refused(lambda: packed.entry_offsets(rng.choice(FAR)), "width of entry offsets")
+    refused(lambda: packed.entry_offsets(h, rng.choice(FAR)), "width of entry offsets")
     inner = torch.empty(native.images_innermost(n, h, w, packed.c_in, isa))
     outer = torch.empty(native.images_innermost(n, p, q, packed.c_out, isa))
-    step = packed.step(inner, outer, conv.bias, n, packed.entry_offsets(w, lanes))
+    step = packed.step(inner, outer, conv.bias, n, packed.entry_offsets(h, w, lanes))
     native.Steps(isa, [native.layout_step(x, inner, n), step, native.layout_step(outer, y, n)])()
     conv.check(y)
     module = _extension.load()[0]

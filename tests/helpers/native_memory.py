@@ -5,10 +5,10 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator, Sequence
 
+from slimkernels.kernels.cpu.library import library
 from slimkernels.kernels.cpu.steps import Step
 
 Range = tuple[int, int, bool]  # first address, address behind the last, whether it is written
-MARGIN = 16  # SLIM_OFFSETS_MARGIN
 
 
 def ranges(step: Step) -> list[Range]:
@@ -21,9 +21,11 @@ def ranges(step: Step) -> list[Range]:
         return [(a.x, a.x + 4 * read, False), (a.y, a.y + 4 * written, True)]
     runs = -(-a.c_out // a.strip) * a.r * a.s
     entries = ctypes.c_int32.from_address(a.tap_ptr + 4 * runs).value
+    module = library()[0]
+    assert module is not None
     read_counts = [
         (a.x, images * a.h * a.w * a.c_in), (a.bias, a.c_out), (a.weights, entries * a.strip), (a.channels, entries),
-        (a.tap_ptr, runs + 1), (a.offsets, entries + MARGIN),
+        (a.tap_ptr, runs + 1), (a.offsets, module.entry_offsets_count(a)),
         (a.residual, images * a.p * a.q * a.c_out),
     ]  # fmt: skip
     found = [(at, at + 4 * count, False) for at, count in read_counts if at and count]

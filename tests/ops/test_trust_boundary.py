@@ -111,11 +111,11 @@ def test_a_packed_convolution_sees_writes_to_its_pack() -> None:
     packed = pack(w)
     conv = native.PackedConv2d(ISAS[0], packed, w.weight_shape, (1, 1), (1, 1), (1, 1), "none")
     conv(x, None)
-    offsets = conv.entry_offsets(5)
+    offsets = conv.entry_offsets(5, 5)
     packed[2][-1] = 200_000
     y = torch.empty(1, 5, 5, 16).permute(0, 3, 1, 2)
     for again in (
-        lambda: conv(x, None), lambda: conv.entry_offsets(5), lambda: conv.step(x, y, None, 1, offsets),
+        lambda: conv(x, None), lambda: conv.entry_offsets(5, 5), lambda: conv.step(x, y, None, 1, offsets),
     ):  # fmt: skip
         with pytest.raises(ValueError, match="expected tap_ptr of the strip pack to rise from 0 to 72"):
             again()
@@ -288,10 +288,10 @@ def test_what_the_cpu_kernels_cannot_hold_they_refuse_by_name() -> None:
         module(torch.randn(1, 8, 60, 60))
     w = weight()
     conv = native.PackedConv2d(ISAS[0], pack(w), w.weight_shape, (1, 1), (1, 1), (10**6, 10**6), "none")
-    assert conv.entry_offsets(100)[-17] == (2 * 10**6 * 100 + 2 * 10**6) * 8 + 7
+    assert conv.entry_offsets(1, 100)[-17] == (2 * 10**6 * 100 + 2 * 10**6) * 8 + 7
     for wide, lanes in ((200, 1), (100, 16), (2**40, 1)):
         with pytest.raises(ValueError, match=r"bsr_conv2d: expected offsets below 2\*\*31"):
-            conv.entry_offsets(wide, lanes)
+            conv.entry_offsets(1, wide, lanes)
 
 
 @needs_native

@@ -119,7 +119,7 @@ def test_object_exports_its_entry_points_only(isa: str, objects: dict[str, Path]
     shared = [(kind, name) for *_, kind, name in symbols if kind.isupper() or kind in "uvw"]
     declared = re.findall(rf"\b(slim_\w+_{isa})\(", (ROOT / "csrc" / "kernels.h").read_text())
     if isa == "scalar":  # plain integers, one copy for all
-        declared.append("slim_entry_offsets")
+        declared += ["slim_entry_offsets", "slim_entry_offsets_count"]
     assert declared and sorted(shared) == sorted(("T", name) for name in declared)
 
 

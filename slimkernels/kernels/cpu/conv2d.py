@@ -22,15 +22,14 @@ from slimkernels.kernels.problems import (
 )
 from slimkernels.kernels.strips import check_pack, pack_strips, readable_bias
 
-_OFFSETS_MARGIN = 16  # SLIM_OFFSETS_MARGIN
-_CACHED_WIDTHS = 4
+_CACHED_SIZES = 4
 
 
 class PackedConv2d:
     """A packed weight with its geometry: a native convolution that only waits for its input.
 
     The pack and the geometry are checked here, once, and the pack again after a write to it; a call checks its input
-    and its bias. Any number of threads may call it; it remembers the offsets of its entries for the image widths it has
+    and its bias. Any number of threads may call it; it remembers the offsets of its entries for the image sizes it has
     seen.
 
     Args:
@@ -84,15 +83,16 @@ class PackedConv2d:
         self._op, self._conv2d, self._isa = op, module.conv2d_f32, isa
         # Aliases: what happens to the sizes or the storage of the caller's tensors does not reach them.
         weights, channels, tap_ptr = (tensor.detach() for tensor in packed)
-        if channels.is_inference() or tap_ptr.is_inference():  # of which torch would not count writes
+        if weights.is_inference() or channels.is_inference() or tap_ptr.is_inference():
+            # Torch would not count writes to these.
             with torch.inference_mode(False):
-                channels, tap_ptr = channels.clone(), tap_ptr.clone()
+                weights, channels, tap_ptr = weights.clone(), channels.clone(), tap_ptr.clone()
         self._packed = weights, channels, tap_ptr  # a plain tuple, which every call takes apart faster
-        self._versions = channels._version + tap_ptr._version
+        self._versions = self._count_writes()
         self._geometry = (r, s, stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1])
         self._pool = epilogue == "relu_maxpool2"
         self._tail = (weights.shape[1], int(epilogue != "none"), int(self._pool))
-        self._offsets: dict[int, Tensor] = {}
+        self._offsets: dict[tuple[int, int], Tensor] = {}
         self._room = Room.of(weight_shape, stride, padding, dilation)
 
     @property
@@ -199,10 +199,14 @@ class PackedConv2d:
             raise ValueError(f"{self._op}: expected float32 CPU rows (..., {self.c_in}), got {got}")
         return y
 
+    def _count_writes(self) -> int:
+        """Grows with every write to what offsets follow from; those of single weights hold the weights, too."""
+        weights, channels, tap_ptr = self._packed
+        return channels._version + tap_ptr._version + (weights._version if weights.shape[1] == 1 else 0)
+
     def _check_for_writes(self) -> None:
         """Checks the pack again where somebody wrote to its tensors."""
-        _, channels, tap_ptr = self._packed
-        versions = channels._version + tap_ptr._version
+        versions = self._count_writes()
         if versions != self._versions:
             check_pack(self._op, self._packed, (self.c_out, self.c_in, *self._geometry[:2]))
             self._offsets, self._versions = {}, versions
@@ -214,7 +218,7 @@ class PackedConv2d:
         if self._tail[0] < NARROWEST_CHANNELS_LAST:
             self._run_innermost(x, y, bias, n, h, w)
             return
-        offsets = self._known_offsets(w, 1) if self._geometry[0] * self._geometry[1] > 1 else None
+        offsets = self._known_offsets(1, w, 1) if self._geometry[0] * self._geometry[1] > 1 else None
         members = self._arguments(x, y, bias, offsets, n, h, w, p, q, 1)
         status = self._conv2d(self._isa, *members, torch.get_num_threads())
         if status != 0:
@@ -227,17 +231,17 @@ class PackedConv2d:
         outer = torch.empty(images_innermost(n, y.shape[2], y.shape[3], self.c_out, self._isa))
         steps = [
             layout_step(x, inner, n),
-            self.step(inner, outer, bias, n, self._known_offsets(w, LANES[self._isa])),
+            self.step(inner, outer, bias, n, self._known_offsets(h, w, LANES[self._isa])),
             layout_step(outer, y, n),
         ]
         Steps(self._isa, steps)()
 
-    def _known_offsets(self, w: int, lanes: int) -> Tensor:
-        offsets = self._offsets.get(w)
+    def _known_offsets(self, h: int, w: int, lanes: int) -> Tensor:
+        offsets = self._offsets.get((h, w))
         if offsets is None:
-            if len(self._offsets) >= _CACHED_WIDTHS:
+            if len(self._offsets) >= _CACHED_SIZES:
                 self._offsets = {}
-            offsets = self._offsets[w] = self.entry_offsets(w, lanes)
+            offsets = self._offsets[h, w] = self.entry_offsets(h, w, lanes)
         return offsets
 
     def _arguments(
@@ -253,42 +257,14 @@ class PackedConv2d:
         q: int,
         lanes: int,
     ) -> Conv2dArguments:
-        weights, channels, tap_ptr = self._packed
-        r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w = self._geometry
-        strip, relu, pool = self._tail
-        return Conv2dArguments(
-            x=address(x),
-            y=address(y),
-            bias=address(bias),
-            weights=address(weights),
-            channels=address(channels),
-            tap_ptr=address(tap_ptr),
-            offsets=address(offsets),
-            n=n,
-            h=h,
-            w=w,
-            c_in=self.c_in,
-            c_out=self.c_out,
-            p=p,
-            q=q,
-            r=r,
-            s=s,
-            stride_h=stride_h,
-            stride_w=stride_w,
-            pad_h=pad_h,
-            pad_w=pad_w,
-            dil_h=dil_h,
-            dil_w=dil_w,
-            strip=strip,
-            relu=relu,
-            pool=pool,
-            lanes=lanes,
-        )
+        addresses = (address(t) for t in (x, y, bias, *self._packed, offsets))
+        sizes = (n, h, w, self.c_in, self.c_out, p, q)
+        return Conv2dArguments(*addresses, *sizes, *self._geometry, *self._tail, lanes)
 
-    def entry_offsets(self, w: int, lanes: int = 1) -> Tensor:
-        """Elements of x between a pixel's first tap and each entry, for images of this width.
+    def entry_offsets(self, h: int, w: int, lanes: int = 1) -> Tensor:
+        """What the kernel reads of its entries on images of this size: see ``offsets`` in csrc/kernels.h.
 
-        Int32, with a margin behind them that the kernels read ahead.
+        Only that of single weights depends on the height.
 
         Raises:
             ValueError: an offset that int32 does not hold.
@@ -299,12 +275,22 @@ class PackedConv2d:
                 f"(r, s, stride, padding, dilation) {self._geometry} and {self.c_in} channels"
             )
         self._check_for_writes()
-        offsets = torch.empty(self._packed[1].numel() + _OFFSETS_MARGIN, dtype=torch.int32)
         module = library()[0]
         assert module is not None
-        members = self._arguments(None, None, None, None, 1, 1, w, 1, 1, lanes)
-        module.entry_offsets(members, offsets.data_ptr(), offsets.numel())
+        offsets = torch.empty(self._offsets_count(h, w, lanes), dtype=torch.int32)
+        module.entry_offsets(self._sizes(h, w, lanes), offsets.data_ptr(), offsets.numel())
         return offsets
+
+    def _offsets_count(self, h: int, w: int, lanes: int) -> int:
+        module = library()[0]
+        assert module is not None
+        count: int = module.entry_offsets_count(self._sizes(h, w, lanes))
+        return count
+
+    def _sizes(self, h: int, w: int, lanes: int) -> Conv2dArguments:
+        """The convolution of images of this size, as far as its offsets depend on it."""
+        p, q = self.output_size(h, w) if self._tail[0] == 1 else (1, 1)
+        return self._arguments(None, None, None, None, 1, h, w, p, q, lanes)
 
     def step(
         self, x: Tensor, y: Tensor, bias: Tensor | None, n: int, offsets: Tensor, residual: Tensor | None = None
@@ -324,6 +310,7 @@ class PackedConv2d:
         Raises:
             ValueError: tensors of another shape, dtype or layout. TypeError: a bias of another dtype.
         """
+        self._check_for_writes()
         lanes = x.shape[4] if x.dim() == 5 else 1
         _, c_in, h, w = image_sizes(x)
         p, q = self.output_size(h, w)
@@ -344,14 +331,13 @@ class PackedConv2d:
             and offsets.dtype is torch.int32
             and offsets.is_cpu
             and offsets.is_contiguous()
-            and offsets.numel() == self._packed[1].numel() + _OFFSETS_MARGIN
+            and offsets.numel() == self._offsets_count(h, w, lanes)
         ):
             got = f"{tuple(x.shape)} and {tuple(y.shape)}"
             raise ValueError(f"{self._op}: expected float32 x and y that fit this weight and {n} images, got {got}")
         if residual is not None and (self._pool or residual.shape != y.shape or not is_dense(residual)):
             got = f"{tuple(residual.shape)} for {tuple(y.shape)}, pooling {self._pool}"
             raise ValueError(f"{self._op}: expected a float32 residual laid out like y and no pooling, got {got}")
-        self._check_for_writes()
         bias = None if bias is None else readable_bias(self._op, bias, self.c_out)
         arguments = self._arguments(x, y, bias, offsets, n, h, w, p, q, lanes)._replace(residual=address(residual))
         return Step(CONV2D, arguments, (self, x, y, bias, offsets, residual))
