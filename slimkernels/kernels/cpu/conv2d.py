@@ -259,7 +259,7 @@ class PackedConv2d:
     ) -> Conv2dArguments:
         addresses = (address(t) for t in (x, y, bias, *self._packed, offsets))
         sizes = (n, h, w, self.c_in, self.c_out, p, q)
-        return Conv2dArguments(*addresses, *sizes, *self._geometry, *self._tail, lanes)
+        return Conv2dArguments._make((*addresses, *sizes, *self._geometry, *self._tail, lanes))
 
     def entry_offsets(self, h: int, w: int, lanes: int = 1) -> Tensor:
         """What the kernel reads of its entries on images of this size: see ``offsets`` in csrc/kernels.h.
