@@ -174,10 +174,10 @@ inline int64_t split_slab_strips(const Workload& work, PixelSplit split) {
 
 // ---------------------------------------------------------------- the plan
 
-// A piece of work for one thread.
 // Whether the microkernels end with the ReLU; a residual is added after them and in front of it.
 inline int relu_in_tiles(const SlimConv2dF32& conv) { return conv.relu && conv.residual == nullptr; }
 
+// A piece of work for one thread.
 struct WorkUnit {
   Range images, rows, strips;  // images count groups of `lanes`
 };

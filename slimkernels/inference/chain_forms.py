@@ -18,7 +18,7 @@ from slimkernels.inference.native_chain import Chain, Form, forms
 from slimkernels.inference.native_layers import images_or_rows, laid_out
 from slimkernels.inference.sampled_graph import SampledGraph
 from slimkernels.kernels.cpu.conv2d import PackedConv2d
-from slimkernels.kernels.cpu.steps import Steps
+from slimkernels.kernels.cpu.steps import Steps, image_sizes
 
 # A shorter chain stays as it is. Each of its modules would spend some 20 us in Python, and its activations fit caches.
 _SHORTEST_MEASURED_S = 1e-3
@@ -74,7 +74,7 @@ def _fastest(graph: SampledGraph, found: GraphChain) -> Chain:
         x = graph.values[node]
         inputs.append(images_or_rows(laid_out(x, images).copy_(x), images))
     y = images_or_rows(torch.empty_like(laid_out(graph.values[found.nodes[-1]], found.images_out)), found.images_out)
-    n, sizes = inputs[0].shape[0], [tuple(_as_images(x).shape[1:]) for x in inputs]
+    n, sizes = inputs[0].shape[0], [image_sizes(x)[1:] for x in inputs]
     others = forms(chain.links, n, sizes)[1:]
     first = _runs(chain, inputs, y)
     if not others or _is_short(first):

@@ -76,8 +76,8 @@ def _with_relu(node: Node, before: Node, found: NativeNode) -> NativeNode:
 
 def _absorb_addition(graph: SampledGraph, native: dict[Node, NativeNode], node: Node) -> None:
     """Makes an addition a part of the native node that computes one of its terms, the later one where both do."""
-    terms = node.args
-    if len(terms) != 2 or node.kwargs or not all(isinstance(term, Node) for term in terms) or terms[0] is terms[1]:
+    terms = [term for term in node.args if isinstance(term, Node)]
+    if len(node.args) != 2 or len(terms) != 2 or node.kwargs or terms[0] is terms[1]:
         return
     for own in sorted((n for n in terms if n in native), key=list(native).index, reverse=True):
         other = terms[1] if own is terms[0] else terms[0]

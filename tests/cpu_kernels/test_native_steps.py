@@ -260,7 +260,7 @@ def test_a_residual_is_added_in_front_of_the_relu(
     if innermost:
         own = [poisoned(*native.images_innermost(n, size, size, c, isa)) for c in (19, c_out, c_out)]
         steps = [native.layout_step(far, near, n) for far, near in zip((x, residual), own)]
-    steps.append(conv.step(own[0], own[2], bias, n, conv.entry_offsets(size, lanes), own[1]))
+    steps.append(conv.step(own[0], own[2], bias, n, conv.entry_offsets(size, size, lanes), own[1]))
     if innermost:
         steps.append(native.layout_step(own[2], y, n))
     native.Steps(isa, steps)()
@@ -282,13 +282,13 @@ def test_a_residual_has_the_layout_of_the_output(wrong: str) -> None:
     elif wrong == "dtype":
         residual = residual.double()
     with pytest.raises(ValueError, match="bsr_conv2d: expected a float32 residual laid out like y and no pooling"):
-        conv.step(x, y, bias, 2, conv.entry_offsets(4), residual)
+        conv.step(x, y, bias, 2, conv.entry_offsets(4, 4), residual)
 
 
 def test_the_bindings_refuse_a_residual_in_front_of_pooling() -> None:
     conv, _, bias = packed_conv(ISAS[-1], 16, 16, 16, 9, "relu_maxpool2")
     x, y = images(2, 16, 4, 4), images(2, 16, 2, 2)
-    step = conv.step(x, y, bias, 2, conv.entry_offsets(4))
+    step = conv.step(x, y, bias, 2, conv.entry_offsets(4, 4))
     step = step._replace(arguments=step.arguments._replace(residual=x.data_ptr()))
     with pytest.raises(ValueError, match="residual"):
         native.Steps(ISAS[-1], [step])

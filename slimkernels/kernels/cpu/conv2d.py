@@ -257,7 +257,8 @@ class PackedConv2d:
         q: int,
         lanes: int,
     ) -> Conv2dArguments:
-        addresses = (address(t) for t in (x, y, bias, *self._packed, offsets))
+        # The residual, which only `step` knows, comes after the offsets.
+        addresses = (address(t) for t in (x, y, bias, *self._packed, offsets, None))
         sizes = (n, h, w, self.c_in, self.c_out, p, q)
         return Conv2dArguments._make((*addresses, *sizes, *self._geometry, *self._tail, lanes))
 
