@@ -40,6 +40,7 @@ _PUBLIC = {
     "load": "checkpoint",
     "masks": "compress.pruning.prune",
     "prune_": "compress.pruning.prune",
+    "quantize_": "checkpoint",
     "restore_batch_norm_": "conversion.batch_norms",
     "save": "checkpoint",
     "sensitivity_scan": "compress.pruning.sensitivity",
@@ -54,7 +55,7 @@ __all__ = [*_PUBLIC, *_SUBMODULES, "__version__", "ops"]
 
 if TYPE_CHECKING:
     from slimkernels import compress, formats, kernels, models, nn
-    from slimkernels.checkpoint import load, save
+    from slimkernels.checkpoint import load, quantize_, save
     from slimkernels.compress.distillation.distill import distill
     from slimkernels.compress.factorization.factorize import factorize_
     from slimkernels.compress.pruning.budget import latency_budget

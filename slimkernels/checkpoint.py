@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from slimkernels.builders import builder_text, built_on_meta
-from slimkernels.conversion import container, placement
+from slimkernels.conversion import compact, container, placement
+from slimkernels.conversion.compact_index import VALUES
 from slimkernels.conversion.container import Contents
 from slimkernels.conversion.convert_model import finish
 from slimkernels.conversion.graph import replace_module
@@ -39,32 +40,47 @@ _DROP_IN = {
     ("dense", False): nn.Linear,
 }
 
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# Bytes of all tensors for each byte of a file that says itself how large its model is. Weights of which 99.9% are zeros
+# come to a third of it; without a limit, a file of a few bytes could fill any memory with them.
+_MOST_PER_BYTE = 1024
 
-def save(model: nn.Module, path: str | os.PathLike[str], *, builder: Mapping[str, Any] | None = None) -> None:
-    """Writes a converted model: tensors, the `ModelPlan` and a SHA-256 of each, no pickle.
+
+def save(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    values: str = "fp32",
+    builder: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a converted model: tensors, the `ModelPlan` and a SHA-256 of what is stored, no pickle.
 
     The file appears under its name when it is complete; an interrupted call leaves what was there before. The hashes
     let `load` see accidents (a bad disk, a broken download), not attacks: they are no signature.
+
+    With other ``values`` than ``fp32`` the file is compact. Weights, those of dense layers too, are rounded to
+    bfloat16, or to integers in [-127, 127] (``int8``) or [-7, 7] (``int4``) with a scale for each output channel, the
+    scale that leaves the least error. Other floating point is kept in 16 bits. Values and block patterns are entropy
+    coded. `quantize_` rounds the model in memory alike, and `explain` of the file says how near it is to the bound.
+    The same model gives the same bytes.
 
     Args:
         model: from `convert` or `load`, possibly trained since. Of a wrapper (DataParallel, AveragedModel,
             `torch.compile`) the model inside is saved.
         path: by convention ``*.slim.safetensors``.
+        values: ``fp32``, which writes every tensor as it is, ``bf16``, ``int8`` or ``int4``.
         builder: how `slimkernels.models.build` makes the architecture, so that ``load(path)`` needs no ``into``:
             ``{"model": "vgg19_cifar", "num_classes": 10, "options": {"width": 0.5}}``, the last two as needed. By
             default what the model was loaded with.
 
     Raises:
         TypeError: not a module; a tensor or an extra state that the format cannot hold.
-        ValueError: the model was not converted, or a swapped layer was replaced or changed since.
+        ValueError: the model was not converted, or a swapped layer was replaced or changed since; unknown ``values``,
+            or a weight that cannot be rounded.
+        ImportError: compact files need the extra ``slimkernels[compact]``.
         OSError: the path cannot be written.
     """
-    model = unwrapped("save", model)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"save: expected an nn.Module, got {type(model).__name__}")
-    plan = getattr(model, PLAN_ATTRIBUTE, None)
-    if not isinstance(plan, ModelPlan):
-        raise ValueError(f"save: expected a model from slimkernels.convert, got a plain {type(model).__name__}")
+    model, plan = _converted("save", model, values)
     if Path(path).name in PRETRAINED_NAMES and has_from_pretrained(model):
         raise ValueError(f"save: expected a name that from_pretrained does not read as plain weights, got {path}")
     state = model.state_dict()
@@ -75,7 +91,53 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, builder: Mapping[str
         raise ValueError(f"save: {error}") from error
     if builder is not None:
         plan = replace(plan, builder=builder_text(builder))
-    container.write(path, plan, state)
+    container.write(path, plan, state, values, _weights(model))
+
+
+def quantize_(model: nn.Module, values: str) -> nn.Module:
+    """Rounds a converted model in place as ``save(model, path, values=values)`` would write it.
+
+    Its outputs are then those of the model that is loaded from the file, so accuracy can be measured before anything is
+    written. A second call changes nothing.
+
+    Args:
+        model: from `convert` or `load`.
+        values: ``bf16``, ``int8`` or ``int4``; ``fp32`` leaves the model as it is.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: not a module.
+        ValueError: the model was not converted; unknown ``values``; a weight that is not finite.
+    """
+    model, plan = _converted("quantize_", model, values)
+    if values != "fp32":
+        state = model.state_dict()
+        try:
+            tensors = compact.rounded(plan, state, _weights(model), values)
+        except ValueError as error:
+            raise ValueError(f"quantize_: {error}") from error
+        model.load_state_dict({**state, **tensors})
+    return model
+
+
+def _converted(where: str, model: nn.Module, values: str) -> tuple[nn.Module, ModelPlan]:
+    """The model inside of any wrapper, and its plan."""
+    model = unwrapped(where, model)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{where}: expected an nn.Module, got {type(model).__name__}")
+    plan = getattr(model, PLAN_ATTRIBUTE, None)
+    if not isinstance(plan, ModelPlan):
+        raise ValueError(f"{where}: expected a model from slimkernels.convert, got a plain {type(model).__name__}")
+    if values not in VALUES:
+        raise ValueError(f"{where}: expected values in {', '.join(VALUES)}, got {values!r}")
+    return model, plan
+
+
+def _weights(model: nn.Module) -> set[str]:
+    """Names of what is rounded: parameters, not buffers."""
+    return {name for name, _ in model.named_parameters(remove_duplicate=False)}
 
 
 # Of a swapped layer: what `load` builds it from. Its dtype may have changed since, by ``model.half()``.
@@ -108,13 +170,14 @@ def _present(model: nn.Module, layer: LayerPlan) -> LayerPlan:
 
 
 @torch.inference_mode(False)  # as `convert`
-def load(path: str | os.PathLike[str], into: nn.Module | None = None) -> nn.Module:
+def load(path: str | os.PathLike[str], into: nn.Module | None = None, *, dtype: torch.dtype | None = None) -> nn.Module:
     """The model of a file, in a copy of ``into``.
 
     Everything is checked before anything is built: the file's structure and version, a SHA-256 of the plan and of every
     tensor, dtypes, shapes, block patterns, and that ``into`` has the layers of the plan with the same geometry. Until
-    then the memory asked for is a small multiple of the file's size. Kernels are those of this device; dtypes are those
-    of the file.
+    then the memory asked for is a small multiple of the file's size; a compact file is decoded when the shapes that it
+    claims are known to be those of ``into``. Kernels are those of this device; dtypes are those of the saved model,
+    also where the file holds its values in fewer bits.
 
     The hashes guard against accidents. Against an attacker they do not: whoever can write the file can write its
     hashes, and with them any weights. Yet a file from anyone is safe to load: it holds no code, none is run, and no
@@ -127,19 +190,23 @@ def load(path: str | os.PathLike[str], into: nn.Module | None = None) -> nn.Modu
         into: a model of the architecture that was converted (fresh, trained, masked or converted, on any device); it
             stays untouched. A model on the meta device is filled on the CPU, a wrapper is taken off. May be left out
             where the file names a model of `slimkernels.models` (see `save`).
+        dtype: of all floating-point tensors instead, such as ``torch.bfloat16``.
 
     Returns:
         The converted model, in eval mode unless it was converted with ``training=True``.
 
     Raises:
         ValueError: the file is damaged, ``into`` is missing or of another architecture; file and field are named.
-        TypeError: ``into`` is no module. OSError: no such file.
+        TypeError: ``into`` is no module, ``dtype`` no floating-point dtype. OSError: no such file.
+        ImportError: a compact file, which needs the extra ``slimkernels[compact]``.
     """
     into = unwrapped("load", into)
     if into is not None and not isinstance(into, nn.Module):
         raise TypeError(f"load: expected into to be an nn.Module, got {type(into).__name__}")
+    if dtype is not None and dtype not in _DTYPES:
+        raise TypeError(f"load: expected dtype to be one of {', '.join(map(str, _DTYPES))}, got {dtype}")
     contents = container.read(path)
-    plan = contents.plan
+    plan, given = contents.plan, into is not None
     if into is None and plan.builder is not None:
         with _naming(path):
             into = built_on_meta(plan.builder)
@@ -154,6 +221,14 @@ def load(path: str | os.PathLike[str], into: nn.Module | None = None) -> nn.Modu
         placement.check_places(plan, into)
         model = prepare(into, training=plan.training)
         placement.check_state(model, plan, contents.tensors, contents.extra_state)
+        if contents.index is not None:
+            contents.index.check_sizes(None if given else _MOST_PER_BYTE * contents.nbytes)
+            contents = contents.decoded()
+            placement.check_tensors(plan, contents.tensors)
+            placement.check_state(model, plan, contents.tensors, contents.extra_state)
+    if dtype is not None:
+        contents = _in_dtype(contents, dtype)
+        plan = contents.plan
     devices = {t.device for t in model.parameters()}
     device = next(iter(devices)) if devices else torch.device("cpu")
     if device.type == "meta":
@@ -163,6 +238,14 @@ def load(path: str | os.PathLike[str], into: nn.Module | None = None) -> nn.Modu
     with _naming(path):
         _fill(model, contents)
     return finish(model, plan)
+
+
+def _in_dtype(contents: Contents, dtype: torch.dtype) -> Contents:
+    """With all floating point in another dtype, in the plan as well."""
+    tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in contents.tensors.items()}
+    word = str(dtype).removeprefix("torch.")
+    layers = tuple(layer if layer.dtype is None else replace(layer, dtype=word) for layer in contents.plan.layers)
+    return replace(contents, tensors=tensors, plan=replace(contents.plan, layers=layers))
 
 
 @contextmanager

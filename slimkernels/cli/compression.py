@@ -112,6 +112,9 @@ def convert(
     without_shapes: o.WithoutShapes = False,
     strict: Annotated[bool, typer.Option("--strict", help="Fail where a layer cannot be taken.")] = False,
     device: o.Device = "cpu",
+    values: Annotated[
+        str, typer.Option(help="fp32, or bf16, int8 or int4 for a compact file of values rounded to it.")
+    ] = "fp32",
     out: Annotated[Path | None, typer.Option(help="File to write; NAME.slim.safetensors by default.")] = None,
     as_json: o.Json = False,
 ) -> None:
@@ -120,7 +123,10 @@ def convert(
     from slimkernels.cli.own_model import example_batches, open_model
     from slimkernels.conversion import convert as run_convert
     from slimkernels.conversion import explain as run_explain
+    from slimkernels.conversion.compact_index import VALUES
 
+    if values not in VALUES:
+        raise ValueError(f"convert: expected --values in {', '.join(VALUES)}, got {values!r}")
     device = o.training_device(device)
     opened = open_model("convert", weights, model, num_classes, o.model_options(option))
     inputs = example_batches(
@@ -128,7 +134,7 @@ def convert(
     )
     out = o.check_writable(out or Path(f"{opened.stem}.slim.safetensors"))
     fast = run_convert(opened.network.to(device), inputs, strict=strict, progress=o.progress(as_json))
-    save(fast, out, builder=opened.builder)
+    save(fast, out, values=values, builder=opened.builder)
     if as_json:
         # For mypy: a model's own attribute, a Tensor or a Module to mypy.
         plan = json.loads(fast.slimkernels_plan.to_json())  # type: ignore[union-attr, operator]

@@ -4,6 +4,9 @@ Metadata fields: ``format`` (``slimkernels``), ``format_version``, ``plan`` (`Mo
 (JSON: what modules keep besides tensors), ``sha256`` (JSON: of ``plan``, of ``extra_state`` and of every tensor as
 ``tensor:<name>``, over its dtype, shape and bytes). No pickle anywhere. Reading checks all of it before it is used.
 
+That is format version 1, whose tensors are those of the model. In version 2 they are ``index``, ``plain`` and
+``symbols``, bytes that `slimkernels.conversion.compact` describes; plan and extra state are in the index.
+
 The hashes guard against accidents: a bad disk, a broken download, a file cut short. They are no signature: whoever can
 write the file can write its hashes. So nothing that reads a file trusts it because its hashes hold.
 """
@@ -15,17 +18,25 @@ import json
 import math
 import os
 import reprlib
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import Any, BinaryIO, NoReturn
 
 import torch
 from torch import Tensor
 
+from slimkernels.conversion import compact
+from slimkernels.conversion.compact_index import Index, parse
 from slimkernels.conversion.plan import ModelPlan, parse_json
 from slimkernels.files import atomic_path
 
-FORMAT, FORMAT_VERSION = "slimkernels", "1"
-_FIELDS = ("format", "format_version", "plan", "extra_state", "sha256")
+FORMAT, FORMAT_VERSION, COMPACT_VERSION = "slimkernels", "1", "2"
+# Metadata of each version.
+_FIELDS = {
+    FORMAT_VERSION: ("format", "format_version", "plan", "extra_state", "sha256"),
+    COMPACT_VERSION: ("format", "format_version", "sha256"),
+}
+_COMPACT = ("index", "plain", "symbols")
 # safetensors' own names; its limit on the header is 100 MB.
 _DTYPES = {
     "F64": torch.float64,
@@ -47,23 +58,60 @@ _MAX_DIMENSIONS, _MAX_ELEMENTS = 64, 2**62
 
 @dataclass(frozen=True)
 class Contents:
-    """What a file holds: its plan, its tensors by state-dict name, extra state, and its size."""
+    """What a file holds: its plan, its tensors by state-dict name, extra state, and its size.
+
+    Of a compact file the tensors are outlines on the meta device, until `decoded`.
+    """
 
     plan: ModelPlan
     tensors: dict[str, Tensor]
     extra_state: dict[str, Any]
     nbytes: int
+    index: Index | None = None
+    coded: tuple[bytes, bytes] = (b"", b"")
+
+    def decoded(self) -> Contents:
+        """With tensors in place of their outlines, which the caller has compared with the model.
+
+        Raises:
+            ValueError: what is coded does not belong to the index. ImportError: an extra is missing.
+        """
+        if self.index is None:
+            return self
+        return replace(self, tensors=compact.decode(self.index, *self.coded), index=None, coded=(b"", b""))
 
 
-def write(path: str | os.PathLike[str], plan: ModelPlan, state: dict[str, Any]) -> None:
+@dataclass(frozen=True)
+class Header:
+    """The plan of a file, the file's size, bytes of the model's tensors, and the index of a compact file."""
+
+    plan: ModelPlan
+    nbytes: int
+    state_bytes: int
+    index: Index | None = None
+
+
+def write(
+    path: str | os.PathLike[str],
+    plan: ModelPlan,
+    state: dict[str, Any],
+    values: str = "fp32",
+    weights: Collection[str] = (),
+) -> None:
     """Writes a state dict and its plan, under a temporary name that is renamed when the file is complete.
+
+    Args:
+        path: of the file.
+        plan: of the model.
+        state: its tensors and what else its modules keep.
+        values: ``fp32`` keeps the tensors as they are; see `slimkernels.conversion.compact` for the others.
+        weights: names of the parameters that are rounded to ``values``.
 
     Raises:
         TypeError: a tensor or an extra state that the format cannot hold; named.
+        ValueError: weights that cannot be rounded. ImportError: an extra is missing.
         OSError: the folder does not exist or cannot be written.
     """
-    from safetensors.torch import save
-
     tensors, extra = {}, {}
     for name, value in state.items():
         if not isinstance(value, Tensor):
@@ -73,15 +121,44 @@ def write(path: str | os.PathLike[str], plan: ModelPlan, state: dict[str, Any]) 
                 raise TypeError(f"save: expected extra state that JSON can hold, got {name!r}: {error}") from error
         elif value.layout != torch.strided or value.dtype not in _NAMES:
             raise TypeError(f"save: expected a dense tensor, got {name!r} of {value.dtype}, {value.layout}")
-        else:
+        elif values == "fp32":
             # A clone of its own: safetensors refuses tensors that share memory, such as tied weights.
             tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
-    fields = {"plan": plan.to_json(), "extra_state": json.dumps(extra, sort_keys=True)}
+    if values == "fp32":
+        version, fields = FORMAT_VERSION, {"plan": plan.to_json(), "extra_state": json.dumps(extra, sort_keys=True)}
+    else:
+        version, fields = COMPACT_VERSION, {}
+        try:
+            coded = compact.encode(plan, state, extra, weights, values)
+        except ValueError as error:
+            raise ValueError(f"save: {error}") from error
+        # frombuffer takes no empty buffer.
+        tensors = {
+            name: torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else torch.empty(0, dtype=torch.uint8)
+            for name, raw in coded.items()
+        }
     hashes = {name: _text_hash(text) for name, text in fields.items()}
     hashes.update((f"tensor:{name}", _tensor_hash(tensor)) for name, tensor in tensors.items())
-    metadata = {"format": FORMAT, "format_version": FORMAT_VERSION, **fields, "sha256": json.dumps(hashes)}
+    metadata = {"format": FORMAT, "format_version": version, **fields, "sha256": json.dumps(hashes)}
     with atomic_path(path) as temporary:
-        temporary.write_bytes(save(tensors, metadata=metadata))
+        temporary.write_bytes(_safetensors(tensors, metadata, ordered=version == COMPACT_VERSION))
+
+
+def _safetensors(tensors: dict[str, Tensor], metadata: dict[str, str], ordered: bool) -> bytes:
+    """A safetensors file; ``ordered`` makes the same bytes each time, which safetensors does not with its metadata."""
+    from safetensors.torch import save
+
+    if not ordered:
+        return save(tensors, metadata=metadata)
+    header: dict[str, Any] = {"__metadata__": metadata}
+    position = 0
+    for name, tensor in tensors.items():
+        end = position + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join([len(text).to_bytes(8, "little"), text, *(tensor.numpy().tobytes() for tensor in tensors.values())])
 
 
 def read(path: str | os.PathLike[str]) -> Contents:
@@ -114,8 +191,19 @@ def read(path: str | os.PathLike[str]) -> Contents:
             _check_hash(path, f"tensor {name!r}", hashes.get(f"tensor:{name}"), _tensor_hash(tensor))
             if dtype is torch.bool and bool((tensor.view(torch.uint8) > 1).any()):
                 _refuse(path, f"tensor {name!r}: data", "bytes 0 and 1 of a BOOL tensor", "another")
+    if plan is None:
+        raw = {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
+        index = _index(raw.pop("index"), len(raw["plain"]), path)
+        return Contents(index.plan, index.outlines, index.extra_state, size, index, (raw["plain"], raw["symbols"]))
     extra = _json_object(metadata["extra_state"], "metadata field 'extra_state'", path)
     return Contents(plan, tensors, extra, size)
+
+
+def _index(raw: bytes, plain_bytes: int, path: Any) -> Index:
+    try:
+        return parse(raw, plain_bytes)
+    except ValueError as error:
+        raise ValueError(f"load: {path}: tensor 'index': {error}") from error
 
 
 def _tensor(file: BinaryIO, dtype: torch.dtype, shape: tuple[int, ...], nbytes: int, field: str, path: Any) -> Tensor:
@@ -129,12 +217,24 @@ def _tensor(file: BinaryIO, dtype: torch.dtype, shape: tuple[int, ...], nbytes: 
     return torch.frombuffer(raw, dtype=dtype).reshape(shape)
 
 
-def read_header(path: str | os.PathLike[str]) -> tuple[ModelPlan, int, int]:
-    """The plan of a file, the file's size, and the bytes of its tensors, which are not read. Raises like `read`."""
+def read_header(path: str | os.PathLike[str]) -> Header:
+    """What a file says about itself; the model's tensors are not read. Raises like `read`."""
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         header, start = _header(file, size, path)
-        return _metadata(header, path)[1], size, size - start
+        _, plan, hashes = _metadata(header, path)
+        if plan is not None:
+            return Header(plan, size, size - start)
+        entries = {name: _entry(name, header[name], path) for name in _COMPACT}
+        dtype, shape, begin, end = entries["index"]
+        if start + end > size:
+            _refuse(path, "tensor 'index': data", f"{end - begin} bytes", max(size - start - begin, 0))
+        file.seek(start + begin)
+        tensor = _tensor(file, dtype, shape, end - begin, "tensor 'index'", path)
+        _check_hash(path, "tensor 'index'", hashes.get("tensor:index"), _tensor_hash(tensor))
+    _, _, begin, end = entries["plain"]
+    index = _index(tensor.numpy().tobytes(), end - begin, path)
+    return Header(index.plan, size, index.decoded_bytes, index)
 
 
 def _refuse(path: Any, field: str, expected: str, got: Any) -> NoReturn:
@@ -168,8 +268,8 @@ def _json_object(text: str, field: str, path: Any) -> dict[str, Any]:
     return value
 
 
-def _metadata(header: dict[str, Any], path: Any) -> tuple[dict[str, str], ModelPlan, dict[str, Any]]:
-    """The checked metadata fields, the plan and the hashes."""
+def _metadata(header: dict[str, Any], path: Any) -> tuple[dict[str, str], ModelPlan | None, dict[str, Any]]:
+    """The checked metadata fields, the plan (None where it is in the index of a compact file) and the hashes."""
     metadata = header.get("__metadata__")
     if metadata is None or (isinstance(metadata, dict) and "format_version" not in metadata and "plan" not in metadata):
         raise ValueError(
@@ -178,16 +278,28 @@ def _metadata(header: dict[str, Any], path: Any) -> tuple[dict[str, str], ModelP
         )
     if not isinstance(metadata, dict):
         _refuse(path, "header field '__metadata__'", "an object", type(metadata).__name__)
-    for name in _FIELDS:
+    version = metadata.get("format_version")
+    fields = _FIELDS.get(version if isinstance(version, str) else "", _FIELDS[FORMAT_VERSION])
+    for name in fields:
         if not isinstance(metadata.get(name), str):
             _refuse(path, f"metadata field {name!r}", "a string", type(metadata.get(name)).__name__)
-    unknown = sorted(set(metadata) - set(_FIELDS))
+    unknown = sorted(set(metadata) - set(fields))
     if unknown:
-        _refuse(path, "metadata", f"the fields {', '.join(_FIELDS)}", reprlib.repr(unknown[0]))
-    for name, value in (("format", FORMAT), ("format_version", FORMAT_VERSION)):
-        if metadata[name] != value:
-            _refuse(path, f"metadata field {name!r}", repr(value), reprlib.repr(metadata[name]))
+        _refuse(path, "metadata", f"the fields {', '.join(fields)}", reprlib.repr(unknown[0]))
+    for name, known in (("format", [FORMAT]), ("format_version", [*_FIELDS])):
+        if metadata[name] not in known:
+            expected = " or ".join(map(repr, known))
+            _refuse(path, f"metadata field {name!r}", expected, reprlib.repr(metadata[name]))
     hashes = _json_object(metadata["sha256"], "metadata field 'sha256'", path)
+    if version == COMPACT_VERSION:
+        tensors = set(header) - {"__metadata__"}
+        if tensors != set(_COMPACT):
+            _refuse(path, "header", f"the tensors {', '.join(_COMPACT)}", reprlib.repr(sorted(tensors)))
+        for name in _COMPACT:
+            dtype, shape, _, _ = _entry(name, header[name], path)
+            if dtype is not torch.uint8 or len(shape) != 1:
+                _refuse(path, f"tensor {name!r}", "bytes", f"{dtype} of shape {shape}")
+        return metadata, None, hashes
     for name in ("plan", "extra_state"):
         try:
             digest = _text_hash(metadata[name])

@@ -7,11 +7,12 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from slimkernels.conversion.compact_index import SizeBound
 from slimkernels.conversion.container import read_header
 from slimkernels.conversion.plan import ModelPlan
 from slimkernels.conversion.report_rows import COLUMNS, RIGHT, Row, hints, rows_of, table_text
@@ -33,12 +34,14 @@ class Report:
         plan: what it was made from.
         file_bytes: size of the file, where a file was explained.
         state_bytes: bytes of all tensors of the model, those that conversion does not look at included; None where a
-            `ModelPlan` alone was explained.
+            `ModelPlan` alone was explained. Of a file, when it is loaded.
+        file_bound: of a compact file, the least bytes that its values and patterns need.
     """
 
     plan: ModelPlan
     file_bytes: int | None = None
     state_bytes: int | None = None
+    file_bound: SizeBound | None = None
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -96,6 +99,7 @@ class Report:
                 "bytes_dense": self.bytes_dense,
                 "bytes_stored": self.bytes_stored,
                 "file_bytes": self.file_bytes,
+                "file_bound": None if self.file_bound is None else asdict(self.file_bound),
                 "dense_ms": plan.dense_ms,
                 "converted_ms": plan.converted_ms,
                 "speedup_low": plan.speedup_low,
@@ -189,7 +193,16 @@ class Report:
             f"{_size(self.bytes_dense)}: {ratio:.2f}x smaller"
         )
         if self.file_bytes is not None:
-            lines.append(f"file: {self.file_bytes} bytes")
+            smaller = f"{self.bytes_dense / max(self.file_bytes, 1):.1f}x smaller than dense"
+            lines.append(f"file: {self.file_bytes} bytes, {smaller}")
+        if self.file_bytes is not None and self.file_bound is not None:
+            bound = self.file_bound
+            parts = f"values {bound.values}, patterns {bound.patterns}, scales {bound.scales}, plain {bound.plain}"
+            over = self.file_bytes / max(bound.total, 1) - 1
+            lines.append(
+                f"bound: {bound.total} bytes ({parts}), the entropy of what is coded and log2 of the number of "
+                f"patterns; the file takes {over:.1%} more"
+            )
         for i, (dense, converted) in enumerate(zip(plan.dense_ms, plan.converted_ms, strict=False)):
             spread = ""
             if i < min(len(plan.speedup_low), len(plan.speedup_high)) and plan.speedup_low[i] < plan.speedup_high[i]:
@@ -232,10 +245,11 @@ def explain(subject: nn.Module | ModelPlan | str | os.PathLike[str]) -> Report:
         return Report(plan, state_bytes=_state_bytes(subject.state_dict(keep_vars=True)))
     if isinstance(subject, (str, os.PathLike)):
         try:
-            plan, size, state_bytes = read_header(subject)
+            header = read_header(subject)
         except ValueError as error:
             raise ValueError(f"explain: {str(error).removeprefix('load: ')}") from error
-        return Report(plan, size, state_bytes)
+        bound = None if header.index is None else header.index.bound
+        return Report(header.plan, header.nbytes, header.state_bytes, bound)
     raise TypeError(f"explain: expected a converted model, a ModelPlan or a path, got {type(subject).__name__}")
 
 

@@ -83,6 +83,12 @@ def test_prune_convert_explain(trained, tmp_path):
     assert {"features.17", "classifier.0"} <= {row["name"] for row in rows}
     text = run("explain", fast).stdout
     assert "features.17" in text and "layers swapped" in text
+    small = tmp_path / "small.slim.safetensors"
+    compact = run_json("convert", pruned, "--without-shapes", "--values", "int4", "--out", small)
+    report = run_json("explain", small)
+    assert compact["bytes"] == report["file_bytes"] == small.stat().st_size < 0.3 * data["bytes"]
+    assert 0.5 < sum(report["file_bound"].values()) / compact["bytes"] < 1
+    assert sk.load(small)(x).shape == (3, 10)
 
 
 def test_default_output_names(trained, tmp_path, monkeypatch):
@@ -158,6 +164,7 @@ def test_distill_prunes_gradually_and_resumes(trained, tmp_path):
         (["reproduce", "--preset", "cpu"], "expected data for preset 'cpu'"),
         (["reproduce", "--preset", "smoke", "--only", "teecher"], "near matches: teacher"),
         (["compress", "TRAINED", "--model", "nin_cifar"], "expected model 'vgg_digits' as"),
+        (["convert", "TRAINED", "--values", "int2"], "--values in fp32, bf16, int8, int4, got 'int2'"),
         (["convert", "TRAINED", "--size", "big"], "--size: expected two positive numbers"),
         (["distill", "TRAINED", "--student", "vgg_digits", "--temperature", 0], "distill: expected temperature > 0"),
         (["explain", "TRAINED"], "expected"),

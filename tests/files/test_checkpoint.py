@@ -367,7 +367,8 @@ def drop(name: str) -> Callable[[dict[str, Any]], None]:
     [
         (drop("__metadata__"), "header field '__metadata__': expected an object"),
         (set_meta("format", "other"), "metadata field 'format': expected 'slimkernels', got 'other'"),
-        (set_meta("format_version", "2"), "metadata field 'format_version': expected '1', got '2'"),
+        (set_meta("format_version", "3"), "metadata field 'format_version': expected '1' or '2', got '3'"),
+        (set_meta("format_version", "2"), "metadata: expected the fields format, format_version, sha256, got"),
         (set_meta("plan", "{}"), "metadata field 'plan': expected SHA-256"),
         (set_meta("extra_state", "{ }"), "metadata field 'extra_state': expected SHA-256"),
         (set_meta("sha256", "{}"), "metadata field 'plan': expected SHA-256 None"),

@@ -83,6 +83,17 @@ def swap_tensors(a: str, b: str) -> Change:
     return lambda file: file.tensors.update({a: file.tensors[b], b: file.tensors[a]})
 
 
+def claim(name: str, shape: list[int], *tables: list[int]) -> Change:
+    """A tensor of a compact file of another shape, with tables of one symbol, which take no coded bytes."""
+
+    def change(file: Crafted) -> None:
+        file.entry(name).update(shape=shape)
+        if tables:
+            file.entry(name).update(tables=[*tables])
+
+    return change
+
+
 HUGE = 2**31
 # What asked for memory far beyond the file, or for addresses beyond the tensors, before plans were bounded.
 WILD: list[tuple[str, Change, str]] = [
@@ -120,6 +131,40 @@ WILD: list[tuple[str, Change, str]] = [
     ("low_rank", tensor("steps", "I64", [1] * 65), r"tensor 'steps': shape: expected at most 64 sizes, got 65"),
     ("tucker2", put("linear", ranks=[10**9]), r"layer 'linear': expected ranks up to 12, got \(1000000000,\)"),
     ("training", put("second", mask_block_shape=[HUGE, 1]), r"LayerPlan 'second': expected mask_block_shape of 2"),
+    # Compact files: nothing is decoded before it is known to be as long as the model wants it.
+    (
+        "low_rank int8",
+        claim("grouped.weight", [32, 8, 3, 2**30], [0, 32], [0, 32 * 8 * 3 * 2**30]),
+        r"'grouped\.weight' of shape \(32, 8, 3, 3\) as in into, got \(32, 8, 3, 1073741824\)",
+    ),
+    ("low_rank int8", claim("flags", [2**40], [0, 2**40]), r"tensor 'flags' of shape \(2,\) as in into, got"),
+    (
+        "low_rank int8",
+        both(
+            put("conv2", weight_shape=[2**31 - 1, 32, 3, 3], block_shape=[1, 1]),
+            claim("conv2", [0], [0, (2**31 - 1) * 288]),
+            claim("conv2.values", [0, 1, 1], [0, 2**31 - 1], [0]),
+        ),
+        r"layer 'conv2': expected tensor 'conv2\.bias' of shape",
+    ),
+    (
+        "low_rank int8",
+        both(
+            put("conv2", block_shape=[2**20, 1]),
+            claim("conv2", [288], [1, 288]),
+            claim("conv2.values", [288, 2**20, 1], [0, 32], [0, 288 * 2**20]),
+        ),
+        r"expected tensor 'conv2\.values' of at most \d+ elements in a compact file",
+    ),
+    (
+        "low_rank int8",
+        both(
+            put("low_rank", ranks=[2**28]),
+            claim("low_rank.factors.0", [2**28, 32, 3, 3], [0, 2**28], [0, 2**28 * 288]),
+            claim("low_rank.factors.1", [24, 2**28, 1, 1], [0, 24], [0, 24 * 2**28]),
+        ),
+        r"expected tensor 'low_rank\.factors\.0' of at most \d+ elements in a compact file, which its layer's shape",
+    ),
 ]
 
 

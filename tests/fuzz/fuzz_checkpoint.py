@@ -269,6 +269,100 @@ def extra_state(rng: random.Random, file: Crafted) -> str:
     return f"extra state {key!r}"
 
 
+def _entries(file: Crafted) -> list[dict[str, Any]]:
+    """How a compact file stores its tensors; IndexError where the file is not compact."""
+    if file.index is None:
+        raise IndexError
+    return file.index["tensors"]
+
+
+def index_table(rng: random.Random, file: Crafted) -> str:
+    """A count, the lowest symbol, or a table as a whole: of another run, with all counts in one symbol, or wild."""
+    entry = rng.choice([e for e in _entries(file) if e.get("tables")])
+    tables, i = entry["tables"], rng.randrange(len(entry["tables"]))
+    what = rng.choice(["count", "move", "lowest", "one symbol", "other", "wild", "number"])
+    if what == "count":
+        tables[i][rng.randrange(1, len(tables[i]))] += rng.choice([1, -1, 2**20, 2**62])
+    elif what == "move":  # the same length, other probabilities
+        a, b = rng.randrange(1, len(tables[i])), rng.randrange(1, len(tables[i]))
+        moved = rng.randrange(tables[i][a] + 1)
+        tables[i][a], tables[i][b] = tables[i][a] - moved, tables[i][b] + moved
+    elif what == "lowest":
+        tables[i][0] += rng.choice([1, -1, 8, 2**31])
+    elif what == "one symbol":
+        tables[i] = [rng.choice([0, 1, tables[i][0]]), sum(tables[i][1:])]
+    elif what == "other":
+        tables[i] = copy.deepcopy(rng.choice(rng.choice(_entries(file)).get("tables") or [[0]]))
+    elif what == "number":
+        tables[i][rng.randrange(len(tables[i]))] = any_value(rng)
+    else:
+        tables[i] = any_value(rng)
+    return f"table {i} of {entry['name']!r}: {what}"
+
+
+def index_shape(rng: random.Random, file: Crafted) -> str:
+    """Another shape, often with tables that belong to it: what a file of nothing but zeros could claim."""
+    entry = rng.choice(_entries(file))
+    shape = entry["shape"]
+    if shape and rng.random() < 0.8:
+        shape[rng.randrange(len(shape))] = rng.choice(NUMBERS)
+    else:
+        shape = entry["shape"] = any_value(rng)
+    if entry.get("tables") and rng.random() < 0.7:
+        size = 1
+        for n in shape:
+            size *= n
+        long = {"integers": [shape[0], size], "bfloat16": [size, 0]}.get(entry["how"], [size])
+        entry["tables"] = [[0, n] if n else [0] for n in long]
+    return f"shape of {entry['name']!r}: {shape!r}"
+
+
+def index_entry(rng: random.Random, file: Crafted) -> str:
+    entries = _entries(file)
+    what, entry = (
+        rng.choice(["drop", "twice", "shuffle", "swap", "field", "how", "values", "same"]),
+        rng.choice(entries),
+    )
+    if what == "drop":
+        entries.remove(entry)
+    elif what == "twice":
+        entries.append(copy.deepcopy(entry))
+    elif what == "shuffle":
+        rng.shuffle(entries)
+    elif what == "swap":
+        other = rng.choice(entries)
+        entry["name"], other["name"] = other["name"], entry["name"]
+    elif what == "field":
+        entry[rng.choice([*entry, "surplus"])] = any_value(rng)
+    elif what == "how":
+        entry["how"] = rng.choice(["plain", "same", "mask", "pattern", "integers", "bfloat16"])
+    elif what == "same":
+        keep = {key: entry[key] for key in ("name", "dtype", "shape")}
+        entry.clear()
+        entry.update(keep, how="same", same=rng.choice(entries).get("name", entry["name"]))
+    else:
+        file.index["values"] = rng.choice(["bf16", "int8", "int4", "fp32", 3])  # type: ignore[index]
+    return f"index: {what}"
+
+
+def index_bytes(rng: random.Random, file: Crafted) -> str:
+    """Coded or plain bytes changed, with a hash that holds."""
+    _entries(file)
+    name = rng.choice(["plain", "symbols"])
+    raw = bytearray(file.tensors[name][2])
+    what = rng.choice(["flip", "cut", "longer", "noise"])
+    if what == "flip":
+        raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
+    elif what == "cut":
+        del raw[rng.randrange(len(raw)) // 4 * 4 :]
+    elif what == "longer":
+        raw += rng.randbytes(rng.choice([1, 2, 4, 64]))
+    else:
+        raw = bytearray(rng.randbytes(len(raw)))
+    file.tensors[name] = ["U8", [len(raw)], bytes(raw)]
+    return f"{name}: {what}"
+
+
 def metadata(rng: random.Random, file: Crafted) -> str:
     name = rng.choice(["format", "format_version", "extra_state", "note"])
     file.meta[name] = rng.choice(["", "2", "{}", "\ud800"])
@@ -287,7 +381,7 @@ def header(rng: random.Random, file: Crafted) -> str:
 MUTATIONS: list[Mutation] = [
     plan_field, plan_field, plan_number, plan_number, plan_name, plan_layers, plan_whole, plan_text, tensor_dtype,
     tensor_shape, tensor_value, tensor_value, tensor_indices, tensor_names, consistent_dtype, consistent_block,
-    extra_state, metadata, header,
+    extra_state, metadata, header, index_table, index_table, index_shape, index_entry, index_bytes,
 ]  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,17 @@ from slimkernels.nn import LowRankConv2d, LowRankLinear
 
 @dataclass
 class Crafted:
-    """A file's parts: metadata, plan, tensors as ``[dtype, shape, bytes]``; what ``header`` holds replaces entries."""
+    """A file's parts: metadata, plan, tensors as ``[dtype, shape, bytes]``; what ``header`` holds replaces entries.
+
+    Of a compact file ``index`` is the object in its tensor ``index``, without the plan, which is ``plan`` here too.
+    """
 
     meta: dict[str, Any]
     plan: dict[str, Any]
     tensors: dict[str, list[Any]]
     header: dict[str, Any] = field(default_factory=dict)
     plan_text: str | None = None
+    index: dict[str, Any] | None = None
 
     @classmethod
     def read(cls, path: Path) -> Crafted:
@@ -41,7 +46,15 @@ class Crafted:
             name: [e["dtype"], e["shape"], body[e["data_offsets"][0] : e["data_offsets"][1]]]
             for name, e in header.items()
         }
+        if meta["format_version"] == "2":
+            index = json.loads(zlib.decompress(tensors["index"][2]))
+            return cls(meta, index.pop("plan"), tensors, index=index)
         return cls(meta, json.loads(meta["plan"]), tensors)
+
+    def entry(self, name: str) -> dict[str, Any]:
+        """The entry of a tensor in the index of a compact file."""
+        assert self.index is not None
+        return next(entry for entry in self.index["tensors"] if entry["name"] == name)
 
     def copy(self) -> Crafted:
         return copy.deepcopy(self)
@@ -52,12 +65,19 @@ class Crafted:
 
     def to_bytes(self) -> bytes:
         """The file, every hash right."""
-        meta = dict(self.meta)
-        meta["plan"] = json.dumps(self.plan) if self.plan_text is None else self.plan_text
-        hashes = {n: hashlib.sha256(meta[n].encode("utf-8", "replace")).hexdigest() for n in ("plan", "extra_state")}
+        meta, tensors = dict(self.meta), dict(self.tensors)
+        plan = json.dumps(self.plan) if self.plan_text is None else self.plan_text
+        if self.index is None:
+            meta["plan"] = plan
+        elif "index" in tensors:
+            text = json.dumps(self.index)[:-1] + f', "plan": {plan}}}'
+            raw = zlib.compress(text.encode("utf-8", "surrogatepass"))
+            tensors["index"] = ["U8", [len(raw)], raw]
+        texts = [n for n in ("plan", "extra_state") if isinstance(meta.get(n), str)]
+        hashes = {n: hashlib.sha256(meta[n].encode("utf-8", "replace")).hexdigest() for n in texts}
         header: dict[str, Any] = {"__metadata__": meta}
         body, position = [], 0
-        for name, (dtype, shape, raw) in self.tensors.items():
+        for name, (dtype, shape, raw) in tensors.items():
             digest = hashlib.sha256(f"{dtype}{tuple(shape)}".encode())
             digest.update(raw)
             hashes[f"tensor:{name}"] = digest.hexdigest()
@@ -141,7 +161,7 @@ def _policy(**changes: Any) -> Policy:
 
 
 def bases(folder: Path) -> list[tuple[str, Crafted, nn.Module, Tensor]]:
-    """``(name, file, a fresh model of its architecture, an input)`` of four files that `load` takes."""
+    """``(name, file, a fresh model of its architecture, an input)`` of files that `load` takes."""
     x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     model = residual()
     model.low_rank = LowRankConv2d(32, 24, 3, 2, 1, kind="svd", ranks=[6]).eval()
@@ -157,6 +177,11 @@ def bases(folder: Path) -> list[tuple[str, Crafted, nn.Module, Tensor]]:
     found = []
     for name, (fast, into) in made.items():
         path = folder / f"{name}.slim.safetensors"
-        save(fast, path)
-        found.append((name, Crafted.read(path), into, x))
+        for values in ("fp32", *COMPACT.get(name, ())):
+            save(fast, path, values=values)
+            found.append((name if values == "fp32" else f"{name} {values}", Crafted.read(path), into, x))
     return found
+
+
+# Which files exist as compact ones, too; together they have every way to store a tensor.
+COMPACT = {"low_rank": ("int8",), "merged": ("int4",), "tucker2": ("bf16", "int4"), "training": ("int8",)}

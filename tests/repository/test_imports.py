@@ -38,7 +38,8 @@ PACKAGES = {
     "data": ("__init__", "datasets", "decoded, tensor_loader"),
     "conversion": (
         "__init__", "convert_model, plain_model", "units, outputs", "decide", "candidates", "measure, report",
-        "report_rows, container, placement, hub", "plan", "analysis, batch_norms", "folding", "factor_chains", "layers",
+        "report_rows, container, placement, hub", "compact", "compact_index",
+        "quantization, plan", "symbols, analysis, batch_norms", "folding", "factor_chains", "layers",
         "readers", "calls", "graph, spread", "wrappers",
     ),
     "compress": ("distillation, factorization, pruning", "training", "allocation, selection", "__init__"),

@@ -221,7 +221,7 @@ def test_wheel_holds_what_the_package_needs(cpu_wheel: Path):
         "torch", "torchvision", "triton", "safetensors", "accelerate", "pyyaml", "rich", "typer", "scikit-learn",
         "matplotlib",
     }  # fmt: skip
-    extras = {"train", "test", "bench", "docs", "lint", "onnx", "examples", "gpu-check"}
+    extras = {"train", "compact", "test", "bench", "docs", "lint", "onnx", "examples", "gpu-check"}
     assert set(re.findall(r"^Provides-Extra: (\S+)$", metadata, re.M)) == extras
 
 
