@@ -491,7 +491,7 @@ def crafted(seed: int, case: int, files: list[tuple[str, Crafted, nn.Module, Ten
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
         try:
             told.append(rng.choice(MUTATIONS)(rng, file))
-        except (TypeError, KeyError, IndexError, ValueError, AttributeError):
+        except (TypeError, KeyError, IndexError, ValueError, AttributeError, OverflowError):
             break  # the mutation before left nothing that this one could change
     data = file.to_bytes()
     if rng.random() < 0.1:
