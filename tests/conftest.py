@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import random
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -43,6 +45,13 @@ with torch.device("meta"):
 BORDER = 256
 SENTINEL = -7.0123456e11
 ORIGINAL_EMPTY = torch.empty
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What `slimkernels tune` has measured on this machine decides nothing here, nor is anything left for it."""
+    folder = tempfile.TemporaryDirectory(prefix="slimkernels-tests-")
+    config.add_cleanup(folder.cleanup)
+    os.environ["SLIMKERNELS_CACHE_DIR"] = folder.name
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

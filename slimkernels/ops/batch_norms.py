@@ -10,6 +10,7 @@ from torch import Tensor
 from slimkernels.dispatch.select import resolve_gradient
 from slimkernels.kernels import reference
 from slimkernels.kernels.problems import Request
+from slimkernels.ops import transforms
 from slimkernels.ops.calls import BatchNormBackwardCall, BatchNormForwardCall
 from slimkernels.ops.library import OPS, check_bias, check_epilogue, has_tangent, register, register_gradient
 
@@ -132,7 +133,8 @@ def batch_norm(
 
     The statistics are those of ``x`` (Ioffe and Szegedy, arXiv 1502.03167, algorithm 1), in float32. Gradients are
     those of torch's ops one after the other, the choice of equals in a pool's window included; the gradient of a
-    gradient is not there. Inputs with tangents of forward-mode differentiation run the reference kernel.
+    gradient is not there. Inputs with tangents of forward-mode differentiation run the reference kernel, and under
+    a transform of torch.func torch's functions compute it, without running statistics.
 
     Args:
         x: ``(N, C, H, W)`` floating point, any strides, more than one value a channel.
@@ -153,6 +155,11 @@ def batch_norm(
         TypeError: wrong dtypes.
     """
     call = BatchNormForwardCall(x, weight, bias, eps, epilogue, kernel)
+    if transforms.transformed():
+        _output_shape(call)
+        if running_mean is not None or running_var is not None:
+            raise ValueError(f"{_OP}: expected no running statistics under a transform of torch.func, got some")
+        return transforms.batch_norm(call)
     if has_tangent(x, weight, bias):
         _output_shape(call)
         y, statistics = reference.batch_norm_forward(x, weight, bias, eps, epilogue)

@@ -17,7 +17,14 @@ from torch.nn import functional as F
 from slimkernels.formats import _from_blocks, block_grid
 from slimkernels.kernels.problems import factor_geometry
 from slimkernels.kernels.reference import apply_epilogue
-from slimkernels.ops.calls import BSRConv2dCall, BSRLinearCall, FusedConv2dCall, LowRankConv2dCall, LowRankLinearCall
+from slimkernels.ops.calls import (
+    BatchNormForwardCall,
+    BSRConv2dCall,
+    BSRLinearCall,
+    FusedConv2dCall,
+    LowRankConv2dCall,
+    LowRankLinearCall,
+)
 
 _active = torch._C._functorch.peek_interpreter_stack
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
@@ -64,6 +71,12 @@ def low_rank_conv2d(call: LowRankConv2dCall) -> Tensor:
 def fused_conv2d(call: FusedConv2dCall) -> Tensor:
     """`slimkernels.ops.fused_conv2d`: torch's convolution and what follows."""
     y = F.conv2d(call.x, call.weight, call.bias, list(call.stride), list(call.padding), list(call.dilation))
+    return apply_epilogue(y, call.epilogue)
+
+
+def batch_norm(call: BatchNormForwardCall) -> Tensor:
+    """`slimkernels.ops.batch_norm` without running statistics."""
+    y = F.batch_norm(call.x, None, None, call.weight, call.bias, training=True, eps=call.eps)
     return apply_epilogue(y, call.epilogue)
 
 

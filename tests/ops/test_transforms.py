@@ -86,12 +86,25 @@ def fused_conv2d_case() -> tuple[Callable[..., Tensor], Callable[..., Tensor], T
     )
 
 
+def batch_norm_case() -> tuple[Callable[..., Tensor], Callable[..., Tensor], Tensor]:
+    weight = torch.randn(10, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    wide = torch.randn(10, 7, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    return (
+        lambda x, w, bias: ops.batch_norm(F.conv2d(x, wide), w, bias, epilogue="relu_maxpool2"),
+        lambda x, w, bias: F.max_pool2d(
+            torch.relu(F.batch_norm(F.conv2d(x, wide), None, None, w, bias, training=True)), 2
+        ),
+        weight,
+    )
+
+
 CASES: dict[str, Callable[[], tuple[Callable[..., Tensor], Callable[..., Tensor], Tensor]]] = {
     "bsr_conv2d": lambda: bsr_case((10, 7, 3, 2), "relu_maxpool2"),
     "bsr_linear": lambda: bsr_case((10, 7), "relu"),
     "low_rank_linear": low_rank_linear_case,
     "low_rank_conv2d": low_rank_conv2d_case,
     "fused_conv2d": fused_conv2d_case,
+    "batch_norm_forward": batch_norm_case,
 }
 FIRST_ORDER = {schema.split("(")[0] for schema in _SCHEMAS if "backward" not in schema and "dgrad" not in schema}
 
