@@ -43,6 +43,8 @@ def names_of(node: ast.AST) -> set[str]:
             names |= parameters(child) if child.name in ("__init__", "__new__", "__call__") else set()
         elif isinstance(child, ast.AnnAssign) and isinstance(child.target, ast.Name):
             names.add(child.target.id)
+        elif isinstance(child, ast.Assign):  # members of an enumeration
+            names |= {target.id for target in child.targets if isinstance(target, ast.Name)}
         elif isinstance(child, ast.Attribute) and isinstance(child.ctx, ast.Store):
             names.add(child.attr)
     return names
