@@ -108,7 +108,7 @@ def quantize_(model: nn.Module, values: str) -> nn.Module:
         The same model.
 
     Raises:
-        TypeError: not a module.
+        TypeError: not a module; a tensor that no file holds.
         ValueError: the model was not converted; unknown ``values``; a weight that is not finite.
     """
     model, plan = _converted("quantize_", model, values)
@@ -116,8 +116,8 @@ def quantize_(model: nn.Module, values: str) -> nn.Module:
         state = model.state_dict()
         try:
             tensors = compact.rounded(plan, state, _weights(model), values)
-        except ValueError as error:
-            raise ValueError(f"quantize_: {error}") from error
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"quantize_: {error}") from error
         model.load_state_dict({**state, **tensors})
     return model
 
