@@ -51,6 +51,7 @@ TARGETS = [
     (backward, backward.Target("wgrad", 90, "bf16", border=False, index_64=True, channels=200)),
     (backward, backward.Target("pool", 90, "bf16")),
     (backward, backward.Target("pool", 90, "bf16", index_64=True)),
+    *((backward, backward.Target(kind, 90, "bf16")) for kind in backward.BATCH_NORM),
     (low_rank, low_rank.Target(90, "bf16", "fused", 64)),
     (low_rank, low_rank.Target(90, "bf16", "fused", 48, c_in=201, index_64=True)),
     (low_rank, low_rank.Target(90, "bf16", "alone", 64)),
