@@ -171,10 +171,11 @@ struct SlabTile {
   }
 };
 
-// The microkernel of SLAB_TILES[tile].
+// The microkernel of SLAB_TILES[tile]. slab_cut takes the first for vectors of 16 floats alone: where there are 16
+// registers, its sums would be spilled, and it is not compiled.
 template <class V>
 inline SlabFunction slab_function(int tile) {
-  constexpr SlabFunction functions[SLAB_TILE_COUNT] = {SlabTile<V, 4, 4>::run, SlabTile<V, 2, 4>::run,
+  constexpr SlabFunction functions[SLAB_TILE_COUNT] = {SlabTile<V, V::N == 16 ? 4 : 2, 4>::run, SlabTile<V, 2, 4>::run,
                                                        SlabTile<V, 2, 2>::run};
   return functions[tile];
 }

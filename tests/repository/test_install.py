@@ -162,7 +162,7 @@ def test_sdist_holds_sources_and_no_products(sdist: Path):
         "slimkernels/py.typed",
     ):
         assert needed in names
-    rooms = [path.relative_to(ROOT) for path in (TESTS, *TESTS.iterdir()) if path.is_dir()]
+    rooms = sorted({path.parent.relative_to(ROOT) for path in TESTS.rglob("*.py")})
     for folder in ("csrc/cpu", "csrc/cuda", "csrc/bindings", "slimkernels", *rooms):
         files = {
             p.relative_to(ROOT).as_posix() for p in (ROOT / folder).glob("*.*") if p.suffix not in (".so", ".json")
