@@ -175,8 +175,8 @@ struct SlabTile {
 // registers, its sums would be spilled, and it is not compiled.
 template <class V>
 inline SlabFunction slab_function(int tile) {
-  constexpr SlabFunction functions[SLAB_TILE_COUNT] = {SlabTile<V, V::N == 16 ? 4 : 2, 4>::run, SlabTile<V, 2, 4>::run,
-                                                       SlabTile<V, 2, 2>::run};
+  constexpr SlabFunction functions[SLAB_TILE_COUNT] = {SlabTile < V, V::N == 16 ? 4 : 2, 4 > ::run,
+                                                       SlabTile<V, 2, 4>::run, SlabTile<V, 2, 2>::run};
   return functions[tile];
 }
 
