@@ -6,10 +6,10 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from slimkernels import env
 from slimkernels.kernels import EPILOGUES
+from slimkernels.kernels.reference import apply_epilogue
 from slimkernels.ops import batch_norm
 
 _Norm = TypeVar("_Norm", bound=nn.Module)
@@ -81,7 +81,7 @@ class FusedBatchNorm2d(nn.modules.batchnorm._NormBase):
         """``epilogue(batch_norm(input))``."""
         if not self._fuses(input):
             # For mypy: what torch's own reads of self is there.
-            return _epilogue(nn.BatchNorm2d.forward(self, input), self.epilogue)  # type: ignore[arg-type]
+            return apply_epilogue(nn.BatchNorm2d.forward(self, input), self.epilogue)  # type: ignore[arg-type]
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         return batch_norm(
@@ -133,12 +133,6 @@ class RunsInBatchNorm(nn.Identity):
     def extra_repr(self) -> str:
         """What was here."""
         return repr(self.original)
-
-
-def _epilogue(y: Tensor, epilogue: str) -> Tensor:
-    if epilogue != "none":
-        y = F.relu(y)
-    return F.max_pool2d(y, 2) if epilogue == "relu_maxpool2" else y
 
 
 def _with_tensors_of(source: nn.Module, target: _Norm) -> _Norm:
