@@ -147,6 +147,7 @@ def layouts() -> None:
 
 
 RECORD = ROOT / "benchmarks/results/amd-epyc-zen5-2c/2e2017bdf1f0.json"
+DEMO = ROOT / "benchmarks/results/amd-epyc-zen4-2c/demo.json"
 ENGINES = (("fastest dense engine", "dense_p50_ms"), ("DeepSparse 1.8", "deepsparse_p50_ms"), ("slimkernels", "p50_ms"))
 # Colours of the bars, of text and of the background, for light and for dark pages.
 LIGHT = (("#b0bec5", "#9fa8da", "#3949ab"), "#263238", "#ffffff")
@@ -207,7 +208,7 @@ def result() -> None:
 
 def demo() -> None:
     """What `slimkernels demo` draws, from a committed run of it."""
-    demo_figure(DemoResult.from_json((RECORD.parent / "demo.json").read_text()), HERE / "demo.png")
+    demo_figure(DemoResult.from_json(DEMO.read_text()), HERE / "demo.png")
 
 
 if __name__ == "__main__":
