@@ -104,7 +104,7 @@ def test_vgg19_cifar(
     assert ratio <= 2, f"error against float64 is {ratio:.2f} times that of the dense network"
     x = x.contiguous(memory_format=torch.channels_last)
     served = graphed(fast, x) if recorded else fast
-    sparse_peer = sparse_peer_seconds(request.config.getoption("--deepsparse"), model, x, race.seconds)
+    sparse_peer = peers.deepsparse_seconds(request.config.getoption("--deepsparse"), model, x, race.seconds)
     timings = race.run(lambda: served(x), dense_baselines(batch, compile=not smoke))
     ours, dense = timings["contender"], timings["best"]
     plan: Any = fast.slimkernels_plan
@@ -151,18 +151,6 @@ def test_vgg19_cifar_low_rank(race: Any, smoke: bool, device: str, batch: int) -
         baselines_p50_ms={k: v.p50 * 1e3 for k, v in timings.items() if k not in ("contender", "best")},
         speedup=dense.p50 / ours.p50, images_per_s=batch / ours.p50, threads=torch.get_num_threads(), recorded=True,
     )  # fmt: skip
-
-
-def sparse_peer_seconds(python: str | None, model: nn.Module, x: Tensor, seconds: float) -> float | None:
-    """Median latency of the pruned network in DeepSparse, which skips zeros too; None without it."""
-    if python is None:
-        return None
-    peer = peers.DeepSparse(python, model, x)
-    try:
-        once = min(peer.seconds(3))
-        return timing.percentiles(peer.seconds(max(5, int(seconds / 2 / once)))).p50
-    finally:
-        peer.close()
 
 
 def fitting_blocks(model: nn.Module, block_shape: tuple[int, int]) -> dict[tuple[int, int], list[str]]:

@@ -78,6 +78,18 @@ class DeepSparse:
         self._folder.cleanup()
 
 
+def deepsparse_seconds(python: str | None, model: nn.Module, x: Tensor, seconds: float) -> float | None:
+    """Median latency of a pruned network in DeepSparse; None where ``python``, its interpreter, is."""
+    if python is None:
+        return None
+    peer = DeepSparse(python, model, x)
+    try:
+        once = min(peer.seconds(3))
+        return timing.percentiles(peer.seconds(max(5, int(seconds / 2 / once)))).p50
+    finally:
+        peer.close()
+
+
 class _ReluFused(nn.Module):
     """A convolution with the ReLU behind it as one cuDNN call."""
 

@@ -111,6 +111,23 @@ def vgg_table(rows: list[dict[str, Any]]) -> str:
     return table(header, body)
 
 
+def networks_table(rows: list[dict[str, Any]]) -> str:
+    """Networks of several kinds: dense, DeepSparse, the converted network called as it is, and its recording."""
+    header = ["network", "batch", "zeros", "best dense", "its p50 [ms]", "DeepSparse, same zeros [ms]",
+              "converted p50 [ms]", "recorded p20 / p50 / p80 [ms]", "n", "speed-up", "converted / recorded",
+              "error / dense error"]  # fmt: skip
+    body = [
+        [
+            r["network"], str(r["batch"]), f"{r['sparsity']:.1%}, {block_name(r)}", best_baseline(r),
+            f"{r['dense_p50_ms']:.3g}", milliseconds(r, "deepsparse_p50_ms"), f"{r['converted_p50_ms']:.3g}",
+            f"{r['p20_ms']:.3g} / {r['p50_ms']:.3g} / {r['p80_ms']:.3g}", str(r["n"]), f"**{r['speedup']:.2f}x**",
+            f"{r['converted_p50_ms'] / r['p50_ms']:.2f}", f"{r['error_ratio']:.2f}",
+        ]
+        for r in rows
+    ]  # fmt: skip
+    return table(header, body)
+
+
 def ops_table(rows: list[dict[str, Any]]) -> str:
     """Single layers: latency, rates, share of the measured multiply-add peak."""
     header = ["layer", "batch", "blocks", "sparsity", "kernel", "dense p50 [ms]", "p50 [ms]", "predicted [ms]",
@@ -163,6 +180,7 @@ def low_rank_table(rows: list[dict[str, Any]]) -> str:
 SECTIONS = (
     ("ceilings", "Ceilings", ceilings_table),
     ("vgg", "Converted networks (random weights, pruned by magnitude)", vgg_table),
+    ("networks", "Networks of several kinds", networks_table),
     ("ops", "Layers", ops_table),
     ("backward", "Training", backward_table),
     ("low_rank", "Low-rank layers", low_rank_table),

@@ -1,0 +1,101 @@
+"""Networks of several kinds on a CPU: dense, converted, and recorded, in one run.
+
+Block-sparse ResNets and a VGG-16 on images of 224x224, and VGG-19 and SlimNets' NIN with single zero weights, which is
+what most pruned checkpoints hold. Dense is the fastest of eager PyTorch, torch.compile, ONNX Runtime and OpenVINO;
+``--deepsparse PYTHON`` adds DeepSparse with the same zeros. Weights are random and pruned by magnitude. The converted
+network is timed called as it is and recorded by `slimkernels.graphed`, both in the same bursts as the dense ones.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import peers
+import pytest
+import torch
+from torch import Tensor, nn
+
+from slimkernels import models, timing
+from slimkernels.cli import bench
+from slimkernels.cli.peers import cpu_peers
+from slimkernels.compress.pruning.prune import finalize_, prune_
+from slimkernels.conversion import convert
+from slimkernels.inference import graphed
+
+
+@dataclass(frozen=True)
+class Row:
+    """A network, its zeros and a batch size; (1, 1) is unstructured sparsity."""
+
+    network: str
+    sparsity: float
+    block_shape: tuple[int, int]
+    batch: int
+
+    def __str__(self) -> str:
+        block_out, block_in = self.block_shape
+        return f"{self.network}-{self.sparsity:.1%}-{block_out}x{block_in}-batch{self.batch}"
+
+
+ROWS = (
+    *(Row("vgg19_cifar", 0.875, (16, 1), batch) for batch in (1, 16, 128)),
+    *(Row("vgg19_cifar", 0.875, (1, 1), batch) for batch in (1, 16, 128)),
+    *(Row("nin_cifar", 0.875, (1, 1), batch) for batch in (1, 128)),
+    *(Row("resnet18", 0.9, (16, 1), batch) for batch in (1, 8)),
+    *(Row("resnet50", 0.9, (16, 1), batch) for batch in (1, 8)),
+    *(Row("vgg16", 0.9, (16, 1), batch) for batch in (1, 8)),
+)
+SMOKE = Row("nin_cifar", 0.875, (1, 1), 1)
+# Images that batch norms take their statistics from, and on which outputs are compared in float64.
+SAMPLES = 8
+
+
+def images(network: str, count: int) -> Tensor:
+    """Random images in channels_last, the same ones each time."""
+    x = torch.randn(count, *models.input_shape(network), generator=torch.Generator().manual_seed(count))
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+@lru_cache(maxsize=1)
+def dense_model(network: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = bench.with_random_norms(models.build(network, models.default_classes(network)))
+    return bench.calibrated(model, images(network, SAMPLES))
+
+
+@lru_cache(maxsize=1)
+def pruned_model(network: str, sparsity: float, block_shape: tuple[int, int]) -> nn.Module:
+    model = finalize_(prune_(copy.deepcopy(dense_model(network)), sparsity, block_shape))
+    return bench.calibrated(model, images(network, SAMPLES))
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_network(race: Any, smoke: bool, device: str, request: pytest.FixtureRequest, row: Row) -> None:
+    if smoke and row != SMOKE:
+        pytest.skip("not in the smoke run")
+    if device != "cpu":
+        pytest.skip("rows for the CPU")
+    x = images(row.network, row.batch)
+    dense, model = dense_model(row.network), pruned_model(row.network, row.sparsity, row.block_shape)
+    fast = convert(model, example_inputs=(x,))
+    ratio = bench.error_ratio(model, fast, images(row.network, SAMPLES))
+    assert ratio <= 2, f"error against float64 is {ratio:.2f} times that of the dense network"
+    recorded = graphed(fast, x)
+    sparse_peer = peers.deepsparse_seconds(request.config.getoption("--deepsparse"), model, x, race.seconds)
+    baselines = timing.best_dense(dense, x, compile=not smoke) | ({} if smoke else cpu_peers(dense, x, print))
+    timings = race.run(lambda: recorded(x), baselines, beside={"converted": lambda: fast(x)})
+    ours, called, best = timings["contender"], timings["converted"], timings["best"]
+    plan: Any = fast.slimkernels_plan
+    race.benchmark.extra_info.update(
+        suite="networks", network=row.network, weights="random, pruned by magnitude", sparsity=row.sparsity,
+        batch=row.batch, block_shape=row.block_shape, match=True, error_ratio=ratio, swapped=len(plan.swapped),
+        **ours.as_ms(), converted_p50_ms=called.p50 * 1e3, converted_p20_ms=called.p20 * 1e3,
+        converted_p80_ms=called.p80 * 1e3, dense_p50_ms=best.p50 * 1e3, dense_p20_ms=best.p20 * 1e3,
+        dense_p80_ms=best.p80 * 1e3, dense_n=best.n,
+        baselines_p50_ms={name: timings[name].p50 * 1e3 for name in baselines},
+        speedup=best.p50 / ours.p50, images_per_s=row.batch / ours.p50, threads=torch.get_num_threads(),
+        **({} if sparse_peer is None else {"deepsparse_p50_ms": sparse_peer * 1e3}),
+    )  # fmt: skip
