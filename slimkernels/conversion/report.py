@@ -186,15 +186,15 @@ class Report:
     def _summary(self) -> list[str]:
         plan = self.plan
         lines = [f"{len(plan.swapped)} layers swapped; decided: {plan.decided} ({plan.device}, {plan.threads} threads)"]
-        ratio = self.bytes_dense / max(self.bytes_stored, 1)
         of = "the whole model" if self.state_bytes is not None else "the listed layers"
         lines.append(
             f"{of}: stored {_size(self.bytes_stored)} (indices included) instead of "
-            f"{_size(self.bytes_dense)}: {ratio:.2f}x smaller"
+            f"{_size(self.bytes_dense)}: {_times_smaller(self.bytes_dense, self.bytes_stored, 2)}"
         )
         if self.file_bytes is not None:
-            smaller = f"{self.bytes_dense / max(self.file_bytes, 1):.1f}x smaller than dense"
-            lines.append(f"file: {self.file_bytes} bytes, {smaller}")
+            lines.append(
+                f"file: {self.file_bytes} bytes, {_times_smaller(self.bytes_dense, self.file_bytes, 1)} than dense"
+            )
         if self.file_bytes is not None and self.file_bound is not None:
             bound = self.file_bound
             parts = f"values {bound.values}, patterns {bound.patterns}, scales {bound.scales}, plain {bound.plain}"
@@ -219,6 +219,13 @@ def _size(nbytes: int) -> str:
     if nbytes >= 1 << 20:
         return f"{nbytes / (1 << 20):.1f} MiB"
     return f"{nbytes / 1024:.1f} KiB"
+
+
+def _times_smaller(before: int, after: int, digits: int) -> str:
+    """How many times fewer bytes ``after`` are, or more: filling blocks up may cost more than zeros save."""
+    if after > before:
+        return f"{after / max(before, 1):.{digits}f}x larger"
+    return f"{before / max(after, 1):.{digits}f}x smaller"
 
 
 def explain(subject: nn.Module | ModelPlan | str | os.PathLike[str]) -> Report:

@@ -12,7 +12,7 @@ from conversion_models import BACKEND, FORCE, images, sparse_tiny
 from torch import nn
 
 import slimkernels as sk
-from slimkernels.conversion.plan import LayerPlan, ModelPlan
+from slimkernels.conversion.plan import LayerPlan, ModelPlan, Policy
 
 needs_native = pytest.mark.skipif(BACKEND == "reference", reason="no native kernel is built")
 
@@ -154,3 +154,12 @@ def test_ratios_carry_their_spread() -> None:
     assert "3 ms dense, 2 ms converted, 1.50x faster (1.40x to 1.60x)" in sk.explain(spread)
     old = ModelPlan.from_json(replace(spread, speedup_low=(), speedup_high=()).to_json())  # of an earlier version
     assert sk.explain(old).text().endswith("1.50x faster")
+
+
+@needs_native
+def test_a_model_that_grew_is_said_to_be_larger() -> None:
+    """Blocks of 16 rows over 10 outputs are filled up with 6 rows of zeros."""
+    fast = sk.convert(nn.Linear(64, 10).eval(), policy=Policy(min_speedup=0.0, block_shapes=((16, 16),)))
+    report = sk.explain(fast)
+    assert report.bytes_stored > report.bytes_dense
+    assert f": {report.bytes_stored / report.bytes_dense:.2f}x larger" in report
