@@ -89,7 +89,8 @@ def test_training_step(race: Any, smoke: bool, block_shape: tuple[int, int], bat
 
     On CUDA a step from Python takes longer to launch than to run, so both sides are raced in CUDA graphs, and from
     Python besides: the masked step's better form counts. The masked model's batch norms are torch's; those of the
-    sparse one run what is behind them (`slimkernels.fuse_batch_norm_`), or are torch's too.
+    sparse one run what is behind them (`slimkernels.fuse_batch_norm_`), or are torch's too. Where they do, the masked
+    step with such batch norms is timed in the same bursts: how much of the gain is theirs, and how much the zeros'.
     """
     torch.manual_seed(0)
     dense = vgg19_cifar(width=0.25 if smoke else 1.0).to(DEVICE_TYPE)
@@ -126,20 +127,27 @@ def test_training_step(race: Any, smoke: bool, block_shape: tuple[int, int], bat
         return step
 
     ours, other = steps(sparse), steps(masked)
-    assert bool(torch.isfinite(ours()).all() & torch.isfinite(other()).all())
+    beside: dict[str, Callable[[], Any]] = {}
+    if batch_norm == "fused":
+        beside["masked, fused batch norm"] = steps(fuse_batch_norm_(copy.deepcopy(masked)))
+    for step in (ours, other, *beside.values()):
+        assert bool(torch.isfinite(step()).all())
     if DEVICE_TYPE == "cuda" and not smoke:
         baselines = {"masked dense": other, "masked dense, CUDA graph": captured(other, DEVICE_TYPE)}
         from_python = timing.interleaved({"sparse": ours, "masked": other}, seconds=0.3)
         race.benchmark.extra_info.update({f"{name}_from_python_p50_ms": 1e3 * t.p50 for name, t in from_python.items()})
-        timings = race.run(captured(ours, DEVICE_TYPE), baselines)
+        beside = {name: captured(step, DEVICE_TYPE) for name, step in beside.items()}
+        timings = race.run(captured(ours, DEVICE_TYPE), baselines, beside=beside)
         assert bool(torch.isfinite(ours()).all()), "replayed steps left no finite loss"
     else:
-        timings = race.run(ours, {"masked dense": other})
+        timings = race.run(ours, {"masked dense": other}, beside=beside)
     best, own = timings["best"], timings["contender"]
     race.benchmark.extra_info.update(
-        baselines_p50_ms={name: t.p50 * 1e3 for name, t in timings.items() if name.startswith("masked")},
+        baselines_p50_ms={name: t.p50 * 1e3 for name, t in timings.items() if name.startswith("masked dense")},
         suite="backward", layer=f"vgg19 training step, batch norm: {batch_norm}", batch=len(images),
         block_shape=block_shape, sparsity=0.875,
         match=True, **own.as_ms(), dense_p50_ms=best.p50 * 1e3, speedup=best.p50 / own.p50,
         threads=torch.get_num_threads(),
     )  # fmt: skip
+    for name in beside:
+        race.benchmark.extra_info["masked_fused_norm_p50_ms"] = timings[name].p50 * 1e3
