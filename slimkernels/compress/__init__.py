@@ -19,6 +19,7 @@ _HOME = {
     "one_shot_schedule": "pruning.schedules",
     "iterative_schedule": "pruning.schedules",
     "GradualPruning": "pruning.gradual",
+    "QuantizationAware": "quantization",
     "taylor_scores": "pruning.importance",
     "movement_scores": "pruning.importance",
     "sensitivity_scan": "pruning.sensitivity",
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
     )
     from slimkernels.compress.pruning.sensitivity import sensitivity_scan
     from slimkernels.compress.pruning.shrink import shrink_
+    from slimkernels.compress.quantization import QuantizationAware
 
 
 def __getattr__(name: str) -> Any:

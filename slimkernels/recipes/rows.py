@@ -22,6 +22,8 @@ from slimkernels.compress.distillation.distill import distill
 from slimkernels.compress.factorization.factorize import factorization_report, factorize_
 from slimkernels.compress.pruning.gradual import GradualPruning
 from slimkernels.compress.pruning.prune import finalize_, masks, prune_
+from slimkernels.compress.quantization import QuantizationAware
+from slimkernels.compress.training.callbacks import Callback
 from slimkernels.compress.training.checkpoint import remove_checkpoint
 from slimkernels.compress.training.train import EpochStats, TrainConfig, evaluate, fine_tune
 from slimkernels.data import TensorLoader
@@ -179,8 +181,8 @@ def _run_step(
         place.say(f"    {row.name}: {_words(step)}" + (f", seed {seed}" if seed else ""))
         result = _train(place, model, step, seed, stem, place.network(teacher, seed) if teacher else None, key)
     else:
-        if "prune" in step.companions:
-            pruning(step.companions["prune"]).prepare(model, 1)
+        for callback in callbacks_of(step):
+            callback.prepare(model, 1)
         content = torch.load(state, map_location="cpu", weights_only=True)
         model.load_state_dict(content)
     return str(result["state_sha256"]), result
@@ -215,14 +217,13 @@ def _train(
     settings = dict(step.settings)
     loader = training_loader(place, settings.pop("batch_size", None), settings.pop("images", None), seed)
     config = TrainConfig(**settings, seed=seed)
-    callbacks = [pruning(step.companions["prune"])] if "prune" in step.companions else []
     checkpoint, mark = stem.with_suffix(".ckpt"), stem.with_suffix(".running.json")
     if (read_result(mark) or {}).get("key") != key:
         remove_checkpoint(checkpoint)
         write_result(mark, {"key": key})
     started = time.perf_counter()
     common: dict[str, Any] = {
-        "callbacks": callbacks,
+        "callbacks": callbacks_of(step),
         "progress": place.progress,
         "checkpoint": checkpoint,
         "resume": True,
@@ -232,7 +233,7 @@ def _train(
     if teacher is None:
         history = fine_tune(model, loader, None, config, **common)
     else:
-        options = {k: v for k, v in step.companions.items() if k not in ("prune", "teacher")}
+        options = {k: v for k, v in step.companions.items() if k not in ("prune", "quantize", "teacher")}
         history = distill(model, teacher, loader, None, config, **options, **common)
     seconds = sum(stats.seconds for stats in history)
     state = stem.with_suffix(".pt")
@@ -286,6 +287,16 @@ def stratified(labels: torch.Tensor, count: int) -> torch.Tensor:
         own = order[labels[order] == label]
         share[own] = (torch.arange(len(own), dtype=torch.float64) + 0.5) / len(own)
     return torch.argsort(share, stable=True)[:count].sort().values
+
+
+def callbacks_of(step: Step) -> list[Callback]:
+    """What a training step does beside training: pruning, then rounding."""
+    callbacks: list[Callback] = []
+    if "prune" in step.companions:
+        callbacks.append(pruning(step.companions["prune"]))
+    if "quantize" in step.companions:
+        callbacks.append(QuantizationAware(**step.companions["quantize"]))
+    return callbacks
 
 
 def pruning(settings: Mapping[str, Any]) -> GradualPruning:

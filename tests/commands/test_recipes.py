@@ -10,6 +10,7 @@ import torch
 import yaml
 from torch import nn
 
+import slimkernels as sk
 from slimkernels.compress.training.train import TrainConfig
 from slimkernels.recipes import rows, sources, store
 from slimkernels.recipes.figures import pareto_front
@@ -72,6 +73,11 @@ def test_rows_of_a_grid():
         (lambda d: d["rows"][0]["steps"][0].update(prun=1), r"steps\[0\] \(train\): .*'prun'; did you mean prune"),
         (lambda d: d["rows"][1]["steps"][0]["train"].update(epoch=1), "train: .*'epoch'; did you mean epochs"),
         (lambda d: d["rows"][1]["steps"][0]["prune"].update(sparsty=1), "prune: .*'sparsty'; did you mean sparsity"),
+        (
+            lambda d: d["rows"][1]["steps"][0].update(quantize={"value": "int4"}),
+            "quantize: .*'value'; did you mean values",
+        ),
+        (lambda d: d["rows"][1]["steps"][0].update(quantize={"begin": 0.5}), "quantize: expected key 'values'"),
         (lambda d: d["rows"][0].update(steps=[{"trian": {}}]), "expected a step .*'trian'; did you mean train"),
         (lambda d: d["rows"][0].update(steps=[{"prune": {}, "finalize": {}}]), "expected one step among"),
         (lambda d: d["rows"][1].update({"from": "teachr"}), "expected an earlier row .*'teachr'; did you mean teacher"),
@@ -135,6 +141,14 @@ def test_every_training_step_of_the_package_is_valid(preset):
             assert 0 < callback.sparsity < 1 and len(callback.block_shape) == 2
     models = {str(row.model) for row in recipe.rows if row.model}
     assert len(models) >= 4
+
+
+def test_a_step_prunes_and_rounds():
+    rounded = {"values": "int8", "begin": 0.5}
+    step = parse(lambda data: data["rows"][1]["steps"][0].update(quantize=rounded)).rows[1].steps[0]
+    pruning, rounding = rows.callbacks_of(step)
+    assert isinstance(pruning, sk.GradualPruning) and isinstance(rounding, sk.QuantizationAware)
+    assert (rounding.values, rounding.begin) == ("int8", 0.5)
 
 
 def test_the_low_rank_row_fits_the_teacher_of_every_small_preset():

@@ -62,6 +62,7 @@ rows:
         teacher: teacher
         temperature: 2.0
         prune: {sparsity: "{sparsity}", block_shape: 16x1, scope: global}
+        quantize: {values: int8, begin: 0.4}
       - convert: {min_speedup: 0.0, check_model: false}
 """
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from slimkernels.compress.fake_quantization import fake_quantized
 from slimkernels.compress.pruning.granularity import Units, check_granularity, zero_masked_
 from slimkernels.compress.pruning.importance import Importance, check_importance, unit_scores
 from slimkernels.compress.pruning.schedules import check_sparsity, cubic_schedule, linear_schedule
@@ -201,20 +202,28 @@ def apply_masks_(model: nn.Module, optimizer: torch.optim.Optimizer | None = Non
 def finalize_(model: nn.Module) -> nn.Module:
     """Writes exact zeros into the masked weights and removes the masks; Parameters keep their identity and storage.
 
+    Weights that `QuantizationAware` rounds become the rounded ones, and what these layers add to their outputs, biases
+    or the shifts of batch norms, is rounded to 16 bits.
+
     Returns:
-        The model itself; without masks it is unchanged.
+        The model itself; without masks and rounding it is unchanged.
 
     Raises:
         ValueError: a masked weight carries another parametrization as well. Nothing is changed then.
     """
     inside = unwrapped("finalize_", model)
-    found = masks(inside)
-    for name in found:
+    found, rounded = masks(inside), fake_quantized(inside)
+    for name in {**found, **rounded}:
         lone_mask("finalize_", name, inside.get_submodule(name))
-    for name, mask in found.items():
+    for name in {**found, **rounded}:
         module: Any = inside.get_submodule(name)
         original = module.parametrizations.weight.original
-        zero_masked_(original, mask)
+        if name in found:
+            zero_masked_(original, found[name])
+        if name in rounded:
+            with torch.no_grad():
+                original.copy_(rounded[name](original))
+            rounded[name].round_shift_(getattr(module, "bias", None))
         # Not torch's remove_parametrizations: it deletes the property from a class that copies of the module share.
         module.__class__ = parametrize.type_before_parametrizations(module)
         del module._modules["parametrizations"]
