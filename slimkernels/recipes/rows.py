@@ -215,7 +215,9 @@ def _train(
 ) -> dict[str, Any]:
     """Trains, from the checkpoint of an interrupted run where there is one of the same key."""
     settings = dict(step.settings)
-    loader = training_loader(place, settings.pop("batch_size", None), settings.pop("images", None), seed)
+    loader = training_loader(
+        place, settings.pop("batch_size", None), settings.pop("images", None), seed, settings.pop("augment", {})
+    )
     config = TrainConfig(**settings, seed=seed)
     checkpoint, mark = stem.with_suffix(".ckpt"), stem.with_suffix(".running.json")
     if (read_result(mark) or {}).get("key") != key:
@@ -261,13 +263,16 @@ def _train(
     return result
 
 
-def training_loader(place: Workplace, batch_size: int | None, images: int | None, seed: int) -> TensorLoader:
-    """The training images in batches of ``batch_size``, or a fixed, stratified subset of them.
+def training_loader(
+    place: Workplace, batch_size: int | None, images: int | None, seed: int, augment: Mapping[str, Any]
+) -> TensorLoader:
+    """The training images in batches of ``batch_size``, or a fixed, stratified subset of them, under another
+    augmentation where ``augment`` says so.
 
     Raises:
-        ValueError: ``images`` outside [1, number of training images].
+        ValueError: ``images`` outside [1, number of training images]; as `TensorLoader.augmented`.
     """
-    loader = copy.copy(place.train)
+    loader = place.train.augmented(**augment)
     loader.batch_size, loader.seed = batch_size or place.recipe.batch_size, seed
     if images is not None:
         if not 1 <= images <= len(loader.images):

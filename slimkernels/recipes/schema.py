@@ -29,8 +29,9 @@ _STEP_COMPANIONS = {
     "train": ("prune", "quantize"),
     "distill": ("prune", "quantize", "teacher", "loss", "temperature", "soft_weight", "cache_logits"),
 }
-# Beside TrainConfig's fields: a mapping to start from, the batch size, how many of the training images are used.
-_TRAINING_EXTRAS = ("use", "batch_size", "images")
+# Beside TrainConfig's fields: a mapping to start from, the batch size, how many of the training images are used, and
+# how these are augmented.
+_TRAINING_EXTRAS = ("use", "batch_size", "images", "augment")
 _PLACEHOLDER = re.compile(r"^\{(\w+)\}$")
 
 
@@ -211,6 +212,8 @@ def _step(entry: Any, where: str) -> Step:
         settings = {**_mapping(settings.get("use") or {}, f"{where}: use", None), **settings}
         settings.pop("use", None)
     _mapping(settings, f"{where}: {verb}", _settings_of(verb))
+    if "augment" in settings:
+        _mapping(settings["augment"], f"{where}: augment", _settings_of("augment"))
     if "prune" in companions:
         _mapping(companions["prune"], f"{where}: prune", _settings_of("gradual"))
     if "quantize" in companions:
@@ -237,12 +240,14 @@ def _settings_of(verb: str) -> Collection[str]:
     from slimkernels.compress.pruning.gradual import GradualPruning
     from slimkernels.compress.pruning.prune import prune_
     from slimkernels.compress.quantization import QuantizationAware
+    from slimkernels.data import TensorLoader
 
     functions: dict[str, Any] = {
         "prune": prune_,
         "factorize": factorize_,
         "gradual": GradualPruning.__init__,
         "quantize": QuantizationAware.__init__,
+        "augment": TensorLoader.augmented,
     }
     function = functions[verb]
     keys = set(inspect.signature(function).parameters) - {"model", "self", "options"}

@@ -78,6 +78,10 @@ def test_rows_of_a_grid():
             "quantize: .*'value'; did you mean values",
         ),
         (lambda d: d["rows"][1]["steps"][0].update(quantize={"begin": 0.5}), "quantize: expected key 'values'"),
+        (
+            lambda d: d["rows"][0]["steps"][0].update(train={"augment": {"flips": True}}),
+            "augment: .*'flips'; did you mean",
+        ),
         (lambda d: d["rows"][0].update(steps=[{"trian": {}}]), "expected a step .*'trian'; did you mean train"),
         (lambda d: d["rows"][0].update(steps=[{"prune": {}, "finalize": {}}]), "expected one step among"),
         (lambda d: d["rows"][1].update({"from": "teachr"}), "expected an earlier row .*'teachr'; did you mean teacher"),
@@ -135,7 +139,9 @@ def test_every_training_step_of_the_package_is_valid(preset):
     steps = [step for row in recipe.rows for step in row.steps if step.verb in ("train", "distill")]
     assert len(steps) == len(recipe.rows)
     for step in steps:
-        TrainConfig(**{key: value for key, value in step.settings.items() if key not in ("images", "batch_size")})
+        TrainConfig(
+            **{key: value for key, value in step.settings.items() if key not in ("images", "batch_size", "augment")}
+        )
         if "prune" in step.companions:
             callback = rows.pruning(step.companions["prune"])
             assert 0 < callback.sparsity < 1 and len(callback.block_shape) == 2
