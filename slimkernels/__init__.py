@@ -47,6 +47,7 @@ _PUBLIC = {
     "sensitivity_scan": "compress.pruning.sensitivity",
     "shrink_": "compress.pruning.shrink",
     "to_dense": "conversion",
+    "unit_costs": "compress.pruning.latency",
     "update_pattern": "pattern",
     "warm_up": "inference",
 }
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from slimkernels.compress.factorization.factorize import factorize_
     from slimkernels.compress.pruning.budget import latency_budget
     from slimkernels.compress.pruning.gradual import GradualPruning
+    from slimkernels.compress.pruning.latency import unit_costs
     from slimkernels.compress.pruning.prune import finalize_, masks, prune_
     from slimkernels.compress.pruning.sensitivity import sensitivity_scan
     from slimkernels.compress.pruning.shrink import shrink_

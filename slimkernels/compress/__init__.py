@@ -25,6 +25,7 @@ _HOME = {
     "sensitivity_scan": "pruning.sensitivity",
     "latency_budget": "pruning.budget",
     "shrink_": "pruning.shrink",
+    "unit_costs": "pruning.latency",
     "factorize_": "factorization.factorize",
     "factorization_report": "factorization.factorize",
     "truncated_svd": "factorization.factorize",
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from slimkernels.compress.pruning.budget import latency_budget
     from slimkernels.compress.pruning.gradual import GradualPruning
     from slimkernels.compress.pruning.importance import movement_scores, taylor_scores
+    from slimkernels.compress.pruning.latency import unit_costs
     from slimkernels.compress.pruning.prune import apply_masks_, finalize_, mask_sparsity, masks, prune_
     from slimkernels.compress.pruning.schedules import (
         cubic_schedule,

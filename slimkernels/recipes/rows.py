@@ -20,7 +20,9 @@ from torch import nn
 from slimkernels import models
 from slimkernels.compress.distillation.distill import distill
 from slimkernels.compress.factorization.factorize import factorization_report, factorize_
+from slimkernels.compress.pruning.budget import latency_budget
 from slimkernels.compress.pruning.gradual import GradualPruning
+from slimkernels.compress.pruning.latency import unit_costs
 from slimkernels.compress.pruning.prune import finalize_, masks, prune_
 from slimkernels.compress.quantization import QuantizationAware
 from slimkernels.compress.training.callbacks import Callback
@@ -30,6 +32,9 @@ from slimkernels.data import TensorLoader
 from slimkernels.files import atomic_path, file_sha256
 from slimkernels.recipes.schema import TRAINING_VERBS, Recipe, Row, Step
 from slimkernels.recipes.store import finished, key_of, read_result, write_result
+
+# From which a latency budget chooses, for every layer.
+_SPARSITIES = (*(share / 64 for share in range(16, 64)), 127 / 128)
 
 Say = Callable[[str], None]
 
@@ -181,7 +186,7 @@ def _run_step(
         place.say(f"    {row.name}: {_words(step)}" + (f", seed {seed}" if seed else ""))
         result = _train(place, model, step, seed, stem, place.network(teacher, seed) if teacher else None, key)
     else:
-        for callback in callbacks_of(step):
+        for callback in callbacks_of(place, step, model):
             callback.prepare(model, 1)
         content = torch.load(state, map_location="cpu", weights_only=True)
         model.load_state_dict(content)
@@ -225,7 +230,7 @@ def _train(
         write_result(mark, {"key": key})
     started = time.perf_counter()
     common: dict[str, Any] = {
-        "callbacks": callbacks_of(step),
+        "callbacks": callbacks_of(place, step, model),
         "progress": place.progress,
         "checkpoint": checkpoint,
         "resume": True,
@@ -294,20 +299,33 @@ def stratified(labels: torch.Tensor, count: int) -> torch.Tensor:
     return torch.argsort(share, stable=True)[:count].sort().values
 
 
-def callbacks_of(step: Step) -> list[Callback]:
+def callbacks_of(place: Workplace, step: Step, model: nn.Module) -> list[Callback]:
     """What a training step does beside training: pruning, then rounding."""
     callbacks: list[Callback] = []
     if "prune" in step.companions:
-        callbacks.append(pruning(step.companions["prune"]))
+        images = torch.zeros(max(place.recipe.batches), *place.train.images.shape[1:], device=place.device)
+        callbacks.append(pruning(step.companions["prune"], model, images))
     if "quantize" in step.companions:
         callbacks.append(QuantizationAware(**step.companions["quantize"]))
     return callbacks
 
 
-def pruning(settings: Mapping[str, Any]) -> GradualPruning:
-    """The `GradualPruning` of a step's ``prune`` mapping."""
+def pruning(settings: Mapping[str, Any], model: nn.Module, images: torch.Tensor) -> GradualPruning:
+    """The `GradualPruning` of a step's ``prune`` mapping.
+
+    ``speedup`` in place of ``sparsity`` takes the sparsities of a `latency_budget` for that speed-up of ``model`` on
+    ``images``. ``scope: latency`` ranks all blocks together by importance per predicted second.
+    """
     options = dict(settings)
     shape = block_shape(options.pop("block_shape", (16, 1)))
+    if "speedup" in options:
+        plan = latency_budget(
+            model, images, options.pop("speedup"), block_shapes=[shape], sparsities=_SPARSITIES, progress=False
+        )
+        return GradualPruning(plan.sparsity, plan.block_shapes, **options)
+    if options.get("scope") == "latency":
+        costs = unit_costs(model, images, shape, granularity=options.get("granularity", "block"))
+        options |= {"scope": "global", "costs": costs, "layers": list(costs)}
     return GradualPruning(options.pop("sparsity", 0.875), shape, **options)
 
 

@@ -215,7 +215,7 @@ def _step(entry: Any, where: str) -> Step:
     if "augment" in settings:
         _mapping(settings["augment"], f"{where}: augment", _settings_of("augment"))
     if "prune" in companions:
-        _mapping(companions["prune"], f"{where}: prune", _settings_of("gradual"))
+        _mapping(companions["prune"], f"{where}: prune", {*_settings_of("gradual"), "speedup"})
     if "quantize" in companions:
         _mapping(companions["quantize"], f"{where}: quantize", _settings_of("quantize"), required=("values",))
     return Step(verb, settings, companions)
