@@ -25,6 +25,7 @@ _PUBLIC = {
     "LayerPlan": "conversion.plan",
     "GradualPruning": "compress.pruning.gradual",
     "Policy": "conversion.plan",
+    "QuantizationAware": "compress.quantization",
     "analyze": "conversion.analysis",
     "convert": "conversion",
     "distill": "compress.distillation.distill",
@@ -46,6 +47,7 @@ _PUBLIC = {
     "sensitivity_scan": "compress.pruning.sensitivity",
     "shrink_": "compress.pruning.shrink",
     "to_dense": "conversion",
+    "unit_costs": "compress.pruning.latency",
     "update_pattern": "pattern",
     "warm_up": "inference",
 }
@@ -60,9 +62,11 @@ if TYPE_CHECKING:
     from slimkernels.compress.factorization.factorize import factorize_
     from slimkernels.compress.pruning.budget import latency_budget
     from slimkernels.compress.pruning.gradual import GradualPruning
+    from slimkernels.compress.pruning.latency import unit_costs
     from slimkernels.compress.pruning.prune import finalize_, masks, prune_
     from slimkernels.compress.pruning.sensitivity import sensitivity_scan
     from slimkernels.compress.pruning.shrink import shrink_
+    from slimkernels.compress.quantization import QuantizationAware
     from slimkernels.compress.training.train import evaluate, fine_tune
     from slimkernels.conversion import convert, explain, to_dense
     from slimkernels.conversion.analysis import analyze

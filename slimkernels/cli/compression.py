@@ -11,6 +11,7 @@ import typer
 from slimkernels.cli import options as o
 
 if TYPE_CHECKING:
+    from slimkernels.compress.training.callbacks import Callback
     from slimkernels.compress.training.train import EpochStats
 
 _METHODS = ("prune", "svd", "tai", "tucker2")
@@ -40,6 +41,8 @@ def compress(
     epochs: Annotated[int, typer.Option(min=1, help="Of the recovery.")] = 8,
     lr: Annotated[float, typer.Option(help="Peak learning rate of the recovery.")] = 0.02,
     teach: Annotated[bool, typer.Option(help="Recover by distilling from the uncompressed model.")] = True,
+    quantize: o.Quantize = None,
+    quantize_begin: o.QuantizeBegin = 0.6,
     batch_size: o.BatchSize = 64,
     precision: o.Precision = "fp32",
     seed: o.Seed = 0,
@@ -58,6 +61,7 @@ def compress(
     from slimkernels.compress.factorization.factorize import factorize_
     from slimkernels.compress.pruning.gradual import GradualPruning
     from slimkernels.compress.pruning.prune import finalize_, prune_
+    from slimkernels.compress.quantization import QuantizationAware
     from slimkernels.compress.training.train import TrainConfig, fine_tune
 
     o.check_resume(resume, checkpoint)
@@ -65,19 +69,23 @@ def compress(
         raise ValueError(f"compress: expected method prune, svd, tai or tucker2, got {method!r}")
     if gradual and (method != "prune" or data is None):
         raise ValueError("compress: expected --method prune and --data with --gradual, which prunes while training")
+    if quantize is not None and data is None:
+        raise ValueError("compress: expected --data with --quantize, which rounds weights while training")
     shape = o.pair("--block-shape", block_shape)
     target = o.check_writable(out or Path(f"{weights.stem}.compressed.safetensors"))
     dense, name, classes, description = load_model(weights, model, num_classes, options=o.model_options(option))
     network = copy.deepcopy(dense)
     which: dict[str, Any] = {"layers": layer or None, "exclude": exclude or None}
     how: dict[str, Any] = {"granularity": granularity, "importance": importance, "scope": scope, **which}
-    callbacks = []
+    callbacks: list[Callback] = []
     if gradual:
-        callbacks = [GradualPruning(sparsity, shape, **how)]
+        callbacks.append(GradualPruning(sparsity, shape, **how))
     elif method == "prune":
         prune_(network, sparsity, shape, **how)
     else:
         factorize_(network, method, rank=rank, energy=energy, **which)
+    if quantize is not None:
+        callbacks.append(QuantizationAware(quantize, begin=quantize_begin))
     history: list[EpochStats] = []
     if data is not None:
         config = TrainConfig(epochs, lr, precision=precision, seed=seed)

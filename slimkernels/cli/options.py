@@ -53,6 +53,11 @@ Size = Annotated[str | None, typer.Option(help="Image height and width, as in 32
 WithoutShapes = Annotated[
     bool, typer.Option("--without-shapes", help="Let the cost model decide instead of the stopwatch.")
 ]
+Quantize = Annotated[
+    str | None,
+    typer.Option(help="Train the last part with weights rounded as convert --values will: int8, int4 or bf16."),
+]
+QuantizeBegin = Annotated[float, typer.Option(help="Share of the training before that part.")]
 Classes = Annotated[int | None, typer.Option(min=1, help="Number of classes, where the file does not carry it.")]
 ModelOption = Annotated[
     list[str] | None, typer.Option("--option", help="The model's own keyword, as in width=0.5 (repeatable).")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from slimkernels.cli import options as o
+
+if TYPE_CHECKING:
+    from slimkernels.compress.training.callbacks import Callback
 
 
 def train(
@@ -94,6 +97,8 @@ def distill(
     sparsity: Annotated[float, typer.Option(help="Prune this share of the blocks meanwhile; 0 prunes nothing.")] = 0.0,
     block_shape: o.BlockShape = "16x1",
     scope: Annotated[str, typer.Option(help="layer or global: where blocks are ranked against each other.")] = "layer",
+    quantize: o.Quantize = None,
+    quantize_begin: o.QuantizeBegin = 0.6,
     epochs: o.Epochs = 8,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 0.05,
     batch_size: o.BatchSize = 64,
@@ -115,7 +120,8 @@ def distill(
     log_dir: o.LogDir = None,
     as_json: o.Json = False,
 ) -> None:
-    """Train a student against a teacher's soft labels, pruning it gradually if --sparsity is given."""
+    """Train a student against a teacher's soft labels, pruning it gradually if --sparsity is given, and rounding its
+    weights in the end if --quantize is."""
     import torch
 
     from slimkernels import models
@@ -123,10 +129,15 @@ def distill(
     from slimkernels.compress.distillation.distill import distill as run_distill
     from slimkernels.compress.pruning.gradual import GradualPruning
     from slimkernels.compress.pruning.prune import finalize_
+    from slimkernels.compress.quantization import QuantizationAware
     from slimkernels.compress.training.train import TrainConfig
 
     o.check_resume(resume, checkpoint)
-    callbacks = [GradualPruning(sparsity, o.pair("--block-shape", block_shape), scope=scope)] if sparsity else []
+    callbacks: list[Callback] = []
+    if sparsity:
+        callbacks.append(GradualPruning(sparsity, o.pair("--block-shape", block_shape), scope=scope))
+    if quantize is not None:
+        callbacks.append(QuantizationAware(quantize, begin=quantize_begin))
     config = TrainConfig(
         epochs,
         lr,

@@ -19,11 +19,13 @@ _HOME = {
     "one_shot_schedule": "pruning.schedules",
     "iterative_schedule": "pruning.schedules",
     "GradualPruning": "pruning.gradual",
+    "QuantizationAware": "quantization",
     "taylor_scores": "pruning.importance",
     "movement_scores": "pruning.importance",
     "sensitivity_scan": "pruning.sensitivity",
     "latency_budget": "pruning.budget",
     "shrink_": "pruning.shrink",
+    "unit_costs": "pruning.latency",
     "factorize_": "factorization.factorize",
     "factorization_report": "factorization.factorize",
     "truncated_svd": "factorization.factorize",
@@ -64,6 +66,7 @@ if TYPE_CHECKING:
     from slimkernels.compress.pruning.budget import latency_budget
     from slimkernels.compress.pruning.gradual import GradualPruning
     from slimkernels.compress.pruning.importance import movement_scores, taylor_scores
+    from slimkernels.compress.pruning.latency import unit_costs
     from slimkernels.compress.pruning.prune import apply_masks_, finalize_, mask_sparsity, masks, prune_
     from slimkernels.compress.pruning.schedules import (
         cubic_schedule,
@@ -73,6 +76,7 @@ if TYPE_CHECKING:
     )
     from slimkernels.compress.pruning.sensitivity import sensitivity_scan
     from slimkernels.compress.pruning.shrink import shrink_
+    from slimkernels.compress.quantization import QuantizationAware
 
 
 def __getattr__(name: str) -> Any:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from slimkernels.compress.fake_quantization import FakeQuantize
 from slimkernels.conversion.graph import trace
 from slimkernels.conversion.layers import type_obstacle
 from slimkernels.conversion.readers import weight_readers
@@ -250,7 +251,7 @@ def block_shapes_of(
 
 
 def lone_mask(op: str, name: str, module: Any) -> BlockMask | None:
-    """The BlockMask on the weight of a layer, None where it is not parametrized at all.
+    """The BlockMask on the weight of a layer, None where there is none; `FakeQuantize` may be beside it.
 
     Raises:
         ValueError: it carries another parametrization.
@@ -258,8 +259,9 @@ def lone_mask(op: str, name: str, module: Any) -> BlockMask | None:
     if not parametrize.is_parametrized(module, "weight"):
         return None
     chain = list(module.parametrizations.weight)
-    if len(chain) == 1 and isinstance(chain[0], BlockMask):
-        return chain[0]
+    masks = [part for part in chain if isinstance(part, BlockMask)]
+    if len(masks) < 2 and all(isinstance(part, (BlockMask, FakeQuantize)) for part in chain):
+        return masks[0] if masks else None
     raise ValueError(
         f"{op}: expected no parametrization but a BlockMask on the weight of layer {name!r}, "
         f"got {[type(p).__name__ for p in chain]}; remove the others first"
@@ -267,13 +269,14 @@ def lone_mask(op: str, name: str, module: Any) -> BlockMask | None:
 
 
 def readable_weight(op: str, name: str, module: Any) -> nn.Parameter:
-    """The Parameter behind the weight of a layer: under its mask, where it has one.
+    """The Parameter behind the weight of a layer: under its mask or rounding, where it has one.
 
     Raises:
         ValueError: another parametrization, a computed or an uninitialised weight.
     """
-    masked = lone_mask(op, name, module) is not None
-    weight = module.parametrizations.weight.original if masked else module._parameters.get("weight")
+    lone_mask(op, name, module)
+    computed = parametrize.is_parametrized(module, "weight")
+    weight = module.parametrizations.weight.original if computed else module._parameters.get("weight")
     if not isinstance(weight, nn.Parameter) or is_lazy(weight):
         raise ValueError(
             f"{op}: expected the weight of layer {name!r} to be a Parameter, got one that is "

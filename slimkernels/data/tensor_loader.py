@@ -18,6 +18,7 @@ from torch import Tensor
 
 from slimkernels.compress.training.processes import rank_rows
 
+PADDING_MODES = ("zeros", "reflect")
 # Share of a GPU's free memory that a data set may take; the rest is for training.
 _SHARE_OF_FREE_MEMORY = 0.25
 
@@ -36,8 +37,10 @@ class TensorLoader:
         seed: of order and augmentation.
         mean: per channel; images become ``(x - mean) / std``.
         std: per channel, see ``mean``.
-        crop_padding: pads by so many zero pixels (after normalisation) and crops back at a random place.
-        flip: mirrors half of the images left to right.
+        crop_padding: pads by so many pixels and crops back at a random place.
+        padding_mode: "zeros" (after normalisation) or "reflect", which mirrors the image at its border.
+        flip: True mirrors half of the images left to right, at random. "alternating" draws that once for each image, by
+            the seed, and changes it every epoch, so that two epochs show both of its sides.
         cutout: zeroes a square of so many pixels around a random place (arXiv 1708.04552), cut at the border.
         drop_last: leaves out a last batch smaller than the others, unless it is the only one.
         with_indices: batches are ``(images, labels, indices)``, the last the samples' places in the data set, int64.
@@ -46,7 +49,8 @@ class TensorLoader:
         classes: names of the labels.
 
     Raises:
-        ValueError: shapes that do not fit, an empty data set, ``batch_size < 1``, negative padding or cutout.
+        ValueError: shapes that do not fit, an empty data set, ``batch_size < 1``, negative padding or cutout, another
+            padding mode or flip, reflected padding that is not smaller than the images.
         TypeError: labels that are not int64.
     """
 
@@ -61,7 +65,8 @@ class TensorLoader:
         mean: Sequence[float] = (0.0,),
         std: Sequence[float] = (1.0,),
         crop_padding: int = 0,
-        flip: bool = False,
+        padding_mode: str = "zeros",
+        flip: bool | str = False,
         cutout: int = 0,
         drop_last: bool = False,
         with_indices: bool = False,
@@ -79,17 +84,14 @@ class TensorLoader:
             raise ValueError(
                 f"TensorLoader: expected at least one image and batch_size >= 1, got {len(images)} and {batch_size}"
             )
-        if crop_padding < 0 or cutout < 0:
-            raise ValueError(
-                f"TensorLoader: expected crop_padding >= 0 and cutout >= 0, got {crop_padding} and {cutout}"
-            )
         # As tensors name it: "cuda" is a tensor's cuda:0.
         self.device = torch.empty(0, device=device).device
         home = self.device if _fits(images, self.device) else torch.device("cpu")
         self.images = images.to(home).contiguous(memory_format=torch.channels_last)
         self.labels = labels.to(home)
         self.batch_size, self.shuffle, self.seed, self.with_indices = batch_size, shuffle, seed, with_indices
-        self.crop_padding, self.flip, self.cutout, self.classes = crop_padding, flip, cutout, tuple(classes)
+        self.classes = tuple(classes)
+        self._set_augmentation("TensorLoader", crop_padding, padding_mode, flip, cutout)
         self.drop_last = drop_last and len(images) >= batch_size
         self.mean = torch.tensor(mean, device=self.device).view(1, -1, 1, 1)
         self.std = torch.tensor(std, device=self.device).view(1, -1, 1, 1)
@@ -118,6 +120,43 @@ class TensorLoader:
     def set_epoch(self, epoch: int) -> None:
         """The next iteration is that of ``epoch``."""
         self._next_epoch[0] = epoch
+
+    def augmented(
+        self,
+        *,
+        crop_padding: int | None = None,
+        padding_mode: str | None = None,
+        flip: bool | str | None = None,
+        cutout: int | None = None,
+    ) -> TensorLoader:
+        """The same loader with another augmentation; images and epoch are shared, None keeps what there is.
+
+        For images of the size of CIFAR's, ``augmented(padding_mode="reflect", flip="alternating", cutout=8)`` is strong
+        enough for a few dozen epochs.
+
+        Raises:
+            ValueError: as the constructor.
+        """
+        given = {"crop_padding": crop_padding, "padding_mode": padding_mode, "flip": flip, "cutout": cutout}
+        settings = {name: getattr(self, name) if value is None else value for name, value in given.items()}
+        changed = copy.copy(self)
+        changed._set_augmentation("augmented", **settings)
+        return changed
+
+    def _set_augmentation(self, op: str, crop_padding: int, padding_mode: str, flip: bool | str, cutout: int) -> None:
+        if crop_padding < 0 or cutout < 0:
+            raise ValueError(f"{op}: expected crop_padding >= 0 and cutout >= 0, got {crop_padding} and {cutout}")
+        if padding_mode not in PADDING_MODES:
+            raise ValueError(f"{op}: expected padding_mode in {', '.join(PADDING_MODES)}, got {padding_mode!r}")
+        if flip not in (True, False, "alternating"):
+            raise ValueError(f"{op}: expected flip to be True, False or 'alternating', got {flip!r}")
+        smallest = min(self.images.shape[2:])
+        if padding_mode == "reflect" and crop_padding >= smallest:
+            raise ValueError(
+                f"{op}: expected crop_padding below {smallest}, the images' smaller side, to reflect, "
+                f"got {crop_padding}"
+            )
+        self.crop_padding, self.padding_mode, self.flip, self.cutout = crop_padding, padding_mode, flip, cutout
 
     def shard(self, rank: int, world: int) -> TensorLoader:
         """The same loader giving only this rank's rows of every batch; images and epoch are shared."""
@@ -154,7 +193,10 @@ class TensorLoader:
         shifts = mirrored = centres = None
         if self.crop_padding:
             shifts = torch.randint(-self.crop_padding, self.crop_padding + 1, (2, count, 1), generator=generator)
-        if self.flip:
+        if self.flip == "alternating":
+            first = torch.rand(count, generator=torch.Generator().manual_seed(self.seed % 2**63)) < 0.5
+            mirrored = (first ^ bool(epoch % 2))[order].unsqueeze(1)
+        elif self.flip:
             mirrored = torch.rand(count, 1, generator=generator) < 0.5
         if self.cutout:
             centres = torch.stack([torch.randint(0, size, (count, 1), generator=generator) for size in (height, width)])
@@ -201,6 +243,9 @@ class TensorLoader:
             xs = torch.where(draws.mirrored[rows], width - 1 - xs, xs)
         if draws.shifts is not None:
             ys, xs = ys + draws.shifts[0, rows], xs + draws.shifts[1, rows]
+        if draws.shifts is not None and self.padding_mode == "reflect":
+            ys, xs = _reflected(ys, height), _reflected(xs, width)
+        elif draws.shifts is not None:
             outside_y, outside_x = (ys < 0) | (ys >= height), (xs < 0) | (xs >= width)
             outside = outside_y.unsqueeze(2) | outside_x.repeat_interleave(channels, 1).unsqueeze(1)
             hidden = outside if hidden is None else hidden | outside
@@ -222,6 +267,11 @@ class _Draws:
     shifts: Any
     mirrored: Any
     centres: Any
+
+
+def _reflected(places: Tensor, size: int) -> Tensor:
+    """Places up to ``size - 1`` outside of the image, mirrored at its first and its last pixel."""
+    return size - 1 - (size - 1 - places.abs()).abs()
 
 
 def _fits(images: Tensor, device: torch.device) -> bool:

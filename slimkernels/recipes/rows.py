@@ -20,14 +20,21 @@ from torch import nn
 from slimkernels import models
 from slimkernels.compress.distillation.distill import distill
 from slimkernels.compress.factorization.factorize import factorization_report, factorize_
+from slimkernels.compress.pruning.budget import latency_budget
 from slimkernels.compress.pruning.gradual import GradualPruning
+from slimkernels.compress.pruning.latency import unit_costs
 from slimkernels.compress.pruning.prune import finalize_, masks, prune_
+from slimkernels.compress.quantization import QuantizationAware
+from slimkernels.compress.training.callbacks import Callback
 from slimkernels.compress.training.checkpoint import remove_checkpoint
 from slimkernels.compress.training.train import EpochStats, TrainConfig, evaluate, fine_tune
 from slimkernels.data import TensorLoader
 from slimkernels.files import atomic_path, file_sha256
 from slimkernels.recipes.schema import TRAINING_VERBS, Recipe, Row, Step
 from slimkernels.recipes.store import finished, key_of, read_result, write_result
+
+# From which a latency budget chooses, for every layer.
+_SPARSITIES = (*(share / 64 for share in range(16, 64)), 127 / 128)
 
 Say = Callable[[str], None]
 
@@ -179,8 +186,8 @@ def _run_step(
         place.say(f"    {row.name}: {_words(step)}" + (f", seed {seed}" if seed else ""))
         result = _train(place, model, step, seed, stem, place.network(teacher, seed) if teacher else None, key)
     else:
-        if "prune" in step.companions:
-            pruning(step.companions["prune"]).prepare(model, 1)
+        for callback in callbacks_of(place, step, model):
+            callback.prepare(model, 1)
         content = torch.load(state, map_location="cpu", weights_only=True)
         model.load_state_dict(content)
     return str(result["state_sha256"]), result
@@ -213,16 +220,17 @@ def _train(
 ) -> dict[str, Any]:
     """Trains, from the checkpoint of an interrupted run where there is one of the same key."""
     settings = dict(step.settings)
-    loader = training_loader(place, settings.pop("batch_size", None), settings.pop("images", None), seed)
+    loader = training_loader(
+        place, settings.pop("batch_size", None), settings.pop("images", None), seed, settings.pop("augment", {})
+    )
     config = TrainConfig(**settings, seed=seed)
-    callbacks = [pruning(step.companions["prune"])] if "prune" in step.companions else []
     checkpoint, mark = stem.with_suffix(".ckpt"), stem.with_suffix(".running.json")
     if (read_result(mark) or {}).get("key") != key:
         remove_checkpoint(checkpoint)
         write_result(mark, {"key": key})
     started = time.perf_counter()
     common: dict[str, Any] = {
-        "callbacks": callbacks,
+        "callbacks": callbacks_of(place, step, model),
         "progress": place.progress,
         "checkpoint": checkpoint,
         "resume": True,
@@ -232,7 +240,7 @@ def _train(
     if teacher is None:
         history = fine_tune(model, loader, None, config, **common)
     else:
-        options = {k: v for k, v in step.companions.items() if k not in ("prune", "teacher")}
+        options = {k: v for k, v in step.companions.items() if k not in ("prune", "quantize", "teacher")}
         history = distill(model, teacher, loader, None, config, **options, **common)
     seconds = sum(stats.seconds for stats in history)
     state = stem.with_suffix(".pt")
@@ -260,13 +268,16 @@ def _train(
     return result
 
 
-def training_loader(place: Workplace, batch_size: int | None, images: int | None, seed: int) -> TensorLoader:
-    """The training images in batches of ``batch_size``, or a fixed, stratified subset of them.
+def training_loader(
+    place: Workplace, batch_size: int | None, images: int | None, seed: int, augment: Mapping[str, Any]
+) -> TensorLoader:
+    """The training images in batches of ``batch_size``, or a fixed, stratified subset of them, under another
+    augmentation where ``augment`` says so.
 
     Raises:
-        ValueError: ``images`` outside [1, number of training images].
+        ValueError: ``images`` outside [1, number of training images]; as `TensorLoader.augmented`.
     """
-    loader = copy.copy(place.train)
+    loader = place.train.augmented(**augment)
     loader.batch_size, loader.seed = batch_size or place.recipe.batch_size, seed
     if images is not None:
         if not 1 <= images <= len(loader.images):
@@ -288,10 +299,33 @@ def stratified(labels: torch.Tensor, count: int) -> torch.Tensor:
     return torch.argsort(share, stable=True)[:count].sort().values
 
 
-def pruning(settings: Mapping[str, Any]) -> GradualPruning:
-    """The `GradualPruning` of a step's ``prune`` mapping."""
+def callbacks_of(place: Workplace, step: Step, model: nn.Module) -> list[Callback]:
+    """What a training step does beside training: pruning, then rounding."""
+    callbacks: list[Callback] = []
+    if "prune" in step.companions:
+        images = torch.zeros(max(place.recipe.batches), *place.train.images.shape[1:], device=place.device)
+        callbacks.append(pruning(step.companions["prune"], model, images))
+    if "quantize" in step.companions:
+        callbacks.append(QuantizationAware(**step.companions["quantize"]))
+    return callbacks
+
+
+def pruning(settings: Mapping[str, Any], model: nn.Module, images: torch.Tensor) -> GradualPruning:
+    """The `GradualPruning` of a step's ``prune`` mapping.
+
+    ``speedup`` in place of ``sparsity`` takes the sparsities of a `latency_budget` for that speed-up of ``model`` on
+    ``images``. ``scope: latency`` ranks all blocks together by importance per predicted second.
+    """
     options = dict(settings)
     shape = block_shape(options.pop("block_shape", (16, 1)))
+    if "speedup" in options:
+        plan = latency_budget(
+            model, images, options.pop("speedup"), block_shapes=[shape], sparsities=_SPARSITIES, progress=False
+        )
+        return GradualPruning(plan.sparsity, plan.block_shapes, **options)
+    if options.get("scope") == "latency":
+        costs = unit_costs(model, images, shape, granularity=options.get("granularity", "block"))
+        options |= {"scope": "global", "costs": costs, "layers": list(costs)}
     return GradualPruning(options.pop("sparsity", 0.875), shape, **options)
 
 

@@ -26,17 +26,18 @@ _RECIPE_KEYS = ("name", "title", "presets", "rows")
 _PRESET_KEYS = ("data", "batch_size", "batches", "seconds", "variables", "note", "leave_out", "policy")
 _ROW_KEYS = ("name", "group", "each", "model", "from", "steps", "paper", "note")
 _STEP_COMPANIONS = {
-    "train": ("prune",),
-    "distill": ("prune", "teacher", "loss", "temperature", "soft_weight", "cache_logits"),
+    "train": ("prune", "quantize"),
+    "distill": ("prune", "quantize", "teacher", "loss", "temperature", "soft_weight", "cache_logits"),
 }
-# Beside TrainConfig's fields: a mapping to start from, the batch size, how many of the training images are used.
-_TRAINING_EXTRAS = ("use", "batch_size", "images")
+# Beside TrainConfig's fields: a mapping to start from, the batch size, how many of the training images are used, and
+# how these are augmented.
+_TRAINING_EXTRAS = ("use", "batch_size", "images", "augment")
 _PLACEHOLDER = re.compile(r"^\{(\w+)\}$")
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step: its verb, its settings, and the keys beside the verb (``prune``, ``teacher``, ...)."""
+    """One step: its verb, its settings, and the keys beside the verb (``prune``, ``quantize``, ``teacher``, ...)."""
 
     verb: str
     settings: Mapping[str, Any]
@@ -211,8 +212,12 @@ def _step(entry: Any, where: str) -> Step:
         settings = {**_mapping(settings.get("use") or {}, f"{where}: use", None), **settings}
         settings.pop("use", None)
     _mapping(settings, f"{where}: {verb}", _settings_of(verb))
+    if "augment" in settings:
+        _mapping(settings["augment"], f"{where}: augment", _settings_of("augment"))
     if "prune" in companions:
-        _mapping(companions["prune"], f"{where}: prune", _settings_of("gradual"))
+        _mapping(companions["prune"], f"{where}: prune", {*_settings_of("gradual"), "speedup"})
+    if "quantize" in companions:
+        _mapping(companions["quantize"], f"{where}: quantize", _settings_of("quantize"), required=("values",))
     return Step(verb, settings, companions)
 
 
@@ -234,8 +239,17 @@ def _settings_of(verb: str) -> Collection[str]:
     from slimkernels.compress.factorization.factorize import factorize_
     from slimkernels.compress.pruning.gradual import GradualPruning
     from slimkernels.compress.pruning.prune import prune_
+    from slimkernels.compress.quantization import QuantizationAware
+    from slimkernels.data import TensorLoader
 
-    function: Any = {"prune": prune_, "factorize": factorize_, "gradual": GradualPruning.__init__}[verb]
+    functions: dict[str, Any] = {
+        "prune": prune_,
+        "factorize": factorize_,
+        "gradual": GradualPruning.__init__,
+        "quantize": QuantizationAware.__init__,
+        "augment": TensorLoader.augmented,
+    }
+    function = functions[verb]
     keys = set(inspect.signature(function).parameters) - {"model", "self", "options"}
     # For mypy: a set for the verbs that prune.
     return keys | (_settings_of("prune") if verb == "gradual" else set())  # type: ignore[operator]

@@ -118,6 +118,17 @@ def test_compress_recovers_accuracy(trained, tmp_path, teach):
     assert 1 - weight.count_nonzero() / weight.numel() == pytest.approx(0.5)
 
 
+def test_compress_trains_the_values_that_convert_writes(trained, tmp_path):
+    out, fast = tmp_path / "rounded.safetensors", tmp_path / "fast.slim.safetensors"
+    recipe = ["--data", "digits", "--epochs", 1, "--quantize", "int4", "--quantize-begin", 0.3]
+    data = run_json("compress", trained, "--sparsity", 0.5, *recipe, "--out", out)
+    run_json("convert", out, "--without-shapes", "--values", "int4", "--out", fast)
+    rounded = sk.load(fast)
+    assert sk.evaluate(rounded, digits_loaders()[1]) == pytest.approx(data["accuracy"], abs=0.003)
+    weight, expected = sk.to_dense(rounded).classifier[0].weight, load_model(out)[0].classifier[0].weight
+    assert torch.equal(weight, expected) and all(len(row.unique()) <= 15 for row in weight)
+
+
 def test_distill_prunes_gradually_and_resumes(trained, tmp_path):
     out, state = tmp_path / "student.safetensors", tmp_path / "run.pt"
     common = ["--student", "vgg_digits", "--epochs", 1, "--sparsity", 0.5, "--checkpoint", state, "--resume"]
@@ -149,6 +160,8 @@ def test_distill_prunes_gradually_and_resumes(trained, tmp_path):
         (["compress", "TRAINED", "--layer", "features.71"], "near matches: features.7, features.17"),
         (["compress", "TRAINED", "--method", "svd", "--rank", 999, "--layer", "features.17"], "expected rank in [1, "),
         (["compress", "TRAINED", "--gradual"], "expected --method prune and --data with --gradual"),
+        (["compress", "TRAINED", "--quantize", "int4"], "expected --data with --quantize"),
+        (["distill", "TRAINED", "--quantize", "int2"], "expected values in bf16, int8, int4, got 'int2'"),
         (["compress", "TRAINED", "--option", "width"], "--option: expected NAME=VALUE"),
         (["train", "--option", "widht=8"], "models.build: expected options of vgg_digits among"),
         (["train", "--precision", "fp64"], "TrainConfig: expected precision to be one of"),

@@ -122,6 +122,9 @@ def test_uint8_is_scaled_and_normalised():
     torch.testing.assert_close(x, torch.full((2, 1, 4, 4), 2.0), rtol=1e-6, atol=0)
 
 
+PLAIN = torch.zeros(3, 1, 8, 8), torch.zeros(3, dtype=torch.int64)
+
+
 @pytest.mark.parametrize(
     ("images", "labels", "kwargs", "error", "message"),
     [
@@ -131,6 +134,9 @@ def test_uint8_is_scaled_and_normalised():
         (torch.zeros(0, 1, 8, 8), torch.zeros(0, dtype=torch.int64), {}, ValueError, "at least one image"),
         (torch.zeros(3, 1, 8, 8), torch.zeros(3, dtype=torch.int64), {"batch_size": 0}, ValueError, "batch_size >= 1"),
         (torch.zeros(3, 1, 8, 8), torch.zeros(3, dtype=torch.int64), {"cutout": -1}, ValueError, "cutout >= 0"),
+        (*PLAIN, {"padding_mode": "circular"}, ValueError, "padding_mode in zeros, reflect, got 'circular'"),
+        (*PLAIN, {"flip": "sometimes"}, ValueError, "flip to be True, False or 'alternating', got 'sometimes'"),
+        (*PLAIN, {"crop_padding": 8, "padding_mode": "reflect"}, ValueError, "crop_padding below 8"),
     ],
 )
 def test_tensor_loader_refuses(images, labels, kwargs, error, message):
@@ -179,6 +185,63 @@ def test_crop_flip_and_cutout_compose_on_uint8():
 
 
 AUGMENTED = {"shuffle": True, "crop_padding": 2, "flip": True, "cutout": 3, "with_indices": True}
+STRONG = {**AUGMENTED, "padding_mode": "reflect", "flip": "alternating"}
+
+
+def test_reflection_padding_is_that_of_torch():
+    images = torch.rand(64, 3, 6, 5)
+    loader = data.TensorLoader(images, torch.zeros(64).long(), batch_size=64, crop_padding=4, padding_mode="reflect")
+    (x, _) = next(iter(loader))
+    padded = torch.nn.functional.pad(images, (4, 4, 4, 4), mode="reflect")
+    windows = padded.unfold(2, 6, 1).unfold(3, 5, 1)  # (64, 3, 9, 9, 6, 5)
+    same = (windows == x[:, :, None, None]).flatten(4).all(4).all(1).flatten(1)
+    assert same.any(1).all() and same.any(0).sum() > 40
+
+
+def test_alternating_flips_show_both_sides_in_two_epochs():
+    images = torch.arange(400.0).view(100, 1, 2, 2)
+    options = {"batch_size": 30, "shuffle": True, "with_indices": True, "flip": "alternating"}
+    loader = data.TensorLoader(images, torch.zeros(100).long(), seed=3, **options)
+
+    def mirrored(loader: data.TensorLoader, epoch: int) -> torch.Tensor:
+        loader.set_epoch(epoch)
+        flips = torch.zeros(100, dtype=torch.bool)
+        for x, _, indices in loader:
+            straight, turned = (
+                (x == images[indices]).flatten(1).all(1),
+                (x == images[indices].flip(3)).flatten(1).all(1),
+            )
+            assert (straight ^ turned).all()
+            flips[indices] = turned
+        return flips
+
+    first, second, third = (mirrored(loader, epoch) for epoch in range(3))
+    assert torch.equal(first, ~second) and torch.equal(first, third) and 30 < first.sum() < 70
+    assert not torch.equal(first, mirrored(data.TensorLoader(images, torch.zeros(100).long(), seed=4, **options), 0))
+
+
+def test_augmented_is_the_loader_with_other_settings():
+    images, labels = torch.rand(20, 3, 8, 8), torch.zeros(20).long()
+    loader = data.TensorLoader(images, labels, batch_size=6, seed=3, **AUGMENTED)
+    strong = loader.augmented(padding_mode="reflect", flip="alternating")
+    expected = list(data.TensorLoader(images, labels, batch_size=6, seed=3, **STRONG))
+    for got, batch in zip(strong, expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(got, batch, strict=True))
+    assert (loader.padding_mode, loader.flip, strong.crop_padding, strong.cutout) == ("zeros", True, 2, 3)
+    plain = loader.augmented(crop_padding=0, flip=False, cutout=0)
+    assert all(torch.equal(x, images[indices]) for x, _, indices in plain)
+    with pytest.raises(ValueError, match="augmented: expected flip to be True, False or 'alternating', got 'both'"):
+        loader.augmented(flip="both")
+
+
+@pytest.mark.parametrize("options", [AUGMENTED, STRONG], ids=["zeros", "reflect"])
+def test_strong_augmentation_is_repeatable(options):
+    images, labels = torch.rand(20, 3, 8, 8), torch.zeros(20).long()
+    one, other = (data.TensorLoader(images, labels, batch_size=6, seed=1, **options) for _ in range(2))
+    batches = [x for epoch in range(2) for x, *_ in one]
+    other.set_epoch(1)
+    assert all(torch.equal(a, b) for a, (b, *_) in zip(batches[4:], other, strict=True))
+    assert not torch.equal(batches[0], batches[4])
 
 
 def test_indices_are_the_samples_places():

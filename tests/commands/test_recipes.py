@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import re
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from torch import nn
 
+import slimkernels as sk
 from slimkernels.compress.training.train import TrainConfig
+from slimkernels.data import TensorLoader
 from slimkernels.recipes import rows, sources, store
 from slimkernels.recipes.figures import pareto_front
 from slimkernels.recipes.schema import load_recipe, parse_recipe, recipe_names
@@ -72,6 +75,15 @@ def test_rows_of_a_grid():
         (lambda d: d["rows"][0]["steps"][0].update(prun=1), r"steps\[0\] \(train\): .*'prun'; did you mean prune"),
         (lambda d: d["rows"][1]["steps"][0]["train"].update(epoch=1), "train: .*'epoch'; did you mean epochs"),
         (lambda d: d["rows"][1]["steps"][0]["prune"].update(sparsty=1), "prune: .*'sparsty'; did you mean sparsity"),
+        (
+            lambda d: d["rows"][1]["steps"][0].update(quantize={"value": "int4"}),
+            "quantize: .*'value'; did you mean values",
+        ),
+        (lambda d: d["rows"][1]["steps"][0].update(quantize={"begin": 0.5}), "quantize: expected key 'values'"),
+        (
+            lambda d: d["rows"][0]["steps"][0].update(train={"augment": {"flips": True}}),
+            "augment: .*'flips'; did you mean",
+        ),
         (lambda d: d["rows"][0].update(steps=[{"trian": {}}]), "expected a step .*'trian'; did you mean train"),
         (lambda d: d["rows"][0].update(steps=[{"prune": {}, "finalize": {}}]), "expected one step among"),
         (lambda d: d["rows"][1].update({"from": "teachr"}), "expected an earlier row .*'teachr'; did you mean teacher"),
@@ -129,12 +141,49 @@ def test_every_training_step_of_the_package_is_valid(preset):
     steps = [step for row in recipe.rows for step in row.steps if step.verb in ("train", "distill")]
     assert len(steps) == len(recipe.rows)
     for step in steps:
-        TrainConfig(**{key: value for key, value in step.settings.items() if key not in ("images", "batch_size")})
+        TrainConfig(
+            **{key: value for key, value in step.settings.items() if key not in ("images", "batch_size", "augment")}
+        )
         if "prune" in step.companions:
-            callback = rows.pruning(step.companions["prune"])
+            callback = rows.pruning(step.companions["prune"], nn.Identity(), torch.zeros(0))
             assert 0 < callback.sparsity < 1 and len(callback.block_shape) == 2
     models = {str(row.model) for row in recipe.rows if row.model}
     assert len(models) >= 4
+
+
+def place() -> rows.Workplace:
+    images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
+    loader = TensorLoader(images, torch.zeros(4, dtype=torch.int64))
+    return rows.Workplace(parse(), Path(), loader, loader, "data", torch.device("cpu"))
+
+
+def test_a_step_prunes_by_predicted_time():
+    model = rows.build({"name": "vgg_digits", "width": 32}, 10, 0)
+
+    def pruned(**prune: object) -> dict[str, float]:
+        step = parse(lambda data: data["rows"][1]["steps"][0].update(prune=prune)).rows[1].steps[0]
+        (callback,) = rows.callbacks_of(place(), step, model)
+        network = copy.deepcopy(model)
+        callback.prepare(network, 1)
+        callback.on_step_begin(0, 1, network)
+        return {name: 1 - mask.mask.float().mean().item() for name, mask in sk.masks(network).items()}
+
+    shared = pruned(sparsity=0.75, schedule="one_shot", scope="global")
+    timed = pruned(sparsity=0.75, schedule="one_shot", scope="latency", floor=0.05)
+    assert timed.keys() == shared.keys() and max(timed.values()) <= 0.95 + 1e-6
+    early, late = "features.3", "classifier.0"  # at 64 places of an image, and at one
+    assert timed[early] > shared[early] and timed[late] < shared[late]
+    fast = pruned(speedup=3.0, schedule="one_shot")
+    plan = sk.latency_budget(model, torch.zeros(128, 1, 8, 8), 3.0, block_shapes=[(16, 1)], progress=False)
+    assert fast.keys() <= shared.keys() and fast[early] == pytest.approx(plan.sparsity[early], abs=0.1)
+
+
+def test_a_step_prunes_and_rounds():
+    rounded = {"values": "int8", "begin": 0.5}
+    step = parse(lambda data: data["rows"][1]["steps"][0].update(quantize=rounded)).rows[1].steps[0]
+    pruning, rounding = rows.callbacks_of(place(), step, nn.Identity())
+    assert isinstance(pruning, sk.GradualPruning) and isinstance(rounding, sk.QuantizationAware)
+    assert (rounding.values, rounding.begin) == ("int8", 0.5)
 
 
 def test_the_low_rank_row_fits_the_teacher_of_every_small_preset():

@@ -58,10 +58,11 @@ rows:
     each: {sparsity: [0.875]}
     from: one-shot 16x1 75.0%
     steps:
-      - distill: {epochs: 1, lr: 0.02, images: 320}
+      - distill: {epochs: 1, lr: 0.02, images: 320, augment: {crop_padding: 1, padding_mode: reflect, cutout: 2}}
         teacher: teacher
         temperature: 2.0
         prune: {sparsity: "{sparsity}", block_shape: 16x1, scope: global}
+        quantize: {values: int8, begin: 0.4}
       - convert: {min_speedup: 0.0, check_model: false}
 """
 

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 import slimkernels as sk
-from slimkernels.compress.pruning import budget
+from slimkernels.compress.pruning import budget, latency
 from slimkernels.compress.pruning.budget import LayerChoice, latency_budget
+from slimkernels.compress.pruning.granularity import Units
 from slimkernels.compress.pruning.prune import masks, prune_
 from slimkernels.conversion.analysis import analyze
 from slimkernels.formats import block_norms
@@ -34,6 +35,23 @@ def net() -> nn.Sequential:
 
 
 X = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def test_unit_costs_add_up_to_the_predicted_time():
+    model = net()
+    costs = sk.unit_costs(model, X, (16, 1))
+    assert list(costs) == ["2", "5", "9"]
+
+    found, _ = latency.reached_layers("op", model, [((X,), {})], None, None, True)
+    for layer in found:
+        units = Units.of(layer.weight.weight.shape, (16, 1), "block")
+        _, (more, less), (few, many) = budget._Times(False, "auto", (0.25, 0.75)).sparse(layer, units)
+        assert more - less == pytest.approx(costs[layer.name] * (many - few), rel=0.02)
+    # A block of "2" is multiplied at 256 places of an image, one of "5" at 64, one of "9" at one.
+    assert costs["2"] > 3 * costs["5"] > 9 * costs["9"]
+    assert sk.unit_costs(model, [X, X], (16, 1)) == pytest.approx({name: 2 * cost for name, cost in costs.items()})
+    with pytest.raises(ValueError, match="unit_costs: expected example inputs, got None"):
+        sk.unit_costs(model, None)
 
 
 def test_the_knapsack_is_as_good_as_trying_everything():

@@ -56,7 +56,18 @@ def assert_same(a: dict[str, Any], b: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["accumulated", "uneven", "frozen", "dataloader", "batches", "running_statistics", "pruned", "resumed"]
+    "name",
+    [
+        "accumulated",
+        "uneven",
+        "frozen",
+        "dataloader",
+        "batches",
+        "running_statistics",
+        "pruned",
+        "resumed",
+        "quantized",
+    ],
 )
 def test_both_ranks_end_with_the_same_model_and_history(two, name):
     assert_same(two[0][name], two[1][name])

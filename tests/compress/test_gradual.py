@@ -277,7 +277,11 @@ def test_a_dict_of_sparsities_and_block_shapes_follows_the_curve_by_layer():
         ({"importance": "fisher"}, ValueError, r"expected importance 'magnitude', .*, got 'fisher'"),
         ({"importance": "taylor", "schedule": "one_shot"}, ValueError, r"expected begin > 0, so that importance 'tay"),
         ({"granularity": "row"}, ValueError, r"expected granularity 'block', .*, got 'row'"),
-        ({"exlude": "a"}, TypeError, r"expected options of scope, layers, exclude, skip_first, got 'exlude'"),
+        (
+            {"exlude": "a"},
+            TypeError,
+            r"expected options of scope, costs, floor, layers, exclude, skip_first, got 'exlude'",
+        ),
     ],
 )
 def test_bad_arguments_raise_at_once(options, error, message):

@@ -238,6 +238,36 @@ def test_global_scope_ranks_layers_together_and_keeps_one_block_each():
 
 
 @pytest.mark.parametrize("importance", ["magnitude", "magnitude_l1"])
+def test_costs_rank_units_by_importance_per_cost(importance):
+    net = nn.Sequential(*(seeded(nn.Conv2d(16, 16, 3, bias=False), seed) for seed in (1, 2)))
+    costs, power = {"0": 1.3e-6, "1": 1e-6}, 2 if importance == "magnitude" else 1
+    worth = [block_norms(net[i].weight, (8, 1), power) ** power / costs[f"{i}"] for i in (0, 1)]
+    prune_(net, 0.5, (8, 1), scope="global", importance=importance, costs=costs, skip_first=False)
+    threshold = torch.cat([w.flatten() for w in worth]).kthvalue(288).values
+    for i, mask in enumerate(masks(net).values()):
+        assert torch.equal(mask.mask, worth[i] > threshold)
+    assert masks(net)["0"].mask.sum() < 0.8 * masks(net)["1"].mask.sum()
+    before = [mask.mask.clone() for mask in masks(net).values()]
+    prune_(net, 0.75, (8, 1), scope="global", importance=importance, costs=costs, skip_first=False)
+    threshold = torch.cat([w.flatten() for w in worth]).kthvalue(432).values
+    for i, mask in enumerate(masks(net).values()):
+        assert torch.equal(mask.mask, worth[i] > threshold) and not (mask.mask & ~before[i]).any()
+
+
+def test_a_floor_keeps_the_best_units_of_every_layer():
+    big, tiny = seeded(nn.Conv2d(16, 16, 3, bias=False), 1), seeded(nn.Conv2d(16, 16, 3, bias=False), 2)
+    with torch.no_grad():
+        tiny.weight.mul_(1e-3)
+    net = nn.Sequential(big, tiny)
+    prune_(net, 0.5, (8, 1), scope="global", floor=0.1, skip_first=False)
+    found, norms = masks(net), block_norms(tiny.weight, (8, 1))
+    assert int(found["1"].mask.sum()) == 29 and int(found["0"].mask.sum()) == 288 - 29
+    assert norms[found["1"].mask].min() > norms[~found["1"].mask].max()
+    prune_(net, 0.99, (8, 1), scope="global", floor=0.1, skip_first=False)
+    assert int(found["0"].mask.sum()) == int(found["1"].mask.sum()) == 29
+
+
+@pytest.mark.parametrize("importance", ["magnitude", "magnitude_l1"])
 def test_global_scope_normalises_ragged_blocks(importance):
     conv = nn.Conv2d(4, 9, 1, bias=False)
     nn.init.constant_(conv.weight, 1.0)
@@ -327,6 +357,9 @@ def test_shared_module_is_pruned_once_under_either_name():
         ({"sparsity": {"2": 2}}, ValueError, r"prune_: expected sparsity\['2'\] in \[0, 1\), got 2"),
         ({"sparsity": {"2": 0.5}, "layers": ["2"]}, ValueError, r"either layers or a sparsity dict"),
         ({"sparsity": {"2": 0.5}, "scope": "global"}, ValueError, r"one sparsity for scope='global', got a dict"),
+        ({"floor": 0.1}, ValueError, r"prune_: expected costs and floor with scope='global' alone"),
+        ({"scope": "global", "floor": 1.0}, ValueError, r"prune_: expected floor in \[0, 1\), got 1.0"),
+        ({"scope": "global", "costs": {}}, ValueError, r"prune_: expected a positive cost of every layer, got 0.0 of"),
         ({"scope": "net"}, ValueError, r"prune_: expected scope 'layer' or 'global', got 'net'"),
         ({"importance": "fisher"}, ValueError, r"prune_: expected importance 'magnitude', .*, got 'fisher'"),
         ({"importance": "taylor"}, ValueError, r"expected a gradient on the weight of layer '2' for importance 'tay"),

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from slimkernels.compress.pruning.gradual import GradualPruning
 from slimkernels.compress.pruning.prune import masks
+from slimkernels.compress.quantization import QuantizationAware
 from slimkernels.compress.training.callbacks import Callback
 from slimkernels.compress.training.train import fine_tune
 from slimkernels.data import TensorLoader
@@ -119,6 +120,14 @@ def pruned(folder: Path, *, resume: bool = False, stop: bool = False) -> dict[st
     return {**result, "masks": {name: mask.mask for name, mask in masks(model).items()}}
 
 
+def quantized() -> dict[str, Any]:
+    """Rounded to int4 with batch norm, whose statistics differ between the ranks until they are made equal."""
+    callbacks = [GradualPruning(0.5, (16, 1), times=2, end=0.4), QuantizationAware("int4", begin=0.3)]
+    return train(
+        net(batch_norm=True), loader(), epochs=3, callbacks=callbacks, ema_decay=0.9, val_loader=validation(40)
+    )
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     results = {
@@ -131,6 +140,7 @@ def main(folder: Path) -> None:
         "pruned": pruned(folder),
         "stopped": pruned(folder, stop=True),
         "resumed": pruned(folder, resume=True),
+        "quantized": quantized(),
     }
     torch.save(results, folder / f"rank{os.environ['RANK']}.pt")
     torch.distributed.destroy_process_group()

@@ -42,9 +42,12 @@ PACKAGES = {
         "quantization, plan", "symbols, analysis, batch_norms", "folding", "factor_chains", "layers",
         "readers", "calls", "graph, spread", "wrappers",
     ),
-    "compress": ("distillation, factorization, pruning", "training", "allocation, selection", "__init__"),
+    "compress": (
+        "distillation, factorization, pruning, quantization", "training", "allocation, selection", "fake_quantization",
+        "__init__",
+    ),
     "compress/pruning": (
-        "budget, gradual, sensitivity, shrink", "prune", "importance", "granularity, schedules", "__init__",
+        "budget, gradual, sensitivity, shrink", "prune", "importance, latency", "granularity, schedules", "__init__",
     ),
     "compress/factorization": (
         "factorize", "twins", "layer_ranks", "layer_costs, whitening, ranks", "decompositions", "__init__",

@@ -15,21 +15,19 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from slimkernels.compress.allocation import allocate_exactly, least_cost
 from slimkernels.compress.pruning.granularity import Units
 from slimkernels.compress.pruning.importance import Importance, check_importance, unit_scores
+from slimkernels.compress.pruning.latency import ReachedLayer, predicted_dense, reached_layers
 from slimkernels.compress.pruning.schedules import check_sparsity
-from slimkernels.compress.selection import prunable_layers, readable_weight
 from slimkernels.conversion import measure as stopwatch
-from slimkernels.conversion.analysis import CANDIDATE_BLOCK_SHAPES, problems, usable_kernel, weight_layer_names
-from slimkernels.conversion.calls import Call, capture
+from slimkernels.conversion.analysis import CANDIDATE_BLOCK_SHAPES, problems, usable_kernel
 from slimkernels.conversion.candidates import dense_twin
 from slimkernels.conversion.graph import InputSet, input_sets, scratch_copy
-from slimkernels.conversion.layers import LayerWeight, layer_weight, type_obstacle, weight_obstacle
 from slimkernels.conversion.wrappers import unwrapped
-from slimkernels.dispatch.select import predicted_dense_seconds, predicted_seconds
+from slimkernels.dispatch.select import predicted_seconds
 from slimkernels.formats import block_shape_2d
 from slimkernels.kernels import KERNELS
 from slimkernels.nn import BlockSparseConv2d, BlockSparseLinear
@@ -136,20 +134,6 @@ class LatencyPlan:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """A prunable layer: its weight, what scores it, and its calls over all example inputs."""
-
-    name: str
-    weight: LayerWeight
-    gradient: Tensor | None
-    calls: tuple[Call, ...]
-
-    @property
-    def shapes(self) -> list[tuple[int, ...]]:
-        return [call.input_shape for call in self.calls]
-
-
 def latency_budget(
     model: nn.Module,
     example_inputs: Any,
@@ -219,7 +203,7 @@ def latency_budget(
     sets = input_sets(example_inputs)
     if not sets:
         raise ValueError(f"{op}: expected example inputs, got None")
-    found, others = _layers(op, model, sets, layers, exclude, skip_first)
+    found, others = reached_layers(op, model, sets, layers, exclude, skip_first)
     unknown = sorted(set(weights or ()) - {layer.name for layer in found})
     if unknown:
         raise ValueError(f"{op}: expected weights of prunable layers, got {unknown[0]!r}")
@@ -236,41 +220,16 @@ def latency_budget(
     if measure:
         rest = max(_model_seconds(model, sets) - own, 0.0)
     else:
-        rest = sum(_predicted_dense(weight, calls) for weight, calls in others)
+        rest = sum(predicted_dense(weight, calls) for weight, calls in others)
     dense = rest + own
     wanted = dense / target if unit == "speedup" else target / 1e3
     chosen = _knapsack(op, ways, wanted - rest, wanted, dense)
     return LatencyPlan(tuple(chosen), wanted, dense, rest, measure, granularity)
 
 
-def _layers(
-    op: str, model: nn.Module, sets: list[InputSet], layers: Any, exclude: Any, skip_first: bool
-) -> tuple[list[_Layer], list[tuple[LayerWeight, tuple[Call, ...]]]]:
-    """The prunable layers that the example inputs reach, and the weights and calls of all other ones."""
-    picked = {layer.name: layer for layer in prunable_layers(op, model, layers, exclude, skip_first)}
-    names = weight_layer_names(model)
-    calls = {name: sum(per_input, ()) for name, per_input in capture(model, sets, names, op=op).calls.items()}
-    found, others = [], []
-    for name in names:
-        module: Any = model.get_submodule(name)
-        if not calls.get(name) or type_obstacle(module) is not None:
-            continue
-        weight = layer_weight(module)
-        if weight_obstacle(weight.weight) is not None:
-            continue
-        if name in picked:
-            parameter = readable_weight(op, name, module)
-            found.append(_Layer(name, weight, parameter.grad, calls[name]))
-        else:
-            others.append((weight, calls[name]))
-    if not found:
-        raise ValueError(f"{op}: expected at least one prunable layer that the example inputs reach, got none")
-    return found, others
-
-
 def _ways(
     op: str,
-    layer: _Layer,
+    layer: ReachedLayer,
     shapes: list[tuple[int, int]],
     tried: tuple[float, ...],
     granularity: str,
@@ -306,7 +265,9 @@ def _masked(units: Units, share: float) -> int:
     return min(math.floor(share * count + 1e-9 * count), count - 1)
 
 
-def _lost(op: str, layer: _Layer, units: Units, importance: str | Importance, counts: Sequence[int]) -> list[float]:
+def _lost(
+    op: str, layer: ReachedLayer, units: Units, importance: str | Importance, counts: Sequence[int]
+) -> list[float]:
     """Price of the lowest units, for each number of them."""
     scores = unit_scores(op, layer.name, layer.weight.weight, layer.gradient, units, importance).reshape(-1).double()
     if importance == "magnitude":
@@ -328,12 +289,12 @@ class _Times:
         self.measured, self.backend, self.tried = measured, backend, tried
         self._known: dict[Any, float] = {}
 
-    def dense(self, layer: _Layer) -> float:
+    def dense(self, layer: ReachedLayer) -> float:
         if not self.measured:
-            return _predicted_dense(layer.weight, layer.calls)
+            return predicted_dense(layer.weight, layer.calls)
         return self._once(layer, None, partial(dense_twin, layer.weight))
 
-    def sparse(self, layer: _Layer, units: Units) -> tuple[str | None, list[float], list[int]]:
+    def sparse(self, layer: ReachedLayer, units: Units) -> tuple[str | None, list[float], list[int]]:
         """Kernel (None: none takes it), seconds and number of masked units at every sparsity."""
         counts = [_masked(units, share) for share in self.tried]
         per_unit = math.prod(units.grid) // math.prod(units.shape)
@@ -352,7 +313,7 @@ class _Times:
         span = max(stored[0] - stored[-1], 1)
         return kernel, [least + (most - least) * (nnz - stored[-1]) / span for nnz in stored], counts
 
-    def _once(self, layer: _Layer, way: Any, build: Callable[[], nn.Module]) -> float:
+    def _once(self, layer: ReachedLayer, way: Any, build: Callable[[], nn.Module]) -> float:
         weight = layer.weight
         key = (tuple(weight.weight.shape), weight.stride, weight.padding, weight.dilation, layer.calls, way)
         if key not in self._known:
@@ -370,20 +331,13 @@ class _Times:
         return self._known[key]
 
 
-def _module(layer: _Layer, units: Units, masked: int, kernel: str) -> nn.Module:
+def _module(layer: ReachedLayer, units: Units, masked: int, kernel: str) -> nn.Module:
     """The layer with so many units masked, at random: only the count matters for time."""
     alive = torch.ones(math.prod(units.shape), dtype=torch.bool)
     alive[torch.randperm(len(alive), generator=torch.Generator().manual_seed(0))[:masked]] = False
     mask = units.to_blocks(alive.view(units.shape)).to(layer.weight.weight.device)
     cls: Any = BlockSparseConv2d if layer.weight.is_conv else BlockSparseLinear
     return cls.from_dense(layer.weight.to_module(), units.block_shape, mask, "none", kernel)
-
-
-def _predicted_dense(weight: LayerWeight, calls: Sequence[Call]) -> float:
-    return sum(
-        predicted_dense_seconds(p)
-        for p in problems(weight, ((1, 1), weight.weight.numel()), [c.input_shape for c in calls])
-    )
 
 
 def _model_seconds(model: nn.Module, sets: list[InputSet]) -> float:

@@ -22,7 +22,7 @@ from slimkernels.compress.training.callbacks import Callback
 from slimkernels.formats import BlockMask
 
 _DEFAULT_TIMES = {"cubic": 50, "linear": 50, "one_shot": 1, "iterative": 5}
-_PRUNE_OPTIONS = ("scope", "layers", "exclude", "skip_first")
+_PRUNE_OPTIONS = ("scope", "costs", "floor", "layers", "exclude", "skip_first")
 
 
 class GradualPruning(Callback):
@@ -51,7 +51,7 @@ class GradualPruning(Callback):
         importance: as in `slimkernels.prune_`. "taylor" is the mean over the steps since the last pruning, "movement"
             the sum over all steps.
         granularity: as in `slimkernels.prune_`.
-        options: ``scope``, ``layers``, ``exclude``, ``skip_first`` of `slimkernels.prune_`.
+        options: ``scope``, ``costs``, ``floor``, ``layers``, ``exclude``, ``skip_first`` of `slimkernels.prune_`.
 
     Attributes:
         history: ``(step, share of the masked layers' weights that is zero)`` after every pruning.

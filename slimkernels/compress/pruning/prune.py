@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from slimkernels.compress.fake_quantization import fake_quantized
 from slimkernels.compress.pruning.granularity import Units, check_granularity, zero_masked_
 from slimkernels.compress.pruning.importance import Importance, check_importance, unit_scores
 from slimkernels.compress.pruning.schedules import check_sparsity, cubic_schedule, linear_schedule
@@ -56,6 +57,8 @@ def prune_(
     granularity: str = "block",
     importance: str | Importance | Mapping[str, Tensor] = "magnitude",
     scope: str = "layer",
+    costs: Mapping[str, float] | None = None,
+    floor: float = 0.0,
     layers: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
     skip_first: bool = True,
@@ -93,6 +96,10 @@ def prune_(
         scope: "layer" ranks the units of each layer against each other. "global" ranks the units of all selected
             layers together, each magnitude normalised to the unit's size (L2 divided by the square root of its number
             of weights, L1 by the number), so that ragged blocks compete fairly; other scores are ranked as they are.
+        costs: of scope "global", what one unit of each pruned layer costs, such as seconds from
+            `slimkernels.unit_costs`: units are ranked by importance per cost. The importance of "magnitude" is then the
+            sum of squares, which adds up over units.
+        floor: of scope "global", share of the units of each layer that stay whatever their rank, in [0, 1).
         layers: exact names or fnmatch patterns of the layers to prune.
         exclude: names or patterns left alone, whatever else selects them.
         skip_first: leaves the model's first Conv2d dense.
@@ -120,6 +127,9 @@ def prune_(
         raise ValueError(f"prune_: expected scope 'layer' or 'global', got {scope!r}")
     check_granularity("prune_", granularity)
     check_importance("prune_", importance)
+    if scope == "layer" and (costs is not None or floor != 0.0):
+        raise ValueError("prune_: expected costs and floor with scope='global' alone, got scope='layer'")
+    check_sparsity("prune_", "floor", floor)
     selected = _selected(model, sparsity, layers, exclude, skip_first, scope)
     blocks = block_shapes_of("prune_", model, [layer for layer, _ in selected], block_shape)
     if isinstance(importance, Mapping):
@@ -131,7 +141,7 @@ def prune_(
             PRUNABLE,
         )
     prunable = [
-        _prepare(layer, share, blocks[layer.name], granularity, importance, scope == "global")
+        _prepare(layer, share, blocks[layer.name], granularity, importance, scope == "global" and costs is None)
         for layer, share in selected
     ]
     if not prunable:  # a warning said why
@@ -139,7 +149,9 @@ def prune_(
     _check_finite(prunable)
     _check_shared(model, prunable)
     if scope == "global":
-        _prune_global(prunable)
+        if costs is not None:
+            _per_cost(prunable, costs, importance)
+        _prune_global(prunable, floor)
     else:
         for layer in prunable:
             layer.alive &= _kept(
@@ -201,20 +213,28 @@ def apply_masks_(model: nn.Module, optimizer: torch.optim.Optimizer | None = Non
 def finalize_(model: nn.Module) -> nn.Module:
     """Writes exact zeros into the masked weights and removes the masks; Parameters keep their identity and storage.
 
+    Weights that `QuantizationAware` rounds become the rounded ones, and what these layers add to their outputs, biases
+    or the shifts of batch norms, is rounded to 16 bits.
+
     Returns:
-        The model itself; without masks it is unchanged.
+        The model itself; without masks and rounding it is unchanged.
 
     Raises:
         ValueError: a masked weight carries another parametrization as well. Nothing is changed then.
     """
     inside = unwrapped("finalize_", model)
-    found = masks(inside)
-    for name in found:
+    found, rounded = masks(inside), fake_quantized(inside)
+    for name in {**found, **rounded}:
         lone_mask("finalize_", name, inside.get_submodule(name))
-    for name, mask in found.items():
+    for name in {**found, **rounded}:
         module: Any = inside.get_submodule(name)
         original = module.parametrizations.weight.original
-        zero_masked_(original, mask)
+        if name in found:
+            zero_masked_(original, found[name])
+        if name in rounded:
+            with torch.no_grad():
+                original.copy_(rounded[name](original))
+            rounded[name].round_shift_(getattr(module, "bias", None))
         # Not torch's remove_parametrizations: it deletes the property from a class that copies of the module share.
         module.__class__ = parametrize.type_before_parametrizations(module)
         del module._modules["parametrizations"]
@@ -321,20 +341,37 @@ def _kept(scores: Tensor, count: int) -> Tensor:
     return ~drop.view_as(scores)
 
 
-def _prune_global(layers: list[_Layer]) -> None:
-    """One ranking over all layers, without the best unit of each, which stays whatever its rank."""
+def _per_cost(layers: list[_Layer], costs: Mapping[str, float], importance: Any) -> None:
+    """Turns the scores of units into importance per cost."""
+    for layer in layers:
+        cost = costs.get(layer.name, 0.0)
+        if not 0.0 < cost < math.inf:
+            raise ValueError(f"prune_: expected a positive cost of every layer, got {cost} of {layer.name!r}")
+        alive = layer.scores.double()
+        energy = alive.square() if importance == "magnitude" else alive
+        layer.scores = (energy / cost).masked_fill(~layer.alive, -math.inf)
+
+
+def _prune_global(layers: list[_Layer], floor: float) -> None:
+    """One ranking over all layers, without the best units of each, at least one, which stay whatever their rank."""
     device = layers[0].scores.device
     flat = []
     for layer in layers:
         scores = layer.scores.reshape(-1).to(device, copy=True)
-        scores[scores.argmax()] = math.inf
+        count = _kept_at_least(layer, floor)
+        scores[scores.argmax() if count == 1 else scores.argsort(descending=True, stable=True)[:count]] = math.inf
         flat.append(scores)
     sizes = [scores.numel() for scores in flat]
     dtype = max((scores.dtype for scores in flat), key=lambda d: d.itemsize)
     ranked = torch.cat([scores.to(dtype) for scores in flat])
-    count = min(_target(layers[0].sparsity, ranked.numel()), ranked.numel() - len(layers))
+    kept = sum(_kept_at_least(layer, floor) for layer in layers)
+    count = min(_target(layers[0].sparsity, ranked.numel()), ranked.numel() - kept)
     for layer, kept in zip(layers, _kept(ranked, count).split(sizes), strict=True):
         layer.alive &= kept.view_as(layer.alive).to(layer.alive.device)
+
+
+def _kept_at_least(layer: _Layer, floor: float) -> int:
+    return max(1, math.ceil(floor * layer.scores.numel() - 1e-9))
 
 
 def _install(layer: _Layer) -> None:

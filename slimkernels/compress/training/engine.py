@@ -141,10 +141,10 @@ class _Training:
             if self.log is not None:
                 self.log.close()
             setup.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
-        if setup.many:
-            equalise(setup.step, buffers_only=True)
         if state.average is not None:
             state.average.copy_to(model)
+        if setup.many:  # also the averages of running statistics, which every rank has its own of
+            equalise(setup.step, buffers_only=True)
         return state.history
 
     def _epoch(self, epoch: int, val_loader: Loader | None) -> None:

@@ -1,0 +1,145 @@
+"""Fake quantization: a parametrization under which a layer computes with the weights that a compact file would hold.
+
+`slimkernels.save` rounds what conversion leaves, and conversion folds batch norm into the layer before it, which scales
+each output channel by ``g = gamma / sqrt(running_var + eps)``. So the grid belongs to ``g * weight``: of int8 and int4
+it is ``code * scale``, with the scales of `slimkernels.conversion.quantization`, and the layer computes with
+``code * scale / g``. Folding then gives ``code * scale`` again, up to the last bit, and rounding what lies on a grid
+finds that grid.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from slimkernels.conversion.folding import batch_norm_scale_shift, flush_subnormals
+from slimkernels.conversion.quantization import LEVELS, half_dtype, quantize, scales_of
+
+QUANTIZED_VALUES = ("bf16", *LEVELS)
+
+
+class FakeQuantize(nn.Module):
+    """Parametrization that rounds a weight to the values of a compact file; gradients pass as if it did not.
+
+    It is the identity until `set_scales_` is called for the first time. The scales are a buffer and stay until that is
+    called again; the batch norm is read at every call.
+
+    Args:
+        values: ``bf16``, ``int8`` or ``int4``.
+        weight: the weight that it will round, ``(C_out, ...)``.
+        norm: the batch norm that conversion folds into the layer; None where there is none.
+    """
+
+    exponents: Tensor
+
+    def __init__(self, values: str, weight: Tensor, norm: nn.BatchNorm2d | None = None) -> None:
+        super().__init__()
+        self.values, self.active = values, False
+        # In a tuple, because as a submodule it would have its state in the file of the model twice.
+        self._norm = (norm,)
+        exponents = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
+        self.register_buffer("exponents", exponents)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if not self.active:
+            return weight
+        with torch.no_grad():
+            rounded = self._rounded(weight)
+        # The difference is exactly zero, and its gradient is that of the weight.
+        return rounded + (weight - weight.detach())
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """Assigning to the rounded weight stores the tensor as it is; it is rounded on reading."""
+        return weight
+
+    @torch.no_grad()
+    def set_scales_(self, weight: Tensor) -> None:
+        """Begins to round, with the scales that a file of this weight would have. Raises ValueError for inf or nan."""
+        self.active = True
+        if self.values == "bf16":
+            return
+        rows = self._folded(weight).flatten(1).cpu()
+        if not bool(torch.isfinite(rows).all()):
+            raise ValueError("expected finite weights and statistics of batch norm, got inf or nan")
+        exponents, _ = quantize(rows, torch.arange(len(rows)), len(rows), self.values)
+        self.exponents.copy_(torch.from_numpy(exponents))
+
+    @torch.no_grad()
+    def stored(self, weight: Tensor) -> Tensor:
+        """What a file holds of the layer, batch norm folded: float32, of the weight's shape."""
+        folded = self._folded(weight)
+        if self.values == "bf16":
+            return flush_subnormals(folded.bfloat16().float())
+        levels, scales = LEVELS[self.values], _by_channel(self._scales(), weight)
+        return (folded / scales).round_().clamp_(-levels, levels).mul_(scales)
+
+    @torch.no_grad()
+    def round_shift_(self, bias: Tensor | None) -> None:
+        """Rounds what the layer adds to its output, its bias or the shift of its batch norm, to the file's 16 bits."""
+        norm = self._norm[0]
+        if not self.active:
+            return
+        if norm is None:
+            if bias is not None:
+                bias.copy_(bias.to(half_dtype(bias)))
+        elif norm.bias is not None:
+            gain, shift = batch_norm_scale_shift(norm)
+            if bias is not None:
+                shift = shift + bias.double() * gain
+            single = shift.float()
+            norm.bias.add_((single.to(half_dtype(single)).double() - shift).to(norm.bias.dtype))
+
+    def _rounded(self, weight: Tensor) -> Tensor:
+        rounded, gain = self.stored(weight), self._gain(weight)
+        if gain is not None:
+            # A channel that batch norm multiplies by zero is zero in the file, whatever it is here.
+            rounded = torch.where(gain != 0, rounded / gain, weight)
+        return rounded.to(weight.dtype)
+
+    def _folded(self, weight: Tensor) -> Tensor:
+        gain = self._gain(weight)
+        return weight.float() if gain is None else weight.float() * gain
+
+    def _gain(self, weight: Tensor) -> Tensor | None:
+        """The factor of each output channel that folding applies, float32, to be broadcast over ``weight``."""
+        norm = self._norm[0]
+        return None if norm is None else _by_channel(batch_norm_scale_shift(norm)[0].float(), weight)
+
+    def _scales(self) -> Tensor:
+        """`scales_of` without NumPy, so that the loop may compile it."""
+        eighths = self.exponents.new_tensor(_EIGHTHS, dtype=torch.float32)
+        power_of_two = (((self.exponents >> 3) + 127) << 23).view(torch.float32)
+        return eighths[(self.exponents & 7).long()] * power_of_two
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"values": self.values, "active": self.active}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        if state["values"] != self.values:
+            raise ValueError(f"FakeQuantize: expected values {self.values!r}, got {state['values']!r}")
+        self.active = bool(state["active"])
+
+    def extra_repr(self) -> str:
+        return f"values={self.values!r}, active={self.active}"
+
+
+def _by_channel(vector: Tensor, weight: Tensor) -> Tensor:
+    return vector.view(-1, *[1] * (weight.dim() - 1))
+
+
+# 2 ** (j / 8)
+_EIGHTHS = scales_of(torch.arange(8, dtype=torch.int32).numpy()).tolist()
+
+
+def fake_quantized(model: nn.Module) -> dict[str, FakeQuantize]:
+    """The `FakeQuantize` of every layer that has one, by layer name."""
+    found: dict[str, FakeQuantize] = {}
+    for name, module in model.named_modules():
+        if parametrize.is_parametrized(module, "weight"):
+            # For mypy: an attribute of a Module is a Tensor or a Module to mypy.
+            chain: Any = module.parametrizations.weight  # type: ignore[union-attr]
+            found.update((name, part) for part in chain if isinstance(part, FakeQuantize))
+    return found
