@@ -33,6 +33,10 @@ enum { SLIM_OK = 0, SLIM_ERROR_NO_MEMORY = 1, SLIM_ERROR_UNSUPPORTED = 2, SLIM_E
 // + 1] each hold an input channel and `strip` weights (zero where the pattern stores nothing or the channel lies beyond
 // c_out). taps = r*s, tap = row*s + column. Entries of one (strip, tap) are sorted by channel.
 //
+// Input gradients read their weight the other way round: `depth` neighbouring input channels share an entry of one
+// output channel. With depth 8 or 16 the strip is 1, lanes is 1, an entry holds `depth` weights, of the channels from
+// its own on, all of them below c_in, and pool is 0. Everywhere else depth is 1.
+//
 // Activations lie channels last (lanes = 1) or images innermost (lanes = the instruction set's vector: 4 scalar, 8
 // avx2, 16 avx512): (ceil(n/lanes), h, w, c, lanes), lanes beyond n holding anything finite.
 //
@@ -50,14 +54,15 @@ typedef struct SlimConv2dF32 {
   const float* x;
   float* y;
   const float* bias;        // c_out values, or NULL
-  const float* weights;     // (entries, strip)
+  const float* weights;     // (entries, strip * depth)
   const int32_t* channels;  // (entries)
   const int32_t* tap_ptr;   // (ceil(c_out/strip) * r*s + 1)
   const int32_t* offsets;   // (slim_entry_offsets_count), or NULL: computed in the call
   const float* residual;    // added to the sums in front of the ReLU, or NULL
   int64_t n, h, w, c_in, c_out, p, q;
   int32_t r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w;
-  int32_t strip;  // 8, 16, 24 or 32; images innermost also 1, 2 or 4
+  int32_t strip;  // 8, 16, 24 or 32; images innermost also 1, 2 or 4; 1 with a depth
+  int32_t depth;  // 1, or input channels of an entry: 8 or 16
   int32_t relu;   // 0 or 1: y = max(y, 0), NaN kept
   int32_t pool;   // 0 or 1: 2x2 stride-2 max-pool (floor) after the ReLU, NaN kept
   int32_t lanes;  // 1, or the vector of the instruction set
@@ -101,7 +106,7 @@ SLIM_HIDDEN double slim_multiply_adds_f32_avx512(int64_t iterations, int32_t thr
 
 // In Python, with the members of SlimConv2dF32 in order, pointers as integers, 0 for NULL:
 // _C.conv2d_f32(isa, x, y, bias, weights, channels, tap_ptr, offsets, residual, n, h, w, c_in, c_out, p, q, r, s,
-//               stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, strip, relu, pool, lanes, threads).
+//               stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, strip, depth, relu, pool, lanes, threads).
 // _C.Steps(isa, [(kind, slot, members in order), ...]).run(threads) or, in tests, .run_delayed(threads, seed);
 // _C.entry_offsets_count(members in order); _C.entry_offsets(members in order, offsets, their number).
 

@@ -40,7 +40,17 @@ StripKernels channels_last(int strip) {
   }
 }
 
-constexpr InstructionSet kAvx2 = {Vec8::N, channels_last, images_innermost, run_layout_unit<Transpose8>};
+// Sums of 10 pixels, a weight and one input; each multiply-add loads its input.
+StripKernels deep(int depth) {
+  // <vector, vectors an entry, most pixels>
+  switch (depth) {
+    case 8:  return deep_kernels<Vec8, 1, 10>();
+    case 16: return deep_kernels<Vec8, 2, 10>();
+    default: return no_kernels();
+  }
+}
+
+constexpr InstructionSet kAvx2 = {Vec8::N, channels_last, images_innermost, deep, run_layout_unit<Transpose8>};
 
 }  // namespace
 

@@ -41,6 +41,14 @@ struct Vec4 {
     for (int i = 0; i < 4; ++i) r.f[i] = a.f[i] * b.f[i] + c.f[i];
     return r;
   }
+  // to[i] = the sum of the lanes of the i-th vector.
+  static inline void sum_lanes(float* to, const type& a, const type& b, const type& c, const type& d) {
+    const type* const vectors[] = {&a, &b, &c, &d};
+    for (int i = 0; i < 4; ++i) {
+      const float* const f = vectors[i]->f;
+      to[i] = (f[0] + f[1]) + (f[2] + f[3]);
+    }
+  }
   static inline type relu(const type& v) {
     type r;
     for (int i = 0; i < 4; ++i) r.f[i] = v.f[i] < 0 ? 0 : v.f[i];
@@ -88,7 +96,16 @@ StripKernels channels_last(int strip) {
   }
 }
 
-constexpr InstructionSet kScalar = {Vec4::N, channels_last, images_innermost, run_layout_unit<Transpose8>};
+StripKernels deep(int depth) {
+  // <vector, vectors an entry, most pixels>
+  switch (depth) {
+    case 8:  return deep_kernels<Vec4, 2, 8>();
+    case 16: return deep_kernels<Vec4, 4, 8>();
+    default: return no_kernels();
+  }
+}
+
+constexpr InstructionSet kScalar = {Vec4::N, channels_last, images_innermost, deep, run_layout_unit<Transpose8>};
 
 }  // namespace
 

@@ -43,6 +43,7 @@ class Conv2dArguments(NamedTuple):
         dil_h: dilation of rows.
         dil_w: dilation of columns.
         strip: output channels that share an index list.
+        depth: input channels that share an entry.
         relu: 0 or 1.
         pool: 0 or 1, a 2x2 max-pool after the ReLU.
         lanes: images innermost, or 1 for channels_last.
@@ -72,6 +73,7 @@ class Conv2dArguments(NamedTuple):
     dil_h: int = 0
     dil_w: int = 0
     strip: int = 0
+    depth: int = 0
     relu: int = 0
     pool: int = 0
     lanes: int = 0
