@@ -7,6 +7,7 @@
 #include "peak.h"
 #include "steps.h"
 #include "vec8.h"
+#include "weight_gradient.h"
 
 namespace {
 
@@ -29,11 +30,15 @@ struct Vec16 {
   static inline type fma(type a, type b, type c) { return _mm512_fmadd_ps(a, b, c); }
   // to[i] = the sum of the lanes of the i-th vector.
   static inline void sum_lanes(float* to, type a, type b, type c, type d) {
-    const type ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-    const type cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    // The masked forms with every lane: of the plain ones GCC 12 says that they read what was never written.
+    constexpr __mmask16 ALL = 0xffff;
+    const type ab = _mm512_add_ps(_mm512_maskz_unpacklo_ps(ALL, a, b), _mm512_maskz_unpackhi_ps(ALL, a, b));
+    const type cd = _mm512_add_ps(_mm512_maskz_unpacklo_ps(ALL, c, d), _mm512_maskz_unpackhi_ps(ALL, c, d));
     // Each quarter holds a sum of a, b, c and d.
-    const type sums = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
-    const __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(sums), _mm512_extractf32x8_ps(sums, 1));
+    const type sums =
+        _mm512_add_ps(_mm512_maskz_shuffle_ps(ALL, ab, cd, 0x44), _mm512_maskz_shuffle_ps(ALL, ab, cd, 0xee));
+    const __m256 lower = _mm512_maskz_extractf32x8_ps((__mmask8)ALL, sums, 0);
+    const __m256 halves = _mm256_add_ps(lower, _mm512_maskz_extractf32x8_ps((__mmask8)ALL, sums, 1));
     _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
   }
   // vmaxps returns its second operand when either is NaN, so a NaN in `v` stays.
@@ -87,6 +92,13 @@ StripKernels deep(int depth) {
 
 constexpr InstructionSet kAvx512 = {Vec16::N, channels_last, images_innermost, deep, run_layout_unit<Transpose8>};
 
+// Of the 15 general registers 10 hold rows of x, the others the panel, the pair, the end of the pairs and two offsets.
+GradientKernels weight_gradient_kernels(int block_out) {
+  // <vector, vectors of a panel, most entries, 8 x 8 transposition>
+  if (block_out % 16 == 0) return gradient_kernels<Vec16, 1, 10, Transpose8>();
+  return gradient_kernels<Vec8, 1, 10, Transpose8>();
+}
+
 }  // namespace
 
 extern "C" int slim_run_steps_f32_avx512(const SlimStepF32* steps, int64_t count, int32_t threads) {
@@ -96,6 +108,10 @@ extern "C" int slim_run_steps_f32_avx512(const SlimStepF32* steps, int64_t count
 extern "C" int slim_run_delayed_steps_f32_avx512(const SlimStepF32* steps, int64_t count, int32_t threads,
                                                  uint32_t seed) {
   return run_steps(kAvx512, steps, count, threads, seed);
+}
+
+extern "C" int slim_weight_gradient_f32_avx512(const SlimWeightGradientF32* a, int32_t threads) {
+  return weight_gradient(*a, weight_gradient_kernels(a->block_out), threads);
 }
 
 extern "C" double slim_multiply_adds_f32_avx512(int64_t iterations, int32_t threads) {

@@ -6,6 +6,7 @@
 #include "peak.h"
 #include "plan.h"
 #include "steps.h"
+#include "weight_gradient.h"
 
 namespace {
 
@@ -107,6 +108,12 @@ StripKernels deep(int depth) {
 
 constexpr InstructionSet kScalar = {Vec4::N, channels_last, images_innermost, deep, run_layout_unit<Transpose8>};
 
+GradientKernels weight_gradient_kernels(int block_out) {
+  // <vector, vectors of a panel, most entries, 8 x 8 transposition>
+  if (block_out % 16 == 0) return gradient_kernels<Vec4, 4, 2, Transpose8>();
+  return gradient_kernels<Vec4, 2, 4, Transpose8>();
+}
+
 }  // namespace
 
 extern "C" int slim_run_steps_f32_scalar(const SlimStepF32* steps, int64_t count, int32_t threads) {
@@ -116,6 +123,10 @@ extern "C" int slim_run_steps_f32_scalar(const SlimStepF32* steps, int64_t count
 extern "C" int slim_run_delayed_steps_f32_scalar(const SlimStepF32* steps, int64_t count, int32_t threads,
                                                  uint32_t seed) {
   return run_steps(kScalar, steps, count, threads, seed);
+}
+
+extern "C" int slim_weight_gradient_f32_scalar(const SlimWeightGradientF32* a, int32_t threads) {
+  return weight_gradient(*a, weight_gradient_kernels(a->block_out), threads);
 }
 
 extern "C" double slim_multiply_adds_f32_scalar(int64_t iterations, int32_t threads) {

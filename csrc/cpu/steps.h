@@ -7,6 +7,7 @@
 //   tiles.h, plan.h, units.h   a convolution: microkernels, how it is cut into units of work, how a unit is run
 //   slab_plan.h, slab_tiles.h  the same for single weights with images innermost
 //   images_layout.h            a change of layout
+//   weight_gradient.h          not a step: the gradient of stored weights
 //   team.h                     threads
 #pragma once
 #include <stdint.h>

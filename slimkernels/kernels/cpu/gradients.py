@@ -1,8 +1,9 @@
 """Gradients of the block-sparse convolution on the CPU: the stored blocks only, by gathers, strips and matrix products.
 
 The input gradient of a convolution of stride 1 is the convolution of ``grad`` with the transposed, flipped weight, so
-the strip kernels of the forward direction compute it from a pack of that weight. The weight gradient multiplies, per
-block row, the row's stored columns of the im2col matrix with the row's channels of ``grad``.
+the kernels of the forward direction compute it from a pack of that weight. The weight gradient has a kernel of its own;
+without it, matrix products multiply, per block row, the row's stored columns of the im2col matrix with the row's
+channels of ``grad``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from slimkernels.kernels.cpu.conv2d import PackedConv2d, pack_strips
+from slimkernels.kernels.cpu.weight_gradient import takes_shapes, weight_gradient
 from slimkernels.kernels.packs import StripPack
 from slimkernels.kernels.problems import Room, strip_width
 from slimkernels.kernels.reference import bsr_conv2d_dgrad, bsr_conv2d_wgrad
@@ -189,6 +191,34 @@ def launch_dgrad(
 
 
 def launch_wgrad(
+    isa: str,
+    grad: Tensor,
+    x: Tensor,
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    weight_shape: Sequence[int],
+    block_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """The gradient of values by the C++ kernel, which computes that of the stored blocks alone; spare blocks get 0.
+
+    Where it does not take the shapes, or most blocks are stored, matrix products compute it.
+
+    Raises:
+        RuntimeError: the native kernel failed (out of memory).
+    """
+    c_out, c_in, r, s = weight_shape
+    blocks = -(-c_out // block_shape[0]) * -(-c_in // block_shape[1]) * r * s
+    few = int(crow_indices[-1]) <= DENSE_PRODUCT_SHARE * blocks
+    native = few and takes_shapes(grad, x, weight_shape, block_shape, padding, dilation)
+    arguments = (grad, x, values, crow_indices, col_indices, weight_shape, block_shape, stride, padding, dilation)
+    return weight_gradient(isa, *arguments) if native else wgrad_by_products(*arguments)
+
+
+def wgrad_by_products(
     grad: Tensor,
     x: Tensor,
     values: Tensor,
