@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "bindings/conv2d.h"
+#include "bindings/weight_gradient.h"
 #include "kernels.h"
 #include "slim_build_config.h"
 #if SLIM_HAVE_CUDA
@@ -37,6 +38,7 @@ struct Isa {
   const char* name;
   int (*run_steps)(const SlimStepF32*, int64_t, int32_t);
   int (*run_delayed_steps)(const SlimStepF32*, int64_t, int32_t, uint32_t);
+  int (*weight_gradient_f32)(const SlimWeightGradientF32*, int32_t);
   double (*multiply_adds_f32)(int64_t, int32_t);
   bool supported;
 };
@@ -49,17 +51,17 @@ const std::vector<Isa>& compiled_isas() {
 #endif
 #if SLIM_HAVE_AVX512
     list.push_back({"avx512", slim_run_steps_f32_avx512, slim_run_delayed_steps_f32_avx512,
-                    slim_multiply_adds_f32_avx512,
+                    slim_weight_gradient_f32_avx512, slim_multiply_adds_f32_avx512,
                     __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("fma")});
 #endif
 #if SLIM_HAVE_AVX2
-    list.push_back({"avx2", slim_run_steps_f32_avx2, slim_run_delayed_steps_f32_avx2, slim_multiply_adds_f32_avx2,
-                    __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")});
+    list.push_back({"avx2", slim_run_steps_f32_avx2, slim_run_delayed_steps_f32_avx2, slim_weight_gradient_f32_avx2,
+                    slim_multiply_adds_f32_avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")});
 #endif
-    list.push_back(
-        {"scalar", slim_run_steps_f32_scalar, slim_run_delayed_steps_f32_scalar, slim_multiply_adds_f32_scalar, true});
+    list.push_back({"scalar", slim_run_steps_f32_scalar, slim_run_delayed_steps_f32_scalar,
+                    slim_weight_gradient_f32_scalar, slim_multiply_adds_f32_scalar, true});
     return list;
   }();
   return isas;
@@ -80,9 +82,10 @@ const Isa* supported_isa(const char* name) {
   return nullptr;
 }
 
-std::vector<std::tuple<std::string, size_t, size_t>> conv2d_members() {
+template <typename T>
+std::vector<std::tuple<std::string, size_t, size_t>> members_of() {
   std::vector<std::tuple<std::string, size_t, size_t>> found;
-  for (const Member& member : Members<SlimConv2dF32>::list) found.emplace_back(member.name, member.offset, member.size);
+  for (const Member& member : Members<T>::list) found.emplace_back(member.name, member.offset, member.size);
   return found;
 }
 
@@ -183,6 +186,18 @@ class Steps {
   std::vector<SlimStepF32> steps_;
 };
 
+int weight_gradient_f32(const std::string& name, const std::array<int64_t, kCount<SlimWeightGradientF32>>& members,
+                        int64_t threads) {
+  const SlimWeightGradientF32 a = struct_of<SlimWeightGradientF32>(members.data());
+  const std::string fault =
+      threads_fit(threads) ? weight_gradient_fault(members.data(), a) : "expected at least one thread";
+  if (!fault.empty()) throw py::value_error("weight_gradient_f32: " + fault);
+  const Isa* isa = supported_isa(name.c_str());
+  if (isa == nullptr) return SLIM_ERROR_UNSUPPORTED;
+  py::gil_scoped_release release;
+  return isa->weight_gradient_f32(&a, static_cast<int32_t>(threads));
+}
+
 double multiply_adds_f32(const std::string& name, int64_t iterations, int32_t threads) {
   if (iterations < 0 || !threads_fit(threads))
     throw py::value_error("multiply_adds_f32: expected iterations and threads to run");
@@ -232,7 +247,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("isas", &isas, "Instruction sets that are compiled in and supported by this CPU, best first.");
   m.def("multiply_adds_f32", &multiply_adds_f32,
         "(isa, iterations, threads) -> FLOPs done; 0 where the isa does not run.");
-  m.def("conv2d_members", &conv2d_members, "(name, offset, size) in bytes of every member of SlimConv2dF32.");
+  m.def("conv2d_members", &members_of<SlimConv2dF32>,
+        "(name, offset, size) in bytes of every member of SlimConv2dF32.");
+  m.def("weight_gradient_members", &members_of<SlimWeightGradientF32>, "The same of SlimWeightGradientF32.");
+  m.def("weight_gradient_f32", &weight_gradient_f32,
+        "(isa, members of SlimWeightGradientF32 in order, threads) -> status");
   m.def("entry_offsets_count", &entry_offsets_count, "(members of SlimConv2dF32 in order) -> numbers");
   m.def("entry_offsets", &entry_offsets, "(members of SlimConv2dF32 in order, address of the offsets, their number)");
   py::class_<Steps>(m, "Steps", "Recorded steps of kernels.h; the caller keeps their memory alive.")

@@ -1,8 +1,8 @@
 // Every native entry point of slimkernels and its preconditions.
 //
-// The caller (slimkernels/kernels/cpu/conv2d.py for the CPU, kernels/cuda.py and cuda_tensor_cores.py for CUDA) has
-// checked device, dtype, strides, bounds and what index tensors hold; bindings/ has checked the ranges of all
-// numbers; nothing behind them checks again. Entry points return 0 on success and one of the SLIM_ERROR codes
+// The caller (slimkernels/kernels/cpu/{conv2d,weight_gradient}.py for the CPU, kernels/cuda.py and cuda_tensor_cores.py
+// for CUDA) has checked device, dtype, strides, bounds and what index tensors hold; bindings/ has checked the ranges of
+// all numbers; nothing behind them checks again. Entry points return 0 on success and one of the SLIM_ERROR codes
 // otherwise.
 //
 // C types only: this header is included by translation units built for different instruction sets.
@@ -33,6 +33,10 @@ enum { SLIM_OK = 0, SLIM_ERROR_NO_MEMORY = 1, SLIM_ERROR_UNSUPPORTED = 2, SLIM_E
 // + 1] each hold an input channel and `strip` weights (zero where the pattern stores nothing or the channel lies beyond
 // c_out). taps = r*s, tap = row*s + column. Entries of one (strip, tap) are sorted by channel.
 //
+// Input gradients read their weight the other way round: `depth` neighbouring input channels share an entry of one
+// output channel. With depth 8 or 16 the strip is 1, lanes is 1, an entry holds `depth` weights, of the channels from
+// its own on, all of them below c_in, and pool is 0. Everywhere else depth is 1.
+//
 // Activations lie channels last (lanes = 1) or images innermost (lanes = the instruction set's vector: 4 scalar, 8
 // avx2, 16 avx512): (ceil(n/lanes), h, w, c, lanes), lanes beyond n holding anything finite.
 //
@@ -50,14 +54,15 @@ typedef struct SlimConv2dF32 {
   const float* x;
   float* y;
   const float* bias;        // c_out values, or NULL
-  const float* weights;     // (entries, strip)
+  const float* weights;     // (entries, strip * depth)
   const int32_t* channels;  // (entries)
   const int32_t* tap_ptr;   // (ceil(c_out/strip) * r*s + 1)
   const int32_t* offsets;   // (slim_entry_offsets_count), or NULL: computed in the call
   const float* residual;    // added to the sums in front of the ReLU, or NULL
   int64_t n, h, w, c_in, c_out, p, q;
   int32_t r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w;
-  int32_t strip;  // 8, 16, 24 or 32; images innermost also 1, 2 or 4
+  int32_t strip;  // 8, 16, 24 or 32; images innermost also 1, 2 or 4; 1 with a depth
+  int32_t depth;  // 1, or input channels of an entry: 8 or 16
   int32_t relu;   // 0 or 1: y = max(y, 0), NaN kept
   int32_t pool;   // 0 or 1: 2x2 stride-2 max-pool (floor) after the ReLU, NaN kept
   int32_t lanes;  // 1, or the vector of the instruction set
@@ -93,6 +98,30 @@ SLIM_HIDDEN int slim_run_delayed_steps_f32_avx512(const SlimStepF32* steps, int6
 SLIM_HIDDEN int64_t slim_entry_offsets_count(const SlimConv2dF32* a);
 SLIM_HIDDEN void slim_entry_offsets(const SlimConv2dF32* a, int32_t* offsets);
 
+// The gradient of the weights that a block-sparse convolution stores, fp32, channels last:
+//   values_grad[b,o,c] = sum over n,p,q of grad[n,p,q,O] * x[n, iy, ix, C]
+//   of the output channel O = i*block_out + o and the input channel C = g*block_in + c at the tap of block b, which
+//   lies in block row i and block column tap*ceil(c_in/block_in) + g; 0 where O or C does not exist
+//
+// Preconditions: x is (n,h,w,c_in), grad is (n,p,q,c_out), values_grad is (crow_indices[last],block_out,block_in), all
+// contiguous in that order, values_grad overlapping nothing; crow_indices is (ceil(c_out/block_out) + 1), not
+// decreasing from 0; col_indices rises in each block row and lies in [0, r*s*ceil(c_in/block_in)); block_out is a
+// multiple of 8; n,h,w,p,q,c_in,c_out >= 1; h*w*c_in and p*q*c_out below 2^31.
+typedef struct SlimWeightGradientF32 {
+  const float* x;
+  const float* grad;
+  float* values_grad;
+  const int32_t* crow_indices;
+  const int32_t* col_indices;
+  int64_t n, h, w, c_in, c_out, p, q;
+  int32_t r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w;
+  int32_t block_out, block_in;
+} SlimWeightGradientF32;
+
+SLIM_HIDDEN int slim_weight_gradient_f32_scalar(const SlimWeightGradientF32* a, int32_t threads);
+SLIM_HIDDEN int slim_weight_gradient_f32_avx2(const SlimWeightGradientF32* a, int32_t threads);
+SLIM_HIDDEN int slim_weight_gradient_f32_avx512(const SlimWeightGradientF32* a, int32_t threads);
+
 // The multiply-add ceiling: runs that many rounds of independent multiply-adds and returns the FLOPs done; the caller
 // times it.
 SLIM_HIDDEN double slim_multiply_adds_f32_scalar(int64_t iterations, int32_t threads);
@@ -101,7 +130,8 @@ SLIM_HIDDEN double slim_multiply_adds_f32_avx512(int64_t iterations, int32_t thr
 
 // In Python, with the members of SlimConv2dF32 in order, pointers as integers, 0 for NULL:
 // _C.conv2d_f32(isa, x, y, bias, weights, channels, tap_ptr, offsets, residual, n, h, w, c_in, c_out, p, q, r, s,
-//               stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, strip, relu, pool, lanes, threads).
+//               stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, strip, depth, relu, pool, lanes, threads).
+// _C.weight_gradient_f32(isa, (members of SlimWeightGradientF32 in order), threads).
 // _C.Steps(isa, [(kind, slot, members in order), ...]).run(threads) or, in tests, .run_delayed(threads, seed);
 // _C.entry_offsets_count(members in order); _C.entry_offsets(members in order, offsets, their number).
 

@@ -12,15 +12,16 @@ template <>
 struct Members<SlimConv2dF32> {
   using Struct = SlimConv2dF32;  // Conv2dArguments in slimkernels/kernels/cpu/abi.py
   static constexpr Member list[] = {
-      SLIM_MEMBER(x, kAddress),         SLIM_MEMBER(y, kAddress),        SLIM_MEMBER(bias, kAddress),
-      SLIM_MEMBER(weights, kAddress),   SLIM_MEMBER(channels, kAddress), SLIM_MEMBER(tap_ptr, kAddress),
-      SLIM_MEMBER(offsets, kAddress),   SLIM_MEMBER(residual, kAddress), SLIM_MEMBER(n, kImages),
-      SLIM_MEMBER(h, kNatural),         SLIM_MEMBER(w, kNatural),        SLIM_MEMBER(c_in, kPositive),
-      SLIM_MEMBER(c_out, kPositive),    SLIM_MEMBER(p, kPositive),       SLIM_MEMBER(q, kPositive),
-      SLIM_MEMBER(r, kPositive),        SLIM_MEMBER(s, kPositive),       SLIM_MEMBER(stride_h, kPositive),
-      SLIM_MEMBER(stride_w, kPositive), SLIM_MEMBER(pad_h, kNatural),    SLIM_MEMBER(pad_w, kNatural),
-      SLIM_MEMBER(dil_h, kPositive),    SLIM_MEMBER(dil_w, kPositive),   SLIM_MEMBER(strip, (Range{1, 32})),
-      SLIM_MEMBER(relu, kFlag),         SLIM_MEMBER(pool, kFlag),        SLIM_MEMBER(lanes, (Range{1, 16})),
+      SLIM_MEMBER(x, kAddress),           SLIM_MEMBER(y, kAddress),        SLIM_MEMBER(bias, kAddress),
+      SLIM_MEMBER(weights, kAddress),     SLIM_MEMBER(channels, kAddress), SLIM_MEMBER(tap_ptr, kAddress),
+      SLIM_MEMBER(offsets, kAddress),     SLIM_MEMBER(residual, kAddress), SLIM_MEMBER(n, kImages),
+      SLIM_MEMBER(h, kNatural),           SLIM_MEMBER(w, kNatural),        SLIM_MEMBER(c_in, kPositive),
+      SLIM_MEMBER(c_out, kPositive),      SLIM_MEMBER(p, kPositive),       SLIM_MEMBER(q, kPositive),
+      SLIM_MEMBER(r, kPositive),          SLIM_MEMBER(s, kPositive),       SLIM_MEMBER(stride_h, kPositive),
+      SLIM_MEMBER(stride_w, kPositive),   SLIM_MEMBER(pad_h, kNatural),    SLIM_MEMBER(pad_w, kNatural),
+      SLIM_MEMBER(dil_h, kPositive),      SLIM_MEMBER(dil_w, kPositive),   SLIM_MEMBER(strip, (Range{1, 32})),
+      SLIM_MEMBER(depth, (Range{1, 16})), SLIM_MEMBER(relu, kFlag),        SLIM_MEMBER(pool, kFlag),
+      SLIM_MEMBER(lanes, (Range{1, 16})),
   };
 };
 static_assert(members_fill_the_struct<SlimConv2dF32>());
@@ -36,6 +37,9 @@ inline std::string conv2d_fault(const int64_t* numbers, const SlimConv2dF32& a) 
   const int64_t lanes = a.lanes, strip = a.strip, strips = (a.c_out + strip - 1) / strip;
   if (!is_one_of(strip, {1, 2, 4, 8, 16, 24, 32})) return "strip = " + std::to_string(strip) + " is no known width";
   if (!is_one_of(lanes, {1, 4, 8, 16})) return "lanes = " + std::to_string(lanes) + " is no known vector";
+  if (!is_one_of(a.depth, {1, 8, 16})) return "depth = " + std::to_string(a.depth) + " is no known depth";
+  if (a.depth > 1 && (strip != 1 || lanes != 1 || a.pool || a.depth > a.c_in))
+    return "a depth goes with strips of one channel, channels last, no pooling and as many input channels";
   if (a.tap_ptr == nullptr) return "tap_ptr is NULL";
   if (!product_fits(a.h, a.w, a.c_in * lanes) || a.c_in * lanes > kInt32Max)
     return "an image has 2^31 elements or more";

@@ -6,6 +6,7 @@
 #include "peak.h"
 #include "steps.h"
 #include "vec8.h"
+#include "weight_gradient.h"
 
 namespace {
 
@@ -40,7 +41,25 @@ StripKernels channels_last(int strip) {
   }
 }
 
-constexpr InstructionSet kAvx2 = {Vec8::N, channels_last, images_innermost, run_layout_unit<Transpose8>};
+// Sums of 10 pixels, a weight and one input; each multiply-add loads its input.
+StripKernels deep(int depth) {
+  // <vector, vectors an entry, most pixels>
+  switch (depth) {
+    case 8:  return deep_kernels<Vec8, 1, 10>();
+    case 16: return deep_kernels<Vec8, 2, 10>();
+    default: return no_kernels();
+  }
+}
+
+constexpr InstructionSet kAvx2 = {Vec8::N, channels_last, images_innermost, deep, run_layout_unit<Transpose8>};
+
+// Of the 16 vector registers 12 hold sums, 2 hold `grad` and 1 an input; 10 rows of x leave the general registers that
+// the pairs need.
+GradientKernels weight_gradient_kernels(int block_out) {
+  // <vector, vectors of a panel, most entries, 8 x 8 transposition>
+  if (block_out % 16 == 0) return gradient_kernels<Vec8, 2, 6, Transpose8>();
+  return gradient_kernels<Vec8, 1, 10, Transpose8>();
+}
 
 }  // namespace
 
@@ -51,6 +70,10 @@ extern "C" int slim_run_steps_f32_avx2(const SlimStepF32* steps, int64_t count, 
 extern "C" int slim_run_delayed_steps_f32_avx2(const SlimStepF32* steps, int64_t count, int32_t threads,
                                                uint32_t seed) {
   return run_steps(kAvx2, steps, count, threads, seed);
+}
+
+extern "C" int slim_weight_gradient_f32_avx2(const SlimWeightGradientF32* a, int32_t threads) {
+  return weight_gradient(*a, weight_gradient_kernels(a->block_out), threads);
 }
 
 extern "C" double slim_multiply_adds_f32_avx2(int64_t iterations, int32_t threads) {

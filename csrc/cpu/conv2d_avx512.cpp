@@ -7,6 +7,7 @@
 #include "peak.h"
 #include "steps.h"
 #include "vec8.h"
+#include "weight_gradient.h"
 
 namespace {
 
@@ -27,6 +28,19 @@ struct Vec16 {
   static inline void store_part(float* p, type v, int count) { _mm512_mask_storeu_ps(p, first(count), v); }
   static inline type add(type a, type b) { return _mm512_add_ps(a, b); }
   static inline type fma(type a, type b, type c) { return _mm512_fmadd_ps(a, b, c); }
+  // to[i] = the sum of the lanes of the i-th vector.
+  static inline void sum_lanes(float* to, type a, type b, type c, type d) {
+    // The masked forms with every lane: of the plain ones GCC 12 says that they read what was never written.
+    constexpr __mmask16 ALL = 0xffff;
+    const type ab = _mm512_add_ps(_mm512_maskz_unpacklo_ps(ALL, a, b), _mm512_maskz_unpackhi_ps(ALL, a, b));
+    const type cd = _mm512_add_ps(_mm512_maskz_unpacklo_ps(ALL, c, d), _mm512_maskz_unpackhi_ps(ALL, c, d));
+    // Each quarter holds a sum of a, b, c and d.
+    const type sums =
+        _mm512_add_ps(_mm512_maskz_shuffle_ps(ALL, ab, cd, 0x44), _mm512_maskz_shuffle_ps(ALL, ab, cd, 0xee));
+    const __m256 lower = _mm512_maskz_extractf32x8_ps((__mmask8)ALL, sums, 0);
+    const __m256 halves = _mm256_add_ps(lower, _mm512_maskz_extractf32x8_ps((__mmask8)ALL, sums, 1));
+    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
+  }
   // vmaxps returns its second operand when either is NaN, so a NaN in `v` stays.
   static inline type relu(type v) { return _mm512_max_ps(zero(), v); }
   // For the same reason a NaN in `b` stays; one in `a` is put back.
@@ -66,7 +80,24 @@ StripKernels channels_last(int strip) {
   }
 }
 
-constexpr InstructionSet kAvx512 = {Vec16::N, channels_last, images_innermost, run_layout_unit<Transpose8>};
+// 10 pixel pointers, as above: 11 loads for 10 multiply-adds.
+StripKernels deep(int depth) {
+  // <vector, vectors an entry, most pixels>
+  switch (depth) {
+    case 8:  return deep_kernels<Vec8, 1, 10>();
+    case 16: return deep_kernels<Vec16, 1, 10>();
+    default: return no_kernels();
+  }
+}
+
+constexpr InstructionSet kAvx512 = {Vec16::N, channels_last, images_innermost, deep, run_layout_unit<Transpose8>};
+
+// Of the 15 general registers 10 hold rows of x, the others the panel, the pair, the end of the pairs and two offsets.
+GradientKernels weight_gradient_kernels(int block_out) {
+  // <vector, vectors of a panel, most entries, 8 x 8 transposition>
+  if (block_out % 16 == 0) return gradient_kernels<Vec16, 1, 10, Transpose8>();
+  return gradient_kernels<Vec8, 1, 10, Transpose8>();
+}
 
 }  // namespace
 
@@ -77,6 +108,10 @@ extern "C" int slim_run_steps_f32_avx512(const SlimStepF32* steps, int64_t count
 extern "C" int slim_run_delayed_steps_f32_avx512(const SlimStepF32* steps, int64_t count, int32_t threads,
                                                  uint32_t seed) {
   return run_steps(kAvx512, steps, count, threads, seed);
+}
+
+extern "C" int slim_weight_gradient_f32_avx512(const SlimWeightGradientF32* a, int32_t threads) {
+  return weight_gradient(*a, weight_gradient_kernels(a->block_out), threads);
 }
 
 extern "C" double slim_multiply_adds_f32_avx512(int64_t iterations, int32_t threads) {

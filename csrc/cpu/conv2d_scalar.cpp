@@ -6,6 +6,7 @@
 #include "peak.h"
 #include "plan.h"
 #include "steps.h"
+#include "weight_gradient.h"
 
 namespace {
 
@@ -40,6 +41,14 @@ struct Vec4 {
     type r;
     for (int i = 0; i < 4; ++i) r.f[i] = a.f[i] * b.f[i] + c.f[i];
     return r;
+  }
+  // to[i] = the sum of the lanes of the i-th vector.
+  static inline void sum_lanes(float* to, const type& a, const type& b, const type& c, const type& d) {
+    const type* const vectors[] = {&a, &b, &c, &d};
+    for (int i = 0; i < 4; ++i) {
+      const float* const f = vectors[i]->f;
+      to[i] = (f[0] + f[1]) + (f[2] + f[3]);
+    }
   }
   static inline type relu(const type& v) {
     type r;
@@ -88,7 +97,22 @@ StripKernels channels_last(int strip) {
   }
 }
 
-constexpr InstructionSet kScalar = {Vec4::N, channels_last, images_innermost, run_layout_unit<Transpose8>};
+StripKernels deep(int depth) {
+  // <vector, vectors an entry, most pixels>
+  switch (depth) {
+    case 8:  return deep_kernels<Vec4, 2, 8>();
+    case 16: return deep_kernels<Vec4, 4, 8>();
+    default: return no_kernels();
+  }
+}
+
+constexpr InstructionSet kScalar = {Vec4::N, channels_last, images_innermost, deep, run_layout_unit<Transpose8>};
+
+GradientKernels weight_gradient_kernels(int block_out) {
+  // <vector, vectors of a panel, most entries, 8 x 8 transposition>
+  if (block_out % 16 == 0) return gradient_kernels<Vec4, 4, 2, Transpose8>();
+  return gradient_kernels<Vec4, 2, 4, Transpose8>();
+}
 
 }  // namespace
 
@@ -99,6 +123,10 @@ extern "C" int slim_run_steps_f32_scalar(const SlimStepF32* steps, int64_t count
 extern "C" int slim_run_delayed_steps_f32_scalar(const SlimStepF32* steps, int64_t count, int32_t threads,
                                                  uint32_t seed) {
   return run_steps(kScalar, steps, count, threads, seed);
+}
+
+extern "C" int slim_weight_gradient_f32_scalar(const SlimWeightGradientF32* a, int32_t threads) {
+  return weight_gradient(*a, weight_gradient_kernels(a->block_out), threads);
 }
 
 extern "C" double slim_multiply_adds_f32_scalar(int64_t iterations, int32_t threads) {

@@ -27,6 +27,7 @@ struct Workload {
   int64_t rows, columns;        // of the output; with pooling cut to even, since the last odd one is dropped
   int64_t channels;             // of the output
   int64_t strips, strip_width;  // strips of `strip_width` output channels
+  int64_t entry_weights;        // of an entry: one for each output channel of the strip, or each of its input channels
   int64_t taps;                 // r * s
   int64_t entries;              // of all strips: pairs of an input channel and a tap that have weights
   int64_t pixel_macs;           // multiply-adds of an average strip for one pixel of all lanes, at least 1 a lane
@@ -34,6 +35,7 @@ struct Workload {
   int64_t weight_bytes;         // with the offset of each entry
   int64_t tile_pixels;          // most pixels that a microkernel takes
   bool pool;
+  bool deep;  // an entry has several input channels
 };
 
 inline Workload workload_of(const SlimConv2dF32& conv, int64_t tile_pixels) {
@@ -41,16 +43,18 @@ inline Workload workload_of(const SlimConv2dF32& conv, int64_t tile_pixels) {
   work.lanes = conv.lanes;
   work.image_groups = ceil_div(conv.n, conv.lanes);
   work.pool = conv.pool != 0;
+  work.deep = conv.depth > 1;
   work.rows = conv.pool ? conv.p / 2 * 2 : conv.p;
   work.columns = conv.pool ? conv.q / 2 * 2 : conv.q;
   work.channels = conv.c_out;
   work.strip_width = conv.strip;
+  work.entry_weights = (int64_t)conv.strip * conv.depth;
   work.strips = ceil_div(conv.c_out, conv.strip);
   work.taps = (int64_t)conv.r * conv.s;
   work.entries = conv.tap_ptr[work.strips * work.taps];
-  work.pixel_macs = max64(1, work.entries / work.strips * conv.strip) * conv.lanes;
+  work.pixel_macs = max64(1, work.entries / work.strips * work.entry_weights) * conv.lanes;
   work.input_bytes = 4 * conv.h * conv.w * conv.c_in * conv.lanes;
-  work.weight_bytes = 4 * work.entries * (conv.strip + 1);
+  work.weight_bytes = 4 * work.entries * (work.entry_weights + 1);
   work.tile_pixels = tile_pixels;
   return work;
 }
@@ -78,7 +82,7 @@ inline Order choose_order(const Workload& work, const SlabCut& slabs) {
   const bool has_classes = work.taps > 1 && work.taps <= TAP_BY_TAP_MAX_TAPS;
   const bool few_pixels = work.image_groups * work.rows * work.columns <= TAP_BY_TAP_MAX_PIXELS;
   const bool many_entries = work.entries >= MIN_ENTRIES_PER_TAP * work.strips * work.taps;
-  return has_classes && work.lanes == 1 && few_pixels && many_entries ? TAP_BY_TAP : ALL_TAPS;
+  return has_classes && work.lanes == 1 && !work.deep && few_pixels && many_entries ? TAP_BY_TAP : ALL_TAPS;
 }
 
 // ---------------------------------------------------------------- step 2

@@ -7,6 +7,7 @@
 //   tiles.h, plan.h, units.h   a convolution: microkernels, how it is cut into units of work, how a unit is run
 //   slab_plan.h, slab_tiles.h  the same for single weights with images innermost
 //   images_layout.h            a change of layout
+//   weight_gradient.h          not a step: the gradient of stored weights
 //   team.h                     threads
 #pragma once
 #include <stdint.h>
@@ -34,6 +35,7 @@ struct InstructionSet {
   int lanes;  // of its vector, with images innermost
   StripKernels (*channels_last)(int strip);
   StripKernels (*images_innermost)(int strip);
+  StripKernels (*deep)(int depth);  // channels last, with several input channels an entry
   void (*run_layout_unit)(const LayoutPlan&, int64_t unit);
 };
 
@@ -52,6 +54,16 @@ template <class V, int NO1, int NO, int MR, int STRIP>
 StripKernels images_innermost_kernels() {
   StripKernels kernels;
   add_images_tiles<V, NO1, NO, MR, STRIP>(kernels.tiles);
+  kernels.tiles.most_pixels_taps = 0;
+  kernels.run_unit = run_unit<V>;
+  return kernels;
+}
+
+// Tiles of up to MR pixels x one channel, whose entries have V::N * NV input channels.
+template <class V, int NV, int MR>
+StripKernels deep_kernels() {
+  StripKernels kernels;
+  add_dot_tiles<V, NV, MR>(kernels.tiles);
   kernels.tiles.most_pixels_taps = 0;
   kernels.run_unit = run_unit<V>;
   return kernels;
@@ -98,7 +110,9 @@ inline int plan_step(const InstructionSet& isa, PlannedStep& planned, const Slim
   }
   const bool images_innermost = conv.lanes != 1;
   if (images_innermost && (conv.lanes != isa.lanes || conv.r > MAX_SEGMENTS)) return SLIM_ERROR_UNSUPPORTED;
-  const StripKernels kernels = images_innermost ? isa.images_innermost(conv.strip) : isa.channels_last(conv.strip);
+  const StripKernels kernels = conv.depth > 1     ? isa.deep(conv.depth)
+                               : images_innermost ? isa.images_innermost(conv.strip)
+                                                  : isa.channels_last(conv.strip);
   if (kernels.run_unit == nullptr) return SLIM_ERROR_UNSUPPORTED;
   planned.run_conv_unit = kernels.run_unit;
   return make_plan(planned.conv, conv, kernels.tiles) ? SLIM_OK : SLIM_ERROR_NO_MEMORY;

@@ -4,7 +4,7 @@
 // Each pixel of a tile has its own pointer into x, so a tile may take any pixels that see the same taps. Entries of
 // taps outside the image are left out by the caller, so no multiply-add is spent on padding.
 //
-// There is one kind of tile for each layout of x and y:
+// There are three kinds of tiles:
 //
 // - Tile, channels last: a vector holds V::N output channels of one pixel, and a tile is MR pixels x NV vectors.
 //   An entry costs NV loads of weights, MR broadcasts of x and MR * NV multiply-adds. Where the strip is one vector
@@ -13,9 +13,14 @@
 //   channels. An entry costs MR loads of x, NO broadcasts of weights and MR * NO multiply-adds. At 3 x 8 that is 11
 //   loads for 24 multiply-adds, so the multiply-adds are the limit. Strips may be as narrow as one channel, which is
 //   unstructured sparsity: at 10 x 1 there are 11 loads for 10 multiply-adds.
+// - DotTile, channels last, for entries of several input channels: a vector holds V::N of those of one pixel, and a
+// tile
+//   is MR pixels x one output channel, each the sum of its vector's lanes in the end. An entry costs NV loads of
+//   weights, MR * NV loads of x and as many multiply-adds.
 //
 // The vector type V is the instruction set's. It has V::N floats in V::type, and zero, load, load_part, broadcast,
-// store, store_part, add, fma (a * b + c), relu and max_nan, the last two of which keep NaN.
+// store, store_part, add, fma (a * b + c), sum_lanes (of four vectors), relu and max_nan, the last two of which keep
+// NaN.
 #pragma once
 #include <stdint.h>
 
@@ -293,6 +298,76 @@ struct ImagesTile {
   }
 };
 
+// ---------------------------------------------------------------- several input channels an entry
+
+template <class V, int NV, int MR>
+struct DotTile {
+  static constexpr int DEPTH = V::N * NV;  // input channels of an entry
+  // As in Tile: enough independent multiply-adds to cover their latency.
+  static constexpr int SETS = MR >= 6 ? 1 : (MR >= 3 ? 2 : 4);
+  static constexpr int FOURS = (MR + 3) / 4;
+  typedef typename V::type Vector;
+  typedef Vector Sums[FOURS * 4];  // of which MR are in use, and zeros behind them
+
+  static void run(const float* const* x, float* const* y_pixels, int64_t channel, const float* weights,
+                  const int32_t* offsets, const Segment* segments, int count, const float* bias, Start start, int relu,
+                  int /*present*/) {
+    Sums sums[SETS];          // [SETS][MR] vectors of V::N input channels
+    const float* pixels[MR];  // [MR]
+    SLIM_UNROLL
+    for (int m = 0; m < MR; ++m) pixels[m] = x[m];
+    SLIM_UNROLL
+    for (int set = 0; set < SETS; ++set) {
+      SLIM_UNROLL
+      for (int m = 0; m < FOURS * 4; ++m) sums[set][m] = V::zero();
+    }
+
+    // The main loop: the entries of a run go into the sets in turn, those that do not fill all sets into set 0.
+    for (int i = 0; i < count; ++i) {
+      const float* weight = weights + (int64_t)segments[i].begin * DEPTH;  // [entry, DEPTH]
+      const int32_t* offset = offsets + segments[i].begin;                 // [entry]
+      const int32_t* const end = offsets + segments[i].end;
+      for (; end - offset >= SETS; offset += SETS, weight += SETS * DEPTH) {
+        SLIM_UNROLL
+        for (int set = 0; set < SETS; ++set) add_entry(sums[set], pixels, weight + set * DEPTH, offset[set]);
+      }
+      if (SETS > 1) {
+        for (; offset != end; ++offset, weight += DEPTH) add_entry(sums[0], pixels, weight, offset[0]);
+      }
+    }
+
+    SLIM_UNROLL
+    for (int set = 1; set < SETS; ++set) {
+      SLIM_UNROLL
+      for (int m = 0; m < MR; ++m) sums[0][m] = V::add(sums[0][m], sums[set][m]);
+    }
+    float totals[FOURS * 4];  // [MR]
+    SLIM_UNROLL
+    for (int m = 0; m < MR; m += 4) {
+      V::sum_lanes(totals + m, sums[0][m], sums[0][m + 1], sums[0][m + 2], sums[0][m + 3]);
+    }
+    const float first = bias != nullptr ? bias[0] : 0;
+    SLIM_UNROLL
+    for (int m = 0; m < MR; ++m) {
+      float* const y = y_pixels[m] + channel;
+      const float sum = totals[m] + (start == START_AT_Y ? y[0] : first);
+      y[0] = relu && sum < 0 ? 0 : sum;  // NaN passes
+    }
+  }
+
+ private:
+  // sums[MR][DEPTH] += x[MR][DEPTH] * w[1][DEPTH]
+  static SLIM_ALWAYS_INLINE void add_entry(Sums& sums, const float* const (&pixels)[MR], const float* weight,
+                                           int64_t offset) {
+    SLIM_UNROLL
+    for (int v = 0; v < NV; ++v) {
+      const Vector w = V::load(weight + v * V::N);  // V::N input channels
+      SLIM_UNROLL
+      for (int m = 0; m < MR; ++m) sums[m] = V::fma(V::load(pixels[m] + offset + v * V::N), w, sums[m]);
+    }
+  }
+};
+
 // ---------------------------------------------------------------- tables of tiles
 
 constexpr int MAX_TILE_PIXELS = 16;
@@ -332,6 +407,16 @@ void add_images_tiles(TileSet& set) {
   constexpr int WIDTH = MR == 1 ? NO1 : NO;
   set.run[MR] = ImagesTile<V, WIDTH, MR, STRIDE>::run;
   set.width[MR] = WIDTH;
+  set.most_pixels = MR;
+}
+
+// Tiles of 1 .. MR pixels x one channel, for entries of V::N * NV input channels.
+template <class V, int NV, int MR>
+void add_dot_tiles(TileSet& set) {
+  static_assert(MR <= MAX_TILE_PIXELS, "a table holds no larger tile");
+  if constexpr (MR > 1) add_dot_tiles<V, NV, MR - 1>(set);
+  set.run[MR] = DotTile<V, NV, MR>::run;
+  set.width[MR] = 1;
   set.most_pixels = MR;
 }
 

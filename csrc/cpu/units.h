@@ -137,7 +137,7 @@ constexpr int MAX_SEGMENTS = 64;
 inline Range strips_in_cache(const Plan& plan, Range strips) {
   constexpr int64_t CACHED_BYTES = 256 * 1024;
   const SlimConv2dF32& conv = *plan.conv;
-  const int64_t entry_bytes = conv.strip * 4 + 4;
+  const int64_t entry_bytes = plan.work.entry_weights * 4 + 4;
   const int64_t first_entry = conv.tap_ptr[strips.begin * plan.work.taps];
   int64_t end = strips.begin + 1;
   for (; end < strips.end; ++end) {
@@ -210,7 +210,7 @@ inline void unit_all_taps(const Plan& plan, const WorkUnit& unit, const Destinat
   for (Range strips = {unit.strips.begin, 0}; strips.begin < unit.strips.end; strips.begin = strips.end) {
     strips = strips_in_cache(plan, {strips.begin, unit.strips.end});
     const int64_t first = conv.tap_ptr[strips.begin * plan.work.taps], last = conv.tap_ptr[strips.end * plan.work.taps];
-    read_ahead(conv.weights + first * conv.strip, (last - first) * conv.strip);
+    read_ahead(conv.weights + first * plan.work.entry_weights, (last - first) * plan.work.entry_weights);
     for (int64_t row = unit.rows.begin; row < unit.rows.end;) {
       const TapClass rows = tap_class(vertical, row, unit.rows.end);
       for (int64_t column = 0; column < plan.work.columns;) {

@@ -20,6 +20,12 @@ struct Vec8 {
   static inline void store_part(float* p, type v, int count) { _mm256_maskstore_ps(p, first(count), v); }
   static inline type add(type a, type b) { return _mm256_add_ps(a, b); }
   static inline type fma(type a, type b, type c) { return _mm256_fmadd_ps(a, b, c); }
+  // to[i] = the sum of the lanes of the i-th vector.
+  static inline void sum_lanes(float* to, type a, type b, type c, type d) {
+    // Twice the sums of neighbours: the lower and the upper half each hold four sums of a, b, c and d.
+    const type sums = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
+  }
   // vmaxps returns its second operand when either is NaN, so a NaN in `v` stays.
   static inline type relu(type v) { return _mm256_max_ps(zero(), v); }
   // For the same reason a NaN in `b` stays; one in `a` is put back.

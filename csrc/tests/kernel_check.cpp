@@ -1,6 +1,6 @@
-// Checks every CPU kernel of csrc/kernels.h, in both layouts, against a convolution in double precision, without Python
-// or torch, so that it runs under sanitizers and in an emulator. Prints one line per instruction set; exit status 1 on
-// a mismatch, 2 on a bad option.
+// Checks every CPU kernel of csrc/kernels.h, in both layouts, against sums in double precision, without Python or
+// torch, so that it runs under sanitizers and in an emulator. Prints one line per instruction set; exit status 1 on a
+// mismatch, 2 on a bad option.
 //
 //   kernel_check [--isa scalar|avx2|avx512] [--cases N] [--max-threads N]
 //
@@ -63,6 +63,7 @@ struct Block {
 struct Isa {
   const char* name;
   int (*run)(const SlimStepF32*, int64_t, int32_t);
+  int (*weight_gradient)(const SlimWeightGradientF32*, int32_t);
   int32_t lanes;  // of images innermost
   bool supported;
 };
@@ -85,11 +86,13 @@ double output(const SlimConv2dF32& a, int64_t n, int64_t p, int64_t q, int64_t o
     const int64_t ix = q * a.stride_w - a.pad_w + tap % a.s * a.dil_w;
     if (iy < 0 || iy >= a.h || ix < 0 || ix >= a.w) continue;
     for (int32_t e = a.tap_ptr[strip * taps + tap]; e < a.tap_ptr[strip * taps + tap + 1]; ++e) {
-      const double term = double(a.weights[int64_t(e) * a.strip + lane]) *
-                          double(a.x[((n * a.h + iy) * a.w + ix) * a.c_in + a.channels[e]]);
-      sum += term;
-      *scale += fabs(term);
-      ++*terms;
+      for (int32_t k = 0; k < a.depth; ++k) {
+        const double term = double(a.weights[int64_t(e) * a.strip * a.depth + (a.depth > 1 ? k : lane)]) *
+                            double(a.x[((n * a.h + iy) * a.w + ix) * a.c_in + a.channels[e] + k]);
+        sum += term;
+        *scale += fabs(term);
+        ++*terms;
+      }
     }
   }
   if (a.residual != nullptr) {
@@ -108,9 +111,9 @@ double bound(double scale, long terms) { return double(terms + 3) * 0x1p-24 * sc
 void describe(const char* isa, const SlimConv2dF32& a) {
   printf(
       "  %s: n=%ld h=%ld w=%ld c_in=%ld c_out=%ld p=%ld q=%ld r=%d s=%d stride=%d,%d pad=%d,%d dil=%d,%d "
-      "strip=%d relu=%d pool=%d bias=%d residual=%d\n",
+      "strip=%d depth=%d relu=%d pool=%d bias=%d residual=%d\n",
       isa, long(a.n), long(a.h), long(a.w), long(a.c_in), long(a.c_out), long(a.p), long(a.q), a.r, a.s, a.stride_h,
-      a.stride_w, a.pad_h, a.pad_w, a.dil_h, a.dil_w, a.strip, a.relu, a.pool, a.bias != nullptr,
+      a.stride_w, a.pad_h, a.pad_w, a.dil_h, a.dil_w, a.strip, a.depth, a.relu, a.pool, a.bias != nullptr,
       a.residual != nullptr);
 }
 
@@ -258,8 +261,10 @@ void run_case(const Isa& isa, long number, int max_threads, Tally* tally) {
   a.c_out = rng.chance(50) ? rng.pick(kChannels) : rng.range(1, 70);
   const bool images = rng.chance(50);
   a.strip = int32_t(images && rng.chance(60) ? rng.pick(kNarrow) : rng.pick(kStrips));
+  a.depth = images || a.c_in < 8 || rng.chance(60) ? 1 : a.c_in < 16 || rng.chance(50) ? 8 : 16;
+  if (a.depth > 1) a.strip = 1;
   a.relu = rng.chance(50);
-  a.pool = a.p >= 2 && a.q >= 2 && rng.chance(35);
+  a.pool = a.depth == 1 && a.p >= 2 && a.q >= 2 && rng.chance(35);
 
   // Density 0 leaves whole strips, and whole taps, without entries.
   const int64_t strips = (a.c_out + a.strip - 1) / a.strip, taps = int64_t(a.r) * a.s;
@@ -270,7 +275,7 @@ void run_case(const Isa& isa, long number, int max_threads, Tally* tally) {
     const int density = int(large ? 12 : rng.pick(kDensities));
     for (int64_t tap = 0; tap < taps; ++tap) {
       const bool empty = rng.chance(15);
-      for (int32_t c = 0; c < a.c_in && !empty; ++c) {
+      for (int32_t c = 0; c <= a.c_in - a.depth && !empty; ++c) {
         if (!rng.chance(density)) continue;
         channels.push_back(c);
         lanes.push_back(a.c_out - i * a.strip);
@@ -279,18 +284,20 @@ void run_case(const Isa& isa, long number, int max_threads, Tally* tally) {
     }
   }
   const int64_t entries = int64_t(channels.size());
-  const double work = double(a.p * a.q) * double(entries) * a.strip;
+  const double work = double(a.p * a.q) * double(entries) * a.strip * a.depth;
   const double limit = large ? 1e7 : 4e5;  // multiply-adds of the double reference
   while (a.n > 1 && double(a.n) * work > limit) a.n = (a.n + 1) / 2;
 
   const int64_t shift = rng.range(0, 3);
   Block<float> x(a.n * a.h * a.w * a.c_in, shift);
-  Block<float> weights(entries * a.strip, rng.range(0, 3)), bias(a.c_out, rng.range(0, 3));
+  const int64_t entry_weights = int64_t(a.strip) * a.depth;
+  Block<float> weights(entries * entry_weights, rng.range(0, 3)), bias(a.c_out, rng.range(0, 3));
   Block<float> residual(a.n * a.p * a.q * a.c_out, rng.range(0, 3));
   Block<int32_t> channel_block(entries), tap_block(int64_t(tap_ptr.size()));
   for (int64_t i = 0; i < a.n * a.h * a.w * a.c_in; ++i) x.data[i] = rng.value();
-  for (int64_t i = 0; i < entries * a.strip; ++i) {
-    weights.data[i] = i % a.strip >= lanes[size_t(i / a.strip)] || rng.chance(10) ? 0.0f : rng.value();
+  for (int64_t i = 0; i < entries * entry_weights; ++i) {
+    const bool beyond = a.depth == 1 && i % a.strip >= lanes[size_t(i / a.strip)];
+    weights.data[i] = beyond || rng.chance(10) ? 0.0f : rng.value();
   }
   for (int64_t i = 0; i < a.c_out; ++i) bias.data[i] = rng.value();
   for (int64_t i = 0; i < a.n * a.p * a.q * a.c_out; ++i) residual.data[i] = rng.value();
@@ -317,6 +324,104 @@ void run_case(const Isa& isa, long number, int max_threads, Tally* tally) {
   check(isa, a, way, tally);
 }
 
+// One random weight gradient: the same one for every instruction set.
+void run_gradient_case(const Isa& isa, long number, int max_threads, Tally* tally) {
+  Rng rng{uint64_t(number) * 0x2545f4914f6cdd1du + 7};
+  static const int64_t kSizes[] = {1, 1, 2, 3, 4, 5, 8, 13, 16}, kKernels[] = {1, 1, 2, 3, 3, 3, 5};
+  static const int64_t kBlockOut[] = {8, 16, 16, 24, 32}, kBlockIn[] = {1, 1, 2, 4, 8, 16};
+  SlimWeightGradientF32 a;
+  memset(&a, 0, sizeof a);
+  const bool large = number % 97 == 96;  // several chunks of rows, and parts
+  do {
+    a.h = large ? 33 : rng.pick(kSizes);
+    a.w = large ? 40 : rng.chance(60) ? a.h : rng.pick(kSizes);
+    a.r = int32_t(rng.pick(kKernels));
+    a.s = rng.chance(80) ? a.r : int32_t(rng.pick(kKernels));
+    a.stride_h = rng.chance(70) ? 1 : int32_t(rng.range(1, 3));
+    a.stride_w = rng.chance(70) ? a.stride_h : int32_t(rng.range(1, 3));
+    a.dil_h = rng.chance(80) ? 1 : int32_t(rng.range(1, 3));
+    a.dil_w = rng.chance(80) ? a.dil_h : int32_t(rng.range(1, 3));
+    a.pad_h = rng.chance(60) ? (a.r - 1) / 2 * a.dil_h : int32_t(rng.range(0, 6));
+    a.pad_w = rng.chance(60) ? (a.s - 1) / 2 * a.dil_w : int32_t(rng.range(0, 6));
+    a.p = output_size(a.h, a.r, a.stride_h, a.pad_h, a.dil_h);
+    a.q = output_size(a.w, a.s, a.stride_w, a.pad_w, a.dil_w);
+  } while (a.p < 1 || a.q < 1);
+  a.n = a.h * a.w == 1 ? rng.range(1, 600) : rng.range(1, 20);
+  a.c_in = rng.range(1, 40);
+  a.c_out = rng.range(1, 50);
+  a.block_out = int32_t(rng.pick(kBlockOut));
+  a.block_in = int32_t(rng.pick(kBlockIn));
+  const int64_t rows = (a.c_out + a.block_out - 1) / a.block_out, groups = (a.c_in + a.block_in - 1) / a.block_in;
+  static const int64_t kDensities[] = {0, 5, 12, 25, 50, 100};
+  std::vector<int32_t> crow{0}, columns;
+  for (int64_t row = 0; row < rows; ++row) {
+    const int density = int(rng.pick(kDensities));
+    for (int64_t column = 0; column < a.r * a.s * groups; ++column) {
+      if (rng.chance(density)) columns.push_back(int32_t(column));
+    }
+    crow.push_back(int32_t(columns.size()));
+  }
+  const int64_t blocks = int64_t(columns.size()), size = int64_t(a.block_out) * a.block_in;
+  const double work = double(a.p * a.q) * double(blocks) * double(size);
+  while (a.n > 1 && double(a.n) * work > 4e5) a.n = (a.n + 1) / 2;
+
+  Block<float> x(a.n * a.h * a.w * a.c_in, rng.range(0, 3)), grad(a.n * a.p * a.q * a.c_out, rng.range(0, 3));
+  Block<int32_t> crow_block(int64_t(crow.size())), column_block(blocks);
+  Block<uint32_t> out(blocks * size + 2 * kGuard, rng.range(0, 3));
+  for (int64_t i = 0; i < a.n * a.h * a.w * a.c_in; ++i) x.data[i] = rng.value();
+  for (int64_t i = 0; i < a.n * a.p * a.q * a.c_out; ++i) grad.data[i] = rng.value();
+  if (rng.chance(20)) x.data[rng.below(a.n * a.h * a.w * a.c_in)] = INFINITY;
+  if (rng.chance(20)) grad.data[rng.below(a.n * a.p * a.q * a.c_out)] = NAN;
+  memcpy(crow_block.data, crow.data(), crow.size() * sizeof(int32_t));
+  if (blocks > 0) memcpy(column_block.data, columns.data(), size_t(blocks) * sizeof(int32_t));
+  for (int64_t i = 0; i < blocks * size + 2 * kGuard; ++i) out.data[i] = kUnwritten;
+  a.x = x.data;
+  a.grad = grad.data;
+  a.values_grad = reinterpret_cast<float*>(out.data + kGuard);
+  a.crow_indices = crow_block.data;
+  a.col_indices = column_block.data;
+  const int32_t threads = int32_t(rng.range(1, max_threads));
+  const long before = tally->failures;
+  if (isa.weight_gradient(&a, threads) != SLIM_OK) ++tally->failures;
+  for (int64_t i = 0; i < kGuard; ++i) {
+    if (out.data[i] != kUnwritten || out.data[kGuard + blocks * size + i] != kUnwritten) ++tally->failures;
+  }
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t i = crow[size_t(row)] * size; i < crow[size_t(row) + 1] * size; ++i) {
+      const int64_t column = columns[size_t(i / size)], tap = column / groups;
+      const int64_t o = row * a.block_out + i % size / a.block_in, c = column % groups * a.block_in + i % a.block_in;
+      double want = 0.0, scale = 0.0;
+      long terms = 1;
+      for (int64_t pixel = 0; o < a.c_out && c < a.c_in && pixel < a.n * a.p * a.q; ++pixel) {
+        const int64_t q = pixel % a.q, p = pixel / a.q % a.p, n = pixel / a.q / a.p;
+        const int64_t iy = p * a.stride_h - a.pad_h + tap / a.s * a.dil_h;
+        const int64_t ix = q * a.stride_w - a.pad_w + tap % a.s * a.dil_w;
+        if (iy < 0 || iy >= a.h || ix < 0 || ix >= a.w) continue;
+        const double term = double(a.grad[pixel * a.c_out + o]) * double(a.x[((n * a.h + iy) * a.w + ix) * a.c_in + c]);
+        want += term;
+        scale += fabs(term);
+        ++terms;
+      }
+      const double got = a.values_grad[i], limit = bound(scale, terms), error = fabs(got - want);
+      const bool match = isnan(want) ? isnan(got) : isinf(want) ? got == want : error <= limit;
+      if (out.data[kGuard + i] != kUnwritten && match) {
+        if (isfinite(want) && error / limit > tally->worst) tally->worst = error / limit;
+      } else if (tally->failures++ == before) {
+        printf("  values_grad[%ld] = %.9g, expected %.9g within %.3g\n", long(i), got, want, limit);
+      }
+    }
+  }
+  if (tally->failures != before) {
+    printf(
+        "  %s: weight gradient, n=%ld h=%ld w=%ld c_in=%ld c_out=%ld p=%ld q=%ld r=%d s=%d stride=%d,%d pad=%d,%d "
+        "dil=%d,%d block=%d,%d, %ld blocks, %d threads\n",
+        isa.name, long(a.n), long(a.h), long(a.w), long(a.c_in), long(a.c_out), long(a.p), long(a.q), a.r, a.s,
+        a.stride_h, a.stride_w, a.pad_h, a.pad_w, a.dil_h, a.dil_w, a.block_out, a.block_in, long(blocks), threads);
+  }
+  ++tally->cases;
+  tally->outputs += blocks * size;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -341,12 +446,13 @@ int main(int argc, char** argv) {
     return 2;
   }
   const Isa isas[] = {
-      {"scalar", slim_run_steps_f32_scalar, 4, true},
+      {"scalar", slim_run_steps_f32_scalar, slim_weight_gradient_f32_scalar, 4, true},
 #if SLIM_HAVE_AVX2
-      {"avx2", slim_run_steps_f32_avx2, 8, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+      {"avx2", slim_run_steps_f32_avx2, slim_weight_gradient_f32_avx2, 8,
+       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
 #endif
 #if SLIM_HAVE_AVX512
-      {"avx512", slim_run_steps_f32_avx512, 16,
+      {"avx512", slim_run_steps_f32_avx512, slim_weight_gradient_f32_avx512, 16,
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512bw")},
 #endif
@@ -361,7 +467,12 @@ int main(int argc, char** argv) {
       continue;
     }
     Tally tally;
-    for (long number = 0; number < cases; ++number) run_case(isa, number, max_threads, &tally);
+    for (long number = 0; number < cases; ++number) {
+      if (number % 4 == 3)
+        run_gradient_case(isa, number / 4, max_threads, &tally);
+      else
+        run_case(isa, number, max_threads, &tally);
+    }
     printf("%-7s %s: %ld cases, %ld outputs, %ld mismatches, worst error %.3f of its bound\n", isa.name,
            tally.failures == 0 ? "ok" : "FAILED", tally.cases, tally.outputs, tally.failures, tally.worst);
     fflush(stdout);

@@ -64,6 +64,7 @@ void print_plan(const char* network, const Layer& layer, int64_t batch, const Fo
   conv.relu = 1;
   conv.lanes = form.lanes;
   conv.strip = form.strip;
+  conv.depth = 1;
   const int64_t runs = (layer.c_out + form.strip - 1) / form.strip * layer.kernel * layer.kernel;
   const int64_t channels_kept = layer.c_in < 8 ? layer.c_in : layer.c_in / 8;
   std::vector<int32_t> tap_ptr;

@@ -248,6 +248,10 @@ _ROWS = (
     _cpu("bsr_conv2d_dgrad_f32__avx512", cpu_gradients.launch_dgrad),
     _cpu("bsr_conv2d_dgrad_f32__avx2", cpu_gradients.launch_dgrad),
     _cpu("bsr_conv2d_dgrad_f32__scalar", cpu_gradients.launch_dgrad),
+    _cpu("bsr_conv2d_wgrad_f32__avx512", cpu_gradients.launch_wgrad),
+    _cpu("bsr_conv2d_wgrad_f32__avx2", cpu_gradients.launch_wgrad),
+    _cpu("bsr_conv2d_wgrad_f32__scalar", cpu_gradients.launch_wgrad),
+    # Matrix products of torch, for machines without the extension.
     KernelSpec(
         "bsr_conv2d_wgrad_f32__cpu",
         "bsr_conv2d_wgrad",
@@ -256,7 +260,7 @@ _ROWS = (
         _FP32,
         EPILOGUES["bsr_conv2d_wgrad"],
         _CPU,
-        cpu_gradients.launch_wgrad,
+        cpu_gradients.wgrad_by_products,
         _always,
     ),
     #

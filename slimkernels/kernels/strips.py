@@ -12,6 +12,8 @@ from slimkernels.tensors import Checked, is_plain
 
 # Output channels of a strip that the kernels have tiles for.
 STRIP_WIDTHS = frozenset({1, 2, 4, 8, 16, 24, 32})
+# Input channels of an entry that they have tiles for, beside 1.
+DEPTHS = frozenset({8, 16})
 
 
 def pack_strips(
@@ -68,7 +70,7 @@ def pack_strips(
 _CHECKED_PACKS = Checked()
 
 
-def check_pack(op: str, packed: Sequence[Tensor], weight_shape: Sequence[int]) -> None:
+def check_pack(op: str, packed: Sequence[Tensor], weight_shape: Sequence[int], deep: bool = False) -> None:
     """Raises unless ``packed`` is a strip pack of a weight of this shape, so that no kernel reads outside its tensors.
 
     Every number in the tensors is read, once for tensors that stay as they are.
@@ -77,6 +79,7 @@ def check_pack(op: str, packed: Sequence[Tensor], weight_shape: Sequence[int]) -
         op: named in errors.
         packed: what `pack_strips` returns.
         weight_shape: ``(C_out, C_in, R, S)`` of positive sizes.
+        deep: each entry has weights of neighbouring input channels and one output channel instead.
 
     Raises:
         TypeError: a tensor of another dtype. ValueError: anything else.
@@ -97,6 +100,11 @@ def check_pack(op: str, packed: Sequence[Tensor], weight_shape: Sequence[int]) -
             raise ValueError(f"{op}: expected contiguous {name} of the strip pack with {dims} dimensions, got {got}")
     weights, channels, tap_ptr = packed
     entries, strip = weights.shape
+    depth = 1
+    if deep:
+        depth, strip = strip, 1
+        if depth not in DEPTHS:
+            raise ValueError(f"{op}: expected {sorted(DEPTHS)} input channels an entry, got {depth}")
     if strip not in STRIP_WIDTHS:
         raise ValueError(f"{op}: expected a strip pack of {sorted(STRIP_WIDTHS)} output channels a strip, got {strip}")
     if entries >= 2**31:
@@ -107,16 +115,17 @@ def check_pack(op: str, packed: Sequence[Tensor], weight_shape: Sequence[int]) -
             f"{op}: expected a strip pack of {strips} strips and {r * s} taps, got tap_ptr of length "
             f"{tap_ptr.numel()} and {channels.numel()} channels for {entries} entries"
         )
-    if _CHECKED_PACKS.knows(c_in, channels, tap_ptr):
+    if _CHECKED_PACKS.knows((c_in, depth), channels, tap_ptr):
         return
     ends = (int(tap_ptr[0]), int(tap_ptr[-1]))
     if ends != (0, entries) or bool((tap_ptr[1:] < tap_ptr[:-1]).any()):
         raise ValueError(f"{op}: expected tap_ptr of the strip pack to rise from 0 to {entries}, got {ends}")
     if entries:
         low, high = (int(end) for end in channels.aminmax())
-        if low < 0 or high >= c_in:
-            raise ValueError(f"{op}: expected channels of the strip pack in [0, {c_in}), got {low} to {high}")
-    _CHECKED_PACKS.remember(c_in, channels, tap_ptr)
+        end = c_in - depth + 1
+        if low < 0 or high >= end:
+            raise ValueError(f"{op}: expected channels of the strip pack in [0, {end}), got {low} to {high}")
+    _CHECKED_PACKS.remember((c_in, depth), channels, tap_ptr)
 
 
 def readable_bias(op: str, bias: Tensor, size: int) -> Tensor:

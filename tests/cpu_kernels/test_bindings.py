@@ -11,7 +11,7 @@ from cuda_emulation import structure
 
 from slimkernels import _extension
 from slimkernels.formats import BSRWeight
-from slimkernels.kernels.cpu.abi import Conv2dArguments
+from slimkernels.kernels.cpu.abi import Conv2dArguments, WeightGradientArguments
 from slimkernels.kernels.cpu.conv2d import PackedConv2d
 from slimkernels.kernels.cpu.steps import Step
 from slimkernels.kernels.strips import pack_strips
@@ -25,6 +25,7 @@ CONV2D = {
     **dict.fromkeys(("c_in", "c_out", "p", "q", "r", "s"), (1, INT32_MAX)),
     **dict.fromkeys(("stride_h", "stride_w", "dil_h", "dil_w"), (1, INT32_MAX)),
     "strip": (1, 32),
+    "depth": (1, 16),
     "lanes": (1, 16),
     **dict.fromkeys(("relu", "pool"), (0, 1)),
 }
@@ -84,10 +85,76 @@ def test_a_convolution_refuses_a_missing_tensor(native: ModuleType, step: Step, 
         native.conv2d_f32("scalar", *step.arguments._replace(**{member: 0}), 1)
 
 
+@pytest.mark.parametrize(
+    "changes", [{"depth": 9}, {"depth": 8}, {"depth": 8, "strip": 1}, {"depth": 16, "strip": 1, "c_in": 8}], ids=str
+)
+def test_a_convolution_refuses_a_depth_without_a_kernel(
+    native: ModuleType, step: Step, changes: dict[str, int]
+) -> None:
+    changes = {"c_in": 2, **changes}
+    with pytest.raises(ValueError, match="depth"):
+        native.conv2d_f32("scalar", *step.arguments._replace(**changes), 1)
+
+
+# Gradients of weights
+
+WEIGHT_GRADIENT = {name: bounds for name, bounds in CONV2D.items() if name not in ("strip", "depth", "lanes")}
+WEIGHT_GRADIENT |= dict.fromkeys(("h", "w", "block_out", "block_in"), (1, INT32_MAX))
+WEIGHT_GRADIENT = {name: bounds for name, bounds in WEIGHT_GRADIENT.items() if name not in ("relu", "pool")}
+
+
+@pytest.fixture(scope="module")
+def gradient() -> WeightGradientArguments:
+    """Members of a legal weight gradient, whose tensors do not exist."""
+    sizes = {"n": 1, "h": 4, "w": 4, "c_in": 2, "c_out": 8, "p": 4, "q": 4, "r": 1, "s": 1}
+    geometry = {"stride_h": 1, "stride_w": 1, "pad_h": 0, "pad_w": 0, "dil_h": 1, "dil_w": 1}
+    addresses = dict.fromkeys(("x", "grad", "values_grad", "crow_indices", "col_indices"), 64)
+    return WeightGradientArguments(**addresses, **sizes, **geometry, block_out=8, block_in=1)
+
+
+def test_every_number_of_a_weight_gradient_has_a_range(native: ModuleType) -> None:
+    names = {name for name, _, _ in native.weight_gradient_members()}
+    assert names == {"x", "grad", "values_grad", "crow_indices", "col_indices", *WEIGHT_GRADIENT}
+
+
+@pytest.mark.parametrize(("name", "number"), beyond(WEIGHT_GRADIENT))
+def test_a_weight_gradient_refuses(
+    native: ModuleType, gradient: WeightGradientArguments, name: str, number: int
+) -> None:
+    with pytest.raises(ValueError, match=f"^weight_gradient_f32: {name} = {number} is out of range"):
+        native.weight_gradient_f32("scalar", gradient._replace(**{name: number}), 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"x": 0}, "x, grad or values_grad is NULL"),
+        ({"crow_indices": 0}, "crow_indices or col_indices is NULL"),
+        ({"block_out": 12}, "block_out = 12 is no multiple of 8"),
+        ({"p": 5}, "p or q is not the size of the output"),
+        ({"h": 2**16, "w": 2**16}, "an image has 2\\^31 elements or more"),
+        ({"block_out": 2**16, "block_in": 2**15}, "the weight has 2\\^31"),
+        ({"n": 2**60}, "n is out of range"),
+    ],
+    ids=str,
+)
+def test_a_weight_gradient_refuses_what_does_not_fit(
+    native: ModuleType, gradient: WeightGradientArguments, changes: dict[str, int], reason: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^weight_gradient_f32: {reason}"):
+        native.weight_gradient_f32("scalar", gradient._replace(**changes), 1)
+
+
+def test_a_weight_gradient_of_an_unknown_instruction_set(native: ModuleType, gradient: WeightGradientArguments) -> None:
+    assert native.weight_gradient_f32("avx1024", gradient, 1) == 2  # SLIM_ERROR_UNSUPPORTED
+    with pytest.raises(ValueError, match="at least one thread"):
+        native.weight_gradient_f32("scalar", gradient, 0)
+
+
 # CUDA. Nothing is launched: one number of a call without tensors is wrong.
 
 DEVICE = {"device": (0, INT32_MAX), "dtype": (0, 2), "relu": (0, 1)}
-BSR = {name: bounds for name, bounds in CONV2D.items() if name not in ("strip", "lanes", "pool")} | DEVICE
+BSR = {name: bounds for name, bounds in CONV2D.items() if name not in ("strip", "depth", "lanes", "pool")} | DEVICE
 BSR |= dict.fromkeys(("block_out", "block_in"), (1, INT32_MAX))
 LOW_RANK = {"m": (1, INT64_MAX), **dict.fromkeys(("in", "out"), (1, INT32_MAX)), "rank": (1, 640), **DEVICE}
 STRUCTS = {"bsr_conv2d": ("SlimCudaBsrConv2d", BSR), "low_rank_linear": ("SlimCudaLowRankLinear", LOW_RANK)}

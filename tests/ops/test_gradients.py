@@ -17,6 +17,9 @@ from slimkernels.dispatch.select import resolve_gradient
 from slimkernels.formats import BSRWeight, _to_blocks, block_grid, expand_mask
 from slimkernels.kernels import KERNELS
 from slimkernels.kernels.cpu import gradients as cpu_gradients
+from slimkernels.kernels.cpu.conv2d import PackedConv2d
+from slimkernels.kernels.cpu.weight_gradient import weight_gradient
+from slimkernels.kernels.packs import StripPack
 from slimkernels.kernels.problems import Request
 from slimkernels.kernels.transposed import pack_size, split_index, transpose_index
 from slimkernels.nn import BlockSparseConv2d, BlockSparseLinear
@@ -108,7 +111,7 @@ def test_a_dropped_block_is_seen() -> None:
     )
     with pytest.raises(AssertionError):
         assert_close(dx, of_x["ref"], scale=of_x["scale"], terms=of_x["terms"])
-    dv = cpu_gradients.launch_wgrad(grad, x, weight.values, weight.crow_indices, weight.col_indices, *geometry)
+    dv = cpu_gradients.wgrad_by_products(grad, x, weight.values, weight.crow_indices, weight.col_indices, *geometry)
     dv[3, 0, 0] = 0
     with pytest.raises(AssertionError):
         assert_close(dv[:-2], of_values["ref"], scale=of_values["scale"], terms=of_values["terms"])
@@ -120,8 +123,105 @@ def test_wgrad_cuts_images_and_rows(monkeypatch) -> None:
     pattern = (weight.values, weight.crow_indices, weight.col_indices)
     for elements in (1, 9 * 24 * 6 * 3, 9 * 24 * 6 * 7 * 2):
         monkeypatch.setattr(cpu_gradients, "COLUMN_ELEMENTS", elements)
-        out = cpu_gradients.launch_wgrad(grad, x, *pattern, *geometry)
+        out = cpu_gradients.wgrad_by_products(grad, x, *pattern, *geometry)
         assert_close(out[:-2], of_values["ref"], scale=of_values["scale"], terms=of_values["terms"])
+
+
+NATIVE = [n for n in LOCAL if KERNELS[n].isa is not None]
+# Chunks of one image's rows and of several images, several parts of them, and parts of the block rows.
+CUTS = {
+    "rows_of_images": {"n": 2, "h": 23, "w": 31, "sparsity": 0.8},
+    "many_images": {"n": 90, "h": 3, "w": 4, "sparsity": 0.8},
+    "rows_strided": {"n": 3, "h": 35, "w": 30, "stride": (2, 1), "sparsity": 0.8},
+    "one_image": {"n": 1, "h": 4, "w": 4, "c_out": 200, "sparsity": 0.8},
+    "linear": {"n": 700, "h": 1, "w": 1, "kernel": (1, 1), "padding": (0, 0), "c_in": 100, "sparsity": 0.8},
+    "far_taps": {"n": 40, "h": 30, "w": 30, "dilation": (14, 14), "padding": (0, 0), "sparsity": 0.7},
+}
+
+
+@pytest.mark.parametrize("block_shape", [(16, 1), (8, 3), (32, 16)], ids=str)
+@pytest.mark.parametrize(
+    ("name", "case"),
+    # The input gradient of a strided convolution is the reference's.
+    [(n, c) for n in NATIVE for c in CUTS if KERNELS[n].op != "bsr_conv2d_dgrad" or "stride" not in CUTS[c]],
+)
+def test_native_gradients_of_any_cut_whatever_the_threads(
+    name: str, case: str, block_shape: tuple[int, int], monkeypatch
+) -> None:
+    """Against float64, and the same bits from one, two and three threads; stored blocks alone are multiplied."""
+    monkeypatch.setattr(cpu_gradients, "wgrad_by_products", None)
+    grad, x, weight, geometry, (of_x, of_values) = problem(block_shape, **CUTS[case])
+    spec, pattern = KERNELS[name], (weight.values, weight.crow_indices, weight.col_indices)
+    if spec.op == "bsr_conv2d_dgrad":
+        arguments, expected = (grad, *pattern, None, tuple(x.shape[2:]), *geometry), of_x
+    else:
+        arguments, expected = (grad, x, *pattern, *geometry), of_values
+    before, outs = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            outs.append(spec.launch(*arguments))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+    out = outs[0] if spec.op == "bsr_conv2d_dgrad" else outs[0][:-2]
+    assert_close(out, expected["ref"], scale=expected["scale"], terms=expected["terms"], name=name)
+
+
+@pytest.mark.parametrize("name", [n for n in NATIVE if KERNELS[n].op == "bsr_conv2d_wgrad"])
+def test_weights_that_do_not_exist_have_no_gradient_of_non_finite_numbers(name: str) -> None:
+    grad, x, weight, geometry, _ = problem((16, 4), c_out=40, c_in=19)
+    x[0, 0], grad[0, 0] = torch.nan, torch.inf
+    out = KERNELS[name].launch(grad, x, weight.values, weight.crow_indices, weight.col_indices, *geometry)
+    dense = replace(weight, values=torch.where(weight.values == 0, 0.0, 1.0)).to_dense()
+    stored = BSRWeight.from_dense(dense, (16, 4), weight.mask())
+    beyond = stored.values == 0
+    assert beyond.any() and not out[: stored.nnz_blocks][beyond].any()
+    assert not torch.isfinite(out).all()
+
+
+def test_the_native_weight_gradient_refuses_what_it_does_not_take() -> None:
+    grad, x, weight, geometry, _ = problem((16, 1))
+    pattern = (weight.values, weight.crow_indices, weight.col_indices)
+    legal = (grad, x, *pattern, *geometry)
+    for i, wrong in ((0, grad[:1]), (1, x.double()), (2, weight.values[:1]), (3, weight.crow_indices.long())):
+        with pytest.raises(
+            ValueError, match=r"^bsr_conv2d_wgrad: expected float32 grad, x and values of one convolution"
+        ):
+            weight_gradient("scalar", *legal[:i], wrong, *legal[i + 1 :])
+
+
+@pytest.mark.parametrize("block_shape", [(16, 1), (8, 3), (48, 2)], ids=str)
+def test_entries_of_several_output_channels_hold_every_stored_weight_once(block_shape: tuple[int, int]) -> None:
+    weight = random_bsr((96, 19, 3, 2), block_shape, 0.7, seed=5)
+    c_out, c_in, r, s = weight.weight_shape
+    pack = cpu_gradients.deep_entries(
+        weight.values, weight.crow_indices, weight.col_indices, weight.weight_shape, block_shape
+    )
+    assert pack is not None
+    depth = pack.weights.shape[1]
+    run = torch.repeat_interleave(torch.arange(c_in * r * s), pack.tap_ptr.diff().long())
+    dense = torch.zeros(c_in * r * s, c_out)
+    for i in range(depth):
+        dense.index_put_((run, pack.channels.long() + i), pack.weights[:, i], accumulate=True)
+    dense = dense.view(c_in, r, s, c_out).flip(1, 2).permute(3, 0, 1, 2)
+    assert torch.equal(dense, weight.to_dense())
+
+
+def test_a_pack_with_entries_of_several_channels_is_checked() -> None:
+    def made(channels: int, depth: int = 8, epilogue: str = "none") -> PackedConv2d:
+        pack = StripPack(torch.ones(1, depth), torch.tensor([channels]).int(), torch.tensor([0, 1, 1]).int())
+        return PackedConv2d("scalar", pack, (2, 19, 1, 1), (1, 1), (0, 0), (1, 1), epilogue, deep=True)
+
+    if NATIVE:
+        assert made(11)(torch.ones(1, 19, 1, 1), None).flatten().tolist() == [8.0, 0.0]
+        for wrong in (12, -1):
+            with pytest.raises(ValueError, match=r"expected channels of the strip pack in \[0, 12\), got"):
+                made(wrong)
+        with pytest.raises(ValueError, match=r"expected \[8, 16\] input channels an entry, got 4"):
+            made(0, depth=4)
+        with pytest.raises(ValueError, match="expected no pooling behind entries of several input channels"):
+            made(0, epilogue="relu_maxpool2")
 
 
 @pytest.mark.parametrize("kernel", [n for n, s in KERNELS.items() if s.op == "bsr_conv2d"])

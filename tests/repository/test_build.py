@@ -309,7 +309,10 @@ def test_the_record_is_the_struct(native: ModuleType):
     """Name, offset and size of every member of SlimConv2dF32 are those of Conv2dArguments."""
     count = len(Conv2dArguments._fields)
     assert abi.mismatch(native) is None and len(native.conv2d_members()) == count > 20
+    assert len(native.weight_gradient_members()) == len(abi.WeightGradientArguments._fields) > 20
     other = ModuleType("other")
+    other.conv2d_members = native.conv2d_members
+    assert f"SlimWeightGradientF32 has 0, expected {len(abi.WeightGradientArguments._fields)}" in abi.mismatch(other)
     other.conv2d_members = lambda: [("x", 0, 8), ("bias", 8, 8), *native.conv2d_members()[2:]]
     assert "expected ('y', 8, 8)" in abi.mismatch(other)
     other.conv2d_members = lambda: native.conv2d_members()[:-1]

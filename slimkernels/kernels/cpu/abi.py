@@ -1,17 +1,19 @@
-"""What the C++ CPU kernels are handed: the members of ``SlimConv2dF32`` (csrc/kernels.h) by name.
+"""What the C++ CPU kernels are handed: the members of the structs of csrc/kernels.h by name.
 
-The extension says where each member lies in the struct; `mismatch` compares that with the fields here, so that an
+The extension says where each member lies in its struct; `mismatch` compares that with the fields here, so that an
 extension built from other sources is refused when it is loaded.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple
 
 from torch import Tensor
 
 _POINTERS = ("x", "y", "bias", "weights", "channels", "tap_ptr", "offsets", "residual")
+_POINTERS += ("grad", "values_grad", "crow_indices", "col_indices")
 _INT64 = ("n", "h", "w", "c_in", "c_out", "p", "q")
 
 
@@ -43,6 +45,7 @@ class Conv2dArguments(NamedTuple):
         dil_h: dilation of rows.
         dil_w: dilation of columns.
         strip: output channels that share an index list.
+        depth: input channels that share an entry.
         relu: 0 or 1.
         pool: 0 or 1, a 2x2 max-pool after the ReLU.
         lanes: images innermost, or 1 for channels_last.
@@ -72,9 +75,62 @@ class Conv2dArguments(NamedTuple):
     dil_h: int = 0
     dil_w: int = 0
     strip: int = 0
+    depth: int = 0
     relu: int = 0
     pool: int = 0
     lanes: int = 0
+
+
+class WeightGradientArguments(NamedTuple):
+    """The gradient of the weights that a convolution stores: the members of ``SlimWeightGradientF32``.
+
+    Attributes:
+        x: address of the convolution's input.
+        grad: address of the gradient of its output.
+        values_grad: address of the gradient of the stored blocks.
+        crow_indices: address of the pattern's row pointers.
+        col_indices: address of its block columns.
+        n: images.
+        h: input height.
+        w: input width.
+        c_in: input channels.
+        c_out: output channels.
+        p: output height.
+        q: output width.
+        r: rows of taps.
+        s: columns of taps.
+        stride_h: stride of rows.
+        stride_w: stride of columns.
+        pad_h: rows of zeros above and below.
+        pad_w: columns of zeros on either side.
+        dil_h: dilation of rows.
+        dil_w: dilation of columns.
+        block_out: output channels of a block.
+        block_in: input channels of a block.
+    """
+
+    x: int
+    grad: int
+    values_grad: int
+    crow_indices: int
+    col_indices: int
+    n: int
+    h: int
+    w: int
+    c_in: int
+    c_out: int
+    p: int
+    q: int
+    r: int
+    s: int
+    stride_h: int
+    stride_w: int
+    pad_h: int
+    pad_w: int
+    dil_h: int
+    dil_w: int
+    block_out: int
+    block_in: int
 
 
 def address(tensor: Tensor | None) -> int:
@@ -82,10 +138,10 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def layout() -> list[tuple[str, int, int]]:
-    """(name, offset, size) in bytes of every member, as a C compiler lays them out."""
+def layout(fields: Sequence[str]) -> list[tuple[str, int, int]]:
+    """(name, offset, size) in bytes of these members, as a C compiler lays them out."""
     found, offset = [], 0
-    for name in Conv2dArguments._fields:
+    for name in fields:
         size = 8 if name in _POINTERS or name in _INT64 else 4
         found.append((name, offset, size))
         offset += size
@@ -93,9 +149,14 @@ def layout() -> list[tuple[str, int, int]]:
 
 
 def mismatch(module: ModuleType) -> str | None:
-    """None where the extension's struct is the one described here, else what differs."""
-    theirs, ours = list(module.conv2d_members()), layout()
-    if theirs == ours:
-        return None
-    different = next((pair for pair in zip(theirs, ours) if pair[0] != pair[1]), (len(theirs), len(ours)))
-    return f"it was built from other sources, build it again: SlimConv2dF32 has {different[0]}, expected {different[1]}"
+    """None where the extension's structs are the ones described here, else what differs."""
+    for struct, fields, members in (
+        ("SlimConv2dF32", Conv2dArguments._fields, "conv2d_members"),
+        ("SlimWeightGradientF32", WeightGradientArguments._fields, "weight_gradient_members"),
+    ):
+        theirs, ours = list(getattr(module, members, list)()), layout(fields)
+        if theirs != ours:
+            different = next((pair for pair in zip(theirs, ours) if pair[0] != pair[1]), (len(theirs), len(ours)))
+            has = f"{struct} has {different[0]}, expected {different[1]}"
+            return f"it was built from other sources, build it again: {has}"
+    return None

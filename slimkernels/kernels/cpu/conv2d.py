@@ -41,6 +41,8 @@ class PackedConv2d:
         dilation: two ints (rows, columns).
         epilogue: ``none``, ``relu`` or ``relu_maxpool2``.
         op: named in errors.
+        deep: the pack has entries of several input channels: ``weights (entries, depth)``, ``channels`` the first of
+            them, one strip for each output channel. Not with pooling.
 
     Raises:
         ValueError: a pack of another weight shape or with a number that points outside of it; a geometry that is not
@@ -49,6 +51,7 @@ class PackedConv2d:
 
     __slots__ = (
         "_conv2d",
+        "_deep",
         "_geometry",
         "_isa",
         "_offsets",
@@ -72,12 +75,13 @@ class PackedConv2d:
         dilation: Sequence[int],
         epilogue: str,
         op: str = "bsr_conv2d",
+        deep: bool = False,
     ) -> None:
         check_geometry(op, stride, padding, dilation)
         self.c_out, self.c_in, r, s = weight_shape
         if not all(0 < size <= INT32_MAX for size in weight_shape):
             raise ValueError(f"{op}: expected positive weight sizes that fit int32, got {tuple(weight_shape)}")
-        check_pack(op, packed, weight_shape)
+        check_pack(op, packed, weight_shape, deep)
         module = library()[0]
         assert module is not None
         self._op, self._conv2d, self._isa = op, module.conv2d_f32, isa
@@ -91,7 +95,10 @@ class PackedConv2d:
         self._versions = self._count_writes()
         self._geometry = (r, s, stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1])
         self._pool = epilogue == "relu_maxpool2"
-        self._tail = (weights.shape[1], int(epilogue != "none"), int(self._pool))
+        if deep and self._pool:
+            raise ValueError(f"{op}: expected no pooling behind entries of several input channels")
+        strip, depth = (1, weights.shape[1]) if deep else (weights.shape[1], 1)
+        self._deep, self._tail = deep, (strip, depth, int(epilogue != "none"), int(self._pool))
         self._offsets: dict[tuple[int, int], Tensor] = {}
         self._room = Room.of(weight_shape, stride, padding, dilation)
 
@@ -103,7 +110,7 @@ class PackedConv2d:
     @property
     def narrow(self) -> bool:
         """Whether the kernel runs with images innermost only."""
-        return self._tail[0] < NARROWEST_CHANNELS_LAST
+        return self._tail[0] < NARROWEST_CHANNELS_LAST and not self._deep
 
     @property
     def macs(self) -> int:
@@ -113,7 +120,7 @@ class PackedConv2d:
     def takes_images_innermost(self, h: int, w: int) -> bool:
         """Whether the kernel runs on images of this size with a vector of them innermost."""
         p, q = self.output_size(h, w)
-        fits = self._room.holds(h, w, p, q, LANES[self._isa])
+        fits = not self._deep and self._room.holds(h, w, p, q, LANES[self._isa])
         return fits and min(p, q) > self._pool and self._geometry[0] <= MAX_TAP_ROWS
 
     def output_size(self, h: int, w: int) -> tuple[int, int]:
@@ -144,7 +151,7 @@ class PackedConv2d:
         pool = self._pool
         if c != self.c_in or n == 0 or p <= pool or q <= pool or not self._room.holds(h, w, p, q):
             return None
-        if self._tail[0] < NARROWEST_CHANNELS_LAST and not self.takes_images_innermost(h, w):
+        if self.narrow and not self.takes_images_innermost(h, w):
             return None
         size = (n, self.c_out, p // 2, q // 2) if pool else (n, self.c_out, p, q)
         y = torch.empty(size, memory_format=torch.channels_last, dtype=torch.float32)
@@ -163,7 +170,7 @@ class PackedConv2d:
         x, rows = x.contiguous(), x.numel() // self.c_in
         if rows == 0:
             return y
-        if self._tail[0] < NARROWEST_CHANNELS_LAST:
+        if self.narrow:
             # Two dimensions: in front of the layout copies, four would be taken for those of a batch of images.
             self._run(x.view(rows, self.c_in), y.view(rows, self.c_out), bias, rows, 1, 1, 1, 1)
         else:
@@ -208,14 +215,14 @@ class PackedConv2d:
         """Checks the pack again where somebody wrote to its tensors."""
         versions = self._count_writes()
         if versions != self._versions:
-            check_pack(self._op, self._packed, (self.c_out, self.c_in, *self._geometry[:2]))
+            check_pack(self._op, self._packed, (self.c_out, self.c_in, *self._geometry[:2]), self._deep)
             self._offsets, self._versions = {}, versions
 
     def _run(self, x: Tensor, y: Tensor, bias: Tensor | None, n: int, h: int, w: int, p: int, q: int) -> None:
         self._check_for_writes()
         if bias is not None:
             bias = readable_bias(self._op, bias, self.c_out)
-        if self._tail[0] < NARROWEST_CHANNELS_LAST:
+        if self.narrow:
             self._run_innermost(x, y, bias, n, h, w)
             return
         offsets = self._known_offsets(1, w, 1) if self._geometry[0] * self._geometry[1] > 1 else None

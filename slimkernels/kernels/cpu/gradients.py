@@ -1,8 +1,9 @@
 """Gradients of the block-sparse convolution on the CPU: the stored blocks only, by gathers, strips and matrix products.
 
 The input gradient of a convolution of stride 1 is the convolution of ``grad`` with the transposed, flipped weight, so
-the strip kernels of the forward direction compute it from a pack of that weight. The weight gradient multiplies, per
-block row, the row's stored columns of the im2col matrix with the row's channels of ``grad``.
+the kernels of the forward direction compute it from a pack of that weight. The weight gradient has a kernel of its own;
+without it, matrix products multiply, per block row, the row's stored columns of the im2col matrix with the row's
+channels of ``grad``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from slimkernels.kernels.cpu.conv2d import PackedConv2d, pack_strips
+from slimkernels.kernels.cpu.weight_gradient import takes_shapes, weight_gradient
 from slimkernels.kernels.packs import StripPack
 from slimkernels.kernels.problems import Room, strip_width
 from slimkernels.kernels.reference import bsr_conv2d_dgrad, bsr_conv2d_wgrad
@@ -27,6 +29,9 @@ NARROW_STRIP = 16
 # Share of stored blocks above which it is faster to compute on all of them (Zen 3, one thread, VGG-19's layers): the
 # pack of narrow blocks by copying the dense weight, the weight gradient by one product instead of one a block row.
 DENSE_PACK_SHARE, DENSE_PRODUCT_SHARE = 0.125, 0.4
+# Share of stored blocks up to which entries of several output channels, which multiply stored weights alone, are faster
+# than strips of 16 input channels.
+DEEP_SHARE = 0.5
 # Padded pixels over those of the image or the output, and least of them, from which the padding is not stored.
 PADDED_SHARE, PADDED_PIXELS = 16, 2**10
 
@@ -93,6 +98,44 @@ def transposed_strips(
     return StripPack(weights, channels, tap_ptr)
 
 
+def deep_entries(
+    values: Tensor, crow_indices: Tensor, col_indices: Tensor, weight_shape: Sequence[int], block_shape: Sequence[int]
+) -> StripPack | None:
+    """The weight ``(C_in, C_out, R, S)``, transposed and flipped, in entries of 16 or 8 output channels of one block.
+
+    Only stored blocks are multiplied: an input channel of the gradient is the sum of as many products of two vectors
+    along output channels as there are entries.
+
+    Returns:
+        ``weights (entries, depth)``, their first output channel, and where the entries of every input channel and tap
+        begin. None where blocks are no multiple of 8 output channels, strips of input channels do as well, or most
+        blocks are stored.
+    """
+    c_out, c_in, r, s = weight_shape
+    block_out, block_in = block_shape
+    rows, groups, taps = -(-c_out // block_out), -(-c_in // block_in), r * s
+    nnz, depth = int(crow_indices[-1]), math.gcd(block_out, 16)
+    if block_in % 8 == 0 or depth < 8 or c_out % depth or nnz > DEEP_SHARE * rows * groups * taps:
+        return None
+    parts = block_out // depth
+    col = col_indices[:nnz].long()
+    counts = (crow_indices[1:] - crow_indices[:-1]).long()
+    row = torch.repeat_interleave(torch.arange(rows), counts)
+    tap, group = taps - 1 - col // groups, col % groups
+    # By input channel, tap, block row, and part of it. Blocks with several of them are taken apart first.
+    channel = (group[:, None] * block_in + torch.arange(block_in)).expand(parts, -1, -1)
+    first = (row * block_out + torch.arange(parts)[:, None] * depth)[:, :, None].expand(-1, -1, block_in)
+    run = channel * taps + tap[:, None]
+    entries = values.detach()[:nnz].view(nnz, parts, depth, block_in).permute(1, 0, 3, 2)
+    order = torch.argsort((run * c_out + first).reshape(-1))
+    if c_in % block_in or c_out % block_out:
+        order = order[((channel < c_in) & (first < c_out)).reshape(-1)[order]]
+    run, first = run.reshape(-1)[order], first.reshape(-1)[order]
+    tap_ptr = torch.zeros(c_in * taps + 1, dtype=torch.int32)
+    tap_ptr[1:] = torch.bincount(run, minlength=c_in * taps).cumsum(0)
+    return StripPack(entries.reshape(-1, depth)[order], first.to(torch.int32), tap_ptr)
+
+
 def launch_dgrad(
     isa: str,
     grad: Tensor,
@@ -135,16 +178,47 @@ def launch_dgrad(
             padding,
             dilation,
         )
-    pack = transposed_strips(values, crow_indices, col_indices, weight_shape, block_shape, isa)
+    deep = deep_entries(values, crow_indices, col_indices, weight_shape, block_shape)
+    pack = deep or transposed_strips(values, crow_indices, col_indices, weight_shape, block_shape, isa)
     # More padding than the kernel reaches: the outermost outputs read no pixel.
     cut_h, cut_w = max(0, -margin[0]), max(0, -margin[1])
     if cut_h or cut_w:
         grad = grad[:, :, cut_h : grad.shape[2] - cut_h, cut_w : grad.shape[3] - cut_w]
-    convolution = PackedConv2d(isa, pack, transposed_shape, (1, 1), pad, dilation, "none", op="bsr_conv2d_dgrad")
+    convolution = PackedConv2d(
+        isa, pack, transposed_shape, (1, 1), pad, dilation, "none", op="bsr_conv2d_dgrad", deep=deep is not None
+    )
     return convolution(grad.contiguous(memory_format=torch.channels_last), None)
 
 
 def launch_wgrad(
+    isa: str,
+    grad: Tensor,
+    x: Tensor,
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    weight_shape: Sequence[int],
+    block_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """The gradient of values by the C++ kernel, which computes that of the stored blocks alone; spare blocks get 0.
+
+    Where it does not take the shapes, or most blocks are stored, matrix products compute it.
+
+    Raises:
+        RuntimeError: the native kernel failed (out of memory).
+    """
+    c_out, c_in, r, s = weight_shape
+    blocks = -(-c_out // block_shape[0]) * -(-c_in // block_shape[1]) * r * s
+    few = int(crow_indices[-1]) <= DENSE_PRODUCT_SHARE * blocks
+    native = few and takes_shapes(grad, x, weight_shape, block_shape, padding, dilation)
+    arguments = (grad, x, values, crow_indices, col_indices, weight_shape, block_shape, stride, padding, dilation)
+    return weight_gradient(isa, *arguments) if native else wgrad_by_products(*arguments)
+
+
+def wgrad_by_products(
     grad: Tensor,
     x: Tensor,
     values: Tensor,
