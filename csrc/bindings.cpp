@@ -7,11 +7,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstring>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "bindings/conv2d.h"
@@ -145,11 +147,13 @@ void entry_offsets(const std::array<int64_t, kMembers>& members, uintptr_t offse
   slim_entry_offsets(&a, pointer<int32_t>(offsets));
 }
 
-// A list of steps that is run again and again on the same memory; the caller keeps that alive.
+// A list of steps that is run again and again; the caller keeps the memory alive. `movable` lists the (address, bytes)
+// of memory that may lie elsewhere in a later run: where it lies then, run_at is told.
 class Steps {
  public:
-  Steps(const std::string& isa, const std::vector<std::array<int64_t, 2 + kMembers>>& steps)
-      : isa_(supported_isa(isa.c_str())) {
+  Steps(const std::string& isa, const std::vector<std::array<int64_t, 2 + kMembers>>& steps,
+        const std::vector<std::pair<uintptr_t, uintptr_t>>& movable)
+      : isa_(supported_isa(isa.c_str())), ranges_(movable.size()) {
     if (isa_ == nullptr) return;  // every run says so
     for (const auto& v : steps) {
       const int64_t* const members = v.data() + 2;
@@ -164,6 +168,13 @@ class Steps {
       else
         fault = v[0] == SLIM_STEP_CONV2D ? run_fault(members, conv) : layout_fault(members, conv);
       if (!fault.empty()) throw py::value_error("Steps: " + fault);
+      for (int pointer : kMoving) {
+        for (size_t range = 0; range < movable.size(); ++range) {
+          const uintptr_t offset = static_cast<uintptr_t>(members[pointer]) - movable[range].first;
+          if (members[pointer] != 0 && offset < movable[range].second)
+            moving_.push_back({steps_.size(), pointer, range, offset});
+        }
+      }
       steps_.push_back({static_cast<int32_t>(v[0]), static_cast<int32_t>(v[1]), conv});
     }
   }
@@ -173,6 +184,22 @@ class Steps {
     py::gil_scoped_release release;
     return isa_->run_steps(steps_.data(), static_cast<int64_t>(steps_.size()), threads);
   }
+  int run_at(const std::vector<uintptr_t>& addresses, int32_t threads) const {
+    if (!threads_fit(threads)) throw py::value_error("Steps: expected at least one thread");
+    if (addresses.size() != ranges_ || std::count(addresses.begin(), addresses.end(), uintptr_t(0)) > 0)
+      throw py::value_error("Steps: expected the address of every movable memory");
+    if (isa_ == nullptr) return SLIM_ERROR_UNSUPPORTED;
+    py::gil_scoped_release release;
+    std::vector<SlimStepF32> steps = steps_;
+    for (const Moving& m : moving_) {
+      float* const there = pointer<float>(addresses[m.range] + m.offset);
+      SlimConv2dF32& conv = steps[m.step].conv;
+      if (m.member == kX) conv.x = there;
+      if (m.member == kY) conv.y = there;
+      if (m.member == kResidual) conv.residual = there;
+    }
+    return isa_->run_steps(steps.data(), static_cast<int64_t>(steps.size()), threads);
+  }
   int run_delayed(int32_t threads, uint32_t seed) const {
     if (!threads_fit(threads)) throw py::value_error("Steps: expected at least one thread");
     if (isa_ == nullptr) return SLIM_ERROR_UNSUPPORTED;
@@ -181,9 +208,19 @@ class Steps {
   }
 
  private:
+  // A pointer of a step that lies `offset` bytes behind the start of a movable range.
+  struct Moving {
+    size_t step;
+    int member;
+    size_t range;
+    uintptr_t offset;
+  };
   static constexpr int64_t kMaxSlot = 65535;
+  static constexpr int kX = 0, kY = 1, kResidual = 7, kMoving[] = {kX, kY, kResidual};
   const Isa* isa_;
+  size_t ranges_;
   std::vector<SlimStepF32> steps_;
+  std::vector<Moving> moving_;
 };
 
 int weight_gradient_f32(const std::string& name, const std::array<int64_t, kCount<SlimWeightGradientF32>>& members,
@@ -255,8 +292,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("entry_offsets_count", &entry_offsets_count, "(members of SlimConv2dF32 in order) -> numbers");
   m.def("entry_offsets", &entry_offsets, "(members of SlimConv2dF32 in order, address of the offsets, their number)");
   py::class_<Steps>(m, "Steps", "Recorded steps of kernels.h; the caller keeps their memory alive.")
-      .def(py::init<const std::string&, const std::vector<std::array<int64_t, 2 + kMembers>>&>(), "isa"_a, "steps"_a)
+      .def(py::init<const std::string&, const std::vector<std::array<int64_t, 2 + kMembers>>&,
+                    const std::vector<std::pair<uintptr_t, uintptr_t>>&>(),
+           "isa"_a, "steps"_a, "movable"_a = std::vector<std::pair<uintptr_t, uintptr_t>>())
       .def("run", &Steps::run, "threads"_a, "Runs the steps in order; the status.")
+      .def("run_at", &Steps::run_at, "addresses"_a, "threads"_a,
+           "The same where the movable memory lies at these addresses now.")
       .def("run_delayed", &Steps::run_delayed, "threads"_a, "seed"_a,
            "The same, for tests: threads sleep between steps.");
   m.def("build_info", &build_info, "What this module was compiled with.");

@@ -45,7 +45,7 @@ from slimkernels.conversion.units import (
     swap_plan,
 )
 from slimkernels.conversion.wrappers import unwrapped
-from slimkernels.nn import guard_strided_pointwise_
+from slimkernels.nn import chain_sequentials_, guard_strided_pointwise_
 from slimkernels.progress import counting_bar
 
 __all__ = ["convert"]
@@ -151,6 +151,7 @@ def finish(model: nn.Module, plan: ModelPlan) -> nn.Module:
     if plan.training:
         guard_strided_pointwise_(model)
     else:
+        chain_sequentials_(model)
         setattr(model, GUARD_ATTRIBUTE, EvalGuard(model))
     return model
 
@@ -214,6 +215,8 @@ def _apply(
     fast = copy_model(found.model, share_parameters=True)
     for name, module in changes.items():
         replace_module(fast, name, module)
+    if not found.training:
+        chain_sequentials_(fast)  # as `finish` does, here for the comparisons and the times
     order = {name: i for i, (name, _) in enumerate(found.model.named_modules())}
     return fast, sorted(plans.values(), key=lambda p: order[p.name])
 

@@ -18,7 +18,7 @@ from slimkernels.conversion.units import GUARD_ATTRIBUTE, PLAN_ATTRIBUTE
 from slimkernels.conversion.wrappers import unwrapped
 from slimkernels.formats import BlockMask
 from slimkernels.kernels.problems import factor_geometry
-from slimkernels.nn import LowRankConv2d
+from slimkernels.nn import LowRankConv2d, unchain_sequentials_
 
 
 @torch.inference_mode(False)  # as `convert`
@@ -52,6 +52,7 @@ def to_dense(model: nn.Module, *, merge_low_rank: bool = False) -> nn.Module:
     for name in (PLAN_ATTRIBUTE, GUARD_ATTRIBUTE):
         plain.__dict__.pop(name, None)
     unguard_publishing(plain)
+    unchain_sequentials_(plain)
     names: dict[int, list[str]] = {}
     modules = dict(plain.named_modules(remove_duplicate=False))
     for name, module in modules.items():

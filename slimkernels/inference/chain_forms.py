@@ -13,11 +13,11 @@ from torch import Tensor
 from slimkernels.conversion.measure import typical_seconds
 from slimkernels.conversion.spread import Seconds, ratio
 from slimkernels.inference.cpu_passes import GraphChain
-from slimkernels.inference.memory import huge_pages, place
-from slimkernels.inference.native_chain import Chain, Form, forms
 from slimkernels.inference.native_layers import images_or_rows, laid_out
 from slimkernels.inference.sampled_graph import SampledGraph
+from slimkernels.kernels.cpu.chain import Chain, Form, forms
 from slimkernels.kernels.cpu.conv2d import PackedConv2d
+from slimkernels.kernels.cpu.memory import huge_pages, place
 from slimkernels.kernels.cpu.steps import Steps, image_sizes
 
 # A shorter chain stays as it is. Each of its modules would spend some 20 us in Python, and its activations fit caches.
@@ -62,8 +62,9 @@ def _as_images(tensor: Tensor) -> Tensor:
 def in_fastest_forms(graph: SampledGraph, chains: Sequence[GraphChain]) -> list[GraphChain]:
     """The chains, each in the form that runs fastest on this machine now.
 
-    Another form than the first of `native_chain.forms` is taken where it is faster by more than the spread of the
-    measured times. So noise alone changes nothing, and a chain that is clearly slower than its modules runs as they do.
+    Another form than the first of `slimkernels.kernels.cpu.chain.forms` is taken where it is faster by more than the
+    spread of the measured times. So noise alone changes nothing, and a chain that is clearly slower than its
+    modules runs as they do.
     """
     return [replace(found, chain=_fastest(graph, found)) for found in chains]
 

@@ -13,10 +13,10 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Node
 
-from slimkernels.inference.memory import Lifetime, span
-from slimkernels.inference.native_chain import Chain, Link
 from slimkernels.inference.native_nodes import NativeNode, native_nodes
 from slimkernels.inference.sampled_graph import SampledGraph
+from slimkernels.kernels.cpu.chain import Chain, Link
+from slimkernels.kernels.cpu.memory import Lifetime, span
 
 # ---------------------------------------------------------------- find_chains
 

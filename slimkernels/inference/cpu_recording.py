@@ -20,10 +20,10 @@ from slimkernels.inference.chain_forms import ModuleByModule, in_fastest_forms
 from slimkernels.inference.concurrency import conflict
 from slimkernels.inference.cpu_passes import GraphChain, find_chains, lifetimes
 from slimkernels.inference.inputs import tensors
-from slimkernels.inference.memory import Placement, copy_side_by_side, huge_pages, place
-from slimkernels.inference.native_chain import Form
 from slimkernels.inference.native_layers import images_or_rows, laid_out
 from slimkernels.inference.sampled_graph import SampledGraph, sample, values_of_arguments
+from slimkernels.kernels.cpu.chain import Form
+from slimkernels.kernels.cpu.memory import Placement, copy_side_by_side, huge_pages, place
 from slimkernels.kernels.cpu.steps import Step, Steps
 
 

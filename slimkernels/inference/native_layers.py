@@ -3,52 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from slimkernels.dispatch.select import resolve
-from slimkernels.kernels.cpu.conv2d import PackedConv2d, pack_strips
+from slimkernels.kernels.cpu.conv2d import pack_strips
+from slimkernels.kernels.cpu.layer import Geometry, NativeLayer
 from slimkernels.kernels.cpu.low_rank import pack_factor
-from slimkernels.kernels.packs import StripPack
-from slimkernels.kernels.problems import Pair, Request, factor_geometry, strip_width
+from slimkernels.kernels.problems import Request, factor_geometry, strip_width
 
 _OPS = torch.ops.slimkernels
 _LINEAR = torch.ops.aten.linear.default
-Geometry = tuple[Pair, Pair, Pair]  # stride, padding, dilation
 _POINTWISE: Geometry = ((1, 1), (0, 0), (1, 1))
-
-
-@dataclass(frozen=True)
-class NativeLayer:
-    """One native convolution (a linear layer is one of one-pixel images): its strip pack, geometry and bias.
-
-    Attributes:
-        op: which op the layer comes from; named in errors.
-        packed: of the weight.
-        shape: of the weight, ``(C_out, C_in, R, S)``.
-    """
-
-    isa: str
-    op: str
-    packed: StripPack
-    shape: tuple[int, int, int, int]
-    geometry: Geometry
-    epilogue: str = "none"
-    bias: Tensor | None = None
-
-    @cached_property
-    def conv(self) -> PackedConv2d:
-        """The native convolution of this layer. Making one checks the pack."""
-        return PackedConv2d(self.isa, self.packed, self.shape, *self.geometry, self.epilogue, self.op)
-
-    def output_size(self, h: int, w: int) -> tuple[int, int]:
-        """Height and width of what the layer writes for images of this height and width."""
-        p, q = self.conv.output_size(h, w)
-        return (p // 2, q // 2) if self.epilogue == "relu_maxpool2" else (p, q)
 
 
 def reads_images(target: Any) -> bool:

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.fx import Node
 from torch.utils import _pytree
 
-from slimkernels.inference.native_layers import NativeLayer, native_layers, reads_images
+from slimkernels.inference.native_layers import native_layers, reads_images
 from slimkernels.inference.sampled_graph import SampledGraph
+from slimkernels.kernels.cpu.layer import NativeLayer
 
 _ADD, _RELU = torch.ops.aten.add.Tensor, torch.ops.aten.relu.default
 

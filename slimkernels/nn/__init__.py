@@ -3,6 +3,7 @@
 from slimkernels.nn.attributes import resolved_padding, unsupported_conv_reason
 from slimkernels.nn.batch_norm import FusedBatchNorm2d
 from slimkernels.nn.block_sparse import BlockSparseConv2d, BlockSparseLinear
+from slimkernels.nn.chained import ChainedSequential, chain_sequentials_, unchain_sequentials_
 from slimkernels.nn.fused import FusedConv2d
 from slimkernels.nn.low_rank import LowRankConv2d, LowRankLinear
 from slimkernels.nn.strided_pointwise import guard_strided_pointwise_
@@ -14,11 +15,14 @@ register_flop_formulas()
 __all__ = [
     "BlockSparseConv2d",
     "BlockSparseLinear",
+    "ChainedSequential",
     "FusedBatchNorm2d",
     "FusedConv2d",
     "LowRankConv2d",
     "LowRankLinear",
+    "chain_sequentials_",
     "guard_strided_pointwise_",
     "resolved_padding",
+    "unchain_sequentials_",
     "unsupported_conv_reason",
 ]

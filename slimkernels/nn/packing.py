@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from slimkernels.kernels.cpu.conv2d import PackedConv2d
 from slimkernels.nn.attributes import AttributesInUse
 from slimkernels.ops.library import nothing_watches
 from slimkernels.tensors import Snapshot, is_plain
@@ -15,6 +16,10 @@ from slimkernels.tensors import Snapshot, is_plain
 
 class ReadyCall(Protocol):
     """A packed weight that only waits for its input, `slimkernels.kernels.cpu.conv2d.PackedConv2d` for one."""
+
+    @property
+    def convs(self) -> tuple[PackedConv2d, ...]:
+        """The native convolutions that it runs, in order."""
 
     def attempt(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
         """The output for images; None where the op has to be asked."""
@@ -45,6 +50,10 @@ class Prepacked(AttributesInUse):
     def _weights(self) -> list[Tensor]:
         """The tensors with the weight's numbers; the first one's device and dtype are the module's."""
         raise NotImplementedError
+
+    def _pack_follows(self) -> list[Tensor]:
+        """The tensors that the pack is made from."""
+        return self._weights()
 
     def _make_pack(self) -> Mapping[str, Tensor] | None:
         """The pack of the present weight by names of buffers; None where the calls take no kernel that reads one."""

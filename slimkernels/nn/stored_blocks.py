@@ -129,6 +129,11 @@ class StoredBlocks(Prepacked):
     def _weights(self) -> list[Tensor]:
         return [self._parameters["values"]]  # type: ignore[list-item]  # never None
 
+    def _pack_follows(self) -> list[Tensor]:
+        buffers = self._buffers
+        # For mypy: none of them is ever None.
+        return [self._parameters["values"], buffers["crow_indices"], buffers["col_indices"]]  # type: ignore[list-item]
+
     def _hold(self) -> None:
         super()._hold()
         crow, col = self.crow_indices, self.col_indices

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import slimkernels as sk
 from slimkernels.inference import Replay
 from slimkernels.inference import cpu_recording as recording
-from slimkernels.inference import native_chain as chains
 from slimkernels.inference.concurrency import byte_ranges, conflict
+from slimkernels.kernels.cpu import chain as chains
 from slimkernels.kernels.cpu import conv2d as native
 from slimkernels.kernels.cpu.library import unavailable_reason
 from slimkernels.kernels.problems import LANES

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 import slimkernels as sk
 from slimkernels.conversion.spread import Seconds
 from slimkernels.inference import Replay, chain_forms
-from slimkernels.inference import native_chain as chains
-from slimkernels.inference.native_chain import Form
-from slimkernels.inference.pieces import Piece, image_by_image, pieces
+from slimkernels.kernels.cpu import chain as chains
+from slimkernels.kernels.cpu.chain import Form
 from slimkernels.kernels.cpu.library import unavailable_reason
+from slimkernels.kernels.cpu.pieces import Piece, image_by_image, pieces
 from slimkernels.kernels.problems import LANES
 
 ISAS = [isa for isa in LANES if unavailable_reason(isa) is None]

@@ -13,12 +13,12 @@ from torch import Tensor, fx, nn
 from torch.fx import Node
 
 import slimkernels as sk
-from slimkernels.inference import native_chain
 from slimkernels.inference.cpu_passes import find_chains, lifetimes
 from slimkernels.inference.cpu_recording import bind
-from slimkernels.inference.memory import Lifetime, place
 from slimkernels.inference.sampled_graph import SampledGraph, sample
+from slimkernels.kernels.cpu import chain as chains
 from slimkernels.kernels.cpu.library import unavailable_reason
+from slimkernels.kernels.cpu.memory import Lifetime, place
 from slimkernels.kernels.problems import LANES
 
 ATEN = torch.ops.aten
@@ -73,7 +73,7 @@ def images(n: int = 1) -> Tensor:
 @pytest.fixture
 def two_threads(monkeypatch):
     """Full vectors of images innermost, on two threads."""
-    monkeypatch.setattr(native_chain, "_MACS_PER_COPY", 0)
+    monkeypatch.setattr(chains, "_MACS_PER_COPY", 0)
     monkeypatch.setenv("SLIMKERNELS_ISA", ISAS[-1])
     before = torch.get_num_threads()
     torch.set_num_threads(2)

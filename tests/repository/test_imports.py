@@ -59,8 +59,7 @@ PACKAGES = {
     ),
     "inference": (
         "__init__", "graphed_model, onnx_export", "cuda_graph, cpu_replay, warming", "cpu_recording", "chain_forms",
-        "cpu_passes", "native_chain, native_nodes", "native_layers, memory, concurrency, sampled_graph",
-        "inputs, batches, pieces",
+        "cpu_passes", "native_nodes", "native_layers, concurrency, sampled_graph", "inputs, batches",
     ),
     "dispatch": (
         "select", "tables, fused_cost", "break_even, cpu_cost, devices, gpu_cost", "gpu_dense_cost", "gpu_prediction",
@@ -70,7 +69,9 @@ PACKAGES = {
         "__init__", "peak, cudnn, cuda_tensor_cores", "cpu, cuda, triton", "reference, strips, resident_plan",
         "far_taps", "packs, problems, strided_pointwise, transposed",
     ),
-    "kernels/cpu": ("gradients, low_rank", "conv2d, weight_gradient", "steps", "library", "abi", "__init__"),
+    "kernels/cpu": (
+        "chain", "gradients, layer, low_rank", "conv2d, weight_gradient", "steps", "library", "abi", "memory, pieces", "__init__",
+    ),
     "kernels/triton": (
         "bsr_conv2d, bsr_conv2d_backward_w, bsr_conv2d_backward_x, low_rank_linear, low_rank_conv2d, "
         "relu_maxpool2_backward, fused_conv2d, batch_norm",

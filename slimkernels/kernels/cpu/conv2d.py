@@ -16,6 +16,7 @@ from slimkernels.kernels.problems import (
     LANES,
     MAX_TAP_ROWS,
     NARROWEST_CHANNELS_LAST,
+    Pair,
     Room,
     check_geometry,
     strip_width,
@@ -53,9 +54,7 @@ class PackedConv2d:
         "_conv2d",
         "_deep",
         "_geometry",
-        "_isa",
         "_offsets",
-        "_op",
         "_packed",
         "_pool",
         "_room",
@@ -63,6 +62,9 @@ class PackedConv2d:
         "_versions",
         "c_in",
         "c_out",
+        "epilogue",
+        "isa",
+        "op",
     )
 
     def __init__(
@@ -84,7 +86,7 @@ class PackedConv2d:
         check_pack(op, packed, weight_shape, deep)
         module = library()[0]
         assert module is not None
-        self._op, self._conv2d, self._isa = op, module.conv2d_f32, isa
+        self.op, self._conv2d, self.isa, self.epilogue = op, module.conv2d_f32, isa, epilogue
         # Aliases: what happens to the sizes or the storage of the caller's tensors does not reach them.
         weights, channels, tap_ptr = (tensor.detach() for tensor in packed)
         if weights.is_inference() or channels.is_inference() or tap_ptr.is_inference():
@@ -92,20 +94,36 @@ class PackedConv2d:
             with torch.inference_mode(False):
                 weights, channels, tap_ptr = weights.clone(), channels.clone(), tap_ptr.clone()
         self._packed = weights, channels, tap_ptr  # a plain tuple, which every call takes apart faster
-        self._versions = self._count_writes()
+        self._versions = self.count_writes()
         self._geometry = (r, s, stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1])
         self._pool = epilogue == "relu_maxpool2"
         if deep and self._pool:
             raise ValueError(f"{op}: expected no pooling behind entries of several input channels")
         strip, depth = (1, weights.shape[1]) if deep else (weights.shape[1], 1)
         self._deep, self._tail = deep, (strip, depth, int(epilogue != "none"), int(self._pool))
-        self._offsets: dict[tuple[int, int], Tensor] = {}
+        self._offsets: dict[tuple[int, int, int], Tensor] = {}
         self._room = Room.of(weight_shape, stride, padding, dilation)
 
     @property
     def packed(self) -> StripPack:
         """The pack, whose tensors are aliases of those that were given."""
         return StripPack(*self._packed)
+
+    @property
+    def convs(self) -> tuple[PackedConv2d, ...]:
+        """The native convolutions that a call runs, in order: this one."""
+        return (self,)
+
+    @property
+    def weight_shape(self) -> tuple[int, int, int, int]:
+        """``(C_out, C_in, R, S)``."""
+        return self.c_out, self.c_in, *self._geometry[:2]
+
+    @property
+    def geometry(self) -> tuple[Pair, Pair, Pair]:
+        """``(stride, padding, dilation)``."""
+        _, _, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w = self._geometry
+        return (stride_h, stride_w), (pad_h, pad_w), (dil_h, dil_w)
 
     @property
     def narrow(self) -> bool:
@@ -120,7 +138,7 @@ class PackedConv2d:
     def takes_images_innermost(self, h: int, w: int) -> bool:
         """Whether the kernel runs on images of this size with a vector of them innermost."""
         p, q = self.output_size(h, w)
-        fits = not self._deep and self._room.holds(h, w, p, q, LANES[self._isa])
+        fits = not self._deep and self._room.holds(h, w, p, q, LANES[self.isa])
         return fits and min(p, q) > self._pool and self._geometry[0] <= MAX_TAP_ROWS
 
     def output_size(self, h: int, w: int) -> tuple[int, int]:
@@ -193,7 +211,7 @@ class PackedConv2d:
             return torch.empty(size, memory_format=torch.channels_last, dtype=torch.float32)
         limit = f" and at most {MAX_TAP_ROWS} tap rows" if self.narrow else ""
         raise ValueError(
-            f"{self._op}: expected float32 CPU images of {self.c_in} channels with fewer than 2**31 elements in an "
+            f"{self.op}: expected float32 CPU images of {self.c_in} channels with fewer than 2**31 elements in an "
             f"image, an output and the reach of the kernel{limit}, got {x.dtype} x of shape {tuple(x.shape)} for "
             f"(r, s, stride, padding, dilation) {self._geometry}"
         )
@@ -203,52 +221,54 @@ class PackedConv2d:
         y = self.attempt_rows(x, bias)
         if y is None:
             got = f"{x.dtype} x of shape {tuple(x.shape)}"
-            raise ValueError(f"{self._op}: expected float32 CPU rows (..., {self.c_in}), got {got}")
+            raise ValueError(f"{self.op}: expected float32 CPU rows (..., {self.c_in}), got {got}")
         return y
 
-    def _count_writes(self) -> int:
+    def count_writes(self) -> int:
         """Grows with every write to what offsets follow from; those of single weights hold the weights, too."""
         weights, channels, tap_ptr = self._packed
         return channels._version + tap_ptr._version + (weights._version if weights.shape[1] == 1 else 0)
 
     def _check_for_writes(self) -> None:
         """Checks the pack again where somebody wrote to its tensors."""
-        versions = self._count_writes()
+        versions = self.count_writes()
         if versions != self._versions:
-            check_pack(self._op, self._packed, (self.c_out, self.c_in, *self._geometry[:2]), self._deep)
+            check_pack(self.op, self._packed, (self.c_out, self.c_in, *self._geometry[:2]), self._deep)
             self._offsets, self._versions = {}, versions
 
     def _run(self, x: Tensor, y: Tensor, bias: Tensor | None, n: int, h: int, w: int, p: int, q: int) -> None:
         self._check_for_writes()
         if bias is not None:
-            bias = readable_bias(self._op, bias, self.c_out)
+            bias = readable_bias(self.op, bias, self.c_out)
         if self.narrow:
             self._run_innermost(x, y, bias, n, h, w)
             return
-        offsets = self._known_offsets(1, w, 1) if self._geometry[0] * self._geometry[1] > 1 else None
+        offsets = self.known_offsets(h, w, 1) if self._geometry[0] * self._geometry[1] > 1 else None
         members = self._arguments(x, y, bias, offsets, n, h, w, p, q, 1)
-        status = self._conv2d(self._isa, *members, torch.get_num_threads())
+        status = self._conv2d(self.isa, *members, torch.get_num_threads())
         if status != 0:
-            raise RuntimeError(f"{self._op}: native kernel {self._isa} failed with status {status}")
+            raise RuntimeError(f"{self.op}: native kernel {self.isa} failed with status {status}")
 
     def _run_innermost(self, x: Tensor, y: Tensor, bias: Tensor | None, n: int, h: int, w: int) -> None:
         """The same through copies of x and y with a vector of images innermost."""
         x, y = (t if t.dim() == 4 else t.view(n, t.shape[-1], 1, 1) for t in (x, y))
-        inner = torch.empty(images_innermost(n, h, w, self.c_in, self._isa))
-        outer = torch.empty(images_innermost(n, y.shape[2], y.shape[3], self.c_out, self._isa))
+        inner = torch.empty(images_innermost(n, h, w, self.c_in, self.isa))
+        outer = torch.empty(images_innermost(n, y.shape[2], y.shape[3], self.c_out, self.isa))
         steps = [
             layout_step(x, inner, n),
-            self.step(inner, outer, bias, n, self._known_offsets(h, w, LANES[self._isa])),
+            self.step(inner, outer, bias, n, self.known_offsets(h, w, LANES[self.isa])),
             layout_step(outer, y, n),
         ]
-        Steps(self._isa, steps)()
+        Steps(self.isa, steps)()
 
-    def _known_offsets(self, h: int, w: int, lanes: int) -> Tensor:
-        offsets = self._offsets.get((h, w))
+    def known_offsets(self, h: int, w: int, lanes: int = 1) -> Tensor:
+        """As `entry_offsets`, remembered for a few sizes of images."""
+        key = h if self._tail[0] == 1 else 0, w, lanes
+        offsets = self._offsets.get(key)
         if offsets is None:
             if len(self._offsets) >= _CACHED_SIZES:
                 self._offsets = {}
-            offsets = self._offsets[h, w] = self.entry_offsets(h, w, lanes)
+            offsets = self._offsets[key] = self.entry_offsets(h, w, lanes)
         return offsets
 
     def _arguments(
@@ -279,7 +299,7 @@ class PackedConv2d:
         """
         if not self._room.holds(1, w, 1, 1, lanes):
             raise ValueError(
-                f"{self._op}: expected offsets below 2**31, got images {w} wide with {lanes} innermost for "
+                f"{self.op}: expected offsets below 2**31, got images {w} wide with {lanes} innermost for "
                 f"(r, s, stride, padding, dilation) {self._geometry} and {self.c_in} channels"
             )
         self._check_for_writes()
@@ -326,8 +346,8 @@ class PackedConv2d:
         fits = c_in == self.c_in and min(p_out, q_out) > 0 and self._room.holds(h, w, p, q, lanes)
         if lanes > 1:
             fits = fits and self.takes_images_innermost(h, w)
-            fits = fits and x.shape == images_innermost(n, h, w, c_in, self._isa)
-            fits = fits and y.shape == images_innermost(n, p_out, q_out, self.c_out, self._isa)
+            fits = fits and x.shape == images_innermost(n, h, w, c_in, self.isa)
+            fits = fits and y.shape == images_innermost(n, p_out, q_out, self.c_out, self.isa)
         else:
             fits = fits and not self.narrow
             fits = fits and x.shape[0] == n and image_sizes(y) == (n, self.c_out, p_out, q_out)
@@ -342,11 +362,11 @@ class PackedConv2d:
             and offsets.numel() == self._offsets_count(h, w, lanes)
         ):
             got = f"{tuple(x.shape)} and {tuple(y.shape)}"
-            raise ValueError(f"{self._op}: expected float32 x and y that fit this weight and {n} images, got {got}")
+            raise ValueError(f"{self.op}: expected float32 x and y that fit this weight and {n} images, got {got}")
         if residual is not None and (self._pool or residual.shape != y.shape or not is_dense(residual)):
             got = f"{tuple(residual.shape)} for {tuple(y.shape)}, pooling {self._pool}"
-            raise ValueError(f"{self._op}: expected a float32 residual laid out like y and no pooling, got {got}")
-        bias = None if bias is None else readable_bias(self._op, bias, self.c_out)
+            raise ValueError(f"{self.op}: expected a float32 residual laid out like y and no pooling, got {got}")
+        bias = None if bias is None else readable_bias(self.op, bias, self.c_out)
         arguments = self._arguments(x, y, bias, offsets, n, h, w, p, q, lanes)._replace(residual=address(residual))
         return Step(CONV2D, arguments, (self, x, y, bias, offsets, residual))
 

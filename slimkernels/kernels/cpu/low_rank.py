@@ -70,7 +70,7 @@ class PackedLowRank:
         ValueError, TypeError: packs of other factors, or as `PackedConv2d`.
     """
 
-    __slots__ = ("_factors", "c_out")
+    __slots__ = ("c_out", "convs")
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class PackedLowRank:
             got = [tuple(shape) for shape in shapes]
             raise ValueError(f"{op}: expected factors that take each other's channels, got {got}")
         last = len(shapes) - 1
-        self._factors = tuple(
+        self.convs = tuple(
             PackedConv2d(isa, pack, shape, *step, epilogue if i == last else "none", op=op)
             for i, (pack, shape, step) in enumerate(zip(packs, shapes, geometry, strict=True))
         )
@@ -101,36 +101,36 @@ class PackedLowRank:
         if x.dim() != 4:
             return None
         h, w = x.shape[2:]
-        for factor in self._factors:
+        for factor in self.convs:
             if not factor.takes_images(h, w):
                 return None
             h, w = factor.output_size(h, w)
-        y = self._factors[0].attempt(x, None)
+        y = self.convs[0].attempt(x, None)
         return y if y is None else self._rest(y, bias)
 
     def _rest(self, y: Tensor, bias: Tensor | None) -> Tensor:
-        for factor in self._factors[1:-1]:
+        for factor in self.convs[1:-1]:
             y = factor(y, None)
-        return self._factors[-1](y, bias)
+        return self.convs[-1](y, bias)
 
     def attempt_rows(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
         """The output for float32 CPU rows ``(..., in)``; None for others. Raises as `attempt`."""
-        y = self._factors[0].attempt_rows(x, None)
+        y = self.convs[0].attempt_rows(x, None)
         if y is None:
             return None
-        for factor in self._factors[1:-1]:
+        for factor in self.convs[1:-1]:
             y = factor.rows(y, None)
-        return self._factors[-1].rows(y, bias)
+        return self.convs[-1].rows(y, bias)
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The output for float32 CPU images that the op has checked, possibly none. Raises as `PackedConv2d`."""
-        return self._rest(self._factors[0](x, None), bias)
+        return self._rest(self.convs[0](x, None), bias)
 
     def rows(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """As `attempt_rows`, for rows that the op has checked. Raises as `PackedConv2d`."""
-        for factor in self._factors[:-1]:
+        for factor in self.convs[:-1]:
             x = factor.rows(x, None)
-        return self._factors[-1].rows(x, bias)
+        return self.convs[-1].rows(x, bias)
 
 
 _POINTWISE: tuple[Pair, Pair, Pair] = ((1, 1), (0, 0), (1, 1))

@@ -65,6 +65,44 @@ class Steps:
             raise RuntimeError(f"Steps: native kernels of {self._isa} failed with status {status}")
 
 
+class MovableSteps:
+    """The same list of steps on other memory in every call: inputs, an output and a workspace that the caller brings.
+
+    Any number of threads may call it, each with memory of its own.
+
+    Args:
+        isa: instruction set of the kernels.
+        steps: made on the memory below, and on tensors (weights, biases) that stay where they are.
+        memory: tensors on the CPU of which no two overlap, images channels_last and all others contiguous. They are not
+            kept alive: a call brings others of the same shapes, dtypes and layouts.
+
+    Raises:
+        ValueError: in a call, for tensors unlike those. RuntimeError: when a native kernel failed (out of memory).
+    """
+
+    def __init__(self, isa: str, steps: Sequence[Step], memory: Sequence[Tensor]) -> None:
+        module = library()[0]
+        assert module is not None
+        ranges = [(t.data_ptr(), t.numel() * t.element_size()) for t in memory]
+        self._like = [(t.shape, t.dtype) for t in memory]
+        self._isa = isa
+        self._steps = module.Steps(isa, [(step.kind, step.slot, *step.arguments) for step in steps], ranges)
+        self._alive = [
+            t
+            for step in steps
+            for t in (*step.reads(), *step.writes())
+            if not any(begin <= t.data_ptr() < begin + nbytes for begin, nbytes in ranges)
+        ]
+
+    def __call__(self, *memory: Tensor) -> None:
+        given = [(t.shape, t.dtype) for t in memory]
+        if given != self._like or not all(t.is_cpu and is_plain(t) and _lies_in_order(t) for t in memory):
+            raise ValueError(f"MovableSteps: expected dense CPU tensors like {self._like}, got {given}")
+        status = self._steps.run_at([t.data_ptr() for t in memory], torch.get_num_threads())
+        if status != 0:
+            raise RuntimeError(f"MovableSteps: native kernels of {self._isa} failed with status {status}")
+
+
 def layout_step(x: Tensor, y: Tensor, n: int) -> Step:
     """The copy of n images between channels_last (or rows) and a vector of images innermost as one of `Steps`.
 
@@ -100,5 +138,8 @@ def is_dense(x: Tensor) -> bool:
     """Plain float32 on the CPU, images channels_last, everything else contiguous."""
     if x.dtype is not torch.float32 or not x.is_cpu or not is_plain(x):
         return False
-    layout = torch.channels_last if x.dim() == 4 else torch.contiguous_format
-    return x.is_contiguous(memory_format=layout)
+    return _lies_in_order(x)
+
+
+def _lies_in_order(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.contiguous_format)

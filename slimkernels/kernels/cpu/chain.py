@@ -18,9 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from slimkernels.inference.memory import Lifetime, Placement, place, whole_lines
-from slimkernels.inference.native_layers import NativeLayer
-from slimkernels.inference.pieces import FULL_ENOUGH, Piece, image_by_image, pieces
+from slimkernels.kernels.cpu.layer import NativeLayer
+from slimkernels.kernels.cpu.memory import Lifetime, Placement, place, whole_lines
+from slimkernels.kernels.cpu.pieces import FULL_ENOUGH, Piece, image_by_image, pieces
 from slimkernels.kernels.cpu.steps import Step, images_innermost, layout_step
 from slimkernels.kernels.packs import StripPack
 from slimkernels.kernels.problems import LANES
@@ -126,7 +126,7 @@ class Chain:
         else:
             cut = pieces(n, 1, threads)
         used = {piece.lanes for piece in cut} if form is not Form.MODULES else set()
-        offsets = [{k: layer.conv.entry_offsets(*sizes[source][1:], k) for k in used} for layer, source, _ in links]
+        offsets = [{k: layer.conv.known_offsets(*sizes[source][1:], k) for k in used} for layer, source, _ in links]
         activations: list[_Activation | None] = []
         for i, (c, p, q) in enumerate(sizes):
             # Pieces that lie channels last read the chain's inputs and write its output themselves.

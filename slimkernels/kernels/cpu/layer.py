@@ -1,0 +1,50 @@
+"""One layer of a chain: a packed convolution and the bias that it adds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+from slimkernels.kernels.cpu.conv2d import PackedConv2d
+from slimkernels.kernels.packs import StripPack
+from slimkernels.kernels.problems import Pair
+
+Geometry = tuple[Pair, Pair, Pair]  # stride, padding, dilation
+
+
+@dataclass(frozen=True)
+class NativeLayer:
+    """One native convolution (a linear layer is one of one-pixel images): its strip pack, geometry and bias.
+
+    Attributes:
+        op: which op the layer comes from; named in errors.
+        packed: of the weight.
+        shape: of the weight, ``(C_out, C_in, R, S)``.
+    """
+
+    isa: str
+    op: str
+    packed: StripPack
+    shape: tuple[int, int, int, int]
+    geometry: Geometry
+    epilogue: str = "none"
+    bias: Tensor | None = None
+
+    @classmethod
+    def of(cls, conv: PackedConv2d, bias: Tensor | None) -> NativeLayer:
+        """The layer that runs this very convolution, whose pack is not checked again."""
+        layer = cls(conv.isa, conv.op, conv.packed, conv.weight_shape, conv.geometry, conv.epilogue, bias)
+        layer.__dict__["conv"] = conv  # where the property below keeps its value
+        return layer
+
+    @cached_property
+    def conv(self) -> PackedConv2d:
+        """The native convolution of this layer. Making one checks the pack."""
+        return PackedConv2d(self.isa, self.packed, self.shape, *self.geometry, self.epilogue, self.op)
+
+    def output_size(self, h: int, w: int) -> tuple[int, int]:
+        """Height and width of what the layer writes for images of this height and width."""
+        p, q = self.conv.output_size(h, w)
+        return (p // 2, q // 2) if self.epilogue == "relu_maxpool2" else (p, q)

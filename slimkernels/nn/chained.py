@@ -1,0 +1,134 @@
+"""`ChainedSequential`: an ``nn.Sequential`` that runs its native layers as chains, many modules in one native call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimkernels.nn.block_sparse import BlockSparseConv2d, BlockSparseLinear
+from slimkernels.nn.low_rank import LowRankConv2d, LowRankLinear
+from slimkernels.nn.packed_run import PackedRun
+from slimkernels.ops.library import nothing_watches
+
+_CONVOLUTIONS, _LINEAR = (BlockSparseConv2d, LowRankConv2d), (BlockSparseLinear, LowRankLinear)
+# They hand their input on; dropout does so in eval mode.
+_IDLE = (nn.Identity, nn.Dropout)
+_GLOBAL_HOOKS = (
+    torch.nn.modules.module._global_forward_hooks,
+    torch.nn.modules.module._global_forward_pre_hooks,
+)
+
+
+class ChainedSequential(nn.Sequential):
+    """An ``nn.Sequential`` whose consecutive layers of `slimkernels.nn` run in one native call.
+
+    `slimkernels.convert` makes one of every ``nn.Sequential`` that holds such layers; modules, names and state dict
+    stay as they were. Called module by module, a layer costs some 20 us of Python, a parallel region and a fresh output
+    of its own, and all activations lie channels last, while the kernels are faster with images innermost.
+
+    It is the container that takes them together, since it alone sees a whole run of modules and knows that nothing else
+    reads what they hand to each other. A layout that travelled with the tensors would be seen by hooks and by the
+    user's own code, and a model rebuilt from a captured graph would no longer be the user's class.
+
+    A run of layers is a chain for plain float32 CPU tensors in eval mode, with the weights that were packed. Whatever
+    wants to see or change a single module makes the modules run one by one, as in any ``nn.Sequential``: a hook on one
+    of them or on all modules, a module that was replaced or parametrized or has a ``forward`` of its own, dropout in
+    training mode, an input or a weight that needs a gradient, autocast, torch's modes and transforms, a tensor
+    subclass, tracing, compilation and export. So does a chain that would want much memory.
+
+    Outputs may differ in the last bits between the two ways, since sums are taken in another order. The way depends on
+    the state of the modules, the shape of the input and the number of threads alone: equal calls give equal outputs.
+    """
+
+    _program: tuple[list[nn.Module], list[Callable[[Any], Any]]] | None = None
+
+    # The name of the argument is that of nn.Sequential.
+    def forward(self, input: Any) -> Any:
+        if torch.compiler.is_compiling() or type(input) is not Tensor:
+            return super().forward(input)
+        modules, program = list(self._modules.values()), self._program
+        if program is None or program[0] != modules:
+            # For mypy: a Sequential holds no None.
+            program = self._program = modules, _parts(modules)  # type: ignore[arg-type, assignment]
+        for part in program[1]:
+            input = part(input)
+        return input
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state.pop("_program", None)
+        return state
+
+
+class _Run:
+    """Modules that follow each other, among them several native layers: as a chain where nothing speaks against it."""
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self._members = [(module, type(module)) for module in modules]
+        self._packed = PackedRun([m for m in modules if type(m) not in _IDLE], isinstance(modules[0], _CONVOLUTIONS))
+
+    def __call__(self, x: Any) -> Any:
+        if type(x) is Tensor and x.is_cpu and x.dtype is torch.float32 and self._is_undisturbed():
+            packed = self._packed
+            if nothing_watches(x) and packed.is_ready():
+                y = packed.attempt(x)
+                if y is not None:
+                    return y
+        for module, _ in self._members:
+            x = module(x)
+        return x
+
+    def _is_undisturbed(self) -> bool:
+        """Whether a call of the modules would do no more than their classes say; hooks on gradients would see none."""
+        for module, kind in self._members:
+            own = module.__dict__
+            if (
+                own["_forward_hooks"]
+                or own["_forward_pre_hooks"]
+                or type(module) is not kind
+                or "forward" in own
+                or (kind is nn.Dropout and own["training"])
+            ):
+                return False
+        return not any(_GLOBAL_HOOKS)
+
+
+def _parts(modules: list[nn.Module]) -> list[Callable[[Any], Any]]:
+    """What a Sequential calls in turn: its modules, those of a run together."""
+    parts: list[Callable[[Any], Any]] = []
+    at = 0
+    while at < len(modules):
+        length = _run_length(modules[at:])
+        parts.append(_Run(modules[at : at + length]) if length > 1 else modules[at])
+        at += max(length, 1)
+    return parts
+
+
+def _run_length(modules: list[nn.Module]) -> int:
+    """How many modules from the first on are a run; 0 where there are fewer than two native layers of one kind."""
+    kinds = next((kinds for kinds in (_CONVOLUTIONS, _LINEAR) if type(modules[0]) in kinds), None)
+    if kinds is None:
+        return 0
+    end = next((i for i, m in enumerate(modules) if type(m) not in (*kinds, *_IDLE)), len(modules))
+    return end if len({id(m) for m in modules[:end] if type(m) in kinds}) > 1 else 0
+
+
+def chain_sequentials_(model: nn.Module) -> None:
+    """Makes a `ChainedSequential` of every ``nn.Sequential`` in a model that holds a run of native layers, in place."""
+    for module in model.modules():
+        if type(module) is nn.Sequential:
+            modules = list(module)
+            if any(_run_length(modules[i:]) for i in range(len(modules))):
+                module.__class__ = ChainedSequential
+
+
+def unchain_sequentials_(model: nn.Module) -> None:
+    """Undoes `chain_sequentials_`, in place."""
+    for module in model.modules():
+        if type(module) is ChainedSequential:
+            module.__dict__.pop("_program", None)
+            # For mypy: a class above its own, which adds nothing to what an instance holds.
+            module.__class__ = nn.Sequential  # type: ignore[assignment]
