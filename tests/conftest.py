@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, settings
 from torch import Tensor
 
 from slimkernels.kernels.cpu import conv2d as native
+from slimkernels.kernels.cpu.steps import MovableSteps
 
 settings.register_profile(
     "slimkernels",
@@ -173,13 +174,18 @@ def sentinel_borders(poisoned_allocations: None) -> Iterator[SentinelBorders]:
 @pytest.fixture(autouse=True)
 def steps_keep_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """No native call of any test has steps that may run at the same time in each other's memory."""
-    init = native.Steps.__init__
 
-    def checked(self: native.Steps, isa: str, steps: Sequence[native.Step]) -> None:
-        native_memory.check(steps)
-        init(self, isa, steps)
+    def watch(kind: Any) -> None:
+        init = kind.__init__
 
-    monkeypatch.setattr(native.Steps, "__init__", checked)
+        def checked(self: Any, isa: str, steps: Sequence[native.Step], *memory: Any) -> None:
+            native_memory.check(steps)
+            init(self, isa, steps, *memory)
+
+        monkeypatch.setattr(kind, "__init__", checked)
+
+    watch(native.Steps)
+    watch(MovableSteps)
 
 
 @pytest.fixture

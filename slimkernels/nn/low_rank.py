@@ -18,6 +18,7 @@ from slimkernels.ops import low_rank_conv2d, low_rank_linear
 class LowRankLinear(Factors):
     """Drop-in for ``nn.Linear``: ``y = epilogue((x V^T) U^T + bias)`` with U ``(out, rank)`` and V ``(rank, in)``."""
 
+    bias: nn.Parameter | None
     _op = "low_rank_linear"
     # Below, torch's two products are done before two native calls have started (Zen 3, 1 to 256 rows: 65 000 weights
     # at 0.5 to 0.8 times torch's speed, 370 000 at 0.9 to 1.5 times).
@@ -43,7 +44,8 @@ class LowRankLinear(Factors):
         self.epilogue, self.kernel = epilogue, kernel
         self.U = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
         self.V = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        zeros = torch.zeros(out_features, device=device, dtype=dtype) if bias else None
+        self.register_parameter("bias", None if zeros is None else nn.Parameter(zeros))
         # Kaiming's bound for the product: var(U V x) = rank * var(U) * in * var(V) * var(x).
         nn.init.normal_(self.U, std=rank**-0.5)
         nn.init.normal_(self.V, std=in_features**-0.5)
@@ -51,8 +53,9 @@ class LowRankLinear(Factors):
 
     def _factors(self) -> list[Tensor]:
         parameters = self._parameters
-        # For mypy: registered in the constructor, so none of them is None.
-        return [parameters["V"], parameters["U"]]  # type: ignore[list-item]
+        V, U = parameters.get("V"), parameters.get("U")
+        # Not there where they are parametrized: they are computed then.
+        return [self.V if V is None else V, self.U if U is None else U]
 
     def _prepare(self, isa: str, packed: Sequence[Tensor]) -> PackedLowRank:
         return prepare_linear(isa, packed, self.U, self.V, self.epilogue)
@@ -135,6 +138,7 @@ class LowRankConv2d(Factors):
     ``factors`` is the ``nn.ParameterList`` of the ordered convolution weights, channels_last like the activations.
     """
 
+    bias: nn.Parameter | None
     _op = "low_rank_conv2d"
     groups = 1
     padding_mode = "zeros"
@@ -182,7 +186,8 @@ class LowRankConv2d(Factors):
         )
         for factor in self.factors:
             nn.init.normal_(factor, std=factor[0].numel() ** -0.5)
-        self.bias = nn.Parameter(torch.zeros(out_channels, device=device, dtype=dtype)) if bias else None
+        zeros = torch.zeros(out_channels, device=device, dtype=dtype) if bias else None
+        self.register_parameter("bias", None if zeros is None else nn.Parameter(zeros))
         self._init_factors(len(shapes))
 
     def _factors(self) -> list[Tensor]:

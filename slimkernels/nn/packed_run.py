@@ -34,9 +34,9 @@ _SPARE: list[Tensor] = []
 def _convs_of(module: Prepacked) -> tuple[PackedConv2d, ...]:
     """The native convolutions of a module; none where it has no pack of its present weight, or one without counts."""
     call = module._prepared
-    if call is None or not module._pack_is_current():
+    if call is None or "bias" not in module._parameters or not module._pack_is_current():
         return ()
-    bias = module._parameters.get("bias")
+    bias = module._parameters["bias"]
     counted = not any(tensor.is_inference() for tensor in module._pack_follows())
     readable = bias is None or _is_readable(bias, call.convs[-1].c_out)
     return call.convs if counted and readable else ()
@@ -179,21 +179,27 @@ class _ShapedChain:
         size = (x.shape[1], x.shape[2], x.shape[3]) if images else (x.shape[-1], 1, 1)
         c, p, q = activation_sizes(chain.links, [size])[-1]
         shape = (x.shape[0], c, p, q) if images else (*x.shape[:-1], c)
-        x, y, workspace = _laid_out(x, images), _empty(shape, images), _workspace(placement.nbytes)[: placement.nbytes]
+        x, y = _end(_laid_out(x, images), images), _end(_empty(shape, images), images)
+        workspace = _workspace(placement.nbytes)[: placement.nbytes]
         memory = {name: workspace[where] for name, where in placement.ranges.items()}
-        ends = (x, y) if images else (x.view(-1, x.shape[-1]), y.view(-1, c))
-        steps = chain.steps([ends[0]], ends[1], memory)
+        steps = chain.steps([x], y, memory)
         return cls(MovableSteps(chain.layers[0].isa, steps, [x, y, workspace]), placement.nbytes, shape, images)
 
     def __call__(self, x: Tensor) -> Tensor:
         y, memory = _empty(self.shape, self.images), _workspace(self.nbytes)
-        self.steps(_laid_out(x, self.images), y, memory[: self.nbytes])
+        images = self.images
+        self.steps(_end(_laid_out(x, images), images), _end(y, images), memory[: self.nbytes])
         _SPARE[:] = [max([memory, *_SPARE], key=Tensor.numel)]
         return y
 
 
 def _laid_out(x: Tensor, images: bool) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if images else x.contiguous()
+
+
+def _end(tensor: Tensor, images: bool) -> Tensor:
+    """An input or output as the steps take it: images, or rows ``(n, channels)``."""
+    return tensor if images else tensor.view(-1, tensor.shape[-1])
 
 
 def _empty(shape: tuple[int, ...], images: bool) -> Tensor:

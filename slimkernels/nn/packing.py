@@ -123,7 +123,10 @@ class Prepacked(AttributesInUse):
         arithmetic of a converted VGG-19 takes.
         """
         ready = self._prepared
-        if ready is None or not nothing_watches(x, self._parameters.get("bias"), *self._weights()):
+        # A bias that is parametrized or pruned is no parameter: the op is given what is computed.
+        if ready is None or "bias" not in self._parameters:
+            return None
+        if not nothing_watches(x, self._parameters["bias"], *self._weights()):
             return None
         return ready if self._pack_is_current() else None
 

@@ -127,12 +127,13 @@ class StoredBlocks(Prepacked):
     # ------------------------------------------------------------ the pack
 
     def _weights(self) -> list[Tensor]:
-        return [self._parameters["values"]]  # type: ignore[list-item]  # never None
+        values = self._parameters.get("values")
+        return [self.values if values is None else values]  # computed where they are parametrized or pruned
 
     def _pack_follows(self) -> list[Tensor]:
         buffers = self._buffers
         # For mypy: none of them is ever None.
-        return [self._parameters["values"], buffers["crow_indices"], buffers["col_indices"]]  # type: ignore[list-item]
+        return [*self._weights(), buffers["crow_indices"], buffers["col_indices"]]  # type: ignore[list-item]
 
     def _hold(self) -> None:
         super()._hold()
@@ -143,7 +144,10 @@ class StoredBlocks(Prepacked):
     def _ready(self, x: Tensor) -> PackedConv2d | None:
         # As the base's, with the one weight by name: 2% of a call of a small layer.
         ready, parameters = self._prepared, self._parameters
-        if ready is None or not nothing_watches(x, parameters["values"], parameters["bias"]):
+        # A parametrized or pruned tensor is no parameter: the op is given what is computed.
+        if ready is None or "values" not in parameters or "bias" not in parameters:
+            return None
+        if not nothing_watches(x, parameters["values"], parameters["bias"]):
             return None
         return ready if self._pack_is_current() else None
 
@@ -153,12 +157,13 @@ class StoredBlocks(Prepacked):
             return False
         # The indices by identity and count of writes alone: two more snapshots would take 0.5 us of every call.
         crow, col, writes = self._packed_pattern
-        buffers = self._buffers
+        buffers, values = self._buffers, self._parameters.get("values")
         return (
-            buffers["crow_indices"] is crow
+            values is not None
+            and buffers["crow_indices"] is crow
             and buffers["col_indices"] is col
             and (writes is None or crow._version + col._version == writes)
-            and packed_from[0].holds(self._parameters["values"])  # type: ignore[arg-type]  # never None
+            and packed_from[0].holds(values)
         )
 
     def _request(self) -> Request:
