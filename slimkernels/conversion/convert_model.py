@@ -45,7 +45,8 @@ from slimkernels.conversion.units import (
     swap_plan,
 )
 from slimkernels.conversion.wrappers import unwrapped
-from slimkernels.nn import chain_sequentials_, guard_strided_pointwise_
+from slimkernels.nn import guard_strided_pointwise_
+from slimkernels.nn.chained import chain_sequentials_
 from slimkernels.progress import counting_bar
 
 __all__ = ["convert"]
@@ -85,8 +86,9 @@ def convert(
             at level DEBUG and each step at level INFO, with or without it.
 
     Returns:
-        A model of the same class; batch norms, ReLUs and pools that went elsewhere are nn.Identity. `explain` tells
-        what happened.
+        A model of the same class; batch norms, ReLUs and pools that went elsewhere are nn.Identity, and an
+        nn.Sequential whose layers follow each other is a `slimkernels.nn.ChainedSequential`. `explain` tells what
+        happened.
 
     Raises:
         TypeError: not a module, or one that cannot be copied; example inputs of another form.

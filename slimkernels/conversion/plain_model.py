@@ -18,7 +18,8 @@ from slimkernels.conversion.units import GUARD_ATTRIBUTE, PLAN_ATTRIBUTE
 from slimkernels.conversion.wrappers import unwrapped
 from slimkernels.formats import BlockMask
 from slimkernels.kernels.problems import factor_geometry
-from slimkernels.nn import LowRankConv2d, unchain_sequentials_
+from slimkernels.nn import LowRankConv2d
+from slimkernels.nn.chained import unchain_sequentials_
 
 
 @torch.inference_mode(False)  # as `convert`

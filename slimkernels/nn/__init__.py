@@ -1,9 +1,9 @@
-"""Drop-in modules: block-sparse, low-rank and fused dense twins of ``nn.Conv2d`` and ``nn.Linear``."""
+"""Drop-in modules: twins of ``nn.Conv2d`` and ``nn.Linear`` (block-sparse, low-rank, fused), a Sequential of chains."""
 
 from slimkernels.nn.attributes import resolved_padding, unsupported_conv_reason
 from slimkernels.nn.batch_norm import FusedBatchNorm2d
 from slimkernels.nn.block_sparse import BlockSparseConv2d, BlockSparseLinear
-from slimkernels.nn.chained import ChainedSequential, chain_sequentials_, unchain_sequentials_
+from slimkernels.nn.chained import ChainedSequential
 from slimkernels.nn.fused import FusedConv2d
 from slimkernels.nn.low_rank import LowRankConv2d, LowRankLinear
 from slimkernels.nn.strided_pointwise import guard_strided_pointwise_
@@ -20,9 +20,7 @@ __all__ = [
     "FusedConv2d",
     "LowRankConv2d",
     "LowRankLinear",
-    "chain_sequentials_",
     "guard_strided_pointwise_",
     "resolved_padding",
-    "unchain_sequentials_",
     "unsupported_conv_reason",
 ]

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from slimkernels.kernels.cpu import conv2d as native
-from slimkernels.kernels.cpu.library import unavailable_reason
+from slimkernels.kernels.cpu.library import library, unavailable_reason
+from slimkernels.kernels.cpu.steps import MovableSteps
 from slimkernels.kernels.problems import LANES
 
 ISAS = [isa for isa in LANES if unavailable_reason(isa) is None]
@@ -292,3 +293,40 @@ def test_the_bindings_refuse_a_residual_in_front_of_pooling() -> None:
     step = step._replace(arguments=step.arguments._replace(residual=x.data_ptr()))
     with pytest.raises(ValueError, match="residual"):
         native.Steps(ISAS[-1], [step])
+
+
+def test_steps_on_other_memory_in_every_call() -> None:
+    """Input, output, residual and workspace lie elsewhere in each call; the weights stay."""
+    isa = ISAS[-1]
+    conv, _, bias = packed_conv(isa, 16, 16, 16, 9, "relu")
+
+    def memory() -> tuple[Tensor, Tensor, Tensor]:
+        return images(2, 16, 4, 4), images(2, 16, 4, 4), torch.empty(4 * 2 * 16 * 16, dtype=torch.uint8)
+
+    def made(x: Tensor, y: Tensor, workspace: Tensor) -> list[native.Step]:
+        middle = workspace.view(torch.float32).view(2, 4, 4, 16).permute(0, 3, 1, 2)
+        offsets = conv.entry_offsets(4, 4)
+        return [conv.step(x, middle, bias, 2, offsets), conv.step(middle, y, bias, 2, offsets, x)]
+
+    movable = MovableSteps(isa, made(*(first := memory())), first)
+    kept = [t.clone() for t in first]
+    calls = [memory() for _ in range(3)]
+    for x, y, workspace in calls:
+        movable(x, y, workspace)
+        expected = torch.empty_like(y)
+        native.Steps(isa, made(x, expected, workspace))()
+        assert torch.equal(y, expected) and y.abs().sum() > 0
+    assert all(torch.equal(t, was) for t, was in zip(first, kept))
+    x, y, workspace = calls[0]
+    others = [x[:1], x.contiguous(), x.double(), x._neg_view()]
+    for given in ((x, y), (x, y, workspace[1:]), *((other, y, workspace) for other in others)):
+        with pytest.raises(ValueError, match="MovableSteps: expected dense CPU tensors like"):
+            movable(*given)
+    module = library()[0]
+    numbers = [(step.kind, step.slot, *step.arguments) for step in made(x, y, workspace)]
+    raw = module.Steps(isa, numbers, [(x.data_ptr(), 8)])
+    for addresses in ([], [0], [x.data_ptr()] * 2):
+        with pytest.raises(ValueError, match="Steps: expected the address of every movable memory"):
+            raw.run_at(addresses, 1)
+    with pytest.raises(ValueError, match="at least one thread"):
+        raw.run_at([x.data_ptr()], 0)

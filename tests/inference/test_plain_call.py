@@ -207,6 +207,20 @@ class Doubled(nn.Module):
         return 2 * x
 
 
+class LouderConv(BlockSparseConv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return 3 * super().forward(x)
+
+
+class LouderLinear(BlockSparseLinear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 3 * super().forward(x)
+
+
+def _louder(net: nn.Sequential) -> None:
+    net[3].__class__, net[9].__class__ = LouderConv, LouderLinear
+
+
 def _own_forward(net: nn.Sequential) -> None:
     net[3].forward = lambda x: x * 3
     net[9].forward = lambda x: x * 3
@@ -225,6 +239,7 @@ DISTURBANCES: dict[str, Callable[[nn.Sequential], Any]] = {
         parametrize.register_parametrization(net[i], "bias", Doubled()) for i in (3, 11)
     ],
     "a forward of its own": _own_forward,
+    "another class": _louder,
     "dropout in training mode": _dropout,
     "training mode": lambda net: net.train(),
     "packs that were dropped": lambda net: [net[i].drop_packed() for i in (6, 9)],
@@ -308,6 +323,10 @@ def test_gradients_flow_as_through_the_modules(chains: list[int]) -> None:
     with torch.no_grad():
         net(x)
     assert chains == [4, 4, 2]
+    net[11].values.requires_grad_(False)
+    net[11].bias = nn.Parameter(net[11].bias.data)  # another parameter in the same memory
+    net(x).sum().backward()
+    assert chains == [4, 4, 2, 4] and net[11].bias.grad is not None
 
 
 def test_tangents_flow_as_through_the_modules(chains: list[int]) -> None:
@@ -431,6 +450,10 @@ def test_weights_that_count_no_writes(chains: list[int]) -> None:
         agrees(net, x)
         net[0].bias.fill_(3.0)
         agrees(net, x)
+        net[0].bias = net[1].bias = None
+        agrees(net, x)
+        net[0].values.mul_(2)
+        agrees(net, x)
     assert chains == []
 
 
@@ -500,3 +523,10 @@ def test_a_loaded_model_is_chained(pruned: nn.Module, chains: list[int], tmp_pat
 def test_a_model_to_train_is_not_chained(pruned: nn.Module) -> None:
     fast = sk.convert(pruned, policy=sk.Policy(min_speedup=0), training=True)
     assert type(fast) is nn.Sequential
+
+
+def test_warm_up_makes_the_chains(chains: list[int]) -> None:
+    net = network()
+    warm = sk.warm_up(net, [images(1), images(4)], calls=2)
+    assert chains == [4, 2, 4, 2]
+    assert {kernel.layer for kernel in warm.kernels} == {"1", "3", "5", "6", "9", "11"}
