@@ -47,7 +47,7 @@ class ChainedSequential(nn.Sequential):
 
     # The name of the argument is that of nn.Sequential.
     def forward(self, input: Any) -> Any:
-        if torch.compiler.is_compiling() or type(input) is not Tensor:
+        if torch.compiler.is_compiling():  # a captured program shall not change what the module remembers
             return super().forward(input)
         modules, program = list(self._modules.values()), self._program
         if program is None or program[0] != modules:
