@@ -32,8 +32,8 @@ class SparseTraining(Callback):
     next call, on the very input and under the autocast of the run: forward and backward, dense and sparse. Where sparse
     is at least ``min_speedup`` times as fast the layer runs so until the run is over, however it ends. Outputs and
     gradients are those of the dense layer up to rounding. Evaluation runs dense, and so does what `torch.compile`
-    compiles. A mask that changes after all is followed. On CPUs the sparse kernels compute in float32, which seldom gains
-    anything over dense layers under autocast to bfloat16.
+    compiles. A mask that changes after all is followed. On CPUs the sparse kernels compute in float32, which seldom
+    gains anything over dense layers under autocast to bfloat16.
 
     What was decided is checkpointed with the run, so that a resumed one decides alike. Steps that were measured with
     other results in another run differ in the last bits, as dense and sparse sums do.
