@@ -71,7 +71,7 @@ class FakeQuantize(nn.Module):
             return
         rows = self._folded(weight).flatten(1).cpu()
         if not bool(torch.isfinite(rows).all()):
-            raise ValueError("expected finite weights and statistics of batch norm, got inf or nan")
+            raise ValueError("FakeQuantize: expected finite weights and statistics of batch norm, got inf or nan")
         exponents, _ = quantize(rows, torch.arange(len(rows)), len(rows), self.values)
         self.exponents.copy_(torch.from_numpy(exponents))
 
