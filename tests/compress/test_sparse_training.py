@@ -112,6 +112,10 @@ def test_a_mask_that_changes_is_followed():
     model(x)
     sk.prune_(model, 0.9, (16, 2), layers=["3", "5", "7"])
     got = model(x)
+    got.sum().backward()
+    for index in (3, 5, 7):
+        layer = model[index].parametrizations.weight
+        assert not layer.original.grad[layer[0](torch.ones_like(layer.original)) == 0].any()
     training.on_run_end(model)
     torch.testing.assert_close(got, model(x), rtol=1e-4, atol=1e-5)
 
