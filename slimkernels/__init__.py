@@ -25,6 +25,7 @@ _PUBLIC = {
     "LayerPlan": "conversion.plan",
     "GradualPruning": "compress.pruning.gradual",
     "Policy": "conversion.plan",
+    "SparseTraining": "compress.pruning.sparse_training",
     "QuantizationAware": "compress.quantization",
     "analyze": "conversion.analysis",
     "convert": "conversion",
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
     from slimkernels.compress.pruning.prune import finalize_, masks, prune_
     from slimkernels.compress.pruning.sensitivity import sensitivity_scan
     from slimkernels.compress.pruning.shrink import shrink_
+    from slimkernels.compress.pruning.sparse_training import SparseTraining
     from slimkernels.compress.quantization import QuantizationAware
     from slimkernels.compress.training.train import evaluate, fine_tune
     from slimkernels.conversion import convert, explain, to_dense

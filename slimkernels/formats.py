@@ -103,6 +103,27 @@ def expand_mask(mask: Tensor, weight_shape: Sequence[int], block_shape: Sequence
     return _from_blocks(blocks, weight_shape, block_shape).reshape(tuple(weight_shape))
 
 
+def broadcast_views(weight: Tensor, mask: Tensor, block_shape: Sequence[int]) -> tuple[Tensor, Tensor] | None:
+    """A view of a weight and one of its block mask that broadcast against each other, or a small copy of the mask.
+
+    Spreading the mask over the weight, as `expand_mask` does, costs a training step several times what is done with it.
+    None where blocks are ragged, and for weights that are neither contiguous nor channels_last.
+    """
+    c_out, c_in, r, s = weight_shape_4d(weight.shape)
+    block_out, block_in = block_shape
+    if c_out % block_out or c_in % block_in:
+        return None
+    rows, groups, taps = c_out // block_out, c_in // block_in, r * s
+    if weight.is_contiguous():
+        # Contiguous, because elementwise results take their order of strides from any of their inputs.
+        keep = mask.view(rows, taps, groups).transpose(1, 2).contiguous().view(rows, 1, groups, 1, taps)
+        return weight.view(rows, block_out, groups, block_in, taps), keep
+    if weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last):
+        matrix = weight.permute(0, 2, 3, 1)
+        return matrix.view(rows, block_out, taps * groups, block_in), mask.view(rows, 1, taps * groups, 1)
+    return None
+
+
 @dataclass(frozen=True)
 class BSRWeight:
     """A block-sparse weight.
@@ -376,8 +397,14 @@ class BlockMask(nn.Module):
         self.register_buffer("mask", mask.to(torch.bool).clone())
 
     def forward(self, weight: Tensor) -> Tensor:
-        keep = expand_mask(self.mask, self.weight_shape, self.block_shape)
-        return torch.where(keep, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
+        zero = torch.zeros((), dtype=weight.dtype, device=weight.device)
+        views = broadcast_views(weight, self.mask, self.block_shape)
+        if views is None:
+            return torch.where(expand_mask(self.mask, self.weight_shape, self.block_shape), weight, zero)
+        kept = torch.where(views[1], views[0], zero)
+        if weight.is_contiguous():
+            return kept.view(weight.shape)
+        return kept.view(weight.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Assigning to the masked weight stores the tensor as it is; the mask applies on reading."""

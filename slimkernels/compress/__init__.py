@@ -25,6 +25,7 @@ _HOME = {
     "sensitivity_scan": "pruning.sensitivity",
     "latency_budget": "pruning.budget",
     "shrink_": "pruning.shrink",
+    "SparseTraining": "pruning.sparse_training",
     "unit_costs": "pruning.latency",
     "factorize_": "factorization.factorize",
     "factorization_report": "factorization.factorize",
@@ -76,6 +77,7 @@ if TYPE_CHECKING:
     )
     from slimkernels.compress.pruning.sensitivity import sensitivity_scan
     from slimkernels.compress.pruning.shrink import shrink_
+    from slimkernels.compress.pruning.sparse_training import SparseTraining
     from slimkernels.compress.quantization import QuantizationAware
 
 

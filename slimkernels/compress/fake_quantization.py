@@ -21,6 +21,18 @@ from slimkernels.conversion.quantization import LEVELS, half_dtype, quantize, sc
 QUANTIZED_VALUES = ("bf16", *LEVELS)
 
 
+class _PassThrough(torch.autograd.Function):
+    """The second tensor, with the gradient of the first."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, rounded: Tensor) -> Tensor:
+        return rounded
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
 class FakeQuantize(nn.Module):
     """Parametrization that rounds a weight to the values of a compact file; gradients pass as if it did not.
 
@@ -44,12 +56,8 @@ class FakeQuantize(nn.Module):
         self.register_buffer("exponents", exponents)
 
     def forward(self, weight: Tensor) -> Tensor:
-        if not self.active:
-            return weight
-        with torch.no_grad():
-            rounded = self._rounded(weight)
-        # The difference is exactly zero, and its gradient is that of the weight.
-        return rounded + (weight - weight.detach())
+        # For mypy: apply is untyped.
+        return _PassThrough.apply(weight, self._rounded(weight)) if self.active else weight  # type: ignore[no-untyped-call, no-any-return]
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Assigning to the rounded weight stores the tensor as it is; it is rounded on reading."""
@@ -63,18 +71,21 @@ class FakeQuantize(nn.Module):
             return
         rows = self._folded(weight).flatten(1).cpu()
         if not bool(torch.isfinite(rows).all()):
-            raise ValueError("expected finite weights and statistics of batch norm, got inf or nan")
+            raise ValueError("FakeQuantize: expected finite weights and statistics of batch norm, got inf or nan")
         exponents, _ = quantize(rows, torch.arange(len(rows)), len(rows), self.values)
         self.exponents.copy_(torch.from_numpy(exponents))
 
     @torch.no_grad()
     def stored(self, weight: Tensor) -> Tensor:
         """What a file holds of the layer, batch norm folded: float32, of the weight's shape."""
-        folded = self._folded(weight)
         if self.values == "bf16":
-            return flush_subnormals(folded.bfloat16().float())
-        levels, scales = LEVELS[self.values], _by_channel(self._scales(), weight)
-        return (folded / scales).round_().clamp_(-levels, levels).mul_(scales)
+            found = self._folded(weight).bfloat16().float()
+        else:
+            found = self._codes(weight).mul_(_by_channel(self._scales(), weight))
+        norm = self._norm[0]
+        if norm is not None:
+            found = torch.where(_by_channel(batch_norm_scale_shift(norm)[0] != 0, weight), found, 0.0)
+        return flush_subnormals(found)
 
     @torch.no_grad()
     def round_shift_(self, bias: Tensor | None) -> None:
@@ -92,21 +103,38 @@ class FakeQuantize(nn.Module):
             single = shift.float()
             norm.bias.add_((single.to(half_dtype(single)).double() - shift).to(norm.bias.dtype))
 
+    @torch.no_grad()
     def _rounded(self, weight: Tensor) -> Tensor:
-        rounded, gain = self.stored(weight), self._gain(weight)
-        if gain is not None:
-            # A channel that batch norm multiplies by zero is zero in the file, whatever it is here.
-            rounded = torch.where(gain != 0, rounded / gain, weight)
+        gain = self._gain(weight)
+        if self.values == "bf16":
+            rounded = self._folded(weight).bfloat16().float()
+            rounded = rounded if gain is None else rounded / gain
+        else:
+            scales = _by_channel(self._scales(), weight)
+            rounded = self._codes(weight).mul_(scales if gain is None else scales / gain)
         return rounded.to(weight.dtype)
+
+    def _codes(self, weight: Tensor) -> Tensor:
+        """The integers of a file, in float32; few passes over the weight, since every training step makes them."""
+        gain, scales = self._gain(weight), _by_channel(self._scales(), weight)
+        levels, exact = LEVELS[self.values], weight.detach().float()
+        codes = exact / scales if gain is None else exact * (gain / scales)
+        return codes.round_().clamp_(-levels, levels)
 
     def _folded(self, weight: Tensor) -> Tensor:
         gain = self._gain(weight)
         return weight.float() if gain is None else weight.float() * gain
 
     def _gain(self, weight: Tensor) -> Tensor | None:
-        """The factor of each output channel that folding applies, float32, to be broadcast over ``weight``."""
+        """The factor of each output channel that folding applies, float32, to be broadcast over ``weight``.
+
+        1 in place of 0: such a channel is zero in the file, yet batch norm may give it a gain again.
+        """
         norm = self._norm[0]
-        return None if norm is None else _by_channel(batch_norm_scale_shift(norm)[0].float(), weight)
+        if norm is None:
+            return None
+        gain = batch_norm_scale_shift(norm)[0].float()
+        return _by_channel(torch.where(gain == 0, 1.0, gain), weight)
 
     def _scales(self) -> Tensor:
         """`scales_of` without NumPy, so that the loop may compile it."""

@@ -138,7 +138,9 @@ class TensorLoader:
             ValueError: as the constructor.
         """
         given = {"crop_padding": crop_padding, "padding_mode": padding_mode, "flip": flip, "cutout": cutout}
-        settings = {name: getattr(self, name) if value is None else value for name, value in given.items()}
+        settings: dict[str, Any] = {
+            name: getattr(self, name) if value is None else value for name, value in given.items()
+        }
         changed = copy.copy(self)
         changed._set_augmentation("augmented", **settings)
         return changed

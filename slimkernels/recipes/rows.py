@@ -24,6 +24,7 @@ from slimkernels.compress.pruning.budget import latency_budget
 from slimkernels.compress.pruning.gradual import GradualPruning
 from slimkernels.compress.pruning.latency import unit_costs
 from slimkernels.compress.pruning.prune import finalize_, masks, prune_
+from slimkernels.compress.pruning.sparse_training import SparseTraining
 from slimkernels.compress.quantization import QuantizationAware
 from slimkernels.compress.training.callbacks import Callback
 from slimkernels.compress.training.checkpoint import remove_checkpoint
@@ -240,7 +241,7 @@ def _train(
     if teacher is None:
         history = fine_tune(model, loader, None, config, **common)
     else:
-        options = {k: v for k, v in step.companions.items() if k not in ("prune", "quantize", "teacher")}
+        options = {k: v for k, v in step.companions.items() if k not in ("prune", "quantize", "sparse", "teacher")}
         history = distill(model, teacher, loader, None, config, **options, **common)
     seconds = sum(stats.seconds for stats in history)
     state = stem.with_suffix(".pt")
@@ -300,13 +301,15 @@ def stratified(labels: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def callbacks_of(place: Workplace, step: Step, model: nn.Module) -> list[Callback]:
-    """What a training step does beside training: pruning, then rounding."""
+    """What a training step does beside training: it prunes, rounds, and runs sparse layers as such, in this order."""
     callbacks: list[Callback] = []
     if "prune" in step.companions:
         images = torch.zeros(max(place.recipe.batches), *place.train.images.shape[1:], device=place.device)
         callbacks.append(pruning(step.companions["prune"], model, images))
     if "quantize" in step.companions:
         callbacks.append(QuantizationAware(**step.companions["quantize"]))
+    if "sparse" in step.companions:
+        callbacks.append(SparseTraining(**step.companions["sparse"]))
     return callbacks
 
 

@@ -26,8 +26,8 @@ _RECIPE_KEYS = ("name", "title", "presets", "rows")
 _PRESET_KEYS = ("data", "batch_size", "batches", "seconds", "variables", "note", "leave_out", "policy")
 _ROW_KEYS = ("name", "group", "each", "model", "from", "steps", "paper", "note")
 _STEP_COMPANIONS = {
-    "train": ("prune", "quantize"),
-    "distill": ("prune", "quantize", "teacher", "loss", "temperature", "soft_weight", "cache_logits"),
+    "train": ("prune", "quantize", "sparse"),
+    "distill": ("prune", "quantize", "sparse", "teacher", "loss", "temperature", "soft_weight", "cache_logits"),
 }
 # Beside TrainConfig's fields: a mapping to start from, the batch size, how many of the training images are used, and
 # how these are augmented.
@@ -216,6 +216,8 @@ def _step(entry: Any, where: str) -> Step:
         _mapping(settings["augment"], f"{where}: augment", _settings_of("augment"))
     if "prune" in companions:
         _mapping(companions["prune"], f"{where}: prune", {*_settings_of("gradual"), "speedup"})
+    if "sparse" in companions:
+        _mapping(companions["sparse"], f"{where}: sparse", _settings_of("sparse"))
     if "quantize" in companions:
         _mapping(companions["quantize"], f"{where}: quantize", _settings_of("quantize"), required=("values",))
     return Step(verb, settings, companions)
@@ -239,6 +241,7 @@ def _settings_of(verb: str) -> Collection[str]:
     from slimkernels.compress.factorization.factorize import factorize_
     from slimkernels.compress.pruning.gradual import GradualPruning
     from slimkernels.compress.pruning.prune import prune_
+    from slimkernels.compress.pruning.sparse_training import SparseTraining
     from slimkernels.compress.quantization import QuantizationAware
     from slimkernels.data import TensorLoader
 
@@ -247,6 +250,7 @@ def _settings_of(verb: str) -> Collection[str]:
         "factorize": factorize_,
         "gradual": GradualPruning.__init__,
         "quantize": QuantizationAware.__init__,
+        "sparse": SparseTraining.__init__,
         "augment": TensorLoader.augmented,
     }
     function = functions[verb]

@@ -179,11 +179,11 @@ def test_a_step_prunes_by_predicted_time():
 
 
 def test_a_step_prunes_and_rounds():
-    rounded = {"values": "int8", "begin": 0.5}
-    step = parse(lambda data: data["rows"][1]["steps"][0].update(quantize=rounded)).rows[1].steps[0]
-    pruning, rounding = rows.callbacks_of(place(), step, nn.Identity())
+    beside = {"quantize": {"values": "int8", "begin": 0.5}, "sparse": {"begin": 0.8}}
+    step = parse(lambda data: data["rows"][1]["steps"][0].update(beside)).rows[1].steps[0]
+    pruning, rounding, sparse = rows.callbacks_of(place(), step, nn.Identity())
     assert isinstance(pruning, sk.GradualPruning) and isinstance(rounding, sk.QuantizationAware)
-    assert (rounding.values, rounding.begin) == ("int8", 0.5)
+    assert (rounding.values, rounding.begin, sparse.begin) == ("int8", 0.5, 0.8)
 
 
 def test_the_low_rank_row_fits_the_teacher_of_every_small_preset():

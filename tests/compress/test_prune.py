@@ -489,6 +489,30 @@ def test_units_cover_each_weight_once_and_agree_with_their_mask(c_out, c_in, ker
         sums = units.sums(weight)
 
 
+@pytest.mark.parametrize("shape", [(32, 12, 3, 3), (32, 12, 1, 1), (16, 24, 2, 3), (30, 12, 3, 3), (32, 12)])
+@pytest.mark.parametrize("block", [(16, 1), (8, 4), (16, 3)])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "neither"])
+def test_a_mask_hides_the_same_weights_in_every_layout(shape, block, layout):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    if len(shape) == 4 and layout == "channels_last":
+        weight = weight.contiguous(memory_format=torch.channels_last)
+    elif layout == "neither":
+        weight = weight.repeat_interleave(2, 1)[:, ::2]
+    mask = BlockMask(torch.rand(block_grid(shape, block)) < 0.4, shape, block)
+    expected = torch.where(expand_mask(mask.mask, shape, block), weight, 0.0)
+    gradient = torch.autograd.grad(mask(weight.requires_grad_()).sum(), weight)[0]
+    assert torch.equal(gradient, expand_mask(mask.mask, shape, block).float())
+    with torch.no_grad():
+        assert torch.equal(mask(weight), expected) and mask(weight).shape == weight.shape
+        if layout != "neither" and shape[0] % block[0] == 0:
+            assert mask(weight).is_contiguous() == weight.is_contiguous()
+        zero_masked_(weight, mask, finite=True)
+        assert torch.equal(weight, expected)
+        weight.fill_(torch.nan)
+        zero_masked_(weight, mask)
+        assert torch.equal(weight == 0, expected == 0)
+
+
 def test_shared_taps_share_one_mask_that_keeps_the_strongest_positions():
     conv = seeded(nn.Conv2d(12, 32, 3, bias=False))
     dense = conv.weight.detach().clone()

@@ -278,5 +278,5 @@ def test_models_that_cannot_be_trained_so_are_refused():
     callback.prepare(broken, 1)
     with torch.no_grad():
         broken[3].parametrizations.weight.original[0] = torch.nan
-    with pytest.raises(ValueError, match="QuantizationAware: layer '3': expected finite weights"):
+    with pytest.raises(ValueError, match="QuantizationAware: layer '3': FakeQuantize: expected finite weights"):
         callback.on_step_begin(0, 1, broken)

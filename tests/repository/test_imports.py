@@ -47,7 +47,8 @@ PACKAGES = {
         "__init__",
     ),
     "compress/pruning": (
-        "budget, gradual, sensitivity, shrink", "prune", "importance, latency", "granularity, schedules", "__init__",
+        "budget, gradual, sensitivity, shrink, sparse_training", "prune", "importance, latency",
+        "granularity, schedules", "__init__",
     ),
     "compress/factorization": (
         "factorize", "twins", "layer_ranks", "layer_costs, whitening, ranks", "decompositions", "__init__",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from slimkernels.formats import BlockMask, block_grid, block_shape_2d, weight_shape_4d
+from slimkernels.formats import BlockMask, block_grid, block_shape_2d, broadcast_views, weight_shape_4d
 
 GRANULARITIES = ("block", "element", "channel", "block_shared_taps")
 
@@ -128,18 +128,11 @@ def zero_masked_(weight: Tensor, mask: BlockMask, *, finite: bool = False) -> No
         finite: the caller knows that hidden values are finite. They are multiplied by 0 then, in a tenth of the time
             (2.4 million weights in (16, 1) blocks, one Zen 3 core: 0.5 ms against 5 ms).
     """
-    c_out, c_in, r, s = weight_shape_4d(weight.shape)
-    block_out, block_in = mask.block_shape
-    rows, cols = block_grid(weight.shape, mask.block_shape)
-    groups = cols // (r * s)
     with torch.no_grad():
-        if not weight.is_contiguous() or rows * block_out != c_out or groups * block_in != c_in:
+        views = broadcast_views(weight, mask.mask.to(weight.device), mask.block_shape)
+        if views is None:
             weight.copy_(mask(weight))
-            return
-        kept = mask.mask.to(weight.device).reshape(rows, r * s, groups, 1).permute(0, 2, 3, 1)
-        kept = kept.expand(rows, groups, block_in, r * s).reshape(rows, 1, -1)
-        blocks = weight.view(rows, block_out, -1)
-        if finite:
-            blocks.mul_(kept.to(weight.dtype))
+        elif finite:
+            views[0].mul_(views[1].to(weight.dtype))
         else:
-            blocks.masked_fill_(~kept, 0)
+            views[0].masked_fill_(~views[1], 0)

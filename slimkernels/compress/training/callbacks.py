@@ -37,6 +37,9 @@ class Callback:
         """After the last step of ``epoch`` (counted from 0), before the model is evaluated and the checkpoint
         written."""
 
+    def on_run_end(self, model: nn.Module) -> None:
+        """Once the run is over, also where an error or Ctrl-C ends it; for undoing what only training needs."""
+
     def metrics(self) -> dict[str, float]:
         """Numbers to write into the logs beside the loss, such as the present sparsity."""
         return {}

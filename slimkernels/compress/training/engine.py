@@ -138,6 +138,8 @@ class _Training:
                     if checkpoint is not None and setup.main:
                         save_checkpoint(checkpoint, state)
         finally:
+            for callback in setup.callbacks:
+                callback.on_run_end(model)
             if self.log is not None:
                 self.log.close()
             setup.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
