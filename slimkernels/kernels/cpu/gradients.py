@@ -127,14 +127,14 @@ def deep_entries(
 
     Returns:
         ``weights (entries, depth)``, their first output channel, and where the entries of every input channel and tap
-        begin. None where blocks are no multiple of 8 output channels, strips of input channels do as well, or most
+        begin. None where blocks or all of them are no multiple of 8 output channels, strips of input channels do as well, or most
         blocks are stored.
     """
     c_out, c_in, r, s = weight_shape
     block_out, block_in = block_shape
     rows, groups, taps = -(-c_out // block_out), -(-c_in // block_in), r * s
-    nnz, depth = int(crow_indices[-1]), math.gcd(block_out, 16)
-    if block_in % 8 == 0 or depth < 8 or c_out % depth or nnz > DEEP_SHARE * rows * groups * taps:
+    nnz, depth = int(crow_indices[-1]), math.gcd(block_out, c_out, 16)
+    if block_in % 8 == 0 or depth < 8 or nnz > DEEP_SHARE * rows * groups * taps:
         return None
     pattern = crow_indices, col_indices
     key = tuple(weight_shape), tuple(block_shape)
