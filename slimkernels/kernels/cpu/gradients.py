@@ -127,8 +127,8 @@ def deep_entries(
 
     Returns:
         ``weights (entries, depth)``, their first output channel, and where the entries of every input channel and tap
-        begin. None where blocks or all of them are no multiple of 8 output channels, strips of input channels do as well, or most
-        blocks are stored.
+        begin. None where blocks, or all output channels, are no multiple of 8, where strips of input channels do as
+        well, or where most blocks are stored.
     """
     c_out, c_in, r, s = weight_shape
     block_out, block_in = block_shape
