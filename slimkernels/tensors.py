@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -80,3 +81,35 @@ class Checked:
         """Notes that these tensors passed this check."""
         if not any(tensor.is_inference() for tensor in tensors):
             self._known[tensors[0]] = what, tuple(Snapshot(tensor) for tensor in tensors)
+
+
+_Found = TypeVar("_Found", bound=tuple[Tensor | None, ...])
+
+
+class Derived:
+    """Keeps what was computed from tensors, so that calls with the same tensors need not compute it again.
+
+    It is computed again, too, where somebody wrote to one of the tensors that were handed out, and dropped when the
+    first of the tensors that it follows from dies. Inference tensors count no writes: with one of those among them,
+    every call computes.
+    """
+
+    def __init__(self) -> None:
+        self._known = WeakIdKeyDictionary()
+
+    def of(self, what: Hashable, tensors: tuple[Tensor, ...], compute: Callable[[], _Found]) -> _Found:
+        """``compute()``, or what it returned for these very tensors and ``what`` if none was written to since."""
+        known = self._known.get(tensors[0])
+        if known is not None and known[0] == what:
+            found: _Found = known[2]
+            if all(map(Snapshot.holds, known[1], _tensors(*tensors, *found))):
+                return found
+        found = compute()
+        everything = _tensors(*tensors, *found)
+        if not any(tensor.is_inference() for tensor in everything):
+            self._known[tensors[0]] = what, tuple(map(Snapshot, everything)), found
+        return found
+
+
+def _tensors(*found: Tensor | None) -> list[Tensor]:
+    return [tensor for tensor in found if tensor is not None]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from slimkernels.kernels.packs import StripPack, kind_of
-from slimkernels.tensors import Checked, is_plain
+from slimkernels.tensors import Checked, Derived, is_plain
 
 # Output channels of a strip that the kernels have tiles for.
 STRIP_WIDTHS = frozenset({1, 2, 4, 8, 16, 24, 32})
@@ -34,6 +34,36 @@ def pack_strips(
         block_shape: ``(block_out, block_in)``.
         strip: output channels per strip, a divisor of ``block_out``.
     """
+    block_out, block_in = block_shape
+    pattern = crow_indices, col_indices
+    key = tuple(weight_shape), tuple(block_shape), strip
+    order, inside, channels, tap_ptr = _ENTRIES.of(
+        key, pattern, lambda: _entries_of(*pattern, weight_shape, block_shape, strip)
+    )
+    per_block, nnz = block_out // strip, int(crow_indices[-1])
+    weights = values.detach()[:nnz].reshape(nnz, per_block, strip, block_in).transpose(2, 3)
+    weights = weights.reshape(nnz * per_block, block_in, strip)
+    if order is not None:
+        weights = weights[order]
+    weights = weights.reshape(-1, strip)
+    if inside is not None:
+        weights = weights[inside]
+    return StripPack(weights.contiguous(), channels, tap_ptr)
+
+
+# A training step packs the same pattern with other values: the indices of the pack are kept with the pattern.
+_ENTRIES = Derived()
+
+
+def _entries_of(
+    crow_indices: Tensor, col_indices: Tensor, weight_shape: Sequence[int], block_shape: Sequence[int], strip: int
+) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
+    """What of a strip pack follows from the pattern.
+
+    Returns:
+        The order of the blocks' parts and which of their entries exist, None where all of them stay as they are; then
+        ``channels`` and ``tap_ptr``.
+    """
     c_out, c_in, r, s = weight_shape
     block_out, block_in = block_shape
     taps, groups, per_block = r * s, -(-c_in // block_in), block_out // strip
@@ -44,27 +74,25 @@ def pack_strips(
     row = torch.repeat_interleave(torch.arange(counts.numel()), counts)
     tap = torch.div(col_indices[:nnz], groups, rounding_mode="floor").long()
     first_channel = (col_indices[:nnz].long() - tap * groups) * block_in
-
-    # Order of the entries: strip, then block column, then channel inside the block.
-    sub = torch.arange(per_block)
-    position = crow[:-1][row][:, None] * (per_block - 1) + sub * counts[row][:, None] + torch.arange(nnz)[:, None]
-    order = torch.empty(nnz * per_block, dtype=torch.long)
-    order[position.reshape(-1)] = torch.arange(nnz * per_block)
-    weights = values.detach()[:nnz].reshape(nnz, per_block, strip, block_in).transpose(2, 3)
-    weights = weights.reshape(nnz * per_block, block_in, strip)
     channels = first_channel[:, None, None] + torch.arange(block_in)
     channels = channels.expand(nnz, per_block, block_in).reshape(nnz * per_block, block_in)
+    sub = torch.arange(per_block)
     key = ((row[:, None] * per_block + sub) * taps + tap[:, None]).reshape(-1)
+    order = inside = None
     if per_block > 1:
-        weights, channels, key = weights[order], channels[order], key[order]
+        # Order of the entries: strip, then block column, then channel inside the block.
+        position = crow[:-1][row][:, None] * (per_block - 1) + sub * counts[row][:, None] + torch.arange(nnz)[:, None]
+        order = torch.empty(nnz * per_block, dtype=torch.long)
+        order[position.reshape(-1)] = torch.arange(nnz * per_block)
+        channels, key = channels[order], key[order]
     key = key[:, None].expand(-1, block_in).reshape(-1)
-    weights, channels = weights.reshape(-1, strip), channels.reshape(-1)
+    channels = channels.reshape(-1)
     if strips * strip != counts.numel() * block_out or groups * block_in != c_in:
         inside = (channels < c_in) & (key < strips * taps)
-        weights, channels, key = weights[inside], channels[inside], key[inside]
+        channels, key = channels[inside], key[inside]
     tap_ptr = torch.zeros(strips * taps + 1, dtype=torch.int32)
     tap_ptr[1:] = torch.bincount(key, minlength=strips * taps).cumsum(0)
-    return StripPack(weights.contiguous(), channels.to(torch.int32), tap_ptr)
+    return order, inside, channels.to(torch.int32), tap_ptr
 
 
 _CHECKED_PACKS = Checked()

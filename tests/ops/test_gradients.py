@@ -40,6 +40,7 @@ GEOMETRIES = {
     "stride_2": {"stride": (2, 2), "h": 6},
     "stride_3_2": {"stride": (3, 2), "padding": (1, 2), "h": 11},
     "kernel_1x1_strided": {"kernel": (1, 1), "padding": (0, 0), "stride": (2, 3)},
+    "tall_kernel": {"kernel": (70, 1), "padding": (0, 0), "h": 140, "w": 2, "n": 1, "c_out": 48},
     "few_blocks": {"sparsity": 0.95},
     "most_blocks": {"sparsity": 0.2},
     "all_dense": {"pattern": "all_dense"},
@@ -130,12 +131,21 @@ def test_wgrad_cuts_images_and_rows(monkeypatch) -> None:
 NATIVE = [n for n in LOCAL if KERNELS[n].isa is not None]
 # Chunks of one image's rows and of several images, several parts of them, and parts of the block rows.
 CUTS = {
-    "rows_of_images": {"n": 2, "h": 23, "w": 31, "sparsity": 0.8},
-    "many_images": {"n": 90, "h": 3, "w": 4, "sparsity": 0.8},
-    "rows_strided": {"n": 3, "h": 35, "w": 30, "stride": (2, 1), "sparsity": 0.8},
-    "one_image": {"n": 1, "h": 4, "w": 4, "c_out": 200, "sparsity": 0.8},
-    "linear": {"n": 700, "h": 1, "w": 1, "kernel": (1, 1), "padding": (0, 0), "c_in": 100, "sparsity": 0.8},
-    "far_taps": {"n": 40, "h": 30, "w": 30, "dilation": (14, 14), "padding": (0, 0), "sparsity": 0.7},
+    "rows_of_images": {"c_out": 48, "n": 2, "h": 23, "w": 31, "sparsity": 0.8},
+    "many_images": {"c_out": 48, "n": 90, "h": 3, "w": 4, "sparsity": 0.8},
+    "rows_strided": {"c_out": 48, "n": 3, "h": 35, "w": 30, "stride": (2, 1), "sparsity": 0.8},
+    "one_image": {"n": 1, "h": 4, "w": 4, "c_out": 208, "sparsity": 0.8},
+    "linear": {
+        "c_out": 48,
+        "n": 700,
+        "h": 1,
+        "w": 1,
+        "kernel": (1, 1),
+        "padding": (0, 0),
+        "c_in": 100,
+        "sparsity": 0.8,
+    },
+    "far_taps": {"c_out": 48, "n": 40, "h": 30, "w": 30, "dilation": (14, 14), "padding": (0, 0), "sparsity": 0.7},
 }
 
 

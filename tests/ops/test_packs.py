@@ -14,6 +14,7 @@ from slimkernels.kernels.strips import check_pack, pack_strips
 from slimkernels.kernels.triton.bsr_conv2d_index import forward_order
 from slimkernels.nn import BlockSparseConv2d, LowRankLinear
 from slimkernels.ops import bsr_conv2d
+from slimkernels.tensors import Derived
 from slimkernels.testing import random_bsr, random_tensor
 
 WEIGHT = random_bsr((64, 32, 3, 3), (64, 16), 0.5, seed=1)
@@ -81,3 +82,36 @@ def test_factors_come_one_after_the_other() -> None:
         check_pack("low_rank_linear", pack, (*factor.shape, 1, 1))
     with pytest.raises(ValueError, match=r"^low_rank_linear: expected 6 packed tensors, got 3"):
         factor_packs("low_rank_linear", found[0], 2)
+
+
+def test_what_follows_from_a_pattern_is_computed_once_and_again_after_a_write() -> None:
+    derived, calls = Derived(), []
+    crow, col = torch.arange(3), torch.arange(2)
+
+    def compute() -> tuple[torch.Tensor, None]:
+        calls.append(1)
+        return crow + 1, None
+
+    first = derived.of("sums", (crow, col), compute)
+    assert derived.of("sums", (crow, col), compute) is first and len(calls) == 1
+    derived.of("others", (crow, col), compute)
+    derived.of("sums", (crow, col), compute)
+    assert len(calls) == 3, "another question"
+    for which in range(3):
+        written = (crow, col, derived.of("sums", (crow, col), compute)[0])[which]
+        before = len(calls)
+        written.add_(1)
+        assert torch.equal(derived.of("sums", (crow, col), compute)[0], crow + 1) and len(calls) == before + 1
+    with torch.inference_mode():
+        untold = torch.arange(3)
+        assert derived.of("sums", (untold,), compute) is not derived.of("sums", (untold,), compute)
+
+
+def test_a_pack_that_was_written_to_is_not_handed_out_again() -> None:
+    def fresh() -> StripPack:
+        return pack_strips(WEIGHT.values, *PATTERN, 8)
+
+    kept = [t.clone() for t in fresh()]
+    fresh().channels.zero_()
+    fresh().tap_ptr.zero_()
+    assert all(torch.equal(a, b) for a, b in zip(fresh(), kept, strict=True))

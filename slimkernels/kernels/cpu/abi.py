@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-_POINTERS = ("x", "y", "bias", "weights", "channels", "tap_ptr", "offsets", "residual")
-_POINTERS += ("grad", "values_grad", "crow_indices", "col_indices")
+_POINTERS = frozenset({"x", "y", "bias", "weights", "channels", "tap_ptr", "offsets", "residual"})
+_POINTERS |= {"grad", "values_grad", "crow_indices", "col_indices"}
 _INT64 = ("n", "h", "w", "c_in", "c_out", "p", "q")
 
 

@@ -317,7 +317,7 @@ class PackedConv2d:
 
     def _sizes(self, h: int, w: int, lanes: int) -> Conv2dArguments:
         """The convolution of images of this size, as far as its offsets depend on it."""
-        p, q = self.output_size(h, w) if self._tail[0] == 1 else (1, 1)
+        p, q = self.output_size(h, w) if self._tail[0] == 1 and not self._deep else (1, 1)
         return self._arguments(None, None, None, None, 1, h, w, p, q, lanes)
 
     def step(

@@ -21,6 +21,7 @@ from slimkernels.kernels.cpu.weight_gradient import takes_shapes, weight_gradien
 from slimkernels.kernels.packs import StripPack
 from slimkernels.kernels.problems import Room, strip_width
 from slimkernels.kernels.reference import bsr_conv2d_dgrad, bsr_conv2d_wgrad
+from slimkernels.tensors import Derived
 
 # Elements of the im2col matrix that one step holds: 16 MB of float32, of the order of a core's share of L3.
 COLUMN_ELEMENTS = 2**22
@@ -30,10 +31,13 @@ NARROW_STRIP = 16
 # pack of narrow blocks by copying the dense weight, the weight gradient by one product instead of one a block row.
 DENSE_PACK_SHARE, DENSE_PRODUCT_SHARE = 0.125, 0.4
 # Share of stored blocks up to which entries of several output channels, which multiply stored weights alone, are faster
-# than strips of 16 input channels.
+# than strips of 16 input channels (Zen 4: 0.7 of the time at a share of 0.4, 0.95 at 0.6, 1.4 at 1).
 DEEP_SHARE = 0.5
 # Padded pixels over those of the image or the output, and least of them, from which the padding is not stored.
 PADDED_SHARE, PADDED_PIXELS = 16, 2**10
+
+# A training step meets the same pattern with other values: what follows from the pattern is kept with it.
+_ENTRIES, _TRANSPOSED = Derived(), Derived()
 
 
 def transposed_strips(
@@ -52,20 +56,16 @@ def transposed_strips(
     """
     c_out, c_in, r, s = weight_shape
     block_out, block_in = block_shape
-    rows, groups, taps = -(-c_out // block_out), -(-c_in // block_in), r * s
-    nnz = int(crow_indices[-1])
-    values, col = values.detach()[:nnz], col_indices[:nnz].long()
-    counts = (crow_indices[1:] - crow_indices[:-1]).long()
-    row = torch.repeat_interleave(torch.arange(rows), counts)
-    tap, group = taps - 1 - col // groups, col % groups
     if block_in % 8 == 0:
-        order = torch.argsort((group * taps + tap) * rows + row)
-        crow = torch.zeros(groups + 1, dtype=torch.int32)
-        crow[1:] = torch.bincount(group, minlength=groups).cumsum(0)
-        columns = (tap * rows + row)[order].to(torch.int32)
-        blocks = values[order].transpose(1, 2).contiguous()
+        pattern, key = (crow_indices, col_indices), (tuple(weight_shape), tuple(block_shape))
+        order, crow, columns = _TRANSPOSED.of(key, pattern, lambda: _transpose(*pattern, weight_shape, block_shape))
+        blocks = values.detach().index_select(0, order).transpose(1, 2)
         shape, block = (c_in, c_out, r, s), (block_in, block_out)
         return pack_strips(blocks, crow, columns, shape, block, strip_width(block_in, isa))
+    rows, groups, taps = -(-c_out // block_out), -(-c_in // block_in), r * s
+    nnz = int(crow_indices[-1])
+    values = values.detach()[:nnz]
+    row, tap, group = _places(crow_indices, col_indices, groups, taps)
     strips = -(-c_in // NARROW_STRIP)
     if nnz > DENSE_PACK_SHARE * rows * taps * groups:
         blocks = values.new_zeros(rows * taps * groups, block_out, block_in)
@@ -98,6 +98,25 @@ def transposed_strips(
     return StripPack(weights, channels, tap_ptr)
 
 
+def _places(crow_indices: Tensor, col_indices: Tensor, groups: int, taps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every stored block its block row, the tap that is opposite to its own, and its group of input channels."""
+    col = col_indices[: int(crow_indices[-1])].long()
+    row = torch.repeat_interleave(torch.arange(crow_indices.numel() - 1), (crow_indices[1:] - crow_indices[:-1]).long())
+    return row, taps - 1 - col // groups, col % groups
+
+
+def _transpose(
+    crow_indices: Tensor, col_indices: Tensor, weight_shape: Sequence[int], block_shape: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The order of the blocks in the transposed, flipped weight, and that weight's row pointers and block columns."""
+    groups, taps, rows = -(-weight_shape[1] // block_shape[1]), math.prod(weight_shape[2:]), crow_indices.numel() - 1
+    row, tap, group = _places(crow_indices, col_indices, groups, taps)
+    order = torch.argsort((group * taps + tap) * rows + row)
+    crow = torch.zeros(groups + 1, dtype=torch.int32)
+    crow[1:] = torch.bincount(group, minlength=groups).cumsum(0)
+    return order, crow, (tap * rows + row)[order].to(torch.int32)
+
+
 def deep_entries(
     values: Tensor, crow_indices: Tensor, col_indices: Tensor, weight_shape: Sequence[int], block_shape: Sequence[int]
 ) -> StripPack | None:
@@ -108,32 +127,41 @@ def deep_entries(
 
     Returns:
         ``weights (entries, depth)``, their first output channel, and where the entries of every input channel and tap
-        begin. None where blocks are no multiple of 8 output channels, strips of input channels do as well, or most
-        blocks are stored.
+        begin. None where blocks, or all output channels, are no multiple of 8, where strips of input channels do as
+        well, or where most blocks are stored.
     """
     c_out, c_in, r, s = weight_shape
     block_out, block_in = block_shape
     rows, groups, taps = -(-c_out // block_out), -(-c_in // block_in), r * s
-    nnz, depth = int(crow_indices[-1]), math.gcd(block_out, 16)
-    if block_in % 8 == 0 or depth < 8 or c_out % depth or nnz > DEEP_SHARE * rows * groups * taps:
+    nnz, depth = int(crow_indices[-1]), math.gcd(block_out, c_out, 16)
+    if block_in % 8 == 0 or depth < 8 or nnz > DEEP_SHARE * rows * groups * taps:
         return None
-    parts = block_out // depth
-    col = col_indices[:nnz].long()
-    counts = (crow_indices[1:] - crow_indices[:-1]).long()
-    row = torch.repeat_interleave(torch.arange(rows), counts)
-    tap, group = taps - 1 - col // groups, col % groups
+    pattern = crow_indices, col_indices
+    key = tuple(weight_shape), tuple(block_shape)
+    order, first, tap_ptr = _ENTRIES.of(key, pattern, lambda: _entries_of(*pattern, weight_shape, block_shape, depth))
+    entries = values.detach()[:nnz].view(nnz, block_out // depth, depth, block_in).permute(1, 0, 3, 2)
+    return StripPack(entries.reshape(-1, depth).index_select(0, order), first, tap_ptr)
+
+
+def _entries_of(
+    crow_indices: Tensor, col_indices: Tensor, weight_shape: Sequence[int], block_shape: Sequence[int], depth: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For `deep_entries`: which part of a block's column each entry is, its first output channel, where runs begin."""
+    c_out, c_in, r, s = weight_shape
+    block_out, block_in = block_shape
+    groups, taps, parts = -(-c_in // block_in), r * s, block_out // depth
+    row, tap, group = _places(crow_indices, col_indices, groups, taps)
     # By input channel, tap, block row, and part of it. Blocks with several of them are taken apart first.
     channel = (group[:, None] * block_in + torch.arange(block_in)).expand(parts, -1, -1)
     first = (row * block_out + torch.arange(parts)[:, None] * depth)[:, :, None].expand(-1, -1, block_in)
     run = channel * taps + tap[:, None]
-    entries = values.detach()[:nnz].view(nnz, parts, depth, block_in).permute(1, 0, 3, 2)
     order = torch.argsort((run * c_out + first).reshape(-1))
     if c_in % block_in or c_out % block_out:
         order = order[((channel < c_in) & (first < c_out)).reshape(-1)[order]]
     run, first = run.reshape(-1)[order], first.reshape(-1)[order]
     tap_ptr = torch.zeros(c_in * taps + 1, dtype=torch.int32)
     tap_ptr[1:] = torch.bincount(run, minlength=c_in * taps).cumsum(0)
-    return StripPack(entries.reshape(-1, depth)[order], first.to(torch.int32), tap_ptr)
+    return order, first.to(torch.int32), tap_ptr
 
 
 def launch_dgrad(
@@ -205,17 +233,16 @@ def launch_wgrad(
 ) -> Tensor:
     """The gradient of values by the C++ kernel, which computes that of the stored blocks alone; spare blocks get 0.
 
-    Where it does not take the shapes, or most blocks are stored, matrix products compute it.
+    It takes less time than matrix products even where every block is stored (Zen 4); those compute what it does not
+    take.
 
     Raises:
         RuntimeError: the native kernel failed (out of memory).
     """
-    c_out, c_in, r, s = weight_shape
-    blocks = -(-c_out // block_shape[0]) * -(-c_in // block_shape[1]) * r * s
-    few = int(crow_indices[-1]) <= DENSE_PRODUCT_SHARE * blocks
-    native = few and takes_shapes(grad, x, weight_shape, block_shape, padding, dilation)
     arguments = (grad, x, values, crow_indices, col_indices, weight_shape, block_shape, stride, padding, dilation)
-    return weight_gradient(isa, *arguments) if native else wgrad_by_products(*arguments)
+    if takes_shapes(grad, x, weight_shape, block_shape, padding, dilation):
+        return weight_gradient(isa, *arguments)
+    return wgrad_by_products(*arguments)
 
 
 def wgrad_by_products(

@@ -76,11 +76,9 @@ def weight_gradient(
     grad, x = (t.contiguous(memory_format=torch.channels_last) for t in (grad.detach(), x.detach()))
     crow_indices, col_indices = crow_indices.contiguous(), col_indices.contiguous()
     out = torch.zeros(values.shape)
-    arguments = WeightGradientArguments(
-        *(address(t) for t in (x, grad, out, crow_indices, col_indices)),
-        *(n, h, w, c_in, c_out, p, q, r, s),
-        *(*stride, *padding, *dilation, *block_shape),
-    )
+    addresses = (address(t) for t in (x, grad, out, crow_indices, col_indices))
+    sizes = (n, h, w, c_in, c_out, p, q, r, s)
+    arguments = WeightGradientArguments._make((*addresses, *sizes, *stride, *padding, *dilation, *block_shape))
     module = library()[0]
     assert module is not None
     status = module.weight_gradient_f32(isa, arguments, torch.get_num_threads())
