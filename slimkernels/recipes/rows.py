@@ -52,6 +52,7 @@ class Workplace:
         device: where networks are trained.
         progress: training bars.
         say: called with one line per step.
+        seeds: how many seeds every row is run with, if not more by itself.
         may_train: False where only finished steps may be used.
     """
 
@@ -63,8 +64,17 @@ class Workplace:
     device: torch.device
     progress: bool = True
     say: Say = lambda line: None
+    seeds: int = 1
     may_train: bool = True
     _models: dict[tuple[str, int], nn.Module] = field(default_factory=dict)
+
+    def seeds_of(self, row: Row) -> int:
+        """How many seeds a row is run with."""
+        return max(self.seeds, row.seeds)
+
+    def seed_of(self, name: str, seed: int) -> int:
+        """The seed of a row that another row's ``seed`` starts from or is taught by: its own, where there is one."""
+        return seed if seed < self.seeds_of(self.recipe.row(name)) else 0
 
     def folder(self, row: Row, seed: int) -> Path:
         """Where a row keeps its steps."""
@@ -91,8 +101,9 @@ def run_row(place: Workplace, row: Row, seed: int) -> tuple[dict[str, Any], nn.M
     folder.mkdir(parents=True, exist_ok=True)
     classes = len(place.train.classes)
     if row.source is not None:
-        model = copy.deepcopy(place.network(row.source, seed))
-        before = place.result(place.recipe.row(row.source), seed)
+        first = place.seed_of(row.source, seed)
+        model = copy.deepcopy(place.network(row.source, first))
+        before = place.result(place.recipe.row(row.source), first)
         assert before is not None
         identity = str(before["identity"])
     else:
@@ -162,8 +173,9 @@ def _run_step(
     teacher = str(step.companions.get("teacher", "teacher")) if step.verb == "distill" else None
     taught_by = None
     if teacher is not None:
-        place.network(teacher, seed)
-        done = place.result(place.recipe.row(teacher), seed)
+        own = place.seed_of(teacher, seed)
+        place.network(teacher, own)
+        done = place.result(place.recipe.row(teacher), own)
         assert done is not None
         taught_by = done["identity"]
     data = {"data": place.data_key, "batch_size": place.recipe.batch_size} if step.verb in TRAINING_VERBS else None
@@ -184,7 +196,8 @@ def _run_step(
                 "recipe and data; run the row again, or remove its folder"
             )
         place.say(f"    {row.name}: {_words(step)}" + (f", seed {seed}" if seed else ""))
-        result = _train(place, model, step, seed, stem, place.network(teacher, seed) if teacher else None, key)
+        taught = place.network(teacher, place.seed_of(teacher, seed)) if teacher else None
+        result = _train(place, model, step, seed, stem, taught, key)
     else:
         for callback in callbacks_of(place, step, model):
             callback.prepare(model, 1)
@@ -223,7 +236,7 @@ def _train(
     loader = training_loader(
         place, settings.pop("batch_size", None), settings.pop("images", None), seed, settings.pop("augment", {})
     )
-    config = TrainConfig(**settings, seed=seed)
+    config = training_config(settings, seed, place.device)
     checkpoint, mark = stem.with_suffix(".ckpt"), stem.with_suffix(".running.json")
     if (read_result(mark) or {}).get("key") != key:
         remove_checkpoint(checkpoint)
@@ -266,6 +279,21 @@ def _train(
     remove_checkpoint(checkpoint)
     mark.unlink(missing_ok=True)
     return result
+
+
+def training_config(settings: Mapping[str, Any], seed: int, device: torch.device) -> TrainConfig:
+    """The `TrainConfig` of a step's settings; ``precision: auto`` is bf16 where the device is fast in it, else fp32."""
+    settings = {key: value for key, value in settings.items() if key not in ("batch_size", "images", "augment")}
+    if settings.get("precision") == "auto":
+        settings["precision"] = "bf16" if _multiplies_bf16(device) else "fp32"
+    return TrainConfig(**settings, seed=seed)
+
+
+def _multiplies_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def training_loader(

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from slimkernels.conversion.symbols import coders
 from slimkernels.recipes.measurement import measure
 from slimkernels.recipes.report import write_report
 from slimkernels.recipes.rows import Say, Workplace, run_row
@@ -42,7 +43,8 @@ def reproduce(
         out: folder; steps that it holds finished are skipped, an interrupted training goes on from its last epoch.
         data: as `sources.open_data` takes it; None for a preset that brings its own.
         data_name: how the report calls the data set.
-        seeds: every row is run with seeds 0, 1, ..., each with a teacher of its own.
+        seeds: every row is run with seeds 0, 1, ..., each with a teacher of its own. A row whose recipe asks for more
+            seeds is run with so many; those that its teacher or source lacks take that of seed 0.
         only: names or patterns of rows or groups to run (and what they need), ``measure`` to measure the finished rows
             again, ``report`` to write the report again.
         compile: also try torch.compile as the teacher's baseline.
@@ -55,6 +57,7 @@ def reproduce(
     Raises:
         ValueError: a bad recipe, preset or row name, data that does not fit it, fewer than one seed, nothing to report.
         OSError: the data cannot be read, or ``out`` cannot be written; finished steps stay.
+        ImportError: rows with compact files, and no package to write them.
         RuntimeError: a converted network does not compute what the compressed one does; the report says which.
     """
     if seeds < 1:
@@ -64,7 +67,10 @@ def reproduce(
     source = data or recipe.data
     if source is None:
         raise ValueError(f"reproduce: expected data for preset {preset!r} of {recipe.name}, got none (--data DIR)")
+    if any(row.values != "fp32" for row in chosen):
+        coders("reproduce")  # missing, it would be missed when all is trained
     place = _workplace(recipe, Path(out), source, device, progress, say)
+    place.seeds = seeds
     described = {
         "source": Path(source).name if Path(source).exists() else source,
         "name": data_name or data_title(source, (place.train, place.test)),
@@ -73,10 +79,11 @@ def reproduce(
         "classes": list(place.train.classes),
     }
     write_json(place.out / "run.json", {"recipe": recipe.name, "preset": preset, "data": described})
-    for seed in range(seeds):
-        for index, row in enumerate(chosen, start=1):
-            say(f"[{index}/{len(chosen)}] {row.name}" + (f" (seed {seed})" if seeds > 1 else ""))
-            run_row(place, row, seed)
+    runs = [(row, seed) for seed in range(max(map(place.seeds_of, chosen), default=0)) for row in chosen]
+    runs = [(row, seed) for row, seed in runs if seed < place.seeds_of(row)]
+    for index, (row, seed) in enumerate(runs, start=1):
+        say(f"[{index}/{len(runs)}] {row.name}" + (f" (seed {seed})" if place.seeds_of(row) > 1 else ""))
+        run_row(place, row, seed)
     rows = [row for row in recipe.rows if place.result(row, 0) is not None]
     if MEASURE in stages:
         if not rows or rows[0] is not recipe.rows[0]:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import difflib
 import itertools
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ TRAINING_VERBS = ("train", "distill")
 # Numbers of the paper that a row may quote beside its own.
 PAPER_KEYS = ("accuracy", "compression", "speedup", "row")
 
-_RECIPE_KEYS = ("name", "title", "presets", "rows")
-_PRESET_KEYS = ("data", "batch_size", "batches", "seconds", "variables", "note", "leave_out", "policy")
-_ROW_KEYS = ("name", "group", "each", "model", "from", "steps", "paper", "note")
+_RECIPE_KEYS = ("name", "title", "presets", "rows", "compared")
+_PRESET_KEYS = ("data", "batch_size", "batches", "seconds", "variables", "note", "leave_out", "policy", "goals")
+_ROW_KEYS = ("name", "group", "each", "model", "from", "steps", "paper", "note", "values", "seeds")
+# What one row is to reach at once; `rows` is a pattern of names, `batch` where the speed-up counts.
+GOAL_KEYS = ("rows", "compression", "relative_accuracy", "points", "speedup", "batch")
 _STEP_COMPANIONS = {
     "train": ("prune", "quantize"),
     "distill": ("prune", "quantize", "teacher", "loss", "temperature", "soft_weight", "cache_logits"),
@@ -55,7 +58,9 @@ class Row:
     ``model`` (name and options for `models.build`) or ``source`` (an earlier row) is where the network comes from; a
     source is taken finalized: its zeros are there, but only a ``prune`` of this row keeps them while it trains.
     ``paper`` quotes the paper's own numbers; ``group`` gathers rows in tables and pictures; ``labels`` are the values
-    of the row's ``each``.
+    of the row's ``each``. ``values`` is how `slimkernels.save` writes the row's weights, by
+    default as they were trained to be rounded. ``seeds`` is the least number
+    of seeds that the row is run with.
     """
 
     name: str
@@ -66,6 +71,8 @@ class Row:
     paper: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
     labels: Mapping[str, Any] = field(default_factory=dict)
+    values: str = "fp32"
+    seeds: int = 1
 
     @property
     def slug(self) -> str:
@@ -78,6 +85,16 @@ class Row:
         teachers = [str(step.companions.get("teacher", "teacher")) for step in self.steps if step.verb == "distill"]
         return tuple(dict.fromkeys([*([self.source] if self.source else []), *teachers]))
 
+    @property
+    def budget(self) -> tuple[tuple[float, int | None], ...]:
+        """Epochs of the row's own trainings by the number of images of an epoch (None: all): how long it is trained."""
+        found: dict[int | None, float] = {}
+        for step in self.steps:
+            if step.verb in TRAINING_VERBS:
+                images = step.settings.get("images")
+                found[images] = found.get(images, 0) + step.settings.get("epochs", 0)
+        return tuple((epochs, images) for images, epochs in sorted(found.items(), key=str))
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -85,6 +102,7 @@ class Recipe:
 
     ``data`` is the data set that the preset brings itself (None: the caller names one); ``batches`` and ``seconds`` are
     the batch sizes and the timing budget per network of the measurement, ``policy`` the `Policy` of its conversions.
+    ``goals`` are what one row is to reach at once (`GOAL_KEYS`).
     """
 
     name: str
@@ -97,6 +115,7 @@ class Recipe:
     seconds: float
     note: str = ""
     policy: Mapping[str, Any] = field(default_factory=dict)
+    goals: tuple[Mapping[str, Any], ...] = ()
 
     def row(self, name: str) -> Row:
         """The row of that name. Raises ValueError naming near misses."""
@@ -117,7 +136,8 @@ def load_recipe(name: str | Path, preset: str) -> Recipe:
 
     Raises:
         ValueError: no such recipe or preset, text that is not YAML, an unknown key (near misses are named), a missing
-            key, a variable that is not defined, or a row that needs one that does not come before it.
+            key, a variable that is not defined, a row that needs one that does not come before it, or rows that are
+            compared and not trained equally long.
         TypeError: a value of the wrong type.
     """
     path = Path(name)
@@ -151,8 +171,11 @@ def parse_recipe(text: str, preset: str, where: str = "recipe") -> Recipe:
     rows: list[Row] = []
     for index, entry in enumerate(data["rows"]):
         rows += _rows(entry, variables, f"{where}: rows[{index}]")
-    rows = _without(rows, chosen.get("leave_out") or [], where)
+    every = rows
+    rows = _without(every, chosen.get("leave_out") or [], where)
     _check_order(rows, where)
+    for patterns in data.get("compared") or []:
+        _check_budgets(patterns, every, rows, f"{where}: compared")
     return Recipe(
         name=str(data["name"]),
         title=str(data.get("title", data["name"])),
@@ -164,6 +187,9 @@ def parse_recipe(text: str, preset: str, where: str = "recipe") -> Recipe:
         seconds=float(chosen.get("seconds", 1.0)),
         note=str(chosen.get("note", "")),
         policy=_mapping(chosen.get("policy") or {}, f"{where}: policy of preset {preset}", _settings_of("convert")),
+        goals=tuple(
+            _mapping(goal, f"{where}: goals of preset {preset}", GOAL_KEYS) for goal in chosen.get("goals", ())
+        ),
     )
 
 
@@ -185,6 +211,8 @@ def _rows(entry: Any, variables: Mapping[str, Any], where: str) -> list[Row]:
 
 
 def _row(entry: Mapping[str, Any], labels: Mapping[str, Any], where: str) -> Row:
+    from slimkernels.conversion.compact_index import VALUES
+
     name = str(entry["name"])
     where = f"{where} ({name})"
     if ("model" in entry) == ("from" in entry):
@@ -194,7 +222,22 @@ def _row(entry: Mapping[str, Any], labels: Mapping[str, Any], where: str) -> Row
         raise ValueError(f"{where}: expected steps to be a list, got {entry['steps']!r}")
     steps = tuple(_step(step, f"{where}: steps[{i}]") for i, step in enumerate(entry["steps"]))
     paper = _mapping(entry.get("paper") or {}, f"{where}: paper", PAPER_KEYS)
-    return Row(name, str(entry["group"]), steps, model, entry.get("from"), paper, str(entry.get("note", "")), labels)
+    rounded = [step.companions["quantize"]["values"] for step in steps if "quantize" in step.companions]
+    values = str(entry.get("values", rounded[-1] if rounded else "fp32"))
+    if values not in VALUES:
+        raise ValueError(_unknown(f"{where}: values: expected one", values, VALUES))
+    return Row(
+        name=name,
+        group=str(entry["group"]),
+        steps=steps,
+        model=model,
+        source=entry.get("from"),
+        paper=paper,
+        note=str(entry.get("note", "")),
+        labels=labels,
+        values=values,
+        seeds=_positive(entry.get("seeds", 1), f"{where}: seeds"),
+    )
 
 
 def _step(entry: Any, where: str) -> Step:
@@ -276,9 +319,33 @@ def _filled(value: Any, variables: Mapping[str, Any], where: str) -> Any:
         raise ValueError(f"{where}: variable {value!r} stands for itself") from None
 
 
-def _without(rows: list[Row], patterns: list[str], where: str) -> list[Row]:
-    from fnmatch import fnmatchcase
+def _check_budgets(patterns: Any, every: list[Row], rows: list[Row], where: str) -> None:
+    """Refuses rows of one comparison, chosen by patterns of names or groups, that are not trained equally long."""
+    if not isinstance(patterns, list):
+        raise TypeError(f"{where}: expected lists of rows or groups, got {patterns!r}")
+    for pattern in patterns:
+        if not any(_matches(row, str(pattern)) for row in every):
+            known = dict.fromkeys([*(row.name for row in every), *(row.group for row in every)])
+            raise ValueError(_unknown(f"{where}: expected a row or a group", str(pattern), known))
+    same = [row for row in rows if any(_matches(row, str(pattern)) for pattern in patterns)]
+    for row in same[1:]:
+        if row.budget != same[0].budget:
+            raise ValueError(
+                f"{where}: expected rows that are trained equally long, got {_words(same[0].budget)} of "
+                f"{same[0].name!r} and {_words(row.budget)} of {row.name!r}"
+            )
 
+
+def _matches(row: Row, pattern: str) -> bool:
+    return fnmatchcase(row.name, pattern) or fnmatchcase(row.group, pattern)
+
+
+def _words(budget: Sequence[tuple[float, int | None]]) -> str:
+    parts = [f"{epochs:g} epochs" + (f" of {images} images" if images else "") for epochs, images in budget]
+    return " and ".join(parts) or "no training"
+
+
+def _without(rows: list[Row], patterns: list[str], where: str) -> list[Row]:
     for pattern in patterns:
         if not any(fnmatchcase(row.name, pattern) for row in rows):
             raise ValueError(_unknown(f"{where}: leave_out: expected a row", pattern, [row.name for row in rows]))

@@ -67,6 +67,15 @@ def test_rows_of_a_grid():
     assert parse(preset="b").rows[1].steps[0].settings == {"epochs": 3, "lr": 0.02}
 
 
+def _longer(data, how, **settings):
+    """The rows of one schedule as an entry of their own, with other settings of their training."""
+    other = copy.deepcopy(data["rows"][1])
+    data["rows"][1]["each"]["how"].remove(how)
+    other["each"]["how"] = [how]
+    other["steps"][0]["train"].update(settings or {"epochs": 3})
+    data["rows"].insert(1 if how == "cubic" else 2, other)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -95,10 +104,26 @@ def test_rows_of_a_grid():
         (lambda d: d["presets"]["a"].update(batch_size=0), "batch_size: expected a positive int, got 0"),
         (lambda d: d["presets"]["a"].update(leave_out=["cubik*"]), "leave_out: expected a row"),
         (lambda d: d["presets"]["a"]["variables"].update(net="{net}"), "stands for itself"),
+        (lambda d: d["rows"][1].update(values="int5"), "values: expected one among fp32, .*'int5'; did you mean int"),
+        (lambda d: d["rows"][1].update(seeds=0), "seeds: expected a positive int, got 0"),
+        (
+            lambda d: d["presets"]["a"].update(goals=[{"speed": 2}]),
+            "goals of preset a: .*'speed'; did you mean speedup",
+        ),
+        (lambda d: d.update(compared=[["prunning"]]), "compared: expected a row or .*'prunning'; did you mean pruning"),
+        (lambda d: d.update(compared=["pruning"]), "compared: expected lists of rows or groups, got 'pruning'"),
+        (
+            lambda d: (d.update(compared=[["cubic*", "one_shot*"]]), _longer(d, "cubic")),
+            "trained equally long, got 3 epochs of 'cubic 40.0%' and 2 epochs of 'one_shot 40.0%'",
+        ),
+        (
+            lambda d: (d.update(compared=[["pruning"]]), _longer(d, "one_shot", images=7)),
+            "got 2 epochs of 'cubic 40.0%' and 2 epochs of 7 images of 'one_shot 40.0%'",
+        ),
     ],
 )
 def test_a_bad_recipe_says_what_was_meant(change, message):
-    with pytest.raises(ValueError, match="small.yaml.*" + message):
+    with pytest.raises((ValueError, TypeError), match="small.yaml.*" + message):
         parse(change)
 
 
@@ -141,14 +166,13 @@ def test_every_training_step_of_the_package_is_valid(preset):
     steps = [step for row in recipe.rows for step in row.steps if step.verb in ("train", "distill")]
     assert len(steps) == len(recipe.rows)
     for step in steps:
-        TrainConfig(
-            **{key: value for key, value in step.settings.items() if key not in ("images", "batch_size", "augment")}
-        )
+        rows.training_config(step.settings, 0, torch.device("cpu"))
         if "prune" in step.companions:
             callback = rows.pruning(step.companions["prune"], nn.Identity(), torch.zeros(0))
-            assert 0 < callback.sparsity < 1 and len(callback.block_shape) == 2
+            shares = callback.sparsity.values() if isinstance(callback.sparsity, dict) else [callback.sparsity]
+            assert all(0 < share < 1 for share in shares) and len(callback.block_shape) == 2
     models = {str(row.model) for row in recipe.rows if row.model}
-    assert len(models) >= 4
+    assert len(models) >= (2 if preset == "cpu" else 4)
 
 
 def place() -> rows.Workplace:
@@ -193,6 +217,39 @@ def test_the_low_rank_row_fits_the_teacher_of_every_small_preset():
         step = recipe.row("low rank").steps[0]
         found = rows._change(model, step)["layers"]
         assert sum(layer["kind"] == "tai" for layer in found) == len(step.settings["rank"])
+
+
+def test_the_rows_of_the_cpu_preset():
+    """What has to be shown there, the layers that shares are given of, and the weights that stay by them."""
+    recipe = load_recipe("slimnets", "cpu")
+    names = [row.name for row in recipe.rows]
+    assert names[:2] == ["teacher", "gradual 1x1 87.5%"] and len(names) == 12 and "one-shot 16x1 87.5%" in names
+    ours = [row for row in recipe.rows if row.group == "combination"]
+    assert [row.values for row in ours] == ["int4"] * 3 and [row.seeds for row in ours] == [2, 2, 1]
+    same = {row.budget for row in recipe.rows if row.source == "teacher"}
+    assert len(same) == 1, "rows that start from the teacher are compared"
+    net = rows.build(recipe.row("teacher").model, 10, 0)
+    layers = dict(net.named_modules())
+    weights = {
+        name: layer.weight.numel() for name, layer in layers.items() if isinstance(layer, (nn.Conv2d, nn.Linear))
+    }
+    for row in ours:
+        shares = row.steps[0].companions["prune"]["sparsity"]
+        assert set(shares) == set(weights) - {"features.0", "classifier.6"}
+        zeros = sum(weights[name] * share for name, share in shares.items()) / sum(weights[name] for name in shares)
+        assert zeros == pytest.approx(row.labels["sparsity"], abs=0.002)
+
+
+def test_automatic_precision(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    config = rows.training_config({"epochs": 2, "precision": "auto", "images": 10}, 3, torch.device("cpu"))
+    assert config == TrainConfig(epochs=2, precision="bf16", seed=3)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False}, raising=False)
+    assert rows.training_config({"epochs": 2, "precision": "auto"}, 0, torch.device("cpu")).precision == "fp32"
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert rows.training_config({"epochs": 2, "precision": "auto"}, 0, torch.device("cpu")).precision == "fp32"
+    with pytest.raises(ValueError, match="expected precision to be one of"):
+        rows.training_config({"epochs": 2, "precision": "automatic"}, 0, torch.device("cpu"))
 
 
 def test_conv_ranks_counts():

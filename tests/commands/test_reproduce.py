@@ -24,7 +24,13 @@ from slimkernels.recipes.schema import load_recipe
 RECIPE = """
 name: small
 presets:
-  test: {data: digits, batch_size: 64, batches: [1, 8], seconds: 0.0, policy: {repeats: 3, budget_s: 0.002}}
+  test:
+    data: digits
+    batch_size: 64
+    batches: [1, 8]
+    seconds: 0.0
+    policy: {repeats: 3, budget_s: 0.002}
+    goals: [{rows: taught, compression: 4, points: -100}, {compression: 4, relative_accuracy: 1.5, speedup: 0.001}]
 rows:
   - name: teacher
     group: teacher
@@ -57,12 +63,13 @@ rows:
     group: combination
     each: {sparsity: [0.875]}
     from: one-shot 16x1 75.0%
+    seeds: 2
     steps:
       - distill: {epochs: 1, lr: 0.02, images: 320, augment: {crop_padding: 1, padding_mode: reflect, cutout: 2}}
         teacher: teacher
         temperature: 2.0
         prune: {sparsity: "{sparsity}", block_shape: 16x1, scope: global}
-        quantize: {values: int8, begin: 0.4}
+        quantize: {values: int4, begin: 0.4}
       - convert: {min_speedup: 0.0, check_model: false}
 """
 
@@ -103,7 +110,7 @@ def test_report_and_its_files(finished):
     text = (out / "report.md").read_text()
     assert "**scikit-learn digits**, 1,347 training and 450 test images" in text and "91.57" in text
     assert all(row["name"] in text for row in report["rows"]) and "Rows not run yet" not in text
-    assert torch.__version__.split("+")[0] in text and "1 seed" in text
+    assert torch.__version__.split("+")[0] in text and "1 to 2 seeds a row" in text
 
 
 def test_numbers_of_the_rows(finished):
@@ -131,26 +138,98 @@ def test_numbers_of_the_rows(finished):
     own = rows["taught"]["measurement"]
     assert own["swapped"] == {"bsr": 8}, "convert: {min_speedup: 0} swaps every layer"
     loaded = sk.load(folder / "out" / own["file"], into=vgg_digits(width=16))
-    assert sk.evaluate(loaded, test) == pytest.approx(rows["taught"]["accuracy"]["mean"], abs=1 / 450)
+    assert sk.evaluate(loaded, test) == own["files"][0]["accuracy"]
 
 
 def test_verdicts(finished):
     _, report, _ = finished
-    gradual, distilled, goals, equal = report["verdicts"]
+    gradual, small, good, int8, int4, bound, equal = report["verdicts"]
     rows = {row["name"]: row for row in report["rows"]}
     better = rows["gradual 16x1 75.0%"]["accuracy"]["mean"] >= rows["one-shot 16x1 75.0%"]["accuracy"]["mean"]
     assert gradual["holds"] is better and f"{int(better)} of 1 pairs" in gradual["text"]
-    assert distilled["holds"] is (rows["taught"]["points"] >= -2.0)
-    assert goals["holds"] is False and set(goals["reached"]) == {"compression", "accuracy", "speed"}
-    assert equal["holds"] is True
+    assert small["reached"] == {"compression": True, "points": True} and small["text"].startswith("taught: ")
+    assert f"{rows['taught']['compression']:.1f}x smaller (asked for: at least 4x)" in small["text"]
+    assert good["holds"] is False and good["reached"]["relative_accuracy"] is False and good["reached"]["speedup"]
+    assert " faster at batch 8 (asked for" in good["text"], "the largest batch, where a goal names none"
+    by = {name: row["measurement"]["by_values"] for name, row in rows.items()}
+    loss = min(100 * (of["int8"]["accuracy"] - of["fp32"]["accuracy"]) for of in by.values())
+    assert int8["holds"] is (loss >= -0.3) and f"{loss:+.2f} points" in int8["text"]
+    assert int4["holds"] is (100 * (by["taught"]["int4"]["accuracy"] - by["taught"]["fp32"]["accuracy"]) >= -1.0)
+    assert "above their bound" in bound["text"] and equal["holds"] is True
+
+
+def test_bytes_and_accuracy_are_those_of_the_file(finished):
+    """Of every seed: the file is loaded again and evaluated."""
+    folder, report, _ = finished
+    row = next(row for row in report["rows"] if row["name"] == "taught")
+    own, test = row["measurement"], digits_loaders()[1]
+    assert own["values"] == "int4" and own["bound"] < own["bytes"] and [file["seed"] for file in own["files"]] == [0, 1]
+    for file in own["files"]:
+        path = folder / "out" / "rows" / "taught" / f"seed{file['seed']}" / "model.slim.safetensors"
+        assert path.stat().st_size == file["bytes"]
+        # The architecture is in the file.
+        assert sk.evaluate(sk.load(path), test) == file["accuracy"]
+        assert sk.explain(path).file_bound is not None
+    accuracies = [file["accuracy"] for file in own["files"]]
+    assert row["accuracy"]["mean"] == pytest.approx(sum(accuracies) / 2) and row["seeds"] == [0, 1]
+    assert (
+        own["bytes"]
+        == own["files"][0]["bytes"]
+        == own["by_values"]["int4"]["bytes"]
+        < own["by_values"]["int8"]["bytes"]
+    )
+    assert list(own["by_values"]) == ["fp32", "bf16", "int8", "int4"]
+    text = (folder / "out" / "report.md").read_text()
+    assert f"{own['by_values']['bf16']['bytes']:,}" in text and " int4, " in text
+
+
+def test_what_is_timed_is_what_was_loaded(finished, tmp_path, monkeypatch):
+    """A file that holds other weights than the network fails, though the network itself converts rightly."""
+    folder, _, _ = finished
+    for row in ("teacher", "one-shot-16x1-75.0", "taught"):
+        shutil.copytree(folder / "out" / "rows" / row, tmp_path / "out" / "rows" / row)
+    right = measurement.checkpoint.load
+
+    def wrong(path, into=None):
+        loaded = right(path, into=into)
+        if "taught" in str(path):
+            with torch.no_grad():
+                loaded.classifier[-1].bias += 1.0
+        return loaded
+
+    monkeypatch.setattr(measurement.checkpoint, "load", wrong)
+    with pytest.raises(RuntimeError, match="converted networks differ from the compressed ones: taught"):
+        run(folder / "small.yaml", tmp_path / "out", only=["measure"])
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert "the loaded file's logits differ" in report["rows"][-1]["measurement"]["error"]
+
+
+def test_a_second_seed_takes_what_its_sources_have(finished):
+    """A row with two seeds whose source and teacher have one: both start from the first, and are trained apart."""
+    folder, _, lines = finished
+    assert [line for line in lines if line.startswith("[")][-2:] == ["[5/6] taught (seed 0)", "[6/6] taught (seed 1)"]
+    assert [path.name for path in (folder / "out" / "rows" / "teacher").iterdir()] == ["seed0"]
+    states = [
+        torch.load(folder / "out" / "rows" / "taught" / f"seed{seed}" / "1-distill.pt", weights_only=True)
+        for seed in (0, 1)
+    ]
+    key = next(key for key in states[0] if key.endswith("original"))
+    assert not torch.equal(states[0][key], states[1][key])
+
+
+def test_compact_rows_need_their_package_before_anything_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "constriction", None)
+    with pytest.raises(ImportError, match="reproduce: expected the package constriction"):
+        run(write_recipe(tmp_path), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_finished_steps_are_skipped(finished):
     folder, report, lines = finished
     trained = [line for line in lines if "train" in line or "distill" in line]
-    assert len(trained) == 4
+    assert len(trained) == 5
     stamps = {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("*.pt")}
-    assert len(stamps) == 4
+    assert len(stamps) == 5
     again, lines = run(folder / "small.yaml", folder / "out", only=["report"])
     assert [row["accuracy"] for row in again["rows"]] == [row["accuracy"] for row in report["rows"]]
     _, lines = run(folder / "small.yaml", folder / "out", only=["teacher", "taught"])
@@ -167,7 +246,7 @@ def test_a_changed_step_and_what_follows_run_again(finished, tmp_path):
         run(recipe, tmp_path / "out", only=["measure"])
     _, lines = run(recipe, tmp_path / "out", only=["taught", "low rank"])
     trained = [line.split(":")[0].strip() for line in lines if "train" in line or "distill" in line]
-    assert trained == ["one-shot 16x1 75.0%", "taught"]
+    assert trained == ["one-shot 16x1 75.0%", "taught", "taught"]
 
 
 def test_a_damaged_state_is_made_again(finished, tmp_path):
@@ -184,7 +263,10 @@ def test_a_damaged_state_is_made_again(finished, tmp_path):
 
 def test_seeds_give_a_spread(tmp_path):
     report, lines = run(write_recipe(tmp_path), tmp_path / "out", only=["teacher", "one-shot*"], seeds=2)
-    assert [line for line in lines if line.startswith("[1/2]")] == ["[1/2] teacher (seed 0)", "[1/2] teacher (seed 1)"]
+    assert [line for line in lines if line.startswith("[") and "teacher" in line] == [
+        "[1/4] teacher (seed 0)",
+        "[3/4] teacher (seed 1)",
+    ]
     for row in report["rows"]:
         accuracy = row["accuracy"]
         assert row["seeds"] == [0, 1] and accuracy["std"] is not None
@@ -287,5 +369,5 @@ def test_the_smoke_preset_runs_every_kind_of_row(tmp_path):
     report, _ = run("slimnets", tmp_path / "out", preset="smoke")
     recipe = load_recipe("slimnets", "smoke")
     assert [row["name"] for row in report["rows"]] == [row.name for row in recipe.rows]
-    assert {row["group"] for row in report["rows"]} == {row.group for row in load_recipe("slimnets", "cpu").rows}
+    assert {row["group"] for row in report["rows"]} >= {row.group for row in load_recipe("slimnets", "cpu").rows}
     assert all(row["measurement"]["latency"] for row in report["rows"])
