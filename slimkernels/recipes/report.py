@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from slimkernels.files import atomic_path
-from slimkernels.recipes.figures import write_figures
+from slimkernels.recipes.figures import pareto_front, write_figures
 from slimkernels.recipes.schema import Recipe
 from slimkernels.recipes.store import write_json
 from slimkernels.recipes.summary import summarise
@@ -41,6 +41,8 @@ def markdown(report: Mapping[str, Any]) -> str:
         lines += [f"### {group.capitalize()}", "", *_table(list(rows), report), ""]
     if by_values := _values_table(report["rows"]):
         lines += ["## Bytes and accuracy by values", "", *by_values, ""]
+    if published := _published_table(report):
+        lines += ["## Beside published compression", "", *published, ""]
     lines += ["## Beside the paper", "", *_paper_table(report["rows"]), ""]
     if report["missing"]:
         lines += [f"Rows not run yet: {', '.join(report['missing'])}.", ""]
@@ -166,6 +168,33 @@ def _values_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
                 f"{100 * (of['accuracy'] - found['fp32']['accuracy']):+.2f}",
             ]
             lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _published_table(report: Mapping[str, Any]) -> list[str]:
+    """What others published and the rows that no smaller file here equals, in one table, by compression."""
+    measured = [row for row in report["rows"][1:] if "compression" in row]
+    if not measured or not report["published"]:
+        return []
+    front = pareto_front([(1 / row["compression"], row["points"]) for row in measured])
+    lines = [
+        "Each against its own dense network in float32. Ours are the rows of this run that no smaller file equals in "
+        "accuracy, counted in bytes of the file, and as fast as that file is here.",
+        "",
+        "| whose | network | smaller | counted in | points | speed-up | source |",
+        "| --- | --- | ---: | --- | ---: | ---: | --- |",
+    ]
+    entries = [
+        (point["compression"], point["name"], point["network"], point["counted"], point["points"], "", point["source"])
+        for point in report["published"]
+    ]
+    teacher = report["rows"][0]["note"]
+    for row in (measured[index] for index in front):
+        latency = row["measurement"]["latency"]
+        speeds = " / ".join(f"{entry['speedup']:.1f}x at batch {batch}" for batch, entry in latency.items())
+        entries.append((row["compression"], f"**{row['name']}**", teacher, "bytes", row["points"], speeds, "this run"))
+    for smaller, name, network, counted, points, speed, source in sorted(entries, key=lambda entry: entry[0]):
+        lines.append(f"| {name} | {network} | {smaller:.1f}x | {counted} | {points:+.2f} | {speed} | {source} |")
     return lines
 
 

@@ -23,9 +23,12 @@ TRAINING_VERBS = ("train", "distill")
 # Numbers of the paper that a row may quote beside its own.
 PAPER_KEYS = ("accuracy", "compression", "speedup", "row")
 
-_RECIPE_KEYS = ("name", "title", "presets", "rows", "compared")
+_RECIPE_KEYS = ("name", "title", "presets", "rows", "compared", "published")
 _PRESET_KEYS = ("data", "batch_size", "batches", "seconds", "variables", "note", "leave_out", "policy", "goals")
 _ROW_KEYS = ("name", "group", "each", "model", "from", "steps", "paper", "note", "values", "seeds")
+# A point of others: `points` of accuracy against its own dense network, `counted` in bytes or in parameters.
+_PUBLISHED_KEYS = ("name", "network", "compression", "points", "counted", "source")
+COUNTED = ("bytes", "parameters")
 # What one row is to reach at once; `rows` is a pattern of names, `batch` where the speed-up counts.
 GOAL_KEYS = ("rows", "compression", "relative_accuracy", "points", "speedup", "batch")
 _STEP_COMPANIONS = {
@@ -58,9 +61,8 @@ class Row:
     ``model`` (name and options for `models.build`) or ``source`` (an earlier row) is where the network comes from; a
     source is taken finalized: its zeros are there, but only a ``prune`` of this row keeps them while it trains.
     ``paper`` quotes the paper's own numbers; ``group`` gathers rows in tables and pictures; ``labels`` are the values
-    of the row's ``each``. ``values`` is how `slimkernels.save` writes the row's weights, by
-    default as they were trained to be rounded. ``seeds`` is the least number
-    of seeds that the row is run with.
+    of the row's ``each``. ``values`` is how `slimkernels.save` writes the row's weights, by default as they were
+    trained to be rounded; ``seeds`` the least number of seeds that the row is run with.
     """
 
     name: str
@@ -102,7 +104,7 @@ class Recipe:
 
     ``data`` is the data set that the preset brings itself (None: the caller names one); ``batches`` and ``seconds`` are
     the batch sizes and the timing budget per network of the measurement, ``policy`` the `Policy` of its conversions.
-    ``goals`` are what one row is to reach at once (`GOAL_KEYS`).
+    ``goals`` are what one row is to reach at once (`GOAL_KEYS`), ``published`` what others reached.
     """
 
     name: str
@@ -116,6 +118,7 @@ class Recipe:
     note: str = ""
     policy: Mapping[str, Any] = field(default_factory=dict)
     goals: tuple[Mapping[str, Any], ...] = ()
+    published: tuple[Mapping[str, Any], ...] = ()
 
     def row(self, name: str) -> Row:
         """The row of that name. Raises ValueError naming near misses."""
@@ -190,7 +193,15 @@ def parse_recipe(text: str, preset: str, where: str = "recipe") -> Recipe:
         goals=tuple(
             _mapping(goal, f"{where}: goals of preset {preset}", GOAL_KEYS) for goal in chosen.get("goals", ())
         ),
+        published=tuple(_published(point, f"{where}: published") for point in data.get("published") or ()),
     )
+
+
+def _published(point: Any, where: str) -> dict[str, Any]:
+    point = _mapping(point, where, _PUBLISHED_KEYS, required=_PUBLISHED_KEYS)
+    if point["counted"] not in COUNTED:
+        raise ValueError(_unknown(f"{where}: {point['name']}: counted: expected one", str(point["counted"]), COUNTED))
+    return point
 
 
 def _rows(entry: Any, variables: Mapping[str, Any], where: str) -> list[Row]:

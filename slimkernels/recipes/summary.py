@@ -49,6 +49,7 @@ def summarise(out: Path, recipe: Recipe, data: Mapping[str, Any]) -> dict[str, A
         "missing": [row.name for row in recipe.rows if row.name not in {entry["name"] for entry in rows}],
         "verdicts": _verdicts(rows, recipe),
         "goals": [dict(goal) for goal in recipe.goals],
+        "published": [dict(point) for point in recipe.published],
         "notes": measured.get("notes", []),
     }
 

@@ -67,6 +67,9 @@ def test_rows_of_a_grid():
     assert parse(preset="b").rows[1].steps[0].settings == {"epochs": 3, "lr": 0.02}
 
 
+POINT = {"name": "x", "network": "y", "compression": 2, "points": -1, "counted": "bytes", "source": "z"}
+
+
 def _longer(data, how, **settings):
     """The rows of one schedule as an entry of their own, with other settings of their training."""
     other = copy.deepcopy(data["rows"][1])
@@ -110,6 +113,8 @@ def _longer(data, how, **settings):
             lambda d: d["presets"]["a"].update(goals=[{"speed": 2}]),
             "goals of preset a: .*'speed'; did you mean speedup",
         ),
+        (lambda d: d.update(published=[{**POINT, "counted": "byte"}]), "counted: expected one .*; did you mean bytes"),
+        (lambda d: d.update(published=[{**POINT, "sorce": 1}]), "published: .*'sorce'; did you mean source"),
         (lambda d: d.update(compared=[["prunning"]]), "compared: expected a row or .*'prunning'; did you mean pruning"),
         (lambda d: d.update(compared=["pruning"]), "compared: expected lists of rows or groups, got 'pruning'"),
         (
@@ -327,7 +332,8 @@ def test_pareto_front():
     assert pareto_front([]) == []
 
 
-def test_names_of_points_cover_nothing(tmp_path):
+@pytest.mark.parametrize(("draw", "panels"), [("pareto_figure", 3), ("published_figure", 1)])
+def test_names_of_points_cover_nothing(tmp_path, draw, panels):
     """Of the committed report, whose points lie close together: no name covers another, a point or the frame."""
     import json
     from pathlib import Path
@@ -351,8 +357,10 @@ def test_names_of_points_cover_nothing(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "place_names", placed)
-        figures.pareto_figure(json.loads(path.read_text()), tmp_path / "pareto.png")
-    assert len(seen) == 3 and min(seen) > 3
+        report = json.loads(path.read_text())
+        report["published"] = load_recipe("slimnets", "cpu").published
+        getattr(figures, draw)(report, tmp_path / "figure.png")
+    assert len(seen) == panels and min(seen) > 3
 
 
 def test_data_by_name(tmp_path):

@@ -23,6 +23,9 @@ from slimkernels.recipes.schema import load_recipe
 
 RECIPE = """
 name: small
+published:
+  - {name: Others, network: VGG-16, compression: 154.25, points: -0.1, counted: bytes, source: a paper}
+  - {name: Counted, network: VGG-16, compression: 20, points: -1.5, counted: parameters, source: another}
 presets:
   test:
     data: digits
@@ -105,7 +108,7 @@ def test_report_and_its_files(finished):
     folder, report, _ = finished
     out = folder / "out"
     assert json.loads((out / "report.json").read_text()) == json.loads(json.dumps(report))
-    assert {f["file"] for f in report["figures"]} == {"sparsity.png", "loss.png", "pareto.png"}
+    assert {f["file"] for f in report["figures"]} == {"sparsity.png", "loss.png", "pareto.png", "published.png"}
     assert all((out / f["file"]).stat().st_size > 10_000 for f in report["figures"])
     text = (out / "report.md").read_text()
     assert "**scikit-learn digits**, 1,347 training and 450 test images" in text and "91.57" in text
@@ -139,6 +142,27 @@ def test_numbers_of_the_rows(finished):
     assert own["swapped"] == {"bsr": 8}, "convert: {min_speedup: 0} swaps every layer"
     loaded = sk.load(folder / "out" / own["file"], into=vgg_digits(width=16))
     assert sk.evaluate(loaded, test) == own["files"][0]["accuracy"]
+
+
+def test_published_points_stand_beside_the_rows_that_no_smaller_one_equals(finished):
+    folder, report, _ = finished
+    text = (folder / "out" / "report.md").read_text().split("## Beside published compression")[1].split("##")[0]
+    lines = [line for line in text.splitlines() if line.startswith("| ")][1:]
+    assert "| Others | VGG-16 | 154.2x | bytes | -0.10 |  | a paper |" in lines
+    sizes = [float(line.split("|")[3].strip().removesuffix("x")) for line in lines[1:]]
+    assert sizes == sorted(sizes)
+    measured = report["rows"][1:]
+    front = [
+        row["name"]
+        for row in measured
+        if not any(
+            other["compression"] >= row["compression"]
+            and other["points"] >= row["points"]
+            and (other["compression"], other["points"]) != (row["compression"], row["points"])
+            for other in measured
+        )
+    ]
+    assert front and {line.split("**")[1] for line in lines if "**" in line} == set(front)
 
 
 def test_verdicts(finished):
