@@ -16,13 +16,16 @@ from slimkernels.recipes.summary import summarise
 _SWAPPED = {"bsr": "block-sparse", "low_rank": "low-rank", "fused": "fused dense", "dense": "merged"}
 
 
-def write_report(out: Path, recipe: Recipe, data: Mapping[str, Any]) -> dict[str, Any]:
+def write_report(out: Path, recipe: Recipe, data: Mapping[str, Any], unfit: Sequence[str] = ()) -> dict[str, Any]:
     """Writes ``report.json``, ``report.md`` and PNGs into ``out``; the report.
+
+    Rows in ``unfit`` are told to have had no time.
 
     Raises:
         ValueError: the teacher is not finished. OSError: a file cannot be written.
     """
     report = summarise(out, recipe, data)
+    report["unfit"] = list(unfit)
     report["figures"] = write_figures(out, report, recipe)
     write_json(out / "report.json", report)
     with atomic_path(out / "report.md") as temporary:
@@ -44,6 +47,8 @@ def markdown(report: Mapping[str, Any]) -> str:
     if published := _published_table(report):
         lines += ["## Beside published compression", "", *published, ""]
     lines += ["## Beside the paper", "", *_paper_table(report["rows"]), ""]
+    if report["unfit"]:
+        lines += [f"Rows, or seeds of them, that did not fit into the time: {', '.join(report['unfit'])}.", ""]
     if report["missing"]:
         lines += [f"Rows not run yet: {', '.join(report['missing'])}.", ""]
     for note in report["notes"]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from slimkernels import models
 from slimkernels.compress.distillation.distill import distill
@@ -30,6 +31,7 @@ from slimkernels.compress.training.checkpoint import remove_checkpoint
 from slimkernels.compress.training.train import EpochStats, TrainConfig, evaluate, fine_tune
 from slimkernels.data import TensorLoader
 from slimkernels.files import atomic_path, file_sha256
+from slimkernels.recipes.clock import Clock, work_of
 from slimkernels.recipes.schema import TRAINING_VERBS, Recipe, Row, Step
 from slimkernels.recipes.store import finished, key_of, read_result, write_result
 
@@ -54,6 +56,7 @@ class Workplace:
         say: called with one line per step.
         seeds: how many seeds every row is run with, if not more by itself.
         may_train: False where only finished steps may be used.
+        clock: what is left of the run's time.
     """
 
     recipe: Recipe
@@ -66,7 +69,9 @@ class Workplace:
     say: Say = lambda line: None
     seeds: int = 1
     may_train: bool = True
+    clock: Clock = field(default_factory=lambda: Clock(None, lambda line: None))
     _models: dict[tuple[str, int], nn.Module] = field(default_factory=dict)
+    _multiply_adds: dict[str, float] = field(default_factory=dict)
 
     def seeds_of(self, row: Row) -> int:
         """How many seeds a row is run with."""
@@ -75,6 +80,27 @@ class Workplace:
     def seed_of(self, name: str, seed: int) -> int:
         """The seed of a row that another row's ``seed`` starts from or is taught by: its own, where there is one."""
         return seed if seed < self.seeds_of(self.recipe.row(name)) else 0
+
+    def work(self, row: Row, step: Step) -> float:
+        """Multiply-adds of a step's training; those of the dense network, where the row prunes or factorizes it."""
+        if step.verb not in TRAINING_VERBS:
+            return 0.0
+        teacher = str(step.companions.get("teacher", "teacher")) if step.verb == "distill" else None
+        taught = self.multiply_adds(self.recipe.row(teacher)) if teacher else 0.0
+        images = step.settings.get("images") or self.train.samples
+        return work_of(self.multiply_adds(row), step.settings["epochs"], images, taught)
+
+    def multiply_adds(self, row: Row) -> float:
+        """Of one image through the network that a row begins with."""
+        while row.source is not None:
+            row = self.recipe.row(row.source)
+        assert row.model is not None
+        if row.name not in self._multiply_adds:
+            model = build(row.model, len(self.train.classes), 0).eval()
+            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                model(torch.zeros(1, *self.train.images.shape[1:]))
+            self._multiply_adds[row.name] = counter.get_total_flops() / 2
+        return self._multiply_adds[row.name]
 
     def folder(self, row: Row, seed: int) -> Path:
         """Where a row keeps its steps."""
@@ -195,9 +221,10 @@ def _run_step(
                 f"recipe: expected step {number} ({step.verb}) of row {row.name!r} to be finished with the present "
                 "recipe and data; run the row again, or remove its folder"
             )
+        place.clock.check(row.name, place.work(row, step))
         place.say(f"    {row.name}: {_words(step)}" + (f", seed {seed}" if seed else ""))
         taught = place.network(teacher, place.seed_of(teacher, seed)) if teacher else None
-        result = _train(place, model, step, seed, stem, taught, key)
+        result = _train(place, row, model, step, seed, stem, taught, key)
     else:
         for callback in callbacks_of(place, step, model):
             callback.prepare(model, 1)
@@ -229,7 +256,7 @@ def _change(model: nn.Module, step: Step) -> dict[str, Any]:
 
 
 def _train(
-    place: Workplace, model: nn.Module, step: Step, seed: int, stem: Path, teacher: nn.Module | None, key: str
+    place: Workplace, row: Row, model: nn.Module, step: Step, seed: int, stem: Path, teacher: nn.Module | None, key: str
 ) -> dict[str, Any]:
     """Trains, from the checkpoint of an interrupted run where there is one of the same key."""
     settings = dict(step.settings)
@@ -242,11 +269,12 @@ def _train(
         remove_checkpoint(checkpoint)
         write_result(mark, {"key": key})
     started = time.perf_counter()
+    watch = place.clock.callback(row.name, row.seconds, place.work(row, step) / config.epochs, loader.samples)
     common: dict[str, Any] = {
-        "callbacks": callbacks_of(place, step, model),
+        "callbacks": [*callbacks_of(place, step, model), watch],
         "progress": place.progress,
-        "checkpoint": checkpoint,
-        "resume": True,
+        "checkpoint": checkpoint if place.recipe.checkpoints else None,
+        "resume": place.recipe.checkpoints,
         "log_dir": stem.with_name(stem.name + "-log"),
     }
     history: list[EpochStats]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from slimkernels.conversion.symbols import coders
+from slimkernels.recipes.clock import Clock, OutOfTime
 from slimkernels.recipes.measurement import measure
 from slimkernels.recipes.report import write_report
 from slimkernels.recipes.rows import Say, Workplace, run_row
@@ -81,9 +82,19 @@ def reproduce(
     write_json(place.out / "run.json", {"recipe": recipe.name, "preset": preset, "data": described})
     runs = [(row, seed) for seed in range(max(map(place.seeds_of, chosen), default=0)) for row in chosen]
     runs = [(row, seed) for row, seed in runs if seed < place.seeds_of(row)]
+    left = sum(place.work(row, step) for row, seed in runs if place.result(row, seed) is None for step in row.steps)
+    place.clock = Clock(recipe.train_seconds, say, left)
+    unfit: list[str] = []
     for index, (row, seed) in enumerate(runs, start=1):
         say(f"[{index}/{len(runs)}] {row.name}" + (f" (seed {seed})" if place.seeds_of(row) > 1 else ""))
-        run_row(place, row, seed)
+        try:
+            for name in row.needs:
+                if place.result(recipe.row(name), place.seed_of(name, seed)) is None:
+                    raise OutOfTime(f"{row.name}: not begun, it needs {name}")
+            run_row(place, row, seed)
+        except OutOfTime as error:
+            say(f"    {error}")
+            unfit.append(row.name)
     rows = [row for row in recipe.rows if place.result(row, 0) is not None]
     if MEASURE in stages:
         if not rows or rows[0] is not recipe.rows[0]:
@@ -91,7 +102,7 @@ def reproduce(
         place.may_train = False
         say(f"measuring {len(rows)} networks on {place.device}")
         measure(place, rows, compile=compile)
-    report = write_report(place.out, recipe, described)
+    report = write_report(place.out, recipe, described, tuple(dict.fromkeys(unfit)))
     wrong = [row["name"] for row in report["rows"] if row["measurement"] and row["measurement"].get("error")]
     if wrong:
         raise RuntimeError(f"reproduce: converted networks differ from the compressed ones: {', '.join(wrong)}")
