@@ -14,7 +14,7 @@ from torch import nn
 import slimkernels as sk
 from slimkernels.compress.training.train import TrainConfig
 from slimkernels.data import TensorLoader
-from slimkernels.recipes import rows, sources, store
+from slimkernels.recipes import clock, rows, sources, store
 from slimkernels.recipes.figures import pareto_front
 from slimkernels.recipes.schema import load_recipe, parse_recipe, recipe_names
 
@@ -108,6 +108,9 @@ def _longer(data, how, **settings):
         (lambda d: d["presets"]["a"].update(leave_out=["cubik*"]), "leave_out: expected a row"),
         (lambda d: d["presets"]["a"]["variables"].update(net="{net}"), "stands for itself"),
         (lambda d: d["rows"][1].update(values="int5"), "values: expected one among fp32, .*'int5'; did you mean int"),
+        (lambda d: d["presets"]["a"].update(dtype="bf61"), "dtype of preset a: expected one .*; did you mean bf16"),
+        (lambda d: d["presets"]["a"].update(train_seconds=0), "train_seconds of preset a: expected a positive number"),
+        (lambda d: d["rows"][1].update(seconds="1"), "seconds: expected a positive number of seconds, got '1'"),
         (lambda d: d["rows"][1].update(seeds=0), "seeds: expected a positive int, got 0"),
         (
             lambda d: d["presets"]["a"].update(goals=[{"speed": 2}]),
@@ -164,7 +167,7 @@ def test_the_paper_is_the_paper():
     assert found["slim, 16x1 94.5%"].source == "slim, dense"
 
 
-@pytest.mark.parametrize("preset", ["paper", "cpu", "smoke"])
+@pytest.mark.parametrize("preset", ["paper", "cpu", "smoke", "device", "device_rehearsal"])
 def test_every_training_step_of_the_package_is_valid(preset):
     """Settings make a TrainConfig, and what prunes while training a GradualPruning."""
     recipe = load_recipe("slimnets", preset)
@@ -177,7 +180,7 @@ def test_every_training_step_of_the_package_is_valid(preset):
             shares = callback.sparsity.values() if isinstance(callback.sparsity, dict) else [callback.sparsity]
             assert all(0 < share < 1 for share in shares) and len(callback.block_shape) == 2
     models = {str(row.model) for row in recipe.rows if row.model}
-    assert len(models) >= (2 if preset == "cpu" else 4)
+    assert len(models) >= {"cpu": 2, "device": 3, "device_rehearsal": 2}.get(preset, 4)
 
 
 def place() -> rows.Workplace:
@@ -216,7 +219,7 @@ def test_a_step_prunes_and_rounds():
 
 
 def test_the_low_rank_row_fits_the_teacher_of_every_small_preset():
-    for preset in ("cpu", "smoke"):
+    for preset in ("cpu", "smoke", "device", "device_rehearsal"):
         recipe = load_recipe("slimnets", preset)
         model = rows.build(recipe.row("teacher").model, 10, 0)
         step = recipe.row("low rank").steps[0]
@@ -228,7 +231,9 @@ def test_the_rows_of_the_cpu_preset():
     """What has to be shown there, the layers that shares are given of, and the weights that stay by them."""
     recipe = load_recipe("slimnets", "cpu")
     names = [row.name for row in recipe.rows]
-    assert names[:2] == ["teacher", "gradual 1x1 87.5%"] and len(names) == 12 and "one-shot 16x1 87.5%" in names
+    assert (
+        names[0] == "teacher" and len(names) == 12 and "gradual 1x1 87.5%" in names and "one-shot 16x1 87.5%" in names
+    )
     ours = [row for row in recipe.rows if row.group == "combination"]
     assert [row.values for row in ours] == ["int4"] * 3 and [row.seeds for row in ours] == [2, 2, 1]
     same = {row.budget for row in recipe.rows if row.source == "teacher"}
@@ -243,6 +248,54 @@ def test_the_rows_of_the_cpu_preset():
         assert set(shares) == set(weights) - {"features.0", "classifier.6"}
         zeros = sum(weights[name] * share for name, share in shares.items()) / sum(weights[name] for name in shares)
         assert zeros == pytest.approx(row.labels["sparsity"], abs=0.002)
+
+
+def test_the_device_preset_fits_a_call():
+    """Its trainings at 40 000 images/s of VGG-19, by multiply-adds where the network is a smaller one, and what ours
+    are compared with; its rehearsal has the same rows."""
+    recipe = load_recipe("slimnets", "device")
+    assert [row.name for row in load_recipe("slimnets", "device_rehearsal").rows] == [row.name for row in recipe.rows]
+    assert recipe.train_seconds + 110 <= 525 and recipe.dtype == "bf16" and not recipe.checkpoints
+    seconds = 0.0
+    for row in recipe.rows:
+        ((epochs, images),) = row.budget
+        taught = any(step.verb == "distill" for step in row.steps)
+        seconds += row.seeds * epochs * 1.25 * ((1.0 if row.group != "slim" else 0.4) + (0.32 if taught else 0.0))
+        assert images is None
+    assert 380 <= seconds <= recipe.train_seconds
+    shares = {row.labels["sparsity"] for row in recipe.rows if row.group == "combination"}
+    assert shares == {0.875, 0.95, 0.98} and {"low rank", "NIN distilled", "slim, 16x1 94.5%"} <= {
+        r.name for r in recipe.rows
+    }
+
+
+def test_a_clock_predicts_from_the_epochs_so_far(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(clock.time, "monotonic", lambda: now[0])
+    told = []
+    running = clock.Clock(50.0, told.append, work=600.0)
+    assert running.predicted(10.0) is None
+    running.check("row", 1e9)  # nothing is known yet
+    watch = running.callback("row", None, work=100.0, images=80)
+    for epoch in range(2):
+        for step in range(2):
+            watch.on_step_begin(2 * epoch + step, 4, None)
+            now[0] += 2.0
+        watch.on_epoch_end(epoch, None)
+    assert running.predicted(50.0) == pytest.approx(2.0)
+    (line,) = told  # 80 images in 4 s; 500 of 600 are left at 25 a second
+    assert "20 images/s" in line and "about 20 s of training are left" in line
+    running.check("row", 25.0 * 42 * 1.2)
+    with pytest.raises(clock.OutOfTime, match="row: not begun, 42 s of training are left, of which it needs about 60"):
+        running.check("row", 1500.0)
+    boxed = running.callback("row", 3.0, work=1.0, images=1)
+    boxed.on_step_begin(0, 4, None)
+    now[0] += 3.5
+    with pytest.raises(clock.OutOfTime, match="its time was over at step 1 of 4"):
+        boxed.on_step_begin(1, 4, None)
+    now[0] += 60.0
+    with pytest.raises(clock.OutOfTime, match="0 s of training are left"):
+        running.check("row", 0.0)
 
 
 def test_automatic_precision(monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import torch
 import slimkernels as sk
 from slimkernels.data import digits_loaders
 from slimkernels.models import vgg_digits
-from slimkernels.recipes import measurement
+from slimkernels.recipes import measurement, rows
 from slimkernels.recipes.runner import reproduce
 from slimkernels.recipes.schema import load_recipe
 
@@ -241,6 +242,54 @@ def test_a_second_seed_takes_what_its_sources_have(finished):
     assert not torch.equal(states[0][key], states[1][key])
 
 
+def test_rows_that_do_not_fit_their_time_are_named_and_done_later(finished, tmp_path):
+    """One row's training ends at its box, the row that needs it is not begun, and all others are there."""
+    folder, _, _ = finished
+    shutil.copytree(folder / "out" / "rows" / "teacher", tmp_path / "out" / "rows" / "teacher")
+    late = write_recipe(
+        tmp_path, RECIPE.replace("name: one-shot 16x1 75.0%\n", "name: one-shot 16x1 75.0%\n    seconds: 1.0e-9\n")
+    )
+    report, lines = run(late, tmp_path / "out", only=["taught", "low rank", "report"])
+    assert report["unfit"] == ["one-shot 16x1 75.0%", "taught"]
+    assert [row["name"] for row in report["rows"]] == ["teacher", "low rank"]
+    assert "one-shot 16x1 75.0%: its time was over at step 0 of 10" in "".join(lines)
+    assert "taught: not begun, it needs one-shot 16x1 75.0%" in "".join(lines)
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "did not fit into the time: one-shot 16x1 75.0%, taught." in text
+    report, _ = run(folder / "small.yaml", tmp_path / "out", only=["taught", "report"])
+    assert report["unfit"] == [] and report["rows"][-1]["seeds"] == [0, 1]
+
+
+def test_the_time_of_all_trainings_ends_the_run(finished, tmp_path):
+    folder, _, _ = finished
+    shutil.copytree(folder / "out" / "rows" / "teacher", tmp_path / "out" / "rows" / "teacher")
+    recipe = write_recipe(tmp_path, RECIPE.replace("seconds: 0.0\n", "seconds: 0.0\n    train_seconds: 1.0e-9\n"))
+    report, lines = run(recipe, tmp_path / "out", only=["gradual*", "low rank"])
+    assert report["unfit"] == ["gradual 16x1 75.0%"]
+    assert "gradual 16x1 75.0%: not begun, 0 s of training are left" in "".join(lines)
+
+
+def test_the_first_epoch_tells_what_is_left(finished):
+    _, _, lines = finished
+    told = [line for line in lines if "images/s; by their multiply-adds about" in line]
+    assert len(told) == 5, "once a training"
+    assert re.search(r"about \d+(\.\d)? (s|minutes|hours) of training are left$", told[0])
+
+
+def test_without_checkpoints_there_are_none(tmp_path, monkeypatch):
+    seen = []
+    right = rows.fine_tune
+    monkeypatch.setattr(
+        rows, "fine_tune", lambda *args, **kw: seen.append((kw["checkpoint"], kw["resume"])) or right(*args, **kw)
+    )
+    run(
+        write_recipe(tmp_path, RECIPE.replace("seconds: 0.0\n", "seconds: 0.0\n    checkpoints: false\n")),
+        tmp_path / "out",
+        only=["teacher"],
+    )
+    assert seen == [(None, False)]
+
+
 def test_compact_rows_need_their_package_before_anything_is_trained(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "constriction", None)
     with pytest.raises(ImportError, match="reproduce: expected the package constriction"):
@@ -250,14 +299,14 @@ def test_compact_rows_need_their_package_before_anything_is_trained(tmp_path, mo
 
 def test_finished_steps_are_skipped(finished):
     folder, report, lines = finished
-    trained = [line for line in lines if "train" in line or "distill" in line]
+    trained = [line for line in lines if ": train" in line or ": distill" in line]
     assert len(trained) == 5
     stamps = {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("*.pt")}
     assert len(stamps) == 5
     again, lines = run(folder / "small.yaml", folder / "out", only=["report"])
     assert [row["accuracy"] for row in again["rows"]] == [row["accuracy"] for row in report["rows"]]
     _, lines = run(folder / "small.yaml", folder / "out", only=["teacher", "taught"])
-    assert not [line for line in lines if "train" in line or "distill" in line]
+    assert not [line for line in lines if ": train" in line or ": distill" in line]
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
 
 
@@ -269,7 +318,7 @@ def test_a_changed_step_and_what_follows_run_again(finished, tmp_path):
     with pytest.raises(ValueError, match=r"step 2 \(train\) of row 'one-shot 16x1 75.0%' to be finished"):
         run(recipe, tmp_path / "out", only=["measure"])
     _, lines = run(recipe, tmp_path / "out", only=["taught", "low rank"])
-    trained = [line.split(":")[0].strip() for line in lines if "train" in line or "distill" in line]
+    trained = [line.split(":")[0].strip() for line in lines if ": train" in line or ": distill" in line]
     assert trained == ["one-shot 16x1 75.0%", "taught", "taught"]
 
 
@@ -395,3 +444,22 @@ def test_the_smoke_preset_runs_every_kind_of_row(tmp_path):
     assert [row["name"] for row in report["rows"]] == [row.name for row in recipe.rows]
     assert {row["group"] for row in report["rows"]} >= {row.group for row in load_recipe("slimnets", "cpu").rows}
     assert all(row["measurement"]["latency"] for row in report["rows"])
+
+
+@pytest.mark.slow
+def test_the_preset_for_a_device_is_rehearsed(tmp_path):
+    """Its rows, its dtype, its files to take home and its clock, with tiny networks on the CPU."""
+    report, _ = run("slimnets", tmp_path / "out", preset="device_rehearsal")
+    recipe = load_recipe("slimnets", "device")
+    assert [row["name"] for row in report["rows"]] == [row.name for row in recipe.rows]
+    assert report["unfit"] == report["missing"] == []
+    ours = [row for row in recipe.rows if row.group == "combination"]
+    kept = sorted((tmp_path / "out" / "checkpoints").iterdir())
+    assert [path.name for path in kept] == sorted(f"{row.slug}.slim.safetensors" for row in ours) and len(kept) == 6
+    for row in report["rows"]:
+        assert row["measurement"]["latency"] and "error" not in row["measurement"]
+    path = tmp_path / "out" / "checkpoints" / f"{ours[1].slug}.slim.safetensors"
+    weights = [p for p in sk.load(path).parameters() if p.is_floating_point()]
+    assert {p.dtype for p in weights} == {torch.bfloat16}, "the file names its architecture and its dtype"
+    sk.load(path, dtype=torch.float32)(torch.zeros(1, 1, 8, 8))
+    assert not list((tmp_path / "out").rglob("*.ckpt"))
