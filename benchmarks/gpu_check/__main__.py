@@ -152,19 +152,19 @@ def _end(process: subprocess.Popen[bytes], how: int) -> None:
 
 
 def chosen(names: Sequence[str]) -> tuple[list[Stage], float]:
-    """Stages and seconds for ``1``, ``2``, or names of stages.
+    """Stages and seconds for the number of a call, or names of stages.
 
     Raises:
         ValueError: an unknown name.
     """
-    if list(names) in (["1"], ["2"]):
+    if list(names) in ([str(call)] for call in plan.CALL_SECONDS):
         call = int(names[0])
         return plan.stages_of(call), plan.CALL_SECONDS[call]
     known = {s.name: s for s in plan.STAGES}
     unknown = [name for name in names if name not in known]
     if unknown or not names:
         raise ValueError(
-            f"gpu_check: expected 1, 2 or stages among {', '.join(known)}, got {' '.join(names) or 'none'}"
+            f"gpu_check: expected 1, 2, 3 or stages among {', '.join(known)}, got {' '.join(names) or 'none'}"
         )
     stages = [known[name] for name in names]
     return stages, sum(s.seconds + plan.GRACE_SECONDS for s in stages) + _CLOSING_SECONDS
@@ -172,7 +172,7 @@ def chosen(names: Sequence[str]) -> tuple[list[Stage], float]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="gpu_check", description=__doc__)
-    parser.add_argument("what", nargs="*", help="1, 2, or names of stages")
+    parser.add_argument("what", nargs="*", help="1, 2, 3, or names of stages")
     parser.add_argument("--plan", action="store_true", help="print stages, seconds and sums; run nothing")
     parser.add_argument("--dry-run", action="store_true", help="all stages, or those named, on a stand-in for a GPU")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or STATE / "out"), help="what to keep")

@@ -59,6 +59,7 @@ EXTRA = {
     "training": (*_QUICK, "--smoke"),
     "again": _some("m_lt_tile"),
     "low_rank": ("--smoke",),
+    "recipe": ("--preset", "device_rehearsal", "--no-compile", "--device", "cpu"),  # the stand-in holds no memory
 }
 # Kernels that must have been launched somewhere.
 KERNELS = (

@@ -78,11 +78,13 @@ class DeviceTensor(Tensor):
         return self
 
     def to(self, *args: Any, **kwargs: Any) -> Tensor:
+        copied = kwargs.pop("copy", False)  # which the parser does not know
         device, dtype, _, memory_format = torch._C._nn._parse_to(*_without_tensor(args), **kwargs)
         options = {"memory_format": memory_format or torch.preserve_format}
         if device is not None and device.type == "cpu":
             return _leave(self, dtype=dtype or self.dtype, **options)
-        moved = self if dtype in (None, self.dtype) else aten._to_copy(self, dtype=dtype, **options)
+        same = dtype in (None, self.dtype) and not copied
+        moved = self if same else aten._to_copy(self, dtype=dtype, **options)
         return moved if memory_format is None else moved.contiguous(memory_format=memory_format)
 
     def numpy(self, *args: Any, **kwargs: Any) -> Any:
@@ -209,7 +211,8 @@ def _to(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`Tensor.to` of a CPU tensor, which in C++ would ask the driver for the number of the device."""
 
     def to(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        device, dtype, _, memory_format = torch._C._nn._parse_to(*_without_tensor(args), **kwargs)
+        known = {name: value for name, value in kwargs.items() if name != "copy"}
+        device, dtype, _, memory_format = torch._C._nn._parse_to(*_without_tensor(args), **known)
         if device is None or device.type != "cuda":
             return plain(self, *args, **kwargs)
         options = {"memory_format": memory_format or torch.preserve_format}

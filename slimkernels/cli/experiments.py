@@ -115,7 +115,7 @@ def bench(
 def reproduce(
     recipe: Annotated[str, typer.Argument(help="A recipe of the package (slimnets), or a .yaml file.")] = "slimnets",
     data: Annotated[str | None, typer.Option(help="As in train; the preset smoke brings its own.")] = None,
-    preset: Annotated[str, typer.Option(help="paper, cpu, smoke, or another of the recipe's.")] = "cpu",
+    preset: Annotated[str, typer.Option(help="paper, device, cpu, smoke, or another of the recipe's.")] = "cpu",
     out: Annotated[Path | None, typer.Option(help="Folder; RECIPE-PRESET by default.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Run every row with so many seeds.")] = 1,
     only: Annotated[

@@ -55,7 +55,8 @@ def choices(cells: int, chosen: int) -> float:
     return (math.lgamma(cells + 1) - math.lgamma(chosen + 1) - math.lgamma(cells - chosen + 1)) / math.log(2)
 
 
-def _coders(where: str) -> Any:
+def coders(where: str) -> Any:
+    """The package that codes and decodes. Raises ImportError, beginning with ``where``, where it is not installed."""
     try:
         import constriction
     except ImportError as error:
@@ -77,7 +78,7 @@ class Encoder:
     """
 
     def __init__(self) -> None:
-        self._stream = _coders("save")
+        self._stream = coders("save")
         self._coder = self._stream.queue.RangeEncoder()
 
     def add(self, symbols: Symbols, table: Table) -> None:
@@ -99,7 +100,7 @@ class Decoder:
     """
 
     def __init__(self, coded: bytes) -> None:
-        self._stream = _coders("load")
+        self._stream = coders("load")
         if len(coded) % _WORD.itemsize:
             raise ValueError(f"expected coded symbols of 4 bytes a word, got {len(coded)} bytes")
         self._coder = self._stream.queue.RangeDecoder(np.frombuffer(coded, _WORD).astype(np.uint32))

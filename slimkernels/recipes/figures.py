@@ -35,7 +35,16 @@ def write_figures(out: Path, report: Mapping[str, Any], recipe: Recipe) -> list[
         figures.append(
             {"file": "pareto.png", "title": "Accuracy against size and latency; the line is the Pareto front"}
         )
+        if report.get("published"):
+            published_figure(report, out / "published.png")
+            title = "Accuracy against compression, beside what others published"
+            figures.append({"file": "published.png", "title": title})
     return figures
+
+
+def published_figure(report: Mapping[str, Any], path: Path) -> None:
+    """Writes a PNG of points of accuracy against compression: rows of a report, and what it quotes of others."""
+    _draw(path, lambda figure: _published(figure, report), width=9.0, height=5.6)
 
 
 def pareto_figure(report: Mapping[str, Any], path: Path) -> None:
@@ -178,6 +187,47 @@ def _pareto(figure: Any, rows: Sequence[Mapping[str, Any]], report: Mapping[str,
     figure.canvas.draw()  # the layout decides where there is room for names
     for panel, named, cost in fronts:
         place_names(panel, named, list(zip(cost, accuracies, strict=True)))
+
+
+def _published(figure: Any, report: Mapping[str, Any]) -> None:
+    """One panel: ours by group with their front, others as squares, hollow where they count parameters alone."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    rows = [row for row in report["rows"] if "compression" in row]
+    groups = list(dict.fromkeys(row["group"] for row in rows))
+    panel = figure.subplots()
+    ours = [(row["compression"], row["points"]) for row in rows]
+    for group in groups:
+        own = [point for point, row in zip(ours, rows, strict=True) if row["group"] == group]
+        colour = _COLOURS[groups.index(group) % len(_COLOURS)]
+        panel.scatter(*zip(*own, strict=True), color=colour, label=group, s=34, zorder=3)
+    front = pareto_front([(1 / smaller, points) for smaller, points in ours])
+    panel.step(
+        [ours[i][0] for i in front], [ours[i][1] for i in front], where="post", color="#7f7f7f", linewidth=1.2, zorder=2
+    )
+    theirs = [(point["compression"], point["points"]) for point in report["published"]]
+    for counted, face in (("bytes", "#7f7f7f"), ("parameters", "none")):
+        own = [at for at, point in zip(theirs, report["published"], strict=True) if point["counted"] == counted]
+        if own:
+            label = f"published, in {counted}"
+            panel.scatter(
+                *zip(*own, strict=True), marker="s", facecolor=face, edgecolor="#7f7f7f", label=label, s=30, zorder=3
+            )
+    panel.set_xscale("log")
+    panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.xaxis.set_major_formatter("{x:g}")
+    panel.xaxis.set_minor_formatter(NullFormatter())
+    panel.margins(x=0.12, y=0.15)
+    panel.set_xlabel("times smaller than the own dense network (log scale); ours in bytes of the file")
+    panel.set_ylabel("points of test accuracy against the own dense network")
+    handles, names = panel.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)), frameon=False, fontsize=8.5)
+    title = f"{report['title']}: compression beside what others published"
+    figure.suptitle(f"{title}\nours: {report['rows'][0]['note']}, {report['data']['name']}", fontsize=11)
+    figure.canvas.draw()  # the layout decides where there is room for names
+    named = [(*ours[i], rows[i]["name"]) for i in front]
+    named += [(*at, point["name"]) for at, point in zip(theirs, report["published"], strict=True)]
+    place_names(panel, named, [*ours, *theirs])
 
 
 # Places of a name around its point, in points, near ones first; those further than _NEAR get a line to the point.

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from slimkernels import models
 from slimkernels.compress.distillation.distill import distill
@@ -31,6 +32,7 @@ from slimkernels.compress.training.checkpoint import remove_checkpoint
 from slimkernels.compress.training.train import EpochStats, TrainConfig, evaluate, fine_tune
 from slimkernels.data import TensorLoader
 from slimkernels.files import atomic_path, file_sha256
+from slimkernels.recipes.clock import Clock, work_of
 from slimkernels.recipes.schema import TRAINING_VERBS, Recipe, Row, Step
 from slimkernels.recipes.store import finished, key_of, read_result, write_result
 
@@ -53,7 +55,9 @@ class Workplace:
         device: where networks are trained.
         progress: training bars.
         say: called with one line per step.
+        seeds: how many seeds every row is run with, if not more by itself.
         may_train: False where only finished steps may be used.
+        clock: what is left of the run's time.
     """
 
     recipe: Recipe
@@ -64,8 +68,40 @@ class Workplace:
     device: torch.device
     progress: bool = True
     say: Say = lambda line: None
+    seeds: int = 1
     may_train: bool = True
+    clock: Clock = field(default_factory=lambda: Clock(None, lambda line: None))
     _models: dict[tuple[str, int], nn.Module] = field(default_factory=dict)
+    _multiply_adds: dict[str, float] = field(default_factory=dict)
+
+    def seeds_of(self, row: Row) -> int:
+        """How many seeds a row is run with."""
+        return max(self.seeds, row.seeds)
+
+    def seed_of(self, name: str, seed: int) -> int:
+        """The seed of a row that another row's ``seed`` starts from or is taught by: its own, where there is one."""
+        return seed if seed < self.seeds_of(self.recipe.row(name)) else 0
+
+    def work(self, row: Row, step: Step) -> float:
+        """Multiply-adds of a step's training; those of the dense network, where the row prunes or factorizes it."""
+        if step.verb not in TRAINING_VERBS:
+            return 0.0
+        teacher = str(step.companions.get("teacher", "teacher")) if step.verb == "distill" else None
+        taught = self.multiply_adds(self.recipe.row(teacher)) if teacher else 0.0
+        images = step.settings.get("images") or self.train.samples
+        return work_of(self.multiply_adds(row), step.settings["epochs"], images, taught)
+
+    def multiply_adds(self, row: Row) -> float:
+        """Of one image through the network that a row begins with."""
+        while row.source is not None:
+            row = self.recipe.row(row.source)
+        assert row.model is not None
+        if row.name not in self._multiply_adds:
+            model = build(row.model, len(self.train.classes), 0).eval()
+            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                model(torch.zeros(1, *self.train.images.shape[1:]))
+            self._multiply_adds[row.name] = counter.get_total_flops() / 2
+        return self._multiply_adds[row.name]
 
     def folder(self, row: Row, seed: int) -> Path:
         """Where a row keeps its steps."""
@@ -92,8 +128,9 @@ def run_row(place: Workplace, row: Row, seed: int) -> tuple[dict[str, Any], nn.M
     folder.mkdir(parents=True, exist_ok=True)
     classes = len(place.train.classes)
     if row.source is not None:
-        model = copy.deepcopy(place.network(row.source, seed))
-        before = place.result(place.recipe.row(row.source), seed)
+        first = place.seed_of(row.source, seed)
+        model = copy.deepcopy(place.network(row.source, first))
+        before = place.result(place.recipe.row(row.source), first)
         assert before is not None
         identity = str(before["identity"])
     else:
@@ -163,8 +200,9 @@ def _run_step(
     teacher = str(step.companions.get("teacher", "teacher")) if step.verb == "distill" else None
     taught_by = None
     if teacher is not None:
-        place.network(teacher, seed)
-        done = place.result(place.recipe.row(teacher), seed)
+        own = place.seed_of(teacher, seed)
+        place.network(teacher, own)
+        done = place.result(place.recipe.row(teacher), own)
         assert done is not None
         taught_by = done["identity"]
     data = {"data": place.data_key, "batch_size": place.recipe.batch_size} if step.verb in TRAINING_VERBS else None
@@ -184,8 +222,10 @@ def _run_step(
                 f"recipe: expected step {number} ({step.verb}) of row {row.name!r} to be finished with the present "
                 "recipe and data; run the row again, or remove its folder"
             )
+        place.clock.check(row.name, place.work(row, step))
         place.say(f"    {row.name}: {_words(step)}" + (f", seed {seed}" if seed else ""))
-        result = _train(place, model, step, seed, stem, place.network(teacher, seed) if teacher else None, key)
+        taught = place.network(teacher, place.seed_of(teacher, seed)) if teacher else None
+        result = _train(place, row, model, step, seed, stem, taught, key)
     else:
         for callback in callbacks_of(place, step, model):
             callback.prepare(model, 1)
@@ -217,24 +257,25 @@ def _change(model: nn.Module, step: Step) -> dict[str, Any]:
 
 
 def _train(
-    place: Workplace, model: nn.Module, step: Step, seed: int, stem: Path, teacher: nn.Module | None, key: str
+    place: Workplace, row: Row, model: nn.Module, step: Step, seed: int, stem: Path, teacher: nn.Module | None, key: str
 ) -> dict[str, Any]:
     """Trains, from the checkpoint of an interrupted run where there is one of the same key."""
     settings = dict(step.settings)
     loader = training_loader(
         place, settings.pop("batch_size", None), settings.pop("images", None), seed, settings.pop("augment", {})
     )
-    config = TrainConfig(**settings, seed=seed)
+    config = training_config(settings, seed, place.device)
     checkpoint, mark = stem.with_suffix(".ckpt"), stem.with_suffix(".running.json")
     if (read_result(mark) or {}).get("key") != key:
         remove_checkpoint(checkpoint)
         write_result(mark, {"key": key})
     started = time.perf_counter()
+    watch = place.clock.callback(row.name, row.seconds, place.work(row, step) / config.epochs, loader.samples)
     common: dict[str, Any] = {
-        "callbacks": callbacks_of(place, step, model),
+        "callbacks": [*callbacks_of(place, step, model), watch],
         "progress": place.progress,
-        "checkpoint": checkpoint,
-        "resume": True,
+        "checkpoint": checkpoint if place.recipe.checkpoints else None,
+        "resume": place.recipe.checkpoints,
         "log_dir": stem.with_name(stem.name + "-log"),
     }
     history: list[EpochStats]
@@ -267,6 +308,21 @@ def _train(
     remove_checkpoint(checkpoint)
     mark.unlink(missing_ok=True)
     return result
+
+
+def training_config(settings: Mapping[str, Any], seed: int, device: torch.device) -> TrainConfig:
+    """The `TrainConfig` of a step's settings; ``precision: auto`` is bf16 where the device is fast in it, else fp32."""
+    settings = {key: value for key, value in settings.items() if key not in ("batch_size", "images", "augment")}
+    if settings.get("precision") == "auto":
+        settings["precision"] = "bf16" if _multiplies_bf16(device) else "fp32"
+    return TrainConfig(**settings, seed=seed)
+
+
+def _multiplies_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def training_loader(

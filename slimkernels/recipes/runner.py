@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from slimkernels.conversion.symbols import coders
+from slimkernels.recipes.clock import Clock, OutOfTime
 from slimkernels.recipes.measurement import measure
 from slimkernels.recipes.report import write_report
 from slimkernels.recipes.rows import Say, Workplace, run_row
@@ -42,7 +44,8 @@ def reproduce(
         out: folder; steps that it holds finished are skipped, an interrupted training goes on from its last epoch.
         data: as `sources.open_data` takes it; None for a preset that brings its own.
         data_name: how the report calls the data set.
-        seeds: every row is run with seeds 0, 1, ..., each with a teacher of its own.
+        seeds: every row is run with seeds 0, 1, ..., each with a teacher of its own. A row whose recipe asks for more
+            seeds is run with so many; those that its teacher or source lacks take that of seed 0.
         only: names or patterns of rows or groups to run (and what they need), ``measure`` to measure the finished rows
             again, ``report`` to write the report again.
         compile: also try torch.compile as the teacher's baseline.
@@ -55,6 +58,7 @@ def reproduce(
     Raises:
         ValueError: a bad recipe, preset or row name, data that does not fit it, fewer than one seed, nothing to report.
         OSError: the data cannot be read, or ``out`` cannot be written; finished steps stay.
+        ImportError: rows with compact files, and no package to write them.
         RuntimeError: a converted network does not compute what the compressed one does; the report says which.
     """
     if seeds < 1:
@@ -64,7 +68,10 @@ def reproduce(
     source = data or recipe.data
     if source is None:
         raise ValueError(f"reproduce: expected data for preset {preset!r} of {recipe.name}, got none (--data DIR)")
+    if any(row.values != "fp32" for row in chosen):
+        coders("reproduce")  # missing, it would be missed when all is trained
     place = _workplace(recipe, Path(out), source, device, progress, say)
+    place.seeds = seeds
     described = {
         "source": Path(source).name if Path(source).exists() else source,
         "name": data_name or data_title(source, (place.train, place.test)),
@@ -73,10 +80,21 @@ def reproduce(
         "classes": list(place.train.classes),
     }
     write_json(place.out / "run.json", {"recipe": recipe.name, "preset": preset, "data": described})
-    for seed in range(seeds):
-        for index, row in enumerate(chosen, start=1):
-            say(f"[{index}/{len(chosen)}] {row.name}" + (f" (seed {seed})" if seeds > 1 else ""))
+    runs = [(row, seed) for seed in range(max(map(place.seeds_of, chosen), default=0)) for row in chosen]
+    runs = [(row, seed) for row, seed in runs if seed < place.seeds_of(row)]
+    left = sum(place.work(row, step) for row, seed in runs if place.result(row, seed) is None for step in row.steps)
+    place.clock = Clock(recipe.train_seconds, say, left)
+    unfit: list[str] = []
+    for index, (row, seed) in enumerate(runs, start=1):
+        say(f"[{index}/{len(runs)}] {row.name}" + (f" (seed {seed})" if place.seeds_of(row) > 1 else ""))
+        try:
+            for name in row.needs:
+                if place.result(recipe.row(name), place.seed_of(name, seed)) is None:
+                    raise OutOfTime(f"{row.name}: not begun, it needs {name}")
             run_row(place, row, seed)
+        except OutOfTime as error:
+            say(f"    {error}")
+            unfit.append(row.name)
     rows = [row for row in recipe.rows if place.result(row, 0) is not None]
     if MEASURE in stages:
         if not rows or rows[0] is not recipe.rows[0]:
@@ -84,7 +102,7 @@ def reproduce(
         place.may_train = False
         say(f"measuring {len(rows)} networks on {place.device}")
         measure(place, rows, compile=compile)
-    report = write_report(place.out, recipe, described)
+    report = write_report(place.out, recipe, described, tuple(dict.fromkeys(unfit)))
     wrong = [row["name"] for row in report["rows"] if row["measurement"] and row["measurement"].get("error")]
     if wrong:
         raise RuntimeError(f"reproduce: converted networks differ from the compressed ones: {', '.join(wrong)}")

@@ -8,23 +8,44 @@ variable's own type, other text is formatted as by `str.format`.
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from importlib import resources
 from pathlib import Path
 from typing import Any
+
+from slimkernels.recipes.checks import mapping, positive, seconds, unknown
 
 VERBS = ("train", "distill", "prune", "factorize", "finalize", "convert")
 TRAINING_VERBS = ("train", "distill")
 # Numbers of the paper that a row may quote beside its own.
 PAPER_KEYS = ("accuracy", "compression", "speedup", "row")
 
-_RECIPE_KEYS = ("name", "title", "presets", "rows")
-_PRESET_KEYS = ("data", "batch_size", "batches", "seconds", "variables", "note", "leave_out", "policy")
-_ROW_KEYS = ("name", "group", "each", "model", "from", "steps", "paper", "note")
+_RECIPE_KEYS = ("name", "title", "presets", "rows", "compared", "published")
+_PRESET_KEYS = (
+    "data",
+    "batch_size",
+    "batches",
+    "seconds",
+    "variables",
+    "note",
+    "leave_out",
+    "policy",
+    "goals",
+    "dtype",
+    "train_seconds",
+    "checkpoints",
+)
+_ROW_KEYS = ("name", "group", "each", "model", "from", "steps", "paper", "note", "values", "seeds", "seconds")
+# A point of others: `points` of accuracy against its own dense network, `counted` in bytes or in parameters.
+_PUBLISHED_KEYS = ("name", "network", "compression", "points", "counted", "source")
+DTYPES = ("fp32", "bf16")
+COUNTED = ("bytes", "parameters")
+# What one row is to reach at once; `rows` is a pattern of names, `batch` where the speed-up counts.
+GOAL_KEYS = ("rows", "compression", "relative_accuracy", "points", "speedup", "batch")
 _STEP_COMPANIONS = {
     "train": ("prune", "quantize", "sparse"),
     "distill": ("prune", "quantize", "sparse", "teacher", "loss", "temperature", "soft_weight", "cache_logits"),
@@ -55,7 +76,9 @@ class Row:
     ``model`` (name and options for `models.build`) or ``source`` (an earlier row) is where the network comes from; a
     source is taken finalized: its zeros are there, but only a ``prune`` of this row keeps them while it trains.
     ``paper`` quotes the paper's own numbers; ``group`` gathers rows in tables and pictures; ``labels`` are the values
-    of the row's ``each``.
+    of the row's ``each``. ``values`` is how `slimkernels.save` writes the row's weights, by default as they were
+    trained to be rounded; ``seeds`` the least number of seeds that the row is run with; ``seconds`` what each of its
+    trainings may take.
     """
 
     name: str
@@ -66,6 +89,9 @@ class Row:
     paper: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
     labels: Mapping[str, Any] = field(default_factory=dict)
+    values: str = "fp32"
+    seeds: int = 1
+    seconds: float | None = None
 
     @property
     def slug(self) -> str:
@@ -78,6 +104,16 @@ class Row:
         teachers = [str(step.companions.get("teacher", "teacher")) for step in self.steps if step.verb == "distill"]
         return tuple(dict.fromkeys([*([self.source] if self.source else []), *teachers]))
 
+    @property
+    def budget(self) -> tuple[tuple[float, int | None], ...]:
+        """Epochs of the row's own trainings by the number of images of an epoch (None: all): how long it is trained."""
+        found: dict[int | None, float] = {}
+        for step in self.steps:
+            if step.verb in TRAINING_VERBS:
+                images = step.settings.get("images")
+                found[images] = found.get(images, 0) + step.settings.get("epochs", 0)
+        return tuple((epochs, images) for images, epochs in sorted(found.items(), key=str))
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -85,6 +121,9 @@ class Recipe:
 
     ``data`` is the data set that the preset brings itself (None: the caller names one); ``batches`` and ``seconds`` are
     the batch sizes and the timing budget per network of the measurement, ``policy`` the `Policy` of its conversions.
+    ``goals`` are what one row is to reach at once (`GOAL_KEYS`), ``published`` what others reached.
+    ``dtype`` is that of the networks as they are measured, ``train_seconds`` what all trainings of a call may take
+    together; without ``checkpoints`` a training that is interrupted begins anew.
     """
 
     name: str
@@ -97,13 +136,18 @@ class Recipe:
     seconds: float
     note: str = ""
     policy: Mapping[str, Any] = field(default_factory=dict)
+    goals: tuple[Mapping[str, Any], ...] = ()
+    published: tuple[Mapping[str, Any], ...] = ()
+    dtype: str = "fp32"
+    train_seconds: float | None = None
+    checkpoints: bool = True
 
     def row(self, name: str) -> Row:
         """The row of that name. Raises ValueError naming near misses."""
         for row in self.rows:
             if row.name == name:
                 return row
-        raise ValueError(_unknown(f"recipe {self.name!r}: expected a row", name, [row.name for row in self.rows]))
+        raise ValueError(unknown(f"recipe {self.name!r}: expected a row", name, [row.name for row in self.rows]))
 
 
 def recipe_names() -> list[str]:
@@ -117,7 +161,8 @@ def load_recipe(name: str | Path, preset: str) -> Recipe:
 
     Raises:
         ValueError: no such recipe or preset, text that is not YAML, an unknown key (near misses are named), a missing
-            key, a variable that is not defined, or a row that needs one that does not come before it.
+            key, a variable that is not defined, a row that needs one that does not come before it, or rows that are
+            compared and not trained equally long.
         TypeError: a value of the wrong type.
     """
     path = Path(name)
@@ -126,7 +171,7 @@ def load_recipe(name: str | Path, preset: str) -> Recipe:
             raise ValueError(f"load_recipe: expected a file, got {path}, which does not exist")
         return parse_recipe(path.read_text(encoding="utf-8"), preset, str(path))
     if str(name) not in recipe_names():
-        raise ValueError(_unknown("load_recipe: expected a recipe", str(name), recipe_names()))
+        raise ValueError(unknown("load_recipe: expected a recipe", str(name), recipe_names()))
     text = resources.files("slimkernels.recipes").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
     return parse_recipe(text, preset, f"{name}.yaml")
 
@@ -140,37 +185,58 @@ def parse_recipe(text: str, preset: str, where: str = "recipe") -> Recipe:
     except yaml.YAMLError as error:
         line = " ".join(str(error).split())
         raise ValueError(f"{where}: expected YAML, got {line}") from error
-    data = _mapping(data, where, _RECIPE_KEYS, required=("name", "presets", "rows"))
-    presets = _mapping(data["presets"], f"{where}: presets", None)
+    data = mapping(data, where, _RECIPE_KEYS, required=("name", "presets", "rows"))
+    presets = mapping(data["presets"], f"{where}: presets", None)
     if preset not in presets:
-        raise ValueError(_unknown(f"{where}: expected a preset", preset, presets))
-    chosen = _mapping(presets[preset], f"{where}: preset {preset}", _PRESET_KEYS, required=("batch_size",))
-    variables = _mapping(chosen.get("variables") or {}, f"{where}: variables of preset {preset}", None)
+        raise ValueError(unknown(f"{where}: expected a preset", preset, presets))
+    chosen = mapping(presets[preset], f"{where}: preset {preset}", _PRESET_KEYS, required=("batch_size",))
+    variables = mapping(chosen.get("variables") or {}, f"{where}: variables of preset {preset}", None)
     if not isinstance(data["rows"], list) or not data["rows"]:
         raise ValueError(f"{where}: expected rows to be a list, got {type(data['rows']).__name__}")
     rows: list[Row] = []
     for index, entry in enumerate(data["rows"]):
         rows += _rows(entry, variables, f"{where}: rows[{index}]")
-    rows = _without(rows, chosen.get("leave_out") or [], where)
+    every = rows
+    rows = _without(every, chosen.get("leave_out") or [], where)
     _check_order(rows, where)
+    for patterns in data.get("compared") or []:
+        _check_budgets(patterns, every, rows, f"{where}: compared")
     return Recipe(
         name=str(data["name"]),
         title=str(data.get("title", data["name"])),
         preset=preset,
         rows=tuple(rows),
         data=chosen.get("data"),
-        batch_size=_positive(chosen["batch_size"], f"{where}: batch_size"),
-        batches=tuple(_positive(b, f"{where}: batches") for b in chosen.get("batches", (1, 128))),
+        batch_size=positive(chosen["batch_size"], f"{where}: batch_size"),
+        batches=tuple(positive(b, f"{where}: batches") for b in chosen.get("batches", (1, 128))),
         seconds=float(chosen.get("seconds", 1.0)),
         note=str(chosen.get("note", "")),
-        policy=_mapping(chosen.get("policy") or {}, f"{where}: policy of preset {preset}", _settings_of("convert")),
+        policy=mapping(chosen.get("policy") or {}, f"{where}: policy of preset {preset}", _settings_of("convert")),
+        goals=tuple(mapping(goal, f"{where}: goals of preset {preset}", GOAL_KEYS) for goal in chosen.get("goals", ())),
+        dtype=_dtype(chosen.get("dtype", "fp32"), f"{where}: dtype of preset {preset}"),
+        train_seconds=seconds(chosen.get("train_seconds"), f"{where}: train_seconds of preset {preset}"),
+        checkpoints=bool(chosen.get("checkpoints", True)),
+        published=tuple(_published(point, f"{where}: published") for point in data.get("published") or ()),
     )
+
+
+def _dtype(value: Any, where: str) -> str:
+    if value not in DTYPES:
+        raise ValueError(unknown(f"{where}: expected one", str(value), DTYPES))
+    return str(value)
+
+
+def _published(point: Any, where: str) -> dict[str, Any]:
+    point = mapping(point, where, _PUBLISHED_KEYS, required=_PUBLISHED_KEYS)
+    if point["counted"] not in COUNTED:
+        raise ValueError(unknown(f"{where}: {point['name']}: counted: expected one", str(point["counted"]), COUNTED))
+    return point
 
 
 def _rows(entry: Any, variables: Mapping[str, Any], where: str) -> list[Row]:
     """The rows that one entry of the file stands for."""
-    entry = _mapping(entry, where, _ROW_KEYS, required=("name", "group", "steps"))
-    each = _mapping(_filled(entry.get("each") or {}, variables, where), f"{where}: each", None)
+    entry = mapping(entry, where, _ROW_KEYS, required=("name", "group", "steps"))
+    each = mapping(_filled(entry.get("each") or {}, variables, where), f"{where}: each", None)
     axes: list[list[dict[str, Any]]] = []
     for name, values in each.items():
         if not isinstance(values, list) or not values:
@@ -185,41 +251,59 @@ def _rows(entry: Any, variables: Mapping[str, Any], where: str) -> list[Row]:
 
 
 def _row(entry: Mapping[str, Any], labels: Mapping[str, Any], where: str) -> Row:
+    from slimkernels.conversion.compact_index import VALUES
+
     name = str(entry["name"])
     where = f"{where} ({name})"
     if ("model" in entry) == ("from" in entry):
         raise ValueError(f"{where}: expected either model or from, got {'both' if 'model' in entry else 'neither'}")
-    model = _mapping(entry["model"], f"{where}: model", None, required=("name",)) if "model" in entry else None
+    model = mapping(entry["model"], f"{where}: model", None, required=("name",)) if "model" in entry else None
     if not isinstance(entry["steps"], list):
         raise ValueError(f"{where}: expected steps to be a list, got {entry['steps']!r}")
     steps = tuple(_step(step, f"{where}: steps[{i}]") for i, step in enumerate(entry["steps"]))
-    paper = _mapping(entry.get("paper") or {}, f"{where}: paper", PAPER_KEYS)
-    return Row(name, str(entry["group"]), steps, model, entry.get("from"), paper, str(entry.get("note", "")), labels)
+    paper = mapping(entry.get("paper") or {}, f"{where}: paper", PAPER_KEYS)
+    rounded = [step.companions["quantize"]["values"] for step in steps if "quantize" in step.companions]
+    values = str(entry.get("values", rounded[-1] if rounded else "fp32"))
+    if values not in VALUES:
+        raise ValueError(unknown(f"{where}: values: expected one", values, VALUES))
+    return Row(
+        name=name,
+        group=str(entry["group"]),
+        steps=steps,
+        model=model,
+        source=entry.get("from"),
+        paper=paper,
+        note=str(entry.get("note", "")),
+        labels=labels,
+        values=values,
+        seeds=positive(entry.get("seeds", 1), f"{where}: seeds"),
+        seconds=seconds(entry.get("seconds"), f"{where}: seconds"),
+    )
 
 
 def _step(entry: Any, where: str) -> Step:
-    entry = _mapping({entry: {}} if isinstance(entry, str) else entry, where, None)
+    entry = mapping({entry: {}} if isinstance(entry, str) else entry, where, None)
     verbs = [key for key in entry if key in TRAINING_VERBS] or [key for key in entry if key in VERBS]
     if len(verbs) != 1:
         if not verbs and entry:
-            raise ValueError(_unknown(f"{where}: expected a step", str(next(iter(entry))), VERBS))
+            raise ValueError(unknown(f"{where}: expected a step", str(next(iter(entry))), VERBS))
         raise ValueError(f"{where}: expected one step among {', '.join(VERBS)}, got {', '.join(map(str, entry))}")
     verb = verbs[0]
     companions = {key: value for key, value in entry.items() if key != verb}
-    _mapping(companions, f"{where} ({verb})", _STEP_COMPANIONS.get(verb, ()))
-    settings = _mapping(entry[verb] or {}, f"{where}: {verb}", None)
+    mapping(companions, f"{where} ({verb})", _STEP_COMPANIONS.get(verb, ()))
+    settings = mapping(entry[verb] or {}, f"{where}: {verb}", None)
     if verb in TRAINING_VERBS:
-        settings = {**_mapping(settings.get("use") or {}, f"{where}: use", None), **settings}
+        settings = {**mapping(settings.get("use") or {}, f"{where}: use", None), **settings}
         settings.pop("use", None)
-    _mapping(settings, f"{where}: {verb}", _settings_of(verb))
+    mapping(settings, f"{where}: {verb}", _settings_of(verb))
     if "augment" in settings:
-        _mapping(settings["augment"], f"{where}: augment", _settings_of("augment"))
+        mapping(settings["augment"], f"{where}: augment", _settings_of("augment"))
     if "prune" in companions:
-        _mapping(companions["prune"], f"{where}: prune", {*_settings_of("gradual"), "speedup"})
+        mapping(companions["prune"], f"{where}: prune", {*_settings_of("gradual"), "speedup"})
     if "sparse" in companions:
-        _mapping(companions["sparse"], f"{where}: sparse", _settings_of("sparse"))
+        mapping(companions["sparse"], f"{where}: sparse", _settings_of("sparse"))
     if "quantize" in companions:
-        _mapping(companions["quantize"], f"{where}: quantize", _settings_of("quantize"), required=("values",))
+        mapping(companions["quantize"], f"{where}: quantize", _settings_of("quantize"), required=("values",))
     return Step(verb, settings, companions)
 
 
@@ -273,19 +357,43 @@ def _filled(value: Any, variables: Mapping[str, Any], where: str) -> Any:
             return _filled(variables[alone[1]], variables, where)
         return value.format_map(variables)
     except KeyError as error:
-        raise ValueError(_unknown(f"{where}: expected a variable", str(error.args[0]), variables)) from None
+        raise ValueError(unknown(f"{where}: expected a variable", str(error.args[0]), variables)) from None
     except (ValueError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"{where}: expected text with {{variables}}, got {value!r}: {error}") from error
     except RecursionError:
         raise ValueError(f"{where}: variable {value!r} stands for itself") from None
 
 
-def _without(rows: list[Row], patterns: list[str], where: str) -> list[Row]:
-    from fnmatch import fnmatchcase
+def _check_budgets(patterns: Any, every: list[Row], rows: list[Row], where: str) -> None:
+    """Refuses rows of one comparison, chosen by patterns of names or groups, that are not trained equally long."""
+    if not isinstance(patterns, list):
+        raise TypeError(f"{where}: expected lists of rows or groups, got {patterns!r}")
+    for pattern in patterns:
+        if not any(_matches(row, str(pattern)) for row in every):
+            known = dict.fromkeys([*(row.name for row in every), *(row.group for row in every)])
+            raise ValueError(unknown(f"{where}: expected a row or a group", str(pattern), known))
+    same = [row for row in rows if any(_matches(row, str(pattern)) for pattern in patterns)]
+    for row in same[1:]:
+        if row.budget != same[0].budget:
+            raise ValueError(
+                f"{where}: expected rows that are trained equally long, got {_words(same[0].budget)} of "
+                f"{same[0].name!r} and {_words(row.budget)} of {row.name!r}"
+            )
 
+
+def _matches(row: Row, pattern: str) -> bool:
+    return fnmatchcase(row.name, pattern) or fnmatchcase(row.group, pattern)
+
+
+def _words(budget: Sequence[tuple[float, int | None]]) -> str:
+    parts = [f"{epochs:g} epochs" + (f" of {images} images" if images else "") for epochs, images in budget]
+    return " and ".join(parts) or "no training"
+
+
+def _without(rows: list[Row], patterns: list[str], where: str) -> list[Row]:
     for pattern in patterns:
         if not any(fnmatchcase(row.name, pattern) for row in rows):
-            raise ValueError(_unknown(f"{where}: leave_out: expected a row", pattern, [row.name for row in rows]))
+            raise ValueError(unknown(f"{where}: leave_out: expected a row", pattern, [row.name for row in rows]))
     return [row for row in rows if not any(fnmatchcase(row.name, pattern) for pattern in patterns)]
 
 
@@ -297,35 +405,6 @@ def _check_order(rows: list[Row], where: str) -> None:
             raise ValueError(f"{where}: expected rows of different names, got {row.name!r} twice")
         for needed in row.needs:
             if needed not in names:
-                raise ValueError(_unknown(f"{where}: row {row.name!r}: expected an earlier row", needed, names))
+                raise ValueError(unknown(f"{where}: row {row.name!r}: expected an earlier row", needed, names))
         names.append(row.name)
         slugs.add(row.slug)
-
-
-def _mapping(value: Any, where: str, allowed: Collection[str] | None, required: Collection[str] = ()) -> dict[str, Any]:
-    """A dict whose keys are text, all of them ``allowed`` (None: any), none of ``required`` missing."""
-    if not isinstance(value, Mapping):
-        raise TypeError(f"{where}: expected a mapping, got {type(value).__name__} {value!r}")
-    for key in value:
-        if not isinstance(key, str):
-            raise TypeError(f"{where}: expected text as key, got {key!r}")
-        if allowed is not None and key not in allowed:
-            raise ValueError(_unknown(f"{where}: expected a key", key, allowed))
-    for key in required:
-        if key not in value:
-            raise ValueError(f"{where}: expected key {key!r}, got {', '.join(value) or 'none'}")
-    return dict(value)
-
-
-def _unknown(what: str, got: str, known: Collection[str]) -> str:
-    """A message for a name that does not exist, with the names that are near."""
-    near = difflib.get_close_matches(got, list(known), n=3, cutoff=0.5)
-    among = f"; did you mean {' or '.join(near)}?" if near else ""
-    listed = ", ".join(itertools.islice(known, 20)) or "none"
-    return f"{what} among {listed}, got {got!r}{among}"
-
-
-def _positive(value: Any, where: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{where}: expected a positive int, got {value!r}")
-    return value

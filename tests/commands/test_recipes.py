@@ -14,7 +14,7 @@ from torch import nn
 import slimkernels as sk
 from slimkernels.compress.training.train import TrainConfig
 from slimkernels.data import TensorLoader
-from slimkernels.recipes import rows, sources, store
+from slimkernels.recipes import clock, rows, sources, store
 from slimkernels.recipes.figures import pareto_front
 from slimkernels.recipes.schema import load_recipe, parse_recipe, recipe_names
 
@@ -67,6 +67,18 @@ def test_rows_of_a_grid():
     assert parse(preset="b").rows[1].steps[0].settings == {"epochs": 3, "lr": 0.02}
 
 
+POINT = {"name": "x", "network": "y", "compression": 2, "points": -1, "counted": "bytes", "source": "z"}
+
+
+def _longer(data, how, **settings):
+    """The rows of one schedule as an entry of their own, with other settings of their training."""
+    other = copy.deepcopy(data["rows"][1])
+    data["rows"][1]["each"]["how"].remove(how)
+    other["each"]["how"] = [how]
+    other["steps"][0]["train"].update(settings or {"epochs": 3})
+    data["rows"].insert(1 if how == "cubic" else 2, other)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -95,10 +107,31 @@ def test_rows_of_a_grid():
         (lambda d: d["presets"]["a"].update(batch_size=0), "batch_size: expected a positive int, got 0"),
         (lambda d: d["presets"]["a"].update(leave_out=["cubik*"]), "leave_out: expected a row"),
         (lambda d: d["presets"]["a"]["variables"].update(net="{net}"), "stands for itself"),
+        (lambda d: d["rows"][1].update(values="int5"), "values: expected one among fp32, .*'int5'; did you mean int"),
+        (lambda d: d["presets"]["a"].update(dtype="bf61"), "dtype of preset a: expected one .*; did you mean bf16"),
+        (lambda d: d["presets"]["a"].update(train_seconds=0), "train_seconds of preset a: expected a positive number"),
+        (lambda d: d["rows"][1].update(seconds="1"), "seconds: expected a positive number of seconds, got '1'"),
+        (lambda d: d["rows"][1].update(seeds=0), "seeds: expected a positive int, got 0"),
+        (
+            lambda d: d["presets"]["a"].update(goals=[{"speed": 2}]),
+            "goals of preset a: .*'speed'; did you mean speedup",
+        ),
+        (lambda d: d.update(published=[{**POINT, "counted": "byte"}]), "counted: expected one .*; did you mean bytes"),
+        (lambda d: d.update(published=[{**POINT, "sorce": 1}]), "published: .*'sorce'; did you mean source"),
+        (lambda d: d.update(compared=[["prunning"]]), "compared: expected a row or .*'prunning'; did you mean pruning"),
+        (lambda d: d.update(compared=["pruning"]), "compared: expected lists of rows or groups, got 'pruning'"),
+        (
+            lambda d: (d.update(compared=[["cubic*", "one_shot*"]]), _longer(d, "cubic")),
+            "trained equally long, got 3 epochs of 'cubic 40.0%' and 2 epochs of 'one_shot 40.0%'",
+        ),
+        (
+            lambda d: (d.update(compared=[["pruning"]]), _longer(d, "one_shot", images=7)),
+            "got 2 epochs of 'cubic 40.0%' and 2 epochs of 7 images of 'one_shot 40.0%'",
+        ),
     ],
 )
 def test_a_bad_recipe_says_what_was_meant(change, message):
-    with pytest.raises(ValueError, match="small.yaml.*" + message):
+    with pytest.raises((ValueError, TypeError), match="small.yaml.*" + message):
         parse(change)
 
 
@@ -134,21 +167,20 @@ def test_the_paper_is_the_paper():
     assert found["slim, 16x1 94.5%"].source == "slim, dense"
 
 
-@pytest.mark.parametrize("preset", ["paper", "cpu", "smoke"])
+@pytest.mark.parametrize("preset", ["paper", "cpu", "smoke", "device", "device_rehearsal"])
 def test_every_training_step_of_the_package_is_valid(preset):
     """Settings make a TrainConfig, and what prunes while training a GradualPruning."""
     recipe = load_recipe("slimnets", preset)
     steps = [step for row in recipe.rows for step in row.steps if step.verb in ("train", "distill")]
     assert len(steps) == len(recipe.rows)
     for step in steps:
-        TrainConfig(
-            **{key: value for key, value in step.settings.items() if key not in ("images", "batch_size", "augment")}
-        )
+        rows.training_config(step.settings, 0, torch.device("cpu"))
         if "prune" in step.companions:
             callback = rows.pruning(step.companions["prune"], nn.Identity(), torch.zeros(0))
-            assert 0 < callback.sparsity < 1 and len(callback.block_shape) == 2
+            shares = callback.sparsity.values() if isinstance(callback.sparsity, dict) else [callback.sparsity]
+            assert all(0 < share < 1 for share in shares) and len(callback.block_shape) == 2
     models = {str(row.model) for row in recipe.rows if row.model}
-    assert len(models) >= 4
+    assert len(models) >= {"cpu": 2, "device": 3, "device_rehearsal": 2}.get(preset, 4)
 
 
 def place() -> rows.Workplace:
@@ -187,12 +219,95 @@ def test_a_step_prunes_and_rounds():
 
 
 def test_the_low_rank_row_fits_the_teacher_of_every_small_preset():
-    for preset in ("cpu", "smoke"):
+    for preset in ("cpu", "smoke", "device", "device_rehearsal"):
         recipe = load_recipe("slimnets", preset)
         model = rows.build(recipe.row("teacher").model, 10, 0)
         step = recipe.row("low rank").steps[0]
         found = rows._change(model, step)["layers"]
         assert sum(layer["kind"] == "tai" for layer in found) == len(step.settings["rank"])
+
+
+def test_the_rows_of_the_cpu_preset():
+    """What has to be shown there, the layers that shares are given of, and the weights that stay by them."""
+    recipe = load_recipe("slimnets", "cpu")
+    names = [row.name for row in recipe.rows]
+    assert (
+        names[0] == "teacher" and len(names) == 12 and "gradual 1x1 87.5%" in names and "one-shot 16x1 87.5%" in names
+    )
+    ours = [row for row in recipe.rows if row.group == "combination"]
+    assert [row.values for row in ours] == ["int4"] * 3 and [row.seeds for row in ours] == [2, 2, 1]
+    same = {row.budget for row in recipe.rows if row.source == "teacher"}
+    assert len(same) == 1, "rows that start from the teacher are compared"
+    net = rows.build(recipe.row("teacher").model, 10, 0)
+    layers = dict(net.named_modules())
+    weights = {
+        name: layer.weight.numel() for name, layer in layers.items() if isinstance(layer, (nn.Conv2d, nn.Linear))
+    }
+    for row in ours:
+        shares = row.steps[0].companions["prune"]["sparsity"]
+        assert set(shares) == set(weights) - {"features.0", "classifier.6"}
+        zeros = sum(weights[name] * share for name, share in shares.items()) / sum(weights[name] for name in shares)
+        assert zeros == pytest.approx(row.labels["sparsity"], abs=0.002)
+
+
+def test_the_device_preset_fits_a_call():
+    """Its trainings at 40 000 images/s of VGG-19, by multiply-adds where the network is a smaller one, and what ours
+    are compared with; its rehearsal has the same rows."""
+    recipe = load_recipe("slimnets", "device")
+    assert [row.name for row in load_recipe("slimnets", "device_rehearsal").rows] == [row.name for row in recipe.rows]
+    assert recipe.train_seconds + 110 <= 525 and recipe.dtype == "bf16" and not recipe.checkpoints
+    seconds = 0.0
+    for row in recipe.rows:
+        ((epochs, images),) = row.budget
+        taught = any(step.verb == "distill" for step in row.steps)
+        seconds += row.seeds * epochs * 1.25 * ((1.0 if row.group != "slim" else 0.4) + (0.32 if taught else 0.0))
+        assert images is None
+    assert 380 <= seconds <= recipe.train_seconds
+    shares = {row.labels["sparsity"] for row in recipe.rows if row.group == "combination"}
+    assert shares == {0.875, 0.95, 0.98} and {"low rank", "NIN distilled", "slim, 16x1 94.5%"} <= {
+        r.name for r in recipe.rows
+    }
+
+
+def test_a_clock_predicts_from_the_epochs_so_far(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(clock.time, "monotonic", lambda: now[0])
+    told = []
+    running = clock.Clock(50.0, told.append, work=600.0)
+    assert running.predicted(10.0) is None
+    running.check("row", 1e9)  # nothing is known yet
+    watch = running.callback("row", None, work=100.0, images=80)
+    for epoch in range(2):
+        for step in range(2):
+            watch.on_step_begin(2 * epoch + step, 4, None)
+            now[0] += 2.0
+        watch.on_epoch_end(epoch, None)
+    assert running.predicted(50.0) == pytest.approx(2.0)
+    (line,) = told  # 80 images in 4 s; 500 of 600 are left at 25 a second
+    assert "20 images/s" in line and "about 20 s of training are left" in line
+    running.check("row", 25.0 * 42 * 1.2)
+    with pytest.raises(clock.OutOfTime, match="row: not begun, 42 s of training are left, of which it needs about 60"):
+        running.check("row", 1500.0)
+    boxed = running.callback("row", 3.0, work=1.0, images=1)
+    boxed.on_step_begin(0, 4, None)
+    now[0] += 3.5
+    with pytest.raises(clock.OutOfTime, match="its time was over at step 1 of 4"):
+        boxed.on_step_begin(1, 4, None)
+    now[0] += 60.0
+    with pytest.raises(clock.OutOfTime, match="0 s of training are left"):
+        running.check("row", 0.0)
+
+
+def test_automatic_precision(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    config = rows.training_config({"epochs": 2, "precision": "auto", "images": 10}, 3, torch.device("cpu"))
+    assert config == TrainConfig(epochs=2, precision="bf16", seed=3)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False}, raising=False)
+    assert rows.training_config({"epochs": 2, "precision": "auto"}, 0, torch.device("cpu")).precision == "fp32"
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert rows.training_config({"epochs": 2, "precision": "auto"}, 0, torch.device("cpu")).precision == "fp32"
+    with pytest.raises(ValueError, match="expected precision to be one of"):
+        rows.training_config({"epochs": 2, "precision": "automatic"}, 0, torch.device("cpu"))
 
 
 def test_conv_ranks_counts():
@@ -270,7 +385,8 @@ def test_pareto_front():
     assert pareto_front([]) == []
 
 
-def test_names_of_points_cover_nothing(tmp_path):
+@pytest.mark.parametrize(("draw", "panels"), [("pareto_figure", 3), ("published_figure", 1)])
+def test_names_of_points_cover_nothing(tmp_path, draw, panels):
     """Of the committed report, whose points lie close together: no name covers another, a point or the frame."""
     import json
     from pathlib import Path
@@ -294,8 +410,10 @@ def test_names_of_points_cover_nothing(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "place_names", placed)
-        figures.pareto_figure(json.loads(path.read_text()), tmp_path / "pareto.png")
-    assert len(seen) == 3 and min(seen) > 3
+        report = json.loads(path.read_text())
+        report["published"] = load_recipe("slimnets", "cpu").published
+        getattr(figures, draw)(report, tmp_path / "figure.png")
+    assert len(seen) == panels and min(seen) > 3
 
 
 def test_data_by_name(tmp_path):
