@@ -120,13 +120,36 @@ void describe(const char* isa, const SlimConv2dF32& a) {
 // How a problem is run.
 struct Way {
   bool images;   // innermost, between two layout steps
+  bool parts;    // of images, where they fit
   bool offsets;  // given, or computed in the call
   int32_t slot, threads;
   int64_t y_shift;
 };
 
+// Cuts images into as many parts as fit a vector and their sizes. Nothing changes where none do.
+void cut_into_parts(SlimConv2dF32* a) {
+  if (a->strip != 1 || a->p * a->stride_h != a->h || a->q * a->stride_w != a->w) return;
+  const int64_t at_border = a->pool ? 2 : 1;
+  int32_t parts_h = 1, parts_w = 1;
+  for (int32_t rows = 1; rows <= a->lanes && a->p % (rows * at_border) == 0; rows *= 2) {
+    for (int32_t columns = 1; rows * columns <= a->lanes && a->q % (columns * at_border) == 0; columns *= 2) {
+      if (rows * columns < parts_h * parts_w) continue;
+      parts_h = rows;
+      parts_w = columns;
+    }
+  }
+  a->parts_h = parts_h;
+  a->parts_w = parts_w;
+  a->n *= parts_h * parts_w;
+  a->h /= parts_h;
+  a->p /= parts_h;
+  a->w /= parts_w;
+  a->q /= parts_w;
+}
+
 int run(const Isa& isa, SlimConv2dF32 a, const Way& way) {
   a.lanes = way.images ? isa.lanes : 1;
+  if (way.images && way.parts) cut_into_parts(&a);
   Block<int32_t> offsets(slim_entry_offsets_count(&a));
   if (way.offsets) {
     slim_entry_offsets(&a, offsets.data);
@@ -220,8 +243,8 @@ void check(const Isa& isa, SlimConv2dF32 a, const Way& way, Tally* tally) {
   }
   if (tally->failures != before) {
     describe(isa.name, a);
-    printf("  images innermost %d, offsets given %d, slot %d, %d threads\n", way.images, way.offsets, way.slot,
-           way.threads);
+    printf("  images innermost %d, in parts %d, offsets given %d, slot %d, %d threads\n", way.images, way.parts,
+           way.offsets, way.slot, way.threads);
   }
   ++tally->cases;
   tally->outputs += count;
@@ -241,6 +264,7 @@ void run_case(const Isa& isa, long number, int max_threads, Tally* tally) {
   static const int64_t kChannels[] = {1, 2, 3, 7, 8, 9, 16, 24, 31, 32, 33, 64, 96};
   SlimConv2dF32 a;
   memset(&a, 0, sizeof a);
+  a.parts_h = a.parts_w = 1;
   const bool linear = rng.chance(15), large = number % 97 == 96;
   do {
     a.h = linear ? 1 : large ? 32 : rng.pick(kSizes);
@@ -321,6 +345,7 @@ void run_case(const Isa& isa, long number, int max_threads, Tally* tally) {
   way.offsets = rng.chance(50);
   way.slot = rng.chance(30) ? int32_t(rng.below(4)) : -1;
   way.y_shift = rng.range(0, 3);
+  way.parts = rng.chance(50);
   check(isa, a, way, tally);
 }
 

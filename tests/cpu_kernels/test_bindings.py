@@ -26,10 +26,10 @@ CONV2D = {
     **dict.fromkeys(("stride_h", "stride_w", "dil_h", "dil_w"), (1, INT32_MAX)),
     "strip": (1, 32),
     "depth": (1, 16),
-    "lanes": (1, 16),
+    **dict.fromkeys(("lanes", "parts_h", "parts_w"), (1, 16)),
     **dict.fromkeys(("relu", "pool"), (0, 1)),
 }
-LAYOUT = ("n", "h", "w", "c_in", "lanes")  # what a copy between layouts reads
+LAYOUT = ("n", "h", "w", "c_in", "lanes", "parts_h", "parts_w")  # what a copy between layouts reads
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +77,28 @@ def test_a_copy_between_layouts_refuses(native: ModuleType, step: Step, name: st
     native.Steps("scalar", [(1, -1, *members)])
     with pytest.raises(ValueError, match=f"Steps: {name} = {number} is out of range"):
         native.Steps("scalar", [(1, -1, *members._replace(**{name: number}))])
+
+
+CUT = {"strip": 1, "lanes": 4, "n": 4, "h": 2, "w": 2, "p": 2, "q": 2, "parts_h": 2, "parts_w": 2}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"n": 3}, {"n": 2}, {"n": 16, "parts_w": 4}, {"n": 1, "lanes": 1}, {"strip": 2}, {"p": 1, "stride_h": 3},
+        {"h": 33, "p": 1, "r": 33}, {"pool": 1, "h": 3, "p": 3}, {"q": 1, "w": 3, "stride_w": 2, "s": 2},
+    ],
+)  # fmt: skip
+def test_images_that_cannot_be_cut_into_parts_are_refused(
+    native: ModuleType, step: Step, wrong: dict[str, int]
+) -> None:
+    members = step.arguments._replace(**CUT)
+    native.Steps("scalar", [(0, -1, *members)])
+    with pytest.raises(ValueError, match=r"cut into parts|multiple of the parts"):
+        native.Steps("scalar", [(0, -1, *members._replace(**wrong))])
+    if not wrong.keys() - {"n", "parts_w"}:
+        with pytest.raises(ValueError, match="multiple of the parts"):
+            native.Steps("scalar", [(1, -1, *members._replace(**wrong))])
 
 
 @pytest.mark.parametrize("member", ["x", "y", "tap_ptr"])
