@@ -62,6 +62,7 @@ struct LanesOfImages {
 
   // Of a pixel of an image or part, counted from the first of the tensor.
   int64_t at(int64_t part, int64_t pixel) const {
+    if (parts_h * parts_w == 1) return (part * part_h * part_w + pixel) * channels;
     const int64_t image = part / (parts_h * parts_w), part_row = part / parts_w % parts_h, part_column = part % parts_w;
     const int64_t row = part_row * part_h + pixel / part_w, column = part_column * part_w + pixel % part_w;
     return ((image * parts_h * part_h + row) * parts_w * part_w + column) * channels;
