@@ -19,7 +19,7 @@
 extern "C" {
 #endif
 
-enum { SLIM_OFFSETS_MARGIN = 16 };
+enum { SLIM_OFFSETS_MARGIN = 16, SLIM_PARTS_MAX_TAPS = 32 };
 enum { SLIM_OK = 0, SLIM_ERROR_NO_MEMORY = 1, SLIM_ERROR_UNSUPPORTED = 2, SLIM_ERROR_CUDA = 3 };
 
 // ---------------------------------------------------------------- CPU
@@ -39,6 +39,12 @@ enum { SLIM_OK = 0, SLIM_ERROR_NO_MEMORY = 1, SLIM_ERROR_UNSUPPORTED = 2, SLIM_E
 //
 // Activations lie channels last (lanes = 1) or images innermost (lanes = the instruction set's vector: 4 scalar, 8
 // avx2, 16 avx512): (ceil(n/lanes), h, w, c, lanes), lanes beyond n holding anything finite.
+//
+// A few images fill a vector in *parts*: each is cut into parts_h x parts_w parts of equal size, row by row, which lie
+// innermost as images do. Then n counts parts, and h, w, p and q are sizes of a part; the convolution still reads
+// across the borders between them. This is for strips of one channel with images innermost. Preconditions: parts_h *
+// parts_w divides lanes and n; p * stride_h == h and q * stride_w == w; with pool p and q are even; r, s <=
+// SLIM_PARTS_MAX_TAPS.
 //
 // Preconditions: x is (n,h,w,c_in), y is (n,p,q,c_out), or (n,p/2,q/2,c_out) with pool, both contiguous in that order
 // and not overlapping; residual, where given, lies like y, overlaps it nowhere, and pool is 0; n,p,q,c_out >= 1; every
@@ -61,15 +67,16 @@ typedef struct SlimConv2dF32 {
   const float* residual;    // added to the sums in front of the ReLU, or NULL
   int64_t n, h, w, c_in, c_out, p, q;
   int32_t r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w;
-  int32_t strip;  // 8, 16, 24 or 32; images innermost also 1, 2 or 4; 1 with a depth
-  int32_t depth;  // 1, or input channels of an entry: 8 or 16
-  int32_t relu;   // 0 or 1: y = max(y, 0), NaN kept
-  int32_t pool;   // 0 or 1: 2x2 stride-2 max-pool (floor) after the ReLU, NaN kept
-  int32_t lanes;  // 1, or the vector of the instruction set
+  int32_t strip;             // 8, 16, 24 or 32; images innermost also 1, 2 or 4; 1 with a depth
+  int32_t depth;             // 1, or input channels of an entry: 8 or 16
+  int32_t relu;              // 0 or 1: y = max(y, 0), NaN kept
+  int32_t pool;              // 0 or 1: 2x2 stride-2 max-pool (floor) after the ReLU, NaN kept
+  int32_t lanes;             // 1, or the vector of the instruction set
+  int32_t parts_h, parts_w;  // of an image, 1 and 1 where images are whole
 } SlimConv2dF32;
 
 // One step of a recorded network. A layout step copies x, channels last (n,h,w,c_in), into y, images innermost, or the
-// other way round, and reads of `conv` just x, y, n, h, w, c_in and lanes.
+// other way round, and reads of `conv` just x, y, n, h, w, c_in, lanes, parts_h and parts_w.
 enum { SLIM_STEP_CONV2D = 0, SLIM_STEP_TO_IMAGES = 1, SLIM_STEP_FROM_IMAGES = 2 };
 typedef struct SlimStepF32 {
   int32_t kind;
@@ -130,7 +137,8 @@ SLIM_HIDDEN double slim_multiply_adds_f32_avx512(int64_t iterations, int32_t thr
 
 // In Python, with the members of SlimConv2dF32 in order, pointers as integers, 0 for NULL:
 // _C.conv2d_f32(isa, x, y, bias, weights, channels, tap_ptr, offsets, residual, n, h, w, c_in, c_out, p, q, r, s,
-//               stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, strip, depth, relu, pool, lanes, threads).
+//               stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, strip, depth, relu, pool, lanes, parts_h, parts_w,
+//               threads).
 // _C.weight_gradient_f32(isa, (members of SlimWeightGradientF32 in order), threads).
 // _C.Steps(isa, [(kind, slot, members in order), ...]).run(threads) or, in tests, .run_delayed(threads, seed);
 // _C.entry_offsets_count(members in order); _C.entry_offsets(members in order, offsets, their number).

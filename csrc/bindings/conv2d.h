@@ -12,22 +12,48 @@ template <>
 struct Members<SlimConv2dF32> {
   using Struct = SlimConv2dF32;  // Conv2dArguments in slimkernels/kernels/cpu/abi.py
   static constexpr Member list[] = {
-      SLIM_MEMBER(x, kAddress),           SLIM_MEMBER(y, kAddress),        SLIM_MEMBER(bias, kAddress),
-      SLIM_MEMBER(weights, kAddress),     SLIM_MEMBER(channels, kAddress), SLIM_MEMBER(tap_ptr, kAddress),
-      SLIM_MEMBER(offsets, kAddress),     SLIM_MEMBER(residual, kAddress), SLIM_MEMBER(n, kImages),
-      SLIM_MEMBER(h, kNatural),           SLIM_MEMBER(w, kNatural),        SLIM_MEMBER(c_in, kPositive),
-      SLIM_MEMBER(c_out, kPositive),      SLIM_MEMBER(p, kPositive),       SLIM_MEMBER(q, kPositive),
-      SLIM_MEMBER(r, kPositive),          SLIM_MEMBER(s, kPositive),       SLIM_MEMBER(stride_h, kPositive),
-      SLIM_MEMBER(stride_w, kPositive),   SLIM_MEMBER(pad_h, kNatural),    SLIM_MEMBER(pad_w, kNatural),
-      SLIM_MEMBER(dil_h, kPositive),      SLIM_MEMBER(dil_w, kPositive),   SLIM_MEMBER(strip, (Range{1, 32})),
-      SLIM_MEMBER(depth, (Range{1, 16})), SLIM_MEMBER(relu, kFlag),        SLIM_MEMBER(pool, kFlag),
+      SLIM_MEMBER(x, kAddress),
+      SLIM_MEMBER(y, kAddress),
+      SLIM_MEMBER(bias, kAddress),
+      SLIM_MEMBER(weights, kAddress),
+      SLIM_MEMBER(channels, kAddress),
+      SLIM_MEMBER(tap_ptr, kAddress),
+      SLIM_MEMBER(offsets, kAddress),
+      SLIM_MEMBER(residual, kAddress),
+      SLIM_MEMBER(n, kImages),
+      SLIM_MEMBER(h, kNatural),
+      SLIM_MEMBER(w, kNatural),
+      SLIM_MEMBER(c_in, kPositive),
+      SLIM_MEMBER(c_out, kPositive),
+      SLIM_MEMBER(p, kPositive),
+      SLIM_MEMBER(q, kPositive),
+      SLIM_MEMBER(r, kPositive),
+      SLIM_MEMBER(s, kPositive),
+      SLIM_MEMBER(stride_h, kPositive),
+      SLIM_MEMBER(stride_w, kPositive),
+      SLIM_MEMBER(pad_h, kNatural),
+      SLIM_MEMBER(pad_w, kNatural),
+      SLIM_MEMBER(dil_h, kPositive),
+      SLIM_MEMBER(dil_w, kPositive),
+      SLIM_MEMBER(strip, (Range{1, 32})),
+      SLIM_MEMBER(depth, (Range{1, 16})),
+      SLIM_MEMBER(relu, kFlag),
+      SLIM_MEMBER(pool, kFlag),
       SLIM_MEMBER(lanes, (Range{1, 16})),
+      SLIM_MEMBER(parts_h, (Range{1, 16})),
+      SLIM_MEMBER(parts_w, (Range{1, 16})),
   };
 };
 static_assert(members_fill_the_struct<SlimConv2dF32>());
 
 constexpr int kMembers = kCount<SlimConv2dF32>;
-constexpr int kPointers = 8, kLanes = kMembers - 1;  // how many come first, and where `lanes` is
+constexpr int kPointers = 8, kLanes = kMembers - 3;  // how many come first, and where `lanes` is
+
+// What is wrong with the parts of images; "" where nothing is.
+inline std::string parts_fault(const SlimConv2dF32& a) {
+  const int64_t parts = int64_t(a.parts_h) * a.parts_w;
+  return a.lanes % parts != 0 || a.n % parts != 0 ? "lanes or n is no multiple of the parts of an image" : "";
+}
 
 // What is wrong with the members by what kernels.h asks for, as far as numbers tell; "" where nothing is. `a` is the
 // struct of these numbers.
@@ -41,6 +67,14 @@ inline std::string conv2d_fault(const int64_t* numbers, const SlimConv2dF32& a) 
   if (a.depth > 1 && (strip != 1 || lanes != 1 || a.pool || a.depth > a.c_in))
     return "a depth goes with strips of one channel, channels last, no pooling and as many input channels";
   if (a.tap_ptr == nullptr) return "tap_ptr is NULL";
+  if (a.parts_h > 1 || a.parts_w > 1) {
+    if (!parts_fault(a).empty()) return parts_fault(a);
+    const bool cut_at_strides = a.p * a.stride_h == a.h && a.q * a.stride_w == a.w;
+    const bool cut_at_pools = !a.pool || (a.p % 2 == 0 && a.q % 2 == 0);
+    if (strip != 1 || a.depth != 1 || a.r > SLIM_PARTS_MAX_TAPS || a.s > SLIM_PARTS_MAX_TAPS || !cut_at_strides ||
+        !cut_at_pools)
+      return "images cannot be cut into parts";
+  }
   if (!product_fits(a.h, a.w, a.c_in * lanes) || a.c_in * lanes > kInt32Max)
     return "an image has 2^31 elements or more";
   if (!product_fits(a.p, a.q, a.c_out * lanes) || a.c_out * lanes > kInt32Max)
@@ -69,14 +103,15 @@ inline std::string run_fault(const int64_t* numbers, const SlimConv2dF32& a) {
   return a.n > (INT64_MAX >> 3) / (vector_of_images * lanes) ? "n is out of range" : "";
 }
 
-// The same of a step that copies between layouts, which reads n, h, w, c_in and lanes alone.
+// The same of a step that copies between layouts, which reads n, h, w, c_in, lanes and the parts alone.
 inline std::string layout_fault(const int64_t* numbers, const SlimConv2dF32& a) {
   for (const std::string& fault :
-       {range_fault<SlimConv2dF32>(numbers, kPointers, 4), range_fault<SlimConv2dF32>(numbers, kLanes, 1)}) {
+       {range_fault<SlimConv2dF32>(numbers, kPointers, 4), range_fault<SlimConv2dF32>(numbers, kLanes, 3)}) {
     if (!fault.empty()) return fault;
   }
   const int64_t lanes = a.lanes;
   if (!is_one_of(lanes, {4, 8, 16})) return "lanes = " + std::to_string(lanes) + " is no known vector";
+  if (!parts_fault(a).empty()) return parts_fault(a);
   if (!product_fits(a.h, a.w, a.c_in * lanes) || a.c_in * lanes > kInt32Max)
     return "an image has 2^31 elements or more";
   const int64_t vector_of_images = std::max(a.h * a.w * a.c_in, int64_t(1)) * lanes;

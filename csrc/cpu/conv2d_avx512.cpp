@@ -47,6 +47,11 @@ struct Vec16 {
   static inline type max_nan(type a, type b) {
     return _mm512_mask_mov_ps(_mm512_max_ps(a, b), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a);
   }
+  typedef __m512i Lanes;
+  static inline Lanes lanes(const int32_t* numbers) { return _mm512_loadu_si512(numbers); }
+  static inline type moved(type v, Lanes from) {
+    return _mm512_maskz_permutexvar_ps(_mm512_cmpge_epi32_mask(from, _mm512_setzero_si512()), from, v);
+  }
 };
 
 // Of the 32 vector registers 24 hold accumulators, 3 hold x and 1 a weight: 11 loads for 24 multiply-adds. A single

@@ -60,6 +60,17 @@ struct Vec4 {
     for (int i = 0; i < 4; ++i) r.f[i] = a.f[i] > b.f[i] || a.f[i] != a.f[i] ? a.f[i] : b.f[i];
     return r;
   }
+  struct Lanes {
+    int32_t from[4];
+  };
+  static inline Lanes lanes(const int32_t* numbers) { return {{numbers[0], numbers[1], numbers[2], numbers[3]}}; }
+  static inline type moved(const type& v, const Lanes& lanes) {
+    type r = zero();
+    for (int i = 0; i < 4; ++i) {
+      if (lanes.from[i] >= 0) r.f[i] = v.f[lanes.from[i]];
+    }
+    return r;
+  }
 };
 
 // Transposes 8 x 8 floats: to[j][i] = from[i][j].

@@ -168,11 +168,13 @@ inline int64_t split_strips(const Workload& work, PixelSplit split) {
   return ceil_div(work.strips, min64(work.strips, ceil_div(wanted_units, pixel_units)));
 }
 
-// In slabs the units that share a tile each copy what it reads, and their partial sums should leave L2 some room.
-inline int64_t split_slab_strips(const Workload& work, PixelSplit split) {
-  constexpr int64_t LEAST = 128, MOST = 512;
+// In slabs the units that share a tile each copy what it reads, and their partial sums should leave L2 some room. In
+// parts of images a layer has few tiles, and threads share them.
+inline int64_t split_slab_strips(const Workload& work, const SlabCut& slabs, PixelSplit split) {
+  constexpr int64_t MOST = 512;
+  const int64_t least = slabs.rows.parts * slabs.columns.parts > 1 ? 32 : 128;
   const int64_t pixel_units = work.image_groups * ceil_div(work.rows, split.rows);
-  const int64_t parts = min64(max64(1, work.strips / LEAST), ceil_div(WANTED_UNITS, pixel_units));
+  const int64_t parts = min64(max64(1, work.strips / least), ceil_div(WANTED_UNITS, pixel_units));
   return min64(MOST, ceil_div(work.strips, parts));
 }
 
@@ -214,7 +216,7 @@ inline void decide(Plan& plan, const SlimConv2dF32& conv, int64_t tile_pixels) {
   plan.conv = &conv;
   plan.work = work;
   plan.pixels_per_unit = split;
-  plan.strips_per_unit = slabs ? split_slab_strips(work, split) : split_strips(work, split);
+  plan.strips_per_unit = slabs ? split_slab_strips(work, plan.slabs, split) : split_strips(work, split);
   plan.image_parts = ceil_div(work.image_groups, split.images);
   plan.row_parts = ceil_div(work.rows, split.rows);
   plan.strip_parts = ceil_div(work.strips, plan.strips_per_unit);

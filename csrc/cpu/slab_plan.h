@@ -9,6 +9,10 @@
 //
 // In the patch the pixels of a tile are neighbours whatever the stride, so an entry is one offset and one weight, and
 // the pixels are constant distances away from there.
+//
+// Where the lanes hold parts of images (kernels.h), what lies beyond the border of one part lies in another lane at the
+// same place of another part. The copy into the patch moves it over, and everything else is as with images. Taps are
+// then never left out: what lies outside the image in one lane lies inside in another.
 #pragma once
 #include <stdint.h>
 
@@ -23,7 +27,8 @@ namespace {
 // order, with stride 2 first every other one, then those between, so that the pixels of a tile are always neighbours.
 // Where taps are far apart, every tap has places of its own instead.
 struct SlabAxis {
-  Axis axis;
+  Axis axis;      // of a part
+  int64_t parts;  // that an image is cut into
   int64_t out;    // output positions that are computed
   int64_t tile;   // of them in a tile
   int64_t phase;  // places that are `stride` input positions apart, or 0: every tap has `tile` places of its own
@@ -56,13 +61,14 @@ inline TapRuns tap_runs(const SlabAxis& a, int64_t start) {
   const int64_t present = min64(a.tile, a.out - start);
   TapRuns runs = {{0, 0, 0, 0}};
   bool any = false, whole = false, cut = false;
+  const bool in_parts = a.parts > 1;
   for (int64_t tap = 0; tap < a.axis.taps; ++tap) {
     // Positions below `low` lie in front of the image, those from `high` on behind it. Neither grows with the tap.
     int64_t low = 0, high = 0;
     for (int64_t i = 0; i < present; ++i) {
       const int64_t position = (start + i) * a.axis.stride - a.axis.pad + tap * a.axis.dilation;
-      low += position < 0;
-      high += position < a.axis.size;
+      low += position < 0 && !in_parts;
+      high += position < a.axis.size || in_parts;
     }
     if (low < high) {
       if (!any) runs.bounds[0] = runs.bounds[1] = runs.bounds[2] = tap;
@@ -92,10 +98,10 @@ inline Range places_read(const SlabAxis& a, int64_t start) {
   return read;
 }
 
-inline SlabAxis slab_axis(const Axis& axis, int64_t out, int64_t tile) {
+inline SlabAxis slab_axis(const Axis& axis, int64_t parts, int64_t out, int64_t tile) {
   const int64_t phase = tile + (axis.taps - 1) * axis.dilation / axis.stride;
   const bool together = axis.stride * phase <= axis.taps * tile;
-  SlabAxis a = {axis, out, tile, together ? phase : 0, 0, 0, 0};
+  SlabAxis a = {axis, parts, out, tile, together ? phase : 0, 0, 0, 0};
   a.length = a.most = together ? axis.stride * phase : axis.taps * tile;
   if (out > 2 * tile) return a;
   // Places in the padding that neither of the two tiles reads are left out.
@@ -118,10 +124,12 @@ struct SlabTileSize {
   int64_t rows, columns;
 };
 
-// Tiles that there are microkernels for. All have even sides, so that a max-pool stays inside of a tile. 16
-// accumulators need an instruction set of 32 registers.
-constexpr SlabTileSize SLAB_TILES[] = {{4, 4}, {2, 4}, {2, 2}};
-constexpr int SLAB_TILE_COUNT = 3;
+// Tiles that there are microkernels for. 16 accumulators need an instruction set of 32 registers. Those with even sides
+// take all images, since a max-pool stays inside of a tile; the others are for parts of small images.
+constexpr SlabTileSize SLAB_TILES[] = {{4, 4}, {2, 4}, {2, 2}, {2, 1}, {1, 1}};
+constexpr int SLAB_TILE_COUNT = 5, SLAB_EVEN_TILE_COUNT = 3;
+
+inline bool in_parts(const SlimConv2dF32& conv) { return conv.parts_h > 1 || conv.parts_w > 1; }
 
 struct SlabCut {
   bool used;  // false: the problem is not run in slabs, and nothing else is set
@@ -144,8 +152,8 @@ inline SlabCut slab_cut_of(const SlimConv2dF32& conv, int tile) {
   SlabCut cut;
   cut.used = true;
   cut.tile = tile;
-  cut.rows = slab_axis(vertical, conv.pool ? conv.p / 2 * 2 : conv.p, size.rows);
-  cut.columns = slab_axis(horizontal, conv.pool ? conv.q / 2 * 2 : conv.q, size.columns);
+  cut.rows = slab_axis(vertical, conv.parts_h, conv.pool ? conv.p / 2 * 2 : conv.p, size.rows);
+  cut.columns = slab_axis(horizontal, conv.parts_w, conv.pool ? conv.q / 2 * 2 : conv.q, size.columns);
   cut.plane = cut.rows.length * cut.columns.length;
   const int64_t read_bytes = 4 * conv.lanes * cut.rows.most * cut.columns.most;
   const int64_t most = max64(1, min64(conv.c_in, PATCH_BYTES / read_bytes));
@@ -164,18 +172,21 @@ inline int64_t slab_cycles(const SlimConv2dF32& conv, const SlabCut& cut, int64_
 }
 
 // How a convolution is cut into slabs, if it is: with images innermost and strips of one channel, on images that have
-// the pixels of a tile, where every output channel has a few weights in a slab.
+// the pixels of a tile, where every output channel has a few weights in a slab. Parts of images always are.
 inline SlabCut slab_cut(const SlimConv2dF32& conv) {
-  constexpr int64_t MOST_TAPS = 32, MOST_PLACES = 4096, LEAST_ENTRIES = 2;
+  constexpr int64_t MOST_TAPS = SLIM_PARTS_MAX_TAPS, MOST_PLACES = 4096, LEAST_ENTRIES = 2;
+  const bool parts = in_parts(conv);
   SlabCut best;
   best.used = false;
-  if (conv.lanes == 1 || conv.strip != 1 || conv.p < 2 || conv.q < 2) return best;
+  if (conv.lanes == 1 || conv.strip != 1 || (!parts && (conv.p < 2 || conv.q < 2))) return best;
   if (conv.r > MOST_TAPS || conv.s > MOST_TAPS) return best;
   const int64_t entries = conv.tap_ptr[conv.c_out * conv.r * conv.s];
   int64_t least = INT64_MAX;
-  for (int tile = conv.lanes == 16 ? 0 : 1; tile < SLAB_TILE_COUNT; ++tile) {
+  const int tiles = parts && !conv.pool ? SLAB_TILE_COUNT : SLAB_EVEN_TILE_COUNT;
+  for (int tile = conv.lanes == 16 ? 0 : 1; tile < tiles; ++tile) {
     const SlabCut cut = slab_cut_of(conv, tile);
-    if (cut.plane > MOST_PLACES || entries / conv.c_out < LEAST_ENTRIES * cut.count) continue;
+    const bool pays = cut.plane <= MOST_PLACES && entries / conv.c_out >= LEAST_ENTRIES * cut.count;
+    if (!parts && !pays) continue;
     const int64_t cycles = slab_cycles(conv, cut, entries);
     if (cycles >= least) continue;
     least = cycles;

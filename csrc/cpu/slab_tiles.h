@@ -42,6 +42,8 @@ template <class V, int TR, int TC>
 struct SlabTile {
   typedef typename V::type Vector;
   typedef Vector Sums[TR][TC];
+  // A multiply-add takes 4 cycles: the smallest tiles sum into several sets of accumulators in turn.
+  static constexpr int SETS = TR * TC >= 4 ? 1 : 4 / (TR * TC);
 
   static void run(const SlabCall& call) {
     const float* x[TR];
@@ -88,14 +90,41 @@ struct SlabTile {
   template <int R0, int R1, int C0, int C1>
   static SLIM_ALWAYS_INLINE void add(Sums& sums, const float* const (&x)[TR], const SlabEntry*& entry,
                                      const SlabEntry* end) {
-    for (; entry != end; ++entry) {
-      const int64_t offset = entry->offset;
-      const Vector w = V::broadcast(&entry->weight);
+    if constexpr (SETS > 1) {
+      Sums sets[SETS];  // the first one is not used
       SLIM_UNROLL
-      for (int r = R0; r < R1; ++r) {
+      for (int set = 1; set < SETS; ++set) {
         SLIM_UNROLL
-        for (int c = C0; c < C1; ++c) sums[r][c] = V::fma(V::load(x[r] + offset + c * V::N), w, sums[r][c]);
+        for (int r = R0; r < R1; ++r) {
+          SLIM_UNROLL
+          for (int c = C0; c < C1; ++c) sets[set][r][c] = V::zero();
+        }
       }
+      for (; end - entry >= SETS; entry += SETS) {
+        add_entry<R0, R1, C0, C1>(sums, x, entry[0]);
+        SLIM_UNROLL
+        for (int set = 1; set < SETS; ++set) add_entry<R0, R1, C0, C1>(sets[set], x, entry[set]);
+      }
+      SLIM_UNROLL
+      for (int set = 1; set < SETS; ++set) {
+        SLIM_UNROLL
+        for (int r = R0; r < R1; ++r) {
+          SLIM_UNROLL
+          for (int c = C0; c < C1; ++c) sums[r][c] = V::add(sums[r][c], sets[set][r][c]);
+        }
+      }
+    }
+    for (; entry != end; ++entry) add_entry<R0, R1, C0, C1>(sums, x, *entry);
+  }
+
+  template <int R0, int R1, int C0, int C1>
+  static SLIM_ALWAYS_INLINE void add_entry(Sums& sums, const float* const (&x)[TR], const SlabEntry& entry) {
+    const int64_t offset = entry.offset;
+    const Vector w = V::broadcast(&entry.weight);
+    SLIM_UNROLL
+    for (int r = R0; r < R1; ++r) {
+      SLIM_UNROLL
+      for (int c = C0; c < C1; ++c) sums[r][c] = V::fma(V::load(x[r] + offset + c * V::N), w, sums[r][c]);
     }
   }
 
@@ -175,29 +204,52 @@ struct SlabTile {
 // registers, its sums would be spilled, and it is not compiled.
 template <class V>
 inline SlabFunction slab_function(int tile) {
-  constexpr SlabFunction functions[SLAB_TILE_COUNT] = {SlabTile < V, V::N == 16 ? 4 : 2, 4 > ::run,
-                                                       SlabTile<V, 2, 4>::run, SlabTile<V, 2, 2>::run};
+  constexpr SlabFunction functions[SLAB_TILE_COUNT] = {
+      SlabTile < V,           V::N == 16 ? 4 : 2,    4 > ::run, SlabTile<V, 2, 4>::run, SlabTile<V, 2, 2>::run,
+      SlabTile<V, 2, 1>::run, SlabTile<V, 1, 1>::run};
   return functions[tile];
 }
 
 // ---------------------------------------------------------------- the patch
 
-// What the tile at (row, column) reads of an image, at `channels` channels from the first of a slab.
+// Where a lane finds what lies some parts below and to the right of its own: the lane of that part of the same image,
+// or -1 where the image ends before.
+template <class V>
+inline void lanes_of_parts(const SlabCut& cut, int64_t below, int64_t right, int32_t (&from)[V::N]) {
+  const int64_t rows = cut.rows.parts, columns = cut.columns.parts;
+  for (int64_t lane = 0; lane < V::N; ++lane) {
+    const int64_t row = lane / columns % rows + below, column = lane % columns + right;
+    const bool inside = row >= 0 && row < rows && column >= 0 && column < columns;
+    from[lane] = inside ? (int32_t)(lane + below * columns + right) : -1;
+  }
+}
+
+inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -ceil_div(-a, b); }
+
+// What the tile at (row, column) reads of an image, or of all parts, at `channels` channels from the first of a slab.
 //
 // Places outside the image keep the zeros that the first slab of a tile has written.
 template <class V>
 inline void fill_patch(const SlabCut& cut, const float* image, int64_t pixel_floats, int64_t row, int64_t column,
                        int64_t channels, bool first_slab, float* patch) {
-  const int64_t width = cut.columns.axis.size, step = cut.plane * V::N;
+  const int64_t height = cut.rows.axis.size, width = cut.columns.axis.size, step = cut.plane * V::N;
+  const bool in_parts = cut.rows.parts > 1 || cut.columns.parts > 1;
   float* to = patch;
   for (int64_t i = 0; i < cut.rows.length; ++i) {
     const int64_t y = position_of_place(cut.rows, row, cut.rows.first + i);
-    const bool row_inside = y >= 0 && y < cut.rows.axis.size;
+    const bool row_inside = y >= 0 && y < height;
     for (int64_t j = 0; j < cut.columns.length; ++j, to += V::N) {
       const int64_t x = position_of_place(cut.columns, column, cut.columns.first + j);
       if (row_inside && x >= 0 && x < width) {
         const float* const from = image + (y * width + x) * pixel_floats;
         for (int64_t c = 0; c < channels; ++c) V::store(to + c * step, V::load(from + c * V::N));
+      } else if (in_parts) {
+        const int64_t below = floor_div(y, height), right = floor_div(x, width);
+        const float* const from = image + ((y - below * height) * width + x - right * width) * pixel_floats;
+        int32_t numbers[V::N];
+        lanes_of_parts<V>(cut, below, right, numbers);
+        const typename V::Lanes lanes = V::lanes(numbers);
+        for (int64_t c = 0; c < channels; ++c) V::store(to + c * step, V::moved(V::load(from + c * V::N), lanes));
       } else if (first_slab) {
         for (int64_t c = 0; c < cut.channels; ++c) V::store(to + c * step, V::zero());
       }

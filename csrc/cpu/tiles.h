@@ -20,7 +20,8 @@
 //
 // The vector type V is the instruction set's. It has V::N floats in V::type, and zero, load, load_part, broadcast,
 // store, store_part, add, fma (a * b + c), sum_lanes (of four vectors), relu and max_nan, the last two of which keep
-// NaN.
+// NaN. Vectors of images also have V::Lanes, which V::lanes makes of V::N lane numbers, and moved: each lane takes the
+// one of its number, and zero where that is -1.
 #pragma once
 #include <stdint.h>
 

@@ -32,6 +32,14 @@ struct Vec8 {
   static inline type max_nan(type a, type b) {
     return _mm256_blendv_ps(_mm256_max_ps(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
   }
+  typedef __m256i Lanes;
+  static inline Lanes lanes(const int32_t* numbers) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(numbers));
+  }
+  static inline type moved(type v, Lanes from) {
+    const __m256i inside = _mm256_cmpgt_epi32(from, _mm256_set1_epi32(-1));
+    return _mm256_and_ps(_mm256_permutevar8x32_ps(v, from), _mm256_castsi256_ps(inside));
+  }
 };
 
 // Transposes 8 x 8 floats: to[j][i] = from[i][j].

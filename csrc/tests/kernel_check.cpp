@@ -120,13 +120,38 @@ void describe(const char* isa, const SlimConv2dF32& a) {
 // How a problem is run.
 struct Way {
   bool images;   // innermost, between two layout steps
+  bool parts;    // of images, where they fit
   bool offsets;  // given, or computed in the call
   int32_t slot, threads;
   int64_t y_shift;
 };
 
+// Cuts images into as many parts as fit a vector and their sizes. Nothing changes where none do.
+void cut_into_parts(SlimConv2dF32* a) {
+  if (a->strip != 1 || a->p * a->stride_h != a->h || a->q * a->stride_w != a->w) return;
+  const int64_t at_border = a->pool ? 2 : 1;
+  int32_t parts_h = 1, parts_w = 1;
+  for (int32_t rows = 1; rows <= a->lanes && a->p % (rows * at_border) == 0; rows *= 2) {
+    for (int32_t columns = 1; rows * columns <= a->lanes && a->q % (columns * at_border) == 0; columns *= 2) {
+      // The most parts, and of those cuts the one nearest to a square.
+      const int32_t more = rows * columns - parts_h * parts_w, longest = rows > columns ? rows : columns;
+      if (more < 0 || (more == 0 && longest >= (parts_h > parts_w ? parts_h : parts_w))) continue;
+      parts_h = rows;
+      parts_w = columns;
+    }
+  }
+  a->parts_h = parts_h;
+  a->parts_w = parts_w;
+  a->n *= parts_h * parts_w;
+  a->h /= parts_h;
+  a->p /= parts_h;
+  a->w /= parts_w;
+  a->q /= parts_w;
+}
+
 int run(const Isa& isa, SlimConv2dF32 a, const Way& way) {
   a.lanes = way.images ? isa.lanes : 1;
+  if (way.images && way.parts) cut_into_parts(&a);
   Block<int32_t> offsets(slim_entry_offsets_count(&a));
   if (way.offsets) {
     slim_entry_offsets(&a, offsets.data);
@@ -220,8 +245,8 @@ void check(const Isa& isa, SlimConv2dF32 a, const Way& way, Tally* tally) {
   }
   if (tally->failures != before) {
     describe(isa.name, a);
-    printf("  images innermost %d, offsets given %d, slot %d, %d threads\n", way.images, way.offsets, way.slot,
-           way.threads);
+    printf("  images innermost %d, in parts %d, offsets given %d, slot %d, %d threads\n", way.images, way.parts,
+           way.offsets, way.slot, way.threads);
   }
   ++tally->cases;
   tally->outputs += count;
@@ -241,7 +266,10 @@ void run_case(const Isa& isa, long number, int max_threads, Tally* tally) {
   static const int64_t kChannels[] = {1, 2, 3, 7, 8, 9, 16, 24, 31, 32, 33, 64, 96};
   SlimConv2dF32 a;
   memset(&a, 0, sizeof a);
+  a.parts_h = a.parts_w = 1;
   const bool linear = rng.chance(15), large = number % 97 == 96;
+  const bool parts = !linear && !large && rng.chance(15);  // of images, whose sizes have to fit
+  static const int64_t kEvenSizes[] = {2, 4, 4, 8, 8, 12, 16};
   do {
     a.h = linear ? 1 : large ? 32 : rng.pick(kSizes);
     a.w = linear ? 1 : large ? 32 : rng.chance(70) ? a.h : rng.pick(kSizes);
@@ -253,16 +281,24 @@ void run_case(const Isa& isa, long number, int max_threads, Tally* tally) {
     a.dil_w = rng.chance(80) ? a.dil_h : int32_t(rng.range(1, 3));
     a.pad_h = linear ? 0 : rng.chance(60) ? (a.r - 1) / 2 * a.dil_h : int32_t(rng.range(0, 4));
     a.pad_w = linear ? 0 : rng.chance(60) ? (a.s - 1) / 2 * a.dil_w : int32_t(rng.range(0, 4));
+    if (parts) {
+      a.h = rng.pick(kEvenSizes);
+      a.w = rng.pick(kEvenSizes);
+      a.stride_h = a.stride_w = 1;
+      a.pad_h = (a.r - 1) / 2 * a.dil_h;
+      a.pad_w = (a.s - 1) / 2 * a.dil_w;
+    }
     a.p = output_size(a.h, a.r, a.stride_h, a.pad_h, a.dil_h);
     a.q = output_size(a.w, a.s, a.stride_w, a.pad_w, a.dil_w);
   } while (a.p < 1 || a.q < 1);
   a.n = linear ? rng.range(1, 70) : rng.range(1, 20);
   a.c_in = large ? 64 : rng.pick(kChannels);
   a.c_out = rng.chance(50) ? rng.pick(kChannels) : rng.range(1, 70);
-  const bool images = rng.chance(50);
+  const bool images = parts || rng.chance(50);
   a.strip = int32_t(images && rng.chance(60) ? rng.pick(kNarrow) : rng.pick(kStrips));
   a.depth = images || a.c_in < 8 || rng.chance(60) ? 1 : a.c_in < 16 || rng.chance(50) ? 8 : 16;
   if (a.depth > 1) a.strip = 1;
+  if (parts) a.strip = 1;
   a.relu = rng.chance(50);
   a.pool = a.depth == 1 && a.p >= 2 && a.q >= 2 && rng.chance(35);
 
@@ -321,6 +357,7 @@ void run_case(const Isa& isa, long number, int max_threads, Tally* tally) {
   way.offsets = rng.chance(50);
   way.slot = rng.chance(30) ? int32_t(rng.below(4)) : -1;
   way.y_shift = rng.range(0, 3);
+  way.parts = parts || rng.chance(50);
   check(isa, a, way, tally);
 }
 

@@ -40,13 +40,16 @@ constexpr Layer kResnet50[] = {
     {"layer4.2.conv3", 7, 512, 2048, 1, 1, false},
 };
 
-// A layout and a strip width, with the largest tile that the AVX-512 kernels have for it.
+// A layout and a strip width, with the largest tile that the AVX-512 kernels have for it, and whether images are cut
+// into parts.
 struct Form {
   int32_t lanes, strip;
   int64_t tile_pixels;
+  bool parts;
 };
 
-constexpr Form kForms[] = {{1, 16, 10}, {1, 8, 10}, {16, 16, 3}, {16, 1, 10}};
+constexpr Form kForms[] = {
+    {1, 16, 10, false}, {1, 8, 10, false}, {16, 16, 3, false}, {16, 1, 10, false}, {16, 1, 10, true}};
 
 void print_plan(const char* network, const Layer& layer, int64_t batch, const Form& form) {
   SlimConv2dF32 conv;
@@ -65,6 +68,15 @@ void print_plan(const char* network, const Layer& layer, int64_t batch, const Fo
   conv.lanes = form.lanes;
   conv.strip = form.strip;
   conv.depth = 1;
+  const int32_t most = conv.pool ? 8 : 4;  // rows and columns of outputs of which each part has one, or two
+  conv.parts_h = conv.parts_w = !form.parts || conv.p < 2 + 2 * conv.pool ? 1 : conv.p % most == 0 ? 4 : 2;
+  if (form.parts) {
+    conv.n *= conv.parts_h * conv.parts_w;
+    conv.h /= conv.parts_h;
+    conv.w /= conv.parts_w;
+    conv.p /= conv.parts_h;
+    conv.q /= conv.parts_w;
+  }
   const int64_t runs = (layer.c_out + form.strip - 1) / form.strip * layer.kernel * layer.kernel;
   const int64_t channels_kept = layer.c_in < 8 ? layer.c_in : layer.c_in / 8;
   std::vector<int32_t> tap_ptr;
@@ -92,11 +104,11 @@ void print_plan(const char* network, const Layer& layer, int64_t batch, const Fo
 int main() {
   for (const Form& form : kForms) {
     for (int64_t batch : {1, 16, 128}) {
-      if (form.lanes > 1 && batch == 1) continue;  // one image does not fill a vector
+      if ((form.lanes > 1 && batch == 1) != form.parts) continue;  // one image does not fill a vector
       for (const Layer& layer : kVgg19) print_plan("vgg19", layer, batch, form);
     }
     for (int64_t batch : {1, 16}) {
-      if (form.lanes > 1 && batch == 1) continue;
+      if ((form.lanes > 1 && batch == 1) != form.parts) continue;
       for (const Layer& layer : kResnet50) print_plan("resnet50", layer, batch, form);
     }
   }

@@ -18,6 +18,7 @@ from slimkernels.kernels.strips import pack_strips
 
 INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
 ADDRESSES = ("x", "y", "bias", "weights", "channels", "tap_ptr", "offsets", "residual")
+PARTS = ("parts_h", "parts_w")
 # Lowest and highest legal number of each member of SlimConv2dF32, as csrc/kernels.h states them.
 CONV2D = {
     "n": (1, INT64_MAX),
@@ -26,10 +27,10 @@ CONV2D = {
     **dict.fromkeys(("stride_h", "stride_w", "dil_h", "dil_w"), (1, INT32_MAX)),
     "strip": (1, 32),
     "depth": (1, 16),
-    "lanes": (1, 16),
+    **dict.fromkeys(("lanes", *PARTS), (1, 16)),
     **dict.fromkeys(("relu", "pool"), (0, 1)),
 }
-LAYOUT = ("n", "h", "w", "c_in", "lanes")  # what a copy between layouts reads
+LAYOUT = ("n", "h", "w", "c_in", "lanes", *PARTS)  # what a copy between layouts reads
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +80,28 @@ def test_a_copy_between_layouts_refuses(native: ModuleType, step: Step, name: st
         native.Steps("scalar", [(1, -1, *members._replace(**{name: number}))])
 
 
+CUT = {"strip": 1, "lanes": 4, "n": 4, "h": 2, "w": 2, "p": 2, "q": 2, "parts_h": 2, "parts_w": 2}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"n": 3}, {"n": 2}, {"n": 16, "parts_w": 4}, {"n": 1, "lanes": 1}, {"strip": 2}, {"p": 1, "stride_h": 3},
+        {"h": 33, "p": 1, "r": 33}, {"pool": 1, "h": 3, "p": 3}, {"q": 1, "w": 3, "stride_w": 2, "s": 2},
+    ],
+)  # fmt: skip
+def test_images_that_cannot_be_cut_into_parts_are_refused(
+    native: ModuleType, step: Step, wrong: dict[str, int]
+) -> None:
+    members = step.arguments._replace(**CUT)
+    native.Steps("scalar", [(0, -1, *members)])
+    with pytest.raises(ValueError, match=r"cut into parts|multiple of the parts"):
+        native.Steps("scalar", [(0, -1, *members._replace(**wrong))])
+    if not wrong.keys() - {"n", "parts_w"}:
+        with pytest.raises(ValueError, match="multiple of the parts"):
+            native.Steps("scalar", [(1, -1, *members._replace(**wrong))])
+
+
 @pytest.mark.parametrize("member", ["x", "y", "tap_ptr"])
 def test_a_convolution_refuses_a_missing_tensor(native: ModuleType, step: Step, member: str) -> None:
     with pytest.raises(ValueError, match="is NULL"):
@@ -100,7 +123,7 @@ def test_a_convolution_refuses_a_depth_without_a_kernel(
 
 WEIGHT_GRADIENT = {name: bounds for name, bounds in CONV2D.items() if name not in ("strip", "depth", "lanes")}
 WEIGHT_GRADIENT |= dict.fromkeys(("h", "w", "block_out", "block_in"), (1, INT32_MAX))
-WEIGHT_GRADIENT = {name: bounds for name, bounds in WEIGHT_GRADIENT.items() if name not in ("relu", "pool")}
+WEIGHT_GRADIENT = {name: bounds for name, bounds in WEIGHT_GRADIENT.items() if name not in ("relu", "pool", *PARTS)}
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +177,9 @@ def test_a_weight_gradient_of_an_unknown_instruction_set(native: ModuleType, gra
 # CUDA. Nothing is launched: one number of a call without tensors is wrong.
 
 DEVICE = {"device": (0, INT32_MAX), "dtype": (0, 2), "relu": (0, 1)}
-BSR = {name: bounds for name, bounds in CONV2D.items() if name not in ("strip", "depth", "lanes", "pool")} | DEVICE
+BSR = {
+    name: bounds for name, bounds in CONV2D.items() if name not in ("strip", "depth", "lanes", "pool", *PARTS)
+} | DEVICE
 BSR |= dict.fromkeys(("block_out", "block_in"), (1, INT32_MAX))
 LOW_RANK = {"m": (1, INT64_MAX), **dict.fromkeys(("in", "out"), (1, INT32_MAX)), "rank": (1, 640), **DEVICE}
 STRUCTS = {"bsr_conv2d": ("SlimCudaBsrConv2d", BSR), "low_rank_linear": ("SlimCudaLowRankLinear", LOW_RANK)}

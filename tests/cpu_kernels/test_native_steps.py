@@ -9,6 +9,7 @@ from torch import Tensor
 from slimkernels.kernels.cpu import conv2d as native
 from slimkernels.kernels.cpu.library import library, unavailable_reason
 from slimkernels.kernels.cpu.steps import MovableSteps
+from slimkernels.kernels.image_parts import WHOLE, image_parts
 from slimkernels.kernels.problems import LANES
 
 ISAS = [isa for isa in LANES if unavailable_reason(isa) is None]
@@ -213,6 +214,76 @@ def test_slabs(isa: str, h: int, w: int, stride: int, c_in: int, epilogue: str) 
     n = LANES[isa] + 1
     x = images(n, c_in, h, w)
     assert_within(conv(x, bias), expected(x, dense, bias, epilogue, stride))
+
+
+def test_how_images_are_cut_into_parts() -> None:
+    def cut(n: int, h: int, w: int, *, lanes: int = 16, stride: int = 1, shrink: int = 0, pool: bool = False):
+        output = h // stride - shrink, w // stride - shrink
+        return image_parts(n, lanes, (3, 3), (stride, stride), (h, w), output, pool)
+
+    assert [cut(n, 32, 32) for n in (1, 2, 3, 4, 5, 8, 9, 16, 100)] == [
+        (4, 4),
+        (2, 4),
+        (2, 2),
+        (2, 2),
+        (1, 2),
+        (1, 2),
+    ] + [WHOLE] * 3
+    assert [cut(1, 8, 8, lanes=lanes) for lanes in (4, 8)] == [(2, 2), (2, 4)]
+    # Sizes that do not divide, and pools that would lie in two parts, take fewer.
+    assert [cut(1, 4, 4), cut(1, 4, 4, pool=True), cut(1, 2, 2), cut(1, 2, 2, pool=True)] == [
+        (4, 4),
+        (2, 2),
+        (2, 2),
+        WHOLE,
+    ]
+    assert [cut(1, 14, 14), cut(1, 7, 7), cut(1, 12, 20), cut(1, 3, 4)] == [(2, 2), WHOLE, (4, 4), (1, 2)]
+    # The outputs of a part are computed from its own pixels and the neighbours' border.
+    assert [cut(1, 16, 16, stride=2), cut(1, 16, 16, shrink=2), cut(1, 9, 9, stride=2)] == [(4, 4), WHOLE, WHOLE]
+    assert image_parts(1, 16, (33, 1), (1, 1), (64, 64), (64, 64), False) == WHOLE
+
+
+# Parts of one pixel, of a column, of a tile and more; borders in both directions, strides, several slabs.
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("h", "w", "stride", "c_in", "taps"),
+    [(4, 4, 1, 150, 9), (2, 2, 1, 100, 9), (8, 8, 1, 60, 9), (4, 16, 2, 20, 9), (24, 8, 1, 9, 9), (8, 4, 1, 300, 1)],
+)
+@pytest.mark.parametrize("epilogue", ["none", "relu_maxpool2"])
+def test_parts_of_images(isa: str, n: int, h: int, w: int, stride: int, c_in: int, taps: int, epilogue: str) -> None:
+    conv, dense, bias = packed_conv(isa, c_in, 37, 1, taps, epilogue, stride)
+    x = images(n, c_in, h, w)
+    y = conv(x, bias)
+    assert_within(y, expected(x, dense, bias, epilogue, stride))
+    assert torch.equal(conv(x, bias), y)
+    if n == 1:
+        # What is not finite reaches the outputs that read it, across the borders of parts, and no others.
+        at = 0, 0, h // 2, w // 2
+        x[at], reading = torch.nan, torch.zeros_like(x)
+        reading[at] = 1
+        readers = expected(reading, (dense != 0).float(), torch.zeros(37), epilogue, stride)[0]
+        assert torch.equal(conv(x, bias).isnan(), readers > 0)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_steps_in_parts_are_checked(isa: str) -> None:
+    conv, _, bias = packed_conv(isa, 8, 16, 1)
+    parts, lanes = conv.parts(1, 8, 8), LANES[isa]
+    assert parts != WHOLE
+    x = images(1, 8, 8, 8)
+    a, b = (torch.zeros(native.images_innermost(1, 8, 8, c, isa, parts)) for c in (8, 16))
+    offsets = conv.entry_offsets(8, 8, lanes, parts)
+    native.layout_step(x, a, 1, parts)
+    conv.step(a, b, bias, 1, offsets, parts=parts)
+    for wrong in (WHOLE, (parts[0], 1), (3, parts[1]), (1, lanes)):
+        with pytest.raises(ValueError, match="layout_step: expected 1 images"):
+            native.layout_step(x, a, 1, wrong)
+        if wrong != WHOLE:  # as well the only image of a vector, of the size of a part
+            with pytest.raises(ValueError, match="bsr_conv2d: expected float32 x and y"):
+                conv.step(a, b, bias, 1, offsets, parts=wrong)
+    strips, _, bias = packed_conv(isa, 8, 16, 4)
+    assert strips.parts(1, 8, 8) == WHOLE
 
 
 def test_tensors_that_do_not_fit_are_refused() -> None:

@@ -216,6 +216,31 @@ def test_cpu_rates_divide_the_work_inside_the_image() -> None:
     assert cpu_cost.cpu_dense_seconds(linear, RATES, 1) == pytest.approx(10e-6 + 2 * 3 * 2048 / 50e9 + 8192 / 1e10)
 
 
+def test_single_weights_lose_lanes_without_images_and_cycles_on_small_tiles() -> None:
+    whole = conv(64, 64, 8, 64 * 72, (1, 1), n=8, dtype=torch.float32, device="cpu")
+
+    def flops(problem: ConvProblem) -> float:
+        """The rate without copies and calls."""
+        endless = replace(RATES, sparse_call_s=0.0)
+        copied = sum(problem.io_bytes(pooled=False)) / 1e10
+        return 2 * problem.macs / (cpu_cost.cpu_seconds(problem, endless, 1) - copied)
+
+    full = flops(whole)
+    assert full == pytest.approx(0.73 * 16 / 18 * 40e9)
+    # One image of 8x8 is cut into parts of fewer pixels and fills the vector; 9 images fill theirs half and a bit.
+    assert full / 2 < flops(replace(whole, n=1)) < full
+    assert flops(replace(whole, n=8 // 2 + 1)) == pytest.approx(full * (8 // 2 + 1) / 8)
+    # Images of 7x7 cannot be cut.
+    assert flops(replace(whole, n=1, h=7, w=7)) == pytest.approx(full / 8)
+    assert flops(replace(whole, n=8, h=1, w=1)) == pytest.approx(0.4 * 40e9)
+
+
+def test_full_blocks_of_single_weights_are_read_from_memory() -> None:
+    stored = 512 * 512 * 9 // 16
+    problem = conv(512, 512, 2, stored, (16, 1), n=1, dtype=torch.float32, device="cpu")
+    assert cpu_cost.cpu_seconds(problem, RATES, 2) == pytest.approx(5e-6 + 4 * 16 * stored / 1e10)
+
+
 def test_an_empty_batch_costs_a_launch() -> None:
     empty = gpu_block_sparse(conv(64, 64, 8, 36, (64, 16), n=0), {}, CARD)
     assert empty.tiles == 0 and 0 < empty.seconds < 2 * CARD.launch_s

@@ -173,6 +173,32 @@ def low_rank_net() -> nn.Module:
     return sk.convert(model.eval(), policy=sk.Policy(min_speedup=0, merge_low_rank=False))
 
 
+class SingleWeights(nn.Module):
+    """Images of 8x8 to 2x2 pixels, a residual, and a linear layer: each size is cut into other parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 24, 3, padding=1), nn.Conv2d(24, 24, 3, padding=1)
+        self.relu, self.last = nn.ReLU(), nn.Linear(64, 24)
+        self.pooled = nn.Sequential(
+            nn.Conv2d(24, 40, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(40, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.first(x))
+        x = self.relu(self.second(x) + x)
+        return self.last(self.pooled(x))
+
+
+def single_weights() -> nn.Module:
+    torch.manual_seed(0)
+    model = SingleWeights()
+    sk.finalize_(sk.prune_(model, 0.6, (1, 1)))
+    policy = sk.Policy(min_speedup=0, measure=False, check_model=False, block_shapes=((1, 1),))
+    return sk.convert(model.eval(), example_inputs=(batch(1),), policy=policy)
+
+
 def batch(n: int, seed: int = 1) -> Tensor:
     return torch.randn(n, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
 
@@ -202,6 +228,33 @@ def test_a_recording_computes_what_the_model_does(make, isa: str, n: int, monkey
         threads(2)
         with torch.no_grad():
             torch.testing.assert_close(replay(batch(n, 4)), model(batch(n, 4)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_few_images_run_in_parts(isa: str, monkeypatch, threads) -> None:
+    monkeypatch.setenv("SLIMKERNELS_ISA", isa)
+    model = single_weights()
+    for n in (1, 3):
+        threads(2)
+        replay = Replay(model, batch(n), measure=False)
+        in_parts = n <= LANES[isa] // 2
+        assert replay.chains[0] == (4, "parts of images" if in_parts else "vectors of images")
+        # With eight parts and more, 4x4 pixels that are pooled are cut into fewer parts than those before: two copies.
+        assert replay.calls == 10 + 2 * (n == 1 and LANES[isa] >= 8)
+        x = batch(n, 2)
+        with torch.no_grad():
+            got = replay(x).clone()
+            torch.testing.assert_close(got, model(x), rtol=1e-4, atol=1e-4)
+        threads(1)
+        assert torch.equal(replay(x), got)
+
+
+def test_residuals_in_other_parts_keep_images_whole(monkeypatch) -> None:
+    """A residual is added as it lies, so that its parts have to be those of the sums."""
+    links = [chains.Link(None, 0), chains.Link(None, 1, 0), chains.Link(None, 2)]  # type: ignore[arg-type]
+    assert chains._takes_parts(links, [(2, 2), (2, 2), (1, 1)], 1)
+    assert not chains._takes_parts(links, [(2, 2), (1, 2), (1, 1)], 1)
+    assert not chains._takes_parts(links, [(1, 1)] * 3, 1)
 
 
 def test_the_whole_network_is_one_call(monkeypatch, threads) -> None:

@@ -69,7 +69,7 @@ PACKAGES = {
     ),
     "kernels": (
         "__init__", "peak, cudnn, cuda_tensor_cores", "cpu, cuda, triton", "reference, strips, resident_plan",
-        "far_taps", "packs, problems, strided_pointwise, transposed",
+        "far_taps, image_parts", "packs, problems, strided_pointwise, transposed",
     ),
     "kernels/cpu": (
         "chain", "gradients, layer, low_rank", "conv2d, weight_gradient", "steps", "library", "abi", "memory, pieces",

@@ -18,7 +18,7 @@ _INT64 = ("n", "h", "w", "c_in", "c_out", "p", "q")
 
 
 class Conv2dArguments(NamedTuple):
-    """One convolution, or one copy between layouts, which reads x, y, n, h, w, c_in and lanes alone.
+    """One convolution, or one copy between layouts, which reads x, y, n, h, w, c_in, lanes and the parts alone.
 
     Attributes:
         x: address of the input; addresses are 0 for NULL.
@@ -29,8 +29,8 @@ class Conv2dArguments(NamedTuple):
         tap_ptr: address of the first entry of every strip and tap.
         offsets: address of the entries' distances in x.
         residual: address of what is added in front of the ReLU.
-        n: images.
-        h: input height.
+        n: images, or parts of images.
+        h: input height, of a part where images are cut into parts; so are the sizes below.
         w: input width.
         c_in: input channels.
         c_out: output channels.
@@ -49,6 +49,8 @@ class Conv2dArguments(NamedTuple):
         relu: 0 or 1.
         pool: 0 or 1, a 2x2 max-pool after the ReLU.
         lanes: images innermost, or 1 for channels_last.
+        parts_h: rows of parts that an image is cut into.
+        parts_w: columns of parts.
     """
 
     x: int = 0
@@ -79,6 +81,8 @@ class Conv2dArguments(NamedTuple):
     relu: int = 0
     pool: int = 0
     lanes: int = 0
+    parts_h: int = 1
+    parts_w: int = 1
 
 
 class WeightGradientArguments(NamedTuple):

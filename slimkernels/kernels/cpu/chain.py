@@ -22,8 +22,9 @@ from slimkernels.kernels.cpu.layer import NativeLayer
 from slimkernels.kernels.cpu.memory import Lifetime, Placement, place, whole_lines
 from slimkernels.kernels.cpu.pieces import FULL_ENOUGH, Piece, image_by_image, pieces
 from slimkernels.kernels.cpu.steps import Step, images_innermost, layout_step
+from slimkernels.kernels.image_parts import WHOLE
 from slimkernels.kernels.packs import StripPack
-from slimkernels.kernels.problems import LANES
+from slimkernels.kernels.problems import LANES, Pair
 
 # Multiply-adds per copied element below which the two copies cost more than the layout saves.
 _MACS_PER_COPY = 150
@@ -37,12 +38,14 @@ class Form(Enum):
 
     Attributes:
         VECTORS: piece by piece with a vector of images innermost.
+        PARTS: layer by layer with the parts of few images innermost, as many of them as fill one vector.
         WHOLE: the whole batch layer by layer, channels last.
         IMAGES: image by image through all layers, channels last.
         MODULES: as the modules do: a native call for each layer, into new memory.
     """
 
     VECTORS = "vectors of images"
+    PARTS = "parts of images"
     WHOLE = "whole batch"
     IMAGES = "image by image"
     MODULES = "module by module"
@@ -94,6 +97,7 @@ class Chain:
         pieces: how the batch is cut.
         activations: None stands for inputs that are read, and an output that is written, as they lie.
         form: how the layers run.
+        parts: for every layer, the rows and columns of parts that each image is cut into.
     """
 
     links: tuple[Link, ...]
@@ -101,6 +105,7 @@ class Chain:
     pieces: tuple[Piece, ...]
     activations: tuple[_Activation | None, ...]
     form: Form
+    parts: tuple[Pair, ...]
 
     @classmethod
     def of(
@@ -118,7 +123,10 @@ class Chain:
         """
         form, sizes = form or forms(links, n, inputs)[0], activation_sizes(links, inputs)
         threads = torch.get_num_threads()
-        if form is Form.IMAGES:
+        parts = _parts(links, n, sizes) if form is Form.PARTS else [WHOLE] * len(links)
+        if form is Form.PARTS:
+            cut = [Piece(0, n, LANES[links[0].layer.isa], -1)]
+        elif form is Form.IMAGES:
             cut = image_by_image(n, threads)
         elif form is Form.VECTORS:
             full_enough = 0.0 if any(link.layer.conv.narrow for link in links) else FULL_ENOUGH
@@ -126,16 +134,20 @@ class Chain:
         else:
             cut = pieces(n, 1, threads)
         used = {piece.lanes for piece in cut} if form is not Form.MODULES else set()
-        offsets = [{k: layer.conv.known_offsets(*sizes[source][1:], k) for k in used} for layer, source, _ in links]
+        offsets = [
+            {k: layer.conv.known_offsets(*sizes[source][1:], k, own) for k in used}
+            for (layer, source, _), own in zip(links, parts)
+        ]
         activations: list[_Activation | None] = []
         for i, (c, p, q) in enumerate(sizes):
             # Pieces that lie channels last read the chain's inputs and write its output themselves.
             at_an_end = i < len(inputs) or i == len(sizes) - 1
             images = [piece.padded_count for piece in cut if piece.lanes > 1 or not at_an_end]
             images = [] if form is Form.MODULES else images
-            nbytes = whole_lines(4 * max(images, default=0) * c * p * q)
+            rows, columns = _parts_of(i, links, parts, len(inputs))
+            nbytes = whole_lines(4 * max(images, default=0) * c * (p // rows) * (q // columns))
             activations.append(_Activation(c, p, q, nbytes) if images else None)
-        return cls(tuple(links), tuple(offsets), tuple(cut), tuple(activations), form)
+        return cls(tuple(links), tuple(offsets), tuple(cut), tuple(activations), form, tuple(parts))
 
     @property
     def layers(self) -> list[NativeLayer]:
@@ -146,6 +158,9 @@ class Chain:
     def _inputs(self) -> int:
         """The number of inputs."""
         return len(self.activations) - len(self.links)
+
+    def _parts_of(self, activation: int) -> Pair:
+        return _parts_of(activation, self.links, self.parts, self._inputs)
 
     # ------------------------------------------------------------ time and memory
 
@@ -179,6 +194,24 @@ class Chain:
             if a is not None:
                 last = self.ticks - 1 if i == output else self._read_until(i)
                 found[i] = Lifetime(a.nbytes, first + max(0, i - self._inputs + 1), first + last)
+        for i, shapes in self._cut_anew.items():
+            for name, shape in zip(_names_of_cut(i), shapes):
+                found[name] = Lifetime(whole_lines(4 * math.prod(shape)), first + 1 + i, first + 1 + i)
+        return found
+
+    @cached_property
+    def _cut_anew(self) -> dict[int, tuple[tuple[int, ...], tuple[int, ...]]]:
+        """The layers that read an activation whose images lie in other parts than they want.
+
+        Of each, the shapes of the two copies that it reads instead: channels last, and in its own parts.
+        """
+        found: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+        for i, (link, parts) in enumerate(zip(self.links, self.parts)):
+            if parts == self._parts_of(link.source):
+                continue
+            a, n = self.activations[link.source], self.pieces[0].count
+            assert a is not None
+            found[i] = (n, a.h, a.w, a.channels), images_innermost(n, a.h, a.w, a.channels, link.layer.isa, parts)
         return found
 
     def lifetimes(self, first: int) -> dict[int, Lifetime]:
@@ -229,16 +262,24 @@ class Chain:
             output = len(self.activations) - 1
             own = []
             if piece.lanes > 1:
-                own += [layout_step(source, values[i], piece.count) for i, source in enumerate(sources)]
+                own += [layout_step(x, values[i], piece.count, self._parts_of(i)) for i, x in enumerate(sources)]
             else:
                 values |= {**dict(enumerate(sources)), output: target}
             for i, (layer, source, residual) in enumerate(self.links):
                 x, y_own = values[source], values[self._inputs + i]
+                if i in self._cut_anew:
+                    near, cut = (
+                        _tensor(memory[name], shape) for name, shape in zip(_names_of_cut(i), self._cut_anew[i])
+                    )
+                    near = near.permute(0, 3, 1, 2)
+                    own.append(layout_step(x, near, piece.count, self._parts_of(source)))
+                    own.append(layout_step(near, cut, piece.count, self.parts[i]))
+                    x = cut
                 added = None if residual is None else values[residual]
                 offsets = self.offsets[i][piece.lanes]
-                own.append(layer.conv.step(x, y_own, layer.bias, piece.count, offsets, added))
+                own.append(layer.conv.step(x, y_own, layer.bias, piece.count, offsets, added, self.parts[i]))
             if piece.lanes > 1:
-                own.append(layout_step(values[output], target, piece.count))
+                own.append(layout_step(values[output], target, piece.count, self._parts_of(output)))
             found += [step._replace(slot=piece.slot) for step in own]
         return found
 
@@ -254,20 +295,30 @@ class Chain:
         return {i: self._as_tensor(i, piece, memory[i]) for i in used}
 
     def _as_tensor(self, index: int, piece: Piece, memory: Tensor) -> Tensor:
-        a, memory = self.activations[index], memory.view(torch.float32)
+        a = self.activations[index]
         assert a is not None
         if piece.lanes > 1:
-            innermost = images_innermost(piece.count, a.h, a.w, a.channels, self.layers[0].isa)
-            return memory[: math.prod(innermost)].view(innermost)
-        channels_last = (piece.count, a.h, a.w, a.channels)
-        return memory[: math.prod(channels_last)].view(channels_last).permute(0, 3, 1, 2)
+            isa, parts = self.layers[0].isa, self._parts_of(index)
+            return _tensor(memory, images_innermost(piece.count, a.h, a.w, a.channels, isa, parts))
+        return _tensor(memory, (piece.count, a.h, a.w, a.channels)).permute(0, 3, 1, 2)
+
+
+def _tensor(memory: Tensor, shape: Sequence[int]) -> Tensor:
+    """The first of some bytes as a contiguous float32 tensor."""
+    return memory.view(torch.float32)[: math.prod(shape)].view(shape)
+
+
+def _names_of_cut(layer: int) -> tuple[int, int]:
+    """The names under which a chain keeps the two copies of what a layer reads; activations have those from 0 on."""
+    return -1 - 2 * layer, -2 - 2 * layer
 
 
 def forms(links: Sequence[Link], n: int, inputs: Sequence[tuple[int, int, int]]) -> list[Form]:
     """The forms that a chain may take for n images, the one first that is taken unless another is measured faster."""
     sizes = activation_sizes(links, inputs)
     if any(link.layer.conv.narrow for link in links):
-        return [Form.VECTORS, Form.MODULES]
+        cut = _takes_parts(links, _parts(links, n, sizes), len(inputs))
+        return [*([Form.PARTS] if cut else []), Form.VECTORS, Form.MODULES]
     if _is_faster_innermost(links, n, sizes):
         return [Form.VECTORS, Form.WHOLE, Form.MODULES]
     if n < max(2, torch.get_num_threads()):
@@ -284,6 +335,25 @@ def activation_sizes(links: Sequence[Link], inputs: Sequence[tuple[int, int, int
     for link in links:
         sizes.append((link.layer.conv.c_out, *link.layer.output_size(*sizes[link.source][1:])))
     return sizes
+
+
+def _parts(links: Sequence[Link], n: int, sizes: Sequence[tuple[int, int, int]]) -> list[Pair]:
+    """For each layer, how n images are cut into parts."""
+    return [link.layer.conv.parts(n, *sizes[link.source][1:]) for link in links]
+
+
+def _parts_of(activation: int, links: Sequence[Link], parts: Sequence[Pair], inputs: int) -> Pair:
+    """The parts that an activation lies in: those of the layer that writes it, or of an input's first reader."""
+    if activation >= inputs:
+        return parts[activation - inputs]
+    return next((own for own, link in zip(parts, links) if activation == link.source), WHOLE)
+
+
+def _takes_parts(links: Sequence[Link], parts: Sequence[Pair], inputs: int) -> bool:
+    """Whether parts of images are of use, and residuals lie in those of the sums that they are added to."""
+    added = [(own, link.residual) for own, link in zip(parts, links) if link.residual is not None]
+    fits = all(own == _parts_of(residual, links, parts, inputs) for own, residual in added)
+    return fits and any(own != WHOLE for own in parts)
 
 
 def _bytes_around_a_layer(links: Sequence[Link], sizes: Sequence[tuple[int, int, int]]) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor
 from slimkernels.kernels.cpu.abi import Conv2dArguments, address
 from slimkernels.kernels.cpu.library import library
 from slimkernels.kernels.cpu.steps import CONV2D, Step, Steps, image_sizes, images_innermost, is_dense, layout_step
+from slimkernels.kernels.image_parts import WHOLE, image_parts
 from slimkernels.kernels.packs import StripPack
 from slimkernels.kernels.problems import (
     INT32_MAX,
@@ -101,7 +102,7 @@ class PackedConv2d:
             raise ValueError(f"{op}: expected no pooling behind entries of several input channels")
         strip, depth = (1, weights.shape[1]) if deep else (weights.shape[1], 1)
         self._deep, self._tail = deep, (strip, depth, int(epilogue != "none"), int(self._pool))
-        self._offsets: dict[tuple[int, int, int], Tensor] = {}
+        self._offsets: dict[tuple[int, int, int, Pair], Tensor] = {}
         self._room = Room.of(weight_shape, stride, padding, dilation)
 
     @property
@@ -140,6 +141,14 @@ class PackedConv2d:
         p, q = self.output_size(h, w)
         fits = not self._deep and self._room.holds(h, w, p, q, LANES[self.isa])
         return fits and min(p, q) > self._pool and self._geometry[0] <= MAX_TAP_ROWS
+
+    def parts(self, n: int, h: int, w: int) -> Pair:
+        """How many rows and columns of parts each of n images of this size is cut into, so that they fill a vector."""
+        if self._tail[0] > 1 or self._deep:
+            return WHOLE
+        r, s, stride_h, stride_w = self._geometry[:4]
+        output = self.output_size(h, w)
+        return image_parts(n, LANES[self.isa], (r, s), (stride_h, stride_w), (h, w), output, self._pool)
 
     def output_size(self, h: int, w: int) -> tuple[int, int]:
         """Height and width of the output, before pooling, for an input of this height and width."""
@@ -252,23 +261,24 @@ class PackedConv2d:
     def _run_innermost(self, x: Tensor, y: Tensor, bias: Tensor | None, n: int, h: int, w: int) -> None:
         """The same through copies of x and y with a vector of images innermost."""
         x, y = (t if t.dim() == 4 else t.view(n, t.shape[-1], 1, 1) for t in (x, y))
-        inner = torch.empty(images_innermost(n, h, w, self.c_in, self.isa))
-        outer = torch.empty(images_innermost(n, y.shape[2], y.shape[3], self.c_out, self.isa))
+        parts = self.parts(n, h, w)
+        inner = torch.empty(images_innermost(n, h, w, self.c_in, self.isa, parts))
+        outer = torch.empty(images_innermost(n, y.shape[2], y.shape[3], self.c_out, self.isa, parts))
         steps = [
-            layout_step(x, inner, n),
-            self.step(inner, outer, bias, n, self.known_offsets(h, w, LANES[self.isa])),
-            layout_step(outer, y, n),
+            layout_step(x, inner, n, parts),
+            self.step(inner, outer, bias, n, self.known_offsets(h, w, LANES[self.isa], parts), parts=parts),
+            layout_step(outer, y, n, parts),
         ]
         Steps(self.isa, steps)()
 
-    def known_offsets(self, h: int, w: int, lanes: int = 1) -> Tensor:
+    def known_offsets(self, h: int, w: int, lanes: int = 1, parts: Pair = WHOLE) -> Tensor:
         """As `entry_offsets`, remembered for a few sizes of images."""
-        key = h if self._tail[0] == 1 else 0, w, lanes
+        key = h if self._tail[0] == 1 else 0, w, lanes, parts
         offsets = self._offsets.get(key)
         if offsets is None:
             if len(self._offsets) >= _CACHED_SIZES:
                 self._offsets = {}
-            offsets = self._offsets[key] = self.entry_offsets(h, w, lanes)
+            offsets = self._offsets[key] = self.entry_offsets(h, w, lanes, parts)
         return offsets
 
     def _arguments(
@@ -283,16 +293,17 @@ class PackedConv2d:
         p: int,
         q: int,
         lanes: int,
+        parts: Pair = WHOLE,
     ) -> Conv2dArguments:
         # The residual, which only `step` knows, comes after the offsets.
         addresses = (address(t) for t in (x, y, bias, *self._packed, offsets, None))
         sizes = (n, h, w, self.c_in, self.c_out, p, q)
-        return Conv2dArguments._make((*addresses, *sizes, *self._geometry, *self._tail, lanes))
+        return Conv2dArguments._make((*addresses, *sizes, *self._geometry, *self._tail, lanes, *parts))
 
-    def entry_offsets(self, h: int, w: int, lanes: int = 1) -> Tensor:
+    def entry_offsets(self, h: int, w: int, lanes: int = 1, parts: Pair = WHOLE) -> Tensor:
         """What the kernel reads of its entries on images of this size: see ``offsets`` in csrc/kernels.h.
 
-        Only that of single weights depends on the height.
+        Only that of single weights depends on the height, and on the parts that each image is cut into.
 
         Raises:
             ValueError: an offset that int32 does not hold.
@@ -305,23 +316,32 @@ class PackedConv2d:
         self._check_for_writes()
         module = library()[0]
         assert module is not None
-        offsets = torch.empty(self._offsets_count(h, w, lanes), dtype=torch.int32)
-        module.entry_offsets(self._sizes(h, w, lanes), offsets.data_ptr(), offsets.numel())
+        offsets = torch.empty(self._offsets_count(h, w, lanes, parts), dtype=torch.int32)
+        module.entry_offsets(self._sizes(h, w, lanes, parts), offsets.data_ptr(), offsets.numel())
         return offsets
 
-    def _offsets_count(self, h: int, w: int, lanes: int) -> int:
+    def _offsets_count(self, h: int, w: int, lanes: int, parts: Pair) -> int:
         module = library()[0]
         assert module is not None
-        count: int = module.entry_offsets_count(self._sizes(h, w, lanes))
+        count: int = module.entry_offsets_count(self._sizes(h, w, lanes, parts))
         return count
 
-    def _sizes(self, h: int, w: int, lanes: int) -> Conv2dArguments:
+    def _sizes(self, h: int, w: int, lanes: int, parts: Pair) -> Conv2dArguments:
         """The convolution of images of this size, as far as its offsets depend on it."""
+        rows, columns = parts
+        h, w = h // rows, w // columns
         p, q = self.output_size(h, w) if self._tail[0] == 1 and not self._deep else (1, 1)
-        return self._arguments(None, None, None, None, 1, h, w, p, q, lanes)
+        return self._arguments(None, None, None, None, rows * columns, h, w, p, q, lanes, parts)
 
     def step(
-        self, x: Tensor, y: Tensor, bias: Tensor | None, n: int, offsets: Tensor, residual: Tensor | None = None
+        self,
+        x: Tensor,
+        y: Tensor,
+        bias: Tensor | None,
+        n: int,
+        offsets: Tensor,
+        residual: Tensor | None = None,
+        parts: Pair = WHOLE,
     ) -> Step:
         """The convolution of x into y as one of `Steps`.
 
@@ -331,25 +351,27 @@ class PackedConv2d:
             y: the output, laid out like x, in memory that does not overlap it.
             bias: ``(C_out,)`` or None.
             n: images, or rows.
-            offsets: `entry_offsets` for the width and the lanes of x.
+            offsets: `entry_offsets` for the images, the lanes and the parts of x.
             residual: added to the sums in front of the ReLU; laid out like y, in memory that does not overlap it. Not
                 with pooling.
+            parts: rows and columns of parts that each image is cut into, those of x and of y: `parts` or `WHOLE`.
 
         Raises:
             ValueError: tensors of another shape, dtype or layout. TypeError: a bias of another dtype.
         """
         self._check_for_writes()
-        lanes = x.shape[4] if x.dim() == 5 else 1
+        lanes, (rows, columns) = x.shape[4] if x.dim() == 5 else 1, parts
         _, c_in, h, w = image_sizes(x)
         p, q = self.output_size(h, w)
         p_out, q_out = p >> self._pool, q >> self._pool
         fits = c_in == self.c_in and min(p_out, q_out) > 0 and self._room.holds(h, w, p, q, lanes)
         if lanes > 1:
-            fits = fits and self.takes_images_innermost(h, w)
-            fits = fits and x.shape == images_innermost(n, h, w, c_in, self.isa)
-            fits = fits and y.shape == images_innermost(n, p_out, q_out, self.c_out, self.isa)
+            whole, out = (h * rows, w * columns), (p_out * rows, q_out * columns)
+            fits = fits and self.takes_images_innermost(h, w) and parts in (WHOLE, self.parts(n, *whole))
+            fits = fits and x.shape == images_innermost(n, *whole, c_in, self.isa, parts)
+            fits = fits and y.shape == images_innermost(n, *out, self.c_out, self.isa, parts)
         else:
-            fits = fits and not self.narrow
+            fits = fits and not self.narrow and parts == WHOLE
             fits = fits and x.shape[0] == n and image_sizes(y) == (n, self.c_out, p_out, q_out)
         if not (
             fits
@@ -359,7 +381,7 @@ class PackedConv2d:
             and offsets.dtype is torch.int32
             and offsets.is_cpu
             and offsets.is_contiguous()
-            and offsets.numel() == self._offsets_count(h, w, lanes)
+            and offsets.numel() == self._offsets_count(h * rows, w * columns, lanes, parts)
         ):
             got = f"{tuple(x.shape)} and {tuple(y.shape)}"
             raise ValueError(f"{self.op}: expected float32 x and y that fit this weight and {n} images, got {got}")
@@ -367,7 +389,8 @@ class PackedConv2d:
             got = f"{tuple(residual.shape)} for {tuple(y.shape)}, pooling {self._pool}"
             raise ValueError(f"{self.op}: expected a float32 residual laid out like y and no pooling, got {got}")
         bias = None if bias is None else readable_bias(self.op, bias, self.c_out)
-        arguments = self._arguments(x, y, bias, offsets, n, h, w, p, q, lanes)._replace(residual=address(residual))
+        arguments = self._arguments(x, y, bias, offsets, n * rows * columns, h, w, p, q, lanes, parts)
+        arguments = arguments._replace(residual=address(residual))
         return Step(CONV2D, arguments, (self, x, y, bias, offsets, residual))
 
 

@@ -10,16 +10,19 @@ from torch import Tensor
 
 from slimkernels.kernels.cpu.abi import Conv2dArguments, address
 from slimkernels.kernels.cpu.library import library
-from slimkernels.kernels.problems import LANES
+from slimkernels.kernels.image_parts import WHOLE
+from slimkernels.kernels.problems import LANES, Pair
 from slimkernels.tensors import is_plain
 
 CONV2D, TO_IMAGES, FROM_IMAGES = range(3)  # SLIM_STEP_*
 
 
-def images_innermost(n: int, h: int, w: int, channels: int, isa: str) -> tuple[int, int, int, int, int]:
-    """Shape of n images in the layout that keeps a vector of images innermost."""
-    lanes = LANES[isa]
-    return -(-n // lanes), h, w, channels, lanes
+def images_innermost(
+    n: int, h: int, w: int, channels: int, isa: str, parts: Pair = WHOLE
+) -> tuple[int, int, int, int, int]:
+    """Shape of n images in the layout that keeps a vector of images, or of their parts, innermost."""
+    lanes, (rows, columns) = LANES[isa], parts
+    return -(-n * rows * columns // lanes), h // rows, w // columns, channels, lanes
 
 
 class Step(NamedTuple):
@@ -103,13 +106,14 @@ class MovableSteps:
             raise RuntimeError(f"MovableSteps: native kernels of {self._isa} failed with status {status}")
 
 
-def layout_step(x: Tensor, y: Tensor, n: int) -> Step:
+def layout_step(x: Tensor, y: Tensor, n: int, parts: Pair = WHOLE) -> Step:
     """The copy of n images between channels_last (or rows) and a vector of images innermost as one of `Steps`.
 
     Args:
         x: what is copied, float32 on the CPU: images channels_last, rows, or ``(groups, h, w, channels, lanes)``.
         y: where it is copied to, in the other layout, in memory that does not overlap x.
         n: images, or rows.
+        parts: rows and columns of parts that each image is cut into.
 
     Raises:
         ValueError: tensors of another shape, dtype or layout.
@@ -117,11 +121,17 @@ def layout_step(x: Tensor, y: Tensor, n: int) -> Step:
     to_images = y.dim() == 5
     near, far = (x, y) if to_images else (y, x)
     _, channels, h, w = image_sizes(near)
-    lanes = far.shape[-1]
-    fits = near.dim() < 5 and near.shape[0] == n and far.shape == (-(-n // lanes), h, w, channels, lanes)
+    lanes, (rows, columns) = far.shape[-1], parts
+    fits = (
+        near.dim() < 5 and near.shape[0] == n and h % rows == 0 and w % columns == 0 and lanes % (rows * columns) == 0
+    )
+    n_parts, h, w = n * rows * columns, h // rows, w // columns
+    fits = fits and far.shape == (-(-n_parts // lanes), h, w, channels, lanes)
     if not (fits and n > 0 and is_dense(x) and is_dense(y)):
         raise ValueError(f"layout_step: expected {n} images in two layouts, got {tuple(x.shape)} and {tuple(y.shape)}")
-    arguments = Conv2dArguments(x=address(x), y=address(y), n=n, h=h, w=w, c_in=channels, lanes=lanes)
+    arguments = Conv2dArguments(
+        x=address(x), y=address(y), n=n_parts, h=h, w=w, c_in=channels, lanes=lanes, parts_h=rows, parts_w=columns
+    )
     return Step(TO_IMAGES if to_images else FROM_IMAGES, arguments, (x, y))
 
 
