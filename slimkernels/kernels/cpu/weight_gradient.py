@@ -76,6 +76,8 @@ def weight_gradient(
     grad, x = (t.contiguous(memory_format=torch.channels_last) for t in (grad.detach(), x.detach()))
     crow_indices, col_indices = crow_indices.contiguous(), col_indices.contiguous()
     out = torch.zeros(values.shape)
+    if out.numel() == 0:  # no block is stored
+        return out
     addresses = (address(t) for t in (x, grad, out, crow_indices, col_indices))
     sizes = (n, h, w, c_in, c_out, p, q, r, s)
     arguments = WeightGradientArguments._make((*addresses, *sizes, *stride, *padding, *dilation, *block_shape))
