@@ -25,6 +25,7 @@ from slimkernels.kernels.cpu import conv2d as native
 from slimkernels.kernels.cpu.abi import Conv2dArguments
 from slimkernels.kernels.cpu.library import unavailable_reason
 from slimkernels.kernels.cpu.low_rank import pack_factors
+from slimkernels.kernels.image_parts import WHOLE
 from slimkernels.kernels.problems import LANES, factor_geometry, strip_width
 from slimkernels.nn import BlockSparseConv2d, BlockSparseLinear, LowRankConv2d, LowRankLinear
 
@@ -409,10 +410,12 @@ def steps(rng: random.Random) -> None:
     offsets = packed.entry_offsets(h, w)
     refused(lambda: packed.step(wrong[0], wrong[1], conv.bias, wrong[2], offsets), "step")
     refused(lambda: packed.entry_offsets(h, rng.choice(FAR)), "width of entry offsets")
-    inner = torch.empty(native.images_innermost(n, h, w, packed.c_in, isa))
-    outer = torch.empty(native.images_innermost(n, p, q, packed.c_out, isa))
-    step = packed.step(inner, outer, conv.bias, n, packed.entry_offsets(h, w, lanes))
-    native.Steps(isa, [native.layout_step(x, inner, n), step, native.layout_step(outer, y, n)])()
+    parts = rng.choice([WHOLE, packed.parts(n, h, w)])
+    inner = torch.empty(native.images_innermost(n, h, w, packed.c_in, isa, parts))
+    outer = torch.empty(native.images_innermost(n, p, q, packed.c_out, isa, parts))
+    innermost_offsets = packed.entry_offsets(h, w, lanes, parts)
+    step = packed.step(inner, outer, conv.bias, n, innermost_offsets, parts=parts)
+    native.Steps(isa, [native.layout_step(x, inner, n, parts), step, native.layout_step(outer, y, n, parts)])()
     conv.check(y)
     module = _extension.load()[0]
     assert module is not None
@@ -430,13 +433,14 @@ def steps(rng: random.Random) -> None:
     what = f"{name} = {wrong_value}"
     refused(lambda: module.Steps(isa, [(0, -1, *members)]), what)
     refused(lambda: module.conv2d_f32(isa, *members, 1), what)
-    layout = native.layout_step(x, inner, n).arguments._replace(**{name: wrong_value})
+    layout = native.layout_step(x, inner, n, parts).arguments._replace(**{name: wrong_value})
     if name in ("n", "h", "w", "c_in", "lanes"):
         refused(lambda: module.Steps(isa, [(1, -1, *layout)]), f"layout step with {what}")
     refused(lambda: module.Steps(isa, [(rng.choice([3, -1, 2**32]), -1, *step.arguments)]), "kind")
     refused(lambda: module.Steps(isa, [(0, rng.choice([-2, 2**31, 2**32]), *step.arguments)]), "slot")
     refused(lambda: module.conv2d_f32(isa, *step.arguments, rng.choice([0, -1, 2**31, 2**32 + 1])), "threads")
-    refused(lambda: module.entry_offsets(step.arguments, offsets.data_ptr(), offsets.numel() - 1), "room for offsets")
+    room = innermost_offsets.numel() - 1
+    refused(lambda: module.entry_offsets(step.arguments, innermost_offsets.data_ptr(), room), "room for offsets")
 
 
 KINDS = (legal_op, illegal_op, illegal_op, wide_op, module_call, module_call, low_rank, steps)
