@@ -19,7 +19,7 @@ import torch
 from gpu_check import rows
 
 from slimkernels import timing
-from slimkernels.cli.comparison import FAR, PAUSE_S, SETTLE_S
+from slimkernels.cli.comparison import PAUSE_S, SETTLE_S, near_the_fastest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -92,8 +92,8 @@ class Race:
             baselines, seconds=0.0 if self.smoke else self.seconds / 4, min_rounds=1 if self.smoke else 2
         )
         fastest = min(t.p50 for t in quick.values())
-        near = {name: call for name, call in baselines.items() if quick[name].p50 <= FAR * fastest}
-        taking_part = {**near, **(beside or {})}
+        near = near_the_fastest(quick)
+        taking_part = {name: call for name, call in baselines.items() if name in near} | (beside or {})
         self.samples = {name: [] for name in taking_part}
         with torch.inference_mode():
             self._settle(contender)

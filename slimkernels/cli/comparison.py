@@ -52,6 +52,12 @@ def doubt(found: Ratio, believable: float) -> str | None:
     return None
 
 
+def near_the_fastest(quick: Mapping[str, timing.Timing]) -> set[str]:
+    """The names of those of a quick reading that are worth another."""
+    fastest = min(one.p50 for one in quick.values())
+    return {name for name, one in quick.items() if one.p50 <= FAR * fastest}
+
+
 def contest(
     contenders: Mapping[str, Callable[[], Any]],
     baselines: Mapping[str, Callable[[], Any]],
@@ -76,8 +82,7 @@ def contest(
     """
     rest: dict[str, Any] = {"pause": PAUSE_S, "settle": SETTLE_S}
     quick = timing.interleaved(baselines, seconds=seconds / 4, min_rounds=2, **rest)
-    fastest = min(one.p50 for one in quick.values())
-    near = {name for name in baselines if quick[name].p50 <= FAR * fastest}
+    near = near_the_fastest(quick)
     while True:
         taking_part = {name: call for name, call in baselines.items() if name in near}
         measured, left = timed({**taking_part, **contenders}, seconds, doubts, say, **rest)
