@@ -10,8 +10,10 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import peers
 import pytest
 import torch
+from gpu_check import rows as gpu_rows
 from shapes import VGG19_CIFAR, LayerShape
 from torch import Tensor
 from torch.nn import functional as F
@@ -86,7 +88,10 @@ def _with_weight(conv: torch.nn.Conv2d, weight: Tensor) -> torch.nn.Conv2d:
 
 @pytest.mark.parametrize("batch_norm", ["fused", "torch"])
 @pytest.mark.parametrize("block_shape", STEP_BLOCK_SHAPES)
-def test_training_step(race: Any, smoke: bool, block_shape: tuple[int, int], batch_norm: str) -> None:
+def test_training_step(
+    race: Any, smoke: bool, request: pytest.FixtureRequest, afterwards: list[Callable[[], None]],
+    block_shape: tuple[int, int], batch_norm: str,
+) -> None:  # fmt: skip
     """One SGD step of VGG-19 at 87.5%, batch norm in training mode, against the step with masks.
 
     On CUDA a step from Python takes longer to launch than to run, so both sides are raced in CUDA graphs, and from
@@ -112,6 +117,7 @@ def test_training_step(race: Any, smoke: bool, block_shape: tuple[int, int], bat
     pruned = bench.calibrated(finalize_(dense), images[:2]).train()
     sparse = convert(pruned, policy=policy, training=True).train()
     assert len(sparse.slimkernels_plan.swapped) == len(convs) - 1
+    plain = copy.deepcopy(sparse)
     if batch_norm == "fused":
         fuse_batch_norm_(sparse)
 
@@ -140,6 +146,13 @@ def test_training_step(race: Any, smoke: bool, block_shape: tuple[int, int], bat
         baselines = {"masked dense": other, "masked dense, CUDA graph": captured(other, DEVICE_TYPE)}
         from_python = timing.interleaved({"sparse": ours, "masked": other}, seconds=0.3)
         race.benchmark.extra_info.update({f"{name}_from_python_p50_ms": 1e3 * t.p50 for name, t in from_python.items()})
+        mode = request.config.getoption("--compile")
+        if mode != "none":
+            # Before a fused batch norm is in its way: the compiler fuses what is between the convolutions itself.
+            baselines["masked dense, torch.compile, CUDA graph"] = captured(
+                steps(torch.compile(copy.deepcopy(masked), mode=mode)), DEVICE_TYPE
+            )
+            beside["sparse, torch.compile"] = steps(torch.compile(copy.deepcopy(plain), mode=mode))
         beside = {name: captured(step, DEVICE_TYPE) for name, step in beside.items()}
         timings = race.run(captured(ours, DEVICE_TYPE), baselines, beside=beside)
         assert bool(torch.isfinite(ours()).all()), "replayed steps left no finite loss"
@@ -153,5 +166,15 @@ def test_training_step(race: Any, smoke: bool, block_shape: tuple[int, int], bat
         match=True, **own.as_ms(), dense_p50_ms=best.p50 * 1e3, speedup=best.p50 / own.p50,
         threads=torch.get_num_threads(),
     )  # fmt: skip
-    for name in beside:
-        race.benchmark.extra_info["masked_fused_norm_p50_ms"] = timings[name].p50 * 1e3
+    race.benchmark.extra_info["beside_p50_ms"] = {name: timings[name].p50 * 1e3 for name in beside}
+    if DEVICE_TYPE == "cuda" and not smoke:
+        sides = {"": ours, "dense_": other} if batch_norm == "fused" else {"": ours}
+
+        def count() -> None:
+            row: dict[str, Any] = {"suite": "kernel_counts", "name": request.node.name, "match": True}
+            for side, step in sides.items():
+                kernels, _ = peers.kernel_times(step, calls=2)
+                row |= {f"{side}kernel_times": kernels, f"{side}kernels": round(sum(k["calls"] for k in kernels))}
+            gpu_rows.append(request.config.getoption("--rows"), row)
+
+        afterwards.append(count)

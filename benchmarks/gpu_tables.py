@@ -28,7 +28,7 @@ def as_record(results: dict[str, Any]) -> dict[str, Any]:
     for row in results["rows"]:
         if row["suite"] == "kernel_counts" or (row["suite"] == "test" and row["outcome"] == "passed"):
             continue
-        counted = counts.get((row["stage"], row["name"]), {}) if row["suite"] == "vgg" else {}
+        counted = counts.get((row["stage"], row["name"]), {}) if row["suite"] in ("vgg", "backward") else {}
         info = {**row, **{k: v for k, v in counted.items() if "kernel" in k}}
         if row["suite"] == "test":
             info["message"] = said(row)
@@ -145,13 +145,14 @@ def sections(record: dict[str, Any]) -> list[str]:
         ("correctness", "Correctness of what was timed", correctness_table),
         ("sweep", "Configurations, layer by layer", sweep_table),
         ("vgg", "Kernels of the networks", kernels_table),
+        ("backward", "Kernels of a training step", kernels_table),
         ("counters", "Hardware counters", counters_table),
         ("tests", "GPU tests", tests_table),
         ("test", "Failed tests", failures_table),
         ("sanitizer", "Sanitizers", sanitizer_table),
     ):
         rows = own(suite)
-        if suite == "vgg":
+        if make is kernels_table:
             rows = [r for r in rows if r.get("kernel_times")]
         if rows and (suite != "test" or any(r["outcome"] == "failed" for r in rows)):
             parts += [f"## {title}\n", make(rows)]

@@ -23,12 +23,13 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,7 +73,8 @@ def jobs() -> list[Job]:
     from slimkernels.dispatch.tables import Table
 
     entries = [e for path in sorted((ROOT / "slimkernels" / "tuned").glob("*.json")) for e in Table.load(path).entries]
-    found = [Job(e.kernel, e.problem, dict(e.config)) for e in entries if e.problem.device == "cuda"]
+    ours = [e for e in entries if e.problem.device == "cuda" and "__triton" in e.kernel]
+    found = [Job(e.kernel, e.problem, dict(e.config)) for e in ours]
     for p, choice in precompile.jobs(ROWS, "cuda", training=True):
         forward = choice or layers.choice_of(p)
         if "__triton" not in forward.name:  # a library's kernels are compiled already
@@ -125,33 +127,14 @@ def launch(job: Job) -> None:
 
 def compiled(job: Job) -> str | None:
     """Compiles a job and the C code that launches it; the error's text if there was one."""
+    from stand_in import launches
+
     try:
-        with _launchers():
-            launch(job)
+        launches.make_launchers()
+        launch(job)
     except Exception as error:  # compilers raise whatever they like
         return f"{job.kernel} {job.problem} {job.config}: {type(error).__name__}: {error}"[:600]
     return None
-
-
-def _launchers() -> Any:
-    """Inside, Triton's own code that launches is made for every kernel before the stand-in's runs."""
-    from stand_in import launches
-    from triton.runtime import driver
-
-    @contextlib.contextmanager
-    def making() -> Iterator[None]:
-        def make(source: Any, metadata: Any) -> Callable[..., None]:
-            from triton.backends.nvidia import driver as nvidia
-
-            if hasattr(nvidia, "make_launcher"):
-                with contextlib.suppress(ImportError):  # made and kept; no driver is here to load it with
-                    nvidia.CudaLauncher(source, metadata)
-            return launches.launcher(source, metadata)
-
-        driver.active.launcher_cls = make
-        yield
-
-    return making()
 
 
 def empty_libcuda(folder: Path) -> None:
@@ -230,12 +213,41 @@ def in_processes(work: list[Job], processes: int, setting: tuple[str, str]) -> l
         return [error for error in pool.map(compiled, work) if error is not None]
 
 
+def of_tests(folder: str, libcuda: str, processes: int, seconds: float) -> str:
+    """Compiles what the GPU tests launch, by running them on the stand-in; pytest's last line.
+
+    Some tests fail here, where neither torch's own CUDA parts nor a device's results are; what they launched until
+    then is in the cache.
+    """
+    from gpu_check import dry_run
+
+    tools = Path(libcuda) / "tools"
+    dry_run.tools(tools)
+    variables = {**os.environ, **dry_run.environment(tools), "TRITON_CACHE_DIR": folder, "OMP_NUM_THREADS": "1",
+                 "SLIMKERNELS_STAND_IN_COMPILING": "1", "TRITON_LIBCUDA_PATH": libcuda}  # fmt: skip
+    variables["PYTHONPATH"] = os.pathsep.join((str(tools), str(ROOT), str(ROOT / "benchmarks")))
+    variables.pop("SLIMKERNELS_STAND_IN_IMAGES")  # tests have sizes of their own
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "gpu_check.telling", "--tb=no",
+               "-m", "gpu and not slow", "-k", f"not {dry_run.NOT}", "-n", str(processes), "--maxschedchunk", "1",
+               *plan.GPU_TESTS]  # fmt: skip
+    with open(Path(libcuda) / "tests.txt", "w+") as log:
+        with subprocess.Popen(command, cwd=ROOT, env=variables, stdout=log, stderr=subprocess.STDOUT) as process:
+            try:
+                process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGINT)
+        log.seek(0)
+        return (log.read().strip().splitlines() or ["no tests ran"])[-1]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / ".gpu-cache" / "triton-cache.tar.xz")
     parser.add_argument("--folder", type=Path, default=Path(plan.TRITON_CACHE), help="the device's must be the same")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--add", action="store_true", help="to what the folder holds, instead of making all of it")
+    parser.add_argument("--tests", action="store_true", help="what the GPU tests launch too: a quarter of an hour")
+    parser.add_argument("--seconds", type=float, default=1500, help="no longer than this for --tests")
     parser.add_argument("--limit", type=int, default=None, help="only so many jobs")
     parser.add_argument("--check", action="store_true", help="look every kernel up; nothing is compiled")
     parsed = parser.parse_args(arguments)
@@ -256,6 +268,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         shutil.rmtree(parsed.folder, ignore_errors=True)
     errors = in_processes(work, parsed.processes, setting)
     utilities()
+    if parsed.tests:
+        print(f"tests: {of_tests(*setting, parsed.processes, parsed.seconds)}", flush=True)
     files = prune(parsed.folder)
     pack(parsed.folder, files, parsed.out)
     count = {suffix: sum(path.suffix == suffix for path in files) for suffix in KEPT}

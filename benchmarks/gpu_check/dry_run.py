@@ -33,12 +33,12 @@ from gpu_check.plan import Stage
 NOT_HERE = (
     "compile", "export", "opcheck", "ddp", "tf32", "channels_last_goes_through", "no_more_kernels", "cuda",
 )  # fmt: skip
-_NOT = " and not ".join(NOT_HERE)
+NOT = " and not ".join(NOT_HERE)
 
 
 def _some(*names: str) -> tuple[str, ...]:
     """A few tests, by parts of their names; the others differ in sizes."""
-    return ("-k", f"({' or '.join(names)}) and not {_NOT}", "-n", "2", "--maxfail", "5")
+    return ("-k", f"({' or '.join(names)}) and not {NOT}", "-n", "2", "--maxfail", "5")
 
 
 _QUICK = ("--seconds", "0.01")
@@ -57,6 +57,7 @@ EXTRA = {
     "vgg16": _QUICK,
     "swept": _QUICK,
     "training": (*_QUICK, "--smoke"),
+    "training_compiled": (*_QUICK, "--smoke"),
     "again": _some("m_lt_tile"),
     "low_rank": ("--smoke",),
     "recipe": ("--preset", "device_rehearsal", "--no-compile", "--device", "cpu"),  # the stand-in holds no memory

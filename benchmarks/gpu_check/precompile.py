@@ -13,6 +13,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from gpu_check import layers, options, rows
 from gpu_check.summary import config_text
@@ -41,15 +42,17 @@ def jobs(names: Iterable[str], device: str, swept: bool = True, training: bool =
     return list(found.values()) + [(p, None) for p in dict.fromkeys(training_step)]
 
 
-def _train(p: ConvProblem) -> None:
-    """Forward and both gradients of a layer and of the batch norm that takes its ReLU, as a step under autocast."""
+def train(p: ConvProblem) -> tuple[Tensor, ...]:
+    """Forward and all gradients of a layer and of the batch norm that takes its ReLU, as a step under autocast; the
+    gradients.
+    """
     bench = layers.Bench(replace(p, dtype=torch.float32, epilogue="none"))
     layer, x = bench.layer.train().requires_grad_(True), bench.x.requires_grad_(True)
     with torch.autocast(p.device, torch.bfloat16, enabled=p.device == "cuda"):
         y = layer(x)
     weight = torch.ones(p.c_out, device=p.device, requires_grad=True)
     y = ops.batch_norm(y, weight, torch.zeros_like(weight), epilogue=p.epilogue)
-    y.backward(torch.randn_like(y))
+    return torch.autograd.grad(y, [x, weight, *layer.parameters()], torch.randn_like(y))
 
 
 def run(job: Job) -> tuple[float, str | None]:
@@ -57,7 +60,7 @@ def run(job: Job) -> tuple[float, str | None]:
     begun = time.monotonic()
     try:
         if job[1] is None:
-            _train(job[0])
+            train(job[0])
         else:
             layers.Bench(job[0]).call(job[1])
         if job[0].device == "cuda":

@@ -1,4 +1,5 @@
-"""compute-sanitizer over the headline's kernels and configurations, at 8 images: no error is expected.
+"""compute-sanitizer over the headline's kernels and configurations and a training step's, at 8 images: no error is
+expected.
 
 Torch's memory pool is off, so that every tensor is an allocation of its own and a read past its end is seen.
 """
@@ -14,14 +15,24 @@ from collections.abc import Sequence
 import torch
 
 from gpu_check import layers, options, rows
+from gpu_check.precompile import train
 from gpu_check.summary import config_text
+from slimkernels.kernels.problems import ConvProblem
 
 IMAGES = 8
+TRAINED = ("conv1_2", "conv3_2", "conv5_4")
 _ERROR_STATUS = 9
 
 
+def trained() -> list[ConvProblem]:
+    """The layers whose gradients are checked: large images, a pool, small images and a pool at the end."""
+    return [p for p in layers.HEADLINE.problems() if layers.layer_name(p) in TRAINED]
+
+
 def target(images: int) -> None:
-    """One launch of each layer and choice with the configuration of the full batch; each result must be finite."""
+    """One launch of each layer and choice with the configuration of the full batch, then forward and gradients of
+    `trained`, batch norm behind them; each result must be finite.
+    """
     for p in layers.HEADLINE.problems():
         bench = layers.Bench(layers.at_batch(p, images))
         for choice in layers.choices_of(p):
@@ -29,6 +40,10 @@ def target(images: int) -> None:
             torch.cuda.synchronize()
             print(f"launched {layers.layer_name(p)} {choice.name} {config_text(choice.config)}", flush=True)
             assert bool(torch.isfinite(y).all()), f"{layers.layer_name(p)}: not finite"
+    for p in trained():
+        assert all(bool(torch.isfinite(gradient).all()) for gradient in train(layers.at_batch(p, images)))
+        torch.cuda.synchronize()
+        print(f"launched {layers.layer_name(p)} training", flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -58,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except KeyboardInterrupt:
             process.kill()
             summary = "out of time"
-    wanted = sum(len(layers.choices_of(p)) for p in layers.HEADLINE.problems())
+    wanted = len(trained()) + sum(len(layers.choices_of(p)) for p in layers.HEADLINE.problems())
     row = {"suite": "sanitizer", "name": parsed.tool, "match": process.returncode == 0 and launched == wanted,
            "kernels": launched, "of": wanted, "summary": summary}  # fmt: skip
     rows.append(parsed.rows, row)

@@ -75,8 +75,9 @@ def network_lines(found: list[dict[str, Any]]) -> list[str]:
             f"{_ms(r, 'p50_ms')} ms, dense {_ms(r, 'dense_p50_ms')} ({best}), {r['speedup']:.2f}x, "
             f"predicted {_ms(r, 'predicted_ms')}, kernels {r.get('kernels', '-')}"
         )
-        others = ", ".join(f"{k} {v:.3g}" for k, v in baselines.items())
-        lines += [f"    {others}"] if len(baselines) > 1 else []
+        beside = r.get("beside_p50_ms") or {}
+        others = ", ".join(f"{k} {v:.3g}" for k, v in (baselines | beside).items())
+        lines += [f"    {others}"] if len(baselines | beside) > 1 else []
     return lines
 
 

@@ -35,10 +35,15 @@ def install(launches: Path | None = None, compiling: bool = False, values: bool 
 def from_environment() -> None:
     """`install`, launches to the file SLIMKERNELS_STAND_IN_LAUNCHES, for ``sitecustomize``.
 
+    SLIMKERNELS_STAND_IN_COMPILING: kernels are compiled into Triton's cache, and what launches them.
     SLIMKERNELS_STAND_IN_PLUGIN names a module that is imported afterwards: to break something on purpose.
     """
-    name = os.environ.get("SLIMKERNELS_STAND_IN_LAUNCHES", "")
-    install(Path(name) if name else None)
+    name, compiling = (os.environ.get(f"SLIMKERNELS_STAND_IN_{what}", "") for what in ("LAUNCHES", "COMPILING"))
+    install(Path(name) if name else None, compiling=bool(compiling))
+    if compiling:
+        from stand_in import launches
+
+        launches.make_launchers()
     plugin = os.environ.get("SLIMKERNELS_STAND_IN_PLUGIN", "")
     if plugin:
         importlib.import_module(plugin)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import inspect
@@ -295,3 +296,17 @@ def install(launches: Path | None, compiling: bool = False, values: bool = True)
 
     if not compiling:
         triton.compiler.compile = compile
+
+
+def make_launchers() -> None:
+    """From here on Triton's own code that launches is made for every kernel, before the stand-in's runs."""
+    from triton.backends.nvidia import driver as nvidia
+    from triton.runtime import driver
+
+    def make(source: Any, metadata: Any) -> Callable[..., None]:
+        if hasattr(nvidia, "make_launcher"):
+            with contextlib.suppress(ImportError):  # made and kept; no driver is here to load it with
+                nvidia.CudaLauncher(source, metadata)
+        return launcher(source, metadata)
+
+    driver.active.launcher_cls = make
