@@ -231,11 +231,15 @@ def of_tests(folder: str, libcuda: str, processes: int, seconds: float) -> str:
                "-m", "gpu and not slow", "-k", f"not {dry_run.NOT}", "-n", str(processes), "--maxschedchunk", "1",
                *plan.GPU_TESTS]  # fmt: skip
     with open(Path(libcuda) / "tests.txt", "w+") as log:
-        with subprocess.Popen(command, cwd=ROOT, env=variables, stdout=log, stderr=subprocess.STDOUT) as process:
-            try:
-                process.wait(seconds)
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGINT)
+        # In a session of its own: its workers end with it, and a shell's background job would ignore an interrupt.
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=variables, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         log.seek(0)
         return (log.read().strip().splitlines() or ["no tests ran"])[-1]
 

@@ -60,6 +60,7 @@ EXTRA = {
     "training_compiled": (*_QUICK, "--smoke"),
     "again": _some("m_lt_tile"),
     "low_rank": ("--smoke",),
+    "trainer": ("--smoke", "--device", "cpu"),
     "recipe": ("--preset", "device_rehearsal", "--no-compile", "--device", "cpu"),  # the stand-in holds no memory
 }
 # Kernels that must have been launched somewhere.

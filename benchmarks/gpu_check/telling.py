@@ -24,7 +24,7 @@ ORDER = (
     r"test_triton_gpu.*::test_conv\[bfloat16",
     r"test_triton_backward_gpu.*::test_compiled_and_graphed",
     r"test_triton_backward_gpu.*bfloat16",
-    r"test_graphs",
+    r"test_graphs|test_graphed_steps",
     r"test_composition_gpu",
     r"test_cuda.*(captured|stream|bfloat16)",
     r"test_triton_gpu.*::test_(linear|low_rank)",

@@ -104,7 +104,7 @@ class Generator(torch.Generator):
 
 @contextlib.contextmanager
 def graph(cuda_graph: CUDAGraph, pool: Any = None, stream: Any = None, **kwargs: Any) -> Iterator[None]:
-    """Records the ops on the device inside the block."""
+    """Records the ops on the device inside the block, and takes back what they wrote: a capture runs nothing."""
     from stand_in import device_tensor
 
     calls: list[Any] = []
@@ -113,6 +113,7 @@ def graph(cuda_graph: CUDAGraph, pool: Any = None, stream: Any = None, **kwargs:
         yield
     finally:
         device_tensor.capturing.pop()
+        device_tensor.forget_capture()
     cuda_graph.calls = calls
 
 

@@ -23,6 +23,8 @@ MIXED = {"copy_", "_to_copy", "index", "index_put_", "index_put", "_index_put_im
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "unique_dim", "_unique2", "unique_consecutive"}
 # The graph that is being captured, a list of calls, innermost last.
 capturing: list[list[tuple[Callable[..., Any], Any, Any, Any]]] = []
+# Memory that was there before the captured ops, by address, with what it held; None: they made it themselves.
+_found: dict[int, tuple[Any, Any] | None] = {}
 # Whether a copy to the CPU is meant as one: torch's own C++ names the device that it sees, which is the CPU.
 _leaving = False
 # Names of the ops and kernels that run while a profile is taken.
@@ -70,6 +72,15 @@ class DeviceTensor(Tensor):
 
     def data_ptr(self) -> int:
         return self.inner.data_ptr()
+
+    def untyped_storage(self) -> Any:
+        return self.inner.untyped_storage()
+
+    def _set_data(self, value: DeviceTensor) -> None:
+        Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
+        self.inner = value.inner
+
+    data = property(lambda self: self.detach(), _set_data)  # type: ignore[assignment]
 
     def cpu(self, memory_format: Any = torch.preserve_format) -> Tensor:
         return _leave(self, memory_format=memory_format)
@@ -166,10 +177,14 @@ def run(func: Any, args: Any, kwargs: Any) -> Any:
     if profiled is not None and any(isinstance(t, DeviceTensor) for t in tensors):
         profiled.append(name)
     plain_args, plain_kwargs = tree_map(unwrap, (args, kwargs))
+    if capturing:
+        _remember(tree_flatten((plain_args, plain_kwargs))[0], made=False)
     call = _fused_relu if name == "cudnn_convolution_relu" else func
     result = call(*plain_args, **plain_kwargs)
     if capturing and "empty" not in name and (to_device or any(isinstance(t, DeviceTensor) for t in tensors)):
         capturing[-1].append((call, plain_args, plain_kwargs, result))
+    if capturing:
+        _remember(tree_flatten(result)[0], made=True)
     wrap = to_device or (any(isinstance(t, DeviceTensor) for t in tensors) and not _leaving)
     given = {id(unwrap(t)): t for t in tensors}
 
@@ -181,6 +196,23 @@ def run(func: Any, args: Any, kwargs: Any) -> Any:
         return DeviceTensor(value) if wrap and not isinstance(value, DeviceTensor) else value
 
     return tree_map(wrapped, result)
+
+
+def _remember(values: Sequence[Any], made: bool) -> None:
+    for value in values:
+        if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta:
+            storage = value.untyped_storage()
+            if storage.data_ptr() not in _found:
+                _found[storage.data_ptr()] = None if made else (storage, storage.clone())
+
+
+def forget_capture() -> None:
+    """Nothing ran: whatever the captured ops wrote into memory that was there before holds what it held."""
+    for kept in _found.values():
+        if kept is not None:
+            storage, before = kept
+            storage.copy_(before)
+    _found.clear()
 
 
 def replay(calls: list[tuple[Callable[..., Any], Any, Any, Any]]) -> None:

@@ -46,6 +46,7 @@ class FakeQuantize(nn.Module):
     """
 
     exponents: Tensor
+    eighths: Tensor
 
     def __init__(self, values: str, weight: Tensor, norm: nn.BatchNorm2d | None = None) -> None:
         super().__init__()
@@ -54,6 +55,10 @@ class FakeQuantize(nn.Module):
         self._norm = (norm,)
         exponents = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
         self.register_buffer("exponents", exponents)
+        # As the integers of their bits, which no average of weights takes for its own; on the device before a CUDA
+        # graph is captured, which cannot copy it there.
+        eighths = torch.tensor(_EIGHTHS, device=weight.device).view(torch.int32)
+        self.register_buffer("eighths", eighths, persistent=False)
 
     def forward(self, weight: Tensor) -> Tensor:
         # For mypy: apply is untyped.
@@ -138,9 +143,8 @@ class FakeQuantize(nn.Module):
 
     def _scales(self) -> Tensor:
         """`scales_of` without NumPy, so that the loop may compile it."""
-        eighths = self.exponents.new_tensor(_EIGHTHS, dtype=torch.float32)
         power_of_two = (((self.exponents >> 3) + 127) << 23).view(torch.float32)
-        return eighths[(self.exponents & 7).long()] * power_of_two
+        return self.eighths.view(torch.float32)[(self.exponents & 7).long()] * power_of_two
 
     def get_extra_state(self) -> dict[str, Any]:
         return {"values": self.values, "active": self.active}

@@ -100,6 +100,10 @@ class QuantizationAware(Callback):
                 raise ValueError(f"QuantizationAware: layer {name!r}: {error}") from error
         _same_scales_on_all_ranks(model)
 
+    def variant(self) -> bool:
+        """Whether weights are rounded."""
+        return self._active
+
     def metrics(self) -> dict[str, float]:
         """Whether weights are rounded: 1 or 0."""
         return {"quantized": float(self._active)}

@@ -38,6 +38,7 @@ from gpu_check import (
     sweep,
     telling,
     tensor_cores,
+    trainer,
     versions,
 )
 from gpu_check.plan import Stage
@@ -60,7 +61,7 @@ BENCHMARKS = ROOT / "benchmarks"
 
 MODULES = {
     "correctness": correctness, "counters": counters, "precompile": precompile, "recipe": recipe,
-    "sanitizer": sanitizer, "sweep": sweep, "tensor_cores": tensor_cores, "versions": versions,
+    "sanitizer": sanitizer, "sweep": sweep, "tensor_cores": tensor_cores, "trainer": trainer, "versions": versions,
 }  # fmt: skip
 
 

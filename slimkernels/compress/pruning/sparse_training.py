@@ -7,7 +7,7 @@ the gradient of these blocks back into the weight's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
@@ -79,6 +79,10 @@ class SparseTraining(Callback):
         for name in self._running:
             vars(model.get_submodule(name)).pop("forward", None)
         self._running.clear()
+
+    def variant(self) -> Hashable:
+        """Raises ValueError: layers are measured in the middle of a step."""
+        raise ValueError("SparseTraining: expected cuda_graph=False, got True; layers are measured in a step")
 
     def metrics(self) -> dict[str, float]:
         """How many layers run sparse."""

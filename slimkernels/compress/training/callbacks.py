@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 from torch import nn
@@ -39,6 +39,14 @@ class Callback:
 
     def on_run_end(self, model: nn.Module) -> None:
         """Once the run is over, also where an error or Ctrl-C ends it; for undoing what only training needs."""
+
+    def variant(self) -> Hashable:
+        """What the forward pass of the next step depends on besides its inputs and the values of tensors.
+
+        With ``cuda_graph=True`` a step is captured anew when it changes, or when a module, its mode or the place of a
+        tensor does. A callback whose forward passes cannot be captured raises ValueError.
+        """
+        return None
 
     def metrics(self) -> dict[str, float]:
         """Numbers to write into the logs beside the loss, such as the present sparsity."""

@@ -35,6 +35,7 @@ from slimkernels.compress.training.evaluation import (
     set_epoch,
     train_mode_of,
 )
+from slimkernels.compress.training.graphed_steps import GraphedSteps
 from slimkernels.compress.training.processes import (
     RankBatches,
     equalise,
@@ -85,6 +86,8 @@ def run(
         setup = Setup.of(name, step, train_loader, config, tuple(callbacks), optimizer, accelerator)
         path = Path(checkpoint) if checkpoint is not None else None
         state = prepared_state(setup, path if resume else None)
+        if config.cuda_graph and setup.many:
+            raise ValueError(f"{name}: expected one process with cuda_graph=True, got {accelerator.num_processes}")
         wrapped, stepper = accelerator.prepare(step, state.optimizer)
         forward = torch.compile(wrapped) if config.compile else wrapped
         return _Training(setup, state, wrapped, stepper, forward).run(val_loader, progress, path, log_dir)
@@ -106,6 +109,7 @@ class _Training:
         forward: `wrapped`, compiled where that was asked for.
         log: of rank 0, where there is a log directory.
         advance: moves the progress bar by one step.
+        graphs: forward and backward passes as CUDA graphs, where that was asked for.
     """
 
     setup: Setup
@@ -115,6 +119,7 @@ class _Training:
     forward: Any
     log: RunLog | None = None
     advance: Callable[[int, float | None], None] = _no_bar
+    graphs: GraphedSteps | None = None
 
     def run(self, val_loader: Loader | None, progress: bool, checkpoint: Path | None, log_dir: Any) -> list[EpochStats]:
         setup, state = self.setup, self.state
@@ -122,6 +127,8 @@ class _Training:
         if checkpoint is not None and setup.main:
             checkpoint.parent.mkdir(parents=True, exist_ok=True)
         done = len(state.history)
+        if setup.config.cuda_graph and setup.device.type == "cuda":
+            self.graphs = GraphedSteps(setup.step, self._pass, setup.callbacks)
         if log_dir is not None and setup.main:
             self.log = RunLog(log_dir, state.history, done * setup.steps)
         try:
@@ -204,7 +211,10 @@ class _Training:
                 classes = classes or self._classes(batch[0])
                 check_labels(setup.name, batch[1], classes)
             group = min(accumulate, setup.micro_batches - taken // accumulate * accumulate)
-            part = self._backward(batch, weight / group, synchronise=last)
+            if self.graphs is not None:
+                part = self.graphs(batch)
+            else:
+                part = self._backward(batch, weight / group, synchronise=last)
             loss = part if loss is None else loss + part
             taken += 1
             if last:
@@ -213,6 +223,10 @@ class _Training:
         if taken != setup.micro_batches:
             raise ValueError(f"{setup.name}: expected {setup.micro_batches} batches (the loader's length), got {taken}")
         return losses.mean()
+
+    def _pass(self, batch: list[Tensor]) -> Tensor:
+        """What a CUDA graph holds: one process, one batch a step, no loss scaling."""
+        return self._backward(batch, 1.0, synchronise=True)
 
     def _backward(self, batch: list[Tensor], weight: float, *, synchronise: bool) -> Tensor:
         """Adds the weighted gradient of a micro-batch; its detached, weighted loss."""

@@ -90,6 +90,7 @@ class Setup:
     def recipe(self) -> dict[str, Any]:
         """What a checkpoint has to agree with."""
         recipe = {"name": self.name, **asdict(self.config), **self.step.recipe(), "steps_per_epoch": self.steps}
+        del recipe["cuda_graph"]  # how steps are launched, not what they compute
         if self.user_optimizer is not None:
             recipe["optimizer"] = type(self.user_optimizer).__name__
         return recipe
