@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
 from slimkernels import testing  # noqa: E402
-from slimkernels.kernels.triton import bsr_conv2d  # noqa: E402
+from slimkernels.kernels.triton import bsr_conv2d, sums  # noqa: E402
 from slimkernels.kernels.triton.bsr_conv2d_index import forward_order  # noqa: E402
 from slimkernels.kernels.triton.launcher import Launch  # noqa: E402
 from slimkernels.kernels.triton.runtime import Limits  # noqa: E402
@@ -63,6 +63,8 @@ def no_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[NoDri
     yield fake
     bsr_conv2d._plan.cache_clear()
     bsr_conv2d.bsr_conv2d_fwd_kernel.device_caches.clear()
+    sums._add_plan.cache_clear()
+    sums.add_partials_kernel.device_caches.clear()
 
 
 def conv(x: torch.Tensor, config: dict[str, int] = CONFIG, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -100,6 +102,16 @@ def test_an_unaligned_pointer_gets_a_kernel_of_its_own(no_driver: NoDriver) -> N
         conv(aligned_input(shift))
     hashes = [launched[2][0] for launched in no_driver.launched]
     assert hashes[0] == hashes[2] == hashes[4] and hashes[1] == hashes[3] and hashes[0] != hashes[1]
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+def test_another_dtype_gets_a_kernel_of_its_own(no_driver: NoDriver, narrow: torch.dtype) -> None:
+    """Plans are kept by sizes; a kernel that stores float32 would write past the end of 16-bit results of that size."""
+    partial = torch.zeros(8, 64)
+    for dtype in (torch.float32, narrow, torch.float32, narrow):
+        sums.add_partials(partial, torch.zeros(64, dtype=dtype))
+    hashes = [launched[2][0] for launched in no_driver.launched]
+    assert hashes[0] == hashes[2] and hashes[1] == hashes[3] and hashes[0] != hashes[1]
 
 
 def test_split_launches_the_reduction_after_the_product(no_driver: NoDriver) -> None:

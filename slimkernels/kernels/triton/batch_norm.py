@@ -66,7 +66,7 @@ def _plan(n: int, c: int, p: int, q: int, epilogue: int, has_weight: bool, eps: 
     tile = {"INDEX_64": index_64, "BLOCK_M": block_m, "BLOCK_N": block_n}
     own: dict[str, Any] = {"HAS_WEIGHT": has_weight, "EPILOGUE": epilogue, **tile, "BLOCK_M": own_m}
     # A tile of 16 channels for the statistics: they are few, and every program reads all parts.
-    few = {"EPS": eps, "BLOCK_M": 64, "BLOCK_N": 16}
+    few = {"EPS": eps, "BLOCK_M": 256, "BLOCK_N": 16}
     all_rows = windows if pool else pixels
     return _Plan(
         Launch(batch_norm_moments_kernel, (parts, tiles, 1), (pixels, c, part_pixels), tile, _OPTIONS),

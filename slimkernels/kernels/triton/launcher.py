@@ -1,8 +1,8 @@
 """Launches of one jitted kernel without Triton's per-call work on arguments.
 
 Triton binds, specialises and hashes every argument of every call to find the compiled kernel. All of that follows
-from the constants, the integers and the pointers' alignment; whoever keeps the first two fixed (a `Launch` is made once
-a problem) needs to look at the pointers only.
+from the constants, the integers, and the pointers' dtypes and alignment; whoever keeps the first two fixed (a `Launch`
+is made once a problem) needs to look at the pointers only.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Launch:
         names = kernel.arg_names[len(kernel.arg_names) - len(constants) :]
         self._tail = (*self.integers, *(constants[name] for name in names))
         self._compiles = isinstance(kernel, JITFunction)
-        self._compiled: dict[tuple[int, int], Any] = {}
+        self._compiled: dict[tuple[Any, ...], Any] = {}
 
     def __call__(self, *tensors: Tensor) -> None:
         """Launches on the first tensor's device and on that device's current stream."""
@@ -59,10 +59,12 @@ class Launch:
         aligned = 0
         for i, tensor in enumerate(tensors):
             aligned |= (tensor.data_ptr() % 16 == 0) << i
+        # A kernel compiled for float32 would write past the end of a 16-bit tensor.
+        key = (x.get_device(), aligned, *[tensor.dtype for tensor in tensors])
         with device_guard(x):
-            compiled = self._compiled.get((x.get_device(), aligned))
+            compiled = self._compiled.get(key)
             if compiled is None:
-                self._compiled[x.get_device(), aligned] = self.kernel[self.grid](
+                self._compiled[key] = self.kernel[self.grid](
                     *tensors, *self.integers, **self.constants, **self.options
                 )
             else:
