@@ -64,8 +64,6 @@ class Launch:
         with device_guard(x):
             compiled = self._compiled.get(key)
             if compiled is None:
-                self._compiled[key] = self.kernel[self.grid](
-                    *tensors, *self.integers, **self.constants, **self.options
-                )
+                self._compiled[key] = self.kernel[self.grid](*tensors, *self.integers, **self.constants, **self.options)
             else:
                 compiled[self.grid](*tensors, *self._tail)
