@@ -9,7 +9,7 @@ from gpu_check.summary import FLOORS, STALL, config_text, said
 
 # Suites whose rows are no speeds of the package, or say themselves what is wrong.
 UNTIMED = (
-    "versions", "compile", "correctness", "sweep", "counters", "kernel_counts", "test", "tests", "sanitizer",
+    "versions", "compile", "correctness", "sweep", "counters", "kernel_counts", "test", "tests", "sanitizer", "trainer",
 )  # fmt: skip
 
 
@@ -106,6 +106,17 @@ def kernels_table(rows: list[dict[str, Any]]) -> str:
     return table(["row", "side", "kernel", "launches", "all of them [us]"], body)
 
 
+def trainer_table(rows: list[dict[str, Any]]) -> str:
+    """A step of the training loop, launched from Python and as a CUDA graph."""
+    header = ["training", "batch", "from Python [ms]", "CUDA graph [ms]", "kernels alone [ms]", "images/s"]
+    body = [
+        [r["name"], str(r["batch"]), f"{r['from_python_ms']:.1f}", f"{r['graph_ms']:.1f}",
+         f"{r['gpu_ms']:.1f}" if "gpu_ms" in r else "", f"{r['graph_images_per_s']:.0f}"]
+        for r in rows
+    ]  # fmt: skip
+    return table(header, body)
+
+
 def tests_table(rows: list[dict[str, Any]]) -> str:
     """How many tests passed, failed, were skipped or not reached."""
     header = ["stage", "passed", "failed", "skipped", "not reached"]
@@ -146,6 +157,7 @@ def sections(record: dict[str, Any]) -> list[str]:
         ("sweep", "Configurations, layer by layer", sweep_table),
         ("vgg", "Kernels of the networks", kernels_table),
         ("backward", "Kernels of a training step", kernels_table),
+        ("trainer", "The training loop", trainer_table),
         ("counters", "Hardware counters", counters_table),
         ("tests", "GPU tests", tests_table),
         ("test", "Failed tests", failures_table),

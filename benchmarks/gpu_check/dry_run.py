@@ -57,6 +57,7 @@ EXTRA = {
     "vgg16": _QUICK,
     "swept": _QUICK,
     "training": (*_QUICK, "--smoke"),
+    "training_torch": (*_QUICK, "--smoke"),
     "training_compiled": (*_QUICK, "--smoke"),
     "again": _some("m_lt_tile"),
     "low_rank": ("--smoke",),

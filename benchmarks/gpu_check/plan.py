@@ -68,12 +68,13 @@ GPU_TESTS = (
 # One at a time, in the given order: 14 compilers of 16 cores, and the time box cuts off the least telling tests.
 _WORKERS = ("-n", "14", "--dist", "load", "--maxschedchunk", "1")
 _TESTS = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "gpu_check.telling", "--rows", "{rows}")
+_TRAINING_STEP = "benchmarks/bench_backward.py::test_training_step"
 _CHECKS = ("--checks", "{state}/rows/correctness.jsonl")
 # Tables of this device: the first holds the measured ceilings alone, the second the sweep's configurations too.
 _SWEPT = {"SLIMKERNELS_CACHE_DIR": "{state}/swept"}
 
 STAGES = (
-    Stage("versions", 1, 10, "What runs here: device, clocks, versions, a Triton cache made beforehand.",
+    Stage("versions", 1, 20, "What runs here: device, clocks, versions, a Triton cache made beforehand.",
           _module("versions")),
     Stage("ceilings", 1, 25,
           "Gather from L2 at 32, 64, 128 contiguous bytes (9.8 TB/s on an H200), matrix product (757 TFLOP/s), dense "
@@ -106,7 +107,7 @@ STAGES = (
           "CUDA C++ on tensor cores, not yet a choice of auto: each layer beside auto's kernel, and the first two as "
           "one. Wanted: 1/1.3 of auto's time, 40 us for the two.",
           _module("tensor_cores"), build_wait=5),
-    Stage("tests", 1, 150, "All GPU tests, the most telling first, as far as the time goes.",
+    Stage("tests", 1, 140, "All GPU tests, the most telling first, as far as the time goes.",
           (*_TESTS, "-m", "gpu and not slow", *_WORKERS, "--junitxml", "{state}/tests.xml", *GPU_TESTS), build_wait=20),
     Stage("sanitizer", 1, 45,
           "compute-sanitizer on the headline's configurations and a training step's kernels, at 8 images: no error.",
@@ -123,9 +124,9 @@ STAGES = (
     Stage("swept", 2, 25, "The headline with the configurations that the sweep found fastest.",
           _suite(*_networks("headline"), "--compile", "none", "--seconds", "1", *_CHECKS,
                  "--checks", "{state}/rows/sweep.jsonl"), variables=_SWEPT),
-    Stage("training", 2, 70, "A whole training step against the masked dense one, both in CUDA graphs too: 2x wanted.",
-          _suite("benchmarks/bench_backward.py::test_training_step", "--compile", "none", "--seconds", "1")),
-    Stage("again", 2, 45, "What failed in call 1, and the tests that it did not reach.",
+    Stage("training", 2, 45, "A whole training step against the masked dense one, both in CUDA graphs too: 2x wanted.",
+          _suite(f"{_TRAINING_STEP}[block_shape0-fused]", "--compile", "none", "--seconds", "1")),
+    Stage("again", 2, 70, "What failed in call 1, and the tests that it did not reach.",
           (*_TESTS, "--again", "{state}/rows/tests.jsonl", "-m", "gpu and not slow", *_WORKERS,
            "--junitxml", "{state}/again.xml", *GPU_TESTS), build_wait=5),
     Stage("low_rank", 2, 30, "Low-rank layers against their factors and the merged layer: 1.3x where launch-bound.",
@@ -134,9 +135,10 @@ STAGES = (
           "A step of the training loop, VGG-19 at batch 512: from Python and as a CUDA graph, plain and with all that "
           "the recipe does. By the GPU's own time about 60 000 images/s.",
           _module("trainer"), spare=True),
+    Stage("training_torch", 2, 45, "The training step with torch's batch norm on both sides.",
+          _suite(f"{_TRAINING_STEP}[block_shape0-torch]", "--compile", "none", "--seconds", "1"), spare=True),
     Stage("training_compiled", 2, 150, "The training step once more, both sides through torch.compile too.",
-          _suite("benchmarks/bench_backward.py::test_training_step[block_shape0-fused]", "--compile", "default",
-                 "--seconds", "1"), spare=True),
+          _suite(f"{_TRAINING_STEP}[block_shape0-fused]", "--compile", "default", "--seconds", "1"), spare=True),
     Stage("recipe", 3, 525,
           "VGG-19 trained, pruned and distilled at 87.5, 95 and 98%, low rank, NIN, slim: 85x smaller at 98% of the "
           "accuracy and 3x faster wanted. 412 s of training at 40 000 images/s, 110 s for the rest.",
