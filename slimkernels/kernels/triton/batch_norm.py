@@ -20,13 +20,13 @@ from slimkernels.kernels.triton.batch_norm_kernel import (
 )
 from slimkernels.kernels.triton.launcher import Launch
 from slimkernels.kernels.triton.runtime import INT32_MAX, cdiv, interpreted_dtype, next_power_of_2
-from slimkernels.kernels.triton.sums import add_partials
+from slimkernels.kernels.triton.sums import STAGES, add_partials
 
 # Elements of a tile: 16 a thread of 4 warps, two loads of 16 bytes in 16-bit dtypes. A tile of windows has half of
 # them: four pixels each.
 _TILE = 2048
-# Parts that sums over pixels are cut in, at most: four programs for each of the 132 processors of an H100.
-_PARTS = 528
+# Parts that sums over pixels are cut in, at most: eight programs for each of the 132 processors of an H100.
+_PARTS = 1056
 _EPILOGUES = {"none": 0, "relu": 1, "relu_maxpool2": 2}
 _OPTIONS = {"num_warps": 4, "num_stages": 2}
 
@@ -69,10 +69,22 @@ def _plan(n: int, c: int, p: int, q: int, epilogue: int, has_weight: bool, eps: 
     few = {"EPS": eps, "BLOCK_M": 256, "BLOCK_N": 16}
     all_rows = windows if pool else pixels
     return _Plan(
-        Launch(batch_norm_moments_kernel, (parts, tiles, 1), (pixels, c, part_pixels), tile, _OPTIONS),
+        Launch(
+            batch_norm_moments_kernel,
+            (parts, tiles, 1),
+            (pixels, c, part_pixels),
+            {**tile, "STAGES": STAGES},
+            _OPTIONS,
+        ),
         Launch(batch_norm_statistics_kernel, (cdiv(c, 16), 1, 1), (pixels, c, part_pixels, parts), few, _OPTIONS),
         Launch(batch_norm_apply_kernel, (cdiv(rows, own_m), tiles, 1), (rows, c, p, q), own, _OPTIONS),
-        Launch(batch_norm_reduce_kernel, (grad_parts, tiles, 1), (rows, c, p, q, part_rows), own, _OPTIONS),
+        Launch(
+            batch_norm_reduce_kernel,
+            (grad_parts, tiles, 1),
+            (rows, c, p, q, part_rows),
+            {**own, "STAGES": STAGES},
+            _OPTIONS,
+        ),
         Launch(
             batch_norm_input_gradient_kernel,
             (cdiv(all_rows, own_m), tiles, 1),

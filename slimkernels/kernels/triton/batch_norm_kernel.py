@@ -36,6 +36,7 @@ def batch_norm_moments_kernel(
     INDEX_64: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     # x: (pixels, channels); partial: (parts, 2, channels) float32, the mean of a part and its sum of squared distances.
     index_type: tl.constexpr = tl.int64 if INDEX_64 else tl.int32
@@ -52,7 +53,7 @@ def batch_norm_moments_kernel(
     away = tl.where(mask, tile - shift[None, :], 0.0)  # [BLOCK_M, BLOCK_N]
     sums, squares = away, away * away
     # Every thread adds up its own elements: sums over a tile's rows in each step took five times as long on an H200.
-    for first in range(begin + BLOCK_M, end, BLOCK_M):
+    for first in tl.range(begin + BLOCK_M, end, BLOCK_M, num_stages=STAGES):
         pixel = first + tl.arange(0, BLOCK_M)
         mask = (pixel < end)[:, None] & mask_n[None, :]
         tile = tl.load(x_ptr + pixel[:, None] * channels + channel[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -221,6 +222,7 @@ def batch_norm_reduce_kernel(
     INDEX_64: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     # grad: (rows, channels), the gradient of y; partial: (parts, 2, channels) float32, a part's sums of dz and dz xhat.
     index_type: tl.constexpr = tl.int64 if INDEX_64 else tl.int32
@@ -233,7 +235,7 @@ def batch_norm_reduce_kernel(
     end = tl.minimum(begin + part_rows, rows)
     sum_dz = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     sum_dz_xhat = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for first in range(begin, end, BLOCK_M):
+    for first in tl.range(begin, end, BLOCK_M, num_stages=STAGES):
         row = first + tl.arange(0, BLOCK_M)
         mask = (row < end)[:, None] & mask_n[None, :]
         tile = row[:, None] * channels + channel[None, :]

@@ -26,6 +26,9 @@ from slimkernels.kernels.triton.runtime import (
 
 # Elements of a tile: 16 a thread of 4 warps, two loads of 16 bytes in 16-bit dtypes.
 _TILE = 2048
+# Tiles on their way to a program while it adds up another: 8 programs a processor, without stages, kept 32 KB in flight
+# and read 2 of the 4.2 TB/s of an H200's memory.
+STAGES = 4
 
 
 @triton.jit
@@ -66,6 +69,7 @@ def channel_sums_kernel(
     INDEX_64: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     # grad: (pixels, channels); partial: (parts, channels) float32, part_pixels of them in a part.
     index_type: tl.constexpr = tl.int64 if INDEX_64 else tl.int32
@@ -75,7 +79,7 @@ def channel_sums_kernel(
     begin = part * part_pixels
     end = tl.minimum(begin + part_pixels, pixels)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for first in range(begin, end, BLOCK_M):
+    for first in tl.range(begin, end, BLOCK_M, num_stages=STAGES):
         pixel = first + tl.arange(0, BLOCK_M)
         tile_ptr = grad_ptr + pixel[:, None] * channels + channel[None, :]
         tile = tl.load(tile_ptr, mask=(pixel < end)[:, None] & mask_n[None, :], other=0.0)  # [BLOCK_M, BLOCK_N]
@@ -124,7 +128,7 @@ def _channel_plan(pixels: int, channels: int, index_64: bool, processors: int) -
         channel_sums_kernel,
         (parts, tiles, 1),
         (pixels, channels, part_pixels),
-        {"INDEX_64": index_64, "BLOCK_M": block_m, "BLOCK_N": block_n},
+        {"INDEX_64": index_64, "BLOCK_M": block_m, "BLOCK_N": block_n, "STAGES": STAGES},
         {"num_warps": 4, "num_stages": 2},
     )
     return launch_, parts
