@@ -33,6 +33,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     out = parsed.state / "slimnets-device"
     begun = time.monotonic()
     torch.backends.cudnn.benchmark = parsed.device == "cuda"
+
+    def pack() -> None:
+        with tarfile.open(parsed.state / "slimnets-device.tar.gz", "w:gz") as archive:
+            for path in sorted({path for pattern in _KEPT for path in out.glob(pattern)}):
+                archive.add(path, path.relative_to(parsed.state))
+
+    def say(line: str) -> None:
+        print(f"{time.monotonic() - begun:6.1f} s {line}", flush=True)
+        pack()  # at every line: one run was ended before it could do so at its end
+
     try:
         report = reproduce(
             "slimnets",
@@ -43,12 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             device=parsed.device,
             compile=parsed.compile,
             progress=False,
-            say=lambda line: print(f"{time.monotonic() - begun:6.1f} s {line}", flush=True),
+            say=say,
         )
     finally:
-        with tarfile.open(parsed.state / "slimnets-device.tar.gz", "w:gz") as archive:
-            for path in sorted({path for pattern in _KEPT for path in out.glob(pattern)}):
-                archive.add(path, path.relative_to(parsed.state))
+        pack()
     for row in report["rows"]:
         own = row["measurement"] or {}
         latency = {batch: entry["speedup"] for batch, entry in own.get("latency", {}).items()}

@@ -264,7 +264,7 @@ torch.manual_seed(0)
 net = nn.Sequential(nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1))
 sk.finalize_(sk.prune_(net, 0.75, (16, 16), layers=["0", "2"]))
 policy = sk.Policy(measure=False, min_speedup=0.0, block_shapes=((16, 16),))
-net = sk.convert(net, policy=policy, training=True).train().to(device)
+net = sk.convert(net.to(device), policy=policy, training=True).train()
 assert len(net.slimkernels_plan.swapped) == 2
 x = torch.randn(8, 16, 6, 6, generator=torch.Generator().manual_seed(1)).to(device)
 target = torch.randn(8, 32, 6, 6, generator=torch.Generator().manual_seed(2)).to(device)
