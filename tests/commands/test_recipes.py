@@ -251,8 +251,8 @@ def test_the_rows_of_the_cpu_preset():
 
 
 def test_the_device_preset_fits_a_call():
-    """Its trainings by an H200's steps of VGG-19, by multiply-adds where the network is a smaller one, and what ours are
-    compared with; its rehearsal has the same rows."""
+    """Its trainings by an H200's steps of VGG-19, by multiply-adds where the network is a smaller one, and what ours
+    are compared with; its rehearsal has the same rows."""
     recipe = load_recipe("slimnets", "device")
     assert [row.name for row in load_recipe("slimnets", "device_rehearsal").rows] == [row.name for row in recipe.rows]
     assert recipe.train_seconds + 110 <= 420 and recipe.dtype == "bf16" and not recipe.checkpoints

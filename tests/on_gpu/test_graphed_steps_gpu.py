@@ -81,7 +81,7 @@ def steps(model: nn.Module, callbacks: Any = ()) -> tuple[GraphedSteps, Callable
         loss.backward()
         return loss.detach()
 
-    graphed = GraphedSteps(model, backward, callbacks)
+    graphed = GraphedSteps("train", model, backward, callbacks)
     x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)).cuda()
 
     def call() -> Tensor:
@@ -151,6 +151,6 @@ def test_captured_steps_that_wait_for_the_gpu_are_refused() -> None:
     _, call = steps(Waits(8, 4).cuda())
     for _ in range(EAGER_STEPS):
         call()
-    with pytest.raises(RuntimeError, match="cuda_graph=True: expected a training step that never waits"):
+    with pytest.raises(RuntimeError, match=r"^train: expected a training step that never waits"):
         call()
     assert torch.randn(3, device="cuda").isfinite().all()

@@ -56,7 +56,7 @@ PACKAGES = {
     ),
     "compress/distillation": ("distill", "terms", "features, losses", "__init__"),
     "compress/training": (
-        "train", "engine", "setup", "checkpoint, processes, trackers", "steps, ema", "evaluation, config", "callbacks",
+        "train", "engine", "setup", "checkpoint, processes, trackers", "steps, ema, graphed_steps", "evaluation, config", "callbacks",
         "__init__",
     ),
     "inference": (

@@ -128,7 +128,7 @@ class _Training:
             checkpoint.parent.mkdir(parents=True, exist_ok=True)
         done = len(state.history)
         if setup.config.cuda_graph and setup.device.type == "cuda":
-            self.graphs = GraphedSteps(setup.step, self._pass, setup.callbacks)
+            self.graphs = GraphedSteps(setup.name, setup.step, self._pass, setup.callbacks)
         if log_dir is not None and setup.main:
             self.log = RunLog(log_dir, state.history, done * setup.steps)
         try:

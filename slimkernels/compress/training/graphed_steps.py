@@ -44,14 +44,16 @@ class GraphedSteps:
     Values may change, masks among them. One graph is kept for each size of batch.
 
     Args:
+        name: begins the message of an error.
         step: the module whose passes are run; its gradients are None before every call.
         backward: forward and backward pass of a batch; its loss, detached.
         callbacks: of the run.
     """
 
     def __init__(
-        self, step: nn.Module, backward: Callable[[list[Tensor]], Tensor], callbacks: Sequence[Callback]
+        self, name: str, step: nn.Module, backward: Callable[[list[Tensor]], Tensor], callbacks: Sequence[Callback]
     ) -> None:
+        self._name = name
         self._step, self._backward, self._callbacks = step, backward, callbacks
         self._graphs: dict[Hashable, tuple[Hashable, _Graph]] = {}
         self._seen: dict[Hashable, int] = {}
@@ -81,8 +83,8 @@ class GraphedSteps:
             return _Graph(self._backward, batch, self._step, others[0].graph.pool() if others else None)
         except RuntimeError as error:
             raise RuntimeError(
-                "cuda_graph=True: expected a training step that never waits for the GPU, got one that cannot be "
-                f"captured ({str(error).splitlines()[0]}); set cuda_graph=False"
+                f"{self._name}: expected a training step that never waits for the GPU with cuda_graph=True, got one that "
+                f"cannot be captured ({str(error).splitlines()[0]})"
             ) from error
 
     def _state(self) -> Hashable:
