@@ -56,8 +56,8 @@ PACKAGES = {
     ),
     "compress/distillation": ("distill", "terms", "features, losses", "__init__"),
     "compress/training": (
-        "train", "engine", "setup", "checkpoint, processes, trackers", "steps, ema, graphed_steps", "evaluation, config", "callbacks",
-        "__init__",
+        "train", "engine", "setup", "checkpoint, processes, trackers", "steps, ema, graphed_steps",
+        "evaluation, config", "callbacks", "__init__",
     ),
     "inference": (
         "__init__", "graphed_model, onnx_export", "cuda_graph, cpu_replay, warming", "cpu_recording", "chain_forms",

@@ -83,8 +83,8 @@ class GraphedSteps:
             return _Graph(self._backward, batch, self._step, others[0].graph.pool() if others else None)
         except RuntimeError as error:
             raise RuntimeError(
-                f"{self._name}: expected a training step that never waits for the GPU with cuda_graph=True, got one that "
-                f"cannot be captured ({str(error).splitlines()[0]})"
+                f"{self._name}: expected a training step that never waits for the GPU with cuda_graph=True, got one "
+                f"that cannot be captured ({str(error).splitlines()[0]})"
             ) from error
 
     def _state(self) -> Hashable:
