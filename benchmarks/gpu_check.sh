@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What a machine with a CUDA GPU should show, in calls of at most 540, 230 and 420 seconds: is it right, how fast is it,
+# What a machine with a CUDA GPU should show, in calls of at most 540, 230 and 540 seconds: is it right, how fast is it,
 # why, and what the paper's recipe comes to on it.
 #
 #   benchmarks/gpu_check.sh --plan       stages, seconds and their sums; runs nothing

@@ -1,1 +1,1 @@
-"""What a machine with a CUDA GPU should show, in calls of nine, four and seven minutes (`benchmarks/gpu_check.sh`)."""
+"""What a machine with a CUDA GPU should show, in calls of nine, four and nine minutes (`benchmarks/gpu_check.sh`)."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 # Seconds that all stages of a call may take together.
-CALL_SECONDS = {1: 540, 2: 230, 3: 420}
+CALL_SECONDS = {1: 540, 2: 230, 3: 540}
 # Between the interrupt at a stage's limit, on which pytest prints its summary, and the kill.
 GRACE_SECONDS = 10
 # Always the same folder: its name is part of what a Triton cache made beforehand is looked up by.
@@ -139,9 +139,9 @@ STAGES = (
           _suite(f"{_TRAINING_STEP}[block_shape0-torch]", "--compile", "none", "--seconds", "1"), spare=True),
     Stage("training_compiled", 2, 150, "The training step once more, both sides through torch.compile too.",
           _suite(f"{_TRAINING_STEP}[block_shape0-fused]", "--compile", "default", "--seconds", "1"), spare=True),
-    Stage("recipe", 3, 400,
+    Stage("recipe", 3, 530,
           "VGG-19 trained, pruned and distilled at 87.5, 95 and 98%, low rank, NIN, slim: 85x smaller at 98% of the "
-          "accuracy and 3x faster wanted. 235 s of training by an H200's steps, 75 s for the rest.",
+          "accuracy and 3x faster wanted. 378 s of training by an H200's steps, 125 s for the rest.",
           _module("recipe", "--state", "{state}")),
 )  # fmt: skip
 

@@ -255,17 +255,17 @@ def test_the_device_preset_fits_a_call():
     are compared with; its rehearsal has the same rows."""
     recipe = load_recipe("slimnets", "device")
     assert [row.name for row in load_recipe("slimnets", "device_rehearsal").rows] == [row.name for row in recipe.rows]
-    assert recipe.train_seconds + 110 <= 420 and recipe.dtype == "bf16" and not recipe.checkpoints
+    assert recipe.train_seconds + 125 <= 530 and recipe.dtype == "bf16" and not recipe.checkpoints
     seconds = 0.0
     for row in recipe.rows:
         ((epochs, images),) = row.budget
         taught = any(step.verb == "distill" for step in row.steps)
-        seconds += row.seeds * epochs * (0.7 * (0.4 if row.group == "slim" else 1.0) + (0.4 if taught else 0.0)) + 2
+        seconds += row.seeds * epochs * (0.75 * (0.4 if row.group == "slim" else 1.0) + (0.4 if taught else 0.0)) + 2
         assert images is None
         assert all(step.settings["cuda_graph"] for step in row.steps if step.verb in ("train", "distill"))
-    assert 200 <= seconds <= recipe.train_seconds
+    assert 340 <= seconds <= recipe.train_seconds
     shares = {row.labels["sparsity"] for row in recipe.rows if row.group == "combination"}
-    assert shares == {0.875, 0.95, 0.98} and {"low rank", "NIN distilled", "slim, 16x1 94.5%"} <= {
+    assert shares == {0.875, 0.91, 0.95, 0.98} and {"low rank", "NIN distilled", "slim, 16x1 94.5%"} <= {
         r.name for r in recipe.rows
     }
 

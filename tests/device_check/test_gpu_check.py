@@ -83,7 +83,7 @@ def environment() -> dict[str, str]:
 def test_the_stages_of_a_call_fit(call: int) -> None:
     total = sum(s.seconds for s in plan.stages_of(call) if not s.spare)
     assert 0 < total <= plan.CALL_SECONDS[call]
-    assert plan.CALL_SECONDS == {1: 540, 2: 230, 3: 420}
+    assert plan.CALL_SECONDS == {1: 540, 2: 230, 3: 540}
     assert f"{total:>7}  in all, of at most {plan.CALL_SECONDS[call]}" in plan.plan_text()
 
 
