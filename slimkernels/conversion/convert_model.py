@@ -313,6 +313,11 @@ def _checked(
     staying = {name: replace(d, option=d.stay) for name, d in decisions.items()}
     dense, _ = _apply(found, staying, policy, channels_last=True)
     models = [scratch_copy(m) for m in (found.model, dense, fast)]
+    if policy.serve is not None:
+        inputs = [kwargs if kwargs else args for args, kwargs in sets]
+        # For mypy: whatever is served is called as the model is.
+        models = [policy.serve(m, inputs) for m in models]  # type: ignore[misc]
+        plan = replace(plan, notes=(*plan.notes, "the whole model was timed as Policy.serve serves it"))
     needed = min(policy.min_speedup, 1.0)
     # As a whole a model gains no more than the layer that gains most.
     chosen = [(unit, decisions[unit.names[0]]) for unit in found.units]

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
@@ -50,9 +50,17 @@ class Policy:
             keep their rank, and the size on disk that goes with it; they are then fused where that is faster.
         exclude: layers that stay as they are: names, names of what contains them, patterns such as ``*.attn.*``.
         check_model: with example inputs, also time the whole model, and keep it dense where it is not faster.
+        serve: how the model will be called, such as `slimkernels.graphed`: a function of a model and a list of its
+            example inputs that returns what is called with one of them. The whole model, dense and converted, is then
+            timed as that; None times plain calls. A recording skips what plain calls do between layers, so a network
+            of thin layers may be faster than dense as a recording alone.
 
     Raises:
         ValueError: a value out of range, named.
+
+    Example:
+        >>> import slimkernels as sk
+        >>> policy = sk.Policy(serve=sk.graphed)  # sk.graphed(sk.convert(model, x, policy=policy), x)
     """
 
     backend: str = "auto"
@@ -70,6 +78,7 @@ class Policy:
     merge_low_rank: bool = True
     exclude: tuple[str, ...] = ()
     check_model: bool = True
+    serve: Callable[[Any, list[Any]], Callable[..., Any]] | None = None
 
     def __post_init__(self) -> None:
         if self.backend not in env.BACKENDS:
@@ -79,6 +88,8 @@ class Policy:
         for name, least in (("measured_candidates", 1), ("repeats", 1), ("budget_s", 0)):
             if not getattr(self, name) >= least:
                 raise ValueError(f"Policy: expected {name} >= {least}, got {getattr(self, name)}")
+        if self.serve is not None and not callable(self.serve):
+            raise ValueError(f"Policy: expected serve to be a function or None, got {self.serve!r}")
         if not self.block_shapes:
             raise ValueError("Policy: expected at least one block shape, got none")
         if isinstance(self.exclude, str):

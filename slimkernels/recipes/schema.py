@@ -319,7 +319,7 @@ def _settings_of(verb: str) -> Collection[str]:
     if verb == "convert":
         from slimkernels.conversion.plan import Policy
 
-        return {f.name for f in dataclasses.fields(Policy)}
+        return {f.name for f in dataclasses.fields(Policy)} - {"serve"}  # no plain data
     if verb == "finalize":
         return ()
     from slimkernels.compress.factorization.factorize import factorize_

@@ -19,7 +19,7 @@ from conversion_models import (
 )
 from torch import Tensor, nn
 
-from slimkernels import Policy, convert, explain
+from slimkernels import Policy, convert, explain, graphed
 from slimkernels.conversion import measure
 from slimkernels.nn import BlockSparseConv2d, LowRankConv2d, LowRankLinear
 
@@ -173,6 +173,45 @@ def test_a_slower_whole_model_stays_dense(whole: list[float], swapped: bool, mon
         relaid = fast[0].weight.is_contiguous(memory_format=torch.channels_last)
         assert relaid == (whole[1] <= whole[0])
     assert_same_function(fast, model, images(1, 16))
+
+
+@pytest.mark.skipif(BACKEND == "reference", reason="no native kernel is built")
+def test_the_whole_model_is_timed_as_it_will_be_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ``serve`` makes of the model as it was, of its relaid twin and of the converted one is what is called."""
+    served: list[Any] = []
+    called: list[int] = []
+
+    def serve(model: nn.Module, inputs: list[Any]) -> Any:
+        assert len(inputs) == 1 and len(inputs[0]) == 1 and inputs[0][0].shape == images(1, 16).shape
+        served.append(model)
+        number = len(served)
+
+        def call(*args: Any) -> Any:
+            called.append(number)
+            return model(*args)
+
+        return call
+
+    clock = Clock([1.0], [0.5], [3.0, 2.0, 1.9])
+
+    def typical_seconds(runs: Any, **options: Any) -> Any:
+        if len(runs) == 3:  # the whole model
+            for run in runs:
+                run()
+        return clock(runs, **options)
+
+    monkeypatch.setattr(measure, "typical_seconds", typical_seconds)
+    fast = convert(one_layer(), images(1, 16), policy=Policy(serve=serve))
+    assert [type(model[0]) for model in served] == [nn.Conv2d, nn.Conv2d, BlockSparseConv2d] and called == [1, 2, 3]
+    assert "the whole model was timed as Policy.serve serves it" in explain(fast).plan.notes
+    with pytest.raises(ValueError, match=r"^Policy: expected serve to be a function or None, got 'graphed'"):
+        Policy(serve="graphed")
+
+
+@pytest.mark.skipif(BACKEND == "reference", reason="no native kernel is built")
+def test_graphed_serves() -> None:
+    fast = convert(one_layer(), images(1, 16), policy=Policy(serve=graphed, min_speedup=0, repeats=1, budget_s=0))
+    assert len(explain(fast).plan.dense_ms) == 1
 
 
 def test_a_converted_model_that_differs_is_not_returned(monkeypatch: pytest.MonkeyPatch) -> None:
