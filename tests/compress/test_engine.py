@@ -493,3 +493,37 @@ def test_settings_come_from_a_config_or_by_name():
         fine_tune(linear(), loader(), epochs=1, on_step=None)
     with pytest.raises(TypeError, match=r"fine_tune: expected a TrainConfig or epochs="):
         fine_tune(linear(), loader())
+
+
+def test_cuda_graphs_change_nothing_on_the_cpu_and_a_run_may_go_on_without_them(tmp_path):
+    """Their setting belongs to no checkpoint: it says how steps are launched, not what they compute."""
+    plain, graphed = net(), net()
+    fine_tune(plain, loader(), epochs=2, lr=0.01, progress=False)
+    stop = Stop(at=6)
+    with pytest.raises(KeyboardInterrupt):
+        fine_tune(
+            graphed, loader(), epochs=2, lr=0.01, progress=False, cuda_graph=True, callbacks=[stop],
+            checkpoint=tmp_path / "run.pt",
+        )  # fmt: skip
+    fine_tune(
+        graphed, loader(), epochs=2, lr=0.01, progress=False, callbacks=[Callback()], checkpoint=tmp_path / "run.pt",
+        resume=True,
+    )  # fmt: skip
+    assert same(plain, graphed)
+
+
+class Stop(Callback):
+    """Interrupts the run as its step ``at`` begins."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def on_step_begin(self, step, total_steps, model):
+        if step == self.at:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("options", "got"), [({"accumulate": 2}, "accumulate=2"), ({"precision": "fp16"}, "'fp16'")])
+def test_cuda_graphs_of_steps_that_they_cannot_hold_are_refused(options, got):
+    with pytest.raises(ValueError, match=f"^TrainConfig: expected accumulate=1 and precision .* got .*{got}"):
+        TrainConfig(epochs=1, cuda_graph=True, **options)

@@ -12,6 +12,7 @@ from training_runs import loader
 import slimkernels as sk
 from slimkernels.compress.pruning import sparse_training
 from slimkernels.compress.training.callbacks import Callback
+from slimkernels.compress.training.graphed_steps import GraphedSteps
 
 
 def net() -> nn.Sequential:
@@ -140,6 +141,11 @@ def test_an_interrupted_run_leaves_the_model_as_it_was(monkeypatch):
         sk.fine_tune(model, loader(), epochs=2, progress=False, callbacks=callbacks)
     assert watch.swapped[-1] == ["3", "5", "7"]
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_captured_step_is_refused_before_anything_is_trained():
+    with pytest.raises(ValueError, match=r"^SparseTraining: expected cuda_graph=False, got True"):
+        GraphedSteps("fine_tune", net(), lambda batch: batch[0], [pruning(), sk.SparseTraining()])
 
 
 @pytest.mark.parametrize("options", [{"begin": 1.0}, {"begin": -0.1}, {"min_speedup": -1.0}])

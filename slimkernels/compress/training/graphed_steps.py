@@ -48,11 +48,16 @@ class GraphedSteps:
         step: the module whose passes are run; its gradients are None before every call.
         backward: forward and backward pass of a batch; its loss, detached.
         callbacks: of the run.
+
+    Raises:
+        ValueError: a callback whose forward passes cannot be captured.
     """
 
     def __init__(
         self, name: str, step: nn.Module, backward: Callable[[list[Tensor]], Tensor], callbacks: Sequence[Callback]
     ) -> None:
+        for callback in callbacks:
+            callback.variant()  # one that cannot be captured says so before anything is trained
         self._name = name
         self._step, self._backward, self._callbacks = step, backward, callbacks
         self._graphs: dict[Hashable, tuple[Hashable, _Graph]] = {}

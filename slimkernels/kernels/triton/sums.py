@@ -89,7 +89,8 @@ def channel_sums_kernel(
 
 @lru_cache(maxsize=4096)
 def _add_plan(elements: int, parts: int, block_rows: int, block_elements: int) -> Launch:
-    # Few elements are one channel each of hundreds of parts: a program's steps follow each other, 2 us for 528 / 32.
+    # Few elements are channels of hundreds of parts, one program's steps after each other: all sums of a training step
+    # of VGG-19 took 219 us on an H200 with 32 parts a step, and 141 so, with twice the parts.
     block_m = min(32 if elements > _TILE else 128, next_power_of_2(parts))
     block_n = _TILE // block_m
     return Launch(
