@@ -91,7 +91,7 @@ def partials(has_spare: bool) -> None:
 
 def channel_sums(index_64: bool) -> None:
     """Compiles the kernel that sums a gradient over its pixels."""
-    constants = {"INDEX_64": index_64, "BLOCK_M": 16, "BLOCK_N": 128}
+    constants = {"INDEX_64": index_64, "BLOCK_M": 16, "BLOCK_N": 128, "STAGES": sums.STAGES}
     pointers = {"grad_ptr": "*bf16", "partial_ptr": "*fp32"}
     forward.compile_kernel(sums.channel_sums_kernel, constants, pointers, pointers, _SMALL, 90)
 
