@@ -455,7 +455,7 @@ def test_the_preset_for_a_device_is_rehearsed(tmp_path):
     assert report["unfit"] == report["missing"] == []
     ours = [row for row in recipe.rows if row.group == "combination"]
     kept = sorted((tmp_path / "out" / "checkpoints").iterdir())
-    assert [path.name for path in kept] == sorted(f"{row.slug}.slim.safetensors" for row in ours) and len(kept) == 6
+    assert [path.name for path in kept] == sorted(f"{row.slug}.slim.safetensors" for row in ours) and len(kept) == 8
     for row in report["rows"]:
         assert row["measurement"]["latency"] and "error" not in row["measurement"]
     path = tmp_path / "out" / "checkpoints" / f"{ours[1].slug}.slim.safetensors"
