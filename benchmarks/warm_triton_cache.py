@@ -44,7 +44,7 @@ KEPT = (".cubin", ".json", ".so")
 ROWS = ("headline", "blocks_64x16", "sparsity_95", "batch_16", "batch_1", "vgg16_224")
 # The rows of the recipe's preset for a device whose blocks a GPU multiplies, at every batch that is evaluated (512, and
 # what is left of 10 000 images), compared or timed. Compiled there they took 9 s a row of its time.
-RECIPE_SPARSITIES, RECIPE_BLOCKS, RECIPE_BATCHES = (0.875, 0.95, 0.98), (128, 16), (1, 256, 272, 512, 1024)
+RECIPE_BLOCKS, RECIPE_BATCHES = (128, 16), (1, 256, 272, 512, 1024)
 
 
 class Job(NamedTuple):
@@ -74,13 +74,16 @@ def jobs() -> list[Job]:
     from gpu_check import layers, precompile
 
     from slimkernels.dispatch.tables import Table
+    from slimkernels.recipes.schema import load_recipe
 
     entries = [e for path in sorted((ROOT / "slimkernels" / "tuned").glob("*.json")) for e in Table.load(path).entries]
     # Low-rank layers have tests that launch them.
     ours = [e for e in entries if e.problem.device == "cuda" and e.kernel.startswith(("bsr_conv2d", "fused_conv2d"))]
     found = [Job(e.kernel, e.problem, dict(e.config)) for e in ours]
+    recipe = load_recipe("slimnets", "device")
+    sparsities = sorted({row.labels["sparsity"] for row in recipe.rows if row.group == "combination"})
     for batch in RECIPE_BATCHES:
-        for sparsity in RECIPE_SPARSITIES:
+        for sparsity in sparsities:
             for p in layers.NetworkRow("vgg19_cifar", batch, sparsity, RECIPE_BLOCKS).every("cuda"):
                 choice = layers.choice_of(p)
                 found.append(Job(choice.name, p, dict(choice.config)))

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from training_runs import StopAt
 
 from slimkernels.compress.pruning.gradual import GradualPruning
 from slimkernels.compress.pruning.prune import finalize_, masks, prune_
@@ -499,7 +500,7 @@ def test_cuda_graphs_change_nothing_on_the_cpu_and_a_run_may_go_on_without_them(
     """Their setting belongs to no checkpoint: it says how steps are launched, not what they compute."""
     plain, graphed = net(), net()
     fine_tune(plain, loader(), epochs=2, lr=0.01, progress=False)
-    stop = Stop(at=6)
+    stop = StopAt(6)
     with pytest.raises(KeyboardInterrupt):
         fine_tune(
             graphed, loader(), epochs=2, lr=0.01, progress=False, cuda_graph=True, callbacks=[stop],
@@ -510,17 +511,6 @@ def test_cuda_graphs_change_nothing_on_the_cpu_and_a_run_may_go_on_without_them(
         resume=True,
     )  # fmt: skip
     assert same(plain, graphed)
-
-
-class Stop(Callback):
-    """Interrupts the run as its step ``at`` begins."""
-
-    def __init__(self, at: int) -> None:
-        self.at = at
-
-    def on_step_begin(self, step, total_steps, model):
-        if step == self.at:
-            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(("options", "got"), [({"accumulate": 2}, "accumulate=2"), ({"precision": "fp16"}, "'fp16'")])

@@ -18,7 +18,7 @@ import torch
 from places import TESTS
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
-from training_runs import killed_run, loader, net, samples
+from training_runs import StopAt, killed_run, loader, net, samples
 
 from slimkernels.compress.distillation.distill import distill
 from slimkernels.compress.distillation.terms import Hint
@@ -37,17 +37,6 @@ def same(a: nn.Module, b: nn.Module) -> bool:
     left, right = a.state_dict(), b.state_dict()
     tensors = [name for name, value in left.items() if isinstance(value, torch.Tensor)]
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in tensors)
-
-
-class StopAt(Callback):
-    """Ends the run as Ctrl-C does."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_begin(self, step, total_steps, model):
-        if step == self.step:
-            raise KeyboardInterrupt
 
 
 class Never(Callback):

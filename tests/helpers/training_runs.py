@@ -56,3 +56,14 @@ def killed_run(path: str, callbacks: list[Callback], resume: bool = False) -> nn
         callbacks=[*callbacks, GradualPruning(0.75, (16, 1), times=6, importance="movement")],
     )  # fmt: skip
     return model
+
+
+class StopAt(Callback):
+    """Ends the run as Ctrl-C does."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, step, total_steps, model):
+        if step == self.step:
+            raise KeyboardInterrupt

@@ -20,6 +20,15 @@ gpu = pytest.mark.gpu
 EPOCHS, BATCHES = 3, 7
 
 
+@pytest.fixture
+def captures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """One entry for every capture."""
+    seen: list[Any] = []
+    capture = graphed_steps.capture
+    monkeypatch.setattr(graphed_steps, "capture", lambda *a, **k: seen.append(k) or capture(*a, **k))
+    return seen
+
+
 def loader(n: int = 16 * BATCHES - 6, **options: Any) -> TensorLoader:
     """The last of its batches is smaller than the others."""
     generator = torch.Generator().manual_seed(5)
@@ -58,10 +67,7 @@ def distilled(model: nn.Module, **config: Any) -> None:
 
 @gpu
 @pytest.mark.parametrize("train", [plain, pruned, distilled], ids=lambda train: train.__name__)
-def test_captured_steps_train_the_same_weights(train: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
-    captures = []
-    capture = graphed_steps.capture
-    monkeypatch.setattr(graphed_steps, "capture", lambda *a, **k: captures.append(k) or capture(*a, **k))
+def test_captured_steps_train_the_same_weights(train: Callable[..., None], captures: list[Any]) -> None:
     eager, graphed = net(), net()
     train(eager)
     assert not captures
@@ -93,10 +99,7 @@ def steps(model: nn.Module, callbacks: Any = ()) -> tuple[GraphedSteps, Callable
 
 @gpu
 @pytest.mark.parametrize("change", ["mode", "requires_grad", "place", "module", "variant"])
-def test_captured_anew_when_what_it_holds_changes(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    captures = []
-    capture = graphed_steps.capture
-    monkeypatch.setattr(graphed_steps, "capture", lambda *a, **k: captures.append(k) or capture(*a, **k))
+def test_captured_anew_when_what_it_holds_changes(change: str, captures: list[Any]) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.0), nn.Linear(8, 4)).cuda()
     variants = [0]
