@@ -42,7 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     steps, batch = (2, 2) if parsed.smoke else (STEPS, BATCH)
     images = loader(steps, batch, parsed.device)
     teacher = vgg19_cifar(width=_WIDTH_OF_SMOKE if parsed.smoke else 1.0).to(parsed.device)
-    config: dict[str, Any] = {"lr": 0.01, "precision": "bf16", "ema_decay": 0.98, "progress": False}
+    config: dict[str, Any] = {
+        "lr": 0.01,
+        "precision": "bf16",
+        "ema_decay": 0.98,
+        "fuse_batch_norm": True,
+        "progress": False,
+    }
 
     def plain(epochs: int, graph: bool) -> Any:
         return sk.fine_tune(copy.deepcopy(teacher), images, epochs=epochs, cuda_graph=graph, **config)

@@ -60,6 +60,15 @@ class FakeQuantize(nn.Module):
         eighths = torch.tensor(_EIGHTHS, device=weight.device).view(torch.int32)
         self.register_buffer("eighths", eighths, persistent=False)
 
+    @property
+    def norm(self) -> nn.BatchNorm2d | None:
+        """The batch norm that it reads."""
+        return self._norm[0]
+
+    def read_(self, norm: Any) -> None:
+        """Lets it read another batch norm, one that stands where its own was."""
+        self._norm = (norm,)
+
     def forward(self, weight: Tensor) -> Tensor:
         # For mypy: apply is untyped.
         return _PassThrough.apply(weight, self._rounded(weight)) if self.active else weight  # type: ignore[no-untyped-call, no-any-return]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from torch import nn
 
 from slimkernels.conversion.folding import hidden_reason, is_pool2
-from slimkernels.conversion.graph import has_hooks, replace_module, trace, unique_names
+from slimkernels.conversion.graph import ModelGraph, has_hooks, parametrized_type, replace_module, trace, unique_names
 from slimkernels.nn.batch_norm import FusedBatchNorm2d, RunsInBatchNorm
+from slimkernels.nn.block_sparse import BlockSparseConv2d
 
 
-def fuse_batch_norm_(model: nn.Module) -> nn.Module:
+def fuse_batch_norm_(model: nn.Module, *, take_biases: bool = False) -> nn.Module:
     """Replaces every batch norm by one that runs the ReLU and 2x2 max-pool behind it, in place; for training on a GPU.
 
     A ReLU or pool moves where it alone takes the output of what is before it, is called once, and carries no hooks; a
@@ -20,6 +24,10 @@ def fuse_batch_norm_(model: nn.Module) -> nn.Module:
 
     Args:
         model: a model in any mode, on any device; off a GPU it computes as before.
+        take_biases: also takes the bias away from a convolution in front of a batch norm, which subtracts it again;
+            running means are moved so that eval mode gives the same. Such a bias is no parameter of the model until
+            `restore_batch_norm_` brings it back (its gradient would be zero); a frozen batch norm, in eval mode in a
+            model in train mode, takes none.
 
     Returns:
         The model.
@@ -53,16 +61,43 @@ def fuse_batch_norm_(model: nn.Module) -> nn.Module:
             taken.append(follower)
             if len(taken) == 2:
                 break
-        replace_module(
-            model, name, FusedBatchNorm2d.from_batch_norm(norm, ("none", "relu", "relu_maxpool2")[len(taken)])
-        )
+        fused = FusedBatchNorm2d.from_batch_norm(norm, ("none", "relu", "relu_maxpool2")[len(taken)])
+        layer = _layer_in_front(model, graphs, uniques, name) if take_biases else None
+        if layer is not None:
+            fused.take_bias_(layer)
+        replace_module(model, name, fused)
         for follower in taken:
             replace_module(model, follower, RunsInBatchNorm(model.get_submodule(follower)))
     return model
 
 
+def _layer_in_front(
+    model: nn.Module, graphs: Sequence[ModelGraph], uniques: Mapping[str, nn.Module], norm: str
+) -> nn.Module | None:
+    """The convolution whose output this batch norm alone reads, where its bias may go and nobody sees it go."""
+    if model.training and not uniques[norm].training:
+        return None
+    found = {name for graph in graphs for name, follower in graph.follower.items() if follower == norm}
+    before = min(found, default="")
+    layer: Any = uniques.get(before)
+    if (
+        len(found) != 1
+        or layer is None
+        or any(graph.follower.get(before) != norm or before in graph.tensor_reads for graph in graphs)
+        or parametrized_type(layer) not in (nn.Conv2d, BlockSparseConv2d)
+        or getattr(layer, "epilogue", "none") != "none"
+        or layer._parameters.get("bias") is None
+        or layer.out_channels != uniques[norm].num_features
+        or has_hooks(layer)
+        or hidden_reason(model, uniques, {}, before, norm) is not None
+    ):
+        return None
+    return layer
+
+
 def restore_batch_norm_(model: nn.Module) -> nn.Module:
-    """Undoes `fuse_batch_norm_` in place: plain batch norms, ReLUs and max-pools are back, with the trained tensors.
+    """Undoes `fuse_batch_norm_` in place: plain batch norms, ReLUs, max-pools and biases are back, with the trained
+    tensors.
 
     Args:
         model: any model.
@@ -70,8 +105,12 @@ def restore_batch_norm_(model: nn.Module) -> nn.Module:
     Returns:
         The model.
     """
+    layers = set(model.modules())
     for name, module in list(model.named_modules()):
         if isinstance(module, FusedBatchNorm2d):
+            # A layer that stands elsewhere now has none to add, and running means go on without it.
+            if module.giver in layers:
+                module.give_bias_back_()
             replace_module(model, name, module.to_batch_norm())
         elif isinstance(module, RunsInBatchNorm):
             replace_module(model, name, module.original.train(module.training))

@@ -513,6 +513,40 @@ def test_cuda_graphs_change_nothing_on_the_cpu_and_a_run_may_go_on_without_them(
     assert same(plain, graphed)
 
 
+def test_fused_batch_norms_train_the_same_model_and_leave_its_own_layers(tmp_path):
+    """Also when the run is interrupted, and resumed from a checkpoint whose running means are without biases."""
+    plain, fused, resumed, seen = net(), net(), net(), []
+    before, bias = list(fused.modules()), fused[0].bias
+
+    class Look(Callback):
+        def on_step_end(self, step, total_steps, model):
+            seen.append((type(model[1]).__name__, model[0].bias))
+
+    for model, options in ((plain, {}), (fused, {"fuse_batch_norm": True, "callbacks": [Look()]})):
+        fine_tune(model, loader(), epochs=2, lr=0.01, progress=False, ema_decay=0.5, **options)
+    assert set(seen) == {("FusedBatchNorm2d", None)}
+    assert [type(m) for m in fused.modules()] == [type(m) for m in before] and fused[0].bias is bias
+    assert same(net(), fused) is False and fused.state_dict().keys() == plain.state_dict().keys()
+    for (name, own), other in zip(fused.state_dict().items(), plain.state_dict().values(), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    common = {"epochs": 2, "lr": 0.01, "progress": False, "ema_decay": 0.5, "checkpoint": tmp_path / "run.pt"}
+    with pytest.raises(KeyboardInterrupt):
+        fine_tune(resumed, loader(), callbacks=[StopAt(8)], fuse_batch_norm=True, **common)
+    assert [type(m) for m in resumed.modules()] == [type(m) for m in before] and resumed[0].bias is not None
+    with pytest.raises(ValueError, match="fuse_batch_norm"):
+        fine_tune(resumed, loader(), callbacks=[Callback()], resume=True, **common)
+    fine_tune(net(), loader(), callbacks=[Callback()], resume=True, fuse_batch_norm=True, **common)
+    fine_tune(resumed, loader(), callbacks=[Callback()], resume=True, fuse_batch_norm=True, **common)
+    assert same(resumed, fused)
+
+
+def test_fused_batch_norms_need_a_model_that_can_be_traced():
+    model = net()
+    model.forward = lambda x: nn.Sequential.forward(model, x)
+    with pytest.raises(ValueError, match=r"^fine_tune: fuse_batch_norm=True: fuse_batch_norm_: expected a model that"):
+        fine_tune(model, loader(), epochs=1, progress=False, fuse_batch_norm=True)
+
+
 @pytest.mark.parametrize(("options", "got"), [({"accumulate": 2}, "accumulate=2"), ({"precision": "fp16"}, "'fp16'")])
 def test_cuda_graphs_of_steps_that_they_cannot_hold_are_refused(options, got):
     with pytest.raises(ValueError, match=f"^TrainConfig: expected accumulate=1 and precision .* got .*{got}"):

@@ -69,16 +69,17 @@ def stored(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("values", ["int4", "int8", "bf16"])
-@pytest.mark.parametrize("pruned_first", [True, False])
-def test_what_is_saved_is_what_was_trained(tmp_path, values, pruned_first):
+@pytest.mark.parametrize(("pruned_first", "fused"), [(True, False), (False, False), (True, True)])
+def test_what_is_saved_is_what_was_trained(tmp_path, values, pruned_first, fused):
     model, x = varied(), torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(2))
     callbacks = [
         sk.GradualPruning(0.75, (16, 1), layers=["6"], end=0.6, times=3),
         sk.QuantizationAware(values, begin=0.4),
     ]
     callbacks = callbacks if pruned_first else callbacks[::-1]
-    sk.fine_tune(model, pictures(), epochs=2, callbacks=callbacks, ema_decay=0.9, progress=False)
+    sk.fine_tune(model, pictures(), epochs=2, callbacks=callbacks, ema_decay=0.9, progress=False, fuse_batch_norm=fused)
     model.eval()
+    assert fake_quantized(model)["3"].norm is model[4], "the batch norm that is read is not the model's"
     trained, outputs, zeros = stored(model), model(x), model[6].weight == 0
     assert zeros.float().mean() >= 0.75 and sorted(trained) == ["0", "10", "3", "6"]
     direct = sk.to_dense(sk.quantize_(sk.convert(model), values))  # without finalize_

@@ -65,8 +65,13 @@ def distilled(model: nn.Module, **config: Any) -> None:
     )
 
 
+def fused(model: nn.Module, **config: Any) -> None:
+    model[0].bias = nn.Parameter(torch.ones(32, device="cuda"))
+    pruned(model, fuse_batch_norm=True, **config)
+
+
 @gpu
-@pytest.mark.parametrize("train", [plain, pruned, distilled], ids=lambda train: train.__name__)
+@pytest.mark.parametrize("train", [plain, pruned, distilled, fused], ids=lambda train: train.__name__)
 def test_captured_steps_train_the_same_weights(train: Callable[..., None], captures: list[Any]) -> None:
     eager, graphed = net(), net()
     train(eager)

@@ -162,6 +162,77 @@ def test_a_fused_model_trains_evaluates_and_converts_as_the_plain_one() -> None:
     assert [layer.action for layer in plans[0].layers] == [layer.action for layer in plans[1].layers]
 
 
+def test_biases_that_a_batch_norm_subtracts_are_taken_and_given_back() -> None:
+    torch.manual_seed(0)
+    model = vgg19_cifar(width=0.125).train()
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.normal_(module.bias, std=3.0)
+    fused = sk.fuse_batch_norm_(copy.deepcopy(model), take_biases=True)
+    convs = [m for m in fused.modules() if isinstance(m, nn.Conv2d)]
+    assert all(conv.bias is None for conv in convs) and len(convs) == 16
+    images, labels = torch.randn(4, 3, 32, 32), torch.tensor([1, 2, 3, 4])
+    losses, gradients = [], []
+    for net in (model, fused):
+        torch.manual_seed(1)  # dropout
+        losses.append(nn.functional.cross_entropy(net(images), labels))
+        losses[-1].backward()
+        gradients.append({n: p.grad for n, p in net.named_parameters()})
+    torch.testing.assert_close(losses[1], losses[0])
+    for name, gradient in gradients[1].items():
+        torch.testing.assert_close(gradient, gradients[0][name], rtol=1e-3, atol=1e-5)
+    assert max(g.abs().max() for n, g in gradients[0].items() if n not in gradients[1]) < 1e-4
+    expected = model.eval()(images)
+    torch.testing.assert_close(fused.eval()(images), expected, rtol=1e-3, atol=1e-4)
+    # A state dict of it fits another, on another device or in another dtype biases go along, and so do copies.
+    other = sk.fuse_batch_norm_(vgg19_cifar(width=0.125), take_biases=True)
+    other.load_state_dict(fused.state_dict())
+    for net in (fused, other, copy.deepcopy(fused), copy.deepcopy(fused).double().float()):
+        back = sk.restore_batch_norm_(net)
+        assert not any("taken" in name for name in back.state_dict())
+        for (name, own), value in zip(back.state_dict().items(), model.state_dict().values(), strict=True):
+            torch.testing.assert_close(own, value, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        assert all(isinstance(conv.bias, nn.Parameter) for conv in back.modules() if isinstance(conv, nn.Conv2d))
+    # A layer that was replaced meanwhile adds no bias, so running means stay without it.
+    fused = sk.fuse_batch_norm_(copy.deepcopy(model), take_biases=True)
+    conv = fused.features[0]
+    fused.features[0] = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+    fused.features[0].weight = conv.weight
+    torch.testing.assert_close(sk.restore_batch_norm_(fused)(images), expected, rtol=1e-3, atol=1e-4)
+
+
+class Biased(nn.Module):
+    """Convolutions in front of batch norms whose biases somebody else needs, and one that nobody does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("hooked", "read", "twice", "frozen", "own", "free"):
+            conv = _OwnConv2d(3, 3, 1) if name == "own" else nn.Conv2d(3, 3, 1)
+            setattr(self, name, nn.Sequential(conv, nn.BatchNorm2d(3)))
+        self.hooked[0].register_forward_hook(lambda *args: None)
+        self.frozen[1].eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.read(self.hooked(x)) + self.read[0].bias.sum()
+        y = self.twice[0](x)
+        return self.free(self.own(self.frozen(self.twice[1](y) + y)))
+
+
+class _OwnConv2d(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).relu()
+
+
+def test_biases_that_somebody_needs_stay() -> None:
+    model = Biased()
+    x = torch.randn(2, 3, 4, 4)
+    expected = copy.deepcopy(model)(x)
+    sk.fuse_batch_norm_(model, take_biases=True)
+    kept = [name for name, block in model.named_children() if block[0].bias is not None]
+    assert kept == ["hooked", "read", "twice", "frozen", "own"]
+    torch.testing.assert_close(model(x), expected)
+
+
 def test_a_twin_shares_tensors_and_is_no_batch_norm_that_others_would_replace() -> None:
     norm = nn.BatchNorm2d(4).eval()
     twin = FusedBatchNorm2d.from_batch_norm(norm, "relu")

@@ -155,8 +155,8 @@ def restore(state: Mapping[str, Any], path: Path, run: RunState) -> list[EpochSt
     Raises:
         ValueError: another recipe, model or number of callbacks; nothing is changed then.
     """
-    for key, value in run.recipe.items():
-        saved = state["recipe"].get(key)
+    for key in {**run.recipe, **state["recipe"]}:
+        value, saved = run.recipe.get(key), state["recipe"].get(key)
         if saved != value:
             raise ValueError(f"{run.name}: expected {key}={saved!r} as in the checkpoint {path}, got {value!r}")
     if len(state["callbacks"]) != len(run.callbacks):

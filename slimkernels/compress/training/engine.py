@@ -44,7 +44,14 @@ from slimkernels.compress.training.processes import (
     reseeded,
     session,
 )
-from slimkernels.compress.training.setup import Setup, channels_last_weights, deterministic, prepared_state, scripted
+from slimkernels.compress.training.setup import (
+    Setup,
+    channels_last_weights,
+    deterministic,
+    fused_batch_norms,
+    prepared_state,
+    scripted,
+)
 from slimkernels.compress.training.steps import CrossEntropyStep, TrainingStep
 from slimkernels.compress.training.trackers import RunLog, progress_bar
 from slimkernels.nn.strided_pointwise import StridedPointwiseGuard, strided_pointwise_guarded
@@ -80,6 +87,7 @@ def run(
     with (
         session(name, device_of(step.model), config.precision) as accelerator,
         deterministic(config.deterministic),
+        fused_batch_norms(name, step.model, enabled=config.fuse_batch_norm),
         strided_pointwise_guarded(step),
         channels_last_weights(step, enabled=optimizer is None and not scripted(step)),
     ):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from slimkernels import env
+from slimkernels.compress.fake_quantization import fake_quantized
 from slimkernels.compress.training.callbacks import Callback
 from slimkernels.compress.training.checkpoint import RunState, read_checkpoint, restore
 from slimkernels.compress.training.config import TrainConfig, build_optimizer, build_scheduler
@@ -19,6 +20,8 @@ from slimkernels.compress.training.ema import WeightAverage
 from slimkernels.compress.training.evaluation import Loader, device_of
 from slimkernels.compress.training.processes import equalise
 from slimkernels.compress.training.steps import TrainingStep
+from slimkernels.conversion.batch_norms import fuse_batch_norm_, restore_batch_norm_
+from slimkernels.nn.batch_norm import FusedBatchNorm2d
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -91,6 +94,8 @@ class Setup:
         """What a checkpoint has to agree with."""
         recipe = {"name": self.name, **asdict(self.config), **self.step.recipe(), "steps_per_epoch": self.steps}
         del recipe["cuda_graph"]  # how steps are launched, not what they compute
+        if not self.config.fuse_batch_norm:  # as in checkpoints from before it existed
+            del recipe["fuse_batch_norm"]
         if self.user_optimizer is not None:
             recipe["optimizer"] = type(self.user_optimizer).__name__
         return recipe
@@ -155,6 +160,41 @@ def channels_last_weights(module: nn.Module, *, enabled: bool) -> Iterator[None]
     finally:
         for parameter in changed:
             parameter.data = parameter.data.contiguous()
+
+
+@contextmanager
+def fused_batch_norms(name: str, model: nn.Module, *, enabled: bool) -> Iterator[None]:
+    """`fuse_batch_norm_` inside the block.
+
+    Raises:
+        ValueError: the model cannot be traced.
+    """
+    if not enabled:
+        yield
+        return
+    plain = _names_of(model, nn.BatchNorm2d)
+    try:
+        fuse_batch_norm_(model, take_biases=True)
+    except ValueError as error:
+        raise ValueError(f"{name}: fuse_batch_norm=True: {error}") from error
+    _follow_norms(model, plain)
+    fused = _names_of(model, FusedBatchNorm2d)
+    try:
+        yield
+    finally:
+        restore_batch_norm_(model)
+        _follow_norms(model, fused)
+
+
+def _names_of(model: nn.Module, kind: type[nn.Module]) -> dict[nn.Module | None, str]:
+    return {module: name for name, module in model.named_modules() if isinstance(module, kind)}
+
+
+def _follow_norms(model: nn.Module, names: Mapping[nn.Module | None, str]) -> None:
+    """Lets fake quantization read the batch norms that stand now where those of ``names`` stood."""
+    for rounding in fake_quantized(model).values():
+        if rounding.norm in names:
+            rounding.read_(model.get_submodule(names[rounding.norm]))
 
 
 @contextmanager
