@@ -31,6 +31,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,11 +49,12 @@ RECIPE_BLOCKS, RECIPE_BATCHES = (128, 16), (1, 256, 272, 512, 1024)
 
 
 class Job(NamedTuple):
-    """One call of a launching function: its kernel in `KERNELS`, the problem and the configuration."""
+    """One call of a launching function: its kernel in `KERNELS`, problem and configuration, and whether with a bias."""
 
     kernel: str
     problem: Any
     config: dict[str, int]
+    biased: bool = True
 
 
 def prepare(folder: str, libcuda: str) -> None:
@@ -87,13 +89,47 @@ def jobs() -> list[Job]:
             for p in layers.NetworkRow("vgg19_cifar", batch, sparsity, RECIPE_BLOCKS).every("cuda"):
                 choice = layers.choice_of(p)
                 found.append(Job(choice.name, p, dict(choice.config)))
+    found += [job for row in recipe.rows if row.model is not None for job in batch_norms(row.model, recipe.batch_size)]
     for p, chosen in precompile.jobs(ROWS, "cuda", training=True):
         forward = chosen or layers.choice_of(p)
         found.append(Job(forward.name, p, dict(forward.config)))
         if chosen is None:
+            plain = replace(p, epilogue="none")  # the batch norm behind it runs the rest
+            forward = layers.choice_of(plain)
+            found.append(Job(forward.name, plain, dict(forward.config), biased=False))
             found += [Job(f"{op}__triton", p, {}) for op in ("bsr_conv2d_dgrad", "bsr_conv2d_wgrad", "batch_norm")]
     # A library's kernels are compiled already.
     return [job for job in found if "__triton" in job.kernel]
+
+
+class NormProblem(NamedTuple):
+    """What `launch` needs to know of a batch norm."""
+
+    n: int
+    c_out: int
+    h: int
+    w: int
+    epilogue: str
+    dtype: Any
+
+
+def batch_norms(spec: Any, batch: int) -> list[Job]:
+    """The batch norms of a network that a recipe trains on images of 32x32, each kind once."""
+    import torch
+
+    import slimkernels as sk
+    from slimkernels.nn import FusedBatchNorm2d
+    from slimkernels.recipes import rows
+
+    model, found = rows.build(spec, 10, 0), []
+    for norm in sk.fuse_batch_norm_(model).modules():
+        if isinstance(norm, FusedBatchNorm2d):
+            norm.register_forward_pre_hook(
+                lambda norm, args: found.append(NormProblem(batch, *args[0].shape[1:], norm.epilogue, torch.bfloat16))
+            )
+    with torch.no_grad():
+        model.eval()(torch.zeros(1, 3, 32, 32))
+    return [Job("batch_norm__triton", p, {}) for p in dict.fromkeys(found)]
 
 
 def launch(job: Job) -> None:
@@ -140,7 +176,7 @@ def launch(job: Job) -> None:
         call(grad, x, *weight, *geometry)
     else:
         order = [forward_order(*index, shape, p.block_shape)]
-        call(x, *weight, sized(p.c_out), order, *geometry, p.epilogue, **config)
+        call(x, *weight, sized(p.c_out) if job.biased else None, order, *geometry, p.epilogue, **config)
 
 
 def compiled(job: Job) -> str | None:

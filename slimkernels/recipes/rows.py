@@ -30,6 +30,7 @@ from slimkernels.compress.quantization import QuantizationAware
 from slimkernels.compress.training.callbacks import Callback
 from slimkernels.compress.training.checkpoint import remove_checkpoint
 from slimkernels.compress.training.train import EpochStats, TrainConfig, evaluate, fine_tune
+from slimkernels.conversion.batch_norms import fuse_batch_norm_
 from slimkernels.data import TensorLoader
 from slimkernels.files import atomic_path, file_sha256
 from slimkernels.recipes.clock import Clock, work_of
@@ -282,6 +283,8 @@ def _train(
     if teacher is None:
         history = fine_tune(model, loader, None, config, **common)
     else:
+        if config.fuse_batch_norm:  # the teacher adds its biases in its batch norms too: two passes less a layer
+            teacher = fuse_batch_norm_(copy.deepcopy(teacher), take_biases=True)
         options = {k: v for k, v in step.companions.items() if k not in ("prune", "quantize", "sparse", "teacher")}
         history = distill(model, teacher, loader, None, config, **options, **common)
     seconds = sum(stats.seconds for stats in history)
