@@ -83,12 +83,12 @@ def measure(place: Workplace, rows: Sequence[Row], *, compile: bool = True) -> d
         for row in group:
             place.say(f"    measuring {row.name}")
             model = _in_dtype(place, place.network(row.name, seed))
-            measured[row.name], fast = _convert(place, row, model, seed, images)
+            measured[row.name], fast = _convert(place, row, model, seed)
             if fast is not None:
                 pairs[row.name] = model, fast
             for other in range(1, place.seeds_of(row)):
                 if place.result(row, other) is not None:
-                    found, _ = _convert(place, row, _in_dtype(place, place.network(row.name, other)), other, images)
+                    found, _ = _convert(place, row, _in_dtype(place, place.network(row.name, other)), other)
                     measured[row.name]["files"] += found["files"]
                     if "error" in found:
                         measured[row.name]["error"] = f"seed {other}: {found['error']}"
@@ -161,15 +161,14 @@ def _first(loader: Any, count: int) -> list[Any]:
     return batches
 
 
-def _convert(
-    place: Workplace, row: Row, model: nn.Module, seed: int, images: Mapping[int, Tensor]
-) -> tuple[dict[str, Any], nn.Module | None]:
+def _convert(place: Workplace, row: Row, model: nn.Module, seed: int) -> tuple[dict[str, Any], nn.Module | None]:
     """Files and facts of one network, and what its file is loaded as; None where that computes something else."""
     settings: dict[str, Any] = dict(place.recipe.policy)
     for step in row.steps:
         if step.verb == "convert":
             settings.update(step.settings)
-    fast = convert(model, example_inputs=[(x,) for x in images.values()], policy=Policy(**settings))
+    inputs = [(_images(place, batch),) for batch in place.recipe.convert_batches]
+    fast = convert(model, example_inputs=inputs, policy=Policy(**settings))
     # For mypy: a model's own attribute, a Tensor or a Module to mypy.
     plan: ModelPlan = fast.slimkernels_plan  # type: ignore[assignment]
     file = place.folder(row, seed) / "model.slim.safetensors"

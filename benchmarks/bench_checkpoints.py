@@ -1,0 +1,69 @@
+"""Trained compact files: bytes as this machine stores them, and speed against the dense network.
+
+The files are those of a committed report of the recipe (``results/*/slimnets-*/checkpoints``), trained and rounded to
+four bits on a GPU. Each is loaded, made dense, converted for this machine and one batch size, saved again in four bits
+(rounding what lies on that grid changes no weight) and timed as a recording of `slimkernels.graphed`. Dense is the
+fastest of the engines here on the same network, its zeros stored.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import slimkernels as sk
+from slimkernels import timing
+from slimkernels.cli.peers import cpu_peers
+
+RESULTS = Path(__file__).parent / "results"
+FILES = sorted(RESULTS.glob("*/slimnets-*/checkpoints/*.slim.safetensors"))
+# VGG-19 in float32 with its batch norms, as plain safetensors.
+DENSE_BYTES = 82_317_760
+BATCHES = {"cpu": (1, 64), "cuda": (1, 1024)}
+
+
+def cases() -> list[Any]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return [
+        pytest.param(file, batch, id=f"{file.name.removesuffix('.slim.safetensors')}-batch{batch}")
+        for file in FILES
+        for batch in BATCHES[device]
+    ]
+
+
+@pytest.mark.parametrize(("file", "batch"), cases())
+def test_checkpoint(race: Any, smoke: bool, device: str, tmp_path: Path, file: Path, batch: int) -> None:
+    if smoke and (file != FILES[0] or batch != 1):
+        pytest.skip("not in the smoke run")
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    x = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    x = x.contiguous(memory_format=torch.channels_last)
+    dense = sk.to_dense(sk.load(file)).to(device, dtype).eval()
+    fast = sk.convert(dense, example_inputs=(x,), policy=sk.Policy(serve=sk.graphed))
+    saved = tmp_path / "again.slim.safetensors"
+    sk.save(fast, saved, values="int4")
+    with torch.inference_mode():
+        expected, got = dense.float().cpu()(x.float().cpu()[:8]), fast(x)[:8].float().cpu()
+        dense.to(device, dtype)
+    error = float((got - expected).abs().max() / expected.abs().max())
+    assert error < (3e-2 if dtype == torch.bfloat16 else 1e-4), f"logits are off by {error:.1e} of the largest"
+    recorded = sk.graphed(fast, x)
+    baselines = timing.best_dense(dense, x, compile=not smoke)
+    if device == "cpu":
+        baselines |= {} if smoke else cpu_peers(dense, x, print)
+    else:
+        folded = timing.fold_batch_norm(dense).to(memory_format=torch.channels_last)
+        graph = sk.graphed(folded, x)
+        baselines["CUDA graph"] = lambda: graph(x)
+    timings = race.run(lambda: recorded(x), baselines, beside={"converted": lambda: fast(x)})
+    ours, called, best = timings["contender"], timings["converted"], timings["best"]
+    race.benchmark.extra_info.update(
+        suite="checkpoints", file=str(file.relative_to(RESULTS)), batch=batch, match=True, error=error,
+        bytes=saved.stat().st_size, bytes_trained=file.stat().st_size, compression=DENSE_BYTES / saved.stat().st_size,
+        swapped=len(fast.slimkernels_plan.swapped), **ours.as_ms(), converted_p50_ms=called.p50 * 1e3,
+        dense_p50_ms=best.p50 * 1e3, baselines_p50_ms={name: timings[name].p50 * 1e3 for name in baselines},
+        speedup=best.p50 / ours.p50, threads=torch.get_num_threads(),
+    )  # fmt: skip
