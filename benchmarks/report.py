@@ -128,6 +128,22 @@ def networks_table(rows: list[dict[str, Any]]) -> str:
     return table(header, body)
 
 
+def checkpoints_table(rows: list[dict[str, Any]]) -> str:
+    """Trained compact files: bytes as this machine stores them, and its recording against the best dense engine."""
+    header = ["file", "bytes", "smaller", "batch", "best dense", "its p50 [ms]", "converted p50 [ms]",
+              "recorded p20 / p50 / p80 [ms]", "speed-up"]  # fmt: skip
+    body = [
+        [
+            r["file"].rpartition("/")[2].removesuffix(".slim.safetensors"), f"{r['bytes']:,}",
+            f"{r['compression']:.0f}x", str(r["batch"]), best_baseline(r), f"{r['dense_p50_ms']:.3g}",
+            f"{r['converted_p50_ms']:.3g}", f"{r['p20_ms']:.3g} / {r['p50_ms']:.3g} / {r['p80_ms']:.3g}",
+            f"**{r['speedup']:.2f}x**",
+        ]
+        for r in rows
+    ]  # fmt: skip
+    return table(header, body)
+
+
 def ops_table(rows: list[dict[str, Any]]) -> str:
     """Single layers: latency, rates, share of the measured multiply-add peak."""
     header = ["layer", "batch", "blocks", "sparsity", "kernel", "dense p50 [ms]", "p50 [ms]", "predicted [ms]",
@@ -183,6 +199,7 @@ SECTIONS = (
     ("ceilings", "Ceilings", ceilings_table),
     ("vgg", "Converted networks (random weights, pruned by magnitude)", vgg_table),
     ("networks", "Networks of several kinds", networks_table),
+    ("checkpoints", "Trained compact files", checkpoints_table),
     ("ops", "Layers", ops_table),
     ("backward", "Training", backward_table),
     ("low_rank", "Low-rank layers", low_rank_table),

@@ -59,6 +59,8 @@ EXTRA = {
     "training": (*_QUICK, "--smoke"),
     "training_torch": ("--collect-only",),  # as "training" but for torch's batch norm
     "training_compiled": ("--collect-only",),
+    "sparse_compiled": (*_QUICK, "--smoke"),
+    "checkpoints": (*_QUICK, "--smoke"),
     "again": _some("m_lt_tile"),
     "low_rank": ("--smoke",),
     "trainer": ("--smoke", "--device", "cpu"),
