@@ -59,7 +59,7 @@ EXTRA = {
     "training": (*_QUICK, "--smoke"),
     "training_torch": ("--collect-only",),  # as "training" but for torch's batch norm
     "training_compiled": ("--collect-only",),
-    "sparse_compiled": (*_QUICK, "--smoke"),
+    "sparse_compiled": ("--collect-only",),
     "checkpoints": (*_QUICK, "--smoke"),
     "again": _some("m_lt_tile"),
     "low_rank": ("--smoke",),

@@ -143,9 +143,11 @@ def test_chains_meet_where_their_memory_overlaps(c_in: int, calls: int, monkeypa
             found.append(list(steps))
 
     monkeypatch.setattr(recording, "Steps", Seen)
+    # On a busy machine another form may be measured to be faster, and its steps have no slots.
+    monkeypatch.setattr(recording, "in_fastest_forms", lambda graph, chains: chains)
     model = Neighbours(c_in)
     sk.finalize_(sk.prune_(model, 0.5, (16, 1), layers=["stem.0", "first.0", "second"]))
-    fast = sk.convert(model.eval(), policy=sk.Policy(min_speedup=0))
+    fast = sk.convert(model.eval(), policy=sk.Policy(measure=False, min_speedup=0))
     torch.set_num_threads(2)
     x = torch.randn(2 * LANES[ISAS[-1]], c_in, 6, 6)
     replay = Replay(fast, x)
