@@ -11,6 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import peers
 import pytest
 import torch
 
@@ -53,13 +54,10 @@ def test_checkpoint(race: Any, smoke: bool, device: str, tmp_path: Path, file: P
     error = float((got - expected).abs().max() / expected.abs().max())
     assert error < (3e-2 if dtype == torch.bfloat16 else 1e-4), f"logits are off by {error:.1e} of the largest"
     recorded = sk.graphed(fast, x)
-    baselines = timing.best_dense(dense, x, compile=not smoke)
     if device == "cpu":
-        baselines |= {} if smoke else cpu_peers(dense, x, print)
+        baselines = timing.best_dense(dense, x, compile=not smoke) | ({} if smoke else cpu_peers(dense, x, print))
     else:
-        folded = timing.fold_batch_norm(dense).to(memory_format=torch.channels_last)
-        graph = sk.graphed(folded, x)
-        baselines["CUDA graph"] = lambda: graph(x)
+        baselines = peers.gpu_dense(dense, x, print, compile=None)
     timings = race.run(lambda: recorded(x), baselines, beside={"converted": lambda: fast(x)})
     ours, called, best = timings["contender"], timings["converted"], timings["best"]
     race.benchmark.extra_info.update(

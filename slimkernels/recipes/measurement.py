@@ -60,6 +60,7 @@ def measure(place: Workplace, rows: Sequence[Row], *, compile: bool = True) -> d
     """
     recipe, seed = place.recipe, 0
     images = {batch: _images(place, batch) for batch in recipe.batches}
+    inputs = [(_images(place, batch),) for batch in recipe.convert_batches]
     teacher = place.network(recipe.rows[0].name, seed)
     dense_file = place.folder(recipe.rows[0], seed) / "dense.safetensors"
     save_dense(teacher, dense_file)
@@ -71,8 +72,8 @@ def measure(place: Workplace, rows: Sequence[Row], *, compile: bool = True) -> d
     }
     if place.device.type == "cuda":  # what is recorded is compared with the teacher in a CUDA graph as well
         folded = timing.fold_batch_norm(teacher).to(memory_format=torch.channels_last)
-        inputs = [(x,) for x in images.values()]
-        fused = convert(copy.deepcopy(teacher), example_inputs=inputs, policy=Policy(measure=False, check_model=False))
+        every = [(x,) for x in images.values()]
+        fused = convert(copy.deepcopy(teacher), example_inputs=every, policy=Policy(measure=False, check_model=False))
         for batch, x in images.items():
             baselines[batch]["CUDA graph"] = partial(graphed(folded, x), x)
             baselines[batch]["CUDA graph, ReLU fused"] = partial(graphed(fused, x), x)
@@ -83,12 +84,12 @@ def measure(place: Workplace, rows: Sequence[Row], *, compile: bool = True) -> d
         for row in group:
             place.say(f"    measuring {row.name}")
             model = _in_dtype(place, place.network(row.name, seed))
-            measured[row.name], fast = _convert(place, row, model, seed)
+            measured[row.name], fast = _convert(place, row, model, seed, inputs)
             if fast is not None:
                 pairs[row.name] = model, fast
             for other in range(1, place.seeds_of(row)):
                 if place.result(row, other) is not None:
-                    found, _ = _convert(place, row, _in_dtype(place, place.network(row.name, other)), other)
+                    found, _ = _convert(place, row, _in_dtype(place, place.network(row.name, other)), other, inputs)
                     measured[row.name]["files"] += found["files"]
                     if "error" in found:
                         measured[row.name]["error"] = f"seed {other}: {found['error']}"
@@ -161,13 +162,14 @@ def _first(loader: Any, count: int) -> list[Any]:
     return batches
 
 
-def _convert(place: Workplace, row: Row, model: nn.Module, seed: int) -> tuple[dict[str, Any], nn.Module | None]:
+def _convert(
+    place: Workplace, row: Row, model: nn.Module, seed: int, inputs: list[tuple[Tensor]]
+) -> tuple[dict[str, Any], nn.Module | None]:
     """Files and facts of one network, and what its file is loaded as; None where that computes something else."""
     settings: dict[str, Any] = dict(place.recipe.policy)
     for step in row.steps:
         if step.verb == "convert":
             settings.update(step.settings)
-    inputs = [(_images(place, batch),) for batch in place.recipe.convert_batches]
     fast = convert(model, example_inputs=inputs, policy=Policy(**settings))
     # For mypy: a model's own attribute, a Tensor or a Module to mypy.
     plan: ModelPlan = fast.slimkernels_plan  # type: ignore[assignment]

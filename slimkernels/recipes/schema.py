@@ -204,6 +204,7 @@ def parse_recipe(text: str, preset: str, where: str = "recipe") -> Recipe:
     _check_order(rows, where)
     for patterns in data.get("compared") or []:
         _check_budgets(patterns, every, rows, f"{where}: compared")
+    batches = chosen.get("batches", (1, 128))
     return Recipe(
         name=str(data["name"]),
         title=str(data.get("title", data["name"])),
@@ -211,14 +212,11 @@ def parse_recipe(text: str, preset: str, where: str = "recipe") -> Recipe:
         rows=tuple(rows),
         data=chosen.get("data"),
         batch_size=positive(chosen["batch_size"], f"{where}: batch_size"),
-        batches=tuple(positive(b, f"{where}: batches") for b in chosen.get("batches", (1, 128))),
+        batches=tuple(positive(b, f"{where}: batches") for b in batches),
         seconds=float(chosen.get("seconds", 1.0)),
         note=str(chosen.get("note", "")),
         policy=mapping(chosen.get("policy") or {}, f"{where}: policy of preset {preset}", _settings_of("convert")),
-        convert_batches=tuple(
-            positive(b, f"{where}: convert_batches")
-            for b in chosen.get("convert_batches", chosen.get("batches", (1, 128)))
-        ),
+        convert_batches=tuple(positive(b, f"{where}: convert_batches") for b in chosen.get("convert_batches", batches)),
         goals=tuple(mapping(goal, f"{where}: goals of preset {preset}", GOAL_KEYS) for goal in chosen.get("goals", ())),
         dtype=_dtype(chosen.get("dtype", "fp32"), f"{where}: dtype of preset {preset}"),
         train_seconds=seconds(chosen.get("train_seconds"), f"{where}: train_seconds of preset {preset}"),
