@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from slimkernels.dispatch.gpu_dense_cost import dense_kernel
+from slimkernels.dispatch.gpu_dense_cost import max_pool, vendor_convolution
 from slimkernels.dispatch.gpu_prediction import Config, Prediction, traffic_s
 from slimkernels.dispatch.gpu_rates import GpuRates
 from slimkernels.kernels.problems import FusedConvProblem
@@ -44,18 +44,11 @@ def gpu_few_channels(problem: FusedConvProblem, config: Config, rates: GpuRates)
 
 def gpu_fused_layers(problem: FusedConvProblem, backend: str, rates: GpuRates) -> Prediction:
     """The vendor's convolution, with its ReLU inside (``cuda``), or with bias and ReLU as passes (``reference``)."""
-    (x_bytes, y_bytes), depth = problem.io_bytes(pooled=False), problem.c_in * problem.r * problem.s
-    nbytes = x_bytes + y_bytes + problem.dense_work().weight_bytes
-    found = dense_kernel(problem.rows, problem.c_out, depth, nbytes, problem.dtype, rates)
-    after: list[float] = []
-    if problem.c_in < 16:
-        # H200: 3 and 8 channels take 50 to 81 TFLOP/s, the 3 counted as 8 (float32: 31), and 3 us more than a launch.
-        flops = 2.0 * problem.rows * problem.c_out * problem.r * problem.s * max(problem.c_in, 8)
-        rate = rates.dense_flops / 12 if problem.dtype.itemsize == 2 else rates.fma_flops / 2
-        found, after = replace(found, matrix_s=flops / rate), [2 * x_bytes]
-    if backend == "reference" and problem.epilogue != "none":
-        after += [2 * y_bytes, 2 * y_bytes]  # read and written again for the bias, and for ReLU
+    found, (_, y_bytes) = vendor_convolution(problem, rates), problem.io_bytes(pooled=False)
+    passes = list(found.passes)
+    if backend == "reference" and problem.epilogue != "none":  # read and written again for the bias, and for ReLU
+        again = Prediction(0.0, 0.0, traffic_s(2 * y_bytes, rates), rates.launch_s, chain_s=2 * rates.latency_s)
+        passes += [again, again]
     if problem.epilogue == "relu_maxpool2":
-        after.append(1.25 * y_bytes)
-    passes = (Prediction(0.0, 0.0, traffic_s(b, rates), rates.launch_s, chain_s=2 * rates.latency_s) for b in after)
-    return replace(found, passes=(*found.passes, *passes))
+        passes.append(max_pool(problem, rates))
+    return replace(found, passes=tuple(passes))

@@ -1,6 +1,9 @@
 """Predicted time of the vendor's dense layers and of the low-rank kernels on a GPU.
 
-A vendor's dense kernel is the largest of arithmetic, device memory and chain (`gpu_prediction`).
+A vendor's dense kernel is the largest of arithmetic, device memory and chain (`gpu_prediction`), behind a start. The
+constants of convolutions and pools are those of 73 kernels of dense VGG-19 at batch 1, 16 and 1024 and VGG-16 at 224,
+batch 32, as profiled on an H200 (benchmarks/results/nvidia-h200, 712b384a8459 and 99c51651bcea): the predictions of
+networks are within 10% of them, those of layers within 15% where the kernel is a large one (`test_cost_model.py`).
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from slimkernels.dispatch.gpu_rates import GpuRates
 from slimkernels.kernels.problems import (
     ConvProblem,
     FusedConvProblem,
+    LinearProblem,
     LowRankConvProblem,
     LowRankLinearProblem,
     SizedProblem,
@@ -33,10 +37,20 @@ from slimkernels.kernels.problems import (
 # What a vendor's library may choose from: tiles, and into how many parts it splits the depth.
 _DENSE_TILES = (Tile(256, 128, 64, 8, 4), Tile(128, 128, 64, 8, 4), Tile(128, 64, 64, 4, 4), Tile(64, 64, 64, 4, 4))
 _DENSE_SPLITS = (1, 2, 4, 8, 16)
+# Measured, see above. A convolution takes so long beside its steps, and so long for each 64 channels of depth where
+# its tiles leave processors idle: 11.6 us for 72 steps, 8.2 for 36, 6.4 for 18. Its depth was never split.
+_CONV_START_S, _CONV_STEP_S = 4.7e-6, 0.096e-6
+# Of the ceiling, which was measured on random data: activations of which half are zero take less power. With 64 output
+# channels or fewer a tile reads as much as it computes.
+_CONV_SHARE, _NARROW_CONV_SHARE = 1.09, 0.69
+# Of fewer than 16 input channels, those that are stored as 8: they take 50 to 81 TFLOP/s (float32: 31).
+_FEW_CHANNELS, _FEW_CHANNELS_SHARE = 16, 1 / 12
+# A max-pool's start, and the share of the memory rate at which it reads and writes.
+_POOL_START_S, _POOL_SHARE = 5.5e-6, 0.217
 
 
-def dense_kernel(m: int, n: int, k: int, nbytes: int, dtype: torch.dtype, rates: GpuRates) -> Prediction:
-    """The vendor's product or convolution of ``m`` rows, ``n`` columns and depth ``k`` that moves ``nbytes`` bytes.
+def dense_product(m: int, n: int, k: int, nbytes: int, dtype: torch.dtype, rates: GpuRates) -> Prediction:
+    """The vendor's product of ``m`` rows, ``n`` columns and depth ``k`` that moves ``nbytes`` bytes.
 
     Its sustained rate already holds what large layers lose to waves and instructions; small ones are bound by the
     chain of the best tile and split.
@@ -74,22 +88,59 @@ def dense_kernel(m: int, n: int, k: int, nbytes: int, dtype: torch.dtype, rates:
     return best
 
 
+def dense_convolution(m: int, n: int, k: int, nbytes: int, dtype: torch.dtype, rates: GpuRates) -> Prediction:
+    """The vendor's convolution of ``m`` output pixels, ``n`` channels and depth ``k`` that moves ``nbytes`` bytes."""
+    _, dense = matrix_flops(dtype, rates)
+    share = _CONV_SHARE if n > 64 else _NARROW_CONV_SHARE
+    tiles = ceil_div(m, 64) * ceil_div(n, 64)
+    few = tiles <= rates.processors
+    return Prediction(
+        2 * m * n * k / (dense * share),
+        0.0,
+        traffic_s(nbytes, rates),
+        rates.launch_s + (_CONV_START_S if tiles else 0.0),
+        tiles=tiles,
+        chain_s=ceil_div(k, 64) * _CONV_STEP_S if few and tiles else 0.0,
+        nbytes=nbytes,
+    )
+
+
+def vendor_convolution(problem: ConvProblem | FusedConvProblem, rates: GpuRates) -> Prediction:
+    """The vendor's convolution that a problem stands for, bias and ReLU inside; its pool is not."""
+    (x_bytes, y_bytes), depth = problem.io_bytes(pooled=False), problem.c_in * problem.r * problem.s
+    nbytes = x_bytes + y_bytes + problem.dense_work().weight_bytes
+    found = dense_convolution(problem.rows, problem.c_out, depth, nbytes, problem.dtype, rates)
+    if problem.c_in >= _FEW_CHANNELS:
+        return found
+    flops = 2.0 * problem.rows * problem.c_out * problem.r * problem.s * max(problem.c_in, 8)
+    rate = rates.dense_flops * _FEW_CHANNELS_SHARE if problem.dtype.itemsize == 2 else rates.fma_flops / 2
+    copied = Prediction(0.0, 0.0, traffic_s(2 * x_bytes, rates), rates.launch_s, chain_s=2 * rates.latency_s)
+    return replace(found, matrix_s=flops / rate, passes=(copied,))
+
+
+def max_pool(problem: SizedProblem, rates: GpuRates) -> Prediction:
+    """torch's 2x2 max-pool behind a problem's layer."""
+    _, y_bytes = problem.io_bytes(pooled=False)
+    return Prediction(0.0, 0.0, 1.25 * y_bytes / (rates.memory_bytes_s * _POOL_SHARE), rates.launch_s + _POOL_START_S)
+
+
 def gpu_dense(problem: SizedProblem, rates: GpuRates) -> Prediction:
     """The vendor's dense layer that a problem replaces, ReLU fused; a 2x2 max-pool is a pass of its own."""
-    work, (x_bytes, y_bytes) = problem.dense_work(), problem.io_bytes(pooled=False)
-    columns = _output_channels(problem)
-    depth = work.weight_bytes // problem.dtype.itemsize // max(columns, 1)
-    nbytes = x_bytes + y_bytes + work.weight_bytes
-    found = dense_kernel(problem.rows, columns, depth, nbytes, problem.dtype, rates)
+    if isinstance(problem, ConvProblem | FusedConvProblem):
+        found = vendor_convolution(problem, rates)
+    else:
+        work, (x_bytes, y_bytes) = problem.dense_work(), problem.io_bytes(pooled=False)
+        columns = _output_channels(problem)
+        depth = work.weight_bytes // problem.dtype.itemsize // max(columns, 1)
+        kernel = dense_convolution if isinstance(problem, LowRankConvProblem) else dense_product
+        nbytes = x_bytes + y_bytes + work.weight_bytes
+        found = kernel(problem.rows, columns, depth, nbytes, problem.dtype, rates)
     if problem.epilogue == "relu_maxpool2":
-        pool = Prediction(0.0, 0.0, traffic_s(1.25 * y_bytes, rates), rates.launch_s, chain_s=2 * rates.latency_s)
-        found = replace(found, passes=(*found.passes, pool))
+        found = replace(found, passes=(*found.passes, max_pool(problem, rates)))
     return found
 
 
-def _output_channels(problem: SizedProblem) -> int:
-    if isinstance(problem, ConvProblem | FusedConvProblem):
-        return problem.c_out
+def _output_channels(problem: LinearProblem | LowRankLinearProblem | LowRankConvProblem) -> int:
     return problem.factor_shapes[-1][0] if isinstance(problem, LowRankConvProblem) else problem.out_features
 
 
@@ -98,7 +149,7 @@ def _factor_layers(problem: LowRankLinearProblem | LowRankConvProblem, rates: Gp
     if isinstance(problem, LowRankLinearProblem):
         m, rank, dtype = problem.m, problem.rank, problem.dtype
         sizes = ((problem.in_features, rank), (rank, problem.out_features))
-        return [dense_kernel(m, n, k, (m * k + k * n + m * n) * dtype.itemsize, dtype, rates) for k, n in sizes]
+        return [dense_product(m, n, k, (m * k + k * n + m * n) * dtype.itemsize, dtype, rates) for k, n in sizes]
     layers, h, w = [], problem.h, problem.w
     geometry = factor_geometry(
         problem.kind, len(problem.factor_shapes), problem.stride, problem.padding, problem.dilation
@@ -108,7 +159,7 @@ def _factor_layers(problem: LowRankLinearProblem | LowRankConvProblem, rates: Gp
         h = conv_output_size(h, r, stride[0], padding[0], dilation[0])
         w = conv_output_size(w, s, stride[1], padding[1], dilation[1])
         nbytes = (problem.n * (before + h * w * out) + out * c_in * r * s) * problem.dtype.itemsize
-        layers.append(dense_kernel(problem.n * h * w, out, c_in * r * s, nbytes, problem.dtype, rates))
+        layers.append(dense_convolution(problem.n * h * w, out, c_in * r * s, nbytes, problem.dtype, rates))
     return layers
 
 

@@ -495,16 +495,16 @@ def test_predictions_are_of_the_layers_that_are_measured() -> None:
         row = layers.ROWS[name]
         lines = list(predict_gpu.layer_table(row, H200))
         first, *others = lines[2:-1]
-        assert first.startswith("| 3 -> 64 @ ") and "stays dense" in first
+        assert first.startswith("| 3 -> 64 @ ") and "no zeros" in first
         assert [line.split(" | ")[0] for line in others] == [
             f"| {predict_gpu.title(layer)}" for layer in layers.NETWORKS[row.network]
         ]
         counts = [len(layer.names) for layer in layers.NETWORKS[row.network]]
         dense = [float(line.split(" | ")[1]) for line in (first, *others)]
-        ours = [float(line.split(" | ")[2]) for line in others]
+        ours = [float(line.split(" | ")[2]) for line in (first, *others)]
         cells = lines[-1].replace("*", "").split(" | ")
         assert float(cells[1]) == pytest.approx(sum(n * t for n, t in zip([1, *counts], dense, strict=True)), rel=0.02)
-        whole = dense[0] + sum(n * t for n, t in zip(counts, ours, strict=True))
+        whole = sum(n * t for n, t in zip([1, *counts], ours, strict=True))
         assert float(cells[2].split(",")[0]) == pytest.approx(whole, rel=0.02)
     assert sum(len(layer.names) for layer in layers.NETWORKS["vgg19_cifar"]) == 15
 

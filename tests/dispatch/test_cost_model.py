@@ -53,14 +53,22 @@ def test_intensity_bounds_the_gather(block_m, block_n, tflops) -> None:
 @pytest.mark.parametrize(
     ("sparsity", "speedups"),
     [
-        (0.5, (1.0, 1.0, 1.15, 1.5)),
-        (0.75, (1.0, 1.5, 2.2, 2.8)),
-        (0.875, (1.8, 2.8, 3.75, 4.4)),
-        (0.95, (3.75, 4.9, 5.4, 5.6)),
+        (0.5, (1.0, 1.0, 1.1, 1.4)),
+        (0.75, (1.0, 1.4, 1.95, 2.3)),
+        (0.875, (1.65, 2.3, 2.85, 3.15)),
+        (0.95, (2.85, 3.35, 3.6, 3.7)),
     ],
 )
 def test_whole_network_speedups_without_waves(sparsity, speedups) -> None:
-    """VGG-19/CIFAR-10, batch 1024, the first convolution dense, tiles 128x32, 128x64, 128x128, 256x128."""
+    """VGG-19/CIFAR-10, batch 1024, the first convolution dense, tiles 128x32, 128x64, 128x128, 256x128.
+
+    Dense layers of more than 64 channels run at 1.09 of the ceiling, the others at 0.69, and the first, its three
+    channels stored as eight, at a twelfth; its image is copied.
+    """
+    pixels = [1024 * size * size * 9 for _, _, size, _ in VGG19]
+    flops = [2 * p * i * o * count for p, (i, o, _, count) in zip(pixels, VGG19, strict=True)]
+    by_hand = flops[0] * 8 / 3 / (600e12 / 12) + flops[1] / (0.69 * 600e12) + sum(flops[2:]) / (1.09 * 600e12)
+    by_hand += 2 * 1024 * 32 * 32 * 3 * 2 / 5.5e12
     for (block_m, block_n), expected in zip(((128, 32), (128, 64), (128, 128), (256, 128)), speedups, strict=True):
         dense = ours = 0.0
         for c_in, c_out, size, count in VGG19:
@@ -71,7 +79,7 @@ def test_whole_network_speedups_without_waves(sparsity, speedups) -> None:
             sparse = gpu_block_sparse(problem, {"BLOCK_M": block_m, "BLOCK_N": block_n}, CARD).ideal_s
             dense += count * alone
             ours += count * (alone if c_in == 3 else min(alone, sparse))
-        assert dense == pytest.approx(1.386e-3, rel=1e-3)
+        assert dense == pytest.approx(by_hand)
         assert dense / ours == pytest.approx(expected, abs=0.06), (block_m, block_n)
 
 
@@ -174,11 +182,12 @@ def test_splitting_the_depth_fills_processors_for_a_second_launch() -> None:
 
 
 def test_the_fused_pool_saves_a_pass() -> None:
-    """Dense writes the whole image, reads it again and writes a quarter; ours writes the quarter."""
+    """Dense writes the whole image, reads it again at a fifth of the rate and writes a quarter; ours writes that."""
     problem = conv(64, 64, 32, 36, (64, 16), epilogue="relu_maxpool2")
     image = 1024 * 32 * 32 * 64 * 2
     dense, ours = gpu_dense(problem, CARD), gpu_block_sparse(problem, {}, CARD)
-    assert dense.memory_s + dense.passes[0].memory_s == pytest.approx((3.25 * image + 64 * 64 * 9 * 2) / 4.3e12)
+    assert dense.memory_s == pytest.approx((2 * image + 64 * 64 * 9 * 2) / 4.3e12)
+    assert dense.passes[0].memory_s == pytest.approx(1.25 * image / (0.217 * 4.3e12))
     assert ours.memory_s == pytest.approx(1.25 * image / 4.3e12, rel=1e-3)
     assert len(dense.passes) == 1 and not gpu_dense(replace(problem, epilogue="relu"), CARD).passes
 
@@ -200,7 +209,7 @@ def test_low_rank_convolution_counts_every_factor() -> None:
     problem = LowRankConvProblem(4, 8, 8, "tai", factors, (1, 1), (1, 1), (1, 1), torch.bfloat16, "cuda")
     endless = replace(CARD, l2_bytes_s=1e30, launch_s=0.0, latency_s=0.0, clock_hz=1e30)
     steps = gpu_dense_cost.gpu_factors(problem, endless)
-    assert steps.ideal_s == pytest.approx(2 * problem.macs / 600e12)
+    assert steps.ideal_s == pytest.approx(2 * problem.macs / (0.69 * 600e12))
 
 
 def test_cpu_rates_divide_the_work_inside_the_image() -> None:
@@ -295,8 +304,8 @@ def test_small_activations_stay_in_l2() -> None:
     assert ours.chain_s < 4.8e-6
     assert ours.loads_s == pytest.approx(clocks / 1.7e9 + ours.memory_s + ours.chain_s)
     assert dense.bound == "chain"
-    # The dense depth of 4608 is split, since eight tiles alone would walk 72 steps on eight of 132 processors.
-    assert dense.tiles > 64 and dense.passes
+    # Nobody splits the dense depth of 4608: eight tiles walk 72 steps on eight of 132 processors.
+    assert dense.tiles == 8 and not dense.passes and dense.chain_s == pytest.approx(72 * 0.096e-6)
 
 
 class Measured(NamedTuple):
@@ -381,16 +390,67 @@ def test_the_ceilings_of_an_h200_are_those_measured() -> None:
     assert H100.memory_bytes_s < H200.memory_bytes_s and H100.l2_capacity < H200.l2_capacity
 
 
-@pytest.mark.parametrize(("batch", "least", "most"), [(1, 60e-6, 130e-6), (1024, 1.12e-3, 1.75e-3)])
-def test_dense_vgg19_takes_what_is_expected_of_it(batch: int, least: float, most: float) -> None:
-    """About 90 to 130 us for a graph of 20 kernels at batch 1, so others say. At batch 1024 an H200's fastest dense
-    network took 1.75 ms, in which no layer can have been faster than the dense convolution's ceiling: 1.12 ms."""
-    total = arithmetic = 0.0
-    for c_in, c_out, size, count in VGG19:
-        found = gpu_dense(conv(c_in, c_out, size, 1, (16, 16), n=batch), H200)
-        total, arithmetic = total + count * found.seconds, arithmetic + count * found.ideal_s
-    assert least < total < most
-    assert batch == 1 or arithmetic == pytest.approx(least, rel=5e-3)
+# The vendor's kernels by what their names say, and the profiles of dense networks: record, row.
+CONVOLUTIONS = ("fprop", "convolve_common_engine", "cutlass__5x_cudnn")
+PROFILES = (("712b384a8459", "batch_1"), ("712b384a8459", "batch_16"), ("712b384a8459", "headline"),
+            ("99c51651bcea", "vgg16_224"))  # fmt: skip
+
+
+def dense_launches(record: str, row: str, *kinds: str) -> list[float]:
+    """Seconds of the dense network's kernels of these kinds, in the order in which they ran on an H200."""
+    rows = json.loads((RESULTS / "nvidia-h200" / f"{record}.json").read_text())["rows"]
+    (found,) = (r for r in rows if r["name"] == f"test_vgg_gpu[{row}]")
+    return [1e-6 * k["us"] for k in found["dense_kernel_launches"] if any(kind in k["name"] for kind in kinds)]
+
+
+def problems_in_order(row: str) -> list[ConvProblem]:
+    """The problems of a network's pruned layers, in the order in which they run."""
+    network = layers.ROWS[row]
+    named = [
+        (name, problem)
+        for layer, problem in zip(layers.NETWORKS[network.network], network.problems(), strict=True)
+        for name in layer.names
+    ]
+    return [problem for _, problem in sorted(named)]
+
+
+@pytest.mark.parametrize(("record", "row"), PROFILES)
+def test_dense_networks_take_what_was_measured(record: str, row: str) -> None:
+    """Each network's convolutions within 8% together, its large kernels within 17% each, all within 25%."""
+    first, *measured = dense_launches(record, row, *CONVOLUTIONS)
+    problems = problems_in_order(row)
+    kernels = [gpu_dense_cost.vendor_convolution(p, H200) for p in problems]
+    predicted = [kernel.seconds - H200.launch_s for kernel in kernels]
+    ratios = [m / p for m, p in zip(measured, predicted, strict=True)]
+    assert sum(measured) == pytest.approx(sum(predicted), rel=0.08)
+    assert all(1 / 1.25 < ratio < 1.32 for ratio in ratios), ratios
+    assert all(1 / 1.17 < ratio < 1.21 for ratio, m in zip(ratios, measured, strict=True) if m > 15e-6), ratios
+    image = replace(problems[0], c_in=3)
+    assert first == pytest.approx(gpu_dense_cost.vendor_convolution(image, H200).seconds - H200.launch_s, rel=0.35)
+
+
+@pytest.mark.parametrize(("record", "row"), PROFILES[:3])
+def test_dense_pools_take_what_was_measured(record: str, row: str) -> None:
+    """Together within 10%, the large ones within 20% each; of few images a pool takes anything from 3 to 11 us."""
+    measured = dense_launches(record, row, "max_pool_forward")
+    pooled = [p for p in problems_in_order(row) if p.epilogue == "relu_maxpool2"]
+    predicted = [gpu_dense_cost.max_pool(p, H200).seconds - H200.launch_s for p in pooled]
+    assert sum(measured) == pytest.approx(sum(predicted), rel=0.1)
+    assert all(m == pytest.approx(p, rel=0.2) for m, p in zip(measured, predicted, strict=True) if m > 20e-6)
+
+
+@pytest.mark.parametrize(
+    ("block_shape", "row"), [((64, 16), "batch_1"), ((128, 16), "batch_1"), ((128, 16), "headline")]
+)
+def test_a_pruned_layer_is_predicted_faster_at_small_batches_too(block_shape: tuple[int, int], row: str) -> None:
+    """A network of 87.5% zeros took 2.4 times less than the fastest dense graph at batch 1: every layer is swapped."""
+    for problem in replace(layers.ROWS[row], block_shape=block_shape).problems():
+        dense = gpu_dense(problem, H200).seconds
+        ours = min(
+            gpu_block_sparse(problem, config, H200).seconds
+            for config in configs(problem, "pixels_on_m", shared_memory=H200.shared_memory, processors=132)
+        )
+        assert dense > 1.2 * ours, layers.layer_name(problem)
 
 
 def test_known_cards_are_found_by_their_full_name() -> None:
