@@ -124,7 +124,7 @@ class _Images:
     """The test loader's batches, the images in the dtype of the measurement."""
 
     def __init__(self, place: Workplace) -> None:
-        self._loader, self._dtype = place.test, _dtype(place)
+        self._loader, self._dtype = place.test, place.dtype
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -134,20 +134,16 @@ class _Images:
             yield images.to(self._dtype), *rest
 
 
-def _dtype(place: Workplace) -> torch.dtype:
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[place.recipe.dtype]
-
-
 def _in_dtype(place: Workplace, model: nn.Module) -> nn.Module:
     """The network in the dtype of the measurement, a copy where that is another one."""
-    return model if place.recipe.dtype == "fp32" else copy.deepcopy(model).to(_dtype(place))
+    return model if place.recipe.dtype == "fp32" else copy.deepcopy(model).to(place.dtype)
 
 
 def _images(place: Workplace, batch: int) -> Tensor:
     """The first test images as the loader normalises them, repeated where there are fewer than ``batch``."""
     loader = place.test
     found = torch.cat([images for images, *_ in _first(loader, batch)])
-    found = found.to(_dtype(place))
+    found = found.to(place.dtype)
     repeated = found.repeat(-(-batch // len(found)), 1, 1, 1)[:batch]
     return repeated.to(place.device).contiguous(memory_format=torch.channels_last)
 

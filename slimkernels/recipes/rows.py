@@ -21,24 +21,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from slimkernels import models
 from slimkernels.compress.distillation.distill import distill
 from slimkernels.compress.factorization.factorize import factorization_report, factorize_
-from slimkernels.compress.pruning.budget import latency_budget
-from slimkernels.compress.pruning.gradual import GradualPruning
-from slimkernels.compress.pruning.latency import unit_costs
 from slimkernels.compress.pruning.prune import finalize_, masks, prune_
-from slimkernels.compress.pruning.sparse_training import SparseTraining
-from slimkernels.compress.quantization import QuantizationAware
-from slimkernels.compress.training.callbacks import Callback
 from slimkernels.compress.training.checkpoint import remove_checkpoint
 from slimkernels.compress.training.train import EpochStats, TrainConfig, evaluate, fine_tune
 from slimkernels.conversion.batch_norms import fuse_batch_norm_
 from slimkernels.data import TensorLoader
 from slimkernels.files import atomic_path, file_sha256
 from slimkernels.recipes.clock import Clock, work_of
+from slimkernels.recipes.companions import block_shape, callbacks_of
 from slimkernels.recipes.schema import TRAINING_VERBS, Recipe, Row, Step
 from slimkernels.recipes.store import finished, key_of, read_result, write_result
-
-# From which a latency budget chooses, for every layer.
-_SPARSITIES = (*(share / 64 for share in range(16, 64)), 127 / 128)
 
 Say = Callable[[str], None]
 
@@ -74,6 +66,16 @@ class Workplace:
     clock: Clock = field(default_factory=lambda: Clock(None, lambda line: None))
     _models: dict[tuple[str, int], nn.Module] = field(default_factory=dict)
     _multiply_adds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which networks are converted and timed."""
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}[self.recipe.dtype]
+
+    def largest_batch(self) -> torch.Tensor:
+        """Black images, as many as the largest batch that is timed."""
+        shape = (max(self.recipe.batches), *self.train.images.shape[1:])
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
     def seeds_of(self, row: Row) -> int:
         """How many seeds a row is run with."""
@@ -228,7 +230,7 @@ def _run_step(
         taught = place.network(teacher, place.seed_of(teacher, seed)) if teacher else None
         result = _train(place, row, model, step, seed, stem, taught, key)
     else:
-        for callback in callbacks_of(place, step, model):
+        for callback in callbacks_of(step, model, place.largest_batch()):
             callback.prepare(model, 1)
         content = torch.load(state, map_location="cpu", weights_only=True)
         model.load_state_dict(content)
@@ -273,7 +275,7 @@ def _train(
     started = time.perf_counter()
     watch = place.clock.callback(row.name, row.seconds, place.work(row, step) / config.epochs, loader.samples)
     common: dict[str, Any] = {
-        "callbacks": [*callbacks_of(place, step, model), watch],
+        "callbacks": [*callbacks_of(step, model, place.largest_batch()), watch],
         "progress": place.progress,
         "checkpoint": checkpoint if place.recipe.checkpoints else None,
         "resume": place.recipe.checkpoints,
@@ -357,48 +359,6 @@ def stratified(labels: torch.Tensor, count: int) -> torch.Tensor:
         own = order[labels[order] == label]
         share[own] = (torch.arange(len(own), dtype=torch.float64) + 0.5) / len(own)
     return torch.argsort(share, stable=True)[:count].sort().values
-
-
-def callbacks_of(place: Workplace, step: Step, model: nn.Module) -> list[Callback]:
-    """What a training step does beside training: it prunes, rounds, and runs sparse layers as such, in this order."""
-    callbacks: list[Callback] = []
-    if "prune" in step.companions:
-        images = torch.zeros(max(place.recipe.batches), *place.train.images.shape[1:], device=place.device)
-        callbacks.append(pruning(step.companions["prune"], model, images))
-    if "quantize" in step.companions:
-        callbacks.append(QuantizationAware(**step.companions["quantize"]))
-    if "sparse" in step.companions:
-        callbacks.append(SparseTraining(**step.companions["sparse"]))
-    return callbacks
-
-
-def pruning(settings: Mapping[str, Any], model: nn.Module, images: torch.Tensor) -> GradualPruning:
-    """The `GradualPruning` of a step's ``prune`` mapping.
-
-    ``speedup`` in place of ``sparsity`` takes the sparsities of a `latency_budget` for that speed-up of ``model`` on
-    ``images``. ``scope: latency`` ranks all blocks together by importance per predicted second.
-    """
-    options = dict(settings)
-    shape = block_shape(options.pop("block_shape", (16, 1)))
-    if "speedup" in options:
-        plan = latency_budget(
-            model, images, options.pop("speedup"), block_shapes=[shape], sparsities=_SPARSITIES, progress=False
-        )
-        return GradualPruning(plan.sparsity, plan.block_shapes, **options)
-    if options.get("scope") == "latency":
-        costs = unit_costs(model, images, shape, granularity=options.get("granularity", "block"))
-        options |= {"scope": "global", "costs": costs, "layers": list(costs)}
-    return GradualPruning(options.pop("sparsity", 0.875), shape, **options)
-
-
-def block_shape(value: Any) -> tuple[int, int]:
-    """``16x1`` or ``[16, 1]`` as a pair. Raises ValueError for anything else."""
-    parts = (
-        value.lower().split("x") if isinstance(value, str) else list(value) if isinstance(value, (list, tuple)) else []
-    )
-    if len(parts) != 2 or not all(str(part).strip().isdigit() and int(part) > 0 for part in parts):
-        raise ValueError(f"recipe: expected block_shape of two positive numbers as in 16x1, got {value!r}")
-    return int(parts[0]), int(parts[1])
 
 
 def conv_ranks(model: nn.Module, ranks: list[int]) -> dict[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from torch import nn
 import slimkernels as sk
 from slimkernels.compress.training.train import TrainConfig
 from slimkernels.data import TensorLoader
-from slimkernels.recipes import clock, rows, sources, store
+from slimkernels.recipes import clock, companions, rows, sources, store
 from slimkernels.recipes.figures import pareto_front
 from slimkernels.recipes.schema import load_recipe, parse_recipe, recipe_names
 
@@ -142,7 +143,9 @@ def test_other_bad_files(tmp_path):
         parse_recipe("a: [", "a")
     with pytest.raises(TypeError, match="expected a mapping, got list"):
         parse_recipe("[]", "a")
-    with pytest.raises(ValueError, match="expected a recipe among slimnets, got 'slimnet'; did you mean slimnets"):
+    with pytest.raises(
+        ValueError, match="expected a recipe among ranking, slimnets, got 'slimnet'; did you mean slimnets"
+    ):
         load_recipe("slimnet", "cpu")
     with pytest.raises(ValueError, match=r"nowhere\.yaml, which does not exist"):
         load_recipe(tmp_path / "nowhere.yaml", "cpu")
@@ -150,7 +153,7 @@ def test_other_bad_files(tmp_path):
 
 def test_the_paper_is_the_paper():
     """Sparsities, ranks, networks and quoted numbers of arXiv 1808.00496 in the preset `paper`."""
-    assert recipe_names() == ["slimnets"]
+    assert recipe_names() == ["ranking", "slimnets"]
     recipe = load_recipe("slimnets", "paper")
     found = {row.name: row for row in recipe.rows}
     assert found["teacher"].model == {"name": "vgg19_cifar"} and found["teacher"].paper["accuracy"] == 92.4
@@ -167,20 +170,61 @@ def test_the_paper_is_the_paper():
     assert found["slim, 16x1 94.5%"].source == "slim, dense"
 
 
-@pytest.mark.parametrize("preset", ["paper", "cpu", "smoke", "device", "device_rehearsal"])
-def test_every_training_step_of_the_package_is_valid(preset):
+PRESETS = [("slimnets", preset) for preset in ("paper", "cpu", "smoke", "device", "device_rehearsal")]
+PRESETS += [("ranking", preset) for preset in ("cpu", "device", "device_rehearsal")]
+
+
+@pytest.mark.parametrize(("name", "preset"), PRESETS)
+def test_every_training_step_of_the_package_is_valid(name, preset):
     """Settings make a TrainConfig, and what prunes while training a GradualPruning."""
-    recipe = load_recipe("slimnets", preset)
+    recipe = load_recipe(name, preset)
+    network, images = nn.Sequential(nn.Conv2d(3, 32, 3), nn.Conv2d(32, 128, 3)), torch.zeros(8, 3, 32, 32)
     steps = [step for row in recipe.rows for step in row.steps if step.verb in ("train", "distill")]
     assert len(steps) == len(recipe.rows)
     for step in steps:
         rows.training_config(step.settings, 0, torch.device("cpu"))
         if "prune" in step.companions:
-            callback = rows.pruning(step.companions["prune"], nn.Identity(), torch.zeros(0))
+            callback = companions.pruning(step.companions["prune"], network, images)
             shares = callback.sparsity.values() if isinstance(callback.sparsity, dict) else [callback.sparsity]
-            assert all(0 < share < 1 for share in shares) and len(callback.block_shape) == 2
+            assert all(0 < share < 1 for share in shares)
+            blocks = callback.block_shape.values() if isinstance(callback.block_shape, dict) else [callback.block_shape]
+            assert all(len(block) == 2 for block in blocks)
     models = {str(row.model) for row in recipe.rows if row.model}
-    assert len(models) >= {"cpu": 2, "device": 3, "device_rehearsal": 2}.get(preset, 4)
+    least = {"cpu": 2, "device": 3, "device_rehearsal": 2}.get(preset, 4)
+    assert len(models) >= (least if name == "slimnets" else 1)
+
+
+def test_rankings_are_compared_at_the_same_bytes_and_budgets():
+    """Every way of ranking at every sparsity, from one teacher, trained equally long; budgets by predicted time."""
+    recipe = load_recipe("ranking", "device")
+    ranked = [row for row in recipe.rows if row.group == "ranking"]
+    pruning = [row.steps[0].companions["prune"] for row in ranked]
+    ways = {(p.get("scope", "layer"), p["sparsity"]) for p in pruning if "sparsity" in p}
+    assert ways == {(scope, share) for scope in ("layer", "global", "latency") for share in (0.92, 0.95)}
+    assert [p["speedup"] for p in pruning if "speedup" in p] == [4, 5]
+    assert {row.source for row in ranked} == {"teacher"} and len({row.budget for row in ranked}) == 1
+
+
+def test_predicted_time_is_that_of_the_dtype_that_is_timed(monkeypatch: pytest.MonkeyPatch):
+    """A network trained in float32 and timed in bf16 is ranked, and given its budget, by layers in bf16."""
+    recipe = replace(load_recipe("ranking", "device_rehearsal"), dtype="bf16")
+    seen = []
+
+    def asked(model, images, *rest, **options):
+        seen.append({images.dtype, *(p.dtype for p in model.parameters())})
+        raise InterruptedError
+
+    monkeypatch.setattr(companions, "unit_costs", asked)
+    monkeypatch.setattr(companions, "latency_budget", asked)
+    images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
+    loader = TensorLoader(images, torch.zeros(4, dtype=torch.int64))
+    shared = rows.Workplace(recipe, Path(), loader, loader, "data", torch.device("cpu"))
+    assert shared.largest_batch().shape == (16, 1, 8, 8)
+    network = rows.build(recipe.row("teacher").model, 10, 0)
+    for name in ("by predicted time 90.0%", "latency budget 2x"):
+        with pytest.raises(InterruptedError):
+            companions.callbacks_of(recipe.row(name).steps[0], network, shared.largest_batch())
+    assert seen == [{torch.bfloat16}] * 2 and next(network.parameters()).dtype == torch.float32
 
 
 def place() -> rows.Workplace:
@@ -194,7 +238,7 @@ def test_a_step_prunes_by_predicted_time():
 
     def pruned(**prune: object) -> dict[str, float]:
         step = parse(lambda data: data["rows"][1]["steps"][0].update(prune=prune)).rows[1].steps[0]
-        (callback,) = rows.callbacks_of(place(), step, model)
+        (callback,) = companions.callbacks_of(step, model, place().largest_batch())
         network = copy.deepcopy(model)
         callback.prepare(network, 1)
         callback.on_step_begin(0, 1, network)
@@ -213,7 +257,7 @@ def test_a_step_prunes_by_predicted_time():
 def test_a_step_prunes_and_rounds():
     beside = {"quantize": {"values": "int8", "begin": 0.5}, "sparse": {"begin": 0.8}}
     step = parse(lambda data: data["rows"][1]["steps"][0].update(beside)).rows[1].steps[0]
-    pruning, rounding, sparse = rows.callbacks_of(place(), step, nn.Identity())
+    pruning, rounding, sparse = companions.callbacks_of(step, nn.Identity(), torch.zeros(0))
     assert isinstance(pruning, sk.GradualPruning) and isinstance(rounding, sk.QuantizationAware)
     assert (rounding.values, rounding.begin, sparse.begin) == ("int8", 0.5, 0.8)
 
@@ -321,13 +365,13 @@ def test_conv_ranks_counts():
 
 @pytest.mark.parametrize("value", ["16x1", [16, 1], (16, 1), "16X1"])
 def test_block_shapes(value):
-    assert rows.block_shape(value) == (16, 1)
+    assert companions.block_shape(value) == (16, 1)
 
 
 @pytest.mark.parametrize("value", ["16", "16x0", [1, 2, 3], 16, "ax1"])
 def test_bad_block_shapes(value):
     with pytest.raises(ValueError, match="expected block_shape"):
-        rows.block_shape(value)
+        companions.block_shape(value)
 
 
 def test_dropout_of_a_recipe_model():

@@ -463,3 +463,15 @@ def test_the_preset_for_a_device_is_rehearsed(tmp_path):
     assert {p.dtype for p in weights} == {torch.bfloat16}, "the file names its architecture and its dtype"
     sk.load(path, dtype=torch.float32)(torch.zeros(1, 1, 8, 8))
     assert not list((tmp_path / "out").rglob("*.ckpt"))
+
+
+@pytest.mark.slow
+def test_the_comparison_of_rankings_is_rehearsed(tmp_path):
+    """The preset for a device with a tiny network: every way of ranking is trained, stored and timed."""
+    report, _ = run("ranking", tmp_path / "out", preset="device_rehearsal")
+    assert [row["name"] for row in report["rows"]] == [
+        row.name for row in load_recipe("ranking", "device_rehearsal").rows
+    ]
+    assert report["unfit"] == report["missing"] == []
+    for row in report["rows"]:
+        assert row["measurement"]["latency"] and "error" not in row["measurement"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -92,8 +93,10 @@ def test_ties_go_to_the_larger_block_and_narrow_ones_come_last() -> None:
     weight[:, 16:] = 0
     ranked = rank_patterns(LayerWeight(weight, None), None)
     assert ranked[0].block_shape == (128, 16)
-    # Nothing is gained by blocks of one channel here, and their kernel is the slowest.
-    assert all(p.kernel is not None for p in ranked) and ranked[-1].block_shape == (1, 1)
+    assert all(p.kernel is not None for p in ranked)
+    # Nothing is gained by blocks of one channel here, and of those that store as little their kernel is the slowest.
+    alike = [p.block_shape for p in ranked if p.nnz_blocks * math.prod(p.block_shape) == 128 * 16]
+    assert len(alike) > 8 and alike[-1] == (1, 1)
 
 
 def test_a_declared_block_shape_is_the_only_candidate() -> None:

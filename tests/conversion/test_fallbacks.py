@@ -110,12 +110,14 @@ def test_another_candidate_of_the_layer_may_still_win(
     monkeypatch.setattr(BlockSparseLinear, "forward", forward)
     model = nn.Sequential(nn.Linear(64, 64))
     with torch.no_grad():
-        model[0].weight.mul_(torch.rand(64, 64) < 0.1)  # the narrower the block, the less is stored
+        # Nearly every block of 16 is stored, and a quarter of those of 4 is not: too few for their slower kernel, with
+        # AVX2 as with AVX-512, so they are tried second.
+        model[0].weight.mul_(torch.rand(64, 64) < 0.3)
     policy = Policy(
-        min_speedup=0, repeats=1, budget_s=0, backend=BACKEND, block_shapes=((16, 1), (8, 1)), measured_candidates=2
+        min_speedup=0, repeats=1, budget_s=0, backend=BACKEND, block_shapes=((16, 1), (4, 1)), measured_candidates=2
     )
     fast = convert(model, [random_tensor(3, 64, seed=1), random_tensor(2, 64, seed=2)], policy=policy)
-    assert fast[0].block_shape == (8, 1)
+    assert fast[0].block_shape == (4, 1)
     reason = explain(fast).plan["0"].reason
     assert "the candidate of (16, 1) blocks failed: RuntimeError: no memory for it" in reason
     assert reason.count("failed") == 1 and "the speed of dense" in reason

@@ -33,7 +33,8 @@ PACKAGES = {
         "demo, bench, tune", "plots, weights, info, comparison, peers",
     ),
     "recipes": (
-        "runner", "measurement, report", "rows, figures, summary", "store, schema, sources, clock", "checks",
+        "runner", "measurement, report", "rows, figures, summary", "companions", "store, schema, sources, clock",
+        "checks",
         "__init__",
     ),
     "data": ("__init__", "datasets", "decoded, tensor_loader"),
