@@ -60,7 +60,7 @@ def measure(place: Workplace, rows: Sequence[Row], *, compile: bool = True) -> d
     """
     recipe, seed = place.recipe, 0
     images = {batch: _images(place, batch) for batch in recipe.batches}
-    inputs = [(_images(place, batch),) for batch in recipe.convert_batches]
+    inputs = [(_images(place, batch),) for batch in recipe.batches]
     teacher = place.network(recipe.rows[0].name, seed)
     dense_file = place.folder(recipe.rows[0], seed) / "dense.safetensors"
     save_dense(teacher, dense_file)

@@ -29,7 +29,6 @@ _PRESET_KEYS = (
     "data",
     "batch_size",
     "batches",
-    "convert_batches",
     "seconds",
     "variables",
     "note",
@@ -121,9 +120,9 @@ class Recipe:
     """A recipe under one preset: rows in order, and how they are trained and measured.
 
     ``data`` is the data set that the preset brings itself (None: the caller names one); ``batches`` and ``seconds`` are
-    the batch sizes and the timing budget per network of the measurement, ``policy`` the `Policy` of its conversions,
-    and ``convert_batches`` the batch sizes at which a layer has to be faster to be swapped (default: ``batches``).
-    ``goals`` are what one row is to reach at once (`GOAL_KEYS`), ``published`` what others reached.
+    the batch sizes, at all of which a swapped layer has to be faster, and the timing budget per network of the
+    measurement, and ``policy`` the `Policy` of its conversions. ``goals`` are what one row is to reach at once
+    (`GOAL_KEYS`), ``published`` what others reached.
     ``dtype`` is that of the networks as they are measured, ``train_seconds`` what all trainings of a call may take
     together; without ``checkpoints`` a training that is interrupted begins anew.
     """
@@ -138,7 +137,6 @@ class Recipe:
     seconds: float
     note: str = ""
     policy: Mapping[str, Any] = field(default_factory=dict)
-    convert_batches: tuple[int, ...] = ()
     goals: tuple[Mapping[str, Any], ...] = ()
     published: tuple[Mapping[str, Any], ...] = ()
     dtype: str = "fp32"
@@ -204,7 +202,6 @@ def parse_recipe(text: str, preset: str, where: str = "recipe") -> Recipe:
     _check_order(rows, where)
     for patterns in data.get("compared") or []:
         _check_budgets(patterns, every, rows, f"{where}: compared")
-    batches = chosen.get("batches", (1, 128))
     return Recipe(
         name=str(data["name"]),
         title=str(data.get("title", data["name"])),
@@ -212,11 +209,10 @@ def parse_recipe(text: str, preset: str, where: str = "recipe") -> Recipe:
         rows=tuple(rows),
         data=chosen.get("data"),
         batch_size=positive(chosen["batch_size"], f"{where}: batch_size"),
-        batches=tuple(positive(b, f"{where}: batches") for b in batches),
+        batches=tuple(positive(b, f"{where}: batches") for b in chosen.get("batches", (1, 128))),
         seconds=float(chosen.get("seconds", 1.0)),
         note=str(chosen.get("note", "")),
         policy=mapping(chosen.get("policy") or {}, f"{where}: policy of preset {preset}", _settings_of("convert")),
-        convert_batches=tuple(positive(b, f"{where}: convert_batches") for b in chosen.get("convert_batches", batches)),
         goals=tuple(mapping(goal, f"{where}: goals of preset {preset}", GOAL_KEYS) for goal in chosen.get("goals", ())),
         dtype=_dtype(chosen.get("dtype", "fp32"), f"{where}: dtype of preset {preset}"),
         train_seconds=seconds(chosen.get("train_seconds"), f"{where}: train_seconds of preset {preset}"),
