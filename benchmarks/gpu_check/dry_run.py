@@ -65,6 +65,7 @@ EXTRA = {
     "low_rank": ("--smoke",),
     "trainer": ("--smoke", "--device", "cpu"),
     "recipe": ("--preset", "device_rehearsal", "--no-compile", "--device", "cpu"),  # the stand-in holds no memory
+    "ranking": ("--preset", "device_rehearsal", "--only", "teacher", "--no-compile", "--device", "cpu"),
 }
 # Kernels that must have been launched somewhere.
 KERNELS = (

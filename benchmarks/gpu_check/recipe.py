@@ -1,8 +1,8 @@
-"""The recipe's preset for one call on a GPU: train, prune, distil, convert, time, and a report with its checkpoints.
+"""A recipe's preset for one call on a GPU: train, prune, distil, convert, time, and a report with its checkpoints.
 
-What it leaves in the folder of all results is one archive, ``slimnets-device.tar.gz``: ``report.md``, ``report.json``,
-pictures, the compact files of its rows, each under 2 MB, and the results of every step; of a run that is cut off,
-what was done by then. ``slimkernels reproduce ... --only report`` makes the report from those results.
+What it leaves in the folder of all results is one archive, such as ``slimnets-device.tar.gz``: ``report.md``,
+``report.json``, pictures, the compact files of its rows, each under 2 MB, and the results of every step; of a run that
+is cut off, what was done by then. ``slimkernels reproduce ... --only report`` makes the report from those results.
 """
 
 from __future__ import annotations
@@ -25,17 +25,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = options.parser(__doc__)
     parser.add_argument("--state", type=Path, required=True, help="folder of all results")
     parser.add_argument("--data", default=os.environ.get("DATA"), help="as of slimkernels reproduce (default: $DATA)")
-    parser.add_argument("--preset", default="device", help="of the recipe slimnets")
+    parser.add_argument("--recipe", default="slimnets", help="of the package (default: %(default)s)")
+    parser.add_argument("--preset", default="device", help="of the recipe (default: %(default)s)")
     parser.add_argument("--only", nargs="*", default=(), help="as of slimkernels reproduce")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="no torch.compile as a baseline")
     parsed = parser.parse_args(arguments)
     options.prepare(parsed.device)
-    out = parsed.state / "slimnets-device"
+    out = parsed.state / f"{parsed.recipe}-device"
     begun = time.monotonic()
     torch.backends.cudnn.benchmark = parsed.device == "cuda"
 
     def pack() -> None:
-        with tarfile.open(parsed.state / "slimnets-device.tar.gz", "w:gz") as archive:
+        with tarfile.open(parsed.state / f"{out.name}.tar.gz", "w:gz") as archive:
             for path in sorted({path for pattern in _KEPT for path in out.glob(pattern)}):
                 archive.add(path, path.relative_to(parsed.state))
 
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     try:
         report = reproduce(
-            "slimnets",
+            parsed.recipe,
             preset=parsed.preset,
             out=out,
             data=parsed.data,

@@ -18,7 +18,7 @@ from gpu_check.plan import TRITON_CACHE, Stage, plan_text
 
 FORMAT = 1
 # At most eight files come home, none deeper than two folders; these are results.json, log.txt, plan.txt and these.
-_COPIED = ("tests.xml", "again.xml", "counters.csv", "build.txt", "slimnets-device.tar.gz")
+_COPIED = ("tests.xml", "again.xml", "counters.csv", "build.txt", "slimnets-device.tar.gz", "ranking-device.tar.gz")
 _LOG_BYTES = 12 * 2**20
 _STAGE_LOG_BYTES = 2 * 2**20
 
