@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from slimkernels.dispatch.gpu_dense_cost import max_pool, vendor_convolution
+from slimkernels.dispatch.gpu_dense_cost import elementwise, max_pool, vendor_convolution
 from slimkernels.dispatch.gpu_prediction import Config, Prediction, traffic_s
 from slimkernels.dispatch.gpu_rates import GpuRates
 from slimkernels.kernels.problems import FusedConvProblem
@@ -46,9 +46,8 @@ def gpu_fused_layers(problem: FusedConvProblem, backend: str, rates: GpuRates) -
     """The vendor's convolution, with its ReLU inside (``cuda``), or with bias and ReLU as passes (``reference``)."""
     found, (_, y_bytes) = vendor_convolution(problem, rates), problem.io_bytes(pooled=False)
     passes = list(found.passes)
-    if backend == "reference" and problem.epilogue != "none":  # read and written again for the bias, and for ReLU
-        again = Prediction(0.0, 0.0, traffic_s(2 * y_bytes, rates), rates.launch_s, chain_s=2 * rates.latency_s)
-        passes += [again, again]
+    if backend == "reference" and problem.epilogue != "none":  # for the bias, and for ReLU
+        passes += [elementwise(y_bytes, rates)] * 2
     if problem.epilogue == "relu_maxpool2":
         passes.append(max_pool(problem, rates))
     return replace(found, passes=tuple(passes))

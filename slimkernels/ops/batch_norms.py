@@ -12,7 +12,7 @@ from slimkernels.kernels import reference
 from slimkernels.kernels.problems import Request
 from slimkernels.ops import transforms
 from slimkernels.ops.calls import BatchNormBackwardCall, BatchNormForwardCall
-from slimkernels.ops.library import OPS, check_bias, check_epilogue, has_tangent, register, register_gradient
+from slimkernels.ops.library import check_bias, check_epilogue, has_tangent, register, register_gradient, run
 
 _OP = "batch_norm"
 
@@ -104,8 +104,10 @@ def _autograd(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...
     x, weight, bias, statistics = ctx.saved_tensors
     if grad is None:
         return (None,) * 6
-    kernel = ctx.settings[2].replace("_forward", "_backward")
-    grad_x, sums = OPS.batch_norm_backward.default(grad, x, weight, bias, statistics, *ctx.settings[:2], kernel)
+    eps, epilogue, kernel = ctx.settings
+    kernel = kernel.replace("_forward", "_backward")
+    call = BatchNormBackwardCall(grad, x, weight, bias, statistics, eps, epilogue, kernel)
+    grad_x, sums = run("batch_norm_backward", call, grad, x, weight, bias, statistics)
     of_bias = of_weight = None
     if weight is not None and ctx.needs_input_grad[1]:
         of_weight = sums[1].to(weight.dtype)
@@ -164,7 +166,7 @@ def batch_norm(
         _output_shape(call)
         y, statistics = reference.batch_norm_forward(x, weight, bias, eps, epilogue)
     else:
-        y, statistics = OPS.batch_norm_forward.default(*call)
+        y, statistics = run("batch_norm_forward", call, x, weight, bias)
     if running_mean is not None and running_var is not None:
         for name, running in (("running_mean", running_mean), ("running_var", running_var)):
             check_bias(_OP, running, x.shape[1])

@@ -25,7 +25,6 @@ from slimkernels.kernels.triton.bsr_conv2d_index import check_order
 from slimkernels.ops import transforms
 from slimkernels.ops.calls import BSRConv2dBackwardCall, BSRConv2dCall, BSRLinearCall
 from slimkernels.ops.library import (
-    OPS,
     cast_floats,
     check_bias,
     check_epilogue,
@@ -34,7 +33,7 @@ from slimkernels.ops.library import (
     register,
     register_autocast,
     register_gradient,
-    runs_plainly,
+    run,
     with_channels_last_strides,
 )
 
@@ -276,7 +275,11 @@ def _output_mask(ctx: Any) -> list[bool]:
 def _bsr_conv2d_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     settings = {**ctx.settings, "output_mask": _output_mask(ctx)}
     call = BSRConv2dBackwardCall(grad, *ctx.saved_tensors, **settings)
-    return _gradients(ctx, OPS.bsr_conv2d_backward(*call))
+    return _gradients(ctx, _run_backward(call))
+
+
+def _run_backward(call: BSRConv2dBackwardCall) -> tuple[Tensor, Tensor, Tensor]:
+    return run("bsr_conv2d_backward", call, call.grad, call.x, call.values, call.bias, call.y)
 
 
 def _bsr_linear_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -293,7 +296,7 @@ def _bsr_linear_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         "output_mask": _output_mask(ctx),
     }
     call = BSRConv2dBackwardCall(rows_of_grad, rows, values, crow, col, bias, rows_of_y, transposed, **settings)
-    grad_x, grad_values, grad_bias = OPS.bsr_conv2d_backward(*call)
+    grad_x, grad_values, grad_bias = _run_backward(call)
     if ctx.needs_input_grad[0]:
         grad_x = grad_x.reshape(x.shape)
     return _gradients(ctx, (grad_x, grad_values, grad_bias))
@@ -392,7 +395,7 @@ def bsr_conv2d(
         _conv2d_output_shape(call)
         check_pattern("bsr_conv2d", crow_indices, col_indices, weight_shape, block_shape)
         return reference.bsr_conv2d(x, *weight, bias, (), *geometry, epilogue)
-    return _bsr_conv2d(call) if runs_plainly(x, *weight, bias) else OPS.bsr_conv2d.default(*call)
+    return run("bsr_conv2d", call, x, *weight, bias)
 
 
 def bsr_linear(
@@ -442,4 +445,4 @@ def bsr_linear(
         _check_linear(call)
         check_pattern("bsr_linear", crow_indices, col_indices, weight_shape, block_shape)
         return reference.bsr_linear(x, *weight, bias, (), *sizes, epilogue)
-    return _bsr_linear(call) if runs_plainly(x, *weight, bias) else OPS.bsr_linear.default(*call)
+    return run("bsr_linear", call, x, *weight, bias)

@@ -15,7 +15,6 @@ from slimkernels.kernels.problems import FusedConvProblem, check_geometry, conv_
 from slimkernels.ops import transforms
 from slimkernels.ops.calls import FusedConv2dCall
 from slimkernels.ops.library import (
-    OPS,
     cast_floats,
     check_bias,
     check_epilogue,
@@ -24,7 +23,7 @@ from slimkernels.ops.library import (
     register,
     register_autocast,
     register_gradient,
-    runs_plainly,
+    run,
     with_channels_last_strides,
 )
 
@@ -146,4 +145,4 @@ def fused_conv2d(
     if has_tangent(x, weight, bias):
         _output_shape(call)
         return reference.fused_conv2d(x, weight, bias, stride, padding, dilation, epilogue)
-    return _fused_conv2d(call) if runs_plainly(x, weight, bias) else OPS.fused_conv2d.default(*call)
+    return run(_OP, call, x, weight, bias)

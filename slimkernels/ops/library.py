@@ -71,10 +71,16 @@ _SCHEMAS = (
 for _schema in _SCHEMAS:
     LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
+# By op: what `run` calls in place of torch's dispatcher.
+_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
+_FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
+_CASTS: dict[str, Callable[[str, Any], tuple[Any, ...]]] = {}
+
 
 def register(name: str, impl: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Registers an op's implementation for CPU and CUDA tensors and its fake; both take the record of its arguments."""
     call = CALLS[name]
+    _IMPLEMENTATIONS[name] = impl
     for key in ("CPU", "CUDA"):
         LIBRARY.impl(name, lambda *args: impl(call(*args)), key)
     torch.library.register_fake(f"slimkernels::{name}", lambda *args: fake(call(*args)), lib=LIBRARY)
@@ -90,9 +96,16 @@ def _no_context(ctx: Any, call: Any, output: Any) -> None:
 
 
 def register_gradient(
-    name: str, backward: Callable[..., Any], setup_context: Callable[..., None] = _no_context
+    name: str,
+    backward: Callable[..., Any],
+    setup_context: Callable[..., None] = _no_context,
+    *,
+    lists_have_gradients: bool = False,
 ) -> None:
-    """Registers an op's derivative: ``setup_context(ctx, call, output)`` and ``backward(ctx, *grads)``, as torch's."""
+    """Registers an op's derivative: ``setup_context(ctx, call, output)`` and ``backward(ctx, *grads)``, as torch's.
+
+    Args: lists_have_gradients: then the op always goes through the dispatcher, which alone looks into lists.
+    """
     call = CALLS[name]
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -100,18 +113,84 @@ def register_gradient(
 
     torch.library.register_autograd(f"slimkernels::{name}", backward, setup_context=setup, lib=LIBRARY)
 
+    if lists_have_gradients:
+        return
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        record = call(*args)
+        output = _IMPLEMENTATIONS[name](record)
+        setup_context(ctx, record, output)
+        return output
+
+    def gradients(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        # A list of tensors is one argument here, and has no gradient.
+        return tuple(None if isinstance(grad, list) else grad for grad in backward(ctx, *grads))
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(gradients), "__doc__": f"`{name}`, recorded."}
+    _FUNCTIONS[name] = type(name, (torch.autograd.Function,), members)
+
 
 def register_autocast(name: str, cast: Callable[[str, Any], tuple[Any, ...]]) -> None:
     """Registers ``cast(device_type, call)``, which gives the arguments of the op, to run under autocast before it."""
     op, call = getattr(torch.ops.slimkernels, name).default, CALLS[name]
-    for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-        keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+    _CASTS[name] = cast
+    for device, keyset in _AUTOCAST_KEYS.items():
 
         def impl(*args: Any, device: str = device, keyset: Any = keyset) -> Any:
             with torch._C._ExcludeDispatchKeyGuard(keyset):
                 return op(*cast(device, call(*args)))
 
-        LIBRARY.impl(name, impl, key)
+        LIBRARY.impl(name, impl, f"Autocast{device.upper()}")
+
+
+_AUTOCAST_KEYS = {
+    device: torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
+    for device in ("cpu", "cuda")
+}
+
+
+def run(name: str, call: Any, x: Tensor, *others: Tensor | None) -> Any:
+    """An op on the record of its arguments, without torch's dispatcher where only autograd and autocast would see it.
+
+    The same functions run either way; the dispatcher packs the arguments anew for each of autocast, autograd and the
+    kernel. MEASURED
+
+    Args: x and others are the tensors of the call that may need a gradient.
+    """
+    if not _unwatched(x, *others):
+        return _dispatched(name, call)
+    device = "cpu" if x.is_cpu else "cuda"
+    if name in _CASTS and _is_autocast_enabled(device):
+        call = CALLS[name](*_CASTS[name](device, call))
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS[device]):
+            return _run(name, call, x, *others)
+    return _run(name, call, x, *others)
+
+
+def _run(name: str, call: Any, *tensors: Tensor | None) -> Any:
+    if not (_is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)):
+        return _IMPLEMENTATIONS[name](call)
+    if name not in _FUNCTIONS:
+        return _dispatched(name, call)
+    # For mypy: apply has no types.
+    return _FUNCTIONS[name].apply(*call)  # type: ignore[no-untyped-call]
+
+
+def _dispatched(name: str, call: Any) -> Any:
+    return getattr(OPS, name).default(*call)
+
+
+def _unwatched(*tensors: Tensor | None) -> bool:
+    """Whether all tensors are plain (`slimkernels.tensors.is_plain`) and only autograd and autocast could see an op."""
+    return (
+        not _is_compiling()
+        and all(t is None or (type(t) in _PLAIN_TYPES and is_plain(t)) for t in tensors)
+        and _modes() == 0
+        and _function_modes() == 0
+        and _transforms() is None
+        and _tracing() is None
+        and forward_ad._current_level < 0
+    )
 
 
 def cast_floats(args: Sequence[Any], dtype: torch.dtype) -> tuple[Any, ...]:
@@ -189,14 +268,6 @@ def nothing_watches(x: Tensor, *others: Tensor | None) -> bool:
         and forward_ad._current_level < 0
         and not _is_autocast_enabled("cpu" if x.is_cpu else "cuda")
     )
-
-
-def runs_plainly(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether an op may call its implementation without torch's dispatcher: nothing watches, all tensors are plain.
-
-    On a 2.4 GHz Zen 3 a call of the op took 95 to 104 us where its implementation alone took 38 to 44 us.
-    """
-    return nothing_watches(x, *others) and all(other is None or is_plain(other) for other in others)
 
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)

@@ -24,7 +24,6 @@ from slimkernels.kernels.problems import (
 from slimkernels.ops import transforms
 from slimkernels.ops.calls import LowRankConv2dCall, LowRankLinearCall, LowRankLinearDgradCall
 from slimkernels.ops.library import (
-    OPS,
     cast_floats,
     check_bias,
     check_epilogue,
@@ -33,7 +32,7 @@ from slimkernels.ops.library import (
     register,
     register_autocast,
     register_gradient,
-    runs_plainly,
+    run,
     with_channels_last_strides,
 )
 
@@ -166,7 +165,8 @@ def _linear_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     grad_x: Any = None
     grad_z: Any = None
     if need_x:
-        grad_x, grad_z = OPS.low_rank_linear_dgrad(grad2d, U, V, ctx.kernel)
+        call = LowRankLinearDgradCall(grad2d, U, V, ctx.kernel)
+        grad_x, grad_z = run("low_rank_linear_dgrad", call, grad2d, U, V)
         grad_x = grad_x.reshape(x.shape)
     elif need_v:
         grad_z = grad2d @ U
@@ -224,7 +224,7 @@ def _conv2d_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 register_gradient("low_rank_linear", _linear_autograd, _linear_setup_context)
 register_gradient("low_rank_linear_dgrad", _dgrad_autograd, _dgrad_setup_context)
-register_gradient("low_rank_conv2d", _conv2d_autograd, _conv2d_setup_context)
+register_gradient("low_rank_conv2d", _conv2d_autograd, _conv2d_setup_context, lists_have_gradients=True)
 
 
 def _autocast(device: str, call: LowRankLinearCall | LowRankConv2dCall) -> tuple[Any, ...]:
@@ -279,7 +279,7 @@ def low_rank_linear(
     if has_tangent(x, U, V, bias):
         _check_linear(call)
         return reference.low_rank_linear(x, U, V, bias, (), epilogue)
-    return _low_rank_linear(call) if runs_plainly(x, U, V, bias) else OPS.low_rank_linear.default(*call)
+    return run("low_rank_linear", call, x, U, V, bias)
 
 
 def low_rank_conv2d(
@@ -327,4 +327,4 @@ def low_rank_conv2d(
     if has_tangent(x, *factors, bias):
         _conv2d_output_shape(call)
         return reference.low_rank_conv2d(x, factors, bias, (), stride, padding, dilation, kind, epilogue)
-    return _low_rank_conv2d(call) if runs_plainly(x, *factors, bias) else OPS.low_rank_conv2d.default(*call)
+    return run("low_rank_conv2d", call, x, *factors, bias)
