@@ -137,7 +137,7 @@ class Small(nn.Module):
 def residual(seed: int = 0) -> Residual:
     torch.manual_seed(seed)
     model = Residual()
-    for name, block in (("conv1", (16, 1)), ("conv2", (8, 4)), ("hidden", (4, 4))):
+    for name, block in (("conv1", (16, 1)), ("conv2", (16, 1)), ("hidden", (4, 4))):
         block_sparse_(model.get_submodule(name), block, seed=seed)
     randomize_batch_norm_(model, seed)
     return model.eval()
