@@ -22,7 +22,7 @@ GROUPS = {CLUSTER: (16, 8, 4), COUNTER: (32, 16, 8)}  # thread blocks of a group
 COLUMN = 32  # output channels of an item: kChainColumn
 _PIXELS = 16  # of a warp: kChainPixels
 _WARPS = 8
-_READ_AHEAD = 12  # steps that the kernel reads behind the last one
+READ_AHEAD = 12  # steps that the kernel reads behind the last one
 _ALIGNED = 128  # bytes
 
 # Clocks, for choosing among plans and for docs/gpu.md; recalled or counted, none of them measured.
@@ -195,7 +195,7 @@ def pack(
     index = pack_index(crow_indices, col_indices, weight_shape, block_shape, COLUMN)
     weights = in_lane_order(steps_of(values, index, block_shape, COLUMN))
     tap, channel = index.taps >> 16, (index.taps & 0xFFFF) * STEP_CHANNELS
-    steps = index.taps.new_zeros(index.taps.numel() + _READ_AHEAD, 4)
+    steps = index.taps.new_zeros(index.taps.numel() + READ_AHEAD, 4)
     for i, column in enumerate(
         (channel, tap // s * dilation[0] - padding[0], tap % s * dilation[1] - padding[1], c_in - channel)
     ):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from slimkernels.kernels import chain_plan, cuda, cuda_tensor_cores
-from slimkernels.kernels.chain_plan import CLUSTER, COLUMN, COUNTER, GROUPS, ChainPack, ChainPlan, Sizes
+from slimkernels.kernels.chain_plan import CLUSTER, COLUMN, COUNTER, GROUPS, READ_AHEAD, ChainPack, ChainPlan, Sizes
 from slimkernels.kernels.problems import Pair, check_geometry
 from slimkernels.kernels.resident_plan import STEP_CHANNELS
 
@@ -26,7 +26,10 @@ _ALIGNED = 16  # bytes
 
 
 class ChainLayer(NamedTuple):
-    """A convolution packed for the chain, by `pack_layer`: a copy, which later writes to the weight do not reach."""
+    """A convolution packed for the chain, by `pack_layer`: a copy, which later writes to the weight do not reach.
+
+    The kernel follows the indices in it without a check; `launch_chain` checks their number alone.
+    """
 
     pack: ChainPack
     bias: Tensor | None
@@ -171,11 +174,7 @@ def launch_chain(x: Tensor, layers: Sequence[ChainLayer], config: Mapping[str, i
             f"got {tuple(x.shape)} and {len(layers)} layers"
         )
     for i, layer in enumerate(layers):
-        for name, tensor in (("weights", layer.pack.weights), ("steps", layer.pack.steps), ("bias", layer.bias)):
-            if tensor is not None and tensor.device != x.device:
-                raise ValueError(f"{OP}: expected {name} of layer {i} on {x.device}, got {tensor.device}")
-            if tensor is not None and name != "steps" and tensor.dtype != x.dtype:
-                raise TypeError(f"{OP}: expected {name} of layer {i} of {x.dtype}, got {tensor.dtype}")
+        _check_layer(i, layer, x)
     n = x.shape[0]
     plan = plan_for(x if n else x.new_empty(1, *x.shape[1:]), layers, config)
     x = x.contiguous(memory_format=torch.channels_last)
@@ -202,6 +201,29 @@ def launch_chain(x: Tensor, layers: Sequence[ChainLayer], config: Mapping[str, i
     )
     cuda._check(OP, module, status)
     return y
+
+
+def _check_layer(i: int, layer: ChainLayer, x: Tensor) -> None:
+    """Raises where a layer's tensors are not of x's device and dtype, or not as large as the kernel reads them."""
+    pack = layer.pack
+    columns = -(-layer.sizes.c_out // COLUMN)
+    shapes: tuple[tuple[str, Tensor | None, torch.dtype, tuple[int, ...]], ...] = (
+        ("weights", pack.weights, x.dtype, (pack.weights.shape[0], COLUMN * STEP_CHANNELS)),
+        ("steps", pack.steps, torch.int32, (pack.weights.shape[0] + READ_AHEAD, 4)),
+        ("starts", pack.starts, torch.int32, (max(pack.starts.numel(), columns + 1),)),
+        ("bias", layer.bias, x.dtype, (layer.sizes.c_out,)),
+    )
+    for name, tensor, dtype, shape in shapes:
+        if tensor is None:
+            continue
+        if tensor.device != x.device:
+            raise ValueError(f"{OP}: expected {name} of layer {i} on {x.device}, got {tensor.device}")
+        if tensor.dtype != dtype:
+            raise TypeError(f"{OP}: expected {name} of layer {i} of {dtype}, got {tensor.dtype}")
+        if tuple(tensor.shape) != shape or not tensor.is_contiguous():
+            raise ValueError(
+                f"{OP}: expected {name} of layer {i} of shape {shape}, contiguous, got {tuple(tensor.shape)}"
+            )
 
 
 def _layer_members(

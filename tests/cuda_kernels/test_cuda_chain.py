@@ -4,8 +4,8 @@ The emulation runs the thread blocks of a cluster, or of a cooperative launch, s
 thread stores is seen by others only once it arrives at the barrier between two layers, and in half of them one block
 runs ahead as far as the barriers let it. Workspace and outputs begin as NaN.
 
-The input of layer k is what the first k - 1 layers alone give: sums are added in a fixed order, so each layer is held to
-its own bound.
+The input of layer k is what the first k - 1 layers alone give: sums are added in a fixed order, so each layer is held
+to its own bound.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ from typing import Any
 import pytest
 import torch
 from cuda_emulation import ROOT, Emulator, compiled, emulate
-from torch import Tensor
+from torch import Tensor, nn
 
 from slimkernels.cases import ConvCase, to_device
+from slimkernels.inference.cuda_chain import chain_of
 from slimkernels.kernels import chain_plan, cuda, cuda_chain, cuda_tensor_cores
 from slimkernels.kernels.chain_plan import CLUSTER, COUNTER
 from slimkernels.kernels.cuda_chain import ChainLayer, launch_chain, pack_layer
 from slimkernels.kernels.cuda_tensor_cores import Limits
+from slimkernels.nn import BlockSparseConv2d
 from slimkernels.testing import assert_close, drop_term, naive_bsr_conv2d, wrong_block
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -238,6 +240,18 @@ def test_refuses(name: str, device: Device):
         device.launch(given, layers, **(config[0] if config else {}))
 
 
+def test_a_pack_of_another_size_is_refused(device: Device):
+    layer = device.pack(replace(NARROW, c_out=64))
+    x = NARROW.inputs()[0]
+    for name, change in (("weights", lambda t: t[:, 1:]), ("steps", lambda t: t[1:]), ("starts", lambda t: t[1:])):
+        pack = layer.pack._replace(**{name: change(getattr(layer.pack, name))})
+        with pytest.raises(ValueError, match=rf"^chain_conv2d: expected {name} of layer 0 of shape"):
+            device.launch(x, [layer._replace(pack=pack)])
+    assert layer.bias is not None
+    with pytest.raises(ValueError, match=r"^chain_conv2d: expected bias of layer 0 of shape \(64,\)"):
+        device.launch(x, [layer._replace(bias=layer.bias[:8])])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -256,6 +270,77 @@ def test_a_layer_that_does_not_fit_is_refused(change: dict[str, Any], message: s
         pack_layer(*parts, *replace(case, **change).geometry())
 
 
+# Modules as a chain
+
+
+def modules_of(cases: Sequence[ConvCase], device: str) -> nn.Sequential:
+    """The layers as modules in eval mode, with an Identity where a batch norm or ReLU was."""
+    found: list[nn.Module] = []
+    for case in cases:
+        _, weight, bias = case.inputs()
+        conv = nn.Conv2d(case.c_in, case.c_out, case.kernel_size, case.stride, case.padding, case.dilation).to(BF16)
+        with torch.no_grad():
+            conv.weight.copy_(weight.to_dense())
+            assert conv.bias is not None and bias is not None
+            conv.bias.copy_(bias)
+        found += [BlockSparseConv2d.from_dense(conv, case.block_shape, epilogue=case.epilogue), nn.Identity()]
+    return nn.Sequential(*found).to(device).eval().requires_grad_(False)
+
+
+def test_modules_as_a_chain(device: Device):
+    cases, _ = CHAINS["pools"]
+    x = cases[0].inputs()[0].to(device.name)
+    model = modules_of(cases, device.name)
+    layers = [device.pack(case) for case in cases]
+    ours = chain_of([model], group=4)
+    assert torch.equal(ours(x), device.launch(x, layers, group=4))
+    convolution = model[0]
+    convolution.values.mul_(2)
+    with pytest.raises(RuntimeError, match=r"^chain_of: a weight was written since"):
+        ours(x)
+    assert not torch.equal(chain_of([model], group=4)(x), device.launch(x, layers, group=4))
+    with pytest.raises(TypeError, match=r"^chain_of: expected BlockSparseConv2d, .* got Conv2d"):
+        chain_of([nn.Conv2d(8, 8, 1).eval()])
+    with pytest.raises(ValueError, match=r"^chain_of: expected modules in eval mode, got a BlockSparseConv2d"):
+        chain_of([convolution.train()])
+    with pytest.raises(ValueError, match=r"^chain_of: expected a BlockSparseConv2d at least, got none"):
+        chain_of([])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", [{}, {"overlap": 1}, {"barrier": COUNTER}], ids=str)
+def test_a_chain_in_a_cuda_graph(config: dict[str, int]):
+    if cuda.available() is not None:
+        pytest.skip(str(cuda.available()))
+    if torch.cuda.get_device_capability() != (9, 0) and config.get("barrier") != COUNTER:
+        pytest.skip("the GPU has no clusters")
+    cases, _ = CHAINS["whole_network"]
+    x = cases[0].inputs()[0].cuda()
+    ours = chain_of([modules_of(cases, "cuda")], **config)
+    expected = ours(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = ours(x)
+        with pytest.raises(RuntimeError, match=r"^chain_conv2d: layers must be packed before"):
+            Device("cuda", None).pack(cases[0])
+    for _ in range(20):
+        out.zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(out, expected)
+
+
+@pytest.mark.slow
+def test_vgg19_at_batch_1(device: Device):
+    """All 15 layers at their sizes, sixteen thread blocks."""
+    sizes = ((64, 2), (128, 2), (256, 4), (512, 4), (512, 4))
+    channels = [c for c, count in sizes for _ in range(count)][1:]
+    ends = {1, 3, 7, 11, 15}
+    epilogues = ["relu_maxpool2" if i in ends else "relu" for i in range(1, 16)]
+    first = ConvCase(n=1, c_in=64, h=32, w=32, block_shape=(64, 16), dtype=BF16)
+    device.check(chain("vgg19", first, *channels, epilogues=epilogues), group=16)
+
+
 # What keeps it right
 
 BREAKS = {
@@ -263,14 +348,16 @@ BREAKS = {
     "stores after the barrier": (
         "chain_conv2d.cuh", "store_sums(l, tile, sums);\n    if (done) break;\n    if (!more) barrier.arrive();",
         "if (!more && !done) barrier.arrive();\n    store_sums(l, tile, sums);\n    if (done) break;", CLUSTER),
-    "the barrier in front of the sums": ("chain_conv2d.cuh", "hw::synchronize();\n    store_sums", "store_sums", CLUSTER),
+    "the barrier in front of the sums": (
+        "chain_conv2d.cuh", "hw::synchronize();\n    store_sums", "store_sums", CLUSTER),
     "the second set of sums": ("chain_conv2d.cuh", "set ^= 1;", "", CLUSTER),
     "a lane": ("chain_conv2d.cuh", "+ (lane & 3) * 4;", "+ ((lane ^ (lane == 17)) & 3) * 4;", CLUSTER),
     "a border": ("chain_conv2d.cuh", "(unsigned(at.y[i] + step[s].down) < unsigned(at.h))",
                  "(unsigned(at.y[i] + step[s].down) <= unsigned(at.h))", CLUSTER),
     "a share of the steps": ("chain_conv2d.cuh", "k < shares; ++k", "k < shares - 1; ++k", CLUSTER),
     "a group's own buffers": ("chain_conv2d.cuh", "group * l.y_group", "0 * l.y_group", CLUSTER),
-    "the counter's acquire": ("chain_conv2d.cuh", "if (threadIdx.x == 0) hw::wait_acquire(counter, target);", "", COUNTER),
+    "the counter's acquire": (
+        "chain_conv2d.cuh", "if (threadIdx.x == 0) hw::wait_acquire(counter, target);", "", COUNTER),
     "the block's barrier behind the wait": (
         "chain_conv2d.cuh", "hw::wait_acquire(counter, target);\n    hw::synchronize();",
         "hw::wait_acquire(counter, target);", COUNTER),
@@ -299,7 +386,8 @@ def fails(device: Device, mode: int, barrier: int) -> bool:
         try:
             torch.set_num_threads(1)
             device.set_mode(mode)
-            device.check(ORDERS, group=4, images=1, barrier=barrier)
+            for group in (4, 1):  # one item of a layer for a block, and several
+                device.check(ORDERS, group=group, images=1, barrier=barrier)
         except AssertionError:
             os._exit(1)
         os._exit(0)
