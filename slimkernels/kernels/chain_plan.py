@@ -131,7 +131,8 @@ def plan(
         each = images or -(-n // groups)
         if barrier == COUNTER and -(-n // each) > groups:
             continue  # blocks that wait for others must all be running
-        layers, inner, size = [], 0, (h, w)
+        layers: list[LayerPlan] = []
+        inner, size = 0, (h, w)
         for layer in sizes:
             inner = max(inner, size[0] * size[1] * layer.c_in) if layers else 0
             layers.append(_layer(layer, each, *size, group, barrier))

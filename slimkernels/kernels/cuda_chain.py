@@ -234,7 +234,7 @@ def _layer_members(
     buffers = [workspace.data_ptr(), workspace.data_ptr() + plan.buffer_bytes]
     of_group = 2 * plan.buffer_bytes
     read_at, read_step = x.data_ptr(), plan.images * x[0].numel() * size
-    members = []
+    members: list[tuple[int, ...]] = []
     for i, (layer, planned) in enumerate(zip(layers, plan.layers, strict=True)):
         write_at, write_step = buffers[i % 2], of_group
         if i == len(layers) - 1:
