@@ -9,6 +9,7 @@ import pytest
 import torch
 from places import ROOT
 
+from slimkernels import _extension
 from slimkernels.cases import ConvCase
 from slimkernels.kernels import chain_plan
 from slimkernels.kernels.chain_plan import CLUSTER, COUNTER, Sizes, layer_clocks, obstacle, pack, plan
@@ -147,3 +148,27 @@ def test_an_empty_pattern_has_no_steps():
     weight = replace(case, dtype=torch.bfloat16).weight()
     found = pack(weight.values, weight.crow_indices, weight.col_indices, weight.weight_shape, (32, 16), ONE, ONE)
     assert found.most == 0 and found.starts.tolist() == [0, 0, 0] and found.steps.shape == (12, 4)
+
+
+def test_the_binding_refuses_what_would_wrap():
+    module, reason = _extension.load()
+    if module is None or not module.build_info()["cuda"]:
+        pytest.skip(f"the extension has no CUDA code: {reason or 'built without'}")
+    layer = [0] * 8 + [8, 8, 64, 64, 8, 8, 1, 1, 1, 0, 0]
+    rest = [0, 1, 1, 4, 0, 0, 2, 0, 0]
+
+    def refused(message: str, layers: list[list[int]], numbers: list[int]) -> None:
+        with pytest.raises((ValueError, TypeError), match=f"^cuda_chain_conv2d: {message}"):
+            module.cuda_chain_conv2d([tuple(one) for one in layers], *numbers)
+
+    refused("h = 0 is out of range", [[*layer[:8], 0, *layer[9:]]], rest)
+    refused("row_bits = 4 is out of range", [[*layer[:-1], 4]], rest)
+    refused("expected 19 arguments, got 18", [layer[:-1]], rest)
+    refused("count = 0 is out of range", [], rest)
+    refused("count = 33 is out of range", [layer] * 33, rest)
+    refused("expected 11 arguments, got 10", [layer], rest[:-1])
+    refused("c_in and c_out are not multiples of 8", [[*layer[:10], 60, *layer[11:]]], rest)
+    refused("the images of a group have 2", [[*layer[:8], 4096, 4096, *layer[10:]]], rest)
+    refused("p or q is too small", [[*layer[:12], 1, 1, 1, 1, 1, 1, 0]], rest)
+    with pytest.raises(ValueError, match=r"^cuda_chain_groups: group, barrier or device is out of range"):
+        module.cuda_chain_groups(0, 0, 2, 0)
