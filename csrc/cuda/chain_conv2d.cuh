@@ -253,7 +253,7 @@ SLIM_DEVICE void chain_conv2d(const ChainArguments& a) {
   tile.fetch();
   hw::wait_for_previous_kernel();  // which wrote the first layer's x, or still reads y
   while (true) {
-    // What comes next is found while pixels are on their way, and fetched while the group waits.
+    // What comes next is found while the sums are on their way to L2, and fetched while the group waits.
     const SlimCudaChainLayer& l = a.layers[layer];
     const bool more = item + a.group < ChainPlace::items(l, images), done = !more & (layer + 1 == a.count);
     const int next_layer = more | done ? layer : layer + 1, next_item = more ? item + a.group : rank;
@@ -261,8 +261,6 @@ SLIM_DEVICE void chain_conv2d(const ChainArguments& a) {
     const int first = column_start(next, next_item, 0), last = column_start(next, next_item, 1);
     if (item == rank && layer > 0) barrier.wait();
     tile.begin();
-    ChainPlace place;
-    place.find(next, group, images, next_item, first, last);
     float sum[2][2][4] = {};
     tile.multiply(sum);
     const uint32_t sums = shared + set * (kChainShared / 2);
@@ -270,8 +268,8 @@ SLIM_DEVICE void chain_conv2d(const ChainArguments& a) {
     hw::synchronize();
     store_sums(l, tile, sums);
     if (done) break;
+    tile.at.find(next, group, images, next_item, first, last);
     if (!more) barrier.arrive();
-    tile.at = place;
     tile.fetch();
     layer = next_layer;
     item = next_item;

@@ -343,11 +343,15 @@ def test_vgg19_at_batch_1(device: Device):
 
 # What keeps it right
 
+AFTER_THE_SUMS = """{}store_sums(l, tile, sums);
+    if (done) break;
+    tile.at.find(next, group, images, next_item, first, last);
+    if (!more) {};"""
 BREAKS = {
     "the wait for the group": ("chain_conv2d.cuh", "if (item == rank && layer > 0) barrier.wait();", "", CLUSTER),
     "stores after the barrier": (
-        "chain_conv2d.cuh", "store_sums(l, tile, sums);\n    if (done) break;\n    if (!more) barrier.arrive();",
-        "if (!more && !done) barrier.arrive();\n    store_sums(l, tile, sums);\n    if (done) break;", CLUSTER),
+        "chain_conv2d.cuh", AFTER_THE_SUMS.format("", "barrier.arrive()"),
+        AFTER_THE_SUMS.format("if (!more && !done) barrier.arrive();\n    ", "{}"), CLUSTER),
     "the barrier in front of the sums": (
         "chain_conv2d.cuh", "hw::synchronize();\n    store_sums", "store_sums", CLUSTER),
     "the second set of sums": ("chain_conv2d.cuh", "set ^= 1;", "", CLUSTER),
