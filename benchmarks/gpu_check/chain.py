@@ -2,8 +2,8 @@
 
 Each configuration of the chain is checked layer by layer against float64: the input of a layer is what the layers in
 front of it give alone, which is bit for bit what they give inside the chain. On an H200 the graph of the whole network
-took 84.7 us at batch 1 and 97.8 at batch 16; `slimkernels.kernels.chain_plan` expects 13.8 and 15.8 us of the chain. The
-kernel has not run on a GPU.
+took 84.7 us at batch 1 and 97.8 at batch 16; `slimkernels.kernels.chain_plan` expects 13.8 and 15.8 us of the chain.
+The kernel has not run on a GPU.
 """
 
 from __future__ import annotations
