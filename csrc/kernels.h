@@ -1,9 +1,9 @@
 // Every native entry point of slimkernels and its preconditions.
 //
-// The caller (slimkernels/kernels/cpu/{conv2d,weight_gradient}.py for the CPU, kernels/cuda.py and cuda_tensor_cores.py
-// for CUDA) has checked device, dtype, strides, bounds and what index tensors hold; bindings/ has checked the ranges of
-// all numbers; nothing behind them checks again. Entry points return 0 on success and one of the SLIM_ERROR codes
-// otherwise.
+// The caller (slimkernels/kernels/cpu/{conv2d,weight_gradient}.py for the CPU, kernels/cuda.py, cuda_tensor_cores.py
+// and cuda_chain.py for CUDA) has checked device, dtype, strides, bounds and what index tensors hold; bindings/ has
+// checked the ranges of all numbers; nothing behind them checks again. Entry points return 0 on success and one of the
+// SLIM_ERROR codes otherwise.
 //
 // C types only: this header is included by translation units built for different instruction sets.
 #pragma once
@@ -234,6 +234,50 @@ typedef struct SlimCudaStemConv2d {
   void* stream;
 } SlimCudaStemConv2d;
 
+// A chain of block-sparse convolutions of a few images in one launch, bf16 or fp16 (slimkernels/kernels/chain_plan.py).
+// `images` neighbouring images are taken through all layers by a group of `group` thread blocks, which wait for each
+// other between two layers. A layer:
+//   weights: (steps, 512): 32 output channels x 16 input channels in the order in which lanes hold them
+//   starts:  (ceil(c_out/32) + 1): the first step of each column of 32 output channels, not decreasing
+//   steps:   (steps, 4): of each step the first input channel, how many pixels down and to the right of
+//            (row * stride_h, column * stride_w) it reads, and c_in less the first input channel; and 12 steps more,
+//            which are read and not used
+// Preconditions: x of a group is (images,h,w,c_in) and y (images,p,q,c_out), or (images,p/2,q/2,c_out) with pool, the
+// next group's x_group and y_group bytes on; all addresses multiples of 16; c_in and c_out multiples of 8. A layer
+// reads what the one in front wrote and writes nothing that a group reads or writes in the same layer, or another group
+// in any.
+typedef struct SlimCudaChainLayer {
+  const void* x;
+  void* y;
+  const void* bias;  // c_out values of `dtype`, or NULL
+  const void* weights;
+  const int32_t* starts;
+  const int32_t* steps;
+  int64_t x_group, y_group;
+  int32_t h, w, c_in, c_out, p, q;
+  int32_t stride_h, stride_w;
+  int32_t relu, pool;  // as in SlimCudaResidentConv2d
+  int32_t row_bits;    // 2^row_bits of a block's eight warps share out pixels, 0 to 3, and the rest the steps of each
+} SlimCudaChainLayer;
+
+enum { SLIM_CUDA_MAX_CHAIN = 32 };
+enum { SLIM_CHAIN_CLUSTER = 0, SLIM_CHAIN_COUNTER = 1 };
+typedef struct SlimCudaChain {
+  const SlimCudaChainLayer* layers;  // in the host's memory
+  int32_t* counters;  // SLIM_CHAIN_COUNTER: a zero for each group, which the launch overwrites; else NULL
+  int64_t n;
+  int32_t count;    // of layers, at most SLIM_CUDA_MAX_CHAIN
+  int32_t images;   // of a group
+  int32_t group;    // thread blocks: a cluster of up to 16, or with SLIM_CHAIN_COUNTER any number
+  int32_t barrier;  // SLIM_CHAIN_CLUSTER needs sm_90; SLIM_CHAIN_COUNTER that all blocks can run at the same time
+  // 0 or 1: it may begin before the kernel in front of it has ended; that one wrote neither weights, steps, starts,
+  // bias nor counters.
+  int32_t overlap;
+  int32_t dtype;
+  int32_t device;
+  void* stream;
+} SlimCudaChain;
+
 // Fused low-rank linear layer: y = epilogue((x V^T) U^T + bias), the (m, rank) product held in shared memory as fp32.
 // Preconditions: x is (m,in), v is (rank,in), u is (out,rank), y is (m,out), all contiguous and of `dtype`;
 // m,in,out >= 1; 1 <= rank <= SLIM_CUDA_MAX_FUSED_RANK.
@@ -257,6 +301,9 @@ enum { SLIM_CUDA_MAX_FUSED_RANK = 640 };
 SLIM_HIDDEN int slim_cuda_bsr_conv2d(const SlimCudaBsrConv2d* a);
 SLIM_HIDDEN int slim_cuda_resident_conv2d(const SlimCudaResidentConv2d* a);
 SLIM_HIDDEN int slim_cuda_stem_conv2d(const SlimCudaStemConv2d* a);
+SLIM_HIDDEN int slim_cuda_chain_conv2d(const SlimCudaChain* a);
+// How many groups of so many thread blocks the device runs at the same time; 0 where it cannot run one.
+SLIM_HIDDEN int slim_cuda_chain_groups(int32_t group, int32_t barrier, int32_t dtype, int32_t device, int32_t* groups);
 SLIM_HIDDEN int slim_cuda_low_rank_linear(const SlimCudaLowRankLinear* a);
 
 // NULL when the driver serves this build's CUDA runtime, else CUDA's reason (no device, driver too old, ...).
@@ -267,7 +314,9 @@ SLIM_HIDDEN const char* slim_cuda_error_message(void);
 SLIM_HIDDEN int slim_cuda_version(void);
 
 // In Python, with the members of their structs in order: _C.cuda_bsr_conv2d(x, y, bias, ..., stream),
-// _C.cuda_resident_conv2d, _C.cuda_stem_conv2d, _C.cuda_low_rank_linear(x, y, ..., stream).
+// _C.cuda_resident_conv2d, _C.cuda_stem_conv2d, _C.cuda_low_rank_linear(x, y, ..., stream);
+// _C.cuda_chain_conv2d([(members of a layer in order), ...], counters, n, images, ..., stream) without `count`;
+// _C.cuda_chain_groups(group, barrier, dtype, device).
 
 #ifdef __cplusplus
 }

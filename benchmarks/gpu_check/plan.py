@@ -62,6 +62,7 @@ GPU_TESTS = (
     "tests/on_gpu/test_graphed_steps_gpu.py",
     "tests/on_gpu/test_composition_gpu.py",
     "tests/cuda_kernels/test_cuda_tensor_cores.py",
+    "tests/cuda_kernels/test_cuda_chain.py",
     "tests/cuda_kernels/test_cuda.py",
     "tests/compress/test_engine.py",
 )
@@ -135,6 +136,10 @@ STAGES = (
           "A step of the training loop, VGG-19 at batch 512: from Python and as a CUDA graph, plain and with all that "
           "the recipe does. By the GPU's own time about 60 000 images/s.",
           _module("trainer"), spare=True),
+    Stage("chain", 2, 55,
+          "VGG-19's 15 block-sparse convolutions in one launch at batch 1, 4 and 16, beside a CUDA graph of auto's "
+          "kernels; 14 us expected at batch 1.",
+          _module("chain"), build_wait=20, spare=True),
     Stage("training_torch", 2, 45, "The training step with torch's batch norm on both sides.",
           _suite(f"{_TRAINING_STEP}[block_shape0-torch]", "--compile", "none", "--seconds", "1"), spare=True),
     Stage("training_compiled", 2, 100, "The training step once more, the masked one through torch.compile too.",

@@ -100,9 +100,12 @@ def sweep_lines(found: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+_SHOWN = ("variant", "stages", "barrier", "group", "images", "overlap")
+
+
 def tensor_core_line(row: Mapping[str, Any]) -> str:
     """Layer, kernel, configuration, microseconds, and what went wrong."""
-    named = [f"{key} {row['config'][key]}" for key in ("variant", "stages", "overlap") if key in row["config"]]
+    named = [f"{key} {row['config'][key]}" for key in _SHOWN if key in row["config"]]
     time = [f"{1e3 * row['p50_ms']:.1f} us"] if "p50_ms" in row else []
     wrong = ["WRONG"] if time and not row["match"] else []
     kernel = row["kernel"].partition("__")[2]

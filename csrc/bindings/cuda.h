@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <string>
+#include <vector>
 
 #include "bindings/members.h"
 #include "kernels.h"
@@ -128,6 +129,47 @@ static_assert(members_fill_the_struct<SlimCudaStemConv2d>());
 #undef SLIM_TILE_MEMBERS
 
 template <>
+struct Members<SlimCudaChainLayer> {
+  using Struct = SlimCudaChainLayer;
+  static constexpr Member list[] = {
+      SLIM_MEMBER(x, kAddress),
+      SLIM_MEMBER(y, kAddress),
+      SLIM_MEMBER(bias, kAddress),
+      SLIM_MEMBER(weights, kAddress),
+      SLIM_MEMBER(starts, kAddress),
+      SLIM_MEMBER(steps, kAddress),
+      SLIM_MEMBER(x_group, (Range{0, INT64_MAX >> 32})),
+      SLIM_MEMBER(y_group, (Range{0, INT64_MAX >> 32})),
+      SLIM_MEMBER(h, kPositive),
+      SLIM_MEMBER(w, kPositive),
+      SLIM_MEMBER(c_in, kPositive),
+      SLIM_MEMBER(c_out, kPositive),
+      SLIM_MEMBER(p, kPositive),
+      SLIM_MEMBER(q, kPositive),
+      SLIM_MEMBER(stride_h, kPlaces),
+      SLIM_MEMBER(stride_w, kPlaces),
+      SLIM_MEMBER(relu, kFlag),
+      SLIM_MEMBER(pool, kFlag),
+      SLIM_MEMBER(row_bits, (Range{0, 3})),
+  };
+};
+static_assert(members_fill_the_struct<SlimCudaChainLayer>());
+
+template <>
+struct Members<SlimCudaChain> {
+  using Struct = SlimCudaChain;
+  static constexpr Member list[] = {
+      SLIM_MEMBER(layers, kAddress),  SLIM_MEMBER(counters, kAddress),
+      SLIM_MEMBER(n, kImages),        SLIM_MEMBER(count, (Range{1, SLIM_CUDA_MAX_CHAIN})),
+      SLIM_MEMBER(images, kPlaces),   SLIM_MEMBER(group, (Range{1, 1024})),
+      SLIM_MEMBER(barrier, kFlag),    SLIM_MEMBER(overlap, kFlag),
+      SLIM_MEMBER(dtype, kHalfDtype), SLIM_MEMBER(device, kNatural),
+      SLIM_MEMBER(stream, kAddress),
+  };
+};
+static_assert(members_fill_the_struct<SlimCudaChain>());
+
+template <>
 struct Members<SlimCudaLowRankLinear> {
   using Struct = SlimCudaLowRankLinear;
   static constexpr Member list[] = {
@@ -212,6 +254,49 @@ inline int cuda_stem_conv2d(const pybind11::args& args) {
   if (!fault.empty()) throw pybind11::value_error("cuda_stem_conv2d: " + fault);
   pybind11::gil_scoped_release release;
   return slim_cuda_stem_conv2d(&a);
+}
+
+// "" where no offset in a layer of a chain wraps, else what is wrong.
+inline std::string chain_layer_fault(const SlimCudaChainLayer& l, int64_t images) {
+  if (l.c_in % 8 != 0 || l.c_out % 8 != 0) return "c_in and c_out are not multiples of 8";
+  if (l.p <= l.pool || l.q <= l.pool) return "p or q is too small";
+  // A group's last blocks may have up to 128 pixels that no image has.
+  const int64_t counted = images + 128;
+  if (!product_fits(counted * l.h, l.w, l.c_in) || !product_fits(counted * l.p, l.q, l.c_out) ||
+      int64_t(l.p) * l.stride_h > kInt32Max / l.w / counted / l.c_in || int64_t(l.q) * l.stride_w > kInt32Max / l.c_in)
+    return "the images of a group have 2^31 elements or more";
+  return "";
+}
+
+inline int cuda_chain_conv2d(const pybind11::list& layers, const pybind11::args& args) {
+  std::vector<SlimCudaChainLayer> structs;
+  for (const pybind11::handle& layer : layers) {
+    structs.push_back(struct_of_arguments<SlimCudaChainLayer>("cuda_chain_conv2d", layer.cast<pybind11::args>()));
+  }
+  pybind11::list numbers;
+  numbers.append(reinterpret_cast<intptr_t>(structs.data()));
+  for (size_t i = 0; i < args.size(); ++i) {
+    if (i == 2) numbers.append(structs.size());  // count
+    numbers.append(args[i]);
+  }
+  const auto a = struct_of_arguments<SlimCudaChain>("cuda_chain_conv2d", pybind11::args(pybind11::tuple(numbers)));
+  std::string fault;
+  for (const SlimCudaChainLayer& l : structs) {
+    if (fault.empty()) fault = chain_layer_fault(l, a.images);
+  }
+  if (fault.empty() && (a.n + a.images - 1) / a.images > kInt32Max / a.group) fault = "there are 2^31 blocks or more";
+  if (!fault.empty()) throw pybind11::value_error("cuda_chain_conv2d: " + fault);
+  pybind11::gil_scoped_release release;
+  return slim_cuda_chain_conv2d(&a);
+}
+
+// How many groups run at the same time, or the negative status.
+inline int cuda_chain_groups(int32_t group, int32_t barrier, int32_t dtype, int32_t device) {
+  if (group < 1 || group > 1024 || barrier < 0 || barrier > 1 || device < 0)
+    throw pybind11::value_error("cuda_chain_groups: group, barrier or device is out of range");
+  int32_t groups = 0;
+  const int status = slim_cuda_chain_groups(group, barrier, dtype, device, &groups);
+  return status == SLIM_OK ? groups : -status;
 }
 
 inline int cuda_low_rank_linear(const pybind11::args& args) {

@@ -44,8 +44,23 @@ SLIM_DEVICE void store_shared_128(uint32_t at, uint4 v) {
 
 // Global memory that nothing writes while the kernel runs.
 SLIM_DEVICE uint32_t load_global_32(const uint32_t* at) { return __ldg(at); }
+SLIM_DEVICE uint2 load_global_64(const void* at) { return __ldg(static_cast<const uint2*>(at)); }
 SLIM_DEVICE uint4 load_global_128(const void* at) { return __ldg(static_cast<const uint4*>(at)); }
+SLIM_DEVICE void store_global_64(void* at, uint2 v) { *static_cast<uint2*>(at) = v; }
 SLIM_DEVICE void store_global_128(void* at, uint4 v) { *static_cast<uint4*>(at) = v; }
+
+// 8 bytes of global memory that other blocks of this launch write: past L1, which does not see what they wrote. Zero,
+// and nothing is read, where `inside` is false.
+SLIM_DEVICE uint2 load_from_peers_64(const void* at, bool inside) {
+  uint2 v;
+  asm volatile(
+      "{\n.reg .pred inside;\nsetp.ne.b32 inside, %3, 0;\nmov.b32 %0, 0;\nmov.b32 %1, 0;\n"
+      "@inside ld.global.cg.v2.u32 {%0, %1}, [%2];\n}"
+      : "=r"(v.x), "=r"(v.y)
+      : "l"(at), "r"(int(inside))
+      : "memory");
+  return v;
+}
 
 // 16 bytes from global to shared memory in the background; `inside` false writes zeros and reads nothing.
 SLIM_DEVICE void copy_async_16(uint32_t to, const void* from, bool inside) {
@@ -93,6 +108,36 @@ SLIM_DEVICE void wait_for_previous_kernel() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
+
+// The barrier of a cluster of thread blocks (sm_90), which all its threads take in two steps: what a thread wrote
+// before it arrived is seen by all behind their wait.
+SLIM_DEVICE void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#else
+  stop();
+#endif
+}
+SLIM_DEVICE void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+// A barrier of blocks that run at the same time, of a counter in global memory: what a block wrote before it met at
+// `synchronize` and one of its threads added is seen by the thread that waits for the sum, and by those that meet it.
+SLIM_DEVICE void add_release(int32_t* counter, int32_t v) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(counter), "r"(v) : "memory");
+}
+SLIM_DEVICE void wait_acquire(const int32_t* counter, int32_t target) {
+  int32_t v;
+  do {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(counter) : "memory");
+  } while (v < target);
+}
+
+// The number of the lane whose index differs by these bits.
+SLIM_DEVICE float from_lane_xor(float v, int bits) { return __shfl_xor_sync(0xffffffffu, v, bits); }
 
 // Four 8x8 matrices of 16-bit numbers; lane 8 m + i gives the address of row i of matrix m.
 SLIM_DEVICE void load_matrices(uint32_t (&v)[4], uint32_t at) {
@@ -147,6 +192,13 @@ SLIM_DEVICE uint32_t pack(float low, float high) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
   }
   return v;
+}
+
+// One of two packed numbers.
+template <typename T>
+SLIM_DEVICE float unpack(uint32_t v, bool high) {
+  if constexpr (__is_same(T, __half)) return __half2float(__ushort_as_half(uint16_t(high ? v >> 16 : v)));
+  return __uint_as_float(high ? v & 0xffff0000u : v << 16);
 }
 
 // The larger one; NaN where either is NaN.

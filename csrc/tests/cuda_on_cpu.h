@@ -1,6 +1,7 @@
-// Just enough of the CUDA language and runtime to run csrc/cuda on a CPU, one CTA at a time, its threads as coroutines
-// that switch where they wait. tests/helpers/cuda_emulation.py rewrites what C++ cannot express: kernel<<<...>>>(...)
-// to emulate(...), and `extern __shared__`.
+// Just enough of the CUDA language and runtime to run csrc/cuda on a CPU, one CTA at a time, or those of a cluster or
+// of a cooperative launch side by side, their threads as coroutines that switch where they wait.
+// tests/helpers/cuda_emulation.py rewrites what C++ cannot express: kernel<<<...>>>(...) to emulate(...), and `extern
+// __shared__`.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -10,6 +11,7 @@
 #include <ucontext.h>
 
 #include <functional>
+#include <memory>
 #include <vector>
 
 #define __global__
@@ -55,7 +57,7 @@ inline __nv_bfloat16 __float2bfloat16_rn(float v) {
 typedef int cudaError_t;
 typedef void* cudaStream_t;
 enum { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidDevice = 101 };
-enum { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum { cudaFuncAttributeMaxDynamicSharedMemorySize = 8, cudaFuncAttributeNonPortableClusterSizeAllowed = 14 };
 
 namespace emulated {
 constexpr int kDevices = 2;
@@ -66,8 +68,9 @@ inline void* launch_stream = nullptr;
 inline cudaError_t last_error = cudaSuccess;
 inline std::vector<char> dynamic_shared;
 // Threads are coroutines, which hand over where they wait. In orders 0 and 1 all threads run rising and falling; in
-// orders 2 and 3 one warp runs ahead of the others as far as it can, the first or the last. What a warp does in the
-// background happens late in half of the modes. A barrier or a wait that is missing survives some of them, not all.
+// orders 2 and 3 one warp runs ahead of the others as far as it can, the first or the last, of all CTAs that run side
+// by side. What a warp does in the background happens late in half of the modes, and then global memory shows what a
+// thread stored only when it must. A barrier or a wait that is missing survives some of them, not all.
 constexpr int kModes = 8;
 inline int mode = -1;  // -1: all of them in turn, a block each
 inline bool late = false;
@@ -78,7 +81,8 @@ struct Thread {
   bool done = false;
   std::function<bool()> ready;  // empty: it may run
 };
-inline std::vector<Thread> threads;
+inline std::vector<Thread> threads;  // of all CTAs that run side by side, one CTA's after the other's
+inline unsigned cta_threads = 0;     // of one CTA
 inline ucontext_t scheduler;
 inline unsigned running = 0;
 inline const std::function<void()>* body = nullptr;
@@ -86,7 +90,9 @@ struct Barrier {
   unsigned arrived = 0;
   long passed = 0;
 };
-inline Barrier barriers[16];
+constexpr int kBarriers = 16;
+inline std::vector<Barrier> barriers;  // of each CTA
+inline unsigned running_cta() { return running / cta_threads; }
 
 inline void fail(const char* what) {
   fprintf(stderr, "cuda_on_cpu: %s\n", what);
@@ -107,7 +113,7 @@ inline void wait_until(std::function<bool()> ready) {
 }
 
 inline void meet(int id, unsigned expected) {
-  Barrier& barrier = barriers[id];
+  Barrier& barrier = barriers[running_cta() * kBarriers + id];
   const long passed = barrier.passed;
   if (++barrier.arrived == expected) {
     barrier.arrived = 0;
@@ -117,12 +123,14 @@ inline void meet(int id, unsigned expected) {
   }
 }
 
+inline unsigned first_cta = 0;
 inline bool run_thread(unsigned t) {
   Thread& thread = threads[t];
   if (thread.done || (thread.ready && !thread.ready())) return false;
   thread.ready = nullptr;
   running = t;
-  threadIdx.x = t;
+  threadIdx.x = t % cta_threads;
+  blockIdx.x = first_cta + t / cta_threads;
   swapcontext(&scheduler, &thread.context);
   return true;
 }
@@ -137,13 +145,21 @@ inline bool run_warp_ahead(unsigned warp, unsigned count) {
   return any;
 }
 
-inline void block(unsigned count, int with_mode) {
+// Runs `ctas` CTAs of so many threads from CTA `first` on.
+inline void run_ctas(unsigned first, unsigned ctas, unsigned threads_of_cta, int with_mode) {
+  const unsigned count = ctas * threads_of_cta;
   const int order = with_mode % 4;
   late = (with_mode ^ with_mode / 4) & 1;
-  static std::vector<char> stacks;
-  stacks.resize(count * kStack);
+  first_cta = first;
+  cta_threads = threads_of_cta;
+  static std::unique_ptr<char[]> stacks;
+  static unsigned stacked = 0;
+  if (stacked < count) {
+    stacks.reset(new char[count * kStack]);  // not touched: what no thread uses takes no memory
+    stacked = count;
+  }
   threads.assign(count, Thread());
-  for (Barrier& barrier : barriers) barrier = Barrier();
+  barriers.assign(ctas * kBarriers, Barrier());
   for (unsigned t = 0; t < count; ++t) {
     ucontext_t& context = threads[t].context;
     getcontext(&context);
@@ -172,10 +188,10 @@ inline void block(unsigned count, int with_mode) {
 }
 }  // namespace emulated
 
-inline void __syncthreads() { emulated::meet(0, unsigned(emulated::threads.size())); }
+inline void __syncthreads() { emulated::meet(0, emulated::cta_threads); }
 
 inline void emulate(const std::function<void()>& kernel, unsigned grid, unsigned threads, int shared,
-                    cudaStream_t stream) {
+                    cudaStream_t stream, unsigned side_by_side = 1) {
   emulated::launch_device = emulated::current_device;
   emulated::launch_stream = stream;
   emulated::launch_shared = shared;
@@ -185,10 +201,10 @@ inline void emulate(const std::function<void()>& kernel, unsigned grid, unsigned
   }
   emulated::body = &kernel;
   gridDim.x = grid;
-  for (unsigned b = 0; b < grid; ++b) {
-    blockIdx.x = b;
-    emulated::dynamic_shared.assign(size_t(shared), char(0xff));  // NaN, as floats
-    emulated::block(threads, emulated::mode < 0 ? int(b % emulated::kModes) : emulated::mode);
+  for (unsigned b = 0; b < grid; b += side_by_side) {
+    emulated::dynamic_shared.assign(size_t(shared) * side_by_side, char(0xff));  // NaN, as floats
+    const int of_modes = int(b / side_by_side % emulated::kModes);
+    emulated::run_ctas(b, side_by_side, threads, emulated::mode < 0 ? of_modes : emulated::mode);
   }
 }
 
@@ -214,26 +230,27 @@ inline const char* cudaGetErrorString(cudaError_t error) {
   if (error == cudaSuccess) return "no error";
   return error == cudaErrorInvalidDevice ? "invalid device ordinal" : "invalid argument";
 }
-template <typename Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel, int, int bytes) {
-  if (bytes > emulated::shared_limit) return emulated::last_error = cudaErrorInvalidValue;
-  emulated::dynamic_limit = bytes;
-  return cudaSuccess;
-}
-
 // A launch by configuration.
 struct dim3 {
-  unsigned x = 1;
+  unsigned x = 1, y = 1, z = 1;
   dim3& operator=(unsigned v) {
     x = v;
     return *this;
   }
 };
-enum { cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
+enum {
+  cudaLaunchAttributeCooperative = 2,
+  cudaLaunchAttributeClusterDimension = 4,
+  cudaLaunchAttributeProgrammaticStreamSerialization = 6,
+};
+enum { cudaDevAttrMultiProcessorCount = 16 };
 struct cudaLaunchAttribute {
   int id = 0;
   struct {
-    int programmaticStreamSerializationAllowed = 0;
+    int programmaticStreamSerializationAllowed = 0, cooperative = 0;
+    struct {
+      unsigned x = 1, y = 1, z = 1;
+    } clusterDim;
   } val;
 };
 struct cudaLaunchConfig_t {
@@ -243,8 +260,56 @@ struct cudaLaunchConfig_t {
   cudaLaunchAttribute* attrs = nullptr;
   unsigned numAttrs = 0;
 };
+
+namespace emulated {
+constexpr int kProcessors = 20;  // for thread blocks that run side by side, each on one
+inline bool cluster_of_16 = false;
+inline unsigned launch_cluster = 0;
+}  // namespace emulated
+
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, int attribute, int value) {
+  if (attribute == cudaFuncAttributeNonPortableClusterSizeAllowed) {
+    emulated::cluster_of_16 = value != 0;
+    return cudaSuccess;
+  }
+  if (value > emulated::shared_limit) return emulated::last_error = cudaErrorInvalidValue;
+  emulated::dynamic_limit = value;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) {
+  *value = emulated::kProcessors;
+  return cudaSuccess;
+}
+template <typename Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {
+  *blocks = 1;
+  return cudaSuccess;
+}
+template <typename Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel, const cudaLaunchConfig_t* config) {
+  *clusters = emulated::kProcessors / int(config->attrs[0].val.clusterDim.x);
+  return cudaSuccess;
+}
+
 template <typename Kernel, typename Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, Kernel kernel, const Args& args) {
-  emulate([=] { kernel(args); }, config->gridDim.x, config->blockDim.x, int(config->dynamicSmemBytes), config->stream);
+  unsigned side_by_side = 1;
+  emulated::launch_cluster = 0;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    const cudaLaunchAttribute& attribute = config->attrs[i];
+    if (attribute.id == cudaLaunchAttributeCooperative && attribute.val.cooperative) {
+      side_by_side = config->gridDim.x;
+      if (int(side_by_side) > emulated::kProcessors) return emulated::last_error = cudaErrorInvalidValue;
+    }
+    if (attribute.id == cudaLaunchAttributeClusterDimension) {
+      emulated::launch_cluster = side_by_side = attribute.val.clusterDim.x;
+      const bool allowed = side_by_side <= 8 || (side_by_side <= 16 && emulated::cluster_of_16);
+      if (!allowed || config->gridDim.x % side_by_side != 0) return emulated::last_error = cudaErrorInvalidValue;
+    }
+  }
+  emulate([=] { kernel(args); }, config->gridDim.x, config->blockDim.x, int(config->dynamicSmemBytes), config->stream,
+          side_by_side);
   return cudaGetLastError();
 }

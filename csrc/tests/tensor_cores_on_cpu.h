@@ -11,9 +11,13 @@
 #define SLIM_DEVICE inline
 #define SLIM_HAS_WGMMA 1
 
+struct uint2 {
+  uint32_t x, y;
+};
 struct uint4 {
   uint32_t x, y, z, w;
 };
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
 namespace emulated {
@@ -32,8 +36,15 @@ struct GroupProduct {
   bool half;
   uint64_t b;
 };
+struct Stored {  // in global memory, where other CTAs do not see it yet
+  void* at;
+  size_t bytes;
+  uint8_t data[16];
+};
 struct Lane {
   std::deque<std::vector<Copy>> copies{1};  // committed groups, the open one last
+  std::vector<Stored> stored;
+  long cluster_phase = -1;  // that this thread has arrived at and not waited for
 };
 struct Warp {
   int arrived = 0;
@@ -45,6 +56,7 @@ struct Warp {
 inline std::vector<Lane> lanes;
 inline std::vector<Warp> warps;
 inline std::vector<uint16_t> unfenced;  // of each 16 bytes: 1 + the thread whose writes wgmma may not see yet, or 0
+inline Barrier cluster;                 // of all CTAs that run side by side
 inline long conflicts = 0;              // rows of matrices that waited for another row's bank
 
 // Called where a block begins and where it ends.
@@ -52,9 +64,16 @@ inline void begin_tensor_cores() {
   lanes.assign(threads.size(), Lane());
   warps.assign(threads.size() / 32, Warp());
   unfenced.assign(dynamic_shared.size() / 16 + 1, 0);
+  cluster = Barrier();
+}
+// What a thread stored is seen by all.
+inline void show_stored(Lane& lane) {
+  for (const Stored& stored : lane.stored) memcpy(stored.at, stored.data, stored.bytes);
+  lane.stored.clear();
 }
 inline void end_tensor_cores() {
-  for (const Lane& lane : lanes) {
+  for (Lane& lane : lanes) {
+    show_stored(lane);
     for (const auto& group : lane.copies) {
       if (!group.empty()) fail("a thread left with copies on their way");
     }
@@ -62,15 +81,20 @@ inline void end_tensor_cores() {
   for (const Warp& warp : warps) {
     if (warp.products.size() > 1 || !warp.products.back().empty()) fail("a warp left with products on their way");
   }
+  if (cluster.arrived != 0) fail("a thread left while others wait for the cluster");
 }
 inline const bool registered = (block_begins = begin_tensor_cores, block_ends = end_tensor_cores, true);
 
 inline uint8_t* shared_at(uint32_t at, uint32_t bytes) {
   if (at % bytes != 0) fail("a shared address is not aligned");
-  if (at < kBase || at - kBase + bytes > dynamic_shared.size()) fail("a shared address is outside");
-  return reinterpret_cast<uint8_t*>(dynamic_shared.data()) + (at - kBase);
+  const size_t size = dynamic_shared.size() / (threads.size() / cta_threads);
+  if (at < kBase || at - kBase + bytes > size) fail("a shared address is outside");
+  return reinterpret_cast<uint8_t*>(dynamic_shared.data()) + running_cta() * size + (at - kBase);
 }
-inline void mark_unfenced(uint32_t at) { unfenced[(at - kBase) / 16] = uint16_t(running + 1); }
+inline uint16_t& unfenced_at(uint32_t at) {
+  return unfenced[size_t(shared_at(at / 16 * 16, 16) - reinterpret_cast<uint8_t*>(dynamic_shared.data())) / 16];
+}
+inline void mark_unfenced(uint32_t at) { unfenced_at(at) = uint16_t(running + 1); }
 inline void land(const Copy& copy) { memcpy(shared_at(copy.to, 16), copy.data, 16); }
 
 // Runs `all` once, when every lane of the warp has come with its argument.
@@ -132,7 +156,7 @@ inline void carry_out(const GroupProduct& product) {
   for (int n = 0; n < product.columns; ++n) {
     for (int k = 0; k < 16; ++k) {  // matrices of 8 columns x 8 depths, a column's 16 bytes together
       const uint32_t at = start + n / 8 * column_stride + k / 8 * depth_stride + n % 8 * 16 + k % 8 * 2;
-      if (unfenced[(at - kBase) / 16] != 0) fail("wgmma reads what a thread wrote without a fence");
+      if (unfenced_at(at) != 0) fail("wgmma reads what a thread wrote without a fence");
       uint16_t bits;
       memcpy(&bits, shared_at(at, 2), 2);
       b[size_t(n) * 16 + k] = number(bits, product.half);
@@ -187,16 +211,30 @@ inline void store_shared_128(uint32_t at, uint4 v) {
 }
 
 inline uint32_t load_global_32(const uint32_t* at) { return *at; }
-inline uint4 load_global_128(const void* at) {
-  if (reinterpret_cast<uintptr_t>(at) % 16 != 0) fail("a global address is not aligned");
-  uint4 v;
-  memcpy(&v, at, 16);
+template <typename V>
+V load_global(const void* at) {
+  if (reinterpret_cast<uintptr_t>(at) % sizeof(V) != 0) fail("a global address is not aligned");
+  V v;
+  memcpy(&v, at, sizeof(V));
   return v;
 }
-inline void store_global_128(void* at, uint4 v) {
-  if (reinterpret_cast<uintptr_t>(at) % 16 != 0) fail("a global address is not aligned");
-  memcpy(at, &v, 16);
+// Seen by others at once, or as late as the barriers allow.
+template <typename V>
+void store_global(void* at, const V& v) {
+  if (reinterpret_cast<uintptr_t>(at) % sizeof(V) != 0) fail("a global address is not aligned");
+  if (!late) {
+    memcpy(at, &v, sizeof(V));
+    return;
+  }
+  Stored stored{at, sizeof(V), {}};
+  memcpy(stored.data, &v, sizeof(V));
+  lanes[running].stored.push_back(stored);
 }
+inline uint2 load_global_64(const void* at) { return load_global<uint2>(at); }
+inline uint4 load_global_128(const void* at) { return load_global<uint4>(at); }
+inline void store_global_64(void* at, uint2 v) { store_global(at, v); }
+inline void store_global_128(void* at, uint4 v) { store_global(at, v); }
+inline uint2 load_from_peers_64(const void* at, bool inside) { return inside ? load_global<uint2>(at) : uint2{0, 0}; }
 inline uint32_t bits_of_float(float v) {
   uint32_t bits;
   memcpy(&bits, &v, 4);
@@ -234,11 +272,49 @@ void copy_async_wait() {
 
 inline void stop() { fail("a kernel stopped"); }
 
-inline void synchronize() { meet(0, unsigned(threads.size())); }
+inline void synchronize() { meet(0, cta_threads); }
 inline void synchronize(int id, int count) { meet(id, unsigned(count)); }
 
 inline void let_next_kernel_begin() {}
 inline void wait_for_previous_kernel() {}
+
+inline void cluster_arrive() {
+  Lane& lane = lanes[running];
+  if (lane.cluster_phase >= 0) fail("a thread arrives twice at its cluster");
+  show_stored(lane);
+  lane.cluster_phase = cluster.passed;
+  if (++cluster.arrived == threads.size()) {
+    cluster.arrived = 0;
+    ++cluster.passed;
+  }
+}
+inline void cluster_wait() {
+  Lane& lane = lanes[running];
+  const long phase = lane.cluster_phase;
+  if (phase < 0) fail("a thread waits for its cluster without arriving");
+  lane.cluster_phase = -1;
+  wait_until([phase] { return cluster.passed > phase; });
+}
+// Shows what the whole CTA has stored, though of the others only what they stored before they met this thread must be
+// seen: a barrier that is missing in front shows where they store later.
+inline void add_release(int32_t* counter, int32_t v) {
+  for (unsigned t = 0; t < cta_threads; ++t) show_stored(lanes[running_cta() * cta_threads + t]);
+  *counter += v;
+}
+inline void wait_acquire(const int32_t* counter, int32_t target) {
+  wait_until([counter, target] { return *counter >= target; });
+}
+
+inline float from_lane_xor(float v, int bits) {
+  struct Argument {
+    float v, found;
+    int bits;
+  } argument{v, 0, bits};
+  together("shfl", argument, [](auto of) {
+    for (int lane = 0; lane < 32; ++lane) of(lane).found = of(lane ^ of(lane).bits).v;
+  });
+  return argument.found;
+}
 
 inline void load_matrices(uint32_t (&v)[4], uint32_t at) {
   struct Argument {
@@ -286,6 +362,10 @@ template <typename T, bool RELU>
 uint32_t pack(float low, float high) {
   const auto rectified = [](float v) { return RELU && v < 0.0f ? 0.0f : v; };
   return uint32_t(bits_of(rectified(high), is_half<T>)) << 16 | bits_of(rectified(low), is_half<T>);
+}
+template <typename T>
+float unpack(uint32_t v, bool high) {
+  return number_of_word(v, high, is_half<T>);
 }
 inline float larger(float a, float b) { return isnan(a) ? a : isnan(b) ? b : a > b ? a : b; }
 

@@ -264,13 +264,18 @@ def pack(
     shape: Shape,
 ) -> TensorCorePack:
     """A BSR weight packed for a compiled shape; the arguments are those of `pack_index`. Waits for the device."""
-    high, wide = block_shape[0] // shape.column, block_shape[1] // STEP_CHANNELS
     index = pack_index(crow_indices, col_indices, weight_shape, block_shape, shape.column)
-    blocks = values.reshape(values.shape[0], high, shape.column, wide, STEP_CHANNELS).transpose(2, 3)
-    steps = blocks.reshape(values.shape[0] * high * wide, shape.column, STEP_CHANNELS)[index.order]
+    steps = steps_of(values, index, block_shape, shape.column)
     weights = values.new_zeros(steps.shape[0] + 1, shape.column * STEP_CHANNELS)
     weights[:-1] = in_lane_order(steps, shape.wgmma)
     return TensorCorePack(weights, index.group_start, index.taps, index.most_steps)
+
+
+def steps_of(values: Tensor, index: Index, block_shape: Sequence[int], column: int) -> Tensor:
+    """The stored blocks cut into steps, ``(steps, column, 16)``, in the order of the index."""
+    high, wide = block_shape[0] // column, block_shape[1] // STEP_CHANNELS
+    blocks = values.reshape(values.shape[0], high, column, wide, STEP_CHANNELS).transpose(2, 3)
+    return blocks.reshape(values.shape[0] * high * wide, column, STEP_CHANNELS)[index.order]
 
 
 def in_lane_order(steps: Tensor, wgmma: bool) -> Tensor:

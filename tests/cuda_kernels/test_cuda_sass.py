@@ -79,3 +79,25 @@ def test_wgmma_is_not_serialized():
     for name, arguments in (("resident_conv2d", HOPPER), ("resident_conv2d", NARROW)):
         code = kernel(name, arguments + "Li2ELb1", "sm_90a")
         assert code.in_loop("WARPGROUP", "DEPBAR") == 1
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_chain(arch: str):
+    """Six steps a round of the loop; a load is of what nothing writes, or goes past L1; nothing is spilled."""
+    names = [name for name in functions(arch) if "chain_conv2d_kernelI" in name]
+    assert len(names) == 4
+    for name in names:
+        code = sass.parse(functions(arch)[name])
+        kinds = [i.name for i in code.instructions]
+        assert not any(i.startswith(("LDL", "STL")) for i in kinds), name
+        loads = [i.split(".") for i in kinds if i.startswith("LDG")]
+        assert all("CONSTANT" in i or "STRONG" in i or "LTC128B" in i for i in loads), name
+        assert code.in_loop("HMMA") == 24 and len(code.loop) <= 31 * 6, (name, len(code.loop))
+        assert code.in_loop("LDG", "64", "STRONG") == 12 and code.in_loop("LDG", "128", "CONSTANT") == 18
+        if arch == "sm_90a" and "ClusterBarrier" in name:
+            at = {
+                kind: [i for i, k in enumerate(kinds) if k.startswith(kind)] for kind in ("UCGABAR", "MEMBAR", "CCTL")
+            }
+            assert [kinds[i] for i in at["UCGABAR"]] == ["UCGABAR_WAIT", "UCGABAR_ARV"]
+            assert len(at["MEMBAR"]) == 1 and len(at["CCTL"]) == 1  # what is stored goes out, what L1 holds goes away
+            assert at["UCGABAR"][0] < at["CCTL"][0] < at["MEMBAR"][0] < at["UCGABAR"][1]

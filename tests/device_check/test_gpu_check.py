@@ -25,6 +25,7 @@ import torch
 import warm_triton_cache
 from gpu_check import __main__ as driver
 from gpu_check import (
+    chain,
     correctness,
     counters,
     layers,
@@ -60,7 +61,7 @@ BENCHMARKS = ROOT / "benchmarks"
 
 
 MODULES = {
-    "correctness": correctness, "counters": counters, "precompile": precompile, "recipe": recipe,
+    "chain": chain, "correctness": correctness, "counters": counters, "precompile": precompile, "recipe": recipe,
     "sanitizer": sanitizer, "sweep": sweep, "tensor_cores": tensor_cores, "trainer": trainer, "versions": versions,
 }  # fmt: skip
 
@@ -731,3 +732,36 @@ def test_the_tensor_core_stage_times_and_checks(tmp_path: Path, monkeypatch: pyt
     assert [row["match"] for row in wrong] == [True, False, True, False, False]
     assert "WRONG" in summary.tensor_core_lines(wrong)[1]
     assert len(list(tensor_cores.of_layer(p, "no GPU"))) == 1 and not list(tensor_cores.of_stem(p, "no GPU"))
+
+
+def test_the_chain_stage_times_and_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four layers at batch 2, on the emulation: all rows are right, a chain that is wrong in one layer is seen."""
+    from cuda_emulation import compiled
+
+    from slimkernels.kernels import cuda, cuda_chain, cuda_tensor_cores
+
+    emulator = compiled()
+    emulator.library.set_mode(-1, 227 * 1024)
+    monkeypatch.setattr(cuda, "_require", lambda op, x: emulator)
+    monkeypatch.setattr(cuda, "_target", lambda x: (0, 0))
+    monkeypatch.setattr(cuda_tensor_cores, "_limits", lambda x: cuda_tensor_cores.Limits(True, 227 * 1024, 20))
+    monkeypatch.setattr(
+        cuda_chain, "_groups_at_once",
+        lambda group, barrier, dtype, device: emulator.cuda_chain_groups(group, barrier, cuda._DTYPES[dtype], device),
+    )  # fmt: skip
+    monkeypatch.setattr(
+        measure, "replay_timing", lambda call, *_, **__: timing.percentiles([0.001 * bool(len(call()))])
+    )
+    monkeypatch.setattr(chain, "CONFIGURATIONS", ({}, {"group": 4, "overlap": 1}))
+    problems = [replace(p, n=2, h=4, w=4, dtype=torch.bfloat16) for p in layers.ROWS["batch_1"].problems("cpu")[:2]]
+    problems[1] = replace(problems[1], h=2, w=2)
+    chained = [layers.Bench(p) for p in problems]
+    found = list(chain.of_batch(chained, None))
+    assert [row["match"] for row in found] == [True] * 3, [row.get("errors") for row in found]
+    lines = summary.tensor_core_lines(found)
+    assert lines[0].startswith("b2") and lines[2].endswith("group 4 images 1 overlap 1")
+    launch = cuda_chain.launch_chain
+    monkeypatch.setattr(cuda_chain, "launch_chain", lambda x, packed, c: launch(x, packed, c) * len(packed))
+    assert [row["match"] for row in chain.of_batch(chained, None)] == [True, False, False]
+    assert len(list(chain.of_batch(chained, "no GPU"))) == 1
+    assert [layers.layer_name(b.problem) for b in chain.benches(1, "cpu", 3)] == ["conv1_2", "conv2_1", "conv2_2"]

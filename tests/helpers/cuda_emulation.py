@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,6 +46,7 @@ class Emulator(SimpleNamespace):
         self.cuda_low_rank_linear = self.entry("low_rank_linear", structure("SlimCudaLowRankLinear"))
         self.cuda_resident_conv2d = self.entry("resident_conv2d", structure("SlimCudaResidentConv2d"))
         self.cuda_stem_conv2d = self.entry("stem_conv2d", structure("SlimCudaStemConv2d"))
+        self.chain_layer, self.chain = structure("SlimCudaChainLayer"), structure("SlimCudaChain")
 
     def entry(self, name: str, kind: type[ctypes.Structure]) -> Callable[..., int]:
         function = getattr(self.library, name)
@@ -56,6 +57,19 @@ class Emulator(SimpleNamespace):
             return int(function(ctypes.byref(kind(*arguments))))
 
         return call
+
+    def cuda_chain_conv2d(self, layers: Sequence[Sequence[int]], *arguments: int) -> int:
+        assert all(len(layer) == len(self.chain_layer._fields_) for layer in layers)
+        structs = (self.chain_layer * len(layers))(*(self.chain_layer(*layer) for layer in layers))
+        members = (ctypes.addressof(structs), *arguments[:2], len(layers), *arguments[2:])
+        assert len(members) == len(self.chain._fields_)
+        self.launches += 1
+        return int(self.library.chain_conv2d(ctypes.byref(self.chain(*members))))
+
+    def cuda_chain_groups(self, group: int, barrier: int, dtype: int, device: int) -> int:
+        groups = ctypes.c_int32()
+        status = int(self.library.chain_groups(group, barrier, dtype, device, ctypes.byref(groups)))
+        return -status if status else groups.value
 
     def cuda_error_message(self) -> str:
         return bytes(self.library.error_message()).decode()
@@ -95,11 +109,15 @@ def emulate(folder: Path) -> Emulator:
         "int low_rank_linear(const SlimCudaLowRankLinear* a) { return slim_cuda_low_rank_linear(a); }\n"
         "int resident_conv2d(const SlimCudaResidentConv2d* a) { return slim_cuda_resident_conv2d(a); }\n"
         "int stem_conv2d(const SlimCudaStemConv2d* a) { return slim_cuda_stem_conv2d(a); }\n"
+        "int chain_conv2d(const SlimCudaChain* a) { return slim_cuda_chain_conv2d(a); }\n"
+        "int chain_groups(int group, int barrier, int dtype, int device, int32_t* groups) {\n"
+        "  return slim_cuda_chain_groups(group, barrier, dtype, device, groups);\n}\n"
         "const char* error_message() { return slim_cuda_error_message(); }\n"
         "int get_launch_device() { return emulated::launch_device; }\n"
         "void* get_launch_stream() { return emulated::launch_stream; }\n"
         "int get_launch_shared() { return emulated::launch_shared; }\n"
         "void set_mode(int mode, int shared_limit) { emulated::mode = mode; emulated::shared_limit = shared_limit; }\n"
+        "unsigned get_launch_cluster() { return emulated::launch_cluster; }\n"
         "long get_conflicts() { return emulated::conflicts; }\n"
         "int get_current_device() { return emulated::current_device; }\n}\n"
     )

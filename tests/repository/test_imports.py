@@ -61,7 +61,8 @@ PACKAGES = {
         "evaluation, config", "callbacks", "__init__",
     ),
     "inference": (
-        "__init__", "graphed_model, onnx_export", "cuda_graph, cpu_replay, warming", "cpu_recording", "chain_forms",
+        "__init__", "graphed_model, onnx_export", "cuda_chain, cuda_graph, cpu_replay, warming", "cpu_recording",
+        "chain_forms",
         "cpu_passes", "native_nodes", "native_layers, concurrency, sampled_graph", "inputs, batches",
     ),
     "dispatch": (
@@ -69,7 +70,8 @@ PACKAGES = {
         "gpu_rates", "__init__",
     ),
     "kernels": (
-        "__init__", "peak, cudnn, cuda_tensor_cores", "cpu, cuda, triton", "reference, strips, resident_plan",
+        "__init__", "cuda_chain", "peak, cudnn, cuda_tensor_cores", "cpu, cuda, triton",
+        "reference, strips, chain_plan", "resident_plan",
         "far_taps, image_parts", "packs, problems, strided_pointwise, transposed",
     ),
     "kernels/cpu": (
@@ -170,7 +172,7 @@ def test_imports_inside_a_package_point_only_to_the_right(package: str) -> None:
 def test_only_the_trust_boundaries_hand_out_addresses() -> None:
     """Addresses of tensors reach native code through these modules alone: whoever loads the extension and takes one."""
     doors = {f"kernels/cpu/{name}.py" for name in ("conv2d", "steps", "weight_gradient")}
-    doors |= {"kernels/cuda.py", "kernels/cuda_tensor_cores.py"}
+    doors |= {"kernels/cuda.py", "kernels/cuda_tensor_cores.py", "kernels/cuda_chain.py"}
     native = {"_extension", "kernels.cpu.abi", "kernels.cpu.library", "kernels.cuda"}
     found = set()
     for path in modules():

@@ -1,0 +1,92 @@
+"""Block-sparse convolutions that follow each other, as one CUDA launch for a few images. On explicit request only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from torch import Tensor, nn
+
+from slimkernels.kernels import cuda_chain
+from slimkernels.nn import BlockSparseConv2d
+from slimkernels.tensors import Snapshot
+
+
+class CudaChain:
+    """A run of modules in one launch; `chain_of` makes it. It holds a copy of their weights, packed.
+
+    Attributes:
+        layers: what the launcher takes.
+    """
+
+    def __init__(self, convolutions: list[BlockSparseConv2d], config: dict[str, int]) -> None:
+        self._convolutions, self._config = convolutions, config
+        self._packed_from = [(t, Snapshot(t)) for conv in convolutions for t in _tensors(conv)]
+        self.layers = [_layer(conv) for conv in convolutions]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``(N, C, H, W)`` through all layers: ``(N, C_out, P, Q)``, channels_last, without a gradient.
+
+        Raises:
+            ValueError, TypeError: as `slimkernels.kernels.cuda_chain.launch_chain`.
+            RuntimeError: a weight was written since the chain was made, or the kernel cannot run here.
+        """
+        if not all(snapshot.holds(tensor) for tensor, snapshot in self._packed_from):
+            raise RuntimeError("chain_of: a weight was written since the chain was made: make it anew")
+        return cuda_chain.launch_chain(x.detach(), self.layers, self._config)
+
+
+def chain_of(modules: Iterable[nn.Module], **config: int) -> CudaChain:
+    """The block-sparse convolutions of ``modules``, one after the other, as one launch.
+
+    For 1 to 16 images, whose layers are latency rather than work. The modules are in eval mode; what was fused into
+    them (bias, ReLU, 2x2 max-pool) stays so. Waits for the device.
+
+    Args:
+        modules: `BlockSparseConv2d` in blocks of multiples of 32 x 16, in bf16 or fp16; ``nn.Identity``, dropout, and
+            ``nn.Sequential`` of such modules.
+        config: as `slimkernels.kernels.cuda_chain.launch_chain` has it.
+
+    Raises:
+        TypeError: another module among them, or a dtype that the kernel does not take.
+        ValueError: a module in training mode, none at all, or a layer that the kernel does not take.
+    """
+    convolutions = list(_convolutions(modules))
+    if not convolutions:
+        raise ValueError("chain_of: expected a BlockSparseConv2d at least, got none")
+    return CudaChain(convolutions, config)
+
+
+def _convolutions(modules: Iterable[nn.Module]) -> Iterator[BlockSparseConv2d]:
+    for module in modules:
+        if module.training:
+            raise ValueError(f"chain_of: expected modules in eval mode, got a {type(module).__name__} in training mode")
+        if isinstance(module, nn.Sequential):
+            yield from _convolutions(module)
+        elif isinstance(module, BlockSparseConv2d):
+            yield module
+        elif not isinstance(module, nn.Identity | nn.Dropout | nn.Dropout2d):
+            raise TypeError(
+                f"chain_of: expected BlockSparseConv2d, Identity, Dropout and Sequential of them, "
+                f"got {type(module).__name__}"
+            )
+
+
+def _tensors(conv: BlockSparseConv2d) -> list[Tensor]:
+    tensors = [conv.values, conv.crow_indices, conv.col_indices]
+    return tensors if conv.bias is None else [*tensors, conv.bias]
+
+
+def _layer(conv: BlockSparseConv2d) -> cuda_chain.ChainLayer:
+    weight = conv.weight_bsr()
+    return cuda_chain.pack_layer(
+        weight.values,
+        weight.crow_indices,
+        weight.col_indices,
+        conv.bias,
+        weight.weight_shape,
+        weight.block_shape,
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        conv.epilogue,
+    )
