@@ -44,6 +44,7 @@ class Emulator(SimpleNamespace):
         library.error_message.restype = ctypes.c_char_p
         self.cuda_bsr_conv2d = self.entry("bsr_conv2d", structure("SlimCudaBsrConv2d"))
         self.cuda_low_rank_linear = self.entry("low_rank_linear", structure("SlimCudaLowRankLinear"))
+        self.cuda_low_rank = self.entry("low_rank", structure("SlimCudaLowRank"))
         self.cuda_resident_conv2d = self.entry("resident_conv2d", structure("SlimCudaResidentConv2d"))
         self.cuda_stem_conv2d = self.entry("stem_conv2d", structure("SlimCudaStemConv2d"))
 
@@ -93,6 +94,7 @@ def emulate(folder: Path) -> Emulator:
         '#include "tensor_cores_on_cpu.h"\n#include "kernels.h"\nextern "C" {\n'
         "int bsr_conv2d(const SlimCudaBsrConv2d* a) { return slim_cuda_bsr_conv2d(a); }\n"
         "int low_rank_linear(const SlimCudaLowRankLinear* a) { return slim_cuda_low_rank_linear(a); }\n"
+        "int low_rank(const SlimCudaLowRank* a) { return slim_cuda_low_rank(a); }\n"
         "int resident_conv2d(const SlimCudaResidentConv2d* a) { return slim_cuda_resident_conv2d(a); }\n"
         "int stem_conv2d(const SlimCudaStemConv2d* a) { return slim_cuda_stem_conv2d(a); }\n"
         "const char* error_message() { return slim_cuda_error_message(); }\n"
