@@ -98,6 +98,12 @@ class KernelSpec:
         """Whether a tile is one output position of many images, and taps outside the image are left out."""
         return self.name.endswith("_images_on_m")
 
+    def on_tensor_cores(self, problem: SizedProblem) -> bool:
+        """Whether it is a low-rank kernel of CUDA C++ that multiplies this problem on tensor cores."""
+        if self.name == "low_rank_linear__cuda":
+            return _lazy("cuda_low_rank.linear_reason")(problem) is None
+        return self.name == "low_rank_conv2d__cuda_tensor_cores"
+
     def supports(self, problem: Problem) -> str | None:
         """None when the kernel takes this problem, else the reason why not."""
         if problem.op != self.op:
@@ -217,6 +223,7 @@ def _cuda(
 _ANY_SHAPE = "triton.runtime.shape_reason"
 _CONFIG = "triton.bsr_conv2d_config"
 _BY_PATTERN = "its speed hangs on the pattern"
+_UNMEASURED = "it has not been measured to be the fastest on any GPU"
 
 # One row a kernel. Of an op's kernels on one backend the first is the one that a call without sizes gets.
 _ROWS = (
@@ -293,15 +300,22 @@ _ROWS = (
     #
     _cuda("bsr_conv2d__cuda", "cuda.launch_bsr_conv2d"),
     _cuda("bsr_linear__cuda", "cuda.launch_bsr_linear"),
-    _cuda("low_rank_linear__cuda", "cuda.launch_low_rank_linear"),
+    _cuda("low_rank_linear__cuda", "cuda_low_rank.launch_low_rank_linear", explicit_only=_UNMEASURED),
     _cuda("low_rank_conv2d__cuda", "cuda.launch_low_rank_conv2d"),
+    _cuda(
+        "low_rank_conv2d__cuda_tensor_cores",
+        "cuda_low_rank.launch_low_rank_conv2d",
+        dtypes=_HALF,
+        reason="cuda_low_rank.conv_reason",
+        explicit_only=_UNMEASURED,
+    ),
     _cuda(
         "bsr_conv2d__cuda_tensor_cores",
         "cuda_tensor_cores.launch_bsr_conv2d",
         dtypes=_HALF,
         epilogues=EPILOGUES["bsr_conv2d"],
         reason="cuda_tensor_cores.shape_reason",
-        explicit_only="it has not been measured to be the fastest on any GPU",
+        explicit_only=_UNMEASURED,
     ),
     _cuda(
         "fused_conv2d__cudnn",

@@ -9,13 +9,14 @@ in shared memory. `low_rank_plan` says how it runs. Neither is a choice of ``aut
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from slimkernels.kernels import cuda, cuda_tensor_cores, low_rank_plan
-from slimkernels.kernels.low_rank_plan import DEPTH, MAX_DEPTH_SPLITS, MAX_RANK, MAX_STAGES, VARIANTS, Plan, Work
+from slimkernels.kernels.low_rank_plan import MAX_DEPTH_SPLITS, MAX_RANK, MAX_STAGES, VARIANTS, Plan, Work
 from slimkernels.kernels.problems import (
     INT32_MAX,
     LowRankConvProblem,
@@ -108,7 +109,9 @@ def _plan(op: str, x: Tensor, work: Work, config: Mapping[str, int]) -> Plan:
     gpu = low_rank_plan.machine(limits.processors, limits.shared_memory)
     plan = low_rank_plan.plan(work, gpu, {name: v for name, v in config.items() if name != "overlap"})
     if plan is None:
-        raise ValueError(f"{op}: expected a plan within {limits.shared_memory} bytes of shared memory, got {dict(config)}")
+        raise ValueError(
+            f"{op}: expected a plan within {limits.shared_memory} bytes of shared memory, got {dict(config)}"
+        )
     return plan
 
 
@@ -258,9 +261,9 @@ def launch_low_rank_conv2d(
     relu = cuda._relu(op, epilogue)
     check_geometry(op, stride, padding, dilation)
     shapes = tuple((f.shape[0], f.shape[1], f.shape[2], f.shape[3]) for f in factors)
-    if len(shapes) < 2 or any(b[1] != a[0] for a, b in zip(shapes, shapes[1:])) or shapes[-1][2:] != (1, 1):
-        if kind != "tai":  # which `conv_reason` refuses
-            raise ValueError(f"{op}: expected factors that follow each other, the last one 1x1, got {shapes}")
+    follow = len(shapes) >= 2 and all(b[1] == a[0] for a, b in pairwise(shapes))
+    if kind != "tai" and not (follow and shapes[-1][2:] == (1, 1)):  # `conv_reason` refuses tai
+        raise ValueError(f"{op}: expected factors that follow each other, the last one 1x1, got {shapes}")
     if x.dim() != 4 or x.shape[1] != shapes[0][1]:
         raise ValueError(f"{op}: expected x of shape (N, {shapes[0][1]}, H, W), got {tuple(x.shape)}")
     n, _, h, w = x.shape

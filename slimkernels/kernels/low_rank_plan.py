@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
+from itertools import product
 from typing import NamedTuple
 
 DEPTH = 64  # numbers of a row in a stage: kDepth of csrc/cuda/low_rank.cuh
@@ -150,7 +151,9 @@ def _resident(shape: Shape, stages: int, gpu: Machine) -> int:
     return max(1, min(by_memory, _REGISTERS // (shape.threads * shape.registers)))
 
 
-def _kernel_s(shape: Shape, blocks: int, steps: int, outer_steps: int, more_bytes: float, stages: int, gpu: Machine) -> float:
+def _kernel_s(
+    shape: Shape, blocks: int, steps: int, outer_steps: int, more_bytes: float, stages: int, gpu: Machine
+) -> float:
     """One kernel without its launch: steps of the first product and of the second, and bytes beside, of each block."""
     busy = min(blocks, gpu.processors)
     port = min(_PORT_BYTES * gpu.clock_hz, gpu.l2_bytes_s / busy)
@@ -159,7 +162,10 @@ def _kernel_s(shape: Shape, blocks: int, steps: int, outer_steps: int, more_byte
     least = _STEP_CLOCKS / gpu.clock_hz / together
     macs = gpu.macs_s / gpu.processors
     total = 0.0
-    for count, columns, rows_read in ((steps, shape.rank, shape.rows + shape.rank), (outer_steps, shape.columns, shape.columns)):
+    for count, columns, rows_read in (
+        (steps, shape.rank, shape.rows + shape.rank),
+        (outer_steps, shape.columns, shape.columns),
+    ):
         step = max(shape.rows * columns * DEPTH / macs, rows_read * DEPTH * _ITEM / port, least)
         total += count * step
     # The first load, twice as long from device memory, and the last store.
@@ -185,38 +191,37 @@ def seconds(work: Work, variant: int, stages: int, splits: int, depth_splits: in
     return 2 * gpu.launch_s + max(first + second, memory + 6 * gpu.latency_s)
 
 
-def _splits(limit: int) -> Iterator[int]:
-    count = 1
-    while count < limit:
-        yield count
-        count *= 2
-    yield limit
+def _powers(limit: int) -> list[int]:
+    """Powers of two below a limit, and the limit."""
+    return [1 << i for i in range((max(limit, 1) - 1).bit_length())] + [max(limit, 1)]
 
 
 def _plans(work: Work, gpu: Machine, config: Mapping[str, int]) -> Iterator[Plan]:
     rank = next(r for r in (64, 128, MAX_RANK) if work.rank <= r)
     for variant, shape in enumerate(VARIANTS):
-        if shape.rank < work.rank or (shape.rank != rank if "variant" not in config else variant != config["variant"]):
+        if variant != config.get("variant", variant) or shape.rank < work.rank:
+            continue
+        if "variant" not in config and shape.rank != rank:
             continue
         tiles, steps = _ceil(work.rows, shape.rows), _ceil(work.depth, DEPTH)
         columns = _ceil(work.columns, shape.columns)
-        for splits in _splits(columns):
-            if splits > 1 and tiles * splits > 4 * gpu.processors and "splits" not in config:
+        # Neither the outputs nor the depth are shared by more blocks than keep the processors busy.
+        splits = [s for s in _powers(columns) if s == 1 or tiles * s <= 4 * gpu.processors]
+        depth_splits = [d for d in _powers(min(steps, MAX_DEPTH_SPLITS)) if d == 1 or tiles * d <= 2 * gpu.processors]
+        shares = product(
+            [config["splits"]] if "splits" in config else splits,
+            [config["depth_splits"]] if "depth_splits" in config else depth_splits,
+            (1, 2),
+        )
+        for split, depth_split, resident in shares:
+            longest = max(steps if depth_split == 1 else 0, _ceil(columns, split) * _ceil(work.rank, DEPTH))
+            stages = config.get("stages", stages_for(shape, longest, resident, gpu.shared_memory))
+            size = shape.shared_bytes(stages)
+            if stages < 2 or size > gpu.shared_memory:
                 continue
-            for depth_splits in (1, 2, 4, 8, 16, MAX_DEPTH_SPLITS):
-                if "depth_splits" not in config and depth_splits > 1:
-                    if depth_splits > steps or tiles * depth_splits > 2 * gpu.processors:
-                        continue
-                split = config.get("splits", splits), config.get("depth_splits", depth_splits)
-                for resident in (1, 2):
-                    longest = max(steps if split[1] == 1 else 0, _ceil(columns, split[0]) * _ceil(work.rank, DEPTH))
-                    stages = config.get("stages", stages_for(shape, longest, resident, gpu.shared_memory))
-                    size = shape.shared_bytes(stages)
-                    if stages < 2 or size > gpu.shared_memory:
-                        continue
-                    time = seconds(work, variant, stages, *split, gpu)
-                    partial = split[1] * tiles * shape.rows * shape.rank if split[1] > 1 else 0
-                    yield Plan(variant, stages, *split, size, partial, time)
+            partial = depth_split * tiles * shape.rows * shape.rank if depth_split > 1 else 0
+            time = seconds(work, variant, stages, split, depth_split, gpu)
+            yield Plan(variant, stages, split, depth_split, size, partial, time)
 
 
 def plan(work: Work, gpu: Machine, config: Mapping[str, int] | None = None) -> Plan | None:
