@@ -143,8 +143,7 @@ def _gpu_low_rank_on_tensor_cores(
     problem: LowRankLinearProblem | LowRankConvProblem, config: Config, rates: GpuRates
 ) -> Prediction:
     """The fused kernel of CUDA C++ as its plan predicts it, the first factor of tucker2 a dense layer before it."""
-    linear = isinstance(problem, LowRankLinearProblem)
-    work = cuda_low_rank.linear_work(problem) if linear else cuda_low_rank.conv_work(problem)
+    work = cuda_low_rank.work_of(problem)
     machine = low_rank_plan.Machine(
         rates.processors,
         rates.shared_memory,

@@ -23,6 +23,7 @@ from slimkernels.kernels.problems import (
     LowRankLinearProblem,
     Pair,
     Problem,
+    SizedProblem,
     check_geometry,
     conv_output_image,
     factor_geometry,
@@ -71,14 +72,16 @@ def conv_reason(problem: Problem) -> str | None:
     return _reason((c_in, problem.factor_shapes[-1][0]), rank)
 
 
-def linear_work(problem: LowRankLinearProblem) -> Work:
-    """What a plan needs to know of a linear layer."""
-    k, n, rank = problem.in_features, problem.out_features, problem.rank
-    return Work(problem.m, k, rank, n, 2 * (problem.m * (k + n) + rank * (k + n)))
+def on_tensor_cores(problem: SizedProblem) -> bool:
+    """Whether a problem that a row of the kernel table takes runs on tensor cores there."""
+    return not isinstance(problem, LowRankLinearProblem) or linear_reason(problem) is None
 
 
-def conv_work(problem: LowRankConvProblem) -> Work:
-    """What a plan needs to know of a convolution's last two factors."""
+def work_of(problem: LowRankLinearProblem | LowRankConvProblem) -> Work:
+    """What a plan needs to know of a linear layer, or of a convolution's last two factors."""
+    if isinstance(problem, LowRankLinearProblem):
+        m, k, n, rank = problem.m, problem.in_features, problem.out_features, problem.rank
+        return Work(m, k, rank, n, 2 * (m * (k + n) + rank * (k + n)))
     (rank, c_in, r, s), c_out = problem.factor_shapes[-2], problem.factor_shapes[-1][0]
     pixels = problem.n * problem.h * problem.w
     nbytes = 2 * (pixels * c_in + problem.rows * c_out + rank * (r * s * c_in + c_out))
@@ -215,7 +218,7 @@ def launch_low_rank_linear(
         one: Pair = (1, 1)
         geometry = one, (0, 0), one
         x, V = x.contiguous(), V.contiguous()
-        _run(op, x, y, V, U, bias, (rows, 1, 1), one, one, geometry, relu, linear_work(problem), config or {})
+        _run(op, x, y, V, U, bias, (rows, 1, 1), one, one, geometry, relu, work_of(problem), config or {})
     return y
 
 
@@ -287,7 +290,7 @@ def launch_low_rank_conv2d(
     V = factors[-2].contiguous(memory_format=torch.channels_last)
     U = factors[-1].flatten(1)
     x = x.contiguous(memory_format=torch.channels_last)
-    _run(op, x, y, V, U, bias, (n, h, w), out, taps, pairs, relu, conv_work(problem), config or {})
+    _run(op, x, y, V, U, bias, (n, h, w), out, taps, pairs, relu, work_of(problem), config or {})
     return y
 
 

@@ -102,7 +102,7 @@ def test_linear(case: LowRankLinearCase, variant: int, device: Device):
     case = replace(case, dtype=BF16 if variant % 2 else FP16)
     device.check(case, variant=variant)
     if device.emulator is not None and case.m > 0:
-        work = cuda_low_rank.linear_work(case.problem())
+        work = cuda_low_rank.work_of(case.problem())
         plan = low_rank_plan.plan(work, low_rank_plan.machine(2, HOPPER_SHARED), {"variant": variant})
         assert plan is not None and plan.shared_bytes == device.emulator.library.get_launch_shared()
 
@@ -407,7 +407,7 @@ def test_the_emulation_sees_what_is_missing(name: str, tmp_path: Path, monkeypat
     text = (ROOT / "csrc" / "cuda" / "low_rank.cuh").read_text()
     assert text.count(old) == 1
     (tmp_path / "low_rank.cuh").write_text(text.replace(old, new))
-    device = use(emulate(tmp_path), monkeypatch)
+    device = use(emulate(tmp_path, only="low_rank"), monkeypatch)
     assert any(fails(what, device, mode) for mode in MODES)
 
 
@@ -425,7 +425,7 @@ def spoilt_beyond(case: LowRankLinearCase, device: Device) -> None:
     more = torch.full((U.shape[0] + 64, U.shape[1]), torch.nan, dtype=case.dtype)
     more[: U.shape[0]] = U
     y = torch.full((case.m + 128, case.out_features), 7.0, dtype=case.dtype)
-    one, work = (1, 1), cuda_low_rank.linear_work(case.problem())
+    one, work = (1, 1), cuda_low_rank.work_of(case.problem())
     cuda_low_rank._run(case.op, x, y[: case.m], V, more[: U.shape[0]], bias, (case.m, 1, 1), one, one,
                        (one, (0, 0), one), 0, work, {"variant": 3})  # fmt: skip
     assert_close(y[: case.m], reference, **bound)
@@ -514,9 +514,7 @@ def test_predictions_are_those_of_the_plan():
     """Far below the fp32 sums of the plain cores, which take what tensor cores do not."""
     linear = LowRankLinearCase("p", 8192, 4096, 4096, 256, dtype=BF16).problem("cuda")
     spec = KERNELS["low_rank_linear__cuda"]
-    plan = low_rank_plan.plan(
-        cuda_low_rank.linear_work(linear), low_rank_plan.machine(H200.processors, H200.shared_memory)
-    )
+    plan = low_rank_plan.plan(cuda_low_rank.work_of(linear), low_rank_plan.machine(H200.processors, H200.shared_memory))
     assert plan is not None
     predicted = gpu_cost.predict_gpu(spec.backend, linear, {}, H200, tensor_cores=spec.on_tensor_cores(linear))
     assert predicted.seconds == pytest.approx(plan.seconds) and predicted.seconds > predicted.matrix_s
