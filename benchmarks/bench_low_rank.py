@@ -30,7 +30,7 @@ LINEAR = (
     if DEVICE_TYPE == "cuda"
     else [(m, k, n, r) for m in (1, 16, 128) for k, n, r in ((512, 512, 32), (512, 512, 128), (4096, 4096, 128))]
 )
-# (kind, images, in, out, size, ranks): VGG-19's layers with the ranks of Tai et al., and on a GPU with a 1x1 last factor
+# (kind, images, in, out, size, ranks): VGG-19's layers with the ranks of Tai et al.; on a GPU a last factor of 1x1 too
 LAYERS = ((64, 64, 32, 24), (256, 256, 8, 128), (512, 512, 4, 256))
 CONVS = [("tai", n, c_in, c_out, size, (rank,)) for n in ((64, 1024) if DEVICE_TYPE == "cuda" else (1, 16))
          for c_in, c_out, size, rank in LAYERS]  # fmt: skip

@@ -152,24 +152,21 @@ def _resident(shape: Shape, stages: int, gpu: Machine) -> int:
 
 
 def _kernel_s(
-    shape: Shape, blocks: int, steps: int, outer_steps: int, more_bytes: float, stages: int, gpu: Machine
+    shape: Shape, rank: int, blocks: int, steps: int, outer: int, more_bytes: float, stages: int, gpu: Machine
 ) -> float:
-    """One kernel without its launch: steps of the first product and of the second, and bytes beside, of each block."""
-    busy = min(blocks, gpu.processors)
-    port = min(_PORT_BYTES * gpu.clock_hz, gpu.l2_bytes_s / busy)
+    """One kernel without its launch.
+
+    Args: of each block `steps` of the first product, `outer` of the second, and the bytes it moves beside; rows of V
+    beyond `rank` are multiplied and not read.
+    """
+    port = min(_PORT_BYTES * gpu.clock_hz, gpu.l2_bytes_s / min(blocks, gpu.processors))
     rounds = _ceil(blocks, gpu.processors)
-    together = min(rounds, _resident(shape, stages, gpu))
-    least = _STEP_CLOCKS / gpu.clock_hz / together
-    macs = gpu.macs_s / gpu.processors
-    total = 0.0
-    for count, columns, rows_read in (
-        (steps, shape.rank, shape.rows + shape.rank),
-        (outer_steps, shape.columns, shape.columns),
-    ):
-        step = max(shape.rows * columns * DEPTH / macs, rows_read * DEPTH * _ITEM / port, least)
-        total += count * step
+    least = _STEP_CLOCKS / gpu.clock_hz / min(rounds, _resident(shape, stages, gpu))
+    row, macs = DEPTH * _ITEM, gpu.macs_s / gpu.processors
+    first = max(shape.rows * shape.rank * DEPTH / macs, (shape.rows + rank) * row / port, least)
+    second = max(shape.rows * shape.columns * DEPTH / macs, shape.columns * min(row, rank * _ITEM) / port, least)
     # The first load, twice as long from device memory, and the last store.
-    return rounds * (total + more_bytes / port) + 3 * gpu.latency_s
+    return rounds * (steps * first + outer * second + more_bytes / port) + 3 * gpu.latency_s
 
 
 def seconds(work: Work, variant: int, stages: int, splits: int, depth_splits: int, gpu: Machine) -> float:
@@ -180,14 +177,14 @@ def seconds(work: Work, variant: int, stages: int, splits: int, depth_splits: in
     outer, stored = own * _ceil(work.rank, DEPTH), own * shape.rows * shape.columns * _ITEM
     memory = work.nbytes / gpu.memory_bytes_s
     if depth_splits == 1:
-        once = _kernel_s(shape, tiles * splits, steps, outer, stored, stages, gpu)
+        once = _kernel_s(shape, work.rank, tiles * splits, steps, outer, stored, stages, gpu)
         return gpu.launch_s + max(once, memory + 3 * gpu.latency_s)
     partial = shape.rows * shape.rank * 4
-    first = _kernel_s(shape, tiles * depth_splits, _ceil(steps, depth_splits), 0, partial, stages, gpu)
+    first = _kernel_s(shape, work.rank, tiles * depth_splits, _ceil(steps, depth_splits), 0, partial, stages, gpu)
     # A thread adds up the sums of as many blocks at once as 16 vectors of four hold.
     vectors = partial // (16 * shape.threads)
     waits = _ceil(depth_splits, max(1, 16 // vectors)) * gpu.latency_s
-    second = _kernel_s(shape, tiles * splits, 0, outer, depth_splits * partial + stored, stages, gpu) + waits
+    second = _kernel_s(shape, work.rank, tiles * splits, 0, outer, depth_splits * partial + stored, stages, gpu) + waits
     return 2 * gpu.launch_s + max(first + second, memory + 6 * gpu.latency_s)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 import re
 from collections.abc import Iterator
@@ -386,8 +388,9 @@ BREAKS = {
     "a row of an operand": ("(lane & 15) * kRowBytes", "((lane & 15) ^ (lane == 17)) * kRowBytes", "linear"),
     "a chunk of V": ("(chunk ^ right_key(r)) * 16", "(chunk ^ right_key(r) ^ (r == 9)) * 16", "linear"),
     "a chunk of U": ("(chunk ^ right_key(o)) * 16", "(chunk ^ right_key(o) ^ (o == 9)) * 16", "linear"),
-    "the end of the outputs": ("(at < a.u_row) & (column + o < a.c_out)", "(at < a.u_row)", "spoilt"),
-    "the end of the rows": ("if (row < rows && column + at < a.c_out)", "if (column + at < a.c_out)", "spoilt"),
+    "the end of the rank": ("within & (r < a.rank)", "within", "ends"),
+    "the end of the outputs": ("(at < a.u_row) & (column + o < a.c_out)", "(at < a.u_row)", "ends"),
+    "the end of the rows": ("if (row < rows && column + at < a.c_out)", "if (column + at < a.c_out)", "ends"),
     "zeros that pad the rank": ("v[e] = column + e < a.rank ? v[e] : 0.0f;", "", "infinite"),
     "the bias": ("sum[i][j][e] = sum[i][j][2 + e] = v;", "sum[i][j][e] = v, sum[i][j][2 + e] = 0;", "linear"),
     "the last part of the depth": ("int64_t(depth_steps) * (split + 1) / a.depth_splits",
@@ -418,16 +421,25 @@ def test_what_the_breaks_are_seen_by_passes(device: Device):
         assert not fails(what, device, -1), what
 
 
-def spoilt_beyond(case: LowRankLinearCase, device: Device) -> None:
-    """What lies behind U and y must neither be read nor written."""
+def before_a_gap(t: Tensor) -> Tensor:
+    """A copy whose last byte is the last one before memory that nobody may touch."""
+    size, page = t.numel() * t.element_size(), mmap.PAGESIZE
+    whole = -(-size // page) * page
+    memory = mmap.mmap(-1, whole + page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + whole), ctypes.c_size_t(page), 0) == 0
+    raw = torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=whole - size)
+    return raw.view(t.dtype).view(t.shape).copy_(t)
+
+
+def check_ends(case: LowRankLinearCase, device: Device) -> None:
+    """What lies behind x, V and U must not be read, and what lies behind y not be written."""
     x, U, V, bias = case.inputs()
     reference, bound = case.expected(x, U, V, bias)
-    more = torch.full((U.shape[0] + 64, U.shape[1]), torch.nan, dtype=case.dtype)
-    more[: U.shape[0]] = U
     y = torch.full((case.m + 128, case.out_features), 7.0, dtype=case.dtype)
     one, work = (1, 1), cuda_low_rank.work_of(case.problem())
-    cuda_low_rank._run(case.op, x, y[: case.m], V, more[: U.shape[0]], bias, (case.m, 1, 1), one, one,
-                       (one, (0, 0), one), 0, work, {"variant": 3})  # fmt: skip
+    cuda_low_rank._run(case.op, before_a_gap(x), y[: case.m], before_a_gap(V), before_a_gap(U), bias, (case.m, 1, 1),
+                       one, one, (one, (0, 0), one), 0, work, {"variant": 3})  # fmt: skip
     assert_close(y[: case.m], reference, **bound)
     assert bool((y[case.m :] == 7.0).all())
 
@@ -444,8 +456,8 @@ def fails(what: str, device: Device, mode: int) -> bool:
                 device.check(case, variant=0, stages=2, splits=1)
             elif what == "two":
                 device.check(case, variant=0, depth_splits=2)
-            elif what == "spoilt":
-                spoilt_beyond(replace(case, in_features=72, out_features=72, rank=40), device)
+            elif what == "ends":
+                check_ends(replace(case, in_features=72, out_features=72, rank=40), device)
             elif what == "infinite":
                 test_infinite_numbers_spoil_their_row_only(device)
             else:
