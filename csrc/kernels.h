@@ -260,7 +260,8 @@ typedef struct SlimCudaLowRankLinear {
 // capability 9.0 alone, it begins before the first has ended.
 // Preconditions: x is (n,h,w,c_in), v is (rank,r,s,c_in), u is (c_out,u_row), y is (n,p,q,c_out), all contiguous, of
 // `dtype`, at addresses that 16 divides; c_in, c_out and u_row are multiples of 8; rank <= u_row, and u holds finite
-// numbers from `rank` on; rank at most the variant's; n*p*q and 2*h*w*c_in below 2^31.
+// numbers from `rank` on; rank at most the variant's; n*p*q below 2^31 - 128, 2*h*w*c_in below 2^31, r*s*c_in and c_out
+// below 2^30.
 typedef struct SlimCudaLowRank {
   const void* x;
   void* y;

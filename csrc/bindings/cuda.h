@@ -272,8 +272,11 @@ inline std::string low_rank_fault(const SlimCudaLowRank& a) {
   if (a.p != output_size(a.h, a.r, a.stride_h, a.pad_h, a.dil_h) ||
       a.q != output_size(a.w, a.s, a.stride_w, a.pad_w, a.dil_w))
     return "p or q is not the size of the output";
-  if (!product_fits(a.n, a.p, a.q) || !product_fits(a.h, a.w, 2 * a.c_in) || !product_fits(a.r, a.s, a.c_in))
-    return "there are 2^31 rows, bytes of an image or numbers in a row of v, or more";
+  // With room for the rows of a last tile and for a step beyond the last column and the last number of depth.
+  if (!product_fits(a.n, a.p, a.q) || a.n * a.p * a.q > kInt32Max - 128) return "there are 2^31 - 128 rows or more";
+  if (!product_fits(a.h, a.w, 2 * a.c_in)) return "an image has 2^31 bytes or more";
+  if (!product_fits(2 * int64_t(a.r), a.s, a.c_in) || a.c_out > kInt32Max / 2)
+    return "c_out or the numbers in a row of v are 2^30 or more";
   if (a.depth_splits > 1 && a.partial == nullptr) return "depth_splits needs room for partial sums";
   return "";
 }

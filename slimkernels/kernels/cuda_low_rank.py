@@ -34,11 +34,17 @@ _CONFIGS = frozenset({"variant", "stages", "splits", "depth_splits", "overlap"})
 _MAX_PLACES = 65535  # of a kernel and its geometry: kMaxPlaces of csrc/bindings/cuda.h
 
 
-def _reason(channels: tuple[int, int], rank: int) -> str | None:
+def _reason(rows: int, image: int, work: tuple[int, int, int], c_in: int) -> str | None:
+    """The same for both layers: `work` is depth, rank and output channels, `image` the numbers of one of x."""
+    depth, rank, c_out = work
     if rank > MAX_RANK:
         return f"the intermediate of at most {MAX_RANK} channels lies in shared memory, not {rank}"
-    if channels[0] % 8 != 0 or channels[1] % 8 != 0:
-        return f"channels are copied eight at a time, not {channels[0]} to {channels[1]}"
+    if c_in % 8 != 0 or c_out % 8 != 0:
+        return f"channels are copied eight at a time, not {c_in} to {c_out}"
+    if rows > INT32_MAX - 128:  # a tile's rows beyond the last are counted too
+        return "there are 2**31 - 128 rows or output pixels or more"
+    if max(2 * image, 2 * depth, 2 * c_out) > INT32_MAX:
+        return "an image of x has 2**31 bytes or more, or the depth or the outputs are 2**30 or more"
     return None
 
 
@@ -48,11 +54,8 @@ def linear_reason(problem: Problem) -> str | None:
         return f"tensor cores multiply float16 and bfloat16, not {problem.dtype}"
     if not isinstance(problem, LowRankLinearProblem):
         return None
-    if problem.m > INT32_MAX:
-        return "there are 2**31 rows or more"
-    if 2 * problem.in_features > INT32_MAX:
-        return "a row of x has 2**31 bytes or more"
-    return _reason((problem.in_features, problem.out_features), problem.rank)
+    k = problem.in_features
+    return _reason(problem.m, k, (k, problem.rank, problem.out_features), k)
 
 
 def conv_reason(problem: Problem) -> str | None:
@@ -67,9 +70,8 @@ def conv_reason(problem: Problem) -> str | None:
     rank, c_in, r, s = problem.factor_shapes[-2]
     if max(r, s, *(number for pair in geometry for number in pair)) > _MAX_PLACES:
         return f"a side of the kernel, its stride, padding or dilation is above {_MAX_PLACES}"
-    if problem.rows > INT32_MAX or 2 * problem.h * problem.w * c_in > INT32_MAX or r * s * c_in > INT32_MAX:
-        return "there are 2**31 output pixels, bytes of an image or weights of a channel, or more"
-    return _reason((c_in, problem.factor_shapes[-1][0]), rank)
+    c_out = problem.factor_shapes[-1][0]
+    return _reason(problem.rows, problem.h * problem.w * c_in, (r * s * c_in, rank, c_out), c_in)
 
 
 def on_tensor_cores(problem: SizedProblem) -> bool:

@@ -510,6 +510,38 @@ def test_device_and_stream_are_those_of_the_tensor(device: Device, monkeypatch: 
         device.check(case)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"m": 2**31 - 128}, r"2\*\*31 - 128 rows"),
+        ({"in_features": 2**30}, r"2\*\*31 bytes or more"),
+        ({"out_features": 2**30}, r"2\*\*30 or more"),
+        ({"rank": 257}, "at most 256 channels"),
+        ({"dtype": torch.float32}, "tensor cores multiply float16 and bfloat16"),
+    ],
+    ids=str,
+)
+def test_limits_of_a_linear_layer(changes: dict[str, Any], message: str):
+    problem = LowRankLinearCase("limit", m=4, in_features=64, out_features=64, rank=8, dtype=BF16).problem("cuda")
+    assert cuda_low_rank.linear_reason(problem) is None
+    assert re.search(message, str(cuda_low_rank.linear_reason(replace(problem, **changes))))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n": 2**24, "h": 16, "w": 16}, r"2\*\*31 - 128 rows"),
+        ({"n": 1, "h": 2**14, "w": 2**14}, r"2\*\*31 bytes or more"),
+        ({"factor_shapes": ((8, 8, 2**14, 2**14), (16, 8, 1, 1)), "padding": (2**13, 2**13)}, r"2\*\*30 or more"),
+    ],
+    ids=str,
+)
+def test_limits_of_a_convolution(changes: dict[str, Any], message: str):
+    problem = LowRankConvCase("limit", "svd", c_in=8, c_out=16, ranks=(8,), dtype=BF16).problem("cuda")
+    assert cuda_low_rank.conv_reason(problem) is None
+    assert re.search(message, str(cuda_low_rank.conv_reason(replace(problem, **changes))))
+
+
 def test_never_a_choice_of_auto():
     for name in ("low_rank_linear__cuda", cuda_low_rank.CONV_NAME):
         assert KERNELS[name].explicit_only
