@@ -17,6 +17,7 @@ from slimkernels import nn
 from slimkernels.cases import LowRankConvCase, LowRankLinearCase, to_device
 from slimkernels.dispatch.select import predicted_seconds
 from slimkernels.kernels import KERNELS
+from slimkernels.kernels.problems import factor_geometry
 from slimkernels.testing import assert_close
 from slimkernels.tuning import captured
 
@@ -29,9 +30,13 @@ LINEAR = (
     if DEVICE_TYPE == "cuda"
     else [(m, k, n, r) for m in (1, 16, 128) for k, n, r in ((512, 512, 32), (512, 512, 128), (4096, 4096, 128))]
 )
-# (kind, images, in, out, size, ranks): VGG-19's layers with the ranks of Tai et al.
+# (kind, images, in, out, size, ranks): VGG-19's layers with the ranks of Tai et al.; on a GPU a last factor of 1x1 too
+LAYERS = ((64, 64, 32, 24), (256, 256, 8, 128), (512, 512, 4, 256))
 CONVS = [("tai", n, c_in, c_out, size, (rank,)) for n in ((64, 1024) if DEVICE_TYPE == "cuda" else (1, 16))
-         for c_in, c_out, size, rank in ((64, 64, 32, 24), (256, 256, 8, 128), (512, 512, 4, 256))]  # fmt: skip
+         for c_in, c_out, size, rank in LAYERS]  # fmt: skip
+if DEVICE_TYPE == "cuda":
+    CONVS += [("svd", 64, c_in, c_out, size, (rank,)) for c_in, c_out, size, rank in LAYERS]
+    CONVS += [("svd", 1024, 512, 512, 4, (256,)), ("tucker2", 64, 512, 512, 4, (256, 256))]
 KERNEL_NAMES = {op: [n for n, s in KERNELS.items() if s.op == op and s.isa != "scalar" and DEVICE_TYPE in s.devices
                      and s.backend != "reference" and s.available() is None]
                 for op in ("low_rank_linear", "low_rank_conv2d")}  # fmt: skip
@@ -89,16 +94,23 @@ def test_low_rank_conv2d(
     if smoke and (n, c_in) != (CONVS[0][1], CONVS[0][2]):
         pytest.skip("not in the smoke run")
     case = LowRankConvCase("row", kind, n, c_in, size, size, c_out, ranks=ranks, epilogue="relu", dtype=DTYPE)
+    reason = KERNELS[kernel].supports(case.problem(DEVICE_TYPE))
+    if reason is not None:
+        pytest.skip(f"{kernel} does not take this: {reason}")
     x, factors, bias = inputs = to_device(case.inputs(), DEVICE_TYPE)
     x, factors = x.contiguous(memory_format=torch.channels_last), [_channels_last(f) for f in factors]
     layer = nn.LowRankConv2d.from_factors(factors, bias, kind=kind, padding=(1, 1), epilogue="relu", kernel=kernel)
     layer = layer.eval().requires_grad_(False)
     merged = layer.to_dense().eval().requires_grad_(False).to(memory_format=torch.channels_last)
-    dense = {
-        "two convolutions": lambda: F.relu_(
-            F.conv2d(F.conv2d(x, factors[0], padding=(1, 0)), factors[1], bias, padding=(0, 1))
-        ),
-        "merged": lambda: F.relu_(merged(x)),
-    }
+    geometry = factor_geometry(kind, len(factors), (1, 1), (1, 1), (1, 1))
+
+    def chain() -> torch.Tensor:
+        y = x
+        for i, (factor, (stride, padding, dilation)) in enumerate(zip(factors, geometry, strict=True)):
+            y = F.conv2d(y, factor, bias if i == len(factors) - 1 else None, stride, padding, dilation)
+        return F.relu_(y)
+
+    dense = {"two convolutions" if len(factors) == 2 else "three convolutions": chain,
+             "merged": lambda: F.relu_(merged(x))}  # fmt: skip
     assert_right(layer(x), case, inputs)
     _row(race, kernel, case, lambda: layer(x), dense, f"{kind} {c_in}->{c_out} @ {n}x{size}x{size} rank {ranks[0]}")

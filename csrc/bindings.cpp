@@ -3,7 +3,7 @@
 //
 // What can be told without reading memory is checked here and in bindings/: the instruction set, since an unsupported
 // one would kill the process, and that every number lies in its range and no offset wraps. What the tensors hold is
-// checked in slimkernels/kernels/cpu/conv2d.py, cuda.py, cuda_tensor_cores.py and cuda_chain.py.
+// checked in slimkernels/kernels/cpu/conv2d.py, cuda.py, cuda_tensor_cores.py, cuda_chain.py and cuda_low_rank.py.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -313,6 +313,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_chain_groups", &cuda_chain_groups,
         "(group, barrier, dtype, device) -> groups of thread blocks that run at the same time, or minus the status");
   m.def("cuda_low_rank_linear", &cuda_low_rank_linear, "(members of SlimCudaLowRankLinear in order) -> status");
+  m.def("cuda_low_rank", &cuda_low_rank, "(members of SlimCudaLowRank in order) -> status");
   m.def("cuda_error_message", &slim_cuda_error_message, "The last CUDA error of this thread.");
   m.def("cuda_unavailable_reason", &slim_cuda_unavailable_reason,
         "None when the driver serves this build, else why not.");

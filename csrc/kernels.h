@@ -294,6 +294,35 @@ typedef struct SlimCudaLowRankLinear {
   void* stream;
 } SlimCudaLowRankLinear;
 
+// Two factors on tensor cores, bf16 or fp16, their intermediate in shared memory as `dtype`:
+//   h[n,p,q,k] = sum over (tap,c) of v[k,tap,c] * x[n, iy, ix, c], tap and pixel as SlimCudaBsrConv2d has them
+//   y[n,p,q,o] = epilogue(bias[o] + sum over k of u[o,k] * h[n,p,q,k])
+// A linear layer is h = w = p = q = r = s = 1. `variant` is the tile (slimkernels/kernels/low_rank_plan.py), `stages`
+// the depth of the ring, `splits` the thread blocks that share the output channels of a tile of rows. With
+// depth_splits > 1 so many blocks share the first product of a tile and a second kernel adds up what they wrote to
+// `partial`, depth_splits * tiles * rows * rank fp32 numbers of the variant's sizes; with `overlap`, for compute
+// capability 9.0 alone, it begins before the first has ended.
+// Preconditions: x is (n,h,w,c_in), v is (rank,r,s,c_in), u is (c_out,u_row), y is (n,p,q,c_out), all contiguous, of
+// `dtype`, at addresses that 16 divides; c_in, c_out and u_row are multiples of 8; rank <= u_row, and u holds finite
+// numbers from `rank` on; rank at most the variant's; n*p*q below 2^31 - 128, 2*h*w*c_in below 2^31, r*s*c_in and c_out
+// below 2^30.
+typedef struct SlimCudaLowRank {
+  const void* x;
+  void* y;
+  const void* bias;  // c_out values of `dtype`, or NULL
+  const void* u;
+  const void* v;
+  void* partial;  // or NULL with depth_splits = 1
+  int64_t n, h, w, c_in, c_out, p, q;
+  int32_t r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w;
+  int32_t rank, u_row;
+  int32_t relu;  // 0 or 1: y = max(y, 0), NaN kept
+  int32_t variant, stages, splits, depth_splits, overlap;
+  int32_t dtype;
+  int32_t device;
+  void* stream;
+} SlimCudaLowRank;
+
 // (32 + 1) fp32 rows of this length and the staging tiles fill 97 000 of the 101 376 bytes of shared memory that every
 // GPU from sm_80 on offers to one block.
 enum { SLIM_CUDA_MAX_FUSED_RANK = 640 };
@@ -305,6 +334,7 @@ SLIM_HIDDEN int slim_cuda_chain_conv2d(const SlimCudaChain* a);
 // How many groups of so many thread blocks the device runs at the same time; 0 where it cannot run one.
 SLIM_HIDDEN int slim_cuda_chain_groups(int32_t group, int32_t barrier, int32_t dtype, int32_t device, int32_t* groups);
 SLIM_HIDDEN int slim_cuda_low_rank_linear(const SlimCudaLowRankLinear* a);
+SLIM_HIDDEN int slim_cuda_low_rank(const SlimCudaLowRank* a);
 
 // NULL when the driver serves this build's CUDA runtime, else CUDA's reason (no device, driver too old, ...).
 SLIM_HIDDEN const char* slim_cuda_unavailable_reason(void);

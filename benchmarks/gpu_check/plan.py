@@ -63,6 +63,7 @@ GPU_TESTS = (
     "tests/on_gpu/test_composition_gpu.py",
     "tests/cuda_kernels/test_cuda_tensor_cores.py",
     "tests/cuda_kernels/test_cuda_chain.py",
+    "tests/cuda_kernels/test_cuda_low_rank.py",
     "tests/cuda_kernels/test_cuda.py",
     "tests/compress/test_engine.py",
 )
@@ -130,7 +131,9 @@ STAGES = (
     Stage("again", 2, 70, "What failed in call 1, and the tests that it did not reach.",
           (*_TESTS, "--again", "{state}/rows/tests.jsonl", "-m", "gpu and not slow", *_WORKERS,
            "--junitxml", "{state}/again.xml", *GPU_TESTS), build_wait=5),
-    Stage("low_rank", 2, 30, "Low-rank layers against their factors and the merged layer: 1.3x where launch-bound.",
+    Stage("low_rank", 2, 30,
+          "Low-rank layers against their factors and the merged layer: 1.3x where launch-bound, and CUDA C++ on tensor "
+          "cores beside Triton: 7.4 us for 16 x 4096 -> 4096 of rank 128, 85 for 8192 of rank 256.",
           _suite("benchmarks/bench_low_rank.py", "--seconds", "0.1")),
     Stage("trainer", 2, 60,
           "A step of the training loop, VGG-19 at batch 512: from Python and as a CUDA graph, plain and with all that "

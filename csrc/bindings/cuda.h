@@ -182,6 +182,46 @@ struct Members<SlimCudaLowRankLinear> {
 };
 static_assert(members_fill_the_struct<SlimCudaLowRankLinear>());
 
+template <>
+struct Members<SlimCudaLowRank> {
+  using Struct = SlimCudaLowRank;
+  static constexpr Member list[] = {
+      SLIM_MEMBER(x, kAddress),
+      SLIM_MEMBER(y, kAddress),
+      SLIM_MEMBER(bias, kAddress),
+      SLIM_MEMBER(u, kAddress),
+      SLIM_MEMBER(v, kAddress),
+      SLIM_MEMBER(partial, kAddress),
+      SLIM_MEMBER(n, kPositive),
+      SLIM_MEMBER(h, kPositive),
+      SLIM_MEMBER(w, kPositive),
+      SLIM_MEMBER(c_in, kPositive),
+      SLIM_MEMBER(c_out, kPositive),
+      SLIM_MEMBER(p, kPositive),
+      SLIM_MEMBER(q, kPositive),
+      SLIM_MEMBER(r, kPlaces),
+      SLIM_MEMBER(s, kPlaces),
+      SLIM_MEMBER(stride_h, kPlaces),
+      SLIM_MEMBER(stride_w, kPlaces),
+      SLIM_MEMBER(pad_h, kPlacesOrNone),
+      SLIM_MEMBER(pad_w, kPlacesOrNone),
+      SLIM_MEMBER(dil_h, kPlaces),
+      SLIM_MEMBER(dil_w, kPlaces),
+      SLIM_MEMBER(rank, (Range{1, 256})),
+      SLIM_MEMBER(u_row, (Range{1, 256})),
+      SLIM_MEMBER(relu, kFlag),
+      SLIM_MEMBER(variant, (Range{0, 6})),
+      SLIM_MEMBER(stages, (Range{2, 8})),
+      SLIM_MEMBER(splits, kPlaces),
+      SLIM_MEMBER(depth_splits, (Range{1, 64})),
+      SLIM_MEMBER(overlap, kFlag),
+      SLIM_MEMBER(dtype, kHalfDtype),
+      SLIM_MEMBER(device, kNatural),
+      SLIM_MEMBER(stream, kAddress),
+  };
+};
+static_assert(members_fill_the_struct<SlimCudaLowRank>());
+
 // "" where a tile reads and writes inside its patch and no offset wraps, else what is wrong.
 template <typename T>
 std::string tile_plan_fault(const T& a, int64_t c_in) {
@@ -303,6 +343,35 @@ inline int cuda_low_rank_linear(const pybind11::args& args) {
   const auto a = struct_of_arguments<SlimCudaLowRankLinear>("cuda_low_rank_linear", args);
   pybind11::gil_scoped_release release;
   return slim_cuda_low_rank_linear(&a);
+}
+
+// "" where what a call describes can be, else what is wrong.
+inline std::string low_rank_fault(const SlimCudaLowRank& a) {
+  const uintptr_t addresses = reinterpret_cast<uintptr_t>(a.x) | reinterpret_cast<uintptr_t>(a.y) |
+                              reinterpret_cast<uintptr_t>(a.u) | reinterpret_cast<uintptr_t>(a.v) |
+                              reinterpret_cast<uintptr_t>(a.partial);
+  if (addresses % 16 != 0) return "an address is not a multiple of 16";
+  if (a.c_in % 8 != 0 || a.c_out % 8 != 0 || a.u_row % 8 != 0) return "c_in, c_out and u_row are not multiples of 8";
+  if (a.rank > a.u_row) return "rank is greater than u_row";
+  if (a.rank > (a.variant == 6 ? 128 : 64 << a.variant % 3)) return "rank is greater than the variant's";
+  if (a.p != output_size(a.h, a.r, a.stride_h, a.pad_h, a.dil_h) ||
+      a.q != output_size(a.w, a.s, a.stride_w, a.pad_w, a.dil_w))
+    return "p or q is not the size of the output";
+  // With room for the rows of a last tile and for a step beyond the last column and the last number of depth.
+  if (!product_fits(a.n, a.p, a.q) || a.n * a.p * a.q > kInt32Max - 128) return "there are 2^31 - 128 rows or more";
+  if (!product_fits(a.h, a.w, 2 * a.c_in)) return "an image has 2^31 bytes or more";
+  if (!product_fits(2 * int64_t(a.r), a.s, a.c_in) || a.c_out > kInt32Max / 2)
+    return "c_out or the numbers in a row of v are 2^30 or more";
+  if (a.depth_splits > 1 && a.partial == nullptr) return "depth_splits needs room for partial sums";
+  return "";
+}
+
+inline int cuda_low_rank(const pybind11::args& args) {
+  const auto a = struct_of_arguments<SlimCudaLowRank>("cuda_low_rank", args);
+  const std::string fault = low_rank_fault(a);
+  if (!fault.empty()) throw pybind11::value_error("cuda_low_rank: " + fault);
+  pybind11::gil_scoped_release release;
+  return slim_cuda_low_rank(&a);
 }
 
 }  // namespace slim

@@ -25,6 +25,15 @@ struct TileShape {
 
 namespace {
 
+// Eight numbers rounded to T, in the order of memory.
+template <typename T>
+SLIM_DEVICE uint4 eight_packed(const float (&v)[8], bool relu) {
+  return relu ? make_uint4(hw::pack<T, true>(v[0], v[1]), hw::pack<T, true>(v[2], v[3]), hw::pack<T, true>(v[4], v[5]),
+                           hw::pack<T, true>(v[6], v[7]))
+              : make_uint4(hw::pack<T, false>(v[0], v[1]), hw::pack<T, false>(v[2], v[3]),
+                           hw::pack<T, false>(v[4], v[5]), hw::pack<T, false>(v[6], v[7]));
+}
+
 struct TilePosition {
   int64_t image;
   int32_t y, x;  // of the first output pixel
@@ -210,12 +219,7 @@ struct SparseTile {
     }
   }
 
-  SLIM_DEVICE static uint4 packed(const float (&v)[8], bool relu) {
-    return relu ? make_uint4(hw::pack<T, true>(v[0], v[1]), hw::pack<T, true>(v[2], v[3]),
-                             hw::pack<T, true>(v[4], v[5]), hw::pack<T, true>(v[6], v[7]))
-                : make_uint4(hw::pack<T, false>(v[0], v[1]), hw::pack<T, false>(v[2], v[3]),
-                             hw::pack<T, false>(v[4], v[5]), hw::pack<T, false>(v[6], v[7]));
-  }
+  SLIM_DEVICE static uint4 packed(const float (&v)[8], bool relu) { return eight_packed<T>(v, relu); }
 
   // A lane holds eight neighbouring channels of all four pixels of its windows.
   template <typename Args>

@@ -36,6 +36,7 @@ from slimkernels.dispatch.gpu_prediction import (
     traffic_s,
 )
 from slimkernels.dispatch.gpu_rates import GpuRates
+from slimkernels.kernels import cuda_low_rank, low_rank_plan
 from slimkernels.kernels.problems import (
     ConvProblem,
     FusedConvProblem,
@@ -138,13 +139,56 @@ def gpu_block_sparse(
     )
 
 
-def predict_gpu(
-    backend: str, problem: SizedProblem, config: Config, rates: GpuRates, *, one_position: bool = False
+def _gpu_low_rank_on_tensor_cores(
+    problem: LowRankLinearProblem | LowRankConvProblem, config: Config, rates: GpuRates
 ) -> Prediction:
-    """A kernel of a backend (``triton``, ``cuda``, ``reference``) on a GPU problem; see `gpu_block_sparse`."""
+    """The fused kernel of CUDA C++ as its plan predicts it, the first factor of tucker2 a dense layer before it."""
+    work = cuda_low_rank.work_of(problem)
+    machine = low_rank_plan.Machine(
+        rates.processors,
+        rates.shared_memory,
+        rates.clock_hz,
+        low_rank_plan.MMA_SYNC_SHARE * rates.matrix_flops / 2,
+        rates.l2_bytes_s,
+        rates.memory_bytes_s,
+        rates.latency_s,
+        rates.launch_s,
+    )
+    plan = low_rank_plan.plan(work, machine, config)
+    if plan is None:
+        return Prediction(math.inf, 0.0, 0.0, rates.launch_s)
+    launches = rates.launch_s * (1 if plan.depth_splits == 1 else 2)
+    found = Prediction(
+        work.rows * work.rank * (work.depth + work.columns) / machine.macs_s,
+        0.0,
+        traffic_s(work.nbytes, rates),
+        launches,
+        chain_s=plan.seconds - launches,
+        nbytes=work.nbytes,
+    )
+    if isinstance(problem, LowRankConvProblem) and problem.kind == "tucker2":
+        found = replace(found, passes=(replace(gpu_factors(problem, rates), passes=()),))
+    return found
+
+
+def predict_gpu(
+    backend: str,
+    problem: SizedProblem,
+    config: Config,
+    rates: GpuRates,
+    *,
+    one_position: bool = False,
+    tensor_cores: bool = False,
+) -> Prediction:
+    """A kernel of a backend (``triton``, ``cuda``, ``reference``) on a GPU problem; see `gpu_block_sparse`.
+
+    ``tensor_cores``: of a low-rank problem on ``cuda``, as `KernelSpec.on_tensor_cores` says.
+    """
     if isinstance(problem, LowRankLinearProblem | LowRankConvProblem):
         if backend == "triton":
             return gpu_low_rank(problem, config, rates)
+        if backend == "cuda" and tensor_cores:
+            return _gpu_low_rank_on_tensor_cores(problem, config, rates)
         factors = gpu_factors(problem, rates)
         if backend == "cuda":  # sums on the plain cores; ReLU fused
             slower = rates.matrix_flops / rates.fma_flops

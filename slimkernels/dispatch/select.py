@@ -292,7 +292,14 @@ def predicted_seconds(
     rates = tables.gpu_rates(index)
     if isinstance(problem, FusedConvProblem):
         return fused_cost.predict_fused(spec.backend, problem, config or {}, rates).seconds
-    return gpu_cost.predict_gpu(spec.backend, problem, config or {}, rates, one_position=spec.one_position).seconds
+    return gpu_cost.predict_gpu(
+        spec.backend,
+        problem,
+        config or {},
+        rates,
+        one_position=spec.one_position,
+        tensor_cores=spec.on_tensor_cores(problem),
+    ).seconds
 
 
 def predicted_dense_seconds(problem: SizedProblem, index: int = -1) -> float:

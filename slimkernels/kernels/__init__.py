@@ -78,6 +78,7 @@ class KernelSpec:
         shape_reason: None when it takes the problem's shapes, else why not.
         configs: launch configurations worth trying on a problem, the likeliest first; ``{}`` is the launcher's default.
         explicit_only: why ``auto`` never takes it, None where it may.
+        on_tensor_cores: whether it is a low-rank kernel of CUDA C++ that multiplies a problem on tensor cores.
     """
 
     name: str
@@ -92,6 +93,7 @@ class KernelSpec:
     shape_reason: Callable[[Problem], str | None] = lambda problem: None
     configs: Callable[[SizedProblem], Sequence[Mapping[str, int]]] = _one_config
     explicit_only: str | None = None
+    on_tensor_cores: Callable[[SizedProblem], bool] = lambda problem: False
 
     @property
     def one_position(self) -> bool:
@@ -195,10 +197,13 @@ def _cuda(
     epilogues: frozenset[str] = _RELU,
     reason: str | None = None,
     explicit_only: str | None = None,
+    tensor_cores: str | None = None,
 ) -> KernelSpec:
     """A CUDA C++ kernel of ours, or one of a vendor's library, by dotted names in this package."""
     op = name.split("__")[0]
     kept: dict[str, Any] = {} if reason is None else {"shape_reason": _lazy(reason)}
+    if tensor_cores is not None:
+        kept["on_tensor_cores"] = _lazy(tensor_cores)
     return KernelSpec(
         name,
         op,
@@ -217,6 +222,7 @@ def _cuda(
 _ANY_SHAPE = "triton.runtime.shape_reason"
 _CONFIG = "triton.bsr_conv2d_config"
 _BY_PATTERN = "its speed hangs on the pattern"
+_UNMEASURED = "it has not been measured to be the fastest on any GPU"
 
 # One row a kernel. Of an op's kernels on one backend the first is the one that a call without sizes gets.
 _ROWS = (
@@ -293,15 +299,28 @@ _ROWS = (
     #
     _cuda("bsr_conv2d__cuda", "cuda.launch_bsr_conv2d"),
     _cuda("bsr_linear__cuda", "cuda.launch_bsr_linear"),
-    _cuda("low_rank_linear__cuda", "cuda.launch_low_rank_linear"),
+    _cuda(
+        "low_rank_linear__cuda",
+        "cuda_low_rank.launch_low_rank_linear",
+        explicit_only=_UNMEASURED,
+        tensor_cores="cuda_low_rank.on_tensor_cores",
+    ),
     _cuda("low_rank_conv2d__cuda", "cuda.launch_low_rank_conv2d"),
+    _cuda(
+        "low_rank_conv2d__cuda_tensor_cores",
+        "cuda_low_rank.launch_low_rank_conv2d",
+        dtypes=_HALF,
+        reason="cuda_low_rank.conv_reason",
+        explicit_only=_UNMEASURED,
+        tensor_cores="cuda_low_rank.on_tensor_cores",
+    ),
     _cuda(
         "bsr_conv2d__cuda_tensor_cores",
         "cuda_tensor_cores.launch_bsr_conv2d",
         dtypes=_HALF,
         epilogues=EPILOGUES["bsr_conv2d"],
         reason="cuda_tensor_cores.shape_reason",
-        explicit_only="it has not been measured to be the fastest on any GPU",
+        explicit_only=_UNMEASURED,
     ),
     _cuda(
         "fused_conv2d__cudnn",

@@ -314,6 +314,21 @@ def _full_pattern(taps: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return crow, torch.arange(taps, dtype=torch.int32, device=device)
 
 
+def _check_low_rank_linear(
+    op: str, x: Tensor, U: Tensor, V: Tensor, bias: Tensor | None, epilogue: str
+) -> tuple[ModuleType, int]:
+    """The extension and whether ReLU is asked for, after the checks that both launchers of a linear layer share."""
+    module = _module(op, x, U=U, V=V, bias=bias)
+    relu = _relu(op, epilogue)
+    if V.dim() != 2 or x.dim() < 1 or x.shape[-1] != V.shape[1]:
+        raise ValueError(f"{op}: expected x (..., in) and V (rank, in), got {tuple(x.shape)} and {tuple(V.shape)}")
+    if U.dim() != 2 or U.shape[1] != V.shape[0]:
+        raise ValueError(f"{op}: expected U of shape (out, {V.shape[0]}), got {tuple(U.shape)}")
+    if bias is not None and tuple(bias.shape) != (U.shape[0],):
+        raise ValueError(f"{op}: expected bias of shape ({U.shape[0]},), got {tuple(bias.shape)}")
+    return module, relu
+
+
 def launch_low_rank_linear(
     x: Tensor, U: Tensor, V: Tensor, bias: Tensor | None, packed: Sequence[Tensor], epilogue: str
 ) -> Tensor:
@@ -331,16 +346,8 @@ def launch_low_rank_linear(
         ValueError, TypeError, RuntimeError: as `launch_bsr_conv2d`.
     """
     op = "low_rank_linear"
-    module = _module(op, x, U=U, V=V, bias=bias)
-    relu = _relu(op, epilogue)
-    if V.dim() != 2 or x.dim() < 1 or x.shape[-1] != V.shape[1]:
-        raise ValueError(f"{op}: expected x (..., in) and V (rank, in), got {tuple(x.shape)} and {tuple(V.shape)}")
-    rank, in_features = V.shape
-    if U.dim() != 2 or U.shape[1] != rank:
-        raise ValueError(f"{op}: expected U of shape (out, {rank}), got {tuple(U.shape)}")
-    out_features = U.shape[0]
-    if bias is not None and tuple(bias.shape) != (out_features,):
-        raise ValueError(f"{op}: expected bias of shape ({out_features},), got {tuple(bias.shape)}")
+    module, relu = _check_low_rank_linear(op, x, U, V, bias, epilogue)
+    (out_features, rank), in_features = U.shape, V.shape[1]
     x, U, V = x.contiguous(), U.contiguous(), V.contiguous()
     if rank > module.CUDA_MAX_FUSED_RANK:
         crow, col = _full_pattern(1, x.device)

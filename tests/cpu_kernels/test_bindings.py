@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import ModuleType
 from typing import Any
 
@@ -182,7 +183,21 @@ BSR = {
 } | DEVICE
 BSR |= dict.fromkeys(("block_out", "block_in"), (1, INT32_MAX))
 LOW_RANK = {"m": (1, INT64_MAX), **dict.fromkeys(("in", "out"), (1, INT32_MAX)), "rank": (1, 640), **DEVICE}
-STRUCTS = {"bsr_conv2d": ("SlimCudaBsrConv2d", BSR), "low_rank_linear": ("SlimCudaLowRankLinear", LOW_RANK)}
+PLACES = 65535
+TWO_FACTORS = {
+    **dict.fromkeys(("n", "h", "w", "c_in", "c_out", "p", "q"), (1, INT32_MAX)),
+    **dict.fromkeys(("r", "s", "stride_h", "stride_w", "dil_h", "dil_w", "splits"), (1, PLACES)),
+    **dict.fromkeys(("pad_h", "pad_w"), (0, PLACES)),
+    **dict.fromkeys(("rank", "u_row"), (1, 256)),
+    **{"variant": (0, 6), "stages": (2, 8), "depth_splits": (1, 64), "overlap": (0, 1)},
+    **DEVICE,
+    "dtype": (1, 2),
+}
+STRUCTS = {
+    "bsr_conv2d": ("SlimCudaBsrConv2d", BSR),
+    "low_rank_linear": ("SlimCudaLowRankLinear", LOW_RANK),
+    "low_rank": ("SlimCudaLowRank", TWO_FACTORS),
+}
 
 
 @pytest.mark.parametrize(
@@ -203,7 +218,7 @@ def test_a_cuda_call_refuses(native: ModuleType, entry: str, name: str, number: 
         getattr(native, f"cuda_{entry}")(*numbers.values())
 
 
-@pytest.mark.parametrize("entry", ["bsr_conv2d", "resident_conv2d", "stem_conv2d", "low_rank_linear"])
+@pytest.mark.parametrize("entry", ["bsr_conv2d", "resident_conv2d", "stem_conv2d", "low_rank_linear", "low_rank"])
 def test_a_cuda_call_refuses_what_is_no_list_of_integers(native: ModuleType, entry: str) -> None:
     if not native.build_info()["cuda"]:
         pytest.skip("the extension has no CUDA code")
@@ -216,3 +231,35 @@ def test_a_cuda_call_refuses_what_is_no_list_of_integers(native: ModuleType, ent
         call(*[1.0] * count)
     with pytest.raises(OverflowError):
         call(*[2**63] * count)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": 8}, "an address is not a multiple of 16"),
+        ({"c_in": 12}, "c_in, c_out and u_row are not multiples of 8"),
+        ({"u_row": 12}, "c_in, c_out and u_row are not multiples of 8"),
+        ({"rank": 9}, "rank is greater than u_row"),
+        ({"rank": 65, "u_row": 72}, "rank is greater than the variant's"),
+        ({"rank": 129, "u_row": 136, "variant": 6}, "rank is greater than the variant's"),
+        ({"p": 2}, "p or q is not the size of the output"),
+        ({"n": INT32_MAX, "w": 2, "q": 2}, "there are 2^31 - 128 rows or more"),
+        ({"n": INT32_MAX - 127}, "there are 2^31 - 128 rows or more"),
+        ({"c_in": 2**30}, "an image has 2^31 bytes or more"),
+        (
+            {"r": 2**14, "s": 2**13, "pad_h": 2**13, "pad_w": 2**12, "p": 2, "q": 2},
+            "c_out or the numbers in a row of v are 2^30 or more",
+        ),
+        ({"c_out": 2**30}, "c_out or the numbers in a row of v are 2^30 or more"),
+        ({"depth_splits": 2}, "depth_splits needs room for partial sums"),
+    ],
+    ids=str,
+)
+def test_two_factors_that_cannot_be_are_refused(native: ModuleType, changes: dict[str, int], message: str) -> None:
+    if not native.build_info()["cuda"]:
+        pytest.skip("the extension has no CUDA code")
+    members = [field for field, *_ in structure("SlimCudaLowRank")._fields_]
+    least = {member: TWO_FACTORS.get(member, (0, 0))[0] for member in members}
+    numbers = least | {"c_in": 8, "c_out": 8, "u_row": 8} | changes
+    with pytest.raises(ValueError, match=f"^cuda_low_rank: .*{re.escape(message)}"):
+        native.cuda_low_rank(*numbers.values())

@@ -10,6 +10,7 @@ import pytest
 import sass
 
 from slimkernels import _extension
+from slimkernels.kernels.low_rank_plan import VARIANTS
 
 pytest.importorskip("triton")
 PORTABLE, HOPPER, NARROW = "Li2ELi2ELi4ELi8E", "Li4ELi1ELi2ELi16E", "Li4ELi1ELi4ELi8E"
@@ -101,3 +102,66 @@ def test_chain(arch: str):
             assert [kinds[i] for i in at["UCGABAR"]] == ["UCGABAR_WAIT", "UCGABAR_ARV"]
             assert len(at["MEMBAR"]) == 1 and len(at["CCTL"]) == 1  # what is stored goes out, what L1 holds goes away
             assert at["UCGABAR"][0] < at["CCTL"][0] < at["MEMBAR"][0] < at["UCGABAR"][1]
+
+
+# The low-rank kernels: template arguments in the order of `low_rank_plan.VARIANTS` -> the matrix instructions of a warp
+# in a stage of 64 numbers, of the first product and of the second, and the most instructions of either loop.
+LOW_RANK = {
+    "Li1ELi2ELi1ELi64ELi64E": ((16, 16), (300, 170)),
+    "Li1ELi4ELi1ELi128ELi128E": ((16, 16), (280, 170)),
+    "Li1ELi4ELi1ELi256ELi128E": ((32, 16), (470, 170)),
+    "Li2ELi2ELi2ELi64ELi64E": ((32, 32), (365, 165)),
+    "Li2ELi2ELi2ELi128ELi128E": ((64, 64), (435, 235)),
+    "Li2ELi4ELi2ELi256ELi256E": ((64, 64), (375, 235)),
+    "Li4ELi2ELi2ELi128ELi128E": ((64, 64), (370, 205)),
+}
+
+
+def low_rank_names(arch: str) -> dict[str, str]:
+    """Template arguments and dtype -> mangled name."""
+    found = {}
+    for name in functions(arch):
+        match = re.search(r"low_rank_kernelI(13__nv_bfloat16|6__half)NS_12LowRankShapeI((?:Li\d+E)+)", name)
+        if match is not None:
+            found[f"{match[2]} {match[1]}"] = name
+    return found
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_low_rank(arch: str):
+    """Both loops feed every matrix instruction from two loads at most; 16 bytes a copy and a store; nothing spilled."""
+    names = low_rank_names(arch)
+    assert set(names) == {f"{shape} {dtype}" for shape in LOW_RANK for dtype in ("13__nv_bfloat16", "6__half")}
+    for key, name in names.items():
+        code = sass.parse(functions(arch)[name])
+        products, most = LOW_RANK[key.split()[0]]
+        loops = [body for body in code.loops if any(i.kind == "LDSM" for i in body)]
+        assert len(loops) == 2, key
+        rows = int(re.findall(r"Li(\d+)E", key)[2])  # of 16, a warp's
+        for body, product, limit in zip(loops, products, most, strict=True):
+            kinds = [i.kind for i in body]
+            assert kinds.count("HMMA") == product and kinds.count("BAR") == 1, key
+            assert kinds.count("LDSM") == 4 * rows + product // rows // 2, key
+            assert len(body) <= limit, (key, len(body))
+        every = [i.name for i in code.instructions]
+        assert not any(i.startswith(("LDL", "STL")) for i in every), key
+        copies = [i for i in every if i.startswith("LDGSTS")]
+        assert copies and all("128" in i and "BYPASS" in i for i in copies), key
+        assert all("128" in i for i in every if i.startswith(("STG", "STS"))), key
+        kinds = [i.kind for i in code.instructions]
+        assert ("ACQBULK" in kinds and "PREEXIT" in kinds) == (arch == "sm_90a"), key
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_low_rank_registers(arch: str):
+    """As many thread blocks fit a processor as the plan counts on."""
+    module, _ = _extension.load()
+    names = {name: key for key, name in low_rank_names(arch).items()}
+    assert module is not None
+    command = [str(sass.tool("cuobjdump")), "-res-usage", "-arch", arch, str(module.__file__)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    used = dict(re.findall(r"Function (\S+):\s+REG:(\d+)", text))
+    shapes = dict(zip(LOW_RANK, VARIANTS, strict=True))
+    for name, key in names.items():
+        registers = shapes[key.split()[0]].registers
+        assert registers - 16 <= int(used[name]) <= registers, (key, used[name])

@@ -44,15 +44,16 @@ class Emulator(SimpleNamespace):
         library.error_message.restype = ctypes.c_char_p
         self.cuda_bsr_conv2d = self.entry("bsr_conv2d", structure("SlimCudaBsrConv2d"))
         self.cuda_low_rank_linear = self.entry("low_rank_linear", structure("SlimCudaLowRankLinear"))
+        self.cuda_low_rank = self.entry("low_rank", structure("SlimCudaLowRank"))
         self.cuda_resident_conv2d = self.entry("resident_conv2d", structure("SlimCudaResidentConv2d"))
         self.cuda_stem_conv2d = self.entry("stem_conv2d", structure("SlimCudaStemConv2d"))
         self.chain_layer, self.chain = structure("SlimCudaChainLayer"), structure("SlimCudaChain")
 
     def entry(self, name: str, kind: type[ctypes.Structure]) -> Callable[..., int]:
-        function = getattr(self.library, name)
+        function = getattr(self.library, name, None)  # None where it was left out
 
         def call(*arguments: int) -> int:
-            assert len(arguments) == len(kind._fields_)
+            assert function is not None and len(arguments) == len(kind._fields_)
             self.launches += 1
             return int(function(ctypes.byref(kind(*arguments))))
 
@@ -89,24 +90,30 @@ def include_flags(folder: Path) -> list[str | Path]:
     return ["-I", folder, "-I", ROOT / "csrc" / "tests", "-I", ROOT / "csrc", "-I", ROOT / "csrc" / "cuda"]
 
 
-def emulate(folder: Path) -> Emulator:
-    """csrc/cuda compiled for the CPU; a header in ``folder`` goes before that of csrc/cuda or csrc/tests."""
+def emulate(folder: Path, only: str | None = None) -> Emulator:
+    """csrc/cuda compiled for the CPU; a header in ``folder`` goes before that of csrc/cuda or csrc/tests.
+
+    ``only``: the one file with an entry point to compile, its entry point being named like it.
+    """
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("the emulation needs g++")
     write_headers(folder)
     sources = []
     for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+        if only is not None and path.stem not in (only, "runtime"):
+            continue
         text, launches = LAUNCH.subn(r"emulate([=] { \1(\3); }, \2);", path.read_text())
         assert launches == len(re.findall("<<<", path.read_text()))
         text = SHARED.sub(r"\1* \2 = reinterpret_cast<\1*>(emulated::dynamic_shared.data());", text)
         sources.append(folder / f"{path.stem}.cpp")
         sources[-1].write_text(text)
     state = folder / "state.cpp"
-    state.write_text(
+    text = (
         '#include "tensor_cores_on_cpu.h"\n#include "kernels.h"\nextern "C" {\n'
         "int bsr_conv2d(const SlimCudaBsrConv2d* a) { return slim_cuda_bsr_conv2d(a); }\n"
         "int low_rank_linear(const SlimCudaLowRankLinear* a) { return slim_cuda_low_rank_linear(a); }\n"
+        "int low_rank(const SlimCudaLowRank* a) { return slim_cuda_low_rank(a); }\n"
         "int resident_conv2d(const SlimCudaResidentConv2d* a) { return slim_cuda_resident_conv2d(a); }\n"
         "int stem_conv2d(const SlimCudaStemConv2d* a) { return slim_cuda_stem_conv2d(a); }\n"
         "int chain_conv2d(const SlimCudaChain* a) { return slim_cuda_chain_conv2d(a); }\n"
@@ -121,6 +128,9 @@ def emulate(folder: Path) -> Emulator:
         "long get_conflicts() { return emulated::conflicts; }\n"
         "int get_current_device() { return emulated::current_device; }\n}\n"
     )
+    entry = re.compile(r"slim_cuda_(?!error_message)(\w+)")
+    kept = [line for line in text.splitlines() if only in (None, *entry.findall(line)) or not entry.search(line)]
+    state.write_text("\n".join([*kept, ""]))
     library = folder / "libcuda_on_cpu.so"
     flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-w"]
     command = [compiler, *flags, *include_flags(folder), *sources, state, "-o", library]

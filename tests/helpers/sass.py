@@ -51,15 +51,24 @@ class Kernel:
     instructions: tuple[Instruction, ...]
 
     @cached_property
-    def loop(self) -> tuple[Instruction, ...]:
-        """The main loop: of the loops that multiply matrices, the one of fewest instructions. Empty where none does."""
+    def loops(self) -> tuple[tuple[Instruction, ...], ...]:
+        """The loops that multiply matrices and hold no other one that does, in the order of their addresses."""
         found = []
         for instruction in self.instructions:
             begin = instruction.target
             if begin is not None and begin < instruction.address:
                 found.append(tuple(i for i in self.instructions if begin <= i.address <= instruction.address))
         found = [body for body in found if any(i.kind in _MATRIX for i in body)]
-        return min(found, key=len, default=())
+        return tuple(
+            body for body in found
+            if not any(other is not body and body[0].address <= other[0].address and
+                       other[-1].address <= body[-1].address for other in found)
+        )  # fmt: skip
+
+    @cached_property
+    def loop(self) -> tuple[Instruction, ...]:
+        """The main loop: of the loops that multiply matrices, the one of fewest instructions. Empty where none does."""
+        return min(self.loops, key=len, default=())
 
     @cached_property
     def straight(self) -> tuple[Instruction, ...]:

@@ -362,13 +362,14 @@ def test_cuda_kernels_do_not_spill(cuda_code: tuple[str, str]):
     text = output(cuobjdump, "--dump-resource-usage", module)
     rows = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
     # 2 architectures. 3 dtypes: 3 tile widths of bsr_conv2d and one low_rank_linear. 2 dtypes: 3 shapes of
-    # resident_conv2d, 2 of stem_conv2d and 2 barriers of chain_conv2d.
-    assert len(rows) == 2 * (3 * (3 + 1) + 2 * (3 + 2 + 2))
+    # resident_conv2d, 2 of stem_conv2d, 2 barriers of chain_conv2d and 7 of low_rank.
+    assert len(rows) == 2 * (3 * (3 + 1) + 2 * (3 + 2 + 2 + 7))
     for name, registers, stack, shared, local in rows:
         assert (int(stack), int(local)) == (0, 0), name
         # 65 536 registers in a multiprocessor: at 128 two CTAs of 256 threads still share it. On tensor cores the sums
         # of one CTA fill it.
-        assert int(registers) <= (255 if "TileShape" in name or "chain_conv2d" in name else 128), name
+        wide = any(part in name for part in ("TileShape", "chain_conv2d", "LowRankShape"))
+        assert int(registers) <= (255 if wide else 128), name
         assert int(shared) <= 16 * 1024, name
 
 
