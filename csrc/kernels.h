@@ -176,9 +176,9 @@ typedef struct SlimCudaBsrConv2d {
 
 // The same convolution on tensor cores, bf16 or fp16, from weights packed for it
 // (slimkernels/kernels/resident_plan.py):
-//   group_start: (columns, ceil(c_in/16) + 1), a column being 64 or 128 output channels (by `variant`): the first
-//                step of each group of 16 input channels, rising through all columns; the last entry of a column is
-//                the first of the next
+//   group_start: (columns, ceil(c_in/16) + 1), a column being 16, 32, 64 or 128 output channels (by `variant`): the
+//                first step of each group of 16 input channels, rising through all columns; the last entry of a column
+//                is the first of the next
 //   taps:        (steps) tap << 16 | group, in that order
 //   weights:     (steps + 1, column * 16) in the order in which lanes hold them, the last step zero
 // The rest is the plan of a tile: tile_images x tile_rows x tile_cols output pixels, even numbers of rows and columns,

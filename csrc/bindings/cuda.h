@@ -86,7 +86,7 @@ struct Members<SlimCudaResidentConv2d> {
       SLIM_MEMBER(slab, (Range{16, 128})),
       SLIM_MEMBER(stages, (Range{2, 8})),
       SLIM_MEMBER(steps, kSteps),
-      SLIM_MEMBER(variant, (Range{0, 2})),
+      SLIM_MEMBER(variant, (Range{0, 7})),
       SLIM_MEMBER(blocks, kPositive),
       SLIM_MEMBER(overlap, kFlag),
       SLIM_MEMBER(dtype, kHalfDtype),
@@ -192,7 +192,7 @@ inline int cuda_bsr_conv2d(const pybind11::args& args) {
 inline int cuda_resident_conv2d(const pybind11::args& args) {
   const auto a = struct_of_arguments<SlimCudaResidentConv2d>("cuda_resident_conv2d", args);
   std::string fault = tile_plan_fault(a, a.c_in);
-  const int64_t channels = a.variant == 2 ? 64 : 128;
+  const int64_t channels = is_one_of(a.variant, {2, 4, 6, 7}) ? 64 : 128;  // of a thread block
   if (fault.empty() && !is_one_of(a.slab, {16, 32, 64, 128}))
     fault = "slab = " + std::to_string(a.slab) + " is no known width";
   if (fault.empty() && a.blocks < (a.c_out + channels - 1) / channels)

@@ -45,6 +45,9 @@ SLIM_DEVICE void store_shared_128(uint32_t at, uint4 v) {
 // Global memory that nothing writes while the kernel runs.
 SLIM_DEVICE uint32_t load_global_32(const uint32_t* at) { return __ldg(at); }
 SLIM_DEVICE uint4 load_global_128(const void* at) { return __ldg(static_cast<const uint4*>(at)); }
+SLIM_DEVICE void store_global_64(void* at, uint32_t low, uint32_t high) {
+  *static_cast<uint2*>(at) = make_uint2(low, high);
+}
 SLIM_DEVICE void store_global_128(void* at, uint4 v) { *static_cast<uint4*>(at) = v; }
 
 // 16 bytes from global to shared memory in the background; `inside` false writes zeros and reads nothing.
@@ -97,6 +100,15 @@ SLIM_DEVICE void wait_for_previous_kernel() {
 // Four 8x8 matrices of 16-bit numbers; lane 8 m + i gives the address of row i of matrix m.
 SLIM_DEVICE void load_matrices(uint32_t (&v)[4], uint32_t at) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+               : "r"(at)
+               : "memory");
+}
+
+// The same with every matrix transposed: a lane that would get elements 2 i and 2 i + 1 of row j gets row 2 i's and row
+// 2 i + 1's element j.
+SLIM_DEVICE void load_matrices_transposed(uint32_t (&v)[4], uint32_t at) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
                : "r"(at)
                : "memory");

@@ -193,6 +193,11 @@ inline uint4 load_global_128(const void* at) {
   memcpy(&v, at, 16);
   return v;
 }
+inline void store_global_64(void* at, uint32_t low, uint32_t high) {
+  if (reinterpret_cast<uintptr_t>(at) % 8 != 0) fail("a global address is not aligned");
+  memcpy(at, &low, 4);
+  memcpy(static_cast<char*>(at) + 4, &high, 4);
+}
 inline void store_global_128(void* at, uint4 v) {
   if (reinterpret_cast<uintptr_t>(at) % 16 != 0) fail("a global address is not aligned");
   memcpy(at, &v, 16);
@@ -251,6 +256,25 @@ inline void load_matrices(uint32_t (&v)[4], uint32_t at) {
       for (int i = 0; i < 8; ++i) rows[i] = of(m * 8 + i).at;
       count_conflicts(rows);
       for (int lane = 0; lane < 32; ++lane) memcpy(&of(lane).v[m], shared_at(rows[lane / 4], 16) + lane % 4 * 4, 4);
+    }
+  });
+}
+
+inline void load_matrices_transposed(uint32_t (&v)[4], uint32_t at) {
+  struct Argument {
+    uint32_t* v;
+    uint32_t at;
+  } argument{v, at};
+  together("ldmatrix.trans", argument, [](auto of) {
+    for (int m = 0; m < 4; ++m) {
+      uint32_t rows[8];
+      for (int i = 0; i < 8; ++i) rows[i] = of(m * 8 + i).at;
+      count_conflicts(rows);
+      for (int lane = 0; lane < 32; ++lane) {
+        uint16_t pair[2];
+        for (int e = 0; e < 2; ++e) memcpy(&pair[e], shared_at(rows[lane % 4 * 2 + e], 16) + lane / 4 * 2, 2);
+        memcpy(&of(lane).v[m], pair, 4);
+      }
     }
   });
 }
