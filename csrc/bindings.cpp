@@ -307,6 +307,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_bsr_conv2d", &cuda_bsr_conv2d, "(members of SlimCudaBsrConv2d in order) -> status");
   m.def("cuda_resident_conv2d", &cuda_resident_conv2d, "(members of SlimCudaResidentConv2d in order) -> status");
   m.def("cuda_stem_conv2d", &cuda_stem_conv2d, "(members of SlimCudaStemConv2d in order) -> status");
+  m.def("cuda_weight_gradient", &cuda_weight_gradient, "(members of SlimCudaWeightGradient in order) -> status");
   m.def("cuda_low_rank_linear", &cuda_low_rank_linear, "(members of SlimCudaLowRankLinear in order) -> status");
   m.def("cuda_error_message", &slim_cuda_error_message, "The last CUDA error of this thread.");
   m.def("cuda_unavailable_reason", &slim_cuda_unavailable_reason,

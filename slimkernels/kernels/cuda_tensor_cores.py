@@ -16,14 +16,14 @@ from torch import Tensor
 
 from slimkernels.kernels import cuda, resident_plan
 from slimkernels.kernels.packs import StemPack, TensorCorePack, kind_of
-from slimkernels.kernels.problems import ConvProblem, Pair, Problem, check_geometry
+from slimkernels.kernels.problems import ConvProblem, Pair, Problem, check_geometry, conv_output_image
 from slimkernels.kernels.resident_plan import STEM_VARIANTS, STEP_CHANNELS, VARIANTS, Index, Shape
 from slimkernels.tensors import Checked
 
 NAME = "bsr_conv2d__cuda_tensor_cores"
 _WGMMA_CAPABILITY = (9, 0)  # of the only processors that have wgmma
 _CONFIGS = frozenset({"variant", "slab", "stages", "overlap"})
-_BEFORE_A_CAPTURE = "the weight must be packed before a CUDA graph is captured: call the layer once"
+BEFORE_A_CAPTURE = "the weight must be packed before a CUDA graph is captured: call the layer once"
 _STEM_CHANNELS, _STEM_WORDS = 64, 1024  # kStemChannels and what kStemWordsOfThread allow in csrc/cuda/stem_conv2d.cuh
 
 
@@ -122,14 +122,12 @@ def chosen_variant(
     limits = _limits(values)
     found = resident_plan.candidates(block_shape[0], weight_shape[0], limits.wgmma)
     if kind_of(packed) is TensorCorePack:
-        pack_of_column = packed[0].shape[1] // STEP_CHANNELS
-        fitting = tuple(v for v in found if VARIANTS[v].column == pack_of_column)
+        pack = TensorCorePack(*packed)
+        fitting = tuple(v for v in found if VARIANTS[v].column == pack.weights.shape[-1] // STEP_CHANNELS)
         if fitting:
-            return resident_plan.choose_variant(
-                fitting, lambda column: TensorCorePack(*packed).most_steps, limits.shared_memory
-            )
-    if len(found) > 1 and values.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(f"bsr_conv2d: {_BEFORE_A_CAPTURE}")
+            return resident_plan.choose_variant(fitting, lambda column: pack.most_steps, limits.shared_memory)
+    if values.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"bsr_conv2d: {BEFORE_A_CAPTURE}")
 
     def most_steps(column: int) -> Tensor:
         return resident_plan.pack_index(crow_indices, col_indices, weight_shape, block_shape, column).most_steps
@@ -153,7 +151,7 @@ def _packed_or_new(
         _check_packed(op, found, crow, col, values, weight_shape, block_shape, shape.column)
         return found
     if values.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(f"{op}: {_BEFORE_A_CAPTURE}")
+        raise RuntimeError(f"{op}: {BEFORE_A_CAPTURE}")
     return resident_plan.pack(values, crow, col, weight_shape, block_shape, shape)
 
 
@@ -235,12 +233,39 @@ def launch_bsr_conv2d(
         return y
     values, crow, col = values.contiguous(), crow_indices.contiguous(), col_indices.contiguous()
     bias = bias if bias is None else bias.contiguous()
-    limits = _limits(x)
     variant = config.get("variant", -1)
     if "variant" not in config:
         variant = chosen_variant(values, crow, col, weight_shape, block_shape, packed)
-    _check_variant(op, variant, VARIANTS, limits, block_shape, config.get("overlap", 0))
+    _check_variant(op, variant, VARIANTS, _limits(x), block_shape, config.get("overlap", 0))
     weight = _packed_or_new(op, packed, values, crow, col, weight_shape, block_shape, variant)
+    run(op, module, x, y, bias, weight, variant, (r, s), stride, padding, dilation, epilogue, config)
+    return y
+
+
+def run(
+    op: str,
+    module: Any,
+    x: Tensor,
+    y: Tensor,
+    bias: Tensor | None,
+    weight: TensorCorePack,
+    variant: int,
+    taps: Pair,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    epilogue: str,
+    config: Mapping[str, int],
+) -> None:
+    """Fills y by the convolution of x, both channels_last and checked, with a pack for the compiled shape ``variant``.
+
+    Raises:
+        ValueError: a thread block's weights and two slabs of x do not fit shared memory.
+        RuntimeError: CUDA reports an error.
+    """
+    limits = _limits(x)
+    (n, c_in, h, w), c_out = x.shape, y.shape[1]
+    p, q = conv_output_image((h, w), taps, stride, padding, dilation)
     columns = min(VARIANTS[variant].columns, weight.most_steps.numel())
     steps = int(weight.most_steps[columns - 1])
     plan = resident_plan.plan(
@@ -250,10 +275,10 @@ def launch_bsr_conv2d(
         h,
         w,
         c_out,
-        (r, s),
-        problem.stride,
-        problem.padding,
-        problem.dilation,
+        taps,
+        _pair(stride),
+        _pair(padding),
+        _pair(dilation),
         steps,
         limits.shared_memory,
         limits.processors,
@@ -278,13 +303,12 @@ def launch_bsr_conv2d(
         c_out,
         p,
         q,
-        r,
-        s,
+        *taps,
         *stride,
         *padding,
         *dilation,
         int(epilogue != "none"),
-        int(pool),
+        int(epilogue == "relu_maxpool2"),
         *plan.tile,
         plan.slab,
         plan.stages,
@@ -296,7 +320,6 @@ def launch_bsr_conv2d(
         *cuda._target(x),
     )
     cuda._check(op, module, status)
-    return y
 
 
 def _check_variant(

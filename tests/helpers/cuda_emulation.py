@@ -46,6 +46,7 @@ class Emulator(SimpleNamespace):
         self.cuda_low_rank_linear = self.entry("low_rank_linear", structure("SlimCudaLowRankLinear"))
         self.cuda_resident_conv2d = self.entry("resident_conv2d", structure("SlimCudaResidentConv2d"))
         self.cuda_stem_conv2d = self.entry("stem_conv2d", structure("SlimCudaStemConv2d"))
+        self.cuda_weight_gradient = self.entry("weight_gradient", structure("SlimCudaWeightGradient"))
 
     def entry(self, name: str, kind: type[ctypes.Structure]) -> Callable[..., int]:
         function = getattr(self.library, name)
@@ -95,6 +96,7 @@ def emulate(folder: Path) -> Emulator:
         "int low_rank_linear(const SlimCudaLowRankLinear* a) { return slim_cuda_low_rank_linear(a); }\n"
         "int resident_conv2d(const SlimCudaResidentConv2d* a) { return slim_cuda_resident_conv2d(a); }\n"
         "int stem_conv2d(const SlimCudaStemConv2d* a) { return slim_cuda_stem_conv2d(a); }\n"
+        "int weight_gradient(const SlimCudaWeightGradient* a) { return slim_cuda_weight_gradient(a); }\n"
         "const char* error_message() { return slim_cuda_error_message(); }\n"
         "int get_launch_device() { return emulated::launch_device; }\n"
         "void* get_launch_stream() { return emulated::launch_stream; }\n"

@@ -68,7 +68,7 @@ PACKAGES = {
         "gpu_rates", "__init__",
     ),
     "kernels": (
-        "__init__", "peak, cudnn, cuda_tensor_cores", "cpu, cuda, triton", "reference, strips, resident_plan",
+        "__init__", "cuda_gradients", "peak, cudnn, cuda_tensor_cores", "cpu, cuda, triton", "reference, strips, resident_plan",
         "far_taps, image_parts", "packs, problems, strided_pointwise, transposed",
     ),
     "kernels/cpu": (
@@ -169,7 +169,7 @@ def test_imports_inside_a_package_point_only_to_the_right(package: str) -> None:
 def test_only_the_trust_boundaries_hand_out_addresses() -> None:
     """Addresses of tensors reach native code through these modules alone: whoever loads the extension and takes one."""
     doors = {f"kernels/cpu/{name}.py" for name in ("conv2d", "steps", "weight_gradient")}
-    doors |= {"kernels/cuda.py", "kernels/cuda_tensor_cores.py"}
+    doors |= {"kernels/cuda.py", "kernels/cuda_tensor_cores.py", "kernels/cuda_gradients.py"}
     native = {"_extension", "kernels.cpu.abi", "kernels.cpu.library", "kernels.cuda"}
     found = set()
     for path in modules():
