@@ -235,12 +235,13 @@ typedef struct SlimCudaStemConv2d {
 } SlimCudaStemConv2d;
 
 // The gradient of the weights that a block-sparse convolution stores, on tensor cores, bf16 or fp16, as
-// SlimWeightGradientF32 defines it; sums in fp32, of `parts` parts of the pixels, added in their order and rounded once.
-// Preconditions: x is (n,h,w,c_in), grad is (n,p,q,c_out), values_grad is (elements / (block_out*block_in), block_out,
-// block_in), of `dtype` and 16 bytes aligned; partial is (parts, elements); crow_indices and col_indices as above, at
-// most elements / (block_out*block_in) blocks stored; part_pixels a multiple of 32, parts = ceil(n*p*q / part_pixels);
-// chunks at least the sum over block rows of ceil(stored blocks * block_in / 16 / the variant's pieces) times block_out
-// / the variant's channels; step_n, step_p and step_q are how many images, rows and columns 32 pixels further is.
+// SlimWeightGradientF32 defines it; sums in fp32, of `parts` parts of the pixels, added in their order and rounded
+// once. Preconditions: x is (n,h,w,c_in), grad is (n,p,q,c_out), values_grad is (elements / (block_out*block_in),
+// block_out, block_in), of `dtype` and 16 bytes aligned; partial is (parts, elements); crow_indices and col_indices as
+// above, at most elements / (block_out*block_in) blocks stored; part_pixels a multiple of 32, parts = ceil(n*p*q /
+// part_pixels); chunks at least the sum over block rows of ceil(stored blocks * block_in / 16 / the variant's pieces)
+// times block_out / the variant's channels; step_n, step_p and step_q are how many images, rows and columns 32 pixels
+// further is.
 typedef struct SlimCudaWeightGradient {
   const void* x;
   const void* grad;

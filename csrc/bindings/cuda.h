@@ -145,7 +145,7 @@ struct Members<SlimCudaWeightGradient> {
       SLIM_MEMBER(p, kPositive),
       SLIM_MEMBER(q, kPositive),
       SLIM_MEMBER(elements, kImages),
-      SLIM_MEMBER(part_pixels, kImages),
+      SLIM_MEMBER(part_pixels, kPositive),
       SLIM_MEMBER(r, kPositive),
       SLIM_MEMBER(s, kPositive),
       SLIM_MEMBER(stride_h, kPositive),

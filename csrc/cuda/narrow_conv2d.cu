@@ -1,8 +1,9 @@
 // The tensor-core convolution in columns of 16 and 32 output channels, several of which share a thread block's input.
 //
-// What bounds them is shared memory, which gives a processor 128 bytes in a clock: 16 pixels x 16 channels take 4 clocks
-// to load for 2 products (a column of 16) or 4 (32). The tensor cores do a product in 1 clock, or in 1.6 at the rate
-// that mma.sync is said to reach on Hopper. A warp takes eight such tiles a step, which share the loads of its weights:
+// What bounds them is shared memory, which gives a processor 128 bytes in a clock: 16 pixels x 16 channels take 4
+// clocks to load for 2 products (a column of 16) or 4 (32). The tensor cores do a product in 1 clock, or in 1.6 at the
+// rate that mma.sync is said to reach on Hopper. A warp takes eight such tiles a step, which share the loads of its
+// weights:
 //   16 channels: 8 * 4 + 4 + 1 = 37 clocks for 16 products, so 43% of the tensor cores' peak
 //   32 channels: 8 * 4 + 8 + 1 = 41 clocks for 32 products, so mma.sync is the limit (51 clocks on Hopper)
 // Issue slots are not: about 40 and 60 instructions a step and warp, of which a processor does four in a clock.

@@ -36,19 +36,25 @@ namespace {
 
 constexpr int kBatch = 4;
 
+// The slab that a tile begins with, of those that hold any step. Thread blocks that all began with the first would read
+// the same few bytes of every pixel at the same time, from a part of L2 where a pixel is as long as a power of two.
+SLIM_DEVICE int first_slab(int tile, int live_count) { return live_count ? tile % live_count : 0; }
+
 // Fills the slabs of the ring, `stages - 1` ahead of their use. An entry of its table of pixels: place in a slab in
 // bytes, distance in x from the patch's corner in bytes, row << 16 | column, and image.
 template <typename T>
 struct Loader {
   const SlimCudaResidentConv2d& a;
   uint32_t first_pixel, live, ring;  // first_pixel: this thread's entry of the table of pixels
-  int stage_bytes, live_count, tile, tile_step, tiles, at = 0, slot = 0;
+  int stage_bytes, live_count, tile, tile_step, tiles, at = 0, left = 0, slot = 0;  // left: slabs of the tile
   int pixel_step, pixel_count, chunk;
   const unsigned char* corner;  // the first pixel of the tile's patch, which may lie outside the image
   int32_t images_left, y, x;
 
   SLIM_DEVICE void start_tile() {
     if (tile >= tiles) return;
+    at = first_slab(tile, live_count);
+    left = live_count;
     const TilePosition p = tile_position(a, tile);
     y = p.y * a.stride_h - a.pad_h + a.load_top;
     x = p.x * a.stride_w - a.pad_w + a.load_left;
@@ -77,8 +83,8 @@ struct Loader {
           hw::copy_async_16(to + pixel[k].x, from + int(pixel[k].y), inside);
         }
       }
-      if (++at == live_count) {
-        at = 0;
+      if (++at == live_count) at = 0;
+      if (--left == 0) {
         tile += tile_step;
         start_tile();
       }
@@ -181,7 +187,8 @@ SLIM_DEVICE void resident_conv2d(const SlimCudaResidentConv2d& a) {
   int slot = 0;
   for (int tile = first_tile; tile < tiles; tile += tile_step) {
     product.begin(base + at.bias + column_of_warp * Shape::COLUMN * kBiasBytes, lane);
-    for (int l = 0; l < live_count; ++l) {
+    int l = first_slab(tile, live_count);
+    for (int left = live_count; left > 0; --left) {
       hw::copy_async_wait_all_but(a.stages - 2);
       hw::synchronize(1 + group, 128);
       loader.fill();
@@ -194,6 +201,7 @@ SLIM_DEVICE void resident_conv2d(const SlimCudaResidentConv2d& a) {
                                      int(hw::load_shared_32(second)), int(hw::load_shared_32(second + 4)), lane);
       }
       if (++slot == a.stages) slot = 0;
+      if (++l == live_count) l = 0;
     }
     product.store(a, tile_position(a, tile), lane);
   }

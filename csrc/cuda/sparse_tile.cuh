@@ -7,8 +7,8 @@
 namespace slim {
 
 // How the warps of a group share a tile. A warp multiplies 16 M_TILES pixels by 8 N_TILES channels of each of its
-// OF_WARP columns; WARPS_M x WARPS_N warps are a group; GROUPS groups share the weights and each walks over tiles of its
-// own, so that one computes while another waits or stores.
+// OF_WARP columns; WARPS_M x WARPS_N warps are a group; GROUPS groups share the weights and each walks over tiles of
+// its own, so that one computes while another waits or stores.
 template <int WARPS_M_, int WARPS_N_, int M_TILES_, int N_TILES_, int GROUPS_, bool WGMMA_, int OF_WARP_ = 1>
 struct TileShape {
   static constexpr int WARPS_M = WARPS_M_, WARPS_N = WARPS_N_, M_TILES = M_TILES_, N_TILES = N_TILES_, GROUPS = GROUPS_;

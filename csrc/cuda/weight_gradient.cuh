@@ -22,11 +22,11 @@ constexpr int kPieceBytes = kStagePixels * kPieceChannels * 2;
 template <int M_TILES_, int SLOTS_>
 struct GradientShape {
   static constexpr int M_TILES = M_TILES_;
-  static constexpr int SLOTS = SLOTS_;                   // pieces of a warp
+  static constexpr int SLOTS = SLOTS_;  // pieces of a warp
   static constexpr int WARPS = 8, THREADS = WARPS * 32;
-  static constexpr int PIECES = WARPS * SLOTS;           // of a thread block
-  static constexpr int COLUMN = M_TILES * 16;            // output channels
-  static constexpr int ROW_BYTES = COLUMN * 2;           // of a pixel's gradient
+  static constexpr int PIECES = WARPS * SLOTS;  // of a thread block
+  static constexpr int COLUMN = M_TILES * 16;   // output channels
+  static constexpr int ROW_BYTES = COLUMN * 2;  // of a pixel's gradient
   static constexpr int GRAD_BYTES = kStagePixels * ROW_BYTES;
   static constexpr int STAGE_BYTES = GRAD_BYTES + PIECES * kPieceBytes;
   static constexpr int TABLE_BYTES = (PIECES * 16 + 127) / 128 * 128;
@@ -68,68 +68,92 @@ SLIM_DEVICE Pieces find_pieces(const SlimCudaWeightGradient& a, int chunk) {
 }
 
 // Fills stages of the ring. A thread has one pixel of each stage, whose input it copies for a quarter of the pieces,
-// and its share of the stage's gradients.
+// and its share of the stage's gradients. Everything that moves with the pixel is advanced, not computed anew.
 template <typename T, typename Shape>
 struct GradientLoader {
-  const SlimCudaWeightGradient& a;
-  uint32_t table, ring;
-  int64_t pixel, end, image;
-  int32_t y, x, first_channel, slot = 0;
-  const unsigned char* grad;  // of the thread block's channels and the stage's first pixel
+  static constexpr int CHUNKS = Shape::COLUMN / 8;  // of 16 bytes of a pixel's gradient
+  static constexpr int GRAD_COPIES = kStagePixels * CHUNKS;
+  static constexpr int GRAD_ROWS = Shape::THREADS / CHUNKS;  // pixels further is a thread's next copy
 
-  SLIM_DEVICE void start(int64_t begin, int channel) {
-    const int64_t area = a.p * a.q;
-    pixel = begin + (int(threadIdx.x) >> 1 & 31);
-    image = pixel / area;
-    y = int(pixel % area / a.q);
-    x = int(pixel % a.q);
-    first_channel = channel;
-    grad = static_cast<const unsigned char*>(a.grad) + (begin * a.c_out + channel) * int64_t(sizeof(T));
+  const SlimCudaWeightGradient& a;
+  uint32_t table, stage, first_stage, last_stage;
+  int32_t left;             // pixels of the part from the stage's first on
+  int32_t y, x, top, edge;  // the pixel's, and the row and column of its first tap
+  bool grad_inside;         // this thread's channels exist
+  const unsigned char* grad;
+  const unsigned char* pixel;                                // of x, at its first tap
+  int64_t grad_row, grad_stage, step, next_row, next_image;  // in bytes
+
+  SLIM_DEVICE void start(uint32_t at, uint32_t ring, int64_t begin, int64_t end, int channel) {
+    const int thread = int(threadIdx.x), k = thread >> 1 & 31, half = thread & 1;
+    constexpr int64_t SIZE = sizeof(T);
+    table = at + (thread >> 6) * 16;
+    first_stage = stage = ring;
+    last_stage = ring + (a.stages - 1) * Shape::STAGE_BYTES;
+    left = int32_t(end - begin);
+    const int64_t area = a.p * a.q, mine = begin + k, image = mine / area;
+    y = int(mine % area / a.q);
+    x = int(mine % a.q);
+    top = y * a.stride_h - a.pad_h;
+    edge = x * a.stride_w - a.pad_w;
+    const int64_t row_bytes = a.w * a.c_in * SIZE;
+    pixel =
+        static_cast<const unsigned char*>(a.x) + (image * a.h + top) * row_bytes + (edge * a.c_in + half * 8) * SIZE;
+    step = (a.step_n * a.h + int64_t(a.step_p) * a.stride_h) * row_bytes + a.step_q * a.stride_w * a.c_in * SIZE;
+    next_row = a.stride_h * row_bytes - a.q * a.stride_w * a.c_in * SIZE;
+    next_image = (a.h - a.p * a.stride_h) * row_bytes;
+    const int row = thread / CHUNKS, chunk = thread % CHUNKS;
+    grad_row = GRAD_ROWS * a.c_out * SIZE;
+    grad_stage = kStagePixels * a.c_out * SIZE;
+    grad = static_cast<const unsigned char*>(a.grad) + ((begin + row) * a.c_out + channel + chunk * 8) * SIZE;
+    grad_inside = channel + chunk * 8 < a.c_out && thread < GRAD_COPIES;
   }
   SLIM_DEVICE void fill() {
-    const int thread = int(threadIdx.x), k = thread >> 1 & 31, half = thread & 1;
-    const int64_t begin = pixel - k;
-    if (begin < end) {
-      const uint32_t stage = ring + slot * Shape::STAGE_BYTES;
-      constexpr int CHUNKS = Shape::COLUMN / 8;
-      for (int i = thread; i < kStagePixels * CHUNKS; i += Shape::THREADS) {
-        const int row = i / CHUNKS, chunk = i % CHUNKS;
-        const bool inside = (begin + row < end) & (first_channel + chunk * 8 < a.c_out);
-        const uint32_t to = stage + row * Shape::ROW_BYTES + (chunk ^ turn_of_row<Shape::ROW_BYTES>(row)) * 16;
-        hw::copy_async_16(to, grad + (int64_t(row) * a.c_out + chunk * 8) * int64_t(sizeof(T)), inside);
+    if (left > 0) {
+      const int thread = int(threadIdx.x), k = thread >> 1 & 31, half = thread & 1;
+      const int row = thread / CHUNKS, chunk = thread % CHUNKS;
+      const uint32_t to_grad = stage + row * Shape::ROW_BYTES + (chunk ^ turn_of_row<Shape::ROW_BYTES>(row)) * 16;
+      if (GRAD_COPIES >= Shape::THREADS || thread < GRAD_COPIES) {
+#pragma unroll
+        for (int i = 0; i * Shape::THREADS < GRAD_COPIES; ++i) {  // GRAD_ROWS is a multiple of 8: the turn is the same
+          const bool inside = grad_inside & (row + i * GRAD_ROWS < left);
+          hw::copy_async_16(to_grad + i * GRAD_ROWS * Shape::ROW_BYTES, grad + i * grad_row, inside);
+        }
       }
-      const int top = y * a.stride_h - a.pad_h, left = x * a.stride_w - a.pad_w;
-      const unsigned char* const from = static_cast<const unsigned char*>(a.x) +
-                                        (((image * a.h + top) * a.w + left) * a.c_in + half * 8) * int64_t(sizeof(T));
-      const uint32_t to = stage + Shape::GRAD_BYTES + k * 32 + (half ^ turn_of_row<32>(k)) * 16;
-      const bool here = pixel < end;
-#pragma unroll 4
-      for (int piece = thread >> 6; piece < Shape::PIECES; piece += Shape::THREADS / 64) {
-        const uint4 entry = hw::load_shared_128(table + piece * 16);
+      const uint32_t to =
+          stage + Shape::GRAD_BYTES + (thread >> 6) * kPieceBytes + k * 32 + (half ^ turn_of_row<32>(k)) * 16;
+      const bool here = k < left;
+#pragma unroll
+      for (int i = 0; i < Shape::PIECES / (Shape::THREADS / 64); ++i) {
+        const uint4 entry = hw::load_shared_128(table + i * (Shape::THREADS / 64) * 16);
         const bool inside = here & (unsigned(top + int(entry.x)) < unsigned(a.h)) &
-                            (unsigned(left + int(entry.y)) < unsigned(a.w)) & (half * 8 < int(entry.w));
-        hw::copy_async_16(to + piece * kPieceBytes, from + int64_t(int(entry.z)) * int64_t(sizeof(T)), inside);
+                            (unsigned(edge + int(entry.y)) < unsigned(a.w)) & (half * 8 < int(entry.w));
+        hw::copy_async_16(to + i * (Shape::THREADS / 64) * kPieceBytes,
+                          pixel + int64_t(int(entry.z)) * int64_t(sizeof(T)), inside);
       }
       advance();
     }
     hw::copy_async_commit();
-    if (++slot == a.stages) slot = 0;
   }
   // To the same pixel of the next stage.
   SLIM_DEVICE void advance() {
-    pixel += kStagePixels;
-    grad += int64_t(kStagePixels) * a.c_out * int64_t(sizeof(T));
+    left -= kStagePixels;
+    grad += grad_stage;
     x += a.step_q;
     y += a.step_p;
-    image += a.step_n;
+    pixel += step;
     if (x >= a.q) {
       x -= int(a.q);
       ++y;
+      pixel += next_row;
     }
     if (y >= a.p) {
       y -= int(a.p);
-      ++image;
+      pixel += next_image;
     }
+    top = y * a.stride_h - a.pad_h;
+    edge = x * a.stride_w - a.pad_w;
+    stage = stage == last_stage ? first_stage : stage + Shape::STAGE_BYTES;
   }
 };
 
@@ -159,9 +183,8 @@ SLIM_DEVICE void weight_gradient(const SlimCudaWeightGradient& a) {
   const int64_t pixels = a.n * a.p * a.q, begin = part * a.part_pixels;
   const int64_t end = begin + a.part_pixels < pixels ? begin + a.part_pixels : pixels;
   const int channel = pieces.row * a.block_out + pieces.sub * Shape::COLUMN;
-  GradientLoader<T, Shape> loader{a, table, ring};
-  loader.end = end;
-  loader.start(begin, channel);
+  GradientLoader<T, Shape> loader{a};
+  loader.start(table, ring, begin, end, channel);
   for (int s = 0; s < a.stages - 1; ++s) loader.fill();
 
   float sum[Shape::SLOTS][Shape::M_TILES][2][4];
@@ -179,14 +202,14 @@ SLIM_DEVICE void weight_gradient(const SlimCudaWeightGradient& a) {
   const int turn = turn_of_row<Shape::ROW_BYTES>(row_of_grad);
   const uint32_t grad_at = row_of_grad * Shape::ROW_BYTES + ((matrix ^ turn) & 1) * 16;
   const uint32_t grad_turn = (turn & ~1) * 16;
-  const uint32_t x_at = Shape::GRAD_BYTES + warp * kPieceBytes + row_of_x * 32 +
-                        ((matrix >> 1) ^ turn_of_row<32>(row_of_x)) * 16;
-  int slot = 0;
-  for (int64_t at = begin; at < end; at += kStagePixels) {
+  const uint32_t x_at =
+      Shape::GRAD_BYTES + warp * kPieceBytes + row_of_x * 32 + ((matrix >> 1) ^ turn_of_row<32>(row_of_x)) * 16;
+  uint32_t stage = ring;
+  const int stages = int((end - begin + kStagePixels - 1) / kStagePixels);
+  for (int i = 0; i < stages; ++i) {
     hw::copy_async_wait_all_but(a.stages - 2);
     hw::synchronize();
     loader.fill();
-    const uint32_t stage = ring + slot * Shape::STAGE_BYTES;
 #pragma unroll
     for (int k = 0; k < kStagePixels; k += 16) {
       uint32_t grads[Shape::M_TILES][4];
@@ -207,7 +230,7 @@ SLIM_DEVICE void weight_gradient(const SlimCudaWeightGradient& a) {
         }
       }
     }
-    if (++slot == a.stages) slot = 0;
+    stage = stage == loader.last_stage ? ring : stage + Shape::STAGE_BYTES;
   }
   hw::copy_async_wait<0>();
 
@@ -217,8 +240,7 @@ SLIM_DEVICE void weight_gradient(const SlimCudaWeightGradient& a) {
     const int piece = pieces.first + warp + s * Shape::WARPS;
     if (warp + s * Shape::WARPS >= pieces.count) break;
     const int64_t block = a.crow_indices[pieces.row] + piece / wide;
-    float* const to =
-        out + block * a.block_out * a.block_in + piece % wide * kPieceChannels + (lane & 3) * 2;
+    float* const to = out + block * a.block_out * a.block_in + piece % wide * kPieceChannels + (lane & 3) * 2;
 #pragma unroll
     for (int m = 0; m < Shape::M_TILES; ++m) {
 #pragma unroll
@@ -241,8 +263,7 @@ constexpr int kSumThreads = 256;
 
 // Adds the parts in their order and rounds once. Blocks behind the stored ones are 0.
 template <typename T>
-__global__ void __launch_bounds__(kSumThreads)
-    gradient_sum_kernel(const __grid_constant__ SlimCudaWeightGradient a) {
+__global__ void __launch_bounds__(kSumThreads) gradient_sum_kernel(const __grid_constant__ SlimCudaWeightGradient a) {
   const int64_t at = (int64_t(blockIdx.x) * kSumThreads + threadIdx.x) * 4;
   if (at >= a.elements) return;
   const int rows = (int(a.c_out) + a.block_out - 1) / a.block_out;

@@ -262,7 +262,7 @@ def gradient_plan(
     likely = max(1, rows * -(-pieces // (rows * shape.pieces))) * high
     parts = max(1, min(limits.processors // likely, MAX_PARTS, -(-pixels // (MIN_STAGES_OF_PART * STAGE_PIXELS))))
     parts = config.get("parts", parts)
-    part_pixels = -(-(-(-pixels // parts)) // STAGE_PIXELS) * STAGE_PIXELS
+    part_pixels = -(-pixels // (parts * STAGE_PIXELS)) * STAGE_PIXELS
     chunks = (pieces // shape.pieces + rows) * high
     return GradientPlan(
         variant, config.get("stages", fitting[0] if fitting else 2), -(-pixels // part_pixels), part_pixels, chunks
@@ -284,8 +284,8 @@ def launch_wgrad(
 ) -> Tensor:
     """The gradient of ``values`` (spare blocks and padded entries exactly 0) before the epilogue, on tensor cores.
 
-    Sums are in float32, over parts of the pixels that are added in their order, and rounded once: deterministic. Nothing
-    is read back from the device, and a captured CUDA graph stays right when the pattern changes.
+    Sums are in float32, over parts of the pixels that are added in their order, and rounded once: deterministic.
+    Nothing is read back from the device, and a captured CUDA graph stays right when the pattern changes.
 
     Args:
         grad: ``(N, C_out, P, Q)``, float16 or bfloat16 on the GPU.
@@ -317,6 +317,10 @@ def launch_wgrad(
     if ((r - 1) * dilation[0] * w + (s - 1) * dilation[1] + 1) * (c_in + block_shape[1]) > INT32_MAX:
         raise ValueError(f"{op}: expected taps that reach fewer than 2**31 elements, got dilation {tuple(dilation)}")
     plan = gradient_plan(n * p * q, values.shape[0], c_out, block_shape, limits, config)
+    if plan.part_pixels > INT32_MAX:
+        raise ValueError(
+            f"{op}: expected fewer than 2**31 pixels in each of {plan.parts} parts, got {n * p * q} in all"
+        )
     size = GRADIENT_VARIANTS[plan.variant].shared_bytes(plan.stages)
     if size > limits.shared_memory:
         raise ValueError(f"{op}: expected stages that fit {limits.shared_memory} bytes of shared memory, got {size}")

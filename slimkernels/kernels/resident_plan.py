@@ -49,9 +49,11 @@ VARIANTS = (
     Shape(128, 64, 1, 2, True),
 )
 STEM_VARIANTS = (Shape(256, 64, 1, 2, False), Shape(256, 64, 1, 2, True))
-SLABS = (64, 32, 16)  # input channels of a stage, the best first (measured on an H200)
+# Input channels of a stage, and stages of the ring, the best first: wide stages are, and more than three of them gained
+# nothing (measured on an H200, up to 256 channels). Of more channels a tile is many stages: most bytes on their way.
+RINGS = ((64, 3), (64, 2), (32, 3), (32, 2), (16, 3), (16, 2))
+LONG_RINGS, MANY_CHANNELS = ((64, 3), (32, 4), (64, 2), (32, 3), (32, 2), (16, 3), (16, 2)), 257
 MAX_PLACES = 65535  # of a patch: kMaxPlaces of csrc/bindings.cpp
-STAGES = (3, 2)  # of the ring; deeper ones gained nothing (measured on an H200)
 
 
 class Tile(NamedTuple):
@@ -104,9 +106,10 @@ def candidates(block_out: int, c_out: int, wgmma: bool) -> tuple[int, ...]:
 def choose_variant(found: Sequence[int], most_steps: Callable[[int], Tensor], limit: int) -> int:
     """The first of ``found`` whose weights leave half of shared memory to the input, or the last.
 
-    Weights of 147 KB, 36 steps of 128 channels, left room for two stages of 16 input channels: 8 KB on their way to a
-    processor, where latency times bandwidth asks for 40 or more. The layer (512 channels at 4x4, batch 1024) took 153 us
-    on an H200. Half the channels need half the weights and read the input twice, which L2 gives in 20 us.
+    Weights of 147 KB, 36 steps of 128 channels, leave room for two stages of 32 input channels of a tile, or of 16:
+    16 or 4 KB on their way to a processor, where a latency of 1 us and what L2 gives ask for 40 or more. 512 channels
+    at 4x4 and 2x2, batch 1024, took 153 and 41 us so on an H200. Half the channels need half the weights and have 48
+    and 32 KB on their way. They read the input twice, 134 MB at 4x4, which L2 gives in 14 to 24 us.
 
     Args: most_steps: ``Index.most_steps`` for a column of so many channels; limit: bytes of shared memory.
     """
@@ -165,11 +168,10 @@ def plan(
 
 
 def _rings(c_in: int, config: Mapping[str, int]) -> Iterator[tuple[int, int]]:
-    """The slabs and stages to try, the best first."""
-    slabs = [slab for slab in SLABS if slab <= max(c_in, STEP_CHANNELS)]
-    for slab in (config["slab"],) if "slab" in config else slabs:
-        for stages in (config["stages"],) if "stages" in config else STAGES:
-            yield slab, stages
+    """The slabs and stages to try, the best first; what ``config`` says of either is taken as it is."""
+    rings = RINGS if c_in < MANY_CHANNELS else LONG_RINGS
+    found = [(slab, stages) for slab, stages in rings if slab <= max(c_in, STEP_CHANNELS)]
+    yield from dict.fromkeys((config.get("slab", slab), config.get("stages", stages)) for slab, stages in found)
 
 
 def _up(size: int, unit: int) -> int:

@@ -54,7 +54,9 @@ BLOCKS = [(128, 16), (64, 16), (32, 32), (16, 16)]
 
 
 def dgrad(case: GradientCase, grad: Tensor, weight: BSRWeight, device: Device, **config: int) -> Tensor:
-    grad, values, crow, col = (t.to(device.name) for t in (grad, weight.values, weight.crow_indices, weight.col_indices))
+    grad, values, crow, col = (
+        t.to(device.name) for t in (grad, weight.values, weight.crow_indices, weight.col_indices)
+    )
     geometry = (weight.weight_shape, weight.block_shape, *case.geometry())
     return cuda_gradients.launch_dgrad(grad, values, crow, col, None, case.image[1:], *geometry, config)
 
@@ -213,7 +215,9 @@ def test_refuses(which: str, device: Device):
         with pytest.raises(ValueError, match=r"^bsr_conv2d_dgrad: .*stride \(2, 2\) is no convolution of stride 1"):
             dgrad(STRIDED["stride_2"], strided, weight, device)
     elif device.emulator is not None:
-        with pytest.raises(ValueError, match=r"^bsr_conv2d_wgrad: expected stages that fit 232448 bytes .*, got 237056"):
+        with pytest.raises(
+            ValueError, match=r"^bsr_conv2d_wgrad: expected stages that fit 232448 bytes .*, got 237056"
+        ):
             run(case, grad, weight, stages=7, variant=3)
 
 
@@ -269,6 +273,7 @@ WRONG_MEMBERS = [
     ({"p": 7}, "p or q is not the size of the output"),
     ({"h": 2**30, "p": 2**30}, "an image has 2"),
     ({"dil_h": 2**29, "pad_h": 2**29}, "the taps reach 2"),
+    ({"part_pixels": 2**31}, "part_pixels = 2147483648 is out of range"),
     ({"part_pixels": 48}, "part_pixels is not a multiple of 32"),
     ({"parts": 2}, "the parts are not those of the pixels"),
     ({"step_q": 1}, "the steps are not those of 32 pixels"),
@@ -278,7 +283,9 @@ WRONG_MEMBERS = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "message"), WRONG_MEMBERS, ids=[next(iter(c)) for c, _ in WRONG_MEMBERS])
+@pytest.mark.parametrize(
+    ("changes", "message"), WRONG_MEMBERS, ids=[f"{next(iter(c))}={next(iter(c.values()))}" for c, _ in WRONG_MEMBERS]
+)
 def test_the_bindings_refuse_a_wrong_plan(changes: dict[str, int], message: str):
     module, reason = _extension.load()
     if module is None or not module.build_info()["cuda"]:
@@ -306,8 +313,8 @@ BREAKS = {
     "the table's barrier": ("hw::synchronize();\n\n  const int64_t pixels", "const int64_t pixels"),
     "a lane": ("const int matrix = lane >> 3,", "const int matrix = (lane >> 3) ^ (lane == 9),"),
     "a row of the border": ("(unsigned(top + int(entry.x)) < unsigned(a.h))", "true"),
-    "the last pixel": ("const bool here = pixel < end;", "const bool here = pixel < end - 1;"),
-    "a carry": ("++image;\n    }\n  }", "}\n  }"),
+    "the last pixel": ("const bool here = k < left;", "const bool here = k < left - 1;"),
+    "a carry": ("pixel += next_image;", ""),
     "a part": ("for (int part = 0; part < a.parts; ++part)", "for (int part = 0; part < a.parts - 1; ++part)"),
     "spare blocks": ("if (at < int64_t(a.crow_indices[rows]) * a.block_out * a.block_in)", "if (true)"),
 }

@@ -731,3 +731,28 @@ def test_the_tensor_core_stage_times_and_checks(tmp_path: Path, monkeypatch: pyt
     assert [row["match"] for row in wrong] == [True, False, True, False, False]
     assert "WRONG" in summary.tensor_core_lines(wrong)[1]
     assert len(list(tensor_cores.of_layer(p, "no GPU"))) == 1 and not list(tensor_cores.of_stem(p, "no GPU"))
+
+
+def test_the_tensor_core_stage_times_and_checks_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both gradients beside what a training step runs; one that is wrong is a row that says so."""
+    from cuda_emulation import compiled
+
+    from slimkernels.kernels import KERNELS, cuda, cuda_gradients, cuda_tensor_cores
+
+    compiled().library.set_mode(-1, 227 * 1024)
+    monkeypatch.setattr(cuda, "_require", lambda op, x: compiled())
+    monkeypatch.setattr(cuda, "_target", lambda x: (0, 0))
+    monkeypatch.setattr(cuda_tensor_cores, "_limits", lambda x: cuda_tensor_cores.Limits(True, 227 * 1024, 2))
+    monkeypatch.setattr(
+        measure, "replay_timing", lambda call, *_, **__: timing.percentiles([0.001 * bool(len(call()))])
+    )
+    p = replace(layers.HEADLINE.problems("cpu")[0], n=1, h=6, w=6, dtype=torch.bfloat16)
+    found = list(tensor_cores.of_gradients(p, None))
+    assert [(row["name"], row["match"]) for row in found] == [
+        (name, True) for name in ("conv1_2 dgrad", "conv1_2 dgrad", "conv1_2 wgrad", "conv1_2 wgrad")
+    ], [row.get("errors") for row in found]
+    assert [row["kernel"] for row in found][1::2] == [cuda_gradients.DGRAD, cuda_gradients.WGRAD]
+    spec = KERNELS[cuda_gradients.WGRAD]
+    monkeypatch.setitem(tensor_cores.KERNELS, spec.name, replace(spec, launch=lambda *a: spec.launch(*a) * 2))
+    assert [row["match"] for row in tensor_cores.of_gradients(p, None)] == [True, True, True, False]
+    assert not list(tensor_cores.of_gradients(p, "no GPU"))

@@ -68,8 +68,8 @@ PACKAGES = {
         "gpu_rates", "__init__",
     ),
     "kernels": (
-        "__init__", "cuda_gradients", "peak, cudnn, cuda_tensor_cores", "cpu, cuda, triton", "reference, strips, resident_plan",
-        "far_taps, image_parts", "packs, problems, strided_pointwise, transposed",
+        "__init__", "cuda_gradients", "peak, cudnn, cuda_tensor_cores", "cpu, cuda, triton",
+        "reference, strips, resident_plan", "far_taps, image_parts", "packs, problems, strided_pointwise, transposed",
     ),
     "kernels/cpu": (
         "chain", "gradients, layer, low_rank", "conv2d, weight_gradient", "steps", "library", "abi", "memory, pieces",
