@@ -290,35 +290,11 @@ def run(
             f"got one of {steps} steps of {VARIANTS[variant].column} x {STEP_CHANNELS} weights"
         )
     status = module.cuda_resident_conv2d(
-        x.data_ptr(),
-        y.data_ptr(),
-        cuda._pointer(bias),
-        weight.weights.data_ptr(),
-        weight.group_start.data_ptr(),
-        weight.taps.data_ptr(),
-        n,
-        h,
-        w,
-        c_in,
-        c_out,
-        p,
-        q,
-        *taps,
-        *stride,
-        *padding,
-        *dilation,
-        int(epilogue != "none"),
-        int(epilogue == "relu_maxpool2"),
-        *plan.tile,
-        plan.slab,
-        plan.stages,
-        steps,
-        variant,
-        plan.blocks,
-        config.get("overlap", 0),
-        cuda._DTYPES[x.dtype],
-        *cuda._target(x),
-    )
+        x.data_ptr(), y.data_ptr(), cuda._pointer(bias), weight.weights.data_ptr(), weight.group_start.data_ptr(),
+        weight.taps.data_ptr(), n, h, w, c_in, c_out, p, q, *taps, *stride, *padding, *dilation,
+        int(epilogue != "none"), int(epilogue == "relu_maxpool2"), *plan.tile, plan.slab, plan.stages, steps, variant,
+        plan.blocks, config.get("overlap", 0), cuda._DTYPES[x.dtype], *cuda._target(x),
+    )  # fmt: skip
     cuda._check(op, module, status)
 
 

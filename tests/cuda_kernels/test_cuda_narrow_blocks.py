@@ -125,6 +125,7 @@ def test_the_convolution_of_the_second_column_is_its_own(device: Device):
 
 
 BREAKS = {
+    "the slab that a tile begins with": ("resident_conv2d.cuh", "int l = first_slab(tile, live_count);", "int l = 0;"),
     "the second column's steps": ("resident_conv2d.cuh", "start + (slabs + 1) * 4;", "start;"),
     "the second column's sums": ("sparse_tile.cuh", "auto& sum = sums[C];", "auto& sum = sums[0];"),
     "a lane's channels": ("sparse_tile.cuh", "(lane & 3) * 2 * RUN;", "(lane & 3) * 8;"),
