@@ -737,7 +737,7 @@ def test_the_tensor_core_stage_times_and_checks_gradients(monkeypatch: pytest.Mo
     """Both gradients beside what a training step runs; one that is wrong is a row that says so."""
     from cuda_emulation import compiled
 
-    from slimkernels.kernels import KERNELS, KernelSpec, Request, cuda, cuda_gradients, cuda_tensor_cores
+    from slimkernels.kernels import KERNELS, Request, cuda, cuda_gradients, cuda_tensor_cores
 
     compiled().library.set_mode(-1, 227 * 1024)
     monkeypatch.setattr(cuda, "_require", lambda op, x: compiled())
@@ -751,7 +751,7 @@ def test_the_tensor_core_stage_times_and_checks_gradients(monkeypatch: pytest.Mo
         """The reference, rounded once: torch's own bf16 gradients on the CPU are beyond our bounds."""
         spec = KERNELS[f"{request.op}__reference"]
 
-        def launch(*arguments: Any) -> torch.Tensor:
+        def launch(*arguments: object) -> torch.Tensor:
             wide = [a.double() if torch.is_tensor(a) and a.is_floating_point() else a for a in arguments]
             return spec.launch(*wide).to(request.dtype)
 
