@@ -314,7 +314,7 @@ BREAKS = {
     "a lane": ("const int matrix = lane >> 3,", "const int matrix = (lane >> 3) ^ (lane == 9),"),
     "a row of the border": ("(unsigned(top + int(entry.x)) < unsigned(a.h))", "true"),
     "the last pixel": ("const bool here = k < left;", "const bool here = k < left - 1;"),
-    "a carry": ("pixel += next_image;", ""),
+    "a carry": ("y -= int(a.p);", ""),
     "a part": ("for (int part = 0; part < a.parts; ++part)", "for (int part = 0; part < a.parts - 1; ++part)"),
     "spare blocks": ("if (at < int64_t(a.crow_indices[rows]) * a.block_out * a.block_in)", "if (true)"),
 }
