@@ -312,6 +312,7 @@ PYBIND11_MODULE(_C, m) {
         "status");
   m.def("cuda_chain_groups", &cuda_chain_groups,
         "(group, barrier, dtype, device) -> groups of thread blocks that run at the same time, or minus the status");
+  m.def("cuda_weight_gradient", &cuda_weight_gradient, "(members of SlimCudaWeightGradient in order) -> status");
   m.def("cuda_low_rank_linear", &cuda_low_rank_linear, "(members of SlimCudaLowRankLinear in order) -> status");
   m.def("cuda_low_rank", &cuda_low_rank, "(members of SlimCudaLowRank in order) -> status");
   m.def("cuda_error_message", &slim_cuda_error_message, "The last CUDA error of this thread.");

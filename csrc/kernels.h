@@ -176,9 +176,9 @@ typedef struct SlimCudaBsrConv2d {
 
 // The same convolution on tensor cores, bf16 or fp16, from weights packed for it
 // (slimkernels/kernels/resident_plan.py):
-//   group_start: (columns, ceil(c_in/16) + 1), a column being 64 or 128 output channels (by `variant`): the first
-//                step of each group of 16 input channels, rising through all columns; the last entry of a column is
-//                the first of the next
+//   group_start: (columns, ceil(c_in/16) + 1), a column being 16, 32, 64 or 128 output channels (by `variant`): the
+//                first step of each group of 16 input channels, rising through all columns; the last entry of a column
+//                is the first of the next
 //   taps:        (steps) tap << 16 | group, in that order
 //   weights:     (steps + 1, column * 16) in the order in which lanes hold them, the last step zero
 // The rest is the plan of a tile: tile_images x tile_rows x tile_cols output pixels, even numbers of rows and columns,
@@ -278,6 +278,34 @@ typedef struct SlimCudaChain {
   void* stream;
 } SlimCudaChain;
 
+// The gradient of the weights that a block-sparse convolution stores, on tensor cores, bf16 or fp16, as
+// SlimWeightGradientF32 defines it; sums in fp32, of `parts` parts of the pixels, added in their order and rounded
+// once. Preconditions: x is (n,h,w,c_in), grad is (n,p,q,c_out), values_grad is (elements / (block_out*block_in),
+// block_out, block_in), of `dtype` and 16 bytes aligned; partial is (parts, elements); crow_indices and col_indices as
+// above, at most elements / (block_out*block_in) blocks stored; part_pixels a multiple of 32, parts = ceil(n*p*q /
+// part_pixels); chunks at least the sum over block rows of ceil(stored blocks * block_in / 16 / the variant's pieces)
+// times block_out / the variant's channels; step_n, step_p and step_q are how many images, rows and columns 32 pixels
+// further is.
+typedef struct SlimCudaWeightGradient {
+  const void* x;
+  const void* grad;
+  void* values_grad;
+  float* partial;
+  const int32_t* crow_indices;
+  const int32_t* col_indices;
+  int64_t n, h, w, c_in, c_out, p, q;
+  int64_t elements, part_pixels;
+  int32_t r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w;
+  int32_t block_out, block_in;
+  int32_t step_n, step_p, step_q;
+  int32_t parts, chunks;
+  int32_t stages;   // 2 to 8
+  int32_t variant;  // 128, 64, 32 or 16 output channels of a piece
+  int32_t dtype;
+  int32_t device;
+  void* stream;
+} SlimCudaWeightGradient;
+
 // Fused low-rank linear layer: y = epilogue((x V^T) U^T + bias), the (m, rank) product held in shared memory as fp32.
 // Preconditions: x is (m,in), v is (rank,in), u is (out,rank), y is (m,out), all contiguous and of `dtype`;
 // m,in,out >= 1; 1 <= rank <= SLIM_CUDA_MAX_FUSED_RANK.
@@ -333,6 +361,7 @@ SLIM_HIDDEN int slim_cuda_stem_conv2d(const SlimCudaStemConv2d* a);
 SLIM_HIDDEN int slim_cuda_chain_conv2d(const SlimCudaChain* a);
 // How many groups of so many thread blocks the device runs at the same time; 0 where it cannot run one.
 SLIM_HIDDEN int slim_cuda_chain_groups(int32_t group, int32_t barrier, int32_t dtype, int32_t device, int32_t* groups);
+SLIM_HIDDEN int slim_cuda_weight_gradient(const SlimCudaWeightGradient* a);
 SLIM_HIDDEN int slim_cuda_low_rank_linear(const SlimCudaLowRankLinear* a);
 SLIM_HIDDEN int slim_cuda_low_rank(const SlimCudaLowRank* a);
 
@@ -344,7 +373,7 @@ SLIM_HIDDEN const char* slim_cuda_error_message(void);
 SLIM_HIDDEN int slim_cuda_version(void);
 
 // In Python, with the members of their structs in order: _C.cuda_bsr_conv2d(x, y, bias, ..., stream),
-// _C.cuda_resident_conv2d, _C.cuda_stem_conv2d, _C.cuda_low_rank_linear(x, y, ..., stream);
+// _C.cuda_resident_conv2d, _C.cuda_stem_conv2d, _C.cuda_weight_gradient, _C.cuda_low_rank_linear(x, y, ..., stream);
 // _C.cuda_chain_conv2d([(members of a layer in order), ...], counters, n, images, ..., stream) without `count`;
 // _C.cuda_chain_groups(group, barrier, dtype, device).
 

@@ -64,6 +64,8 @@ GPU_TESTS = (
     "tests/cuda_kernels/test_cuda_tensor_cores.py",
     "tests/cuda_kernels/test_cuda_chain.py",
     "tests/cuda_kernels/test_cuda_low_rank.py",
+    "tests/cuda_kernels/test_cuda_narrow_blocks.py",
+    "tests/cuda_kernels/test_cuda_gradients.py",
     "tests/cuda_kernels/test_cuda.py",
     "tests/compress/test_engine.py",
 )
@@ -119,6 +121,10 @@ STAGES = (
           spare=True),
     Stage("racecheck", 1, 60, "Shared-memory races in the same kernels: none.",
           _module("sanitizer", "--tool", "racecheck"), spare=True),
+    Stage("tensor_cores_2", 1, 45,
+          "CUDA C++ on tensor cores where it has not run: (32, 32) blocks, and the gradients of a training step, which "
+          "take Triton 587 and 328 us. Wanted: 220 and 250 us.",
+          _module("tensor_cores", "--gradients"), build_wait=5, spare=True),
     Stage("compile_2", 2, 20, "The kernels of VGG-16 and of the training step, 14 at once.",
           _module("precompile", "--processes", "14", "--names", "vgg16_224", "--no-sweep", "--training")),
     Stage("vgg16", 2, 40, "VGG-16 at 224x224, batch 32: 2.5x (H100) or 2.8x (H200) wanted; the floor is 3.3x/3.8x.",

@@ -87,7 +87,7 @@ struct Members<SlimCudaResidentConv2d> {
       SLIM_MEMBER(slab, (Range{16, 128})),
       SLIM_MEMBER(stages, (Range{2, 8})),
       SLIM_MEMBER(steps, kSteps),
-      SLIM_MEMBER(variant, (Range{0, 2})),
+      SLIM_MEMBER(variant, (Range{0, 7})),
       SLIM_MEMBER(blocks, kPositive),
       SLIM_MEMBER(overlap, kFlag),
       SLIM_MEMBER(dtype, kHalfDtype),
@@ -127,6 +127,49 @@ struct Members<SlimCudaStemConv2d> {
 static_assert(members_fill_the_struct<SlimCudaStemConv2d>());
 
 #undef SLIM_TILE_MEMBERS
+
+template <>
+struct Members<SlimCudaWeightGradient> {
+  using Struct = SlimCudaWeightGradient;
+  static constexpr Member list[] = {
+      SLIM_MEMBER(x, kAddress),
+      SLIM_MEMBER(grad, kAddress),
+      SLIM_MEMBER(values_grad, kAddress),
+      SLIM_MEMBER(partial, kAddress),
+      SLIM_MEMBER(crow_indices, kAddress),
+      SLIM_MEMBER(col_indices, kAddress),
+      SLIM_MEMBER(n, kImages),
+      SLIM_MEMBER(h, kPositive),
+      SLIM_MEMBER(w, kPositive),
+      SLIM_MEMBER(c_in, kPositive),
+      SLIM_MEMBER(c_out, kPositive),
+      SLIM_MEMBER(p, kPositive),
+      SLIM_MEMBER(q, kPositive),
+      SLIM_MEMBER(elements, kImages),
+      SLIM_MEMBER(part_pixels, kPositive),
+      SLIM_MEMBER(r, kPositive),
+      SLIM_MEMBER(s, kPositive),
+      SLIM_MEMBER(stride_h, kPositive),
+      SLIM_MEMBER(stride_w, kPositive),
+      SLIM_MEMBER(pad_h, kNatural),
+      SLIM_MEMBER(pad_w, kNatural),
+      SLIM_MEMBER(dil_h, kPositive),
+      SLIM_MEMBER(dil_w, kPositive),
+      SLIM_MEMBER(block_out, kPositive),
+      SLIM_MEMBER(block_in, kPositive),
+      SLIM_MEMBER(step_n, kNatural),
+      SLIM_MEMBER(step_p, kNatural),
+      SLIM_MEMBER(step_q, kNatural),
+      SLIM_MEMBER(parts, kPositive),
+      SLIM_MEMBER(chunks, kPositive),
+      SLIM_MEMBER(stages, (Range{2, 8})),
+      SLIM_MEMBER(variant, (Range{0, 3})),
+      SLIM_MEMBER(dtype, kHalfDtype),
+      SLIM_MEMBER(device, kNatural),
+      SLIM_MEMBER(stream, kAddress),
+  };
+};
+static_assert(members_fill_the_struct<SlimCudaWeightGradient>());
 
 template <>
 struct Members<SlimCudaChainLayer> {
@@ -274,7 +317,7 @@ inline int cuda_bsr_conv2d(const pybind11::args& args) {
 inline int cuda_resident_conv2d(const pybind11::args& args) {
   const auto a = struct_of_arguments<SlimCudaResidentConv2d>("cuda_resident_conv2d", args);
   std::string fault = tile_plan_fault(a, a.c_in);
-  const int64_t channels = a.variant == 2 ? 64 : 128;
+  const int64_t channels = is_one_of(a.variant, {2, 4, 6, 7}) ? 64 : 128;  // of a thread block
   if (fault.empty() && !is_one_of(a.slab, {16, 32, 64, 128}))
     fault = "slab = " + std::to_string(a.slab) + " is no known width";
   if (fault.empty() && a.blocks < (a.c_out + channels - 1) / channels)
@@ -294,6 +337,39 @@ inline int cuda_stem_conv2d(const pybind11::args& args) {
   if (!fault.empty()) throw pybind11::value_error("cuda_stem_conv2d: " + fault);
   pybind11::gil_scoped_release release;
   return slim_cuda_stem_conv2d(&a);
+}
+
+// "" where no address of a weight gradient wraps and every pixel and piece has its thread block, else what is wrong.
+inline std::string weight_gradient_fault(const SlimCudaWeightGradient& a) {
+  const int64_t column = 128 >> a.variant, block = int64_t(a.block_out) * a.block_in;
+  if (a.c_in % 8 != 0 || a.c_out % 8 != 0) return "c_in and c_out are not multiples of 8";
+  if (a.block_out % column != 0 || a.block_in % 16 != 0) return "the blocks are not made of the variant's pieces";
+  if (a.elements % block != 0) return "elements is no number of blocks";
+  if (a.p != output_size(a.h, a.r, a.stride_h, a.pad_h, a.dil_h) ||
+      a.q != output_size(a.w, a.s, a.stride_w, a.pad_w, a.dil_w) || a.p < 1 || a.q < 1)
+    return "p or q is not the size of the output";
+  if (!product_fits(a.p, a.q, a.c_out) || !product_fits(a.h, a.w, a.c_in)) return "an image has 2^31 elements or more";
+  const int64_t down = int64_t(a.r - 1) * a.dil_h, right = int64_t(a.s - 1) * a.dil_w;
+  if (down > kInt32Max / 2 || right > kInt32Max / 2 || down > (kInt32Max - right - 1) / a.w ||
+      !product_fits(down * a.w + right + 1, a.c_in + a.block_in, 1))
+    return "the taps reach 2^31 elements or more";
+  if (a.part_pixels % 32 != 0) return "part_pixels is not a multiple of 32";
+  if (a.n > (INT64_MAX >> 3) / (a.p * a.q * a.c_out) || a.n > (INT64_MAX >> 3) / (a.h * a.w * a.c_in))
+    return "n is out of range";
+  const int64_t pixels = a.n * a.p * a.q;
+  if (a.parts != (pixels - 1) / a.part_pixels + 1) return "the parts are not those of the pixels";
+  if (a.step_n != 32 / (a.p * a.q) || a.step_p != 32 % (a.p * a.q) / a.q || a.step_q != 32 % a.q)
+    return "the steps are not those of 32 pixels";
+  if (a.chunks > kInt32Max / a.parts || a.elements / 1024 >= kInt32Max) return "there are 2^31 thread blocks or more";
+  return "";
+}
+
+inline int cuda_weight_gradient(const pybind11::args& args) {
+  const auto a = struct_of_arguments<SlimCudaWeightGradient>("cuda_weight_gradient", args);
+  const std::string fault = weight_gradient_fault(a);
+  if (!fault.empty()) throw pybind11::value_error("cuda_weight_gradient: " + fault);
+  pybind11::gil_scoped_release release;
+  return slim_cuda_weight_gradient(&a);
 }
 
 // "" where no offset in a layer of a chain wraps, else what is wrong.

@@ -1,29 +1,24 @@
 #include "resident_conv2d.cuh"
 
-#include "common.cuh"
-
 namespace slim {
 namespace {
 
-// The compiled shapes, by SlimCudaResidentConv2d::variant; slimkernels/kernels/resident_plan.py has the same list.
-using Portable = TileShape<2, 2, 4, 8, 2, false>;  // 128 pixels x 2 columns of 64 channels
-using Hopper = TileShape<4, 1, 2, 16, 2, true>;    // 128 pixels x 128 channels
-using Narrow = TileShape<4, 1, 4, 8, 2, true>;     // 256 pixels x 64 channels
-
-template <typename T, typename Shape>
-int launch(const SlimCudaResidentConv2d& a) {
-  return launch_kernel(resident_conv2d_kernel<T, Shape>, a, a.blocks, Shape::THREADS, resident_layout<Shape>(a).total,
-                       a.overlap != 0);
-}
+// The compiled shapes of wide columns, by SlimCudaResidentConv2d::variant; narrow_conv2d.cu has the others, and
+// slimkernels/kernels/resident_plan.py has the same list.
+using Portable = TileShape<2, 2, 4, 8, 2, false>;   // 128 pixels x 2 columns of 64 channels
+using Hopper = TileShape<4, 1, 2, 16, 2, true>;     // 128 pixels x 128 channels
+using Narrow = TileShape<4, 1, 4, 8, 2, true>;      // 256 pixels x 64 channels
+using HopperHalf = TileShape<4, 1, 2, 8, 2, true>;  // 128 pixels x 64 channels
 
 template <typename T>
 int dispatch(const SlimCudaResidentConv2d& a) {
   switch (a.variant) {
-    case 0: return launch<T, Portable>(a);
-    case 1: return launch<T, Hopper>(a);
-    case 2: return launch<T, Narrow>(a);
+    case 0: return launch_resident<T, Portable>(a);
+    case 1: return launch_resident<T, Hopper>(a);
+    case 2: return launch_resident<T, Narrow>(a);
+    case 7: return launch_resident<T, HopperHalf>(a);
   }
-  return SLIM_ERROR_UNSUPPORTED;
+  return launch_narrow_columns(a);
 }
 
 }  // namespace

@@ -2,9 +2,13 @@
 // and walks over tiles of output pixels, whose input streams through a ring of slabs: a few channels of all pixels that
 // a tile reads.
 #pragma once
+#include "common.cuh"
 #include "sparse_tile.cuh"
 
 namespace slim {
+
+// Launches the shapes of narrow_conv2d.cu.
+int launch_narrow_columns(const SlimCudaResidentConv2d& a);
 
 // Where things lie in shared memory, in bytes; the same for host and device.
 struct ResidentLayout {
@@ -18,9 +22,9 @@ __host__ __device__ inline ResidentLayout resident_layout(const SlimCudaResident
   l.weights = 0;
   l.steps = a.steps * Shape::STEP_BYTES;
   l.starts = l.steps + a.steps * 4;
-  l.live = l.starts + Shape::WARPS_N * (slabs + 1) * 4;
+  l.live = l.starts + Shape::COLUMNS * (slabs + 1) * 4;
   l.bias = (l.live + (slabs + 1) * 4 + 15) / 16 * 16;
-  l.windows = l.bias + Shape::WARPS_N * Shape::COLUMN * kBiasBytes;
+  l.windows = l.bias + Shape::COLUMNS * Shape::COLUMN * kBiasBytes;
   l.pixels = l.windows + Shape::WINDOWS * 16;
   l.ring = (l.pixels + (a.tile_images * a.load_rows * a.load_cols + 63) / 64 * 64 * 16 + 127) / 128 * 128;
   l.stage = ((a.patch + 1) * (a.slab * 2 + 16) + 127) / 128 * 128;  // one more place, for what is read of no pixel
@@ -32,19 +36,25 @@ namespace {
 
 constexpr int kBatch = 4;
 
+// The slab that a tile begins with, of those that hold any step. Thread blocks that all began with the first would read
+// the same few bytes of every pixel at the same time, from a part of L2 where a pixel is as long as a power of two.
+SLIM_DEVICE int first_slab(int tile, int live_count) { return live_count ? tile % live_count : 0; }
+
 // Fills the slabs of the ring, `stages - 1` ahead of their use. An entry of its table of pixels: place in a slab in
 // bytes, distance in x from the patch's corner in bytes, row << 16 | column, and image.
 template <typename T>
 struct Loader {
   const SlimCudaResidentConv2d& a;
   uint32_t first_pixel, live, ring;  // first_pixel: this thread's entry of the table of pixels
-  int stage_bytes, live_count, tile, tile_step, tiles, at = 0, slot = 0;
+  int stage_bytes, live_count, tile, tile_step, tiles, at = 0, left = 0, slot = 0;  // left: slabs of the tile
   int pixel_step, pixel_count, chunk;
   const unsigned char* corner;  // the first pixel of the tile's patch, which may lie outside the image
   int32_t images_left, y, x;
 
   SLIM_DEVICE void start_tile() {
     if (tile >= tiles) return;
+    at = first_slab(tile, live_count);
+    left = live_count;
     const TilePosition p = tile_position(a, tile);
     y = p.y * a.stride_h - a.pad_h + a.load_top;
     x = p.x * a.stride_w - a.pad_w + a.load_left;
@@ -73,8 +83,8 @@ struct Loader {
           hw::copy_async_16(to + pixel[k].x, from + int(pixel[k].y), inside);
         }
       }
-      if (++at == live_count) {
-        at = 0;
+      if (++at == live_count) at = 0;
+      if (--left == 0) {
         tile += tile_step;
         start_tile();
       }
@@ -92,9 +102,9 @@ SLIM_DEVICE void resident_conv2d(const SlimCudaResidentConv2d& a) {
   const uint32_t base = hw::shared_memory();
   const int groups_of_16 = (int(a.c_in) + 15) / 16, slabs = (int(a.c_in) + a.slab - 1) / a.slab;
   const int columns = (int(a.c_out) + Shape::COLUMN - 1) / Shape::COLUMN;
-  const int rows = (columns + Shape::WARPS_N - 1) / Shape::WARPS_N;
+  const int rows = (columns + Shape::COLUMNS - 1) / Shape::COLUMNS;
   const int row = int(blockIdx.x) % rows;
-  const int first_column = row * Shape::WARPS_N, end_column = min(first_column + Shape::WARPS_N, columns);
+  const int first_column = row * Shape::COLUMNS, end_column = min(first_column + Shape::COLUMNS, columns);
   const int32_t first_step = a.group_start[first_column * (groups_of_16 + 1)];
   const int32_t step_count = a.group_start[(end_column - 1) * (groups_of_16 + 1) + groups_of_16] - first_step;
   const int pitch = a.slab * 2 + 16;
@@ -103,7 +113,7 @@ SLIM_DEVICE void resident_conv2d(const SlimCudaResidentConv2d& a) {
   // Weights first: they come from far away. They arrive with the ring's first slab.
   copy_weights<Shape>(base + at.weights, a.weights, first_step, step_count);
   write_steps<Shape>(a, base + at.steps, first_step, step_count, a.slab);
-  for (int i = thread; i < Shape::WARPS_N * (slabs + 1); i += Shape::THREADS) {  // each slab's steps
+  for (int i = thread; i < Shape::COLUMNS * (slabs + 1); i += Shape::THREADS) {  // each slab's steps
     const int column = first_column + i / (slabs + 1), slab = i % (slabs + 1);
     const int32_t* const start = a.group_start + (column < end_column ? column : 0) * (groups_of_16 + 1);
     hw::store_shared_32(base + at.starts + i * 4,
@@ -128,7 +138,7 @@ SLIM_DEVICE void resident_conv2d(const SlimCudaResidentConv2d& a) {
   // The slabs that hold any step, their number first.
   const auto used = [&](int slab) {
     bool any = false;
-    for (int n = 0; n < Shape::WARPS_N; ++n) {
+    for (int n = 0; n < Shape::COLUMNS; ++n) {
       const uint32_t start = base + at.starts + (n * (slabs + 1) + slab) * 4;
       any |= hw::load_shared_32(start) != hw::load_shared_32(start + 4);
     }
@@ -165,25 +175,33 @@ SLIM_DEVICE void resident_conv2d(const SlimCudaResidentConv2d& a) {
 
   SparseTile<T, Shape> product;
   product.find_places(a, base + at.windows, warp_m, lane, pitch);
-  product.channel = (first_column + warp_n) * Shape::COLUMN;
+  const int column_of_warp = warp_n * Shape::OF_WARP;
+  product.channel = (first_column + column_of_warp) * Shape::COLUMN;
   hw::copy_async_wait<0>();
 #if SLIM_HAS_WGMMA
   if (Shape::WGMMA) hw::fence_for_multiply_group();
 #endif
   hw::synchronize();
 
-  const uint32_t starts = base + at.starts + warp_n * (slabs + 1) * 4;
+  const uint32_t starts = base + at.starts + column_of_warp * (slabs + 1) * 4;
   int slot = 0;
   for (int tile = first_tile; tile < tiles; tile += tile_step) {
-    product.begin(base + at.bias + warp_n * Shape::COLUMN * kBiasBytes, lane);
-    for (int l = 0; l < live_count; ++l) {
+    product.begin(base + at.bias + column_of_warp * Shape::COLUMN * kBiasBytes, lane);
+    int l = first_slab(tile, live_count);
+    for (int left = live_count; left > 0; --left) {
       hw::copy_async_wait_all_but(a.stages - 2);
       hw::synchronize(1 + group, 128);
       loader.fill();
       const uint32_t start = starts + hw::load_shared_32(live + l * 4) * 4;
       product.multiply(ring + slot * at.stage, base + at.steps, base + at.weights, int(hw::load_shared_32(start)),
                        int(hw::load_shared_32(start + 4)), lane);
+      if constexpr (Shape::OF_WARP == 2) {
+        const uint32_t second = start + (slabs + 1) * 4;
+        product.template multiply<1>(ring + slot * at.stage, base + at.steps, base + at.weights,
+                                     int(hw::load_shared_32(second)), int(hw::load_shared_32(second + 4)), lane);
+      }
       if (++slot == a.stages) slot = 0;
+      if (++l == live_count) l = 0;
     }
     product.store(a, tile_position(a, tile), lane);
   }
@@ -198,6 +216,12 @@ __global__ void __launch_bounds__(Shape::THREADS, 1)
   } else {
     hw::stop();  // compiled for another processor: the launcher does not choose it
   }
+}
+
+template <typename T, typename Shape>
+int launch_resident(const SlimCudaResidentConv2d& a) {
+  return launch_kernel(resident_conv2d_kernel<T, Shape>, a, a.blocks, Shape::THREADS, resident_layout<Shape>(a).total,
+                       a.overlap != 0);
 }
 
 }  // namespace

@@ -6,21 +6,26 @@
 
 namespace slim {
 
-// How the warps of a group share a tile. A warp multiplies 16 M_TILES pixels by 8 N_TILES channels; WARPS_M x WARPS_N
-// warps are a group; GROUPS groups share the weights and each walks over tiles of its own, so that one computes while
-// another waits or stores.
-template <int WARPS_M_, int WARPS_N_, int M_TILES_, int N_TILES_, int GROUPS_, bool WGMMA_>
+// How the warps of a group share a tile. A warp multiplies 16 M_TILES pixels by 8 N_TILES channels of each of its
+// OF_WARP columns; WARPS_M x WARPS_N warps are a group; GROUPS groups share the weights and each walks over tiles of
+// its own, so that one computes while another waits or stores.
+template <int WARPS_M_, int WARPS_N_, int M_TILES_, int N_TILES_, int GROUPS_, bool WGMMA_, int OF_WARP_ = 1>
 struct TileShape {
   static constexpr int WARPS_M = WARPS_M_, WARPS_N = WARPS_N_, M_TILES = M_TILES_, N_TILES = N_TILES_, GROUPS = GROUPS_;
   static constexpr bool WGMMA = WGMMA_;
+  static constexpr int OF_WARP = OF_WARP_;
+  static constexpr int COLUMNS = WARPS_N * OF_WARP;      // of a thread block
   static constexpr int PIXELS = WARPS_M * M_TILES * 16;  // of a tile
   static constexpr int WINDOWS = PIXELS / 4;             // a tile is made of 2x2 windows
   static constexpr int WINDOWS_OF_WARP = M_TILES * 4;
-  static constexpr int COLUMN = N_TILES * 8;      // output channels of a warp, which follow one list of steps
+  static constexpr int COLUMN = N_TILES * 8;      // output channels that follow one list of steps
   static constexpr int STEP_BYTES = COLUMN * 32;  // weights of a step: COLUMN channels x 16 input channels
   static constexpr int THREADS = GROUPS * 128;
-  static_assert(WARPS_M * WARPS_N == 4 && M_TILES % 2 == 0 && N_TILES % 4 == 0, "tile shape");
-  static_assert(!WGMMA || WARPS_N == 1, "with wgmma four warps multiply by the same weights");
+  // Column 8 j + 2 q + e of an instruction is channel 8 RUN (j / RUN) + 2 RUN q + 2 (j % RUN) + e: a lane, which holds
+  // the columns of one q, has 2 RUN neighbouring channels of every 8 RUN.
+  static constexpr int RUN = N_TILES < 4 ? N_TILES : 4;
+  static_assert(WARPS_M * WARPS_N == 4 && M_TILES % 2 == 0 && N_TILES % RUN == 0 && RUN % 2 == 0, "tile shape");
+  static_assert(!WGMMA || (COLUMNS == 1 && RUN == 4), "with wgmma four warps multiply by the same weights");
 };
 
 namespace {
@@ -76,7 +81,7 @@ SLIM_DEVICE void write_windows(const Args& a, uint32_t windows) {
 // in each step.
 template <typename T, typename Shape>
 SLIM_DEVICE void write_bias(uint32_t to, const void* bias, int first, int64_t c_out) {
-  for (int i = int(threadIdx.x); i < Shape::COLUMN * Shape::WARPS_N; i += Shape::THREADS) {
+  for (int i = int(threadIdx.x); i < Shape::COLUMN * Shape::COLUMNS; i += Shape::THREADS) {
     const bool given = bias != nullptr && first + i < c_out;
     const float v = given ? hw::load_number(static_cast<const T*>(bias) + first + i) : 0.0f;
     hw::store_shared_32(to + i / 2 * 16 + i % 2 * 4, hw::bits_of_float(v));
@@ -112,7 +117,7 @@ SLIM_DEVICE void copy_weights(uint32_t to, const void* weights, int32_t first, i
 // The pixels and channels of one lane, and the products' sums.
 template <typename T, typename Shape>
 struct SparseTile {
-  float sum[Shape::M_TILES][Shape::N_TILES][4];
+  float sums[Shape::OF_WARP][Shape::M_TILES][Shape::N_TILES][4];
   // This lane's rows of the A operand, in bytes from the patch: matrix rows 0 to 7 and 8 to 15 of tile 2 t are the
   // upper and the lower pixel of one column of eight windows, those of tile 2 t + 1 of the other column.
   uint32_t place[Shape::M_TILES];
@@ -148,28 +153,37 @@ struct SparseTile {
   // that begin alike.
   SLIM_DEVICE void settle() {
 #pragma unroll
-    for (int i = 0; i < Shape::M_TILES; ++i) hw::settle(sum[i]);
+    for (auto& column : sums) {
+#pragma unroll
+      for (int i = 0; i < Shape::M_TILES; ++i) hw::settle(column[i]);
+    }
   }
 
-  // The sums begin with the bias of the warp's channels. Column 8 j + 2 q + e of an instruction was packed as channel
-  // 32 (j / 4) + 8 q + 2 (j % 4) + e: a lane has eight neighbouring channels of every 32.
+  // The sums begin with the bias of the warp's channels.
   SLIM_DEVICE void begin(uint32_t bias, int lane) {
+    constexpr int RUN = Shape::RUN;
 #pragma unroll
-    for (int j = 0; j < Shape::N_TILES; ++j) {
-      const uint4 four = hw::load_shared_128(bias + (j >> 2) * 256 + (lane & 3) * 64 + (j & 3) * 16);
+    for (int c = 0; c < Shape::OF_WARP; ++c) {
 #pragma unroll
-      for (int i = 0; i < Shape::M_TILES; ++i) {
-        sum[i][j][0] = hw::float_of_bits(four.x);
-        sum[i][j][1] = hw::float_of_bits(four.y);
-        sum[i][j][2] = hw::float_of_bits(four.z);
-        sum[i][j][3] = hw::float_of_bits(four.w);
+      for (int j = 0; j < Shape::N_TILES; ++j) {
+        const int pair = c * (Shape::COLUMN / 2) + j / RUN * (4 * RUN) + (lane & 3) * RUN + j % RUN;
+        const uint4 four = hw::load_shared_128(bias + pair * 16);
+#pragma unroll
+        for (int i = 0; i < Shape::M_TILES; ++i) {
+          sums[c][i][j][0] = hw::float_of_bits(four.x);
+          sums[c][i][j][1] = hw::float_of_bits(four.y);
+          sums[c][i][j][2] = hw::float_of_bits(four.z);
+          sums[c][i][j][3] = hw::float_of_bits(four.w);
+        }
       }
     }
     settle();
   }
 
-  // Adds steps [step, end) on a patch; `weights` is what the block holds from its first step on.
+  // Adds steps [step, end) of the warp's column C on a patch; `weights` is what the block holds from its first step on.
+  template <int C = 0>
   SLIM_DEVICE void multiply(uint32_t patch, uint32_t steps, uint32_t weights, int step, int end, int lane) {
+    auto& sum = sums[C];
 #if SLIM_HAS_WGMMA
     if constexpr (Shape::WGMMA) {
       uint32_t pixels[2][Shape::M_TILES][4];
@@ -219,14 +233,21 @@ struct SparseTile {
     }
   }
 
-  SLIM_DEVICE static uint4 packed(const float (&v)[8], bool relu) { return eight_packed<T>(v, relu); }
+  SLIM_DEVICE static void store_channels(T* to, const float (&v)[8], bool relu) {
+    hw::store_global_128(to, eight_packed<T>(v, relu));
+  }
+  SLIM_DEVICE static void store_channels(T* to, const float (&v)[4], bool relu) {
+    hw::store_global_64(to, relu ? make_uint2(hw::pack<T, true>(v[0], v[1]), hw::pack<T, true>(v[2], v[3]))
+                                 : make_uint2(hw::pack<T, false>(v[0], v[1]), hw::pack<T, false>(v[2], v[3])));
+  }
 
-  // A lane holds eight neighbouring channels of all four pixels of its windows.
+  // A lane holds neighbouring channels of all four pixels of its windows.
   template <typename Args>
   SLIM_DEVICE void store(const Args& a, const TilePosition& position, int lane) const {
     const int rows = a.pool ? int(a.p) / 2 : int(a.p), cols = a.pool ? int(a.q) / 2 : int(a.q), c_out = int(a.c_out);
     const int y = a.pool ? position.y / 2 : position.y, x = a.pool ? position.x / 2 : position.x;
-    const int first = channel + (lane & 3) * 8;
+    constexpr int RUN = Shape::RUN, PER_COLUMN = Shape::N_TILES / RUN;
+    const int first = channel + (lane & 3) * 2 * RUN;
     T* const out = static_cast<T*>(a.y) + ((position.image * rows + y) * cols + x) * c_out + first;
     const int images_left = int(a.n - position.image < kNoImage ? a.n - position.image : kNoImage);
 #pragma unroll
@@ -238,15 +259,16 @@ struct SparseTile {
       if (a.pool) {
         if (!here || oy + 1 >= a.p || ox + 1 >= a.q) continue;
 #pragma unroll
-        for (int h = 0; h < Shape::N_TILES / 4; ++h) {
-          float v[8];
+        for (int h = 0; h < Shape::OF_WARP * PER_COLUMN; ++h) {
+          const auto& sum = sums[h / PER_COLUMN];
+          float v[2 * RUN];
 #pragma unroll
-          for (int e = 0; e < 8; ++e) {
-            const int j = h * 4 + e / 2, s = e & 1;
+          for (int e = 0; e < 2 * RUN; ++e) {
+            const int j = h % PER_COLUMN * RUN + e / 2, s = e & 1;
             v[e] = hw::larger(hw::larger(sum[2 * t][j][s], sum[2 * t][j][2 + s]),
                               hw::larger(sum[2 * t + 1][j][s], sum[2 * t + 1][j][2 + s]));
           }
-          if (first + h * 32 < c_out) hw::store_global_128(to + h * 32, packed(v, a.relu));
+          if (first + h * 8 * RUN < c_out) store_channels(to + h * 8 * RUN, v, a.relu);
         }
         continue;
       }
@@ -257,11 +279,12 @@ struct SparseTile {
         if (!here || oy + down >= a.p || ox + right >= a.q) continue;
         T* const pixel = to + (down * cols + right) * c_out;
 #pragma unroll
-        for (int h = 0; h < Shape::N_TILES / 4; ++h) {
-          float v[8];
+        for (int h = 0; h < Shape::OF_WARP * PER_COLUMN; ++h) {
+          const auto& sum = sums[h / PER_COLUMN][2 * t + k / 2];
+          float v[2 * RUN];
 #pragma unroll
-          for (int e = 0; e < 8; ++e) v[e] = sum[2 * t + k / 2][h * 4 + e / 2][down * 2 + (e & 1)];
-          if (first + h * 32 < c_out) hw::store_global_128(pixel + h * 32, packed(v, a.relu));
+          for (int e = 0; e < 2 * RUN; ++e) v[e] = sum[h % PER_COLUMN * RUN + e / 2][down * 2 + (e & 1)];
+          if (first + h * 8 * RUN < c_out) store_channels(pixel + h * 8 * RUN, v, a.relu);
         }
       }
     }

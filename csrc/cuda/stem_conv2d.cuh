@@ -142,7 +142,7 @@ SLIM_DEVICE void fill_patch(const SlimCudaStemConv2d& a, const StemLayout& at, u
         const int j = h * 4, s = half * 2;
         const float v[8] = {sum[j][s],     sum[j][s + 1],     sum[j + 1][s], sum[j + 1][s + 1],
                             sum[j + 2][s], sum[j + 2][s + 1], sum[j + 3][s], sum[j + 3][s + 1]};
-        const uint4 packed = SparseTile<T, Shape>::packed(v, true);
+        const uint4 packed = eight_packed<T>(v, true);
         hw::store_shared_128(patch + pixel.x + h * 64 + q * 16, inside ? packed : make_uint4(0, 0, 0, 0));
       }
     }

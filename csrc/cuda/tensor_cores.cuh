@@ -147,6 +147,15 @@ SLIM_DEVICE void load_matrices(uint32_t (&v)[4], uint32_t at) {
                : "memory");
 }
 
+// The same with every matrix transposed: a lane that would get elements 2 i and 2 i + 1 of row j gets row 2 i's and row
+// 2 i + 1's element j.
+SLIM_DEVICE void load_matrices_transposed(uint32_t (&v)[4], uint32_t at) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+               : "r"(at)
+               : "memory");
+}
+
 // Keeps the compiler from moving what it does to these sums across, and from merging equal ones.
 template <int N>
 SLIM_DEVICE void settle(float (&d)[N][4]) {

@@ -27,6 +27,7 @@ struct Index {
 inline Index threadIdx, blockIdx, gridDim;
 
 inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
 
 // Types
 

@@ -331,6 +331,25 @@ inline void load_matrices(uint32_t (&v)[4], uint32_t at) {
   });
 }
 
+inline void load_matrices_transposed(uint32_t (&v)[4], uint32_t at) {
+  struct Argument {
+    uint32_t* v;
+    uint32_t at;
+  } argument{v, at};
+  together("ldmatrix.trans", argument, [](auto of) {
+    for (int m = 0; m < 4; ++m) {
+      uint32_t rows[8];
+      for (int i = 0; i < 8; ++i) rows[i] = of(m * 8 + i).at;
+      count_conflicts(rows);
+      for (int lane = 0; lane < 32; ++lane) {
+        uint16_t pair[2];
+        for (int e = 0; e < 2; ++e) memcpy(&pair[e], shared_at(rows[lane % 4 * 2 + e], 16) + lane / 4 * 2, 2);
+        memcpy(&of(lane).v[m], pair, 4);
+      }
+    }
+  });
+}
+
 template <typename T>
 void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   struct Argument {

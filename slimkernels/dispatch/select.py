@@ -239,11 +239,15 @@ def forget() -> None:
     tables.forget()
 
 
+_TENSOR_CORES = "__cuda_tensor_cores"
+
+
 def resolve_gradient(kernel: str, request: Request, stride: Sequence[int] = (1, 1)) -> KernelSpec:
     """The KernelSpec of a gradient op for a layer whose forward runs ``kernel``: of the same backend.
 
-    A Triton or reference forward keeps its backend, a C++ CPU one at most its instruction set. CUDA C++ has no gradient
-    kernels, which leaves the choice to ``auto``. The CPU's input gradient takes stride 1; the reference has the others.
+    A Triton or reference forward keeps its backend, a C++ CPU one at most its instruction set. A forward on the tensor
+    cores of CUDA C++ has its gradients there where those kernels take them; the rest of CUDA C++ has none, which leaves
+    the choice to ``auto``. The CPU's input gradient takes stride 1; the reference has the others.
 
     Raises:
         ValueError: an unknown kernel, or no kernel of that backend takes the gradient.
@@ -251,6 +255,11 @@ def resolve_gradient(kernel: str, request: Request, stride: Sequence[int] = (1, 
     if kernel != "auto" and kernel not in KERNELS:
         raise ValueError(f"{request.op}: expected 'auto' or a listed kernel, got {kernel!r}")
     forward = None if kernel == "auto" else KERNELS[kernel]
+    if forward is not None and forward.name.endswith(_TENSOR_CORES):
+        same = KERNELS.get(f"{request.op}{_TENSOR_CORES}")
+        strided = request.op == "bsr_conv2d_dgrad" and max(stride) > 1
+        if same is not None and not strided and (same.supports(request) or same.available()) is None:
+            return same
     backend = env.backend() if forward is None else forward.backend
     backend = backend if backend in ("triton", "reference") else "auto"
     cap = env.isa_cap() if forward is None or forward.isa is None else forward.isa

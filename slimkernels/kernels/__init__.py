@@ -323,6 +323,22 @@ _ROWS = (
         explicit_only=_UNMEASURED,
     ),
     _cuda(
+        "bsr_conv2d_dgrad__cuda_tensor_cores",
+        "cuda_gradients.launch_dgrad",
+        dtypes=_HALF,
+        epilogues=EPILOGUES["bsr_conv2d_dgrad"],
+        reason="cuda_gradients.shape_reason",
+        explicit_only="it has not run on any GPU, and takes stride 1 alone",
+    ),
+    _cuda(
+        "bsr_conv2d_wgrad__cuda_tensor_cores",
+        "cuda_gradients.launch_wgrad",
+        dtypes=_HALF,
+        epilogues=EPILOGUES["bsr_conv2d_wgrad"],
+        reason="cuda_gradients.shape_reason",
+        explicit_only="it has not run on any GPU",
+    ),
+    _cuda(
         "fused_conv2d__cudnn",
         "cudnn.launch_fused_conv2d",
         "cudnn.available",

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from slimkernels.kernels import cuda, resident_plan
 from slimkernels.kernels.packs import StemPack, TensorCorePack, kind_of
-from slimkernels.kernels.problems import ConvProblem, Pair, Problem, check_geometry
+from slimkernels.kernels.problems import ConvProblem, Pair, Problem, check_geometry, conv_output_image
 from slimkernels.kernels.resident_plan import STEM_VARIANTS, STEP_CHANNELS, VARIANTS, Index, Shape
 from slimkernels.tensors import Checked
 
 NAME = "bsr_conv2d__cuda_tensor_cores"
 _WGMMA_CAPABILITY = (9, 0)  # of the only processors that have wgmma
 _CONFIGS = frozenset({"variant", "slab", "stages", "overlap"})
+BEFORE_A_CAPTURE = "the weight must be packed before a CUDA graph is captured: call the layer once"
 _STEM_CHANNELS, _STEM_WORDS = 64, 1024  # kStemChannels and what kStemWordsOfThread allow in csrc/cuda/stem_conv2d.cuh
 
 
@@ -47,8 +48,8 @@ def _limits(x: Tensor) -> Limits:
 def shape_reason(problem: Problem) -> str | None:
     """None when the kernel takes the problem's shapes, else why not."""
     block_out, block_in = problem.block_shape
-    if block_out % 64 != 0 or block_in % STEP_CHANNELS != 0:
-        return f"a block is a multiple of 64 x {STEP_CHANNELS}, not {block_out} x {block_in}"
+    if block_out % 16 != 0 or block_in % STEP_CHANNELS != 0:
+        return f"a block is a multiple of 16 x {STEP_CHANNELS}, not {block_out} x {block_in}"
     if isinstance(problem, ConvProblem):
         if problem.c_in % 8 != 0 or problem.c_out % 8 != 0:
             return f"channels are copied eight at a time, not {problem.c_in} to {problem.c_out}"
@@ -102,8 +103,36 @@ def pack(
 
     Args: a valid `slimkernels.formats.BSRWeight` whose block shape `shape_reason` takes.
     """
-    variant = resident_plan.variant_for(block_shape[0], _limits(values).wgmma)
+    variant = chosen_variant(values, crow_indices, col_indices, weight_shape, block_shape)
     return resident_plan.pack(values, crow_indices, col_indices, weight_shape, block_shape, VARIANTS[variant])
+
+
+def chosen_variant(
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    weight_shape: Sequence[int],
+    block_shape: Sequence[int],
+    packed: Sequence[Tensor] = (),
+) -> int:
+    """The compiled shape that a weight runs on: one of its pack's column where there is a pack.
+
+    Without one, where there is a choice, the pattern is read: this waits for the device.
+    """
+    limits = _limits(values)
+    found = resident_plan.candidates(block_shape[0], weight_shape[0], limits.wgmma)
+    if kind_of(packed) is TensorCorePack:
+        pack = TensorCorePack(*packed)
+        fitting = tuple(v for v in found if VARIANTS[v].column == pack.weights.shape[-1] // STEP_CHANNELS)
+        if fitting:
+            return resident_plan.choose_variant(fitting, lambda column: pack.most_steps, limits.shared_memory)
+    if values.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"bsr_conv2d: {BEFORE_A_CAPTURE}")
+
+    def most_steps(column: int) -> Tensor:
+        return resident_plan.pack_index(crow_indices, col_indices, weight_shape, block_shape, column).most_steps
+
+    return resident_plan.choose_variant(found, most_steps, limits.shared_memory)
 
 
 def _packed_or_new(
@@ -122,7 +151,7 @@ def _packed_or_new(
         _check_packed(op, found, crow, col, values, weight_shape, block_shape, shape.column)
         return found
     if values.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(f"{op}: the weight must be packed before a CUDA graph is captured: call the layer once")
+        raise RuntimeError(f"{op}: {BEFORE_A_CAPTURE}")
     return resident_plan.pack(values, crow, col, weight_shape, block_shape, shape)
 
 
@@ -145,7 +174,7 @@ def launch_bsr_conv2d(
 
     Args:
         x: ``(N, C_in, H, W)``, float16 or bfloat16 on the GPU; channels_last is taken as it is.
-        values: the stored blocks of the BSR weight, see `slimkernels.formats.BSRWeight`; each a multiple of 64 x 16.
+        values: the stored blocks of the BSR weight, see `slimkernels.formats.BSRWeight`; each a multiple of 16 x 16.
         crow_indices: its row pointers, validated when the weight was built.
         col_indices: its block columns, validated when the weight was built.
         bias: ``(C_out,)`` or None.
@@ -204,10 +233,39 @@ def launch_bsr_conv2d(
         return y
     values, crow, col = values.contiguous(), crow_indices.contiguous(), col_indices.contiguous()
     bias = bias if bias is None else bias.contiguous()
-    limits = _limits(x)
-    variant = config.get("variant", resident_plan.variant_for(block_shape[0], limits.wgmma))
-    _check_variant(op, variant, VARIANTS, limits, block_shape, config.get("overlap", 0))
+    variant = config.get("variant", -1)
+    if "variant" not in config:
+        variant = chosen_variant(values, crow, col, weight_shape, block_shape, packed)
+    _check_variant(op, variant, VARIANTS, _limits(x), block_shape, config.get("overlap", 0))
     weight = _packed_or_new(op, packed, values, crow, col, weight_shape, block_shape, variant)
+    run(op, module, x, y, bias, weight, variant, (r, s), stride, padding, dilation, epilogue, config)
+    return y
+
+
+def run(
+    op: str,
+    module: Any,
+    x: Tensor,
+    y: Tensor,
+    bias: Tensor | None,
+    weight: TensorCorePack,
+    variant: int,
+    taps: Pair,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    epilogue: str,
+    config: Mapping[str, int],
+) -> None:
+    """Fills y by the convolution of x, both channels_last and checked, with a pack for the compiled shape ``variant``.
+
+    Raises:
+        ValueError: a thread block's weights and two slabs of x do not fit shared memory.
+        RuntimeError: CUDA reports an error.
+    """
+    limits = _limits(x)
+    (n, c_in, h, w), c_out = x.shape, y.shape[1]
+    p, q = conv_output_image((h, w), taps, stride, padding, dilation)
     columns = min(VARIANTS[variant].columns, weight.most_steps.numel())
     steps = int(weight.most_steps[columns - 1])
     plan = resident_plan.plan(
@@ -217,10 +275,10 @@ def launch_bsr_conv2d(
         h,
         w,
         c_out,
-        (r, s),
-        problem.stride,
-        problem.padding,
-        problem.dilation,
+        taps,
+        _pair(stride),
+        _pair(padding),
+        _pair(dilation),
         steps,
         limits.shared_memory,
         limits.processors,
@@ -232,38 +290,12 @@ def launch_bsr_conv2d(
             f"got one of {steps} steps of {VARIANTS[variant].column} x {STEP_CHANNELS} weights"
         )
     status = module.cuda_resident_conv2d(
-        x.data_ptr(),
-        y.data_ptr(),
-        cuda._pointer(bias),
-        weight.weights.data_ptr(),
-        weight.group_start.data_ptr(),
-        weight.taps.data_ptr(),
-        n,
-        h,
-        w,
-        c_in,
-        c_out,
-        p,
-        q,
-        r,
-        s,
-        *stride,
-        *padding,
-        *dilation,
-        int(epilogue != "none"),
-        int(pool),
-        *plan.tile,
-        plan.slab,
-        plan.stages,
-        steps,
-        variant,
-        plan.blocks,
-        config.get("overlap", 0),
-        cuda._DTYPES[x.dtype],
-        *cuda._target(x),
-    )
+        x.data_ptr(), y.data_ptr(), cuda._pointer(bias), weight.weights.data_ptr(), weight.group_start.data_ptr(),
+        weight.taps.data_ptr(), n, h, w, c_in, c_out, p, q, *taps, *stride, *padding, *dilation,
+        int(epilogue != "none"), int(epilogue == "relu_maxpool2"), *plan.tile, plan.slab, plan.stages, steps, variant,
+        plan.blocks, config.get("overlap", 0), cuda._DTYPES[x.dtype], *cuda._target(x),
+    )  # fmt: skip
     cuda._check(op, module, status)
-    return y
 
 
 def _check_variant(

@@ -5,7 +5,7 @@ Plain arithmetic and tensor operations: nothing here needs a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -36,12 +36,24 @@ class Shape(NamedTuple):
     wgmma: bool
 
 
-# The compiled shapes, by the `variant` of csrc/kernels.h; resident_conv2d.cu and stem_conv2d.cu of csrc/cuda list them.
-VARIANTS = (Shape(128, 64, 2, 2, False), Shape(128, 128, 1, 2, True), Shape(256, 64, 1, 2, True))
+# The compiled shapes, by the `variant` of csrc/kernels.h; resident_conv2d.cu, narrow_conv2d.cu and stem_conv2d.cu of
+# csrc/cuda list them.
+VARIANTS = (
+    Shape(128, 64, 2, 2, False),
+    Shape(128, 128, 1, 2, True),
+    Shape(256, 64, 1, 2, True),
+    Shape(128, 32, 4, 2, False),
+    Shape(256, 32, 2, 2, False),
+    Shape(128, 16, 8, 2, False),
+    Shape(256, 16, 4, 2, False),
+    Shape(128, 64, 1, 2, True),
+)
 STEM_VARIANTS = (Shape(256, 64, 1, 2, False), Shape(256, 64, 1, 2, True))
-SLABS = (64, 32, 16)  # input channels of a stage, the best first (measured on an H200)
+# Input channels of a stage, and stages of the ring, the best first: wide stages are, and more than three of them gained
+# nothing (measured on an H200, up to 256 channels). Of more channels a tile is many stages: most bytes on their way.
+RINGS = ((64, 3), (64, 2), (32, 3), (32, 2), (16, 3), (16, 2))
+LONG_RINGS, MANY_CHANNELS = ((64, 3), (32, 4), (64, 2), (32, 3), (32, 2), (16, 3), (16, 2)), 257
 MAX_PLACES = 65535  # of a patch: kMaxPlaces of csrc/bindings.cpp
-STAGES = (3, 2)  # of the ring; deeper ones gained nothing (measured on an H200)
 
 
 class Tile(NamedTuple):
@@ -74,9 +86,40 @@ class Plan(NamedTuple):
     shared_bytes: int
 
 
-def variant_for(block_out: int, wgmma: bool) -> int:
-    """The compiled shape for blocks of so many output channels, on a processor with ``wgmma`` or without."""
-    return 0 if not wgmma else 1 if block_out % 128 == 0 else 2
+def candidates(block_out: int, c_out: int, wgmma: bool) -> tuple[int, ...]:
+    """The compiled shapes for blocks of so many output channels, the first choice first, the one that needs the least
+    shared memory for weights last.
+
+    Args: c_out of the layer: a thread block of 128 channels would be half empty from 64 on; wgmma: whether the
+    processor has it.
+    """
+    if block_out % 128 == 0 and wgmma:
+        found: tuple[int, ...] = (1, 7)
+    elif block_out % 64 == 0:
+        found = (2,) if wgmma else (0, 4)
+    else:
+        found = (3, 4) if block_out % 32 == 0 else (5, 6)
+    few = tuple(v for v in found if VARIANTS[v].column * VARIANTS[v].columns <= 64)
+    return few or found if c_out <= 64 else found
+
+
+def choose_variant(found: Sequence[int], most_steps: Callable[[int], Tensor], limit: int) -> int:
+    """The first of ``found`` whose weights leave half of shared memory to the input, or the last.
+
+    Weights of 147 KB, 36 steps of 128 channels, leave room for two stages of 32 input channels of a tile, or of 16:
+    16 or 4 KB on their way to a processor, where a latency of 1 us and what L2 gives ask for 40 or more. 512 channels
+    at 4x4 and 2x2, batch 1024, took 153 and 41 us so on an H200. Half the channels need half the weights and have 48
+    and 32 KB on their way. They read the input twice, 134 MB at 4x4, which L2 gives in 14 to 24 us.
+
+    Args: most_steps: ``Index.most_steps`` for a column of so many channels; limit: bytes of shared memory.
+    """
+    for variant in found[:-1]:
+        shape = VARIANTS[variant]
+        most = most_steps(shape.column)
+        steps = int(most[min(shape.columns, most.numel()) - 1])
+        if steps * shape.column * 2 * STEP_CHANNELS <= limit // 2:
+            return variant
+    return found[-1]
 
 
 def shared_bytes(shape: Shape, tile: Tile, slab: int, stages: int, c_in: int, steps: int) -> int:
@@ -125,11 +168,10 @@ def plan(
 
 
 def _rings(c_in: int, config: Mapping[str, int]) -> Iterator[tuple[int, int]]:
-    """The slabs and stages to try, the best first."""
-    slabs = [slab for slab in SLABS if slab <= max(c_in, STEP_CHANNELS)]
-    for slab in (config["slab"],) if "slab" in config else slabs:
-        for stages in (config["stages"],) if "stages" in config else STAGES:
-            yield slab, stages
+    """The slabs and stages to try, the best first; what ``config`` says of either is taken as it is."""
+    rings = RINGS if c_in < MANY_CHANNELS else LONG_RINGS
+    found = [(slab, stages) for slab, stages in rings if slab <= max(c_in, STEP_CHANNELS)]
+    yield from dict.fromkeys((config.get("slab", slab), config.get("stages", stages)) for slab, stages in found)
 
 
 def _up(size: int, unit: int) -> int:
@@ -281,18 +323,18 @@ def steps_of(values: Tensor, index: Index, block_shape: Sequence[int], column: i
 def in_lane_order(steps: Tensor, wgmma: bool) -> Tensor:
     """``(n, column, 16)`` weights, flattened in the order of csrc/cuda/tensor_cores.cuh.
 
-    Column 8 j + 2 q + e of an instruction is output channel 32 (j // 4) + 8 q + 2 (j % 4) + e: a lane, which holds
-    the columns of one q, then has eight neighbouring channels.
+    Column 8 j + 2 q + e of an instruction is output channel 8 run (j // run) + 2 run q + 2 (j % run) + e, with run 4,
+    or 2 for a column of 16: a lane, which holds the columns of one q, then has 2 run neighbouring channels.
     """
     n, column, _ = steps.shape
-    half = column // 32
+    run = min(column // 8, 4)
+    parts = column // (8 * run)
     if wgmma:  # matrices of 8 columns x 8 depths
-        parts = steps.reshape(n, half, 4, 4, 2, 2, 8)  # 32 channels, q, j % 4, e, depth // 8, depth % 8
-        return parts.permute(0, 5, 1, 3, 2, 4, 6).reshape(n, column * STEP_CHANNELS)
-    parts = steps.reshape(
-        n, half, 4, 2, 2, 2, 2, 4, 2
-    )  # 32 channels, q, j % 4 // 2, j % 2, e, depth // 8, pair, parity
-    return parts.permute(0, 1, 3, 2, 5, 7, 4, 6, 8).reshape(n, column * STEP_CHANNELS)
+        split = steps.reshape(n, parts, 4, run, 2, 2, 8)  # 8 run channels, q, j % run, e, depth // 8, depth % 8
+        return split.permute(0, 5, 1, 3, 2, 4, 6).reshape(n, column * STEP_CHANNELS)
+    # 8 run channels, q, j % run // 2, j % 2, e, depth // 8, pair, parity
+    split = steps.reshape(n, parts, 4, run // 2, 2, 2, 2, 4, 2)
+    return split.permute(0, 1, 3, 2, 5, 7, 4, 6, 8).reshape(n, column * STEP_CHANNELS)
 
 
 # The fused stem

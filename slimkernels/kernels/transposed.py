@@ -102,6 +102,22 @@ def check_transposed(
     _CHECKED.remember(key, transposed, crow_indices, col_indices)
 
 
+def flipped_pattern(
+    transposed: Tensor, capacity: int, weight_shape: Sequence[int], block_shape: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The pattern of the weight ``(C_in, C_out, R, S)``, transposed and flipped: the input gradient's at stride 1.
+
+    Args: transposed the transposed index of a pattern at stride 1; capacity of its values.
+
+    Returns:
+        The stored block that each of its blocks is, its row pointers and its block columns, all int32. A row's columns
+        are sorted by the tap of the forward weight, which falls.
+    """
+    rows, _, taps, _ = _sizes(weight_shape, block_shape, (1, 1))
+    crow, block, entry = split_index(transposed, capacity, weight_shape, block_shape, (1, 1))
+    return block, crow, (taps - 1 - entry // rows) * rows + entry % rows
+
+
 def split_index(
     transposed: Tensor, capacity: int, weight_shape: Sequence[int], block_shape: Sequence[int], stride: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor]:

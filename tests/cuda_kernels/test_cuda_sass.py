@@ -13,6 +13,9 @@ from slimkernels import _extension
 from slimkernels.kernels.low_rank_plan import VARIANTS
 
 pytest.importorskip("triton")
+COLUMNS_32 = ("Li1ELi4ELi8ELi4E", "Li2ELi2ELi8ELi4E")
+COLUMNS_16 = ("Li1ELi4ELi8ELi2E", "Li2ELi2ELi8ELi2E")
+HOPPER_HALF = "Li4ELi1ELi2ELi8E"
 PORTABLE, HOPPER, NARROW = "Li2ELi2ELi4ELi8E", "Li4ELi1ELi2ELi16E", "Li4ELi1ELi4ELi8E"
 # Kernel, its shape's template arguments, architecture -> the most instructions of its loop for each step, and the
 # matrix instructions of a step. With wgmma the loop takes two steps at a time, and four warps multiply together.
@@ -21,6 +24,9 @@ LOOPS = {
     ("resident_conv2d", PORTABLE + "Li2ELb0", "sm_90a"): (52, 32),
     ("resident_conv2d", HOPPER + "Li2ELb1", "sm_90a"): (24, 2),
     ("resident_conv2d", NARROW + "Li2ELb1", "sm_90a"): (34, 4),
+    ("resident_conv2d", HOPPER_HALF + "Li2ELb1", "sm_90a"): (24, 2),
+    **{("resident_conv2d", tile + "Li2ELb0", arch): (58, 32) for tile in COLUMNS_32 for arch in ("sm_80", "sm_90a")},
+    **{("resident_conv2d", tile + "Li2ELb0", arch): (38, 16) for tile in COLUMNS_16 for arch in ("sm_80", "sm_90a")},
     ("stem_conv2d", NARROW + "Li2ELb0", "sm_80"): (52, 32),
     ("stem_conv2d", NARROW + "Li2ELb0", "sm_90a"): (52, 32),
     ("stem_conv2d", NARROW + "Li2ELb1", "sm_90a"): (34, 4),
@@ -55,15 +61,16 @@ def test_loop(key: tuple[str, str, str]):
         steps, rest = divmod(code.in_loop(matrix), products)
         assert rest == 0 and steps >= 1
         assert len(code.loop) <= most * steps
-        if matrix == "HMMA":  # four rows of 16 pixels, four 16-byte loads of weights and one of the step
-            assert code.in_loop("LDSM") == 4 * steps and code.in_loop("LDS", "128") == 4 * steps
+        if matrix == "HMMA":  # rows of 16 pixels, 16-byte loads of weights and one of the step
+            tiles, loads = (int(key[1].split("Li")[i][0]) for i in (3, 4))
+            assert code.in_loop("LDSM") == tiles * steps and code.in_loop("LDS", "128") == loads // 2 * steps
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 def test_copies_and_registers(arch: str):
     """Every copy to shared memory is of 16 bytes past L1, and nothing is spilled."""
     names = [name for name in functions(arch) if "TileShape" in name]
-    assert len(names) == 10
+    assert len(names) == 20
     for name in names:
         code = sass.parse(functions(arch)[name])
         kinds = [i.name for i in code.instructions]
@@ -77,7 +84,11 @@ def test_copies_and_registers(arch: str):
 
 def test_wgmma_is_not_serialized():
     """Of two steps' products, the second is issued before the first is waited for."""
-    for name, arguments in (("resident_conv2d", HOPPER), ("resident_conv2d", NARROW)):
+    for name, arguments in (
+        ("resident_conv2d", HOPPER),
+        ("resident_conv2d", NARROW),
+        ("resident_conv2d", HOPPER_HALF),
+    ):
         code = kernel(name, arguments + "Li2ELb1", "sm_90a")
         assert code.in_loop("WARPGROUP", "DEPBAR") == 1
 
@@ -165,3 +176,27 @@ def test_low_rank_registers(arch: str):
     for name, key in names.items():
         registers = shapes[key.split()[0]].registers
         assert registers - 16 <= int(used[name]) <= registers, (key, used[name])
+
+
+# Row tiles and pieces of a warp -> products of 16 pixels, and the most instructions of a stage of 32 pixels, its copies
+# and the cases of its wait, of which one runs, among them.
+GRADIENTS = {"Li8ELi2E": (32, 330), "Li4ELi4E": (32, 410), "Li2ELi4E": (16, 360), "Li1ELi4E": (8, 260)}
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("shape", GRADIENTS)
+def test_weight_gradient(shape: str, arch: str):
+    """Two steps of 16 pixels a stage, whose operands are transposed by their loads; nothing is spilled."""
+    products, most = GRADIENTS[shape]
+    found = [text for name, text in functions(arch).items() if f"GradientShapeI{shape}" in name]
+    assert len(found) == 2  # both dtypes
+    for text in found:
+        code = sass.parse(text)
+        assert code.in_loop("HMMA") == 2 * products and len(code.loop) <= most
+        m_tiles, pieces = (int(shape.split("Li")[i][0]) for i in (1, 2))
+        transposed = [i for i in code.loop if i.kind == "LDSM" and ".MT88" in i.name]
+        assert len(transposed) == code.in_loop("LDSM") == 2 * (m_tiles + pieces)
+        kinds = [i.name for i in code.instructions]
+        assert not any(i.startswith(("LDL", "STL")) for i in kinds)
+        copies = [i for i in kinds if i.startswith("LDGSTS")]
+        assert copies and all("128" in i and "BYPASS" in i for i in copies)

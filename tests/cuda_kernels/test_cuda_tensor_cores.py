@@ -11,14 +11,15 @@ import copy
 import os
 import pickle
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cuda_emulation import ROOT, Emulator, compiled, emulate
+from cuda_emulation import ROOT, compiled, emulate
+from tensor_core_device import HOPPER_SHARED, MODES, Device, device, use
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -38,57 +39,10 @@ from slimkernels.testing import (
     wrong_block,
 )
 
-MODES = range(8)
-HOPPER_SHARED = 227 * 1024
-
-
-@dataclass
-class Device:
-    """Where the launchers run in a test."""
-
-    name: str
-    emulator: Emulator | None
-
-    def set_mode(self, mode: int) -> None:
-        if self.emulator is not None:
-            self.emulator.library.set_mode(mode, HOPPER_SHARED)
-
-    def launch(self, case: ConvCase, inputs: Any, variant: int, **config: int) -> Tensor:
-        arguments = to_device(case.launch_args(*inputs), self.name)
-        return cuda_tensor_cores.launch_bsr_conv2d(*arguments, config={"variant": variant, **config})
-
-    def check(self, case: ConvCase, variant: int, **config: int) -> Tensor:
-        inputs = case.inputs()
-        out = self.launch(case, inputs, variant, **config)
-        reference, bound = case.expected(*inputs)
-        assert_close(out, reference, **{"name": case.name, **bound})
-        return out
-
-
-def use(emulator: Emulator, monkeypatch: pytest.MonkeyPatch, processors: int = 2) -> Device:
-    monkeypatch.setattr(cuda, "_require", lambda op, x: emulator)
-    monkeypatch.setattr(cuda, "_target", lambda x: (0, 0))
-    monkeypatch.setattr(cuda_tensor_cores, "_limits", lambda x: Limits(True, HOPPER_SHARED, processors))
-    return Device("cpu", emulator)
-
-
-@pytest.fixture(params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
-    if request.param == "gpu":
-        reason = cuda.available()
-        if reason is not None:
-            pytest.skip(reason)
-        if torch.cuda.get_device_capability() != (9, 0):
-            pytest.skip("the GPU has no wgmma")
-        yield Device("cuda", None)
-        return
-    found = use(compiled(), monkeypatch)
-    found.set_mode(-1)
-    yield found
-
+__all__ = ["device"]  # a fixture, which its users name
 
 BF16, FP16 = torch.bfloat16, torch.float16
-# A tile has 128 or 256 pixels in windows of 2 x 2, a column 64 or 128 channels, a slab 16 to 64.
+# A tile has 128 or 256 pixels in windows of 2 x 2, a column 16 to 128 channels, a slab 16 to 64.
 CASES = [
     ConvCase("two_images_a_tile", n=3, c_in=64, h=8, w=8, c_out=128, epilogue="relu", dtype=BF16),
     ConvCase("eight_images_a_tile", n=9, c_in=64, h=4, w=4, c_out=128, epilogue="relu_maxpool2", dtype=BF16),
@@ -113,7 +67,7 @@ CASES = [
 
 
 def in_blocks(case: ConvCase, variant: int, block_in: int = 16) -> ConvCase:
-    return replace(case, block_shape=(128 if variant == 1 else 64, block_in))
+    return replace(case, block_shape=(resident_plan.VARIANTS[variant].column, block_in))
 
 
 @pytest.mark.parametrize("variant", range(len(resident_plan.VARIANTS)))
@@ -202,7 +156,7 @@ def test_a_pack_gives_the_same_and_is_checked(device: Device):
 
 REFUSALS: dict[str, tuple[type[Exception], str, dict[int, Any]]] = {
     "dtype": (ValueError, "the tensor-core kernel does not take this: float32", {}),
-    "block": (ValueError, r"a block is a multiple of 64 x 16, not 32 x 16", {7: [32, 16]}),
+    "block": (ValueError, r"a block is a multiple of 16 x 16, not 8 x 16", {7: [8, 16]}),
     "channels": (ValueError, r"expected x of shape \(N, 32, H, W\)", {0: torch.zeros(1, 40, 8, 8, dtype=BF16)}),
     "bias": (ValueError, r"expected bias of shape \(64,\)", {4: torch.zeros(63, dtype=BF16)}),
     "epilogue": (ValueError, "expected epilogue 'none', 'relu' or 'relu_maxpool2'", {11: "gelu"}),
@@ -230,7 +184,7 @@ def test_a_row_beyond_shared_memory_is_refused(device: Device):
 @pytest.mark.parametrize(
     ("variant", "limits", "message"),
     [
-        (3, Limits(True, HOPPER_SHARED, 2), "expected variant in 0 to 2, got 3"),
+        (8, Limits(True, HOPPER_SHARED, 2), "expected variant in 0 to 7, got 8"),
         (2, Limits(False, HOPPER_SHARED, 2), "variant 2 needs a GPU of compute capability 9.0"),
         (1, Limits(True, HOPPER_SHARED, 2), "variant 1 takes blocks of a multiple of 128 channels"),
     ],
@@ -434,17 +388,18 @@ def test_bank_conflicts_of_planned_tiles(device: Device):
 
 
 def test_compiled_shapes_are_those_of_the_sources():
-    for name, shapes in (
-        ("resident_conv2d.cu", resident_plan.VARIANTS),
-        ("stem_conv2d.cu", resident_plan.STEM_VARIANTS),
+    for names, shapes in (
+        (("resident_conv2d.cu", "narrow_conv2d.cu"), resident_plan.VARIANTS),
+        (("stem_conv2d.cu",), resident_plan.STEM_VARIANTS),
     ):
-        text = (ROOT / "csrc" / "cuda" / name).read_text()
+        text = "".join((ROOT / "csrc" / "cuda" / name).read_text() for name in names)
         declared = dict(re.findall(r"using (\w+) = TileShape<(.*?)>;", text))
-        cases = re.findall(r"case (\d): return launch<T, (\w+)>", text)
+        cases = sorted(re.findall(r"case (\d): return launch\w*<T, (\w+)>", text))
         assert [int(number) for number, _ in cases] == list(range(len(shapes)))
         for (_, alias), shape in zip(cases, shapes, strict=True):
-            m, n, tiles, columns, groups, wgmma = declared[alias].split(", ")
-            expected = (int(m) * int(tiles) * 16, int(columns) * 8, int(n), int(groups), wgmma == "true")
+            m, n, tiles, columns, groups, wgmma, *rest = declared[alias].split(", ")
+            of_block = int(n) * int(*rest or [1])
+            expected = (int(m) * int(tiles) * 16, int(columns) * 8, of_block, int(groups), wgmma == "true")
             assert tuple(shape) == expected
 
 

@@ -27,9 +27,10 @@ def unpacked(packed: TensorCorePack, shape: Shape, weight_shape: tuple[int, int,
             for step in range(packed.group_start[column, group], packed.group_start[column, group + 1]):
                 tap, of = int(packed.taps[step]) >> 16, int(packed.taps[step]) & 0xFFFF
                 assert of == group
+                run = min(shape.column // 8, 4)
                 for n in range(shape.column):  # column 8 j + 2 q + e of the instruction
                     j, q, e = n // 8, n % 8 // 2, n % 2
-                    channel = column * shape.column + j // 4 * 32 + q * 8 + j % 4 * 2 + e
+                    channel = column * shape.column + j // run * 8 * run + q * 2 * run + j % run * 2 + e
                     for k in range(16):
                         if shape.wgmma:
                             at = k // 8 * shape.column * 8 + j * 64 + n % 8 * 8 + k % 8
@@ -181,7 +182,7 @@ WRONG_PLANS = [
     ({"tile_images": 60000}, "a tile reads too many pixels"),
     ({"h": 2**24, "p": 2**24}, "the images of a tile have 2"),
     ({"steps": -1}, "steps = -1 is out of range"),
-    ({"variant": 3}, "variant = 3 is out of range"),
+    ({"variant": 8}, "variant = 8 is out of range"),
     ({"overlap": 2}, "overlap = 2 is out of range"),
     ({"dtype": 0}, "dtype = 0 is out of range"),
     ({"blocks": 0}, "blocks = 0 is out of range"),

@@ -765,3 +765,40 @@ def test_the_chain_stage_times_and_checks(monkeypatch: pytest.MonkeyPatch) -> No
     assert [row["match"] for row in chain.of_batch(chained, None)] == [True, False, False]
     assert len(list(chain.of_batch(chained, "no GPU"))) == 1
     assert [layers.layer_name(b.problem) for b in chain.benches(1, "cpu", 3)] == ["conv1_2", "conv2_1", "conv2_2"]
+
+
+def test_the_tensor_core_stage_times_and_checks_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both gradients beside what a training step runs; one that is wrong is a row that says so."""
+    from cuda_emulation import compiled
+
+    from slimkernels.kernels import KERNELS, Request, cuda, cuda_gradients, cuda_tensor_cores
+
+    compiled().library.set_mode(-1, 227 * 1024)
+    monkeypatch.setattr(cuda, "_require", lambda op, x: compiled())
+    monkeypatch.setattr(cuda, "_target", lambda x: (0, 0))
+    monkeypatch.setattr(cuda_tensor_cores, "_limits", lambda x: cuda_tensor_cores.Limits(True, 227 * 1024, 2))
+    monkeypatch.setattr(
+        measure, "replay_timing", lambda call, *_, **__: timing.percentiles([0.001 * bool(len(call()))])
+    )
+
+    def exact(kernel: str, request: Request, stride: tuple[int, int]) -> KernelSpec:
+        """The reference, rounded once: torch's own bf16 gradients on the CPU are beyond our bounds."""
+        spec = KERNELS[f"{request.op}__reference"]
+
+        def launch(*arguments: object) -> torch.Tensor:
+            wide = [a.double() if torch.is_tensor(a) and a.is_floating_point() else a for a in arguments]
+            return spec.launch(*wide).to(request.dtype)
+
+        return replace(spec, launch=launch)
+
+    monkeypatch.setattr(tensor_cores, "resolve_gradient", exact)
+    p = replace(layers.HEADLINE.problems("cpu")[0], n=1, h=6, w=6, dtype=torch.bfloat16)
+    found = list(tensor_cores.of_gradients(p, None))
+    assert [(row["name"], row["match"]) for row in found] == [
+        (f"64-64@6 {name}", True) for name in ("dgrad", "dgrad", "wgrad", "wgrad")
+    ], [row.get("errors") for row in found]
+    assert [row["kernel"] for row in found][1::2] == [cuda_gradients.DGRAD, cuda_gradients.WGRAD]
+    spec = KERNELS[cuda_gradients.WGRAD]
+    monkeypatch.setitem(tensor_cores.KERNELS, spec.name, replace(spec, launch=lambda *a: spec.launch(*a) * 2))
+    assert [row["match"] for row in tensor_cores.of_gradients(p, None)] == [True, True, True, False]
+    assert not list(tensor_cores.of_gradients(p, "no GPU"))

@@ -48,6 +48,7 @@ class Emulator(SimpleNamespace):
         self.cuda_resident_conv2d = self.entry("resident_conv2d", structure("SlimCudaResidentConv2d"))
         self.cuda_stem_conv2d = self.entry("stem_conv2d", structure("SlimCudaStemConv2d"))
         self.chain_layer, self.chain = structure("SlimCudaChainLayer"), structure("SlimCudaChain")
+        self.cuda_weight_gradient = self.entry("weight_gradient", structure("SlimCudaWeightGradient"))
 
     def entry(self, name: str, kind: type[ctypes.Structure]) -> Callable[..., int]:
         function = getattr(self.library, name, None)  # None where it was left out
@@ -119,6 +120,7 @@ def emulate(folder: Path, only: str | None = None) -> Emulator:
         "int chain_conv2d(const SlimCudaChain* a) { return slim_cuda_chain_conv2d(a); }\n"
         "int chain_groups(int group, int barrier, int dtype, int device, int32_t* groups) {\n"
         "  return slim_cuda_chain_groups(group, barrier, dtype, device, groups);\n}\n"
+        "int weight_gradient(const SlimCudaWeightGradient* a) { return slim_cuda_weight_gradient(a); }\n"
         "const char* error_message() { return slim_cuda_error_message(); }\n"
         "int get_launch_device() { return emulated::launch_device; }\n"
         "void* get_launch_stream() { return emulated::launch_stream; }\n"

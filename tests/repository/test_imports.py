@@ -70,8 +70,8 @@ PACKAGES = {
         "gpu_rates", "__init__",
     ),
     "kernels": (
-        "__init__", "cuda_chain", "peak, cudnn, cuda_low_rank", "cuda_tensor_cores", "cpu, cuda, triton",
-        "reference, strips, chain_plan, low_rank_plan", "resident_plan",
+        "__init__", "cuda_chain, cuda_gradients", "peak, cudnn, cuda_low_rank", "cuda_tensor_cores",
+        "cpu, cuda, triton", "reference, strips, chain_plan, low_rank_plan", "resident_plan",
         "far_taps, image_parts", "packs, problems, strided_pointwise, transposed",
     ),
     "kernels/cpu": (
@@ -172,7 +172,9 @@ def test_imports_inside_a_package_point_only_to_the_right(package: str) -> None:
 def test_only_the_trust_boundaries_hand_out_addresses() -> None:
     """Addresses of tensors reach native code through these modules alone: whoever loads the extension and takes one."""
     doors = {f"kernels/cpu/{name}.py" for name in ("conv2d", "steps", "weight_gradient")}
-    doors |= {f"kernels/{name}.py" for name in ("cuda", "cuda_tensor_cores", "cuda_chain", "cuda_low_rank")}
+    doors |= {
+        f"kernels/{name}.py" for name in ("cuda", "cuda_tensor_cores", "cuda_chain", "cuda_gradients", "cuda_low_rank")
+    }
     native = {"_extension", "kernels.cpu.abi", "kernels.cpu.library", "kernels.cuda"}
     found = set()
     for path in modules():

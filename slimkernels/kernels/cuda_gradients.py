@@ -1,0 +1,376 @@
+"""Launchers of the gradients on tensor cores of csrc/cuda: checks, packed weights and plans.
+
+The input gradient of a convolution of stride 1 is the convolution of ``grad`` with the transposed, flipped weight, so
+the kernel of `cuda_tensor_cores` computes it. The gradient of the stored weights has a kernel of its own. Neither is a
+choice of ``auto``: they run on explicit request, or for a layer whose forward runs the tensor-core kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from slimkernels.kernels import cuda, resident_plan
+from slimkernels.kernels import cuda_tensor_cores as tensor_cores
+from slimkernels.kernels.packs import TensorCorePack
+from slimkernels.kernels.problems import INT32_MAX, Pair, Problem, check_geometry, conv_output_image
+from slimkernels.kernels.resident_plan import STEP_CHANNELS, VARIANTS
+from slimkernels.kernels.transposed import flipped_pattern, transpose_index
+from slimkernels.tensors import Derived
+
+DGRAD, WGRAD = "bsr_conv2d_dgrad__cuda_tensor_cores", "bsr_conv2d_wgrad__cuda_tensor_cores"
+_DGRAD_CONFIGS, _WGRAD_CONFIGS = frozenset({"variant", "slab", "stages"}), frozenset({"variant", "stages", "parts"})
+_INDICES = Derived()
+
+
+def shape_reason(problem: Problem) -> str | None:
+    """None when both gradient kernels take the problem's blocks, else why not."""
+    block_out, block_in = problem.block_shape
+    if block_out % STEP_CHANNELS != 0 or block_in % STEP_CHANNELS != 0:
+        return f"a block is a multiple of {STEP_CHANNELS} x {STEP_CHANNELS}, not {block_out} x {block_in}"
+    return None
+
+
+def _check(
+    op: str,
+    grad: Tensor,
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    image: Sequence[int],
+    weight_shape: Sequence[int],
+    block_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> None:
+    """What both launchers ask for beside the devices and dtypes, which `cuda._module` has checked."""
+    check_geometry(op, stride, padding, dilation)
+    c_out, c_in, r, s = weight_shape
+    block_out, block_in = block_shape
+    reason = None
+    if grad.dtype == torch.float32:
+        reason = "float32"
+    elif block_out % STEP_CHANNELS != 0 or block_in % STEP_CHANNELS != 0:
+        reason = f"a block is a multiple of {STEP_CHANNELS} x {STEP_CHANNELS}, not {block_out} x {block_in}"
+    elif c_in % 8 != 0 or c_out % 8 != 0:
+        reason = f"channels are copied eight at a time, not {c_in} to {c_out}"
+    elif r * s >= 2**15 or max(c_in, c_out) >= 2**20 or values.numel() > INT32_MAX:
+        reason = "too many taps, channels or weights"
+    if reason is not None:
+        raise ValueError(f"{op}: the tensor-core kernel does not take this: {reason}")
+    rows = -(-c_out // block_out)
+    if crow_indices.numel() != rows + 1 or values.dim() != 3 or tuple(values.shape[1:]) != (block_out, block_in):
+        raise ValueError(
+            f"{op}: expected values (nnz_blocks, {block_out}, {block_in}) and {rows + 1} crow_indices, "
+            f"got {tuple(values.shape)} and {crow_indices.numel()}"
+        )
+    if tuple(col_indices.shape) != (values.shape[0],):
+        raise ValueError(f"{op}: expected {values.shape[0]} col_indices, got {tuple(col_indices.shape)}")
+    p, q = conv_output_image(image, (r, s), stride, padding, dilation)
+    if grad.dim() != 4 or tuple(grad.shape[1:]) != (c_out, p, q):
+        raise ValueError(f"{op}: expected grad of shape (N, {c_out}, {p}, {q}), got {tuple(grad.shape)}")
+
+
+# The input gradient
+
+
+def dgrad_obstacle(stride: Sequence[int]) -> str | None:
+    """None when the input gradient's kernel takes convolutions of this stride, else why not."""
+    if max(stride) == 1:
+        return None
+    return f"the input gradient of stride {tuple(stride)} is no convolution of stride 1"
+
+
+def _transposed_index(
+    op: str,
+    crow: Tensor,
+    col: Tensor,
+    transposed: Tensor | None,
+    weight_shape: Sequence[int],
+    block_shape: Sequence[int],
+    variant: int | None,
+    limits: tensor_cores.Limits,
+) -> TensorCorePack:
+    """The pack of the transposed, flipped pattern, whose ``weights`` are int32 places in ``values``.
+
+    Kept with the pattern: a training step meets it with other values. Made anew, it waits for the device.
+    """
+    c_out, c_in, r, s = weight_shape
+    shape, block = (c_in, c_out, r, s), (block_shape[1], block_shape[0])
+    capacity = col.numel()
+
+    def compute() -> TensorCorePack:
+        if crow.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(f"{op}: {tensor_cores.BEFORE_A_CAPTURE}")
+        index = transposed
+        if index is None:
+            index = transpose_index(crow, col, weight_shape, block_shape)
+        order, crow_t, col_t = flipped_pattern(index, capacity, weight_shape, block_shape)
+        chosen = variant
+        if chosen is None:
+            found = resident_plan.candidates(block[0], c_in, limits.wgmma)
+
+            def most_steps(column: int) -> Tensor:
+                return resident_plan.pack_index(crow_t, col_t, shape, block, column).most_steps
+
+            chosen = resident_plan.choose_variant(found, most_steps, limits.shared_memory)
+        places = torch.arange(capacity * block[0] * block[1], dtype=torch.int32, device=col.device)
+        blocks = places.view(capacity, *block_shape)[order.long()].transpose(1, 2)
+        return resident_plan.pack(blocks, crow_t, col_t, shape, block, VARIANTS[chosen])
+
+    key = (tuple(weight_shape), tuple(block_shape), variant, limits)
+    return _INDICES.of(key, (crow, col), compute)
+
+
+def launch_dgrad(
+    grad: Tensor,
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    transposed: Tensor | None,
+    image: Sequence[int],
+    weight_shape: Sequence[int],
+    block_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    config: Mapping[str, int] | None = None,
+) -> Tensor:
+    """dx of `bsr_conv2d` of stride 1 before its epilogue, on tensor cores with sums in float32.
+
+    Args:
+        grad: ``(N, C_out, P, Q)``, float16 or bfloat16 on the GPU, read as channels_last (converted when it is not).
+        values: the stored blocks of the BSR weight, each a multiple of 16 x 16.
+        crow_indices: its row pointers.
+        col_indices: its block columns. What follows from the indices is kept with them; a captured CUDA graph keeps the
+            pattern of its capture.
+        transposed: `transposed.transpose_index` of the pattern; None builds it where it is needed.
+        image: ``(H, W)`` of the input.
+        config: ``variant`` of `resident_plan.VARIANTS`, ``slab`` and ``stages`` of the ring.
+
+    Returns:
+        ``(N, C_in, H, W)``, channels_last, on torch's current stream.
+
+    Raises:
+        ValueError, TypeError: a shape, stride, device or dtype does not fit, or a thread block's weights do not fit
+            shared memory.
+        RuntimeError: the kernel cannot run here, CUDA reports an error, or a CUDA graph is being captured and the
+            pattern was not met before.
+    """
+    op, config = "bsr_conv2d_dgrad", config or {}
+    module = cuda._module(op, grad, values=values, crow_indices=crow_indices, col_indices=col_indices)
+    geometry = (weight_shape, block_shape, stride, padding, dilation)
+    _check(op, grad, values, crow_indices, col_indices, image, *geometry)
+    obstacle = dgrad_obstacle(stride)
+    if obstacle is not None:
+        raise ValueError(f"{op}: the tensor-core kernel does not take this: {obstacle}")
+    _check_config(op, config, _DGRAD_CONFIGS)
+    c_in, r, s = weight_shape[1:]
+    shape = (grad.shape[0], c_in, *image)
+    dx = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)
+    if dx.numel() == 0:
+        return dx
+    limits = tensor_cores._limits(grad)
+    variant = config.get("variant")
+    block = (block_shape[1], block_shape[0])
+    if variant is not None:
+        tensor_cores._check_variant(op, variant, VARIANTS, limits, block, 0)
+    crow, col = crow_indices.contiguous(), col_indices.contiguous()
+    index = _transposed_index(op, crow, col, transposed, weight_shape, block_shape, variant, limits)
+    weights = values.new_zeros(index.weights.shape)
+    torch.index_select(values.detach().reshape(-1), 0, index.weights[:-1].view(-1), out=weights[:-1].view(-1))
+    pack = index._replace(weights=weights)
+    if variant is None:
+        found = resident_plan.candidates(block[0], c_in, limits.wgmma)
+        column = weights.shape[1] // STEP_CHANNELS
+        fitting = tuple(v for v in found if VARIANTS[v].column == column)
+        variant = resident_plan.choose_variant(fitting, lambda column: pack.most_steps, limits.shared_memory)
+    # More padding than the taps reach: the outermost outputs read no pixel.
+    margin = [(taps - 1) * d - pad for taps, d, pad in zip((r, s), dilation, padding, strict=True)]
+    down, right = (max(0, -m) for m in margin)
+    if down or right:
+        grad = grad[:, :, down : grad.shape[2] - down, right : grad.shape[3] - right]
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    pad = [max(0, m) for m in margin]
+    tensor_cores.run(op, module, grad, dx, None, pack, variant, (r, s), (1, 1), pad, dilation, "none", config)
+    return dx
+
+
+def _check_config(op: str, config: Mapping[str, int], known: frozenset[str]) -> None:
+    if set(config) - known:
+        raise ValueError(f"{op}: expected config of {', '.join(sorted(known))}, got {dict(config)}")
+
+
+# The gradient of the stored weights
+
+
+class GradientShape(NamedTuple):
+    """A compiled shape of csrc/cuda/weight_gradient.cu.
+
+    Attributes:
+        column: output channels of a piece, which has 16 input channels.
+        pieces: of a thread block.
+    """
+
+    column: int
+    pieces: int
+
+    def shared_bytes(self, stages: int) -> int:
+        """Shared memory of a thread block: `gradient_shared_bytes` of csrc/cuda/weight_gradient.cuh."""
+        stage = STAGE_PIXELS * (self.column + self.pieces * STEP_CHANNELS) * 2
+        return -(-self.pieces * 16 // 128) * 128 + stages * stage
+
+
+GRADIENT_VARIANTS = (GradientShape(128, 16), GradientShape(64, 32), GradientShape(32, 32), GradientShape(16, 32))
+STAGE_PIXELS = 32
+# Stages to try, the first that fit: two stages of latency on their way while one is multiplied.
+GRADIENT_STAGES = (4, 3, 2)
+MAX_PARTS, MIN_STAGES_OF_PART = 128, 8
+
+
+class GradientPlan(NamedTuple):
+    """How a weight gradient runs: the members of the same names in csrc/kernels.h."""
+
+    variant: int
+    stages: int
+    parts: int
+    part_pixels: int
+    chunks: int
+
+
+def gradient_plan(
+    pixels: int,
+    capacity: int,
+    c_out: int,
+    block_shape: Sequence[int],
+    limits: tensor_cores.Limits,
+    config: Mapping[str, int],
+) -> GradientPlan:
+    """The plan for so many output pixels and stored blocks, or places for some; nothing is read from the device."""
+    block_out, block_in = block_shape
+    variant = config.get("variant", -1)
+    if "variant" not in config:
+        variant = next(i for i, shape in enumerate(GRADIENT_VARIANTS) if block_out % shape.column == 0)
+    shape = GRADIENT_VARIANTS[variant]
+    fitting = [n for n in GRADIENT_STAGES if shape.shared_bytes(n) <= limits.shared_memory]
+    rows, pieces, high = -(-c_out // block_out), capacity * block_in // STEP_CHANNELS, block_out // shape.column
+    # A row's last thread block may have few pieces: one more a row at most. About one block a processor.
+    likely = max(1, rows * -(-pieces // (rows * shape.pieces))) * high
+    parts = max(1, min(limits.processors // likely, MAX_PARTS, -(-pixels // (MIN_STAGES_OF_PART * STAGE_PIXELS))))
+    parts = config.get("parts", parts)
+    part_pixels = -(-pixels // (parts * STAGE_PIXELS)) * STAGE_PIXELS
+    chunks = (pieces // shape.pieces + rows) * high
+    return GradientPlan(
+        variant, config.get("stages", fitting[0] if fitting else 2), -(-pixels // part_pixels), part_pixels, chunks
+    )
+
+
+def launch_wgrad(
+    grad: Tensor,
+    x: Tensor,
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    weight_shape: Sequence[int],
+    block_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    config: Mapping[str, int] | None = None,
+) -> Tensor:
+    """The gradient of ``values`` (spare blocks and padded entries exactly 0) before the epilogue, on tensor cores.
+
+    Sums are in float32, over parts of the pixels that are added in their order, and rounded once: deterministic.
+    Nothing is read back from the device, and a captured CUDA graph stays right when the pattern changes.
+
+    Args:
+        grad: ``(N, C_out, P, Q)``, float16 or bfloat16 on the GPU.
+        x: ``(N, C_in, H, W)`` of that dtype. Both are read as channels_last (converted when they are not).
+        values: gives its shape and dtype alone; blocks of a multiple of 16 x 16.
+        crow_indices: int32, of the pattern.
+        col_indices: int32, of the pattern.
+        config: ``variant`` of `GRADIENT_VARIANTS`, ``stages`` of the ring, ``parts`` of the pixels.
+
+    Raises:
+        ValueError, TypeError: a shape, device or dtype does not fit.
+        RuntimeError: the kernel cannot run here, or CUDA reports an error.
+    """
+    op, config = "bsr_conv2d_wgrad", config or {}
+    module = cuda._module(op, x, grad=grad, values=values, crow_indices=crow_indices, col_indices=col_indices)
+    c_out, c_in, r, s = weight_shape
+    if x.dim() != 4 or x.shape[1] != c_in or x.shape[0] != grad.shape[0]:
+        raise ValueError(f"{op}: expected x of shape ({grad.shape[0]}, {c_in}, H, W), got {tuple(x.shape)}")
+    n, _, h, w = x.shape
+    geometry = (weight_shape, block_shape, stride, padding, dilation)
+    _check(op, grad, values, crow_indices, col_indices, (h, w), *geometry)
+    _check_config(op, config, _WGRAD_CONFIGS)
+    limits = tensor_cores._limits(grad)
+    if "variant" in config:
+        _check_gradient_variant(op, config["variant"], block_shape[0])
+    if grad.numel() == 0 or values.numel() == 0 or x.numel() == 0:
+        return torch.zeros_like(values, memory_format=torch.contiguous_format)
+    p, q = grad.shape[2:]
+    if ((r - 1) * dilation[0] * w + (s - 1) * dilation[1] + 1) * (c_in + block_shape[1]) > INT32_MAX:
+        raise ValueError(f"{op}: expected taps that reach fewer than 2**31 elements, got dilation {tuple(dilation)}")
+    plan = gradient_plan(n * p * q, values.shape[0], c_out, block_shape, limits, config)
+    if plan.part_pixels > INT32_MAX:
+        raise ValueError(
+            f"{op}: expected fewer than 2**31 pixels in each of {plan.parts} parts, got {n * p * q} in all"
+        )
+    size = GRADIENT_VARIANTS[plan.variant].shared_bytes(plan.stages)
+    if size > limits.shared_memory:
+        raise ValueError(f"{op}: expected stages that fit {limits.shared_memory} bytes of shared memory, got {size}")
+    grad, x = (t.contiguous(memory_format=torch.channels_last) for t in (grad, x))
+    crow, col = crow_indices.contiguous(), col_indices.contiguous()
+    partial = torch.empty((plan.parts, *values.shape), dtype=torch.float32, device=x.device)
+    out = torch.empty(values.shape, dtype=values.dtype, device=x.device)
+    status = module.cuda_weight_gradient(
+        x.data_ptr(),
+        grad.data_ptr(),
+        out.data_ptr(),
+        partial.data_ptr(),
+        crow.data_ptr(),
+        col.data_ptr(),
+        n,
+        h,
+        w,
+        c_in,
+        c_out,
+        p,
+        q,
+        out.numel(),
+        plan.part_pixels,
+        r,
+        s,
+        *stride,
+        *padding,
+        *dilation,
+        *block_shape,
+        *_steps_of(STAGE_PIXELS, (p, q)),
+        plan.parts,
+        plan.chunks,
+        plan.stages,
+        plan.variant,
+        cuda._DTYPES[x.dtype],
+        *cuda._target(x),
+    )
+    cuda._check(op, module, status)
+    return out
+
+
+def _check_gradient_variant(op: str, variant: int, block_out: int) -> None:
+    if not 0 <= variant < len(GRADIENT_VARIANTS):
+        raise ValueError(f"{op}: expected variant in 0 to {len(GRADIENT_VARIANTS) - 1}, got {variant}")
+    column = GRADIENT_VARIANTS[variant].column
+    if block_out % column != 0:
+        raise ValueError(f"{op}: variant {variant} takes blocks of a multiple of {column} channels")
+
+
+def _steps_of(pixels: int, image: Pair | Any) -> tuple[int, int, int]:
+    """How many images, rows and columns so many pixels further is."""
+    p, q = image
+    return pixels // (p * q), pixels % (p * q) // q, pixels % q

@@ -1,0 +1,65 @@
+"""The tensor-core launchers in a test: on a GPU where there is one and on a CPU emulation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from cuda_emulation import Emulator, compiled
+from torch import Tensor
+
+from slimkernels.cases import ConvCase, to_device
+from slimkernels.kernels import cuda, cuda_tensor_cores
+from slimkernels.kernels.cuda_tensor_cores import Limits
+from slimkernels.testing import assert_close
+
+MODES = range(8)
+HOPPER_SHARED = 227 * 1024
+
+
+@dataclass
+class Device:
+    """Where the launchers run in a test."""
+
+    name: str
+    emulator: Emulator | None
+
+    def set_mode(self, mode: int) -> None:
+        if self.emulator is not None:
+            self.emulator.library.set_mode(mode, HOPPER_SHARED)
+
+    def launch(self, case: ConvCase, inputs: Any, variant: int, **config: int) -> Tensor:
+        arguments = to_device(case.launch_args(*inputs), self.name)
+        return cuda_tensor_cores.launch_bsr_conv2d(*arguments, config={"variant": variant, **config})
+
+    def check(self, case: ConvCase, variant: int, **config: int) -> Tensor:
+        inputs = case.inputs()
+        out = self.launch(case, inputs, variant, **config)
+        reference, bound = case.expected(*inputs)
+        assert_close(out, reference, **{"name": case.name, **bound})
+        return out
+
+
+def use(emulator: Emulator, monkeypatch: pytest.MonkeyPatch, processors: int = 2) -> Device:
+    monkeypatch.setattr(cuda, "_require", lambda op, x: emulator)
+    monkeypatch.setattr(cuda, "_target", lambda x: (0, 0))
+    monkeypatch.setattr(cuda_tensor_cores, "_limits", lambda x: Limits(True, HOPPER_SHARED, processors))
+    return Device("cpu", emulator)
+
+
+@pytest.fixture(params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
+    if request.param == "gpu":
+        reason = cuda.available()
+        if reason is not None:
+            pytest.skip(reason)
+        if torch.cuda.get_device_capability() != (9, 0):
+            pytest.skip("the GPU has no wgmma")
+        yield Device("cuda", None)
+        return
+    found = use(compiled(), monkeypatch)
+    found.set_mode(-1)
+    yield found
