@@ -172,7 +172,7 @@ def test_distill_prunes_gradually_and_resumes(trained, tmp_path):
         (["train", "--data", "BROKEN"], "cat/1.png"),
         (["distill", "TRAINED", "--student", "vgg_digits", "--student-weights", "FIVE"], "same number of classes"),
         (["distill", "FIVE", "--student", "vgg_digits"], "expected labels in [0, 5)"),
-        (["reproduce", "slimnet"], "expected a recipe among slimnets, got 'slimnet'; did you mean slimnets"),
+        (["reproduce", "slimnet"], "a recipe among ranking, slimnets, got 'slimnet'; did you mean slimnets"),
         (["reproduce", "--preset", "papers"], "did you mean paper"),
         (["reproduce", "--preset", "cpu"], "expected data for preset 'cpu'"),
         (["reproduce", "--preset", "smoke", "--only", "teecher"], "near matches: teacher"),

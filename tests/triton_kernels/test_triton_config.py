@@ -306,8 +306,9 @@ def test_kernels_say_what_they_do_not_take() -> None:
     with pytest.raises(TypeError, match=r"^configs: expected a ConvProblem or LinearProblem"):
         config.configs(3)  # type: ignore[arg-type]
     assert [spec.name for spec in KERNELS.values() if spec.explicit_only] == [
-        "bsr_conv2d__triton_shared_input", "bsr_linear__triton_shared_input", "bsr_conv2d__cuda_tensor_cores",
-        "bsr_conv2d_dgrad__cuda_tensor_cores", "bsr_conv2d_wgrad__cuda_tensor_cores",
+        "bsr_conv2d__triton_shared_input", "bsr_linear__triton_shared_input", "low_rank_linear__cuda",
+        "low_rank_conv2d__cuda_tensor_cores", "bsr_conv2d__cuda_tensor_cores", "bsr_conv2d_dgrad__cuda_tensor_cores",
+        "bsr_conv2d_wgrad__cuda_tensor_cores",
     ]  # fmt: skip
 
 
