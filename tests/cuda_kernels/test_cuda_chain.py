@@ -12,39 +12,29 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from cuda_emulation import ROOT, Emulator, compiled, emulate
+from tensor_core_device import MODES, Place, skip_without_hopper, stand_in
 from torch import Tensor, nn
 
 from slimkernels.cases import ConvCase, to_device
 from slimkernels.inference.cuda_chain import chain_of
-from slimkernels.kernels import chain_plan, cuda, cuda_chain, cuda_tensor_cores
+from slimkernels.kernels import chain_plan, cuda, cuda_chain
 from slimkernels.kernels.chain_plan import CLUSTER, COUNTER
 from slimkernels.kernels.cuda_chain import ChainLayer, launch_chain, pack_layer
-from slimkernels.kernels.cuda_tensor_cores import Limits
 from slimkernels.nn import BlockSparseConv2d
 from slimkernels.testing import assert_close, drop_term, naive_bsr_conv2d, wrong_block
 
 BF16, FP16 = torch.bfloat16, torch.float16
-MODES = range(8)
-HOPPER_SHARED = 227 * 1024
 
 
-@dataclass
-class Device:
+class Device(Place):
     """Where chains run in a test."""
-
-    name: str
-    emulator: Emulator | None
-
-    def set_mode(self, mode: int) -> None:
-        if self.emulator is not None:
-            self.emulator.library.set_mode(mode, HOPPER_SHARED)
 
     def pack(self, case: ConvCase) -> ChainLayer:
         _, weight, bias = to_device(case.inputs(), self.name)
@@ -71,9 +61,7 @@ class Device:
 
 
 def use(emulator: Emulator, monkeypatch: pytest.MonkeyPatch, clusters: bool = True) -> Device:
-    monkeypatch.setattr(cuda, "_require", lambda op, x: emulator)
-    monkeypatch.setattr(cuda, "_target", lambda x: (0, 0))
-    monkeypatch.setattr(cuda_tensor_cores, "_limits", lambda x: Limits(clusters, HOPPER_SHARED, 20))
+    stand_in(emulator, monkeypatch, 20, clusters)
 
     def groups(group: int, barrier: int, dtype: torch.dtype, device: int) -> int:
         return emulator.cuda_chain_groups(group, barrier, cuda._DTYPES[dtype], device)
@@ -85,11 +73,7 @@ def use(emulator: Emulator, monkeypatch: pytest.MonkeyPatch, clusters: bool = Tr
 @pytest.fixture(params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     if request.param == "gpu":
-        reason = cuda.available()
-        if reason is not None:
-            pytest.skip(reason)
-        if torch.cuda.get_device_capability() != (9, 0):
-            pytest.skip("the GPU has no clusters")
+        skip_without_hopper()
         yield Device("cuda", None)
         return
     found = use(compiled(), monkeypatch)

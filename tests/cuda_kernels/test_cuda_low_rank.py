@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from cuda_emulation import compiled
-from low_rank_device import BF16, FP16, HOPPER_SHARED, MODES, Case, Device, check_infinite, use
+from low_rank_device import BF16, FP16, Case, Device, check_infinite, use
+from tensor_core_device import HOPPER_SHARED, MODES
 
 from slimkernels import nn
 from slimkernels.cases import LowRankConvCase, LowRankLinearCase, to_device

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from cuda_emulation import ROOT, compiled, emulate
-from low_rank_device import BF16, MODES, Device, check_infinite, use
+from low_rank_device import BF16, Device, check_infinite, use
+from tensor_core_device import MODES
 from torch import Tensor
 
 from slimkernels.cases import LowRankConvCase, LowRankLinearCase

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from cuda_emulation import compiled
-from low_rank_device import BF16, FP16, HOPPER_SHARED, Device, use
+from low_rank_device import BF16, FP16, Device, use
+from tensor_core_device import HOPPER_SHARED
 
 from slimkernels.cases import LowRankConvCase, LowRankLinearCase
 from slimkernels.dispatch import gpu_cost

@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from cuda_emulation import Emulator
+from tensor_core_device import Place, stand_in
 from torch import Tensor
 
 from slimkernels.cases import LowRankConvCase, LowRankLinearCase, to_device
-from slimkernels.kernels import cuda, cuda_low_rank, cuda_tensor_cores
-from slimkernels.kernels.cuda_tensor_cores import Limits
+from slimkernels.kernels import cuda_low_rank
 from slimkernels.testing import assert_close
 
-MODES = range(8)
-HOPPER_SHARED = 227 * 1024
 BF16, FP16 = torch.bfloat16, torch.float16
 Case = LowRankLinearCase | LowRankConvCase
 
 
-@dataclass
-class Device:
-    """Where the launchers run in a test."""
-
-    name: str
-    emulator: Emulator | None
-
-    def set_mode(self, mode: int) -> None:
-        if self.emulator is not None:
-            self.emulator.library.set_mode(mode, HOPPER_SHARED)
+class Device(Place):
+    """Where the low-rank layers run."""
 
     def launch(self, case: Case, inputs: Any, **config: int) -> Tensor:
         function = getattr(cuda_low_rank, f"launch_{case.op}")
@@ -45,10 +34,7 @@ class Device:
 
 
 def use(emulator: Emulator, monkeypatch: pytest.MonkeyPatch, processors: int = 2) -> Device:
-    monkeypatch.setattr(cuda, "_require", lambda op, x: emulator)
-    monkeypatch.setattr(cuda, "_target", lambda x: (0, 0))
-    monkeypatch.setattr(cuda_tensor_cores, "_limits", lambda x: Limits(True, HOPPER_SHARED, processors))
-    return Device("cpu", emulator)
+    return Device("cpu", stand_in(emulator, monkeypatch, processors))
 
 
 def check_infinite(device: Device) -> None:

@@ -21,8 +21,8 @@ HOPPER_SHARED = 227 * 1024
 
 
 @dataclass
-class Device:
-    """Where the launchers run in a test."""
+class Place:
+    """Where launchers run in a test: a device's name, and the emulation that stands for a GPU."""
 
     name: str
     emulator: Emulator | None
@@ -30,6 +30,10 @@ class Device:
     def set_mode(self, mode: int) -> None:
         if self.emulator is not None:
             self.emulator.library.set_mode(mode, HOPPER_SHARED)
+
+
+class Device(Place):
+    """Where the convolutions run."""
 
     def launch(self, case: ConvCase, inputs: Any, variant: int, **config: int) -> Tensor:
         arguments = to_device(case.launch_args(*inputs), self.name)
@@ -43,21 +47,31 @@ class Device:
         return out
 
 
-def use(emulator: Emulator, monkeypatch: pytest.MonkeyPatch, processors: int = 2) -> Device:
+def stand_in(emulator: Emulator, monkeypatch: pytest.MonkeyPatch, processors: int = 2, hopper: bool = True) -> Emulator:
+    """Launchers take CPU tensors to the emulation, as to a GPU of so many processors."""
     monkeypatch.setattr(cuda, "_require", lambda op, x: emulator)
     monkeypatch.setattr(cuda, "_target", lambda x: (0, 0))
-    monkeypatch.setattr(cuda_tensor_cores, "_limits", lambda x: Limits(True, HOPPER_SHARED, processors))
-    return Device("cpu", emulator)
+    monkeypatch.setattr(cuda_tensor_cores, "_limits", lambda x: Limits(hopper, HOPPER_SHARED, processors))
+    return emulator
+
+
+def skip_without_hopper() -> None:
+    """Skips the test unless CUDA C++ runs on a GPU of compute capability 9.0."""
+    reason = cuda.available()
+    if reason is not None:
+        pytest.skip(reason)
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the GPU has neither wgmma nor clusters")
+
+
+def use(emulator: Emulator, monkeypatch: pytest.MonkeyPatch, processors: int = 2) -> Device:
+    return Device("cpu", stand_in(emulator, monkeypatch, processors))
 
 
 @pytest.fixture(params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     if request.param == "gpu":
-        reason = cuda.available()
-        if reason is not None:
-            pytest.skip(reason)
-        if torch.cuda.get_device_capability() != (9, 0):
-            pytest.skip("the GPU has no wgmma")
+        skip_without_hopper()
         yield Device("cuda", None)
         return
     found = use(compiled(), monkeypatch)
