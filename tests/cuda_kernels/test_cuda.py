@@ -192,7 +192,7 @@ def test_the_emulation_sees_a_missing_barrier(barrier: int, tmp_path: Path, monk
     assert len(parts) == 3
     parts[barrier : barrier + 2] = ["".join(parts[barrier : barrier + 2])]
     (tmp_path / "common.cuh").write_text("__syncthreads();".join(parts))
-    emulator = emulate(tmp_path)
+    emulator = emulate(tmp_path, "bsr_conv2d", "low_rank_linear")
     monkeypatch.setattr(cuda, "_require", lambda op, x: emulator)
     monkeypatch.setattr(cuda, "_target", lambda x: (0, 0))
     with pytest.raises(AssertionError, match="out of bounds"):

@@ -363,7 +363,7 @@ def test_the_emulation_sees_what_is_missing(name: str, tmp_path: Path, monkeypat
     text = (ROOT / "csrc" / "cuda" / header).read_text()
     assert old in text
     (tmp_path / header).write_text(text.replace(old, new))
-    device = use(emulate(tmp_path), monkeypatch)
+    device = use(emulate(tmp_path, "chain_conv2d"), monkeypatch)
     assert any(fails(device, mode, barrier) for mode in MODES)
 
 

@@ -328,7 +328,7 @@ def test_the_emulation_sees_what_is_missing(name: str, tmp_path: Path, monkeypat
     text = (ROOT / "csrc" / "cuda" / "weight_gradient.cuh").read_text()
     assert old in text
     (tmp_path / "weight_gradient.cuh").write_text(text.replace(old, new))
-    broken = use(emulate(tmp_path), monkeypatch)
+    broken = use(emulate(tmp_path, "weight_gradient"), monkeypatch)
     assert any(fails(broken, mode) for mode in MODES)
 
 

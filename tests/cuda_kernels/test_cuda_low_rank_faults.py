@@ -58,7 +58,7 @@ def test_the_emulation_sees_what_is_missing(name: str, tmp_path: Path, monkeypat
     text = (ROOT / "csrc" / "cuda" / "low_rank.cuh").read_text()
     assert text.count(old) == 1
     (tmp_path / "low_rank.cuh").write_text(text.replace(old, new))
-    device = use(emulate(tmp_path, only="low_rank"), monkeypatch)
+    device = use(emulate(tmp_path, "low_rank"), monkeypatch)
     assert any(fails(what, device, mode) for mode in MODES)
 
 

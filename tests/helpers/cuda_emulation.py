@@ -91,48 +91,52 @@ def include_flags(folder: Path) -> list[str | Path]:
     return ["-I", folder, "-I", ROOT / "csrc" / "tests", "-I", ROOT / "csrc", "-I", ROOT / "csrc" / "cuda"]
 
 
-def emulate(folder: Path, only: str | None = None) -> Emulator:
+# What a test calls; those whose kernels are not compiled are left out.
+ENTRIES = (
+    "int bsr_conv2d(const SlimCudaBsrConv2d* a) { return slim_cuda_bsr_conv2d(a); }",
+    "int low_rank_linear(const SlimCudaLowRankLinear* a) { return slim_cuda_low_rank_linear(a); }",
+    "int low_rank(const SlimCudaLowRank* a) { return slim_cuda_low_rank(a); }",
+    "int resident_conv2d(const SlimCudaResidentConv2d* a) { return slim_cuda_resident_conv2d(a); }",
+    "int stem_conv2d(const SlimCudaStemConv2d* a) { return slim_cuda_stem_conv2d(a); }",
+    "int chain_conv2d(const SlimCudaChain* a) { return slim_cuda_chain_conv2d(a); }",
+    "int chain_groups(int group, int barrier, int dtype, int device, int32_t* groups) {\n"
+    "  return slim_cuda_chain_groups(group, barrier, dtype, device, groups);\n}",
+    "int weight_gradient(const SlimCudaWeightGradient* a) { return slim_cuda_weight_gradient(a); }",
+    "const char* error_message() { return slim_cuda_error_message(); }",
+    "int get_launch_device() { return emulated::launch_device; }",
+    "void* get_launch_stream() { return emulated::launch_stream; }",
+    "int get_launch_shared() { return emulated::launch_shared; }",
+    "void set_mode(int mode, int shared_limit) { emulated::mode = mode; emulated::shared_limit = shared_limit; }",
+    "unsigned get_launch_cluster() { return emulated::launch_cluster; }",
+    "long get_conflicts() { return emulated::conflicts; }",
+    "int get_current_device() { return emulated::current_device; }",
+)
+
+
+def emulate(folder: Path, *only: str) -> Emulator:
     """csrc/cuda compiled for the CPU; a header in ``folder`` goes before that of csrc/cuda or csrc/tests.
 
-    ``only``: the one file with an entry point to compile, its entry point being named like it.
+    ``only``: the files of csrc/cuda to compile, without their suffix; all of them by default.
     """
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("the emulation needs g++")
     write_headers(folder)
-    sources = []
+    sources, defined = [], set()
     for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
-        if only is not None and path.stem not in (only, "runtime"):
+        if only and path.stem not in (*only, "runtime"):
             continue
+        defined |= set(re.findall(r'extern "C" [^(]*\b(slim_cuda_\w+)\(', path.read_text()))
         text, launches = LAUNCH.subn(r"emulate([=] { \1(\3); }, \2);", path.read_text())
         assert launches == len(re.findall("<<<", path.read_text()))
         text = SHARED.sub(r"\1* \2 = reinterpret_cast<\1*>(emulated::dynamic_shared.data());", text)
         sources.append(folder / f"{path.stem}.cpp")
         sources[-1].write_text(text)
+    entries = [entry for entry in ENTRIES if set(re.findall(r"slim_cuda_\w+", entry)) <= defined]
     state = folder / "state.cpp"
-    text = (
-        '#include "tensor_cores_on_cpu.h"\n#include "kernels.h"\nextern "C" {\n'
-        "int bsr_conv2d(const SlimCudaBsrConv2d* a) { return slim_cuda_bsr_conv2d(a); }\n"
-        "int low_rank_linear(const SlimCudaLowRankLinear* a) { return slim_cuda_low_rank_linear(a); }\n"
-        "int low_rank(const SlimCudaLowRank* a) { return slim_cuda_low_rank(a); }\n"
-        "int resident_conv2d(const SlimCudaResidentConv2d* a) { return slim_cuda_resident_conv2d(a); }\n"
-        "int stem_conv2d(const SlimCudaStemConv2d* a) { return slim_cuda_stem_conv2d(a); }\n"
-        "int chain_conv2d(const SlimCudaChain* a) { return slim_cuda_chain_conv2d(a); }\n"
-        "int chain_groups(int group, int barrier, int dtype, int device, int32_t* groups) {\n"
-        "  return slim_cuda_chain_groups(group, barrier, dtype, device, groups);\n}\n"
-        "int weight_gradient(const SlimCudaWeightGradient* a) { return slim_cuda_weight_gradient(a); }\n"
-        "const char* error_message() { return slim_cuda_error_message(); }\n"
-        "int get_launch_device() { return emulated::launch_device; }\n"
-        "void* get_launch_stream() { return emulated::launch_stream; }\n"
-        "int get_launch_shared() { return emulated::launch_shared; }\n"
-        "void set_mode(int mode, int shared_limit) { emulated::mode = mode; emulated::shared_limit = shared_limit; }\n"
-        "unsigned get_launch_cluster() { return emulated::launch_cluster; }\n"
-        "long get_conflicts() { return emulated::conflicts; }\n"
-        "int get_current_device() { return emulated::current_device; }\n}\n"
+    state.write_text(
+        "\n".join(['#include "tensor_cores_on_cpu.h"', '#include "kernels.h"', 'extern "C" {', *entries, "}\n"])
     )
-    entry = re.compile(r"slim_cuda_(?!error_message)(\w+)")
-    kept = [line for line in text.splitlines() if only in (None, *entry.findall(line)) or not entry.search(line)]
-    state.write_text("\n".join([*kept, ""]))
     library = folder / "libcuda_on_cpu.so"
     flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-w"]
     command = [compiler, *flags, *include_flags(folder), *sources, state, "-o", library]
