@@ -28,7 +28,11 @@ _INDICES = Derived()
 
 def shape_reason(problem: Problem) -> str | None:
     """None when both gradient kernels take the problem's blocks, else why not."""
-    block_out, block_in = problem.block_shape
+    return _block_reason(problem.block_shape)
+
+
+def _block_reason(block_shape: Sequence[int]) -> str | None:
+    block_out, block_in = block_shape
     if block_out % STEP_CHANNELS != 0 or block_in % STEP_CHANNELS != 0:
         return f"a block is a multiple of {STEP_CHANNELS} x {STEP_CHANNELS}, not {block_out} x {block_in}"
     return None
@@ -54,8 +58,8 @@ def _check(
     reason = None
     if grad.dtype == torch.float32:
         reason = "float32"
-    elif block_out % STEP_CHANNELS != 0 or block_in % STEP_CHANNELS != 0:
-        reason = f"a block is a multiple of {STEP_CHANNELS} x {STEP_CHANNELS}, not {block_out} x {block_in}"
+    elif _block_reason(block_shape) is not None:
+        reason = _block_reason(block_shape)
     elif c_in % 8 != 0 or c_out % 8 != 0:
         reason = f"channels are copied eight at a time, not {c_in} to {c_out}"
     elif r * s >= 2**15 or max(c_in, c_out) >= 2**20 or values.numel() > INT32_MAX:
@@ -252,8 +256,9 @@ def gradient_plan(
 ) -> GradientPlan:
     """The plan for so many output pixels and stored blocks, or places for some; nothing is read from the device."""
     block_out, block_in = block_shape
-    variant = config.get("variant", -1)
-    if "variant" not in config:
+    if "variant" in config:
+        variant = config["variant"]
+    else:
         variant = next(i for i, shape in enumerate(GRADIENT_VARIANTS) if block_out % shape.column == 0)
     shape = GRADIENT_VARIANTS[variant]
     fitting = [n for n in GRADIENT_STAGES if shape.shared_bytes(n) <= limits.shared_memory]

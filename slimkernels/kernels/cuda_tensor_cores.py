@@ -233,8 +233,9 @@ def launch_bsr_conv2d(
         return y
     values, crow, col = values.contiguous(), crow_indices.contiguous(), col_indices.contiguous()
     bias = bias if bias is None else bias.contiguous()
-    variant = config.get("variant", -1)
-    if "variant" not in config:
+    if "variant" in config:
+        variant = config["variant"]
+    else:
         variant = chosen_variant(values, crow, col, weight_shape, block_shape, packed)
     _check_variant(op, variant, VARIANTS, _limits(x), block_shape, config.get("overlap", 0))
     weight = _packed_or_new(op, packed, values, crow, col, weight_shape, block_shape, variant)

@@ -187,11 +187,7 @@ def _unwatched(*tensors: Tensor | None) -> bool:
     return (
         not _is_compiling()
         and all(t is None or (type(t) in _PLAIN_TYPES and is_plain(t)) for t in tensors)
-        and _modes() == 0
-        and _function_modes() == 0
-        and _transforms() is None
-        and _tracing() is None
-        and forward_ad._current_level < 0
+        and _no_mode()
     )
 
 
@@ -262,13 +258,17 @@ def nothing_watches(x: Tensor, *others: Tensor | None) -> bool:
     for other in others:
         if other is not None and (type(other) not in _PLAIN_TYPES or (grad and other.requires_grad)):
             return False
+    return _no_mode() and not _is_autocast_enabled("cpu" if x.is_cpu else "cuda")
+
+
+def _no_mode() -> bool:
+    """Whether no mode of torch, transform, trace or forward-mode differentiation would see an op."""
     return (
         _modes() == 0
         and _function_modes() == 0
         and _transforms() is None
         and _tracing() is None
         and forward_ad._current_level < 0
-        and not _is_autocast_enabled("cpu" if x.is_cpu else "cuda")
     )
 
 

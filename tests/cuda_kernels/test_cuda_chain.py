@@ -10,7 +10,6 @@ to its own bound.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from cuda_emulation import ROOT, Emulator, compiled, emulate
-from tensor_core_device import MODES, Place, skip_without_hopper, stand_in
+from tensor_core_device import MODES, Place, fails, skip_without_hopper, stand_in
 from torch import Tensor, nn
 
 from slimkernels.cases import ConvCase, to_device
@@ -364,19 +363,9 @@ def test_the_emulation_sees_what_is_missing(name: str, tmp_path: Path, monkeypat
     assert old in text
     (tmp_path / header).write_text(text.replace(old, new))
     device = use(emulate(tmp_path, "chain_conv2d"), monkeypatch)
-    assert any(fails(device, mode, barrier) for mode in MODES)
+    assert any(fails(device, mode, lambda: check_orders(device, barrier)) for mode in MODES)
 
 
-def fails(device: Device, mode: int, barrier: int) -> bool:
-    """Whether a check fails in a forked process."""
-    child = os.fork()
-    if child == 0:
-        try:
-            torch.set_num_threads(1)
-            device.set_mode(mode)
-            for group in (4, 1):  # one item of a layer for a block, and several
-                device.check(ORDERS, group=group, images=1, barrier=barrier)
-        except AssertionError:
-            os._exit(1)
-        os._exit(0)
-    return os.waitpid(child, 0)[1] != 0
+def check_orders(device: Device, barrier: int) -> None:
+    for group in (4, 1):  # one item of a layer for a block, and several
+        device.check(ORDERS, group=group, images=1, barrier=barrier)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import faulthandler
 import mmap
-import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +12,7 @@ import pytest
 import torch
 from cuda_emulation import ROOT, compiled, emulate
 from low_rank_device import BF16, Device, check_infinite, use
-from tensor_core_device import MODES
+from tensor_core_device import MODES, fails
 from torch import Tensor
 
 from slimkernels.cases import LowRankConvCase, LowRankLinearCase
@@ -59,7 +57,7 @@ def test_the_emulation_sees_what_is_missing(name: str, tmp_path: Path, monkeypat
     assert text.count(old) == 1
     (tmp_path / "low_rank.cuh").write_text(text.replace(old, new))
     device = use(emulate(tmp_path, "low_rank"), monkeypatch)
-    assert any(fails(what, device, mode) for mode in MODES)
+    assert any(fails(device, mode, lambda: check_part(what, device)) for mode in MODES)
 
 
 def test_what_the_breaks_are_seen_by_passes(device: Device):
@@ -90,30 +88,19 @@ def check_ends(case: LowRankLinearCase, device: Device) -> None:
     assert bool((y[case.m :] == 7.0).all())
 
 
-def fails(what: str, device: Device, mode: int) -> bool:
-    """Whether a check fails in a forked process."""
-    child = os.fork()
-    if child == 0:
-        try:
-            faulthandler.disable()
-            torch.set_num_threads(1)
-            device.set_mode(mode)
-            case = LowRankLinearCase("broken", m=20, in_features=264, out_features=520, rank=60, dtype=BF16)
-            if what == "linear":
-                device.check(case, variant=0, stages=2, splits=1)
-            elif what == "two":
-                device.check(case, variant=0, depth_splits=2)
-            elif what == "ends":
-                check_ends(replace(case, in_features=72, out_features=72, rank=40), device)
-            elif what == "infinite":
-                check_infinite(device)
-            else:
-                conv = LowRankConvCase("broken", "svd", n=2, c_in=16, c_out=24, ranks=(12,), dtype=BF16)
-                device.check(conv, variant=0)
-        except AssertionError:
-            os._exit(1)
-        os._exit(0)
-    return os.waitpid(child, 0)[1] != 0
+def check_part(what: str, device: Device) -> None:
+    case = LowRankLinearCase("broken", m=20, in_features=264, out_features=520, rank=60, dtype=BF16)
+    if what == "linear":
+        device.check(case, variant=0, stages=2, splits=1)
+    elif what == "two":
+        device.check(case, variant=0, depth_splits=2)
+    elif what == "ends":
+        check_ends(replace(case, in_features=72, out_features=72, rank=40), device)
+    elif what == "infinite":
+        check_infinite(device)
+    else:
+        conv = LowRankConvCase("broken", "svd", n=2, c_in=16, c_out=24, ranks=(12,), dtype=BF16)
+        device.check(conv, variant=0)
 
 
 def test_no_bank_conflicts(device: Device):

@@ -8,7 +8,6 @@ several orders, in some of which one warp runs ahead.
 from __future__ import annotations
 
 import copy
-import os
 import pickle
 import re
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from cuda_emulation import ROOT, compiled, emulate
-from tensor_core_device import HOPPER_SHARED, MODES, Device, device, use
+from tensor_core_device import HOPPER_SHARED, MODES, Device, device, fails, use
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -348,29 +347,19 @@ def test_the_emulation_sees_what_is_missing(name: str, tmp_path: Path, monkeypat
     (tmp_path / header).write_text(text.replace(old, new))
     emulator = emulate(tmp_path, "resident_conv2d", "narrow_conv2d", "stem_conv2d")
     device = use(emulator, monkeypatch)
-    assert any(fails(what, device, mode) for mode in MODES)
+    assert any(fails(device, mode, lambda: check_part(what, device)) for mode in MODES)
 
 
-def fails(what: str, device: Device, mode: int) -> bool:
-    """Whether a check fails in a forked process."""
-    child = os.fork()
-    if child == 0:
-        try:
-            torch.set_num_threads(1)
-            device.set_mode(mode)
-            case = ConvCase("broken", n=9, c_in=64, c_out=128, sparsity=0.7, dtype=BF16)
-            if what == "stem":
-                check_stem(StemCase("broken", n=5, h=16, w=16), device, variant=0)
-            elif what == "stem_strips":
-                check_stem(StemCase("broken", n=1, h=32, w=32), device, variant=0)
-            elif what == "stem_nan":
-                test_stem_nonfinite_pixels_reach_what_reads_them(device)
-            else:
-                device.check(in_blocks(case, int(what == "wgmma")), int(what == "wgmma"), slab=16, stages=2)
-        except AssertionError:
-            os._exit(1)
-        os._exit(0)
-    return os.waitpid(child, 0)[1] != 0
+def check_part(what: str, device: Device) -> None:
+    case = ConvCase("broken", n=9, c_in=64, c_out=128, sparsity=0.7, dtype=BF16)
+    if what == "stem":
+        check_stem(StemCase("broken", n=5, h=16, w=16), device, variant=0)
+    elif what == "stem_strips":
+        check_stem(StemCase("broken", n=1, h=32, w=32), device, variant=0)
+    elif what == "stem_nan":
+        test_stem_nonfinite_pixels_reach_what_reads_them(device)
+    else:
+        device.check(in_blocks(case, int(what == "wgmma")), int(what == "wgmma"), slab=16, stages=2)
 
 
 def test_bank_conflicts_of_planned_tiles(device: Device):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import faulthandler
+import os
+import traceback
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +56,32 @@ def stand_in(emulator: Emulator, monkeypatch: pytest.MonkeyPatch, processors: in
     monkeypatch.setattr(cuda, "_target", lambda x: (0, 0))
     monkeypatch.setattr(cuda_tensor_cores, "_limits", lambda x: Limits(hopper, HOPPER_SHARED, processors))
     return emulator
+
+
+def fails(place: Place, mode: int, check: Callable[[], object]) -> bool:
+    """Whether a check's assertions fail in a mode, or the emulation ends the process: it runs in a forked one.
+
+    Raises:
+        RuntimeError: the check raised another error, which says nothing of what it checks.
+    """
+    child = os.fork()
+    if child == 0:
+        status = 0
+        try:
+            faulthandler.disable()
+            torch.set_num_threads(1)
+            place.set_mode(mode)
+            check()
+        except AssertionError:
+            status = 1
+        except BaseException:
+            traceback.print_exc()
+            status = 2
+        os._exit(status)
+    status = os.waitpid(child, 0)[1]
+    if os.WIFEXITED(status) and os.WEXITSTATUS(status) == 2:
+        raise RuntimeError("the check of a deliberate fault did not run, see its error above")
+    return status != 0
 
 
 def skip_without_hopper() -> None:
