@@ -172,7 +172,7 @@ def test_l2_gather(benchmark: Any, record: Any, device: str, state: Path | None,
 def test_matrix_rate(benchmark: Any, record: Any, device: str, smoke: bool, state: Path | None) -> None:
     """bf16 matrix product of random data on a GPU, the multiply-add peak of the native kernels on a CPU."""
     if device == "cuda":
-        size = 1024 if smoke else 8192
+        size = 128 if smoke else 8192
         a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
         measured = cuda_timing(lambda: a @ b)
         rate, predicted = 2 * size**3 / measured.p50, gpu_rates().matrix_flops
@@ -189,11 +189,11 @@ def test_matrix_rate(benchmark: Any, record: Any, device: str, smoke: bool, stat
             predicted, measured)  # fmt: skip
 
 
-def test_dense_convolution_rate(benchmark: Any, record: Any, device: str, state: Path | None) -> None:
+def test_dense_convolution_rate(benchmark: Any, record: Any, device: str, smoke: bool, state: Path | None) -> None:
     """The vendor's 3x3 convolution, bf16, channels_last, on 256 channels at 56x56: what sparse kernels race."""
     if device != "cuda":
         pytest.skip("the rate of a GPU's library")
-    n, c, size = 64, 256, 56
+    n, c, size = (1, 32, 8) if smoke else (64, 256, 56)
     x = torch.randn(n, c, size, size, device="cuda", dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
     w = torch.randn(c, c, 3, 3, device="cuda", dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
