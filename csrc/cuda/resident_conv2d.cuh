@@ -8,6 +8,7 @@
 namespace slim {
 
 // Launches the shapes of narrow_conv2d.cu.
+template <typename T>
 int launch_narrow_columns(const SlimCudaResidentConv2d& a);
 
 // Where things lie in shared memory, in bytes; the same for host and device.

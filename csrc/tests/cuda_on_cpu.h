@@ -57,7 +57,17 @@ inline __nv_bfloat16 __float2bfloat16_rn(float v) {
 
 typedef int cudaError_t;
 typedef void* cudaStream_t;
-enum { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidDevice = 101 };
+enum {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorInvalidDevice = 101,
+  cudaErrorIllegalAddress = 700,
+  cudaErrorLaunchOutOfResources = 701,
+  cudaErrorNotSupported = 801,
+  cudaErrorInvalidClusterSize = 912,
+  cudaErrorInvalidResourceConfiguration = 915,
+};
 enum { cudaFuncAttributeMaxDynamicSharedMemorySize = 8, cudaFuncAttributeNonPortableClusterSizeAllowed = 14 };
 
 namespace emulated {
@@ -229,6 +239,7 @@ inline cudaError_t cudaSetDevice(int device) {
 }
 inline const char* cudaGetErrorString(cudaError_t error) {
   if (error == cudaSuccess) return "no error";
+  if (error == cudaErrorIllegalAddress) return "an illegal memory access was encountered";
   return error == cudaErrorInvalidDevice ? "invalid device ordinal" : "invalid argument";
 }
 // A launch by configuration.
@@ -265,12 +276,15 @@ struct cudaLaunchConfig_t {
 namespace emulated {
 constexpr int kProcessors = 20;  // for thread blocks that run side by side, each on one
 inline bool cluster_of_16 = false;
+// The error that a device gives that has no clusters of more than 8: where that is allowed, or where they are counted.
+inline cudaError_t when_allowed = cudaSuccess, when_counted = cudaSuccess;
 inline unsigned launch_cluster = 0;
 }  // namespace emulated
 
 template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel, int attribute, int value) {
   if (attribute == cudaFuncAttributeNonPortableClusterSizeAllowed) {
+    if (emulated::when_allowed != cudaSuccess) return emulated::last_error = emulated::when_allowed;
     emulated::cluster_of_16 = value != 0;
     return cudaSuccess;
   }
@@ -290,7 +304,9 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, i
 }
 template <typename Kernel>
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel, const cudaLaunchConfig_t* config) {
-  *clusters = emulated::kProcessors / int(config->attrs[0].val.clusterDim.x);
+  const int size = int(config->attrs[0].val.clusterDim.x);
+  if (size > 8 && emulated::when_counted != cudaSuccess) return emulated::last_error = emulated::when_counted;
+  *clusters = emulated::kProcessors / size;
   return cudaSuccess;
 }
 
