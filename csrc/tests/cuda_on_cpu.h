@@ -80,8 +80,9 @@ inline cudaError_t last_error = cudaSuccess;
 inline std::vector<char> dynamic_shared;
 // Threads are coroutines, which hand over where they wait. In orders 0 and 1 all threads run rising and falling; in
 // orders 2 and 3 one warp runs ahead of the others as far as it can, the first or the last, of all CTAs that run side
-// by side. What a warp does in the background happens late in half of the modes, and then global memory shows what a
-// thread stored only when it must. A barrier or a wait that is missing survives some of them, not all.
+// by side. In orders 1 and 3 the last block comes first. What a warp does in the background happens late in half of the
+// modes, and then global memory shows what a thread stored only when it must. A barrier or a wait that is missing
+// survives some of them, not all.
 constexpr int kModes = 8;
 inline int mode = -1;  // -1: all of them in turn, a block each
 inline bool late = false;
@@ -212,7 +213,9 @@ inline void emulate(const std::function<void()>& kernel, unsigned grid, unsigned
   }
   emulated::body = &kernel;
   gridDim.x = grid;
-  for (unsigned b = 0; b < grid; b += side_by_side) {
+  const bool backwards = emulated::mode > 0 && emulated::mode % 2 == 1;
+  for (unsigned done = 0; done < grid; done += side_by_side) {
+    const unsigned b = backwards ? grid - side_by_side - done : done;
     emulated::dynamic_shared.assign(size_t(shared) * side_by_side, char(0xff));  // NaN, as floats
     const int of_modes = int(b / side_by_side % emulated::kModes);
     emulated::run_ctas(b, side_by_side, threads, emulated::mode < 0 ? of_modes : emulated::mode);

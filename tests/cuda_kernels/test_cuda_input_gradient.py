@@ -66,13 +66,14 @@ def check(case: GradientCase, block: tuple[int, int], dtype: torch.dtype, device
     return got
 
 
-def with_memory(device: Device, monkeypatch: pytest.MonkeyPatch, size: int, hopper: bool = True) -> Device:
-    """The emulated GPU with so many bytes of shared memory."""
+def with_memory(
+    device: Device, monkeypatch: pytest.MonkeyPatch, size: int, hopper: bool = True, mode: int = -1
+) -> None:
+    """Gives the emulated GPU so many bytes of shared memory."""
     if device.emulator is None:
         pytest.skip("the shared memory of a GPU is what it is")
     monkeypatch.setattr(cuda_tensor_cores, "_limits", lambda x: Limits(hopper, size, 2))
-    device.emulator.library.set_mode(-1, size)
-    return device
+    device.emulator.library.set_mode(mode, size)
 
 
 def plans(case: GradientCase, block: tuple[int, int], device: Device) -> list[Plan]:
@@ -85,13 +86,12 @@ def plans(case: GradientCase, block: tuple[int, int], device: Device) -> list[Pl
 
 
 def with_little_memory(
-    case: GradientCase, block: tuple[int, int], device: Device, monkeypatch: pytest.MonkeyPatch
-) -> int:
-    """Three quarters of what the weights of all columns of a thread block take, as shared memory; returns it."""
+    case: GradientCase, block: tuple[int, int], device: Device, monkeypatch: pytest.MonkeyPatch, mode: int = -1
+) -> None:
+    """Three quarters of what the weights of all columns of a thread block take, as shared memory."""
     with_memory(device, monkeypatch, HOPPER_SHARED)
     size = max(plan.steps * VARIANTS[plan.variant].column * 32 for plan in plans(case, block, device)) * 3 // 4
-    with_memory(device, monkeypatch, size)
-    return size
+    with_memory(device, monkeypatch, size, mode=mode)
 
 
 # Strides
@@ -184,9 +184,7 @@ def test_fewer_columns(case: GradientCase, block: tuple[int, int], device: Devic
 
 @pytest.mark.parametrize("mode", MODES)
 def test_fewer_columns_in_every_order(mode: int, device: Device, monkeypatch: pytest.MonkeyPatch):
-    size = with_little_memory(STRIDE_1, (128, 16), device, monkeypatch)
-    assert device.emulator is not None
-    device.emulator.library.set_mode(mode, size)
+    with_little_memory(STRIDE_1, (128, 16), device, monkeypatch, mode)
     check(STRIDE_1, (128, 16), BF16, device)
 
 
@@ -328,10 +326,10 @@ def test_the_emulation_sees_what_is_missing(name: str, tmp_path: Path, monkeypat
     assert old in text
     (tmp_path / "sparse_tile.cuh").write_text(text.replace(old, new))
     broken = use(emulate(tmp_path, "resident_conv2d", "narrow_conv2d"), monkeypatch)
-    assert any(fails(broken, mode, lambda: check_places(broken, monkeypatch)) for mode in MODES)
+    assert any(fails(broken, mode, partial(check_places, broken, monkeypatch, mode)) for mode in MODES)
 
 
-def check_places(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+def check_places(device: Device, monkeypatch: pytest.MonkeyPatch, mode: int) -> None:
     check(replace(STRIDED["several_tiles"], image=(1, 6, 160)), (64, 16), BF16, device)
-    with_little_memory(STRIDE_1, (128, 16), device, monkeypatch)
+    with_little_memory(STRIDE_1, (128, 16), device, monkeypatch, mode)
     check(STRIDE_1, (128, 16), BF16, device)
