@@ -148,7 +148,11 @@ def test_the_suites_of_the_stages_collect(tmp_path: Path) -> None:
 
 
 def test_the_list_of_test_files_is_every_file_with_gpu_tests() -> None:
-    mark = re.compile(r"^\s*(@gpu$|@pytest\.mark\.gpu|pytestmark = pytest\.mark\.gpu)|marks=.*mark\.gpu", re.MULTILINE)
+    mark = re.compile(
+        r"^\s*(@gpu$|@pytest\.mark\.gpu|pytestmark = pytest\.mark\.gpu)|marks=.*mark\.gpu"
+        r"|^from tensor_core_device import .*\bdevice\b",  # a fixture with a GPU among its places
+        re.MULTILINE,
+    )
     files = TESTS.rglob("test_*.py")
     marked = {path.relative_to(ROOT).as_posix() for path in files if mark.search(path.read_text())}
     assert marked == set(plan.GPU_TESTS)
