@@ -184,7 +184,9 @@ typedef struct SlimCudaBsrConv2d {
 // The rest is the plan of a tile: tile_images x tile_rows x tile_cols output pixels, even numbers of rows and columns,
 // at most as many as the variant has. Its input lies in shared memory as a patch of places: a pixel's right neighbour
 // one place on, the one below patch_row, the next image patch_image; of each image load_rows x load_cols places from
-// (load_top, load_left) are read from x, the others are zero.
+// (load_top, load_left) are read from x, the others are zero. An input gradient also asks for outputs that are not
+// neighbours in y, and for p and q other than the size of the output; what they read beyond the image is zero.
+// Preconditions: the channels of a pixel of y are neighbours; y_image, y_row and y_pixel are multiples of 8.
 typedef struct SlimCudaResidentConv2d {
   const void* x;
   void* y;
@@ -196,9 +198,11 @@ typedef struct SlimCudaResidentConv2d {
   int32_t r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w;
   int32_t relu, pool;  // 0 or 1: y = max(y, 0); 2x2 stride-2 max-pool after it; both keep NaN
   int32_t tile_images, tile_rows, tile_cols, patch_row, patch_image, patch, load_top, load_left, load_rows, load_cols;
-  int32_t slab;    // input channels in a stage of the ring: 16, 32, 64 or 128
-  int32_t stages;  // 2 to 8
-  int32_t steps;   // the most steps that one thread block has
+  int32_t y_image, y_row, y_pixel;  // elements of y from an image, a row and a pixel to the next; 0 where there is none
+  int32_t slab;                     // input channels in a stage of the ring: 16, 32, 64 or 128
+  int32_t stages;                   // 2 to 8
+  int32_t steps;                    // the most steps that one thread block has
+  int32_t columns;                  // of a thread block, 1 up to the variant's
   int32_t variant, blocks;
   // 0 or 1: it may begin before the kernel in front of it has ended; that one wrote neither weights nor indices.
   int32_t overlap;

@@ -66,6 +66,8 @@ GPU_TESTS = (
     "tests/cuda_kernels/test_cuda_low_rank.py",
     "tests/cuda_kernels/test_cuda_narrow_blocks.py",
     "tests/cuda_kernels/test_cuda_gradients.py",
+    "tests/cuda_kernels/test_cuda_input_gradient.py",
+    "tests/cuda_kernels/test_cuda_one_launch.py",
     "tests/cuda_kernels/test_cuda.py",
     "tests/compress/test_engine.py",
 )

@@ -84,9 +84,13 @@ struct Members<SlimCudaResidentConv2d> {
       SLIM_MEMBER(p, kPositive),
       SLIM_MEMBER(q, kPositive),
       SLIM_TILE_MEMBERS,
+      SLIM_MEMBER(y_image, kNatural),
+      SLIM_MEMBER(y_row, kNatural),
+      SLIM_MEMBER(y_pixel, kNatural),
       SLIM_MEMBER(slab, (Range{16, 128})),
       SLIM_MEMBER(stages, (Range{2, 8})),
       SLIM_MEMBER(steps, kSteps),
+      SLIM_MEMBER(columns, (Range{1, 8})),
       SLIM_MEMBER(variant, (Range{0, 7})),
       SLIM_MEMBER(blocks, kPositive),
       SLIM_MEMBER(overlap, kFlag),
@@ -270,9 +274,7 @@ template <typename T>
 std::string tile_plan_fault(const T& a, int64_t c_in) {
   const int64_t images = a.tile_images, rows = a.tile_rows, cols = a.tile_cols;
   if (c_in % 8 != 0 || a.c_out % 8 != 0) return "c_in and c_out are not multiples of 8";
-  if (a.p != output_size(a.h, a.r, a.stride_h, a.pad_h, a.dil_h) ||
-      a.q != output_size(a.w, a.s, a.stride_w, a.pad_w, a.dil_w) || a.p <= a.pool || a.q <= a.pool)
-    return "p or q is not the size of the output";
+  if (a.p <= a.pool || a.q <= a.pool) return "p or q is too small";
   if (rows % 2 != 0 || cols % 2 != 0) return "a tile's rows and columns are not even";
   if (!product_fits(images * a.h, a.w, 2 * c_in) || !product_fits(images * a.p, a.q, a.c_out))
     return "the images of a tile have 2^31 bytes or more";
@@ -314,10 +316,24 @@ inline int cuda_bsr_conv2d(const pybind11::args& args) {
   return slim_cuda_bsr_conv2d(&a);
 }
 
+// "" where the outputs of a tile's images lie within 2^31 elements, 16 bytes aligned, else what is wrong.
+inline std::string output_steps_fault(const SlimCudaResidentConv2d& a) {
+  if (a.y_image % 8 != 0 || a.y_row % 8 != 0 || a.y_pixel % 8 != 0) return "a step of y is not a multiple of 8";
+  const int64_t down = (a.p - 1) * int64_t(a.y_row), right = (a.q - 1) * int64_t(a.y_pixel);
+  if (!product_fits(a.tile_images, a.y_image, 1) || down > kInt32Max || right > kInt32Max ||
+      down + right + a.c_out > kInt32Max)
+    return "the images of a tile have 2^31 elements of y or more";
+  return "";
+}
+
 inline int cuda_resident_conv2d(const pybind11::args& args) {
   const auto a = struct_of_arguments<SlimCudaResidentConv2d>("cuda_resident_conv2d", args);
   std::string fault = tile_plan_fault(a, a.c_in);
-  const int64_t channels = is_one_of(a.variant, {2, 4, 6, 7}) ? 64 : 128;  // of a thread block
+  const int64_t column[] = {64, 128, 64, 32, 32, 16, 16, 64};
+  const int64_t channels = a.columns * column[a.variant];  // of a thread block
+  if (fault.empty() && channels > (is_one_of(a.variant, {2, 4, 6, 7}) ? 64 : 128))
+    fault = "columns = " + std::to_string(a.columns) + " is more than the variant has";
+  if (fault.empty()) fault = output_steps_fault(a);
   if (fault.empty() && !is_one_of(a.slab, {16, 32, 64, 128}))
     fault = "slab = " + std::to_string(a.slab) + " is no known width";
   if (fault.empty() && a.blocks < (a.c_out + channels - 1) / channels)
@@ -330,6 +346,9 @@ inline int cuda_resident_conv2d(const pybind11::args& args) {
 inline int cuda_stem_conv2d(const pybind11::args& args) {
   const auto a = struct_of_arguments<SlimCudaStemConv2d>("cuda_stem_conv2d", args);
   std::string fault = tile_plan_fault(a, 64);
+  if (fault.empty() && (a.p != output_size(a.h, a.r, a.stride_h, a.pad_h, a.dil_h) ||
+                        a.q != output_size(a.w, a.s, a.stride_w, a.pad_w, a.dil_w)))
+    fault = "p or q is not the size of the output";
   if (fault.empty() &&
       (a.w % 2 != 0 || a.load_cols != a.w || a.load_left != a.pad_w || a.tile_cols < a.q || a.tile_images != 1))
     fault = "a tile is not made of whole rows of one image of even width";

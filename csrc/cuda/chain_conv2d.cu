@@ -10,6 +10,14 @@ constexpr int kAloneShared = 116 * 1024;
 constexpr int kMaxPortableCluster = 8;
 constexpr int kMaxCluster = 16;
 
+// Whether an error says that clusters of this size cannot run here. Which of them a driver answers for a size that it
+// does not take is not written down: these are the ones whose description fits.
+bool says_no_such_cluster(cudaError_t error) {
+  return error == cudaErrorInvalidValue || error == cudaErrorInvalidConfiguration ||
+         error == cudaErrorLaunchOutOfResources || error == cudaErrorNotSupported ||
+         error == cudaErrorInvalidClusterSize || error == cudaErrorInvalidResourceConfiguration;
+}
+
 // The configuration of a launch; its attributes point into itself.
 struct ChainLaunch {
   cudaLaunchAttribute attributes[2] = {};
@@ -65,10 +73,16 @@ struct ChainKernel {
   static cudaError_t groups(int group, int barrier, int device, int32_t* groups) {
     const ChainLaunch launch(group, barrier, 1, nullptr, false);
     const int shared = int(launch.config.dynamicSmemBytes);
-    cudaError_t error = prepare(shared, barrier == SLIM_CHAIN_CLUSTER ? group : 1);
-    if (error != cudaSuccess) return error;
     const auto kernel = chain_conv2d_kernel<T, Barrier>;
-    if (barrier == SLIM_CHAIN_CLUSTER) return cudaOccupancyMaxActiveClusters(groups, kernel, &launch.config);
+    cudaError_t error = prepare(shared, barrier == SLIM_CHAIN_CLUSTER ? group : 1);
+    if (barrier == SLIM_CHAIN_CLUSTER) {
+      if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(groups, kernel, &launch.config);
+      if (!says_no_such_cluster(error)) return error;
+      *groups = 0;
+      cudaGetLastError();  // clear it, so that the next launch does not report it
+      return cudaSuccess;
+    }
+    if (error != cudaSuccess) return error;
     int processors = 0, blocks = 0;
     error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
     if (error != cudaSuccess) return error;
@@ -78,31 +92,26 @@ struct ChainKernel {
   }
 };
 
-// Calls `what` with the kernel of this type and barrier.
+// Calls `what` with the kernel of this type and barrier, on the device.
 template <typename What>
-int dispatch_chain(int dtype, int barrier, What what) {
-  const bool half = dtype == SLIM_DTYPE_F16, cluster = barrier == SLIM_CHAIN_CLUSTER;
-  if (!half && dtype != SLIM_DTYPE_BF16) return SLIM_ERROR_UNSUPPORTED;
-  if (half && cluster) return status(what(ChainKernel<__half, ClusterBarrier>()));
-  if (half) return status(what(ChainKernel<__half, CounterBarrier>()));
-  if (cluster) return status(what(ChainKernel<__nv_bfloat16, ClusterBarrier>()));
-  return status(what(ChainKernel<__nv_bfloat16, CounterBarrier>()));
+int dispatch_chain(int device, int dtype, int barrier, What what) {
+  return with_half_type(device, dtype, [&](auto number) {
+    using T = decltype(number);
+    return status(barrier == SLIM_CHAIN_CLUSTER ? what(ChainKernel<T, ClusterBarrier>())
+                                                : what(ChainKernel<T, CounterBarrier>()));
+  });
 }
 
 }  // namespace
 }  // namespace slim
 
 extern "C" int slim_cuda_chain_conv2d(const SlimCudaChain* a) {
-  const slim::DeviceGuard guard(a->device);
-  if (guard.error() != cudaSuccess) return slim::status(guard.error());
-  return slim::dispatch_chain(a->dtype, a->barrier, [&](auto kernel) { return kernel.launch(*a); });
+  return slim::dispatch_chain(a->device, a->dtype, a->barrier, [a](auto kernel) { return kernel.launch(*a); });
 }
 
 extern "C" int slim_cuda_chain_groups(int32_t group, int32_t barrier, int32_t dtype, int32_t device, int32_t* groups) {
   *groups = 0;
   if (barrier == SLIM_CHAIN_CLUSTER && group > slim::kMaxCluster) return SLIM_OK;
-  const slim::DeviceGuard guard(device);
-  if (guard.error() != cudaSuccess) return slim::status(guard.error());
-  return slim::dispatch_chain(dtype, barrier,
+  return slim::dispatch_chain(device, dtype, barrier,
                               [&](auto kernel) { return kernel.groups(group, barrier, device, groups); });
 }

@@ -124,6 +124,19 @@ inline int status(cudaError_t error) {
   return SLIM_ERROR_CUDA;
 }
 
+// Calls `what` with a number of the type that SLIM_DTYPE_F16 or SLIM_DTYPE_BF16 stands for, `device` being the current
+// one meanwhile; what it returns is a status.
+template <typename What>
+int with_half_type(int device, int dtype, What what) {
+  const DeviceGuard guard(device);
+  if (guard.error() != cudaSuccess) return status(guard.error());
+  switch (dtype) {
+    case SLIM_DTYPE_F16:  return what(__half());
+    case SLIM_DTYPE_BF16: return what(__nv_bfloat16());
+  }
+  return SLIM_ERROR_UNSUPPORTED;
+}
+
 // Launches kernel(args) with so much dynamic shared memory. With `overlap` it may begin while the kernel in front of it
 // ends, on GPUs that can: it waits for that one by itself.
 template <typename Kernel, typename Args>

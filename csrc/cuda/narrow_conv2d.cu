@@ -17,8 +17,10 @@ using Columns2x32 = TileShape<2, 2, 8, 4, 2, false>;     // 256 pixels x 2 colum
 using Columns8x16 = TileShape<1, 4, 8, 2, 2, false, 2>;  // 128 pixels x 8 columns of 16
 using Columns4x16 = TileShape<2, 2, 8, 2, 2, false, 2>;  // 256 pixels x 4 columns of 16
 
+}  // namespace
+
 template <typename T>
-int dispatch(const SlimCudaResidentConv2d& a) {
+int launch_narrow_columns(const SlimCudaResidentConv2d& a) {
   switch (a.variant) {
     case 3: return launch_resident<T, Columns4x32>(a);
     case 4: return launch_resident<T, Columns2x32>(a);
@@ -28,10 +30,7 @@ int dispatch(const SlimCudaResidentConv2d& a) {
   return SLIM_ERROR_UNSUPPORTED;
 }
 
-}  // namespace
-
-int launch_narrow_columns(const SlimCudaResidentConv2d& a) {
-  return a.dtype == SLIM_DTYPE_F16 ? dispatch<__half>(a) : dispatch<__nv_bfloat16>(a);
-}
+template int launch_narrow_columns<__half>(const SlimCudaResidentConv2d& a);
+template int launch_narrow_columns<__nv_bfloat16>(const SlimCudaResidentConv2d& a);
 
 }  // namespace slim

@@ -18,18 +18,12 @@ int dispatch(const SlimCudaResidentConv2d& a) {
     case 2: return launch_resident<T, Narrow>(a);
     case 7: return launch_resident<T, HopperHalf>(a);
   }
-  return launch_narrow_columns(a);
+  return launch_narrow_columns<T>(a);
 }
 
 }  // namespace
 }  // namespace slim
 
 extern "C" int slim_cuda_resident_conv2d(const SlimCudaResidentConv2d* a) {
-  const slim::DeviceGuard guard(a->device);
-  if (guard.error() != cudaSuccess) return slim::status(guard.error());
-  switch (a->dtype) {
-    case SLIM_DTYPE_F16:  return slim::dispatch<__half>(*a);
-    case SLIM_DTYPE_BF16: return slim::dispatch<__nv_bfloat16>(*a);
-  }
-  return SLIM_ERROR_UNSUPPORTED;
+  return slim::with_half_type(a->device, a->dtype, [a](auto number) { return slim::dispatch<decltype(number)>(*a); });
 }

@@ -8,6 +8,7 @@
 namespace slim {
 
 // Launches the shapes of narrow_conv2d.cu.
+template <typename T>
 int launch_narrow_columns(const SlimCudaResidentConv2d& a);
 
 // Where things lie in shared memory, in bytes; the same for host and device.
@@ -102,9 +103,9 @@ SLIM_DEVICE void resident_conv2d(const SlimCudaResidentConv2d& a) {
   const uint32_t base = hw::shared_memory();
   const int groups_of_16 = (int(a.c_in) + 15) / 16, slabs = (int(a.c_in) + a.slab - 1) / a.slab;
   const int columns = (int(a.c_out) + Shape::COLUMN - 1) / Shape::COLUMN;
-  const int rows = (columns + Shape::COLUMNS - 1) / Shape::COLUMNS;
+  const int rows = (columns + a.columns - 1) / a.columns;
   const int row = int(blockIdx.x) % rows;
-  const int first_column = row * Shape::COLUMNS, end_column = min(first_column + Shape::COLUMNS, columns);
+  const int first_column = row * a.columns, end_column = min(first_column + a.columns, columns);
   const int32_t first_step = a.group_start[first_column * (groups_of_16 + 1)];
   const int32_t step_count = a.group_start[(end_column - 1) * (groups_of_16 + 1) + groups_of_16] - first_step;
   const int pitch = a.slab * 2 + 16;
@@ -203,7 +204,7 @@ SLIM_DEVICE void resident_conv2d(const SlimCudaResidentConv2d& a) {
       if (++slot == a.stages) slot = 0;
       if (++l == live_count) l = 0;
     }
-    product.store(a, tile_position(a, tile), lane);
+    product.store(a, tile_position(a, tile), min(end_column * Shape::COLUMN, int(a.c_out)), lane);
   }
   hw::copy_async_wait<0>();
 }

@@ -60,17 +60,29 @@ SLIM_DEVICE int tile_count(const Args& a) {
 
 constexpr uint32_t kNoImage = 0x7fff;
 
+// Elements from an image, a row and a pixel of y to the next.
+struct OutputSteps {
+  int32_t image, row, pixel;
+};
+
+SLIM_DEVICE OutputSteps output_steps(const SlimCudaResidentConv2d& a) { return {a.y_image, a.y_row, a.y_pixel}; }
+
+SLIM_DEVICE OutputSteps output_steps(const SlimCudaStemConv2d& a) {
+  const int rows = a.pool ? int(a.p) / 2 : int(a.p), cols = a.pool ? int(a.q) / 2 : int(a.q), c_out = int(a.c_out);
+  return {rows * cols * c_out, cols * c_out, c_out};
+}
+
 // Writes a tile's windows: place of the upper left pixel in the patch, distance of the window's first output from the
 // tile's in elements, row << 16 | column in the tile, and image.
 template <typename Shape, typename Args>
 SLIM_DEVICE void write_windows(const Args& a, uint32_t windows) {
   const int across = a.tile_cols / 2, down = a.tile_rows / 2;
+  const OutputSteps step = output_steps(a);
   for (int i = int(threadIdx.x); i < Shape::WINDOWS; i += Shape::THREADS) {
     const int image = i / (across * down), y = i % (across * down) / across * 2, x = i % across * 2;
     const bool used = image < a.tile_images;
     const int place = image * a.patch_image + y * a.stride_h * a.patch_row + x * a.stride_w;
-    const int rows = a.pool ? int(a.p) / 2 : int(a.p), cols = a.pool ? int(a.q) / 2 : int(a.q);
-    const int out = ((image * rows + (a.pool ? y / 2 : y)) * cols + (a.pool ? x / 2 : x)) * int(a.c_out);
+    const int out = image * step.image + (a.pool ? y / 2 : y) * step.row + (a.pool ? x / 2 : x) * step.pixel;
     hw::store_shared_128(windows + i * 16,
                          make_uint4(used ? place : 0, out, uint32_t(y) << 16 | x, used ? image : kNoImage));
   }
@@ -241,14 +253,14 @@ struct SparseTile {
                                  : make_uint2(hw::pack<T, false>(v[0], v[1]), hw::pack<T, false>(v[2], v[3])));
   }
 
-  // A lane holds neighbouring channels of all four pixels of its windows.
+  // A lane holds neighbouring channels of all four pixels of its windows. Channels from `end` on are not this block's.
   template <typename Args>
-  SLIM_DEVICE void store(const Args& a, const TilePosition& position, int lane) const {
-    const int rows = a.pool ? int(a.p) / 2 : int(a.p), cols = a.pool ? int(a.q) / 2 : int(a.q), c_out = int(a.c_out);
+  SLIM_DEVICE void store(const Args& a, const TilePosition& position, int end, int lane) const {
+    const OutputSteps step = output_steps(a);
     const int y = a.pool ? position.y / 2 : position.y, x = a.pool ? position.x / 2 : position.x;
     constexpr int RUN = Shape::RUN, PER_COLUMN = Shape::N_TILES / RUN;
     const int first = channel + (lane & 3) * 2 * RUN;
-    T* const out = static_cast<T*>(a.y) + ((position.image * rows + y) * cols + x) * c_out + first;
+    T* const out = static_cast<T*>(a.y) + position.image * step.image + (y * step.row + x * step.pixel + first);
     const int images_left = int(a.n - position.image < kNoImage ? a.n - position.image : kNoImage);
 #pragma unroll
     for (int t = 0; t < Shape::M_TILES / 2; ++t) {
@@ -268,7 +280,7 @@ struct SparseTile {
             v[e] = hw::larger(hw::larger(sum[2 * t][j][s], sum[2 * t][j][2 + s]),
                               hw::larger(sum[2 * t + 1][j][s], sum[2 * t + 1][j][2 + s]));
           }
-          if (first + h * 8 * RUN < c_out) store_channels(to + h * 8 * RUN, v, a.relu);
+          if (first + h * 8 * RUN < end) store_channels(to + h * 8 * RUN, v, a.relu);
         }
         continue;
       }
@@ -277,14 +289,14 @@ struct SparseTile {
       for (int k = 0; k < 4; ++k) {
         const int down = k % 2, right = k / 2 ^ turn;
         if (!here || oy + down >= a.p || ox + right >= a.q) continue;
-        T* const pixel = to + (down * cols + right) * c_out;
+        T* const pixel = to + (down * step.row + right * step.pixel);
 #pragma unroll
         for (int h = 0; h < Shape::OF_WARP * PER_COLUMN; ++h) {
           const auto& sum = sums[h / PER_COLUMN][2 * t + k / 2];
           float v[2 * RUN];
 #pragma unroll
           for (int e = 0; e < 2 * RUN; ++e) v[e] = sum[h % PER_COLUMN * RUN + e / 2][down * 2 + (e & 1)];
-          if (first + h * 8 * RUN < c_out) store_channels(pixel + h * 8 * RUN, v, a.relu);
+          if (first + h * 8 * RUN < end) store_channels(pixel + h * 8 * RUN, v, a.relu);
         }
       }
     }

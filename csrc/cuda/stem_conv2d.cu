@@ -28,11 +28,5 @@ int dispatch(const SlimCudaStemConv2d& a) {
 }  // namespace slim
 
 extern "C" int slim_cuda_stem_conv2d(const SlimCudaStemConv2d* a) {
-  const slim::DeviceGuard guard(a->device);
-  if (guard.error() != cudaSuccess) return slim::status(guard.error());
-  switch (a->dtype) {
-    case SLIM_DTYPE_F16:  return slim::dispatch<__half>(*a);
-    case SLIM_DTYPE_BF16: return slim::dispatch<__nv_bfloat16>(*a);
-  }
-  return SLIM_ERROR_UNSUPPORTED;
+  return slim::with_half_type(a->device, a->dtype, [a](auto number) { return slim::dispatch<decltype(number)>(*a); });
 }

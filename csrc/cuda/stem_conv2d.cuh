@@ -198,7 +198,7 @@ SLIM_DEVICE void stem_conv2d(const SlimCudaStemConv2d& a) {
     hw::synchronize(1 + group, 128);  // the patch is there, and nobody reads the rows any more
     product.begin(base + at.bias, lane);
     product.multiply(patch, base + at.steps, base + at.weights, 0, a.steps, lane);
-    product.store(a, tile_position(a, tile), lane);
+    product.store(a, tile_position(a, tile), int(a.c_out), lane);
   }
 }
 

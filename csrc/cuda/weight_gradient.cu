@@ -33,11 +33,5 @@ int dispatch(const SlimCudaWeightGradient& a) {
 }  // namespace slim
 
 extern "C" int slim_cuda_weight_gradient(const SlimCudaWeightGradient* a) {
-  const slim::DeviceGuard guard(a->device);
-  if (guard.error() != cudaSuccess) return slim::status(guard.error());
-  switch (a->dtype) {
-    case SLIM_DTYPE_F16:  return slim::dispatch<__half>(*a);
-    case SLIM_DTYPE_BF16: return slim::dispatch<__nv_bfloat16>(*a);
-  }
-  return SLIM_ERROR_UNSUPPORTED;
+  return slim::with_half_type(a->device, a->dtype, [a](auto number) { return slim::dispatch<decltype(number)>(*a); });
 }

@@ -57,7 +57,17 @@ inline __nv_bfloat16 __float2bfloat16_rn(float v) {
 
 typedef int cudaError_t;
 typedef void* cudaStream_t;
-enum { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidDevice = 101 };
+enum {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorInvalidDevice = 101,
+  cudaErrorIllegalAddress = 700,
+  cudaErrorLaunchOutOfResources = 701,
+  cudaErrorNotSupported = 801,
+  cudaErrorInvalidClusterSize = 912,
+  cudaErrorInvalidResourceConfiguration = 915,
+};
 enum { cudaFuncAttributeMaxDynamicSharedMemorySize = 8, cudaFuncAttributeNonPortableClusterSizeAllowed = 14 };
 
 namespace emulated {
@@ -70,8 +80,9 @@ inline cudaError_t last_error = cudaSuccess;
 inline std::vector<char> dynamic_shared;
 // Threads are coroutines, which hand over where they wait. In orders 0 and 1 all threads run rising and falling; in
 // orders 2 and 3 one warp runs ahead of the others as far as it can, the first or the last, of all CTAs that run side
-// by side. What a warp does in the background happens late in half of the modes, and then global memory shows what a
-// thread stored only when it must. A barrier or a wait that is missing survives some of them, not all.
+// by side. In orders 1 and 3 the last block comes first. What a warp does in the background happens late in half of the
+// modes, and then global memory shows what a thread stored only when it must. A barrier or a wait that is missing
+// survives some of them, not all.
 constexpr int kModes = 8;
 inline int mode = -1;  // -1: all of them in turn, a block each
 inline bool late = false;
@@ -202,7 +213,9 @@ inline void emulate(const std::function<void()>& kernel, unsigned grid, unsigned
   }
   emulated::body = &kernel;
   gridDim.x = grid;
-  for (unsigned b = 0; b < grid; b += side_by_side) {
+  const bool backwards = emulated::mode > 0 && emulated::mode % 2 == 1;
+  for (unsigned done = 0; done < grid; done += side_by_side) {
+    const unsigned b = backwards ? grid - side_by_side - done : done;
     emulated::dynamic_shared.assign(size_t(shared) * side_by_side, char(0xff));  // NaN, as floats
     const int of_modes = int(b / side_by_side % emulated::kModes);
     emulated::run_ctas(b, side_by_side, threads, emulated::mode < 0 ? of_modes : emulated::mode);
@@ -229,6 +242,7 @@ inline cudaError_t cudaSetDevice(int device) {
 }
 inline const char* cudaGetErrorString(cudaError_t error) {
   if (error == cudaSuccess) return "no error";
+  if (error == cudaErrorIllegalAddress) return "an illegal memory access was encountered";
   return error == cudaErrorInvalidDevice ? "invalid device ordinal" : "invalid argument";
 }
 // A launch by configuration.
@@ -265,12 +279,15 @@ struct cudaLaunchConfig_t {
 namespace emulated {
 constexpr int kProcessors = 20;  // for thread blocks that run side by side, each on one
 inline bool cluster_of_16 = false;
+// The error that a device gives that has no clusters of more than 8: where that is allowed, or where they are counted.
+inline cudaError_t when_allowed = cudaSuccess, when_counted = cudaSuccess;
 inline unsigned launch_cluster = 0;
 }  // namespace emulated
 
 template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel, int attribute, int value) {
   if (attribute == cudaFuncAttributeNonPortableClusterSizeAllowed) {
+    if (emulated::when_allowed != cudaSuccess) return emulated::last_error = emulated::when_allowed;
     emulated::cluster_of_16 = value != 0;
     return cudaSuccess;
   }
@@ -290,7 +307,9 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, i
 }
 template <typename Kernel>
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel, const cudaLaunchConfig_t* config) {
-  *clusters = emulated::kProcessors / int(config->attrs[0].val.clusterDim.x);
+  const int size = int(config->attrs[0].val.clusterDim.x);
+  if (size > 8 && emulated::when_counted != cudaSuccess) return emulated::last_error = emulated::when_counted;
+  *clusters = emulated::kProcessors / size;
   return cudaSuccess;
 }
 

@@ -242,12 +242,18 @@ def forget() -> None:
 _TENSOR_CORES = "__cuda_tensor_cores"
 
 
-def resolve_gradient(kernel: str, request: Request, stride: Sequence[int] = (1, 1)) -> KernelSpec:
+def resolve_gradient(
+    kernel: str, request: Request, stride: Sequence[int] = (1, 1), arguments: Sequence[Any] = ()
+) -> KernelSpec:
     """The KernelSpec of a gradient op for a layer whose forward runs ``kernel``: of the same backend.
 
     A Triton or reference forward keeps its backend, a C++ CPU one at most its instruction set. A forward on the tensor
     cores of CUDA C++ has its gradients there where those kernels take them; the rest of CUDA C++ has none, which leaves
     the choice to ``auto``. The CPU's input gradient takes stride 1; the reference has the others.
+
+    Args:
+        arguments: those of the launch. The tensor-core kernels are asked whether they take them: the other way round a
+            weight may be too large for a thread block, and then ``auto`` has its gradient.
 
     Raises:
         ValueError: an unknown kernel, or no kernel of that backend takes the gradient.
@@ -257,8 +263,8 @@ def resolve_gradient(kernel: str, request: Request, stride: Sequence[int] = (1, 
     forward = None if kernel == "auto" else KERNELS[kernel]
     if forward is not None and forward.name.endswith(_TENSOR_CORES):
         same = KERNELS.get(f"{request.op}{_TENSOR_CORES}")
-        strided = request.op == "bsr_conv2d_dgrad" and max(stride) > 1
-        if same is not None and not strided and (same.supports(request) or same.available()) is None:
+        takes = same is not None and (same.supports(request) or same.available()) is None
+        if same is not None and takes and (not arguments or same.obstacle(*arguments) is None):
             return same
     backend = env.backend() if forward is None else forward.backend
     backend = backend if backend in ("triton", "reference") else "auto"

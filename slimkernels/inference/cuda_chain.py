@@ -16,11 +16,13 @@ class CudaChain:
 
     Attributes:
         layers: what the launcher takes.
+        tensors: of the modules, which were packed.
     """
 
     def __init__(self, convolutions: list[BlockSparseConv2d], config: dict[str, int]) -> None:
-        self._convolutions, self._config = convolutions, config
-        self._packed_from = [(t, Snapshot(t)) for conv in convolutions for t in _tensors(conv)]
+        self._config = config
+        self.tensors = [tensor for conv in convolutions for tensor in _tensors(conv)]
+        self._packed_from = [(tensor, Snapshot(tensor)) for tensor in self.tensors]
         self.layers = [_layer(conv) for conv in convolutions]
 
     def __call__(self, x: Tensor) -> Tensor:

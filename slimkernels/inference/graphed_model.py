@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -14,6 +15,8 @@ from slimkernels.inference.batches import cut, filled_up, fitting, like_the_mode
 from slimkernels.inference.cpu_replay import Replay
 from slimkernels.inference.cuda_graph import CudaGraphs
 from slimkernels.inference.inputs import describe, served_sets, signature, tensors
+from slimkernels.inference.one_launch import OneLaunch, OneLaunchRecording
+from slimkernels.kernels import cuda
 from slimkernels.tensors import Snapshot
 
 OTHER_SHAPES = ("pad", "run", "raise")
@@ -38,6 +41,7 @@ class GraphedModel(nn.Module):
         device: torch.device,
         recordings: Mapping[Any, Callable[..., Any]],
         other_shapes: str = "pad",
+        copied: Sequence[Tensor] = (),
     ) -> None:
         super().__init__()
         if other_shapes not in OTHER_SHAPES:
@@ -50,8 +54,9 @@ class GraphedModel(nn.Module):
         self._others: dict[Any, Callable[..., Any]] = {}
         self._said: set[str] = set()
         self._lock = threading.Lock()
-        # A CPU recording holds the weights as they were, and so the model may answer for it only while they are.
-        tensors_then = [*model.parameters(), *model.buffers()] if device.type == "cpu" else []
+        # A CPU recording holds the weights as they were, and so the model may answer for it only while they are. So do
+        # launches of many layers, for those weights: ``copied``.
+        tensors_then = [*model.parameters(), *model.buffers()] if device.type == "cpu" else copied
         self._weights = [(tensor, Snapshot(tensor)) for tensor in tensors_then]
         nn.Module.train(self, False)
 
@@ -181,7 +186,7 @@ class GraphedModel(nn.Module):
 
 
 def _one_line(recording: Any) -> str:
-    return repr(recording) if isinstance(recording, Replay) else "a CUDA graph"
+    return repr(recording) if isinstance(recording, Replay | OneLaunchRecording) else "a CUDA graph"
 
 
 def graphed(
@@ -192,6 +197,7 @@ def graphed(
     copy_outputs: bool = True,
     other_shapes: str = "pad",
     measure: bool = True,
+    one_launch: bool = False,
 ) -> GraphedModel:
     """Records a model's inference on static shapes and returns a callable that replays it.
 
@@ -201,7 +207,8 @@ def graphed(
     streams wait for each other, since they share memory.
 
     A CUDA graph sees weights that change in place, but none that is replaced, moved or repacked; a CPU recording
-    holds the weights as they were.
+    holds the weights as they were. With ``one_launch`` a CUDA graph does both, and so it raises RuntimeError once a
+    weight of a layer that runs in one launch was written.
 
     Args:
         model: an eval-mode model; branches on tensor values cannot be recorded.
@@ -216,9 +223,14 @@ def graphed(
             time, a warning says what happens.
         measure: on the CPU, time each chain of native layers in its possible forms, the way of the modules among them,
             and take the fastest, as `slimkernels.inference.Replay` says; its ``repr`` lists the forms.
+        one_launch: on CUDA, for 1 to 16 images, block-sparse convolutions that follow each other in an
+            ``nn.Sequential`` are one launch, as `slimkernels.inference.cuda_chain.chain_of` makes it. What the kernel
+            does not take stays as it is; the ``repr`` says what it took, and why not the rest. Its kernel has not run
+            on a GPU yet.
 
     Raises:
-        ValueError: a model in training mode or that cannot be recorded; no example inputs; another ``other_shapes``.
+        ValueError: a model in training mode or that cannot be recorded; no example inputs; another ``other_shapes``;
+            ``one_launch`` where its kernel cannot run.
         TypeError: example inputs of another form.
     """
     sets, device = served_sets("graphed", model, example_inputs)
@@ -228,16 +240,35 @@ def graphed(
         raise ValueError(f"graphed: expected other_shapes in {', '.join(OTHER_SHAPES)}, got {other_shapes!r}")
     if device.type not in ("cuda", "cpu"):
         raise ValueError(f"graphed: expected model and inputs on the CPU or a CUDA device, got {device}")
-    graphs = CudaGraphs(model, device, warm_up_calls, copy_outputs) if device.type == "cuda" else None
+    launches = _one_launch(model, device) if one_launch else None
+    recorded_model = model if launches is None else launches.model
+    graphs = CudaGraphs(recorded_model, device, warm_up_calls, copy_outputs) if device.type == "cuda" else None
     recordings: dict[Any, Callable[..., Any]] = {}
     for args, kwargs in sets:
         key = signature(args, kwargs)
         if key in recordings:
             continue
         if graphs is not None:
-            recordings[key] = graphs.record(args, kwargs)
+            record = partial(graphs.record, args, kwargs)
+            recordings[key] = record() if launches is None else launches.record(record)
         elif kwargs:
             raise TypeError(f"graphed: expected positional example inputs on the CPU, got keywords {sorted(kwargs)}")
         else:
             recordings[key] = Replay(model, args, copy_outputs=copy_outputs, measure=measure)
-    return GraphedModel(model, device, recordings, other_shapes)
+    if launches is None:
+        return GraphedModel(model, device, recordings, other_shapes)
+    copied = [t for one in recordings.values() if isinstance(one, OneLaunchRecording) for t in one.tensors]
+    if not copied:
+        warnings.warn("graphed: one_launch took no layers; the repr says why", stacklevel=2)
+    return GraphedModel(model, device, recordings, other_shapes, copied)
+
+
+def _one_launch(model: nn.Module, device: torch.device) -> OneLaunch:
+    """Raises ValueError where the kernel cannot run."""
+    if device.type != "cuda":
+        raise ValueError(f"graphed: expected one_launch with a model on a CUDA device, got {device}")
+    with torch.cuda.device(device):
+        reason = cuda.available()
+    if reason is not None:
+        raise ValueError(f"graphed: one_launch cannot run here: {reason}")
+    return OneLaunch(model)

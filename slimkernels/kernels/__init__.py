@@ -79,6 +79,7 @@ class KernelSpec:
         configs: launch configurations worth trying on a problem, the likeliest first; ``{}`` is the launcher's default.
         explicit_only: why ``auto`` never takes it, None where it may.
         on_tensor_cores: whether it is a low-rank kernel of CUDA C++ that multiplies a problem on tensor cores.
+        obstacle: of a gradient, None when ``launch`` takes these very arguments, which fit together, else why not.
     """
 
     name: str
@@ -94,6 +95,7 @@ class KernelSpec:
     configs: Callable[[SizedProblem], Sequence[Mapping[str, int]]] = _one_config
     explicit_only: str | None = None
     on_tensor_cores: Callable[[SizedProblem], bool] = lambda problem: False
+    obstacle: Callable[..., str | None] = lambda *arguments: None
 
     @property
     def one_position(self) -> bool:
@@ -198,12 +200,15 @@ def _cuda(
     reason: str | None = None,
     explicit_only: str | None = None,
     tensor_cores: str | None = None,
+    obstacle: str | None = None,
 ) -> KernelSpec:
     """A CUDA C++ kernel of ours, or one of a vendor's library, by dotted names in this package."""
     op = name.split("__")[0]
     kept: dict[str, Any] = {} if reason is None else {"shape_reason": _lazy(reason)}
     if tensor_cores is not None:
         kept["on_tensor_cores"] = _lazy(tensor_cores)
+    if obstacle is not None:
+        kept["obstacle"] = _lazy(obstacle)
     return KernelSpec(
         name,
         op,
@@ -324,11 +329,12 @@ _ROWS = (
     ),
     _cuda(
         "bsr_conv2d_dgrad__cuda_tensor_cores",
-        "cuda_gradients.launch_dgrad",
+        "cuda_input_gradient.launch_dgrad",
         dtypes=_HALF,
         epilogues=EPILOGUES["bsr_conv2d_dgrad"],
         reason="cuda_gradients.shape_reason",
-        explicit_only="it has not run on any GPU, and takes stride 1 alone",
+        explicit_only="it has not run on any GPU",
+        obstacle="cuda_input_gradient.dgrad_obstacle",
     ),
     _cuda(
         "bsr_conv2d_wgrad__cuda_tensor_cores",
@@ -337,6 +343,7 @@ _ROWS = (
         epilogues=EPILOGUES["bsr_conv2d_wgrad"],
         reason="cuda_gradients.shape_reason",
         explicit_only="it has not run on any GPU",
+        obstacle="cuda_gradients.wgrad_obstacle",
     ),
     _cuda(
         "fused_conv2d__cudnn",

@@ -1,8 +1,7 @@
-"""Launchers of the gradients on tensor cores of csrc/cuda: checks, packed weights and plans.
+"""Launcher of the weight gradient on the tensor cores of csrc/cuda, and what it shares with the input gradient's.
 
-The input gradient of a convolution of stride 1 is the convolution of ``grad`` with the transposed, flipped weight, so
-the kernel of `cuda_tensor_cores` computes it. The gradient of the stored weights has a kernel of its own. Neither is a
-choice of ``auto``: they run on explicit request, or for a layer whose forward runs the tensor-core kernel.
+Neither is a choice of ``auto``: they run on explicit request, or for a layer whose forward runs the tensor-core kernel
+where `wgrad_obstacle` and `cuda_input_gradient.dgrad_obstacle` see nothing against it.
 """
 
 from __future__ import annotations
@@ -13,17 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from slimkernels.kernels import cuda, resident_plan
+from slimkernels.kernels import cuda
 from slimkernels.kernels import cuda_tensor_cores as tensor_cores
-from slimkernels.kernels.packs import TensorCorePack
 from slimkernels.kernels.problems import INT32_MAX, Pair, Problem, check_geometry, conv_output_image
-from slimkernels.kernels.resident_plan import STEP_CHANNELS, VARIANTS
-from slimkernels.kernels.transposed import flipped_pattern, transpose_index
-from slimkernels.tensors import Derived
+from slimkernels.kernels.resident_plan import STEP_CHANNELS
 
 DGRAD, WGRAD = "bsr_conv2d_dgrad__cuda_tensor_cores", "bsr_conv2d_wgrad__cuda_tensor_cores"
-_DGRAD_CONFIGS, _WGRAD_CONFIGS = frozenset({"variant", "slab", "stages"}), frozenset({"variant", "stages", "parts"})
-_INDICES = Derived()
+DOES_NOT_TAKE = "the tensor-core kernel does not take this"
+_WGRAD_CONFIGS = frozenset({"variant", "stages", "parts"})
 
 
 def shape_reason(problem: Problem) -> str | None:
@@ -38,7 +34,21 @@ def _block_reason(block_shape: Sequence[int]) -> str | None:
     return None
 
 
-def _check(
+def weight_reason(grad: Tensor, values: Tensor, weight_shape: Sequence[int], block_shape: Sequence[int]) -> str | None:
+    """None when both gradient kernels take a weight, else why not."""
+    c_out, c_in, r, s = weight_shape
+    if grad.dtype == torch.float32:
+        return "float32"
+    if _block_reason(block_shape) is not None:
+        return _block_reason(block_shape)
+    if c_in % 8 != 0 or c_out % 8 != 0:
+        return f"channels are copied eight at a time, not {c_in} to {c_out}"
+    if r * s >= 2**15 or max(c_in, c_out) >= 2**20 or values.numel() > INT32_MAX:
+        return "too many taps, channels or weights"
+    return None
+
+
+def check(
     op: str,
     grad: Tensor,
     values: Tensor,
@@ -53,19 +63,9 @@ def _check(
 ) -> None:
     """What both launchers ask for beside the devices and dtypes, which `cuda._module` has checked."""
     check_geometry(op, stride, padding, dilation)
-    c_out, c_in, r, s = weight_shape
+    refuse(op, weight_reason(grad, values, weight_shape, block_shape))
+    c_out, _, r, s = weight_shape
     block_out, block_in = block_shape
-    reason = None
-    if grad.dtype == torch.float32:
-        reason = "float32"
-    elif _block_reason(block_shape) is not None:
-        reason = _block_reason(block_shape)
-    elif c_in % 8 != 0 or c_out % 8 != 0:
-        reason = f"channels are copied eight at a time, not {c_in} to {c_out}"
-    elif r * s >= 2**15 or max(c_in, c_out) >= 2**20 or values.numel() > INT32_MAX:
-        reason = "too many taps, channels or weights"
-    if reason is not None:
-        raise ValueError(f"{op}: the tensor-core kernel does not take this: {reason}")
     rows = -(-c_out // block_out)
     if crow_indices.numel() != rows + 1 or values.dim() != 3 or tuple(values.shape[1:]) != (block_out, block_in):
         raise ValueError(
@@ -79,132 +79,14 @@ def _check(
         raise ValueError(f"{op}: expected grad of shape (N, {c_out}, {p}, {q}), got {tuple(grad.shape)}")
 
 
-# The input gradient
+def refuse(op: str, reason: str | None) -> None:
+    """Raises ValueError with a reason why the kernel does not take what it was given; None is no reason."""
+    if reason is not None:
+        raise ValueError(f"{op}: {DOES_NOT_TAKE}: {reason}")
 
 
-def dgrad_obstacle(stride: Sequence[int]) -> str | None:
-    """None when the input gradient's kernel takes convolutions of this stride, else why not."""
-    if max(stride) == 1:
-        return None
-    return f"the input gradient of stride {tuple(stride)} is no convolution of stride 1"
-
-
-def _transposed_index(
-    op: str,
-    crow: Tensor,
-    col: Tensor,
-    transposed: Tensor | None,
-    weight_shape: Sequence[int],
-    block_shape: Sequence[int],
-    variant: int | None,
-    limits: tensor_cores.Limits,
-) -> TensorCorePack:
-    """The pack of the transposed, flipped pattern, whose ``weights`` are int32 places in ``values``.
-
-    Kept with the pattern: a training step meets it with other values. Made anew, it waits for the device.
-    """
-    c_out, c_in, r, s = weight_shape
-    shape, block = (c_in, c_out, r, s), (block_shape[1], block_shape[0])
-    capacity = col.numel()
-
-    def compute() -> TensorCorePack:
-        if crow.is_cuda and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(f"{op}: {tensor_cores.BEFORE_A_CAPTURE}")
-        index = transposed
-        if index is None:
-            index = transpose_index(crow, col, weight_shape, block_shape)
-        order, crow_t, col_t = flipped_pattern(index, capacity, weight_shape, block_shape)
-        chosen = variant
-        if chosen is None:
-            found = resident_plan.candidates(block[0], c_in, limits.wgmma)
-
-            def most_steps(column: int) -> Tensor:
-                return resident_plan.pack_index(crow_t, col_t, shape, block, column).most_steps
-
-            chosen = resident_plan.choose_variant(found, most_steps, limits.shared_memory)
-        places = torch.arange(capacity * block[0] * block[1], dtype=torch.int32, device=col.device)
-        blocks = places.view(capacity, *block_shape)[order.long()].transpose(1, 2)
-        return resident_plan.pack(blocks, crow_t, col_t, shape, block, VARIANTS[chosen])
-
-    key = (tuple(weight_shape), tuple(block_shape), variant, limits)
-    return _INDICES.of(key, (crow, col), compute)
-
-
-def launch_dgrad(
-    grad: Tensor,
-    values: Tensor,
-    crow_indices: Tensor,
-    col_indices: Tensor,
-    transposed: Tensor | None,
-    image: Sequence[int],
-    weight_shape: Sequence[int],
-    block_shape: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    config: Mapping[str, int] | None = None,
-) -> Tensor:
-    """dx of `bsr_conv2d` of stride 1 before its epilogue, on tensor cores with sums in float32.
-
-    Args:
-        grad: ``(N, C_out, P, Q)``, float16 or bfloat16 on the GPU, read as channels_last (converted when it is not).
-        values: the stored blocks of the BSR weight, each a multiple of 16 x 16.
-        crow_indices: its row pointers.
-        col_indices: its block columns. What follows from the indices is kept with them; a captured CUDA graph keeps the
-            pattern of its capture.
-        transposed: `transposed.transpose_index` of the pattern; None builds it where it is needed.
-        image: ``(H, W)`` of the input.
-        config: ``variant`` of `resident_plan.VARIANTS`, ``slab`` and ``stages`` of the ring.
-
-    Returns:
-        ``(N, C_in, H, W)``, channels_last, on torch's current stream.
-
-    Raises:
-        ValueError, TypeError: a shape, stride, device or dtype does not fit, or a thread block's weights do not fit
-            shared memory.
-        RuntimeError: the kernel cannot run here, CUDA reports an error, or a CUDA graph is being captured and the
-            pattern was not met before.
-    """
-    op, config = "bsr_conv2d_dgrad", config or {}
-    module = cuda._module(op, grad, values=values, crow_indices=crow_indices, col_indices=col_indices)
-    geometry = (weight_shape, block_shape, stride, padding, dilation)
-    _check(op, grad, values, crow_indices, col_indices, image, *geometry)
-    obstacle = dgrad_obstacle(stride)
-    if obstacle is not None:
-        raise ValueError(f"{op}: the tensor-core kernel does not take this: {obstacle}")
-    _check_config(op, config, _DGRAD_CONFIGS)
-    c_in, r, s = weight_shape[1:]
-    shape = (grad.shape[0], c_in, *image)
-    dx = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)
-    if dx.numel() == 0:
-        return dx
-    limits = tensor_cores._limits(grad)
-    variant = config.get("variant")
-    block = (block_shape[1], block_shape[0])
-    if variant is not None:
-        tensor_cores._check_variant(op, variant, VARIANTS, limits, block, 0)
-    crow, col = crow_indices.contiguous(), col_indices.contiguous()
-    index = _transposed_index(op, crow, col, transposed, weight_shape, block_shape, variant, limits)
-    weights = values.new_zeros(index.weights.shape)
-    torch.index_select(values.detach().reshape(-1), 0, index.weights[:-1].view(-1), out=weights[:-1].view(-1))
-    pack = index._replace(weights=weights)
-    if variant is None:
-        found = resident_plan.candidates(block[0], c_in, limits.wgmma)
-        column = weights.shape[1] // STEP_CHANNELS
-        fitting = tuple(v for v in found if VARIANTS[v].column == column)
-        variant = resident_plan.choose_variant(fitting, lambda column: pack.most_steps, limits.shared_memory)
-    # More padding than the taps reach: the outermost outputs read no pixel.
-    margin = [(taps - 1) * d - pad for taps, d, pad in zip((r, s), dilation, padding, strict=True)]
-    down, right = (max(0, -m) for m in margin)
-    if down or right:
-        grad = grad[:, :, down : grad.shape[2] - down, right : grad.shape[3] - right]
-    grad = grad.contiguous(memory_format=torch.channels_last)
-    pad = [max(0, m) for m in margin]
-    tensor_cores.run(op, module, grad, dx, None, pack, variant, (r, s), (1, 1), pad, dilation, "none", config)
-    return dx
-
-
-def _check_config(op: str, config: Mapping[str, int], known: frozenset[str]) -> None:
+def check_config(op: str, config: Mapping[str, int], known: frozenset[str]) -> None:
+    """Raises ValueError where a launch configuration has a name that is not known."""
     if set(config) - known:
         raise ValueError(f"{op}: expected config of {', '.join(sorted(known))}, got {dict(config)}")
 
@@ -274,6 +156,52 @@ def gradient_plan(
     )
 
 
+def _size_reason(
+    grad: Tensor,
+    x: Tensor,
+    plan: GradientPlan,
+    values: Tensor,
+    weight_shape: Sequence[int],
+    block_shape: Sequence[int],
+    dilation: Sequence[int],
+) -> str | None:
+    """None where no number of the kernel wraps (csrc/bindings/cuda.h looks again), else what is too large."""
+    _, c_in, r, s = weight_shape
+    n, _, p, q = grad.shape
+    if ((r - 1) * dilation[0] * x.shape[3] + (s - 1) * dilation[1] + 1) * (c_in + block_shape[1]) > INT32_MAX:
+        return f"taps reach 2**31 elements or more with dilation {tuple(dilation)}"
+    if max(grad[0].numel(), x[0].numel()) > INT32_MAX:
+        return "an image has 2**31 elements or more"
+    if plan.part_pixels > INT32_MAX:
+        return f"each of {plan.parts} parts has 2**31 pixels or more, of {n * p * q} in all"
+    if plan.chunks * plan.parts > INT32_MAX:
+        return "there are 2**31 thread blocks or more"
+    return None
+
+
+def wgrad_obstacle(
+    grad: Tensor,
+    x: Tensor,
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    weight_shape: Sequence[int],
+    block_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> str | None:
+    """None when `launch_wgrad` takes these arguments, whose shapes fit together, else why not; reads no tensor."""
+    reason = weight_reason(grad, values, weight_shape, block_shape)
+    if reason is not None or grad.numel() == 0 or values.numel() == 0:
+        return reason
+    pixels, limits = grad.shape[0] * grad.shape[2] * grad.shape[3], tensor_cores._limits(grad)
+    plan = gradient_plan(pixels, values.shape[0], weight_shape[0], block_shape, limits, {})
+    if GRADIENT_VARIANTS[plan.variant].shared_bytes(plan.stages) > limits.shared_memory:
+        return f"two stages do not fit {limits.shared_memory} bytes of shared memory"
+    return _size_reason(grad, x, plan, values, weight_shape, block_shape, dilation)
+
+
 def launch_wgrad(
     grad: Tensor,
     x: Tensor,
@@ -311,21 +239,16 @@ def launch_wgrad(
         raise ValueError(f"{op}: expected x of shape ({grad.shape[0]}, {c_in}, H, W), got {tuple(x.shape)}")
     n, _, h, w = x.shape
     geometry = (weight_shape, block_shape, stride, padding, dilation)
-    _check(op, grad, values, crow_indices, col_indices, (h, w), *geometry)
-    _check_config(op, config, _WGRAD_CONFIGS)
+    check(op, grad, values, crow_indices, col_indices, (h, w), *geometry)
+    check_config(op, config, _WGRAD_CONFIGS)
     limits = tensor_cores._limits(grad)
     if "variant" in config:
         _check_gradient_variant(op, config["variant"], block_shape[0])
     if grad.numel() == 0 or values.numel() == 0 or x.numel() == 0:
         return torch.zeros_like(values, memory_format=torch.contiguous_format)
     p, q = grad.shape[2:]
-    if ((r - 1) * dilation[0] * w + (s - 1) * dilation[1] + 1) * (c_in + block_shape[1]) > INT32_MAX:
-        raise ValueError(f"{op}: expected taps that reach fewer than 2**31 elements, got dilation {tuple(dilation)}")
     plan = gradient_plan(n * p * q, values.shape[0], c_out, block_shape, limits, config)
-    if plan.part_pixels > INT32_MAX:
-        raise ValueError(
-            f"{op}: expected fewer than 2**31 pixels in each of {plan.parts} parts, got {n * p * q} in all"
-        )
+    refuse(op, _size_reason(grad, x, plan, values, weight_shape, block_shape, dilation))
     size = GRADIENT_VARIANTS[plan.variant].shared_bytes(plan.stages)
     if size > limits.shared_memory:
         raise ValueError(f"{op}: expected stages that fit {limits.shared_memory} bytes of shared memory, got {size}")

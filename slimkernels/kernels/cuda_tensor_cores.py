@@ -16,8 +16,8 @@ from torch import Tensor
 
 from slimkernels.kernels import cuda, resident_plan
 from slimkernels.kernels.packs import StemPack, TensorCorePack, kind_of
-from slimkernels.kernels.problems import ConvProblem, Pair, Problem, check_geometry, conv_output_image
-from slimkernels.kernels.resident_plan import STEM_VARIANTS, STEP_CHANNELS, VARIANTS, Index, Shape
+from slimkernels.kernels.problems import ConvProblem, Pair, Problem, check_geometry
+from slimkernels.kernels.resident_plan import STEM_VARIANTS, STEP_CHANNELS, VARIANTS, Convolution, Index, Plan, Shape
 from slimkernels.tensors import Checked
 
 NAME = "bsr_conv2d__cuda_tensor_cores"
@@ -239,62 +239,52 @@ def launch_bsr_conv2d(
         variant = chosen_variant(values, crow, col, weight_shape, block_shape, packed)
     _check_variant(op, variant, VARIANTS, _limits(x), block_shape, config.get("overlap", 0))
     weight = _packed_or_new(op, packed, values, crow, col, weight_shape, block_shape, variant)
-    run(op, module, x, y, bias, weight, variant, (r, s), stride, padding, dilation, epilogue, config)
+    conv = Convolution(n, c_in, h, w, c_out, (r, s), _pair(stride), _pair(padding), _pair(dilation), (p, q))
+    plan = fitting_plan(conv, variant, weight.most_steps, _limits(x), config)
+    if plan is None:
+        raise ValueError(
+            f"{op}: expected block rows whose weights fit {_limits(x).shared_memory} bytes of shared memory, "
+            f"got one of {int(weight.most_steps[0])} steps of {VARIANTS[variant].column} x {STEP_CHANNELS} weights"
+        )
+    run(op, module, conv, plan, x, y, bias, weight, epilogue, config.get("overlap", 0))
     return y
+
+
+def fitting_plan(
+    conv: Convolution, variant: int, most_steps: Tensor, limits: Limits, config: Mapping[str, int]
+) -> Plan | None:
+    """`resident_plan.fitting_plan` for a device; ``most_steps`` as `packs.TensorCorePack` has it."""
+    most = tuple(most_steps.tolist())
+    items = tuple((name, config[name]) for name in ("slab", "stages") if name in config)
+    return resident_plan.fitting_plan(variant, conv, most, limits.shared_memory, limits.processors, items)
 
 
 def run(
     op: str,
     module: Any,
+    conv: Convolution,
+    plan: Plan,
     x: Tensor,
     y: Tensor,
     bias: Tensor | None,
     weight: TensorCorePack,
-    variant: int,
-    taps: Pair,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    epilogue: str,
-    config: Mapping[str, int],
+    epilogue: str = "none",
+    overlap: int = 0,
 ) -> None:
-    """Fills y by the convolution of x, both channels_last and checked, with a pack for the compiled shape ``variant``.
+    """Fills y by the convolution of x, both checked, with a pack for the compiled shape of the plan.
+
+    Args: x channels_last; y has its channels side by side, images, rows and columns anywhere.
 
     Raises:
-        ValueError: a thread block's weights and two slabs of x do not fit shared memory.
         RuntimeError: CUDA reports an error.
     """
-    limits = _limits(x)
-    (n, c_in, h, w), c_out = x.shape, y.shape[1]
-    p, q = conv_output_image((h, w), taps, stride, padding, dilation)
-    columns = min(VARIANTS[variant].columns, weight.most_steps.numel())
-    steps = int(weight.most_steps[columns - 1])
-    plan = resident_plan.plan(
-        variant,
-        n,
-        c_in,
-        h,
-        w,
-        c_out,
-        taps,
-        _pair(stride),
-        _pair(padding),
-        _pair(dilation),
-        steps,
-        limits.shared_memory,
-        limits.processors,
-        config,
-    )
-    if plan is None:
-        raise ValueError(
-            f"{op}: expected block rows whose weights fit {limits.shared_memory} bytes of shared memory, "
-            f"got one of {steps} steps of {VARIANTS[variant].column} x {STEP_CHANNELS} weights"
-        )
+    steps_of_y = [step if size > 1 else 0 for size, step in zip(y.shape, y.stride(), strict=True)]
     status = module.cuda_resident_conv2d(
         x.data_ptr(), y.data_ptr(), cuda._pointer(bias), weight.weights.data_ptr(), weight.group_start.data_ptr(),
-        weight.taps.data_ptr(), n, h, w, c_in, c_out, p, q, *taps, *stride, *padding, *dilation,
-        int(epilogue != "none"), int(epilogue == "relu_maxpool2"), *plan.tile, plan.slab, plan.stages, steps, variant,
-        plan.blocks, config.get("overlap", 0), cuda._DTYPES[x.dtype], *cuda._target(x),
+        weight.taps.data_ptr(), conv.n, conv.h, conv.w, conv.c_in, conv.c_out, *conv.out, *conv.taps, *conv.stride,
+        *conv.padding, *conv.dilation, int(epilogue != "none"), int(epilogue == "relu_maxpool2"), *plan.tile,
+        steps_of_y[0], *steps_of_y[2:], plan.slab, plan.stages, plan.steps, plan.columns, plan.variant, plan.blocks,
+        overlap, cuda._DTYPES[x.dtype], *cuda._target(x),
     )  # fmt: skip
     cuda._check(op, module, status)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from slimkernels.kernels.packs import TensorCorePack
-from slimkernels.kernels.problems import Pair, conv_output_image
+from slimkernels.kernels.problems import INT32_MAX, Pair, conv_output_image
 
 STEP_CHANNELS = 16  # input channels of one step: the depth of a tensor-core instruction
 
@@ -84,6 +84,28 @@ class Plan(NamedTuple):
     stages: int
     blocks: int
     shared_bytes: int
+    columns: int
+    steps: int
+
+
+class Convolution(NamedTuple):
+    """What the kernel is asked for.
+
+    Attributes:
+        taps: (R, S).
+        out: (P, Q). Those of an input gradient are not what the other numbers give: beyond the image it reads zeros.
+    """
+
+    n: int
+    c_in: int
+    h: int
+    w: int
+    c_out: int
+    taps: Pair
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+    out: Pair
 
 
 def candidates(block_out: int, c_out: int, wgmma: bool) -> tuple[int, ...]:
@@ -146,24 +168,72 @@ def plan(
     limit: int,
     processors: int,
     config: Mapping[str, int],
+    out: Pair | None = None,
+    columns: int | None = None,
 ) -> Plan | None:
     """The plan of a convolution, or None where a thread block's weights and two slabs do not fit shared memory.
 
     Args: steps the most that a thread block has; limit bytes of shared memory it may use; config ``slab`` and
-    ``stages`` to take instead of the largest that fit.
+    ``stages`` to take instead of the largest that fit; out (P, Q) where it is not what the other numbers give; columns
+    of a thread block, all of the shape's by default.
     """
     shape = VARIANTS[variant]
-    p, q = conv_output_image((h, w), taps, stride, padding, dilation)
-    rows = -(-c_out // (shape.column * shape.columns))
+    p, q = out or conv_output_image((h, w), taps, stride, padding, dilation)
+    columns = columns or shape.columns
+    rows = -(-c_out // (shape.column * columns))
     pixels = shape.pixels
     while pixels >= 4:  # where strides and dilations make patches large, a part of the shape's pixels
-        tile = choose_tile(pixels, h, w, taps, stride, padding, dilation)
+        tile = choose_tile(pixels, h, w, taps, stride, padding, dilation, out)
         for slab, stages in _rings(c_in, config):
             size = shared_bytes(shape, tile, slab, stages, c_in, steps)
             if size <= limit and tile.patch < MAX_PLACES:
                 blocks = rows * max(1, min(tile.tiles(n, p, q), processors // rows))
-                return Plan(variant, tile, slab, stages, blocks, size)
+                return Plan(variant, tile, slab, stages, blocks, size, columns, steps)
         pixels //= 2
+    return None
+
+
+@lru_cache(maxsize=1024)
+def fitting_plan(
+    variant: int,
+    conv: Convolution,
+    most_steps: tuple[int, ...],
+    limit: int,
+    processors: int,
+    config: tuple[tuple[str, int], ...] = (),
+) -> Plan | None:
+    """The plan with all of a shape's columns in a thread block, or where their weights do not fit with half of them,
+    a quarter, and so on; None where not even one column fits.
+
+    Warps of columns that a thread block does not have wait for the others: with one column of the shapes of 16
+    channels half of the warps work, each on 8 products for the 35 clocks that its step's loads take, 22% of the tensor
+    cores' peak.
+
+    Args: most_steps: ``Index.most_steps``; config: items of what `plan` takes.
+    """
+    columns = VARIANTS[variant].columns
+    while columns:
+        steps = most_steps[min(columns, len(most_steps)) - 1]
+        sizes, out = conv[:-1], conv.out
+        found = plan(variant, *sizes, steps, limit, processors, dict(config), out, columns)
+        if found is not None:
+            return found
+        columns //= 2
+    return None
+
+
+def in_range(conv: Convolution, plan: Plan, image_of_y: int) -> str | None:
+    """None where no number of the kernel wraps (csrc/bindings/cuda.h looks again), else what is too large.
+
+    Args: image_of_y: elements from an image of y to the next.
+    """
+    images, (p, q) = plan.tile.images, conv.out
+    if max(*conv.taps, *conv.stride, *conv.padding, *conv.dilation) > MAX_PLACES:
+        return "taps, strides, padding or dilation above 65535"
+    if images * conv.h * conv.w * 2 * conv.c_in > INT32_MAX or images * max(image_of_y, p * q * conv.c_out) > INT32_MAX:
+        return "images of 2**31 bytes of input or elements of output"
+    if images * plan.tile.load_rows * plan.tile.load_cols > MAX_PLACES or plan.tile.tiles(conv.n, p, q) > INT32_MAX:
+        return "too many pixels"
     return None
 
 
@@ -198,9 +268,15 @@ def _with_patch(
     """The tile of these output pixels, whose patch shares borders where the tile spans whole images."""
     high = (rows - 1) * stride[0] + (taps[0] - 1) * dilation[0] + 1
     wide = (cols - 1) * stride[1] + (taps[1] - 1) * dilation[1] + 1
-    # The right border of a whole row is the left border of the next, the lower one of an image the next one's upper.
-    left, load_cols, patch_row = (padding[1], w, padding[1] + w) if cols >= q else (0, wide, wide)
-    top, load_rows, tall = (padding[0], h, padding[0] + h) if rows >= p else (0, high, high)
+    # The right border of a whole row is the left border of the next, the lower one of an image the next one's upper:
+    # of the two the larger. In an input gradient it may be the right or the lower one.
+    right, lower = (
+        (size - 1) * step + (count - 1) * apart + 1 - pad - inner
+        for size, step, count, apart, pad, inner in zip((q, p), stride[::-1], taps[::-1], dilation[::-1],
+                                                        padding[::-1], (w, h), strict=True)
+    )  # fmt: skip
+    left, load_cols, patch_row = (padding[1], w, max(padding[1], right) + w) if cols >= q else (0, wide, wide)
+    top, load_rows, tall = (padding[0], h, max(padding[0], lower) + h) if rows >= p else (0, high, high)
     patch_image = tall * patch_row
     if images > 1:
         windows = [(y * stride[0] * patch_row, x * stride[1]) for y in range(0, rows, 2) for x in range(0, cols, 2)]
@@ -230,12 +306,14 @@ def _conflicts(patch_image: int, images: int, windows: Sequence[tuple[int, int]]
 
 
 @lru_cache(maxsize=1024)
-def choose_tile(pixels: int, h: int, w: int, taps: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Tile:
+def choose_tile(
+    pixels: int, h: int, w: int, taps: Pair, stride: Pair, padding: Pair, dilation: Pair, out: Pair | None = None
+) -> Tile:
     """The tile of at most ``pixels`` output pixels, even in both directions, that wastes and reads the least.
 
-    Args: pixels of the compiled shape; h, w of an input image; taps (R, S).
+    Args: pixels of the compiled shape; h, w of an input image; taps (R, S); out (P, Q) where it is not what these give.
     """
-    p, q = conv_output_image((h, w), taps, stride, padding, dilation)
+    p, q = out or conv_output_image((h, w), taps, stride, padding, dilation)
     best: tuple[tuple[float, int], Tile] | None = None
     for cols in range(2, min(_even(q), pixels // 2) + 1, 2):
         for rows in range(2, min(_even(p), pixels // cols) + 1, 2):
@@ -372,5 +450,5 @@ def plan_stem(variant: int, n: int, h: int, w: int, steps: int, limit: int, proc
         size = stem_shared_bytes(shape, tile, steps)
         if size <= limit and (tile.load_rows + 2) * w * 3 // 2 <= STEM_WORDS:
             blocks = min(tile.tiles(n, h, w), processors)
-            return Plan(variant, tile, 64, 1, blocks, size)
+            return Plan(variant, tile, 64, 1, blocks, size, 1, steps)
     return None

@@ -14,10 +14,13 @@ Layout, one int32 tensor (`pack_size`): ``crow_t (groups * classes + 1)``, where
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import gcd
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from slimkernels.kernels.problems import Pair
 from slimkernels.tensors import Checked
 
 
@@ -102,20 +105,89 @@ def check_transposed(
     _CHECKED.remember(key, transposed, crow_indices, col_indices)
 
 
-def flipped_pattern(
-    transposed: Tensor, capacity: int, weight_shape: Sequence[int], block_shape: Sequence[int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The pattern of the weight ``(C_in, C_out, R, S)``, transposed and flipped: the input gradient's at stride 1.
+class PixelClass(NamedTuple):
+    """Input pixels of one residue class, whose gradient is a convolution of stride 1 of the output's gradient.
 
-    Args: transposed the transposed index of a pattern at stride 1; capacity of its values.
+    Every second row, say, of the input at a stride of 2 meets every second row of taps. Those taps, flipped, are the
+    convolution's; its output is the class's pixels as an image of their own.
+
+    Attributes:
+        number: of the class, as the transposed index counts them.
+        first: row and column of its first pixel; the next is the forward stride away.
+        pixels: rows and columns of pixels, 0 where the image has none.
+        taps: (R, S) of the convolution, 0 where no tap meets the pixels: their gradient is zero.
+        last_tap: row and column of the last forward tap, which is the convolution's first.
+        tap_step: forward taps from one to the next.
+        padding: above and to the left of the output's gradient; negative where pixels there are not read.
+        dilation: of the convolution.
+    """
+
+    number: int
+    first: Pair
+    pixels: Pair
+    taps: Pair
+    last_tap: Pair
+    tap_step: Pair
+    padding: Pair
+    dilation: Pair
+
+
+def _along_an_axis(kind: int, size: int, taps: int, stride: int, padding: int, dilation: int) -> tuple[int, ...]:
+    """The parts of a `PixelClass` behind its number, along one axis.
+
+    Pixel ``first + m * stride`` meets tap t in output ``m + (first + padding) // stride - t * dilation // stride``.
+    """
+    first = (kind - padding) % stride
+    mine = [tap for tap in range(taps) if tap * dilation % stride == kind]
+    last, common = mine[-1] if mine else 0, gcd(stride, dilation)
+    before = last * dilation // stride - (first + padding) // stride
+    return first, max(0, -(-(size - first) // stride)), len(mine), last, stride // common, before, dilation // common
+
+
+def pixel_classes(
+    image: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> list[PixelClass]:
+    """All classes of an image of (H, W), in the order of the transposed index."""
+    found: list[PixelClass] = []
+    for kind_h in range(stride[0]):
+        down = _along_an_axis(kind_h, image[0], kernel_size[0], stride[0], padding[0], dilation[0])
+        for kind_w in range(stride[1]):
+            right = _along_an_axis(kind_w, image[1], kernel_size[1], stride[1], padding[1], dilation[1])
+            found.append(PixelClass(len(found), *zip(down, right, strict=True)))
+    return found
+
+
+def class_pattern(
+    transposed: Tensor,
+    capacity: int,
+    weight_shape: Sequence[int],
+    block_shape: Sequence[int],
+    stride: Sequence[int],
+    of: PixelClass,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The pattern of a class's convolution, whose weight is ``(C_in, C_out, *of.taps)``. Waits for the device.
+
+    Args: transposed the transposed index of a pattern; capacity of its values.
 
     Returns:
         The stored block that each of its blocks is, its row pointers and its block columns, all int32. A row's columns
-        are sorted by the tap of the forward weight, which falls.
+        are sorted by the forward tap, which falls.
     """
-    rows, _, taps, _ = _sizes(weight_shape, block_shape, (1, 1))
-    crow, block, entry = split_index(transposed, capacity, weight_shape, block_shape, (1, 1))
-    return block, crow, (taps - 1 - entry // rows) * rows + entry % rows
+    rows, groups, _, classes = _sizes(weight_shape, block_shape, stride)
+    crow, block, entry = split_index(transposed, capacity, weight_shape, block_shape, stride)
+    starts = crow[:-1].view(groups, classes)[:, of.number].long()
+    counts = crow.long().diff().view(groups, classes)[:, of.number]
+    ends = counts.cumsum(0)
+    at = torch.repeat_interleave(starts - ends + counts, counts)
+    at = at + torch.arange(at.numel(), device=at.device)
+    tap, row = entry[at] // rows, entry[at] % rows
+    down = (of.last_tap[0] - tap // weight_shape[3]) // of.tap_step[0]
+    right = (of.last_tap[1] - tap % weight_shape[3]) // of.tap_step[1]
+    return block[at], torch.cat([ends.new_zeros(1), ends]).int(), ((down * of.taps[1] + right) * rows + row).int()
 
 
 def split_index(

@@ -191,7 +191,7 @@ def _bsr_conv2d_backward(call: BSRConv2dBackwardCall) -> tuple[Tensor, Tensor, T
 
     def launch(op: str, *args: Any) -> Tensor:
         request = Request(op, x.dtype, x.device.type, block, "none")
-        return resolve_gradient(call.kernel, request, call.stride).launch(*args)
+        return resolve_gradient(call.kernel, request, call.stride, args).launch(*args)
 
     grad = grad.contiguous(memory_format=_CHANNELS_LAST)
     if epilogue == "relu":

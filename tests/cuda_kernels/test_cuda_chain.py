@@ -21,6 +21,7 @@ from cuda_emulation import ROOT, Emulator, compiled, emulate
 from tensor_core_device import MODES, Place, fails, skip_without_hopper, stand_in
 from torch import Tensor, nn
 
+from slimkernels import _extension
 from slimkernels.cases import ConvCase, to_device
 from slimkernels.inference.cuda_chain import chain_of
 from slimkernels.kernels import chain_plan, cuda, cuda_chain
@@ -30,6 +31,7 @@ from slimkernels.nn import BlockSparseConv2d
 from slimkernels.testing import assert_close, drop_term, naive_bsr_conv2d, wrong_block
 
 BF16, FP16 = torch.bfloat16, torch.float16
+cuda_chain_groups = cuda_chain._groups_at_once
 
 
 class Device(Place):
@@ -165,6 +167,50 @@ def test_the_plan_is_what_runs(device: Device, monkeypatch: pytest.MonkeyPatch):
         assert cuda_chain.plan_for(x, layers).barrier == COUNTER
         device.launch(x, layers)
         assert device.emulator.library.get_launch_cluster() == 0
+
+
+# What a device without clusters of 16 may answer: cudaErrorInvalidValue, InvalidConfiguration, LaunchOutOfResources,
+# NotSupported, InvalidClusterSize and InvalidResourceConfiguration.
+REFUSED = (1, 9, 701, 801, 912, 915)
+
+
+@pytest.fixture
+def refusing(device: Device, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, int], None]]:
+    """Makes the emulated device refuse clusters of more than 8: errors where that is allowed, and where it counts."""
+    if device.emulator is None:
+        pytest.skip("a GPU has the clusters that it has")
+    monkeypatch.setattr(_extension, "load", lambda: (device.emulator, None))
+    monkeypatch.setattr(cuda_chain, "_groups_at_once", cuda_chain_groups)
+    cuda_chain_groups.cache_clear()
+    yield device.emulator.library.refuse_large_clusters
+    device.emulator.library.refuse_large_clusters(0, 0)
+    device.emulator.library.take_last_error()
+    cuda_chain_groups.cache_clear()
+
+
+@pytest.mark.parametrize("error", REFUSED)
+@pytest.mark.parametrize("where", ["allowed", "counted"])
+def test_a_device_without_clusters_of_16_runs_8(
+    error: int, where: str, device: Device, refusing: Callable[[int, int], None]
+):
+    cases, _ = CHAINS["whole_network"]
+    layers, x = [device.pack(case) for case in cases], cases[0].inputs()[0]
+    assert cuda_chain.plan_for(x, layers).group == 16
+    cuda_chain_groups.cache_clear()
+    refusing(*((error, 0) if where == "allowed" else (0, error)))
+    assert cuda_chain.plan_for(x, layers).group == 8
+    assert device.emulator is not None and device.emulator.library.take_last_error() == 0
+    with pytest.raises(ValueError, match=r"^chain_conv2d: 1 images need more thread blocks of \[16\] at the same time"):
+        cuda_chain.plan_for(x, layers, {"group": 16})
+    device.check(cases)
+
+
+@pytest.mark.parametrize("errors", [(700, 0), (0, 700)])
+def test_another_error_is_no_answer(errors: tuple[int, int], device: Device, refusing: Callable[[int, int], None]):
+    refusing(*errors)
+    cases, _ = CHAINS["whole_network"]
+    with pytest.raises(RuntimeError, match=r"^chain_conv2d: .* status 3: an illegal memory access was encountered"):
+        cuda_chain.plan_for(cases[0].inputs()[0], [device.pack(case) for case in cases])
 
 
 def test_nonfinite_inputs_reach_what_reads_them(device: Device):

@@ -16,10 +16,11 @@ from triton_backward_cases import GradientCase, build, compare, mutants, referen
 from slimkernels import _extension
 from slimkernels.dispatch import select
 from slimkernels.formats import BSRWeight
-from slimkernels.kernels import KERNELS, cuda, cuda_gradients, cuda_tensor_cores
+from slimkernels.kernels import KERNELS, cuda, cuda_gradients, cuda_input_gradient, cuda_tensor_cores, resident_plan
 from slimkernels.kernels.cuda_tensor_cores import Limits
 from slimkernels.kernels.problems import Request
 from slimkernels.kernels.transposed import transpose_index
+from slimkernels.tensors import Derived
 from slimkernels.testing import Comparison
 
 __all__ = ["device"]  # a fixture, which its users name
@@ -57,7 +58,7 @@ def dgrad(case: GradientCase, grad: Tensor, weight: BSRWeight, device: Device, *
         t.to(device.name) for t in (grad, weight.values, weight.crow_indices, weight.col_indices)
     )
     geometry = (weight.weight_shape, weight.block_shape, *case.geometry())
-    return cuda_gradients.launch_dgrad(grad, values, crow, col, None, case.image[1:], *geometry, config)
+    return cuda_input_gradient.launch_dgrad(grad, values, crow, col, None, case.image[1:], *geometry, config)
 
 
 def wgrad(case: GradientCase, grad: Tensor, x: Tensor, weight: BSRWeight, device: Device, **config: int) -> Tensor:
@@ -151,11 +152,11 @@ def test_what_follows_from_a_pattern_is_kept_and_renewed(device: Device, monkeyp
     grad, values = grad.to(device.name), weight.values.to(device.name)
     geometry = (weight.weight_shape, weight.block_shape, *case.geometry())
     made: list[Any] = []
-    pack = cuda_gradients.resident_plan.pack
-    monkeypatch.setattr(cuda_gradients.resident_plan, "pack", lambda *a: made.append(a) or pack(*a))
+    steps_of = resident_plan.steps_of
+    monkeypatch.setattr(resident_plan, "steps_of", lambda *a: made.append(a) or steps_of(*a))
 
     def run(values: Tensor, index: Tensor | None) -> Tensor:
-        return cuda_gradients.launch_dgrad(grad, values, crow, col, index, (4, 4), *geometry)
+        return cuda_input_gradient.launch_dgrad(grad, values, crow, col, index, (4, 4), *geometry)
 
     first = run(values, transpose_index(crow, col, weight.weight_shape, weight.block_shape))
     assert torch.equal(run(values * 2, None), first * 2) and len(made) == 1
@@ -174,13 +175,14 @@ def test_a_capture_asks_for_the_pattern_first(monkeypatch: pytest.MonkeyPatch):
         def numel(self) -> int:
             return 1
 
-    kept = cuda_gradients.Derived()
-    monkeypatch.setattr(cuda_gradients, "_INDICES", kept)
-    monkeypatch.setattr(type(kept), "of", lambda self, what, tensors, compute: compute())
-    with pytest.raises(RuntimeError, match=r"^bsr_conv2d_dgrad: the weight must be packed before a CUDA graph"):
-        cuda_gradients._transposed_index(
-            "bsr_conv2d_dgrad", OnGPU(), OnGPU(), None, (16, 16, 1, 1), (16, 16), None, Limits(True, HOPPER_SHARED, 2)
-        )  # type: ignore[arg-type]
+    monkeypatch.setattr(Derived, "of", lambda self, what, tensors, compute: compute())
+    asked = "bsr_conv2d_dgrad", OnGPU(), OnGPU()
+    for pattern in (
+        lambda: cuda_input_gradient._index(*asked, None, (16, 16, 1, 1), (16, 16), (2, 2), (1, 1), 16),
+        lambda: cuda_input_gradient._places(*asked, [OnGPU()] * 5, (16, 16), resident_plan.VARIANTS[5]),
+    ):
+        with pytest.raises(RuntimeError, match=r"^bsr_conv2d_dgrad: the weight must be packed before a CUDA graph"):
+            pattern()
 
 
 @pytest.mark.parametrize("which", ["dgrad", "wgrad"])
@@ -209,11 +211,7 @@ def test_refuses(which: str, device: Device):
         run(case, grad, weight, variant=9)
     with pytest.raises(ValueError, match=f"^bsr_conv2d_{which}: variant 0 takes blocks of a multiple of "):
         run(case, grad, weight, variant=0)
-    if which == "dgrad":
-        strided, _, _ = build(STRIDED["stride_2"], (16, 16), BF16)
-        with pytest.raises(ValueError, match=r"^bsr_conv2d_dgrad: .*stride \(2, 2\) is no convolution of stride 1"):
-            dgrad(STRIDED["stride_2"], strided, weight, device)
-    elif device.emulator is not None:
+    if which == "wgrad" and device.emulator is not None:
         with pytest.raises(
             ValueError, match=r"^bsr_conv2d_wgrad: expected stages that fit 232448 bytes .*, got 237056"
         ):
@@ -221,11 +219,12 @@ def test_refuses(which: str, device: Device):
 
 
 def test_the_layers_gradient_follows_its_forward(monkeypatch: pytest.MonkeyPatch):
-    """A layer on the tensor-core kernel has its gradients there, but for a stride, which `auto` has."""
+    """A layer on the tensor-core kernel has its gradients there."""
     available = {name: replace(spec, available=lambda: None) for name, spec in KERNELS.items() if "cuda" in name}
     monkeypatch.setattr(select, "KERNELS", {**KERNELS, **available})
     for op, stride, expected in (
         ("bsr_conv2d_dgrad", (1, 1), cuda_gradients.DGRAD),
+        ("bsr_conv2d_dgrad", (2, 1), cuda_gradients.DGRAD),
         ("bsr_conv2d_wgrad", (1, 1), cuda_gradients.WGRAD),
         ("bsr_conv2d_wgrad", (2, 2), cuda_gradients.WGRAD),
     ):
@@ -233,8 +232,6 @@ def test_the_layers_gradient_follows_its_forward(monkeypatch: pytest.MonkeyPatch
         assert select.resolve_gradient(cuda_tensor_cores.NAME, request, stride).name == expected
         assert KERNELS[expected].explicit_only
         assert select.resolve_gradient("bsr_conv2d__reference", request, stride).name == f"{op}__reference"
-    strided = Request("bsr_conv2d_dgrad", BF16, "cuda", (64, 16), "none")
-    assert select.resolve_gradient(cuda_tensor_cores.NAME, strided, (2, 1)).name != cuda_gradients.DGRAD
     narrow = Request("bsr_conv2d_wgrad", BF16, "cuda", (64, 8), "none")
     assert select.resolve_gradient(cuda_tensor_cores.NAME, narrow).name != cuda_gradients.WGRAD
 

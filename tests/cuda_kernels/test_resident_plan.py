@@ -165,7 +165,8 @@ def plan_members(name: str, **changes: int) -> list[int]:
     """Members of a struct for a tile of a 16 x 16 image, with changes."""
     values = members(name)
     values |= {"n": 1, "h": 16, "w": 16, "c_in": 64, "c_out": 64, "p": 16, "q": 16, "r": 3, "s": 3, "relu": 1,
-               "slab": 64, "stages": 2, "steps": 5, "variant": 0, "blocks": 1, "dtype": 2, **dict.fromkeys(
+               "slab": 64, "stages": 2, "steps": 5, "columns": 2, "variant": 0, "blocks": 1, "dtype": 2,
+               "y_image": 256 * 64, "y_row": 16 * 64, "y_pixel": 64, **dict.fromkeys(
                    ("stride_h", "stride_w", "pad_h", "pad_w", "dil_h", "dil_w"), 1)}  # fmt: skip
     tile = resident_plan.choose_tile(256, 16, 16, (3, 3), (1, 1), (1, 1), (1, 1))
     names = ("tile_images", "tile_rows", "tile_cols", *tile._fields[3:])
@@ -177,7 +178,7 @@ WRONG_PLANS = [
     ({"patch": 305}, "a tile reaches beyond its patch"),
     ({"load_rows": 18}, "a tile reaches beyond its patch"),
     ({"dil_h": 3, "pad_h": 3}, "a tile reaches beyond its patch"),
-    ({"p": 15}, "p or q is not the size of the output"),
+    ({"p": 0}, "p = 0 is out of range"),
     ({"tile_rows": 15}, "a tile's rows and columns are not even"),
     ({"tile_images": 60000}, "a tile reads too many pixels"),
     ({"h": 2**24, "p": 2**24}, "the images of a tile have 2"),
@@ -210,12 +211,19 @@ def test_the_bindings_refuse_what_one_of_them_cannot_do():
         ({"c_out": 192, "blocks": 1}, "there are fewer blocks than rows of channels"),
         ({"c_in": 60}, "c_in and c_out are not multiples of 8"),
         ({"stages": 1}, "stages = 1 is out of range"),
+        ({"columns": 0}, "columns = 0 is out of range"),
+        ({"columns": 3}, "columns = 3 is more than the variant has"),
+        ({"c_out": 128, "columns": 1}, "there are fewer blocks than rows of channels"),
+        ({"y_row": 1028}, "a step of y is not a multiple of 8"),
+        ({"y_row": 2**28}, "the images of a tile have 2"),
+        ({"n": 2, "tile_images": 2, "y_image": 2**30, "patch": 700}, "the images of a tile have 2"),
     ):
         with pytest.raises(ValueError, match=f"^cuda_resident_conv2d: {message}"):
             module.cuda_resident_conv2d(*plan_members("SlimCudaResidentConv2d", **changes))
     wide = {"w": 64, "q": 64, "tile_cols": 64, "patch_row": 65, "load_cols": 64, "patch": 65 * 18 + 2}
     for changes, message in (
         ({"load_left": 0}, "a tile is not made of whole rows"),
+        ({"p": 15}, "p or q is not the size of the output"),
         (wide, "the rows of a tile hold more than 1024 words"),
         ({"c_out": 72}, "c_out = 72 is out of range"),
     ):

@@ -108,6 +108,9 @@ ENTRIES = (
     "int get_launch_shared() { return emulated::launch_shared; }",
     "void set_mode(int mode, int shared_limit) { emulated::mode = mode; emulated::shared_limit = shared_limit; }",
     "unsigned get_launch_cluster() { return emulated::launch_cluster; }",
+    "void refuse_large_clusters(int when_allowed, int when_counted) {\n"
+    "  emulated::when_allowed = when_allowed, emulated::when_counted = when_counted;\n}",
+    "int take_last_error() { return cudaGetLastError(); }",
     "long get_conflicts() { return emulated::conflicts; }",
     "int get_current_device() { return emulated::current_device; }",
 )

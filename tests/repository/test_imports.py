@@ -61,7 +61,8 @@ PACKAGES = {
         "evaluation, config", "callbacks", "__init__",
     ),
     "inference": (
-        "__init__", "graphed_model, onnx_export", "cuda_chain, cuda_graph, cpu_replay, warming", "cpu_recording",
+        "__init__", "graphed_model, onnx_export", "one_launch", "cuda_chain, cuda_graph, cpu_replay, warming",
+        "cpu_recording",
         "chain_forms",
         "cpu_passes", "native_nodes", "native_layers, concurrency, sampled_graph", "inputs, batches",
     ),
@@ -70,9 +71,10 @@ PACKAGES = {
         "gpu_rates", "__init__",
     ),
     "kernels": (
-        "__init__", "cuda_chain, cuda_gradients", "peak, cudnn, cuda_low_rank", "cuda_tensor_cores",
+        "__init__", "cuda_chain, cuda_input_gradient", "cuda_gradients", "peak, cudnn, cuda_low_rank",
+        "cuda_tensor_cores",
         "cpu, cuda, triton", "reference, strips, chain_plan, low_rank_plan", "resident_plan",
-        "far_taps, image_parts", "packs, problems, strided_pointwise, transposed",
+        "far_taps, image_parts, transposed", "packs, problems, strided_pointwise",
     ),
     "kernels/cpu": (
         "chain", "gradients, layer, low_rank", "conv2d, weight_gradient", "steps", "library", "abi", "memory, pieces",
