@@ -13,6 +13,7 @@ from torch.utils import _pytree
 from slimkernels.inference.native_layers import native_layers, reads_images
 from slimkernels.inference.sampled_graph import SampledGraph
 from slimkernels.kernels.cpu.layer import NativeLayer
+from slimkernels.kernels.cpu.pooling import Pooling
 
 _ADD, _RELU = torch.ops.aten.add.Tensor, torch.ops.aten.relu.default
 
@@ -30,7 +31,7 @@ class NativeNode:
         absorbed: the nodes that need no call of their own: the op and the addition, where they are not the node itself.
     """
 
-    layers: tuple[NativeLayer, ...]
+    layers: tuple[NativeLayer | Pooling, ...]
     source: Node
     images: bool
     op: Node
