@@ -42,7 +42,7 @@ def images_or_rows(tensor: Tensor, images: bool) -> Tensor:
     return tensor if images else tensor.view(-1, tensor.shape[-1])
 
 
-def native_layers(target: Any, args: Sequence[Any]) -> list[NativeLayer] | list[Pooling]:
+def native_layers(target: Any, args: Sequence[Any]) -> Sequence[NativeLayer | Pooling]:
     """The native layers of an op call, in the order in which they run; none where it takes another kernel.
 
     Args:

@@ -72,7 +72,9 @@ def _takes_more(native: Mapping[Node, NativeNode], before: Node) -> bool:
 
 
 def _with_relu(node: Node, before: Node, found: NativeNode) -> NativeNode:
-    layers = (*found.layers[:-1], replace(found.layers[-1], epilogue="relu"))
+    *before_it, last = found.layers
+    assert isinstance(last, NativeLayer)  # behind a pooling nothing else fits
+    layers = (*before_it, replace(last, epilogue="relu"))
     return replace(found, layers=layers, absorbed=(*found.absorbed, before))
 
 

@@ -138,7 +138,7 @@ class PackedRun:
             return None
         form = forms(links, n, [size])[0]
         chain = Chain.of(links, n, [size], form)
-        if form in (Form.VECTORS, Form.PARTS, Form.IMAGE_PARTS) and not _fit(links, size, innermost=True):
+        if form in (Form.VECTORS, Form.PARTS) and not _fit(links, size, innermost=True):
             return None
         return _ShapedChain.of(chain, x, self._images)
 

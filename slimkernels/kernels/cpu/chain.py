@@ -40,7 +40,6 @@ class Form(Enum):
     Attributes:
         VECTORS: piece by piece with a vector of images innermost.
         PARTS: layer by layer with the parts of few images innermost, as many of them as fill one vector.
-        IMAGE_PARTS: image by image through all layers, with the parts of one image innermost.
         WHOLE: the whole batch layer by layer, channels last.
         IMAGES: image by image through all layers, channels last.
         MODULES: as the modules do: a native call for each layer, into new memory.
@@ -48,7 +47,6 @@ class Form(Enum):
 
     VECTORS = "vectors of images"
     PARTS = "parts of images"
-    IMAGE_PARTS = "image by image in parts"
     WHOLE = "whole batch"
     IMAGES = "image by image"
     MODULES = "module by module"
@@ -147,9 +145,6 @@ class Chain:
         layouts = [CHANNELS_LAST] * len(links)
         if form is Form.PARTS:
             cut, layouts = [Piece(0, n, LANES[isa], -1)], _layouts_of_parts(links, n, sizes)
-        elif form is Form.IMAGE_PARTS:
-            cut = [piece._replace(lanes=LANES[isa]) for piece in image_by_image(n, threads)]
-            layouts = _layouts_of_parts(links, 1, sizes)
         elif form is Form.IMAGES:
             cut = image_by_image(n, threads)
         elif form is Form.VECTORS:
@@ -341,13 +336,8 @@ def forms(links: Sequence[Link], n: int, inputs: Sequence[tuple[int, int, int]])
     """The forms that a chain may take for n images, the one first that is taken unless another is measured faster."""
     sizes = activation_sizes(links, inputs)
     if any(link.layer.conv.narrow for link in links):
-        few, one = (_takes_parts(links, _layouts_of_parts(links, count, sizes), len(inputs)) for count in (n, 1))
-        return [
-            *([Form.PARTS] if few else []),
-            Form.VECTORS,
-            *([Form.IMAGE_PARTS] if one and n > 1 else []),
-            Form.MODULES,
-        ]
+        few = _takes_parts(links, _layouts_of_parts(links, n, sizes), len(inputs))
+        return [*([Form.PARTS] if few else []), Form.VECTORS, Form.MODULES]
     if _is_faster_innermost(links, n, sizes):
         return [Form.VECTORS, Form.WHOLE, Form.MODULES]
     if n < max(2, torch.get_num_threads()):
