@@ -121,10 +121,9 @@ inline std::string layout_fault(const int64_t* numbers, const SlimConv2dF32& a) 
 // The same of a pooling step, which has neither weights nor parts.
 inline std::string pool_fault(const int64_t* numbers, const SlimConv2dF32& a) {
   const int c_out = kPointers + 4;  // not read, as strip and what follows it up to the lanes
-  for (const std::string& fault :
-       {range_fault<SlimConv2dF32>(numbers, kPointers, 4),
-        range_fault<SlimConv2dF32>(numbers, c_out + 1, kLanes - 4 - (c_out + 1)),
-        range_fault<SlimConv2dF32>(numbers, kLanes, 3)}) {
+  for (const std::string& fault : {range_fault<SlimConv2dF32>(numbers, kPointers, 4),
+                                   range_fault<SlimConv2dF32>(numbers, c_out + 1, kLanes - 4 - (c_out + 1)),
+                                   range_fault<SlimConv2dF32>(numbers, kLanes, 3)}) {
     if (!fault.empty()) return fault;
   }
   const int64_t lanes = a.lanes;

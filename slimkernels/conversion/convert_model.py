@@ -391,21 +391,22 @@ def _checked(
 
 
 def _all_swapped(found: Survey, decisions: Mapping[str, Decision]) -> dict[str, Decision] | None:
-    """The decisions with every layer swapped that stayed dense and has a native candidate; None where nothing changes.
+    """The decisions with every layer swapped that stayed dense and has a block-sparse candidate; None for no reason to.
 
     On a CPU native layers that follow each other run as one chain, in a layout in which thin layers are several times
     as fast and which one dense layer among them ends. A layer that is timed alone pays for two changes of layout.
+    SlimNets' NIN, 87.5% single zero weights, batch 128, on two Zen 3 cores, recorded: 1.1 times as fast as dense with two
+    of nine layers dense, over 3 times with none.
     """
-    if found.device != "cpu":
-        return None
     stayed = {
         name: d.other
         for name, d in decisions.items()
-        if d.option is d.stay and d.other is not None and d.other.format in ("bsr", "low_rank")
+        if d.option is d.stay and d.other is not None and d.other.pattern is not None
     }
-    if not stayed:
-        return None
-    return {name: replace(d, option=stayed.get(name, d.option)) for name, d in decisions.items()}
+    every = {name: replace(d, option=stayed.get(name, d.option)) for name, d in decisions.items()}
+    patterns = [d.option.pattern for d in every.values() if d.option is not d.stay]
+    sparse = any(pattern is not None and pattern.nnz_blocks < pattern.blocks for pattern in patterns)
+    return every if found.device == "cpu" and stayed and len(patterns) > 1 and sparse else None
 
 
 def _with_gain(

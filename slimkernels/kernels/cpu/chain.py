@@ -376,7 +376,7 @@ def _layout_of(activation: int, links: Sequence[Link], layouts: Sequence[Layout]
     """How an activation lies: as for the layer that writes it, or for an input's first reader."""
     if activation >= inputs:
         return layouts[activation - inputs]
-    return next((own for own, link in zip(layouts, links) if activation == link.source), CHANNELS_LAST)
+    return next(own for own, link in zip(layouts, links) if activation in link.reads)
 
 
 def _takes_parts(links: Sequence[Link], layouts: Sequence[Layout], inputs: int) -> bool:
