@@ -159,14 +159,17 @@ class Steps {
       const int64_t* const members = v.data() + 2;
       const SlimConv2dF32 conv = struct_of<SlimConv2dF32>(members);
       std::string fault;
-      if (!is_one_of(v[0], {SLIM_STEP_CONV2D, SLIM_STEP_TO_IMAGES, SLIM_STEP_FROM_IMAGES}))
+      const bool layout = is_one_of(v[0], {SLIM_STEP_TO_IMAGES, SLIM_STEP_FROM_IMAGES});
+      if (v[0] < SLIM_STEP_CONV2D || v[0] > SLIM_STEP_PADDED_AVERAGE_POOL)
         fault = "kind = " + std::to_string(v[0]) + " is no known step";
       else if (v[1] < -1 || v[1] > kMaxSlot)
         fault = "slot = " + std::to_string(v[1]) + " is out of range";
       else if (conv.x == nullptr || conv.y == nullptr)
         fault = "x or y is NULL";
       else
-        fault = v[0] == SLIM_STEP_CONV2D ? run_fault(members, conv) : layout_fault(members, conv);
+        fault = v[0] == SLIM_STEP_CONV2D ? run_fault(members, conv)
+                : layout                 ? layout_fault(members, conv)
+                                         : pool_fault(members, conv);
       if (!fault.empty()) throw py::value_error("Steps: " + fault);
       for (int pointer : kMoving) {
         for (size_t range = 0; range < movable.size(); ++range) {

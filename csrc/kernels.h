@@ -77,7 +77,19 @@ typedef struct SlimConv2dF32 {
 
 // One step of a recorded network. A layout step copies x, channels last (n,h,w,c_in), into y, images innermost, or the
 // other way round, and reads of `conv` just x, y, n, h, w, c_in, lanes, parts_h and parts_w.
-enum { SLIM_STEP_CONV2D = 0, SLIM_STEP_TO_IMAGES = 1, SLIM_STEP_FROM_IMAGES = 2 };
+//
+// A pooling step writes the largest number (NaN kept) or the mean of a window of x, (n,h,w,c_in), into y, (n,p,q,c_in),
+// both in the layout of `lanes`: the pixels iy, ix of the taps as above that lie inside the image. The padded mean
+// divides by r * s, as if the padding held zeros, the other one by the number of pixels inside. It reads x, y, n, h, w,
+// c_in, p, q, r, s, the strides, paddings and dilations, and lanes; images are whole.
+enum {
+  SLIM_STEP_CONV2D = 0,
+  SLIM_STEP_TO_IMAGES = 1,
+  SLIM_STEP_FROM_IMAGES = 2,
+  SLIM_STEP_MAX_POOL = 3,
+  SLIM_STEP_AVERAGE_POOL = 4,
+  SLIM_STEP_PADDED_AVERAGE_POOL = 5
+};
 typedef struct SlimStepF32 {
   int32_t kind;
   int32_t slot;  // -1: all threads share the step; from 0 on: one thread runs it

@@ -118,4 +118,27 @@ inline std::string layout_fault(const int64_t* numbers, const SlimConv2dF32& a) 
   return a.n > (INT64_MAX >> 3) / vector_of_images ? "n is out of range" : "";
 }
 
+// The same of a pooling step, which has neither weights nor parts.
+inline std::string pool_fault(const int64_t* numbers, const SlimConv2dF32& a) {
+  const int c_out = kPointers + 4;  // not read, as strip and what follows it up to the lanes
+  for (const std::string& fault : {range_fault<SlimConv2dF32>(numbers, kPointers, 4),
+                                   range_fault<SlimConv2dF32>(numbers, c_out + 1, kLanes - 4 - (c_out + 1)),
+                                   range_fault<SlimConv2dF32>(numbers, kLanes, 3)}) {
+    if (!fault.empty()) return fault;
+  }
+  const int64_t lanes = a.lanes;
+  if (!is_one_of(lanes, {1, 4, 8, 16})) return "lanes = " + std::to_string(lanes) + " is no known vector";
+  if (a.parts_h != 1 || a.parts_w != 1) return "a pooling takes whole images";
+  if (!product_fits(a.h, a.w, a.c_in * lanes) || a.c_in * lanes > kInt32Max)
+    return "an image has 2^31 elements or more";
+  if (!product_fits(a.p, a.q, a.c_in * lanes)) return "an output has 2^31 elements or more";
+  if (a.p != output_size(a.h, a.r, a.stride_h, a.pad_h, a.dil_h) ||
+      a.q != output_size(a.w, a.s, a.stride_w, a.pad_w, a.dil_w))
+    return "p or q is not the size of the output";
+  const int64_t down = int64_t(a.dil_h) * (a.r - 1), right = int64_t(a.dil_w) * (a.s - 1);
+  if (down > kInt32Max || right > kInt32Max) return "a window is 2^31 or more";
+  const int64_t vector_of_images = std::max(a.h * a.w, a.p * a.q) * a.c_in * lanes;
+  return a.n > (INT64_MAX >> 3) / std::max(vector_of_images, int64_t(1)) ? "n is out of range" : "";
+}
+
 }  // namespace slim

@@ -51,7 +51,8 @@ StripKernels deep(int depth) {
   }
 }
 
-constexpr InstructionSet kAvx2 = {Vec8::N, channels_last, images_innermost, deep, run_layout_unit<Transpose8>};
+constexpr InstructionSet kAvx2 = {
+    Vec8::N, channels_last, images_innermost, deep, run_layout_unit<Transpose8>, run_pool_unit<Vec8>};
 
 // Of the 16 vector registers 12 hold sums, 2 hold `grad` and 1 an input; 10 rows of x leave the general registers that
 // the pairs need.

@@ -95,7 +95,8 @@ StripKernels deep(int depth) {
   }
 }
 
-constexpr InstructionSet kAvx512 = {Vec16::N, channels_last, images_innermost, deep, run_layout_unit<Transpose8>};
+constexpr InstructionSet kAvx512 = {
+    Vec16::N, channels_last, images_innermost, deep, run_layout_unit<Transpose8>, run_pool_unit<Vec16>};
 
 // Of the 15 general registers 10 hold rows of x, the others the panel, the pair, the end of the pairs and two offsets.
 GradientKernels weight_gradient_kernels(int block_out) {

@@ -117,7 +117,8 @@ StripKernels deep(int depth) {
   }
 }
 
-constexpr InstructionSet kScalar = {Vec4::N, channels_last, images_innermost, deep, run_layout_unit<Transpose8>};
+constexpr InstructionSet kScalar = {
+    Vec4::N, channels_last, images_innermost, deep, run_layout_unit<Transpose8>, run_pool_unit<Vec4>};
 
 GradientKernels weight_gradient_kernels(int block_out) {
   // <vector, vectors of a panel, most entries, 8 x 8 transposition>

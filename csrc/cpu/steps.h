@@ -7,6 +7,7 @@
 //   tiles.h, plan.h, units.h   a convolution: microkernels, how it is cut into units of work, how a unit is run
 //   slab_plan.h, slab_tiles.h  the same for single weights with images innermost
 //   images_layout.h            a change of layout
+//   pooling.h                  a max or average pooling
 //   weight_gradient.h          not a step: the gradient of stored weights
 //   team.h                     threads
 #pragma once
@@ -16,6 +17,7 @@
 #include "../kernels.h"
 #include "images_layout.h"
 #include "plan.h"
+#include "pooling.h"
 #include "ranges.h"
 #include "team.h"
 #include "tiles.h"
@@ -37,6 +39,7 @@ struct InstructionSet {
   StripKernels (*images_innermost)(int strip);
   StripKernels (*deep)(int depth);  // channels last, with several input channels an entry
   void (*run_layout_unit)(const LayoutPlan&, int64_t unit);
+  void (*run_pool_unit)(const PoolPlan&, int64_t unit);
 };
 
 // Tiles of up to MR pixels x NV vectors, and, tap by tap, of up to MR_TAPS pixels x the whole strip.
@@ -83,15 +86,20 @@ struct PlannedStep {
   void (*run_conv_unit)(const Plan&, int64_t unit, float* scratch);
   LayoutPlan layout;  // of a change of layout
   void (*run_layout_unit)(const LayoutPlan&, int64_t unit);
+  PoolPlan pool;  // of a pooling
+  void (*run_pool_unit)(const PoolPlan&, int64_t unit);
 
   bool is_conv() const { return kind == SLIM_STEP_CONV2D; }
-  int64_t units() const { return is_conv() ? conv.units : layout.units; }
+  bool is_layout() const { return kind == SLIM_STEP_TO_IMAGES || kind == SLIM_STEP_FROM_IMAGES; }
+  int64_t units() const { return is_conv() ? conv.units : is_layout() ? layout.units : pool.units; }
   int64_t macs() const { return is_conv() ? conv.macs : 0; }
   void run(int64_t unit, float* scratch) const {
     if (is_conv())
       run_conv_unit(conv, unit, scratch);
-    else
+    else if (is_layout())
       run_layout_unit(layout, unit);
+    else
+      run_pool_unit(pool, unit);
   }
 };
 
@@ -103,9 +111,15 @@ inline int plan_step(const InstructionSet& isa, PlannedStep& planned, const Slim
   planned.conv.own_offsets = nullptr;
   planned.conv.zeros = nullptr;
   planned.conv.scratch_floats = 0;
-  if (step.kind != SLIM_STEP_CONV2D) {
+  if (planned.is_layout()) {
     planned.layout = plan_layout(conv, step.kind == SLIM_STEP_TO_IMAGES);
     planned.run_layout_unit = isa.run_layout_unit;
+    return SLIM_OK;
+  }
+  if (!planned.is_conv()) {
+    if (conv.lanes != 1 && conv.lanes != isa.lanes) return SLIM_ERROR_UNSUPPORTED;
+    planned.pool = plan_pool(conv, step.kind);
+    planned.run_pool_unit = isa.run_pool_unit;
     return SLIM_OK;
   }
   const bool images_innermost = conv.lanes != 1;

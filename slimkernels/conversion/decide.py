@@ -31,8 +31,9 @@ _STALLED, _LEAST_PREDICTION_S = 20, 1e-4
 class Decision:
     """The option taken, how the unit would stay dense, why, and the times of dense and of the best other option.
 
-    The speed-up of the latter is between ``speedup_low`` and ``speedup_high`` at each example input. ``failure`` says
-    which candidates raised an error, and what; the decision was made without them.
+    The speed-up of the latter is between ``speedup_low`` and ``speedup_high`` at each example input. ``other`` is that
+    option where it was timed. ``failure`` says which candidates raised an error, and what; the decision was made
+    without them.
     """
 
     option: Option
@@ -43,6 +44,7 @@ class Decision:
     speedup_low: tuple[float, ...] = ()
     speedup_high: tuple[float, ...] = ()
     failure: str = ""
+    other: Option | None = None
 
 
 def decide(unit: Unit, policy: Policy) -> Decision:
@@ -205,6 +207,7 @@ def _fastest(unit: Unit, stay: Option, options: list[Option], policy: Policy) ->
         tuple(1e3 * s for s in option.seconds),
         tuple(r.low for r in ratios[shown]),
         tuple(r.high for r in ratios[shown]),
+        other=option,
     )
 
 

@@ -17,6 +17,7 @@ from slimkernels.inference.native_layers import images_or_rows, laid_out
 from slimkernels.inference.sampled_graph import SampledGraph
 from slimkernels.kernels.cpu.chain import Chain, Form, forms
 from slimkernels.kernels.cpu.conv2d import PackedConv2d
+from slimkernels.kernels.cpu.layer import NativeLayer
 from slimkernels.kernels.cpu.memory import huge_pages, place
 from slimkernels.kernels.cpu.steps import Steps, image_sizes
 
@@ -36,10 +37,11 @@ class ModuleByModule:
 
     def __init__(self, chain: Chain, inputs: Sequence[Tensor], y: Tensor) -> None:
         self._inputs, self._y = [_as_images(x) for x in inputs], _as_images(y)
-        self._layers = []
+        self._layers: list[tuple[Callable[[Tensor, Any], Tensor], Any, int, int | None, str]] = []
         for layer, source, residual in chain.links:
             conv = layer.conv
             if residual is not None:  # the ReLU comes after the addition
+                assert isinstance(layer, NativeLayer)  # nothing is added to a pooling
                 conv = PackedConv2d(layer.isa, layer.packed, layer.shape, *layer.geometry, "none", layer.op)
             self._layers.append((conv, layer.bias, source, residual, layer.epilogue))
 

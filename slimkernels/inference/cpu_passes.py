@@ -16,7 +16,9 @@ from torch.fx import Node
 from slimkernels.inference.native_nodes import NativeNode, native_nodes
 from slimkernels.inference.sampled_graph import SampledGraph
 from slimkernels.kernels.cpu.chain import Chain, Link
+from slimkernels.kernels.cpu.layer import NativeLayer
 from slimkernels.kernels.cpu.memory import Lifetime, span
+from slimkernels.kernels.cpu.pooling import Pooling
 
 # ---------------------------------------------------------------- find_chains
 
@@ -45,7 +47,7 @@ class GraphChain:
 
 
 def find_chains(graph: SampledGraph) -> list[GraphChain]:
-    """The native nodes of a graph in chains, in order. Dense linear layers among themselves are left to torch."""
+    """The native nodes of a graph in chains, in order. Dense linear layers and poolings by themselves stay torch's."""
     native = native_nodes(graph)
     idle = {*graph.constants, *(n for found in native.values() for n in found.absorbed)}
     # Nodes at which something runs: in between the nodes of a chain there is nothing else.
@@ -58,9 +60,13 @@ def find_chains(graph: SampledGraph) -> list[GraphChain]:
     while at < len(running):
         nodes = _longest_chain(graph, native, aliases, running, at)
         at += max(1, len(nodes))
-        if any(layer.op != "linear" for node in nodes for layer in native[node].layers):
+        if any(_is_ours(layer) for node in nodes for layer in native[node].layers):
             chains.append(_graph_chain(graph, native, nodes))
     return chains
+
+
+def _is_ours(layer: NativeLayer | Pooling) -> bool:
+    return isinstance(layer, NativeLayer) and layer.op != "linear"
 
 
 def _longest_chain(
@@ -70,13 +76,18 @@ def _longest_chain(
     running: Sequence[Node],
     start: int,
 ) -> list[Node]:
-    """The most nodes from ``running[start]`` on that make a chain; none where that one is not native."""
+    """The most nodes from ``running[start]`` on that make a chain; none where that one is not native.
+
+    A pooling begins none: what it reads would have to be copied into the chain's layout, and is larger than its output.
+    """
     nodes: list[Node] = []
     read: set[Node] = set()  # the ops of the chain that read, and what they absorbed
     longest = 0
     open_values: dict[Node, set[Node]] = {}  # by node of the chain, who reads its value outside of the chain so far
     for node in running[start:]:
         if node not in native or (nodes and not _joins(graph, native, nodes, node)):
+            break
+        if not nodes and isinstance(native[node].layers[0], Pooling):
             break
         nodes.append(node)
         found = native[node]

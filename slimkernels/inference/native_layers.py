@@ -13,16 +13,22 @@ from slimkernels.dispatch.select import resolve
 from slimkernels.kernels.cpu.conv2d import pack_strips
 from slimkernels.kernels.cpu.layer import Geometry, NativeLayer
 from slimkernels.kernels.cpu.low_rank import pack_factor
+from slimkernels.kernels.cpu.pooling import Pooling, adaptive_average_pooling, average_pooling, max_pooling
 from slimkernels.kernels.problems import Request, factor_geometry, strip_width
 
 _OPS = torch.ops.slimkernels
 _LINEAR = torch.ops.aten.linear.default
+_POOLINGS: dict[Any, Any] = {
+    torch.ops.aten.max_pool2d.default: max_pooling,
+    torch.ops.aten.avg_pool2d.default: average_pooling,
+    torch.ops.aten.adaptive_avg_pool2d.default: adaptive_average_pooling,
+}
 _POINTWISE: Geometry = ((1, 1), (0, 0), (1, 1))
 
 
 def reads_images(target: Any) -> bool:
-    """Whether a native op is a convolution; all others take rows of any shape."""
-    return target in (_OPS.bsr_conv2d.default, _OPS.low_rank_conv2d.default)
+    """Whether a native op is a convolution or a pooling; all others take rows of any shape."""
+    return target in (_OPS.bsr_conv2d.default, _OPS.low_rank_conv2d.default, *_POOLINGS)
 
 
 def laid_out(tensor: Tensor, images: bool) -> Tensor:
@@ -36,14 +42,16 @@ def images_or_rows(tensor: Tensor, images: bool) -> Tensor:
     return tensor if images else tensor.view(-1, tensor.shape[-1])
 
 
-def native_layers(target: Any, args: Sequence[Any]) -> list[NativeLayer]:
+def native_layers(target: Any, args: Sequence[Any]) -> Sequence[NativeLayer | Pooling]:
     """The native layers of an op call, in the order in which they run; none where it takes another kernel.
 
     Args:
-        target: an op overload. Torch's dense linear layer is taken, too: between native layers it costs less as one of
-            them than as an op of its own.
+        target: an op overload. Torch's dense linear layer and its poolings are taken, too: between native layers they
+            cost less as one of them than as an op of their own.
         args: its positional arguments, with the values of all tensors.
     """
+    if target in _POOLINGS:
+        return _pooling(target, args)
     if target is _LINEAR:
         return _dense_linear(*args)
     builders = {
@@ -69,6 +77,15 @@ def native_layers(target: Any, args: Sequence[Any]) -> list[NativeLayer]:
     layers = builders[target](spec.isa, op, given)
     # What follows the sum belongs to the last of several factors.
     return [*layers[:-1], replace(layers[-1], epilogue=given["epilogue"], bias=given["bias"])]
+
+
+def _pooling(target: Any, args: Sequence[Any]) -> list[Pooling]:
+    spec = resolve("auto", Request("bsr_conv2d", args[0].dtype, args[0].device.type, (16, 1), "none"))
+    if spec.backend != "cpu":
+        return []
+    assert spec.isa is not None
+    found = _POOLINGS[target](spec.isa, *args)
+    return [] if found is None else [found]
 
 
 def _dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[NativeLayer]:

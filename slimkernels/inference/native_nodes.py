@@ -13,6 +13,7 @@ from torch.utils import _pytree
 from slimkernels.inference.native_layers import native_layers, reads_images
 from slimkernels.inference.sampled_graph import SampledGraph
 from slimkernels.kernels.cpu.layer import NativeLayer
+from slimkernels.kernels.cpu.pooling import Pooling
 
 _ADD, _RELU = torch.ops.aten.add.Tensor, torch.ops.aten.relu.default
 
@@ -30,7 +31,7 @@ class NativeNode:
         absorbed: the nodes that need no call of their own: the op and the addition, where they are not the node itself.
     """
 
-    layers: tuple[NativeLayer, ...]
+    layers: tuple[NativeLayer | Pooling, ...]
     source: Node
     images: bool
     op: Node
@@ -71,7 +72,9 @@ def _takes_more(native: Mapping[Node, NativeNode], before: Node) -> bool:
 
 
 def _with_relu(node: Node, before: Node, found: NativeNode) -> NativeNode:
-    layers = (*found.layers[:-1], replace(found.layers[-1], epilogue="relu"))
+    *before_it, last = found.layers
+    assert isinstance(last, NativeLayer)  # behind a pooling nothing else fits
+    layers = (*before_it, replace(last, epilogue="relu"))
     return replace(found, layers=layers, absorbed=(*found.absorbed, before))
 
 

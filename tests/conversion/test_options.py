@@ -176,6 +176,33 @@ def test_a_slower_whole_model_stays_dense(whole: list[float], swapped: bool, mon
 
 
 @pytest.mark.skipif(BACKEND == "reference", reason="no native kernel is built")
+@pytest.mark.parametrize(
+    ("sparse", "whole", "swapped"),
+    [
+        ([0.5, 1.2], [3.0, 2.0, 1.9, 1.0], 2),
+        ([0.5, 1.2], [3.0, 2.0, 1.9, 1.95], 1),
+        ([1.2, 1.2], [3.0, 2.0, 2.0, 1.0], 2),
+        ([1.2, 1.2], [3.0, 2.0, 2.0, 2.1], 0),
+    ],
+)
+def test_a_layer_that_is_slower_alone_is_swapped_where_the_whole_model_is_faster_so(
+    sparse: list[float], whole: list[float], swapped: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 1))
+    for layer in (model[0], model[2]):
+        block_sparse_(layer)
+    monkeypatch.setattr(measure, "typical_seconds", Clock([1.0, 1.0], sparse, whole))
+    fast = convert(model, images(1, 16))
+    assert sum(isinstance(layer, BlockSparseConv2d) for layer in fast) == swapped
+    plan = explain(fast).plan
+    assert plan.converted_ms == {2: (1000.0,), 1: (1900.0,), 0: ()}[swapped]
+    words = f"among its neighbours it is swapped: the whole model is {whole[2] / whole[3]:.2f}x as fast so"
+    assert [words in plan[name].reason for name in ("0", "2")] == [swapped == 2 and s > 1 for s in sparse]
+    assert_same_function(fast, model, images(1, 16))
+
+
+@pytest.mark.skipif(BACKEND == "reference", reason="no native kernel is built")
 def test_the_whole_model_is_timed_as_it_will_be_served(monkeypatch: pytest.MonkeyPatch) -> None:
     """What ``serve`` makes of the model as it was, of its relaid twin and of the converted one is what is called."""
     served: list[Any] = []

@@ -8,6 +8,7 @@ setup.py) sees. Runs alone: ``python tests/fuzz/fuzz_native.py --seconds 60``.
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import time
 from collections import Counter
@@ -25,6 +26,8 @@ from slimkernels.kernels.cpu import conv2d as native
 from slimkernels.kernels.cpu.abi import Conv2dArguments
 from slimkernels.kernels.cpu.library import unavailable_reason
 from slimkernels.kernels.cpu.low_rank import pack_factors
+from slimkernels.kernels.cpu.pooling import Pooling
+from slimkernels.kernels.cpu.steps import AVERAGE_POOL, MAX_POOL, PADDED_AVERAGE_POOL
 from slimkernels.kernels.image_parts import WHOLE
 from slimkernels.kernels.problems import LANES, factor_geometry, strip_width
 from slimkernels.nn import BlockSparseConv2d, BlockSparseLinear, LowRankConv2d, LowRankLinear
@@ -436,14 +439,49 @@ def steps(rng: random.Random) -> None:
     layout = native.layout_step(x, inner, n, parts).arguments._replace(**{name: wrong_value})
     if name in ("n", "h", "w", "c_in", "lanes"):
         refused(lambda: module.Steps(isa, [(1, -1, *layout)]), f"layout step with {what}")
-    refused(lambda: module.Steps(isa, [(rng.choice([3, -1, 2**32]), -1, *step.arguments)]), "kind")
+    refused(lambda: module.Steps(isa, [(rng.choice([6, -1, 2**32]), -1, *step.arguments)]), "kind")
     refused(lambda: module.Steps(isa, [(0, rng.choice([-2, 2**31, 2**32]), *step.arguments)]), "slot")
     refused(lambda: module.conv2d_f32(isa, *step.arguments, rng.choice([0, -1, 2**31, 2**32 + 1])), "threads")
     room = innermost_offsets.numel() - 1
     refused(lambda: module.entry_offsets(step.arguments, innermost_offsets.data_ptr(), room), "room for offsets")
 
 
-KINDS = (legal_op, illegal_op, illegal_op, wide_op, module_call, module_call, low_rank, steps)
+def pooling(rng: random.Random) -> None:
+    """A pooling in either layout against torch's, and its step with a number that does not fit."""
+    kernel, dilation = [(rng.randint(1, 4), rng.randint(1, 4)), (1, 1)]
+    kind = rng.choice([MAX_POOL, AVERAGE_POOL, PADDED_AVERAGE_POOL])
+    padding = (rng.randint(0, kernel[0] // 2), rng.randint(0, kernel[1] // 2))
+    if kind == MAX_POOL:
+        dilation = (rng.randint(1, 2), rng.randint(1, 2))
+    isa, n, channels = rng.choice(ISAS), rng.randint(1, 18), rng.randint(1, 70)
+    pool = Pooling(isa, kind, channels, kernel, (rng.randint(1, 3), rng.randint(1, 3)), padding, dilation)
+    h, w = rng.randint(1, 12), rng.randint(1, 12)
+    p, q = pool.output_size(h, w)
+    if min(p, q) < 1:
+        return
+    x = torch.randn(n, h, w, channels).permute(0, 3, 1, 2)
+    y = torch.empty(n, p, q, channels).permute(0, 3, 1, 2)
+    step = pool.step(x, y, n, {}, None, WHOLE)
+    native.Steps(isa, [step])()
+    torch.testing.assert_close(y, pool(x))
+    inner, outer = (torch.empty(native.images_innermost(n, *size, channels, isa)) for size in ((h, w), (p, q)))
+    y.fill_(math.nan)
+    around = native.layout_step(x, inner, n), native.layout_step(outer, y, n)
+    native.Steps(isa, [around[0], pool.step(inner, outer, n, {}, None, WHOLE), around[1]])()
+    torch.testing.assert_close(y, pool(x))
+    name = rng.choice(
+        ["n", "h", "w", "c_in", "p", "q", "r", "s", "stride_h", "stride_w", "pad_h", "pad_w", "dil_h", "lanes"]
+    )
+    value = rng.choice([-1, -(2**31), -(2**63), 2**63 - 1, 2**32 + getattr(step.arguments, name)])
+    if name == "n" and 0 < value < 2**62:
+        return  # so many images may be in order
+    module = _extension.load()[0]
+    assert module is not None
+    members = step.arguments._replace(**{name: value})
+    refused(lambda: module.Steps(isa, [(step.kind, -1, *members)]), f"pooling with {name} = {value}")
+
+
+KINDS = (legal_op, illegal_op, illegal_op, wide_op, module_call, module_call, low_rank, steps, pooling)
 
 
 def run(cases: int, seed: int = 0, seconds: float = float("inf")) -> Counter[str]:

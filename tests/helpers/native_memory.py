@@ -6,7 +6,9 @@ import ctypes
 from collections.abc import Iterator, Sequence
 
 from slimkernels.kernels.cpu.library import library
-from slimkernels.kernels.cpu.steps import Step
+from slimkernels.kernels.cpu.steps import AVERAGE_POOL, CONV2D, MAX_POOL, PADDED_AVERAGE_POOL, Step
+
+POOLINGS = (MAX_POOL, AVERAGE_POOL, PADDED_AVERAGE_POOL)
 
 Range = tuple[int, int, bool]  # first address, address behind the last, whether it is written
 
@@ -15,7 +17,10 @@ def ranges(step: Step) -> list[Range]:
     """Every range of bytes that csrc/kernels.h says the step reads or writes."""
     a = step.arguments
     images = -(-a.n // a.lanes) * a.lanes
-    if step.kind != 0:
+    if step.kind in POOLINGS:
+        read, written = images * a.h * a.w * a.c_in, images * a.p * a.q * a.c_in
+        return [(a.x, a.x + 4 * read, False), (a.y, a.y + 4 * written, True)]
+    if step.kind != CONV2D:
         near, far = a.n * a.h * a.w * a.c_in, images * a.h * a.w * a.c_in
         read, written = (near, far) if step.kind == 1 else (far, near)
         return [(a.x, a.x + 4 * read, False), (a.y, a.y + 4 * written, True)]

@@ -12,7 +12,7 @@ import slimkernels as sk
 from slimkernels.conversion.spread import Seconds
 from slimkernels.inference import Replay, chain_forms
 from slimkernels.kernels.cpu import chain as chains
-from slimkernels.kernels.cpu.chain import Form
+from slimkernels.kernels.cpu.chain import CHANNELS_LAST, Form, Layout
 from slimkernels.kernels.cpu.library import unavailable_reason
 from slimkernels.kernels.cpu.pieces import Piece, image_by_image, pieces
 from slimkernels.kernels.problems import LANES
@@ -199,6 +199,59 @@ def single_weights() -> nn.Module:
     return sk.convert(model.eval(), example_inputs=(batch(1),), policy=policy)
 
 
+def pooled_net(block: tuple[int, int]) -> nn.Module:
+    """Pools of several kinds between convolutions, the first of which is dense, and rows behind the last."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 24, 5, padding=2), nn.ReLU(), nn.Conv2d(24, 16, 1), nn.ReLU(), nn.MaxPool2d(3, 2, 1),
+        nn.Conv2d(16, 24, 3, padding=1), nn.ReLU(), nn.AvgPool2d(3, 2, padding=1), nn.Conv2d(24, 16, 1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10),
+    )  # fmt: skip
+    sk.finalize_(sk.prune_(model, 0.6, block, layers=["2", "5", "8"]))
+    policy = sk.Policy(min_speedup=0, measure=False, check_model=False, block_shapes=((16, 1), block))
+    return sk.convert(model.eval(), example_inputs=(batch(1),), policy=policy)
+
+
+def blocks_between_pools() -> nn.Module:
+    return pooled_net((16, 1))
+
+
+def weights_between_pools() -> nn.Module:
+    return pooled_net((1, 1))
+
+
+@pytest.mark.parametrize("block", [(16, 1), (1, 1)])
+def test_poolings_are_layers_of_a_chain(block: tuple[int, int], monkeypatch, threads) -> None:
+    """One chain from the first convolution to the last linear layer, in every form that it may take."""
+    monkeypatch.setenv("SLIMKERNELS_ISA", ISAS[-1])
+    threads(2)
+    model, found = pooled_net(block), set()
+    for n in (1, 2, LANES[ISAS[-1]], 2 * LANES[ISAS[-1]] + 3):
+        x = batch(n)
+        replay = Replay(model, x, measure=False)
+        assert [layers for layers, _ in replay.chains] == [8] and len(replay._steps) == 1
+        found.add(replay.chains[0][1])
+        with torch.no_grad():
+            torch.testing.assert_close(replay(x), model(x), rtol=1e-4, atol=1e-4)
+    assert len(found) == 2, found
+
+
+def test_a_pooling_begins_no_chain_and_is_none() -> None:
+    model = pooled_net((16, 1))
+    assert Replay(nn.Sequential(model[4], nn.ReLU()).eval(), torch.randn(1, 16, 8, 8)).chains == []
+    replay = Replay(nn.Sequential(model[4], model[5]).eval(), torch.randn(1, 16, 8, 8), measure=False)
+    assert [layers for layers, _ in replay.chains] == [1]
+
+
+def test_a_relu_behind_a_pooling_stays_torchs() -> None:
+    model = nn.Sequential(pooled_net((16, 1))[:5], nn.ReLU()).eval()
+    x = batch(2)
+    replay = Replay(model, x, measure=False)
+    assert [layers for layers, _ in replay.chains] == [3]
+    with torch.no_grad():
+        torch.testing.assert_close(replay(x), model(x), rtol=1e-4, atol=1e-4)
+
+
 def batch(n: int, seed: int = 1) -> Tensor:
     return torch.randn(n, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
 
@@ -210,7 +263,7 @@ def threads():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("make", [net, low_rank_net])
+@pytest.mark.parametrize("make", [net, low_rank_net, blocks_between_pools, weights_between_pools])
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("n", [1, 5, 16, 21, 48])
 def test_a_recording_computes_what_the_model_does(make, isa: str, n: int, monkeypatch, threads) -> None:
@@ -252,9 +305,11 @@ def test_few_images_run_in_parts(isa: str, monkeypatch, threads) -> None:
 def test_residuals_in_other_parts_keep_images_whole(monkeypatch) -> None:
     """A residual is added as it lies, so that its parts have to be those of the sums."""
     links = [chains.Link(None, 0), chains.Link(None, 1, 0), chains.Link(None, 2)]  # type: ignore[arg-type]
-    assert chains._takes_parts(links, [(2, 2), (2, 2), (1, 1)], 1)
-    assert not chains._takes_parts(links, [(2, 2), (1, 2), (1, 1)], 1)
-    assert not chains._takes_parts(links, [(1, 1)] * 3, 1)
+    quarters, halves, whole = (Layout(8, parts) for parts in ((2, 2), (1, 2), (1, 1)))
+    assert chains._takes_parts(links, [quarters, quarters, whole], 1)
+    assert not chains._takes_parts(links, [quarters, halves, whole], 1)
+    assert not chains._takes_parts(links, [CHANNELS_LAST, quarters, whole], 1)
+    assert not chains._takes_parts(links, [whole] * 3, 1)
 
 
 def test_the_whole_network_is_one_call(monkeypatch, threads) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from slimkernels.kernels.cpu.layer import NativeLayer
 from slimkernels.kernels.cpu.memory import Lifetime, Placement, place, whole_lines
 from slimkernels.kernels.cpu.pieces import FULL_ENOUGH, Piece, image_by_image, pieces
+from slimkernels.kernels.cpu.pooling import Pooling
 from slimkernels.kernels.cpu.steps import Step, images_innermost, layout_step
 from slimkernels.kernels.image_parts import WHOLE
 from slimkernels.kernels.packs import StripPack
@@ -51,6 +52,21 @@ class Form(Enum):
     MODULES = "module by module"
 
 
+class Layout(NamedTuple):
+    """How images lie.
+
+    Attributes:
+        lanes: how many images, or parts of images, lie innermost; 1 means channels last.
+        parts: rows and columns of parts that each image is cut into.
+    """
+
+    lanes: int
+    parts: Pair
+
+
+CHANNELS_LAST = Layout(1, WHOLE)
+
+
 @dataclass(frozen=True)
 class _Activation:
     """What one layer of a chain hands to the next: the sizes of one image, and the bytes of the largest piece."""
@@ -65,12 +81,12 @@ class Link(NamedTuple):
     """A layer of a chain, and which of the chain's activations it takes.
 
     Attributes:
-        layer: what runs.
+        layer: what runs: a convolution or a pooling.
         source: the activation that it reads.
         residual: the activation that is added to its sums, in front of the ReLU; None for none.
     """
 
-    layer: NativeLayer
+    layer: NativeLayer | Pooling
     source: int
     residual: int | None = None
 
@@ -97,7 +113,9 @@ class Chain:
         pieces: how the batch is cut.
         activations: None stands for inputs that are read, and an output that is written, as they lie.
         form: how the layers run.
-        parts: for every layer, the rows and columns of parts that each image is cut into.
+        layouts: for every layer, how images lie for it in pieces that have images innermost. Of cut images a layer that
+            does not take parts has channels last, where it can, instead of a vector that one image does not fill.
+        sizes: channels, height and width of the activations.
     """
 
     links: tuple[Link, ...]
@@ -105,7 +123,8 @@ class Chain:
     pieces: tuple[Piece, ...]
     activations: tuple[_Activation | None, ...]
     form: Form
-    parts: tuple[Pair, ...]
+    layouts: tuple[Layout, ...]
+    sizes: tuple[tuple[int, int, int], ...]
 
     @classmethod
     def of(
@@ -122,35 +141,36 @@ class Chain:
             form: one of `forms`; None takes the first of them.
         """
         form, sizes = form or forms(links, n, inputs)[0], activation_sizes(links, inputs)
-        threads = torch.get_num_threads()
-        parts = _parts(links, n, sizes) if form is Form.PARTS else [WHOLE] * len(links)
+        threads, isa = torch.get_num_threads(), links[0].layer.isa
+        layouts = [CHANNELS_LAST] * len(links)
         if form is Form.PARTS:
-            cut = [Piece(0, n, LANES[links[0].layer.isa], -1)]
+            cut, layouts = [Piece(0, n, LANES[isa], -1)], _layouts_of_parts(links, n, sizes)
         elif form is Form.IMAGES:
             cut = image_by_image(n, threads)
         elif form is Form.VECTORS:
             full_enough = 0.0 if any(link.layer.conv.narrow for link in links) else FULL_ENOUGH
-            cut = pieces(n, LANES[links[0].layer.isa], threads, full_enough)
+            cut, layouts = pieces(n, LANES[isa], threads, full_enough), [Layout(LANES[isa], WHOLE)] * len(links)
         else:
             cut = pieces(n, 1, threads)
-        used = {piece.lanes for piece in cut} if form is not Form.MODULES else set()
-        offsets = [
-            {k: layer.conv.known_offsets(*sizes[source][1:], k, own) for k in used}
-            for (layer, source, _), own in zip(links, parts)
-        ]
+        offsets: list[dict[int, Tensor]] = []
+        for (layer, source, _), own in zip(links, layouts):
+            used = {own.lanes if piece.lanes > 1 else 1 for piece in cut} if form is not Form.MODULES else set()
+            offsets.append(layer.offsets(*sizes[source][1:], used, own.parts))
         activations: list[_Activation | None] = []
         for i, (c, p, q) in enumerate(sizes):
-            # Pieces that lie channels last read the chain's inputs and write its output themselves.
-            at_an_end = i < len(inputs) or i == len(sizes) - 1
-            images = [piece.padded_count for piece in cut if piece.lanes > 1 or not at_an_end]
-            images = [] if form is Form.MODULES else images
-            rows, columns = _parts_of(i, links, parts, len(inputs))
-            nbytes = whole_lines(4 * max(images, default=0) * c * (p // rows) * (q // columns))
-            activations.append(_Activation(c, p, q, nbytes) if images else None)
-        return cls(tuple(links), tuple(offsets), tuple(cut), tuple(activations), form, tuple(parts))
+            # What lies channels last is read from the chain's inputs and written to its output directly.
+            at_an_end, layout = i < len(inputs) or i == len(sizes) - 1, _layout_of(i, links, layouts, len(inputs))
+            numbers = [0]
+            for piece in cut if form is not Form.MODULES else []:
+                own = layout if piece.lanes > 1 else CHANNELS_LAST
+                if own.lanes > 1 or not at_an_end:
+                    numbers.append(math.prod(_shape(piece.count, (c, p, q), own, isa)))
+            nbytes = whole_lines(4 * max(numbers))
+            activations.append(_Activation(c, p, q, nbytes) if nbytes else None)
+        return cls(tuple(links), tuple(offsets), tuple(cut), tuple(activations), form, tuple(layouts), tuple(sizes))
 
     @property
-    def layers(self) -> list[NativeLayer]:
+    def layers(self) -> list[NativeLayer | Pooling]:
         """The layers in the order in which they run."""
         return [link.layer for link in self.links]
 
@@ -159,8 +179,9 @@ class Chain:
         """The number of inputs."""
         return len(self.activations) - len(self.links)
 
-    def _parts_of(self, activation: int) -> Pair:
-        return _parts_of(activation, self.links, self.parts, self._inputs)
+    def _layout_of(self, activation: int, piece: Piece) -> Layout:
+        """How an activation lies in a piece."""
+        return CHANNELS_LAST if piece.lanes == 1 else _layout_of(activation, self.links, self.layouts, self._inputs)
 
     # ------------------------------------------------------------ time and memory
 
@@ -194,25 +215,27 @@ class Chain:
             if a is not None:
                 last = self.ticks - 1 if i == output else self._read_until(i)
                 found[i] = Lifetime(a.nbytes, first + max(0, i - self._inputs + 1), first + last)
-        for i, shapes in self._cut_anew.items():
-            for name, shape in zip(_names_of_cut(i), shapes):
-                found[name] = Lifetime(whole_lines(4 * math.prod(shape)), first + 1 + i, first + 1 + i)
+        for i, copies in self._copied.items():
+            for name, layout in zip(_names_of_copies(i), copies):
+                numbers = math.prod(self._shape(self.links[i].source, self.pieces[0].count, layout))
+                found[name] = Lifetime(whole_lines(4 * numbers), first + 1 + i, first + 1 + i)
         return found
 
     @cached_property
-    def _cut_anew(self) -> dict[int, tuple[tuple[int, ...], tuple[int, ...]]]:
-        """The layers that read an activation whose images lie in other parts than they want.
+    def _copied(self) -> dict[int, list[Layout]]:
+        """The layers that read an activation which lies in another way than they want, and how its copies lie.
 
-        Of each, the shapes of the two copies that it reads instead: channels last, and in its own parts.
+        From parts to other parts there are two of them, the first one channels last.
         """
-        found: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {}
-        for i, (link, parts) in enumerate(zip(self.links, self.parts)):
-            if parts == self._parts_of(link.source):
-                continue
-            a, n = self.activations[link.source], self.pieces[0].count
-            assert a is not None
-            found[i] = (n, a.h, a.w, a.channels), images_innermost(n, a.h, a.w, a.channels, link.layer.isa, parts)
+        found: dict[int, list[Layout]] = {}
+        for i, (link, wanted) in enumerate(zip(self.links, self.layouts)):
+            layout = self._layout_of(link.source, self.pieces[0])
+            if self.pieces[0].lanes > 1 and layout != wanted:
+                found[i] = [other for other in dict.fromkeys((CHANNELS_LAST, wanted)) if other != layout]
         return found
+
+    def _shape(self, activation: int, n: int, layout: Layout) -> tuple[int, ...]:
+        return _shape(n, self.sizes[activation], layout, self.layers[0].isa)
 
     def lifetimes(self, first: int) -> dict[int, Lifetime]:
         """What the chain needs of the workspace if it starts in the tick ``first``, each under a name of its own.
@@ -240,8 +263,10 @@ class Chain:
         copies = iter(tensors)
         links, offsets = [], []
         for link, own in zip(self.links, self.offsets):
-            packed = StripPack(*islice(copies, len(link.layer.packed)))
-            links.append(link._replace(layer=replace(link.layer, packed=packed)))
+            layer = link.layer
+            if isinstance(layer, NativeLayer):
+                layer = replace(layer, packed=StripPack(*islice(copies, len(layer.packed))))
+            links.append(link._replace(layer=layer))
             offsets.append(dict(zip(own, copies)))
         return replace(self, links=tuple(links), offsets=tuple(offsets))
 
@@ -258,49 +283,43 @@ class Chain:
         found: list[Step] = []
         for piece in self.pieces:
             *sources, target = (t[piece.start : piece.start + piece.count] for t in (*inputs, y))
-            values = self._activation_tensors(piece, memory)
-            output = len(self.activations) - 1
-            own = []
-            if piece.lanes > 1:
-                own += [layout_step(x, values[i], piece.count, self._parts_of(i)) for i, x in enumerate(sources)]
-            else:
-                values |= {**dict(enumerate(sources)), output: target}
+            memory_of_piece, values = self._memory_of(piece, memory), dict[int, Tensor]()
+            own: list[Step] = []
+            for i, layout in enumerate(self._layout_of(i, piece) for i in range(len(self.sizes))):
+                at_an_end = sources[i] if i < len(sources) else target if i == len(self.sizes) - 1 else None
+                if at_an_end is not None and layout.lanes == 1:
+                    values[i] = at_an_end
+                else:
+                    values[i] = self._tensor(i, piece, layout, memory_of_piece[i])
+                    if i < len(sources):
+                        own.append(layout_step(sources[i], values[i], piece.count, layout.parts))
             for i, (layer, source, residual) in enumerate(self.links):
-                x, y_own = values[source], values[self._inputs + i]
-                if i in self._cut_anew:
-                    near, cut = (
-                        _tensor(memory[name], shape) for name, shape in zip(_names_of_cut(i), self._cut_anew[i])
-                    )
-                    near = near.permute(0, 3, 1, 2)
-                    own.append(layout_step(x, near, piece.count, self._parts_of(source)))
-                    own.append(layout_step(near, cut, piece.count, self.parts[i]))
-                    x = cut
+                x, layout = values[source], self._layout_of(source, piece)
+                for name, other in zip(_names_of_copies(i), self._copied.get(i, ())):
+                    copy = self._tensor(source, piece, other, memory_of_piece[name])
+                    own.append(layout_step(x, copy, piece.count, (other if other.lanes > 1 else layout).parts))
+                    x, layout = copy, other
                 added = None if residual is None else values[residual]
-                offsets = self.offsets[i][piece.lanes]
-                own.append(layer.conv.step(x, y_own, layer.bias, piece.count, offsets, added, self.parts[i]))
-            if piece.lanes > 1:
-                own.append(layout_step(values[output], target, piece.count, self._parts_of(output)))
+                y_own = values[self._inputs + i]
+                own.append(layer.step(x, y_own, piece.count, self.offsets[i], added, layout.parts))
+            output, layout = len(self.sizes) - 1, self._layout_of(len(self.sizes) - 1, piece)
+            if layout.lanes > 1:
+                own.append(layout_step(values[output], target, piece.count, layout.parts))
             found += [step._replace(slot=piece.slot) for step in own]
         return found
 
-    def _activation_tensors(self, piece: Piece, memory: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """The activations of a piece that the chain has memory for, by their index."""
-        if self._slots > 1:
-            ranges, slot_bytes = self._slot_memory
-            part = memory[0][max(piece.slot, 0) * slot_bytes :]
-            memory = {i: part[r] for i, r in ranges.items()}
-        used = range(len(self.activations))
-        if piece.lanes == 1:
-            used = range(self._inputs, len(self.activations) - 1)
-        return {i: self._as_tensor(i, piece, memory[i]) for i in used}
+    def _memory_of(self, piece: Piece, memory: Mapping[int, Tensor]) -> Mapping[int, Tensor]:
+        """The bytes of the activations and copies of a piece, by their names."""
+        if self._slots == 1:
+            return memory
+        ranges, slot_bytes = self._slot_memory
+        part = memory[0][max(piece.slot, 0) * slot_bytes :]
+        return {name: part[where] for name, where in ranges.items()}
 
-    def _as_tensor(self, index: int, piece: Piece, memory: Tensor) -> Tensor:
-        a = self.activations[index]
-        assert a is not None
-        if piece.lanes > 1:
-            isa, parts = self.layers[0].isa, self._parts_of(index)
-            return _tensor(memory, images_innermost(piece.count, a.h, a.w, a.channels, isa, parts))
-        return _tensor(memory, (piece.count, a.h, a.w, a.channels)).permute(0, 3, 1, 2)
+    def _tensor(self, activation: int, piece: Piece, layout: Layout, memory: Tensor) -> Tensor:
+        """An activation of a piece, or a copy of it, in its memory."""
+        tensor = _tensor(memory, self._shape(activation, piece.count, layout))
+        return tensor if layout.lanes > 1 else tensor.permute(0, 3, 1, 2)
 
 
 def _tensor(memory: Tensor, shape: Sequence[int]) -> Tensor:
@@ -308,8 +327,8 @@ def _tensor(memory: Tensor, shape: Sequence[int]) -> Tensor:
     return memory.view(torch.float32)[: math.prod(shape)].view(shape)
 
 
-def _names_of_cut(layer: int) -> tuple[int, int]:
-    """The names under which a chain keeps the two copies of what a layer reads; activations have those from 0 on."""
+def _names_of_copies(layer: int) -> tuple[int, int]:
+    """The names under which a chain keeps the copies of what a layer reads; activations have those from 0 on."""
     return -1 - 2 * layer, -2 - 2 * layer
 
 
@@ -317,8 +336,8 @@ def forms(links: Sequence[Link], n: int, inputs: Sequence[tuple[int, int, int]])
     """The forms that a chain may take for n images, the one first that is taken unless another is measured faster."""
     sizes = activation_sizes(links, inputs)
     if any(link.layer.conv.narrow for link in links):
-        cut = _takes_parts(links, _parts(links, n, sizes), len(inputs))
-        return [*([Form.PARTS] if cut else []), Form.VECTORS, Form.MODULES]
+        few = _takes_parts(links, _layouts_of_parts(links, n, sizes), len(inputs))
+        return [*([Form.PARTS] if few else []), Form.VECTORS, Form.MODULES]
     if _is_faster_innermost(links, n, sizes):
         return [Form.VECTORS, Form.WHOLE, Form.MODULES]
     if n < max(2, torch.get_num_threads()):
@@ -337,23 +356,34 @@ def activation_sizes(links: Sequence[Link], inputs: Sequence[tuple[int, int, int
     return sizes
 
 
-def _parts(links: Sequence[Link], n: int, sizes: Sequence[tuple[int, int, int]]) -> list[Pair]:
-    """For each layer, how n images are cut into parts."""
-    return [link.layer.conv.parts(n, *sizes[link.source][1:]) for link in links]
+def _shape(n: int, size: tuple[int, int, int], layout: Layout, isa: str) -> tuple[int, ...]:
+    """Of n images of some size: ``(n, h, w, channels)``, or with a vector of them or of their parts innermost."""
+    channels, h, w = size
+    return images_innermost(n, h, w, channels, isa, layout.parts) if layout.lanes > 1 else (n, h, w, channels)
 
 
-def _parts_of(activation: int, links: Sequence[Link], parts: Sequence[Pair], inputs: int) -> Pair:
-    """The parts that an activation lies in: those of the layer that writes it, or of an input's first reader."""
+def _layouts_of_parts(links: Sequence[Link], n: int, sizes: Sequence[tuple[int, int, int]]) -> list[Layout]:
+    """For each layer, how n images lie that are cut into parts where the layer takes parts."""
+    found = []
+    for link in links:
+        conv = link.layer.conv
+        parts = conv.parts(n, *sizes[link.source][1:])
+        found.append(CHANNELS_LAST if parts == WHOLE and not conv.narrow else Layout(LANES[link.layer.isa], parts))
+    return found
+
+
+def _layout_of(activation: int, links: Sequence[Link], layouts: Sequence[Layout], inputs: int) -> Layout:
+    """How an activation lies: as for the layer that writes it, or for an input's first reader."""
     if activation >= inputs:
-        return parts[activation - inputs]
-    return next((own for own, link in zip(parts, links) if activation == link.source), WHOLE)
+        return layouts[activation - inputs]
+    return next(own for own, link in zip(layouts, links) if activation in link.reads)
 
 
-def _takes_parts(links: Sequence[Link], parts: Sequence[Pair], inputs: int) -> bool:
-    """Whether parts of images are of use, and residuals lie in those of the sums that they are added to."""
-    added = [(own, link.residual) for own, link in zip(parts, links) if link.residual is not None]
-    fits = all(own == _parts_of(residual, links, parts, inputs) for own, residual in added)
-    return fits and any(own != WHOLE for own in parts)
+def _takes_parts(links: Sequence[Link], layouts: Sequence[Layout], inputs: int) -> bool:
+    """Whether parts of images are of use, and residuals lie as the sums that they are added to."""
+    added = [(own, link.residual) for own, link in zip(layouts, links) if link.residual is not None]
+    fits = all(own == _layout_of(residual, links, layouts, inputs) for own, residual in added)
+    return fits and any(own.parts != WHOLE for own in layouts)
 
 
 def _bytes_around_a_layer(links: Sequence[Link], sizes: Sequence[tuple[int, int, int]]) -> int:

@@ -8,6 +8,7 @@ from functools import cached_property
 from torch import Tensor
 
 from slimkernels.kernels.cpu.conv2d import PackedConv2d
+from slimkernels.kernels.cpu.steps import Step
 from slimkernels.kernels.packs import StripPack
 from slimkernels.kernels.problems import Pair
 
@@ -43,6 +44,17 @@ class NativeLayer:
     def conv(self) -> PackedConv2d:
         """The native convolution of this layer. Making one checks the pack."""
         return PackedConv2d(self.isa, self.packed, self.shape, *self.geometry, self.epilogue, self.op)
+
+    def offsets(self, h: int, w: int, lanes: set[int], parts: Pair) -> dict[int, Tensor]:
+        """What the kernel reads of its entries on images of this size, by the number of images that lie innermost."""
+        return {k: self.conv.known_offsets(h, w, k, parts) for k in lanes}
+
+    def step(
+        self, x: Tensor, y: Tensor, n: int, offsets: dict[int, Tensor], residual: Tensor | None, parts: Pair
+    ) -> Step:
+        """The layer of n images from x to y, as `PackedConv2d.step` says; ``offsets`` as `offsets` returned them."""
+        lanes = x.shape[4] if x.dim() == 5 else 1
+        return self.conv.step(x, y, self.bias, n, offsets[lanes], residual, parts)
 
     def output_size(self, h: int, w: int) -> tuple[int, int]:
         """Height and width of what the layer writes for images of this height and width."""

@@ -14,7 +14,7 @@ from slimkernels.kernels.image_parts import WHOLE
 from slimkernels.kernels.problems import LANES, Pair
 from slimkernels.tensors import is_plain
 
-CONV2D, TO_IMAGES, FROM_IMAGES = range(3)  # SLIM_STEP_*
+CONV2D, TO_IMAGES, FROM_IMAGES, MAX_POOL, AVERAGE_POOL, PADDED_AVERAGE_POOL = range(6)  # SLIM_STEP_*
 
 
 def images_innermost(
