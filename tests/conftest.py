@@ -55,6 +55,17 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["SLIMKERNELS_CACHE_DIR"] = folder.name
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist's own, which reads these options
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Spreads the whole suite over the processors; what is named on the command line runs as pytest runs it."""
+    whole = config.args_source == config.ArgsSource.TESTPATHS
+    if whole and config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None:
+        config.option.numprocesses = "auto"
+        # A file's tests stay in one process: what they share, such as a run of Triton's interpreter, is then made once.
+        config.option.dist = "loadfile"
+        config.option.loadscopereorder = False  # files with the most tests are not those that take longest
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU")
