@@ -58,7 +58,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist's own, which reads these options
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """Spreads the whole suite over the processors; what is named on the command line runs as pytest runs it."""
-    whole = config.args_source == config.ArgsSource.TESTPATHS
+    whole = config.args_source == config.ArgsSource.TESTPATHS and not hasattr(config, "workerinput")
     if whole and config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None:
         config.option.numprocesses = "auto"
         # A file's tests stay in one process: what they share, such as a run of Triton's interpreter, is then made once.
