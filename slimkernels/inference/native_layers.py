@@ -80,7 +80,10 @@ def native_layers(target: Any, args: Sequence[Any]) -> Sequence[NativeLayer | Po
 
 
 def _pooling(target: Any, args: Sequence[Any]) -> list[Pooling]:
-    spec = resolve("auto", Request("bsr_conv2d", args[0].dtype, args[0].device.type, (16, 1), "none"))
+    x = args[0]
+    if x.dtype is not torch.float32 or x.device.type != "cpu":
+        return []
+    spec = resolve("auto", Request("bsr_conv2d", x.dtype, "cpu", (16, 1), "none"))
     if spec.backend != "cpu":
         return []
     assert spec.isa is not None

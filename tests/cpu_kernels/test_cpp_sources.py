@@ -70,6 +70,7 @@ def test_every_header_compiles_alone(compiler: list[str], tmp_path: Path):
     assert [text for text in faults if text is not None] == []
 
 
+@pytest.mark.slow
 def test_headers_of_the_bindings_compile_alone(compiler: list[str], tmp_path: Path):
     """With Python's and pybind11's headers, as setup.py compiles csrc/bindings.cpp."""
     pybind11 = pytest.importorskip("pybind11")

@@ -226,7 +226,7 @@ def test_poolings_are_layers_of_a_chain(block: tuple[int, int], monkeypatch, thr
     monkeypatch.setenv("SLIMKERNELS_ISA", ISAS[-1])
     threads(2)
     model, found = pooled_net(block), set()
-    for n in (1, 2, LANES[ISAS[-1]], 2 * LANES[ISAS[-1]] + 3):
+    for n in (1, LANES[ISAS[-1]] + 3):
         x = batch(n)
         replay = Replay(model, x, measure=False)
         assert [layers for layers, _ in replay.chains] == [8] and len(replay._steps) == 1

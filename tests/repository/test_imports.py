@@ -77,7 +77,7 @@ PACKAGES = {
         "far_taps, image_parts, transposed", "packs, problems, strided_pointwise",
     ),
     "kernels/cpu": (
-        "chain", "gradients, layer, low_rank", "conv2d, weight_gradient", "steps", "library", "abi", "memory, pieces",
+        "chain", "gradients, layer, low_rank", "conv2d, pooling, weight_gradient", "steps", "library", "abi", "memory, pieces",
         "__init__",
     ),
     "kernels/triton": (
@@ -173,7 +173,7 @@ def test_imports_inside_a_package_point_only_to_the_right(package: str) -> None:
 
 def test_only_the_trust_boundaries_hand_out_addresses() -> None:
     """Addresses of tensors reach native code through these modules alone: whoever loads the extension and takes one."""
-    doors = {f"kernels/cpu/{name}.py" for name in ("conv2d", "steps", "weight_gradient")}
+    doors = {f"kernels/cpu/{name}.py" for name in ("conv2d", "pooling", "steps", "weight_gradient")}
     doors |= {
         f"kernels/{name}.py" for name in ("cuda", "cuda_tensor_cores", "cuda_chain", "cuda_gradients", "cuda_low_rank")
     }
