@@ -1,9 +1,9 @@
 // Every native entry point of slimkernels and its preconditions.
 //
-// The caller (slimkernels/kernels/cpu/{conv2d,pooling,weight_gradient}.py for the CPU, kernels/cuda.py, cuda_tensor_cores.py
-// and cuda_chain.py for CUDA) has checked device, dtype, strides, bounds and what index tensors hold; bindings/ has
-// checked the ranges of all numbers; nothing behind them checks again. Entry points return 0 on success and one of the
-// SLIM_ERROR codes otherwise.
+// The caller (slimkernels/kernels/cpu/{conv2d,pooling,weight_gradient}.py for the CPU, kernels/cuda.py,
+// cuda_tensor_cores.py and cuda_chain.py for CUDA) has checked device, dtype, strides, bounds and what index tensors
+// hold; bindings/ has checked the ranges of all numbers; nothing behind them checks again. Entry points return 0 on
+// success and one of the SLIM_ERROR codes otherwise.
 //
 // C types only: this header is included by translation units built for different instruction sets.
 #pragma once

@@ -1,4 +1,4 @@
-"""Launchers of the C++ CPU kernels. Only this file hands out CPU addresses: what the kernels trust is checked here."""
+"""Launchers of the C++ CPU convolutions. What the kernels trust is checked where addresses are handed out, as here."""
 
 from __future__ import annotations
 
