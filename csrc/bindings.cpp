@@ -3,7 +3,8 @@
 //
 // What can be told without reading memory is checked here and in bindings/: the instruction set, since an unsupported
 // one would kill the process, and that every number lies in its range and no offset wraps. What the tensors hold is
-// checked in slimkernels/kernels/cpu/{conv2d,pooling}.py, cuda.py, cuda_tensor_cores.py, cuda_chain.py, cuda_low_rank.py.
+// checked in slimkernels/kernels/cpu/{conv2d,pooling}.py, cuda.py, cuda_tensor_cores.py, cuda_chain.py,
+// cuda_low_rank.py.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

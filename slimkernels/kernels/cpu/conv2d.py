@@ -1,4 +1,4 @@
-"""Launchers of the C++ CPU convolutions. What the kernels trust is checked where addresses are handed out, as here."""
+"""Launchers of the C++ convolutions on a CPU. What the kernels trust is checked where addresses are handed out."""
 
 from __future__ import annotations
 
