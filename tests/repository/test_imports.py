@@ -77,8 +77,8 @@ PACKAGES = {
         "far_taps, image_parts, transposed", "packs, problems, strided_pointwise",
     ),
     "kernels/cpu": (
-        "chain", "gradients, layer, low_rank", "conv2d, pooling, weight_gradient", "steps", "library", "abi", "memory, pieces",
-        "__init__",
+        "chain", "gradients, layer, low_rank", "conv2d, pooling, weight_gradient", "steps", "library", "abi",
+        "memory, pieces", "__init__",
     ),
     "kernels/triton": (
         "bsr_conv2d, bsr_conv2d_backward_w, bsr_conv2d_backward_x, low_rank_linear, low_rank_conv2d, "
