@@ -67,16 +67,6 @@ class Layout(NamedTuple):
 CHANNELS_LAST = Layout(1, WHOLE)
 
 
-@dataclass(frozen=True)
-class _Activation:
-    """What one layer of a chain hands to the next: the sizes of one image, and the bytes of the largest piece."""
-
-    channels: int
-    h: int
-    w: int
-    nbytes: int
-
-
 class Link(NamedTuple):
     """A layer of a chain, and which of the chain's activations it takes.
 
@@ -111,7 +101,8 @@ class Chain:
         offsets: for every layer, the entry offsets that its kernel reads, by the number of images that lie innermost
             (1: channels last).
         pieces: how the batch is cut.
-        activations: None stands for inputs that are read, and an output that is written, as they lie.
+        activations: the bytes of the largest piece of each; None for inputs that are read, and an output that is
+            written, as they lie.
         form: how the layers run.
         layouts: for every layer, how images lie for it in pieces that have images innermost. Of cut images a layer that
             does not take parts has channels last, where it can, instead of a vector that one image does not fill.
@@ -121,7 +112,7 @@ class Chain:
     links: tuple[Link, ...]
     offsets: tuple[dict[int, Tensor], ...]
     pieces: tuple[Piece, ...]
-    activations: tuple[_Activation | None, ...]
+    activations: tuple[int | None, ...]
     form: Form
     layouts: tuple[Layout, ...]
     sizes: tuple[tuple[int, int, int], ...]
@@ -156,17 +147,16 @@ class Chain:
         for (layer, source, _), own in zip(links, layouts):
             used = {own.lanes if piece.lanes > 1 else 1 for piece in cut} if form is not Form.MODULES else set()
             offsets.append(layer.offsets(*sizes[source][1:], used, own.parts))
-        activations: list[_Activation | None] = []
-        for i, (c, p, q) in enumerate(sizes):
+        activations: list[int | None] = []
+        for i, size in enumerate(sizes):
             # What lies channels last is read from the chain's inputs and written to its output directly.
             at_an_end, layout = i < len(inputs) or i == len(sizes) - 1, _layout_of(i, links, layouts, len(inputs))
             numbers = [0]
             for piece in cut if form is not Form.MODULES else []:
                 own = layout if piece.lanes > 1 else CHANNELS_LAST
                 if own.lanes > 1 or not at_an_end:
-                    numbers.append(math.prod(_shape(piece.count, (c, p, q), own, isa)))
-            nbytes = whole_lines(4 * max(numbers))
-            activations.append(_Activation(c, p, q, nbytes) if nbytes else None)
+                    numbers.append(math.prod(_shape(piece.count, size, own, isa)))
+            activations.append(whole_lines(4 * max(numbers)) or None)
         return cls(tuple(links), tuple(offsets), tuple(cut), tuple(activations), form, tuple(layouts), tuple(sizes))
 
     @property
@@ -211,10 +201,10 @@ class Chain:
 
     def _activation_lifetimes(self, first: int) -> dict[int, Lifetime]:
         found, output = {}, len(self.activations) - 1
-        for i, a in enumerate(self.activations):
-            if a is not None:
+        for i, nbytes in enumerate(self.activations):
+            if nbytes is not None:
                 last = self.ticks - 1 if i == output else self._read_until(i)
-                found[i] = Lifetime(a.nbytes, first + max(0, i - self._inputs + 1), first + last)
+                found[i] = Lifetime(nbytes, first + max(0, i - self._inputs + 1), first + last)
         for i, copies in self._copied.items():
             for name, layout in zip(_names_of_copies(i), copies):
                 numbers = math.prod(self._shape(self.links[i].source, self.pieces[0].count, layout))
