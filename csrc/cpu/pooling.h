@@ -70,8 +70,9 @@ inline void pool_last_channels(const PoolWindow& window, int64_t channel, int co
   V::store_part(y + channel, MAX ? found : V::fma(found, scale, V::zero()), count);
 }
 
+// A function of its own: inlined, it would read the window from the stack in its loops.
 template <class V, bool MAX>
-inline void pool_pixel(const PoolWindow& window, int64_t floats, float* y) {
+__attribute__((noinline)) void pool_pixel(const PoolWindow& window, int64_t floats, float* y) {
   constexpr int COUNT = 4;
   int64_t channel = 0;
   for (; channel + COUNT * V::N <= floats; channel += COUNT * V::N) pool_channels<V, COUNT, MAX>(window, channel, y);
