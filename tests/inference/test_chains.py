@@ -333,7 +333,8 @@ def test_pieces_share_a_workspace(monkeypatch, threads) -> None:
     lanes = LANES[ISAS[-1]]
     monkeypatch.setenv("SLIMKERNELS_ISA", ISAS[-1])
     model = net()
-    two, eight = (Replay(model, batch(k * lanes)).workspace_bytes for k in (2, 8))
+    # Unmeasured: on a busy machine another form may be faster, which has another workspace.
+    two, eight = (Replay(model, batch(k * lanes), measure=False).workspace_bytes for k in (2, 8))
     ends = 4 * 6 * lanes * (3 * 64 + 16)  # what the model reads and returns, of six pieces more
     assert eight <= two + ends + 4096
 
