@@ -346,11 +346,13 @@ def _checked(
         times.append(list(found_s))
     best_dense = [min(t[0], t[1]) for t in times]
     converted = [t[2] for t in times]
-    if everything is not None and everywhere([ratio(t[2], t[3]) for t in times], 1 + 1e-9) is True:
-        gain = worst([ratio(t[2], t[3]) for t in times])
-        decisions = _with_gain(decisions, everything, gain)
-        fast, all_layers = _apply(found, decisions, policy)
-        plan, converted = replace(plan, layers=tuple(all_layers)), [t[3] for t in times]
+    gains = [] if everything is None else [ratio(t[2], t[3]) for t in times]
+    if everything is not None and everywhere(gains, 1 + 1e-9) is True:
+        said = f"among its neighbours it is swapped: the whole model is {worst(gains)} as fast so"
+        added = {name for name, d in everything.items() if d.option is not decisions[name].option}
+        layers = [replace(p, reason=f"{p.reason}; {said}") if p.name in added else p for p in all_layers]
+        fast, decisions, converted = all_swapped, everything, [t[3] for t in times]
+        plan = replace(plan, layers=tuple(layers))
     elif not any(d.option is not d.stay for d in decisions.values()):
         return fast, plan
     ratios = [ratio(d, c) for d, c in zip(best_dense, converted, strict=True)]
@@ -407,18 +409,6 @@ def _all_swapped(found: Survey, decisions: Mapping[str, Decision]) -> dict[str, 
     patterns = [d.option.pattern for d in every.values() if d.option is not d.stay]
     sparse = any(pattern is not None and pattern.nnz_blocks < pattern.blocks for pattern in patterns)
     return every if found.device == "cpu" and stayed and len(patterns) > 1 and sparse else None
-
-
-def _with_gain(
-    decisions: Mapping[str, Decision], everything: Mapping[str, Decision], gain: Ratio
-) -> dict[str, Decision]:
-    """The decisions of ``everything``, which say what swapping the layers gained that were to stay."""
-    return {
-        name: d
-        if d.option is decisions[name].option
-        else replace(d, reason=f"{d.reason}; among its neighbours it is swapped: the whole model is {gain} as fast so")
-        for name, d in everything.items()
-    }
 
 
 def _beyond(i: int, found: Ratio, most: float) -> str:

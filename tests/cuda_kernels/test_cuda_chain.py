@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_emulation import ROOT, Emulator, compiled, emulate
+from cuda_emulation import Emulator, compiled, emulate_fault
 from tensor_core_device import MODES, Place, fails, skip_without_hopper, stand_in
 from torch import Tensor, nn
 
@@ -405,10 +405,7 @@ BREAKS = {
 def test_the_emulation_sees_what_is_missing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """In one mode at least the result is wrong, or the emulation ends the process: each runs in one of its own."""
     header, old, new, barrier = BREAKS[name]
-    text = (ROOT / "csrc" / "cuda" / header).read_text()
-    assert old in text
-    (tmp_path / header).write_text(text.replace(old, new))
-    device = use(emulate(tmp_path, "chain_conv2d"), monkeypatch)
+    device = use(emulate_fault(tmp_path, header, old, new, "chain_conv2d"), monkeypatch)
     assert any(fails(device, mode, lambda: check_orders(device, barrier)) for mode in MODES)
 
 

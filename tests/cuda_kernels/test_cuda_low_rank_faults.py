@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_emulation import ROOT, compiled, emulate
+from cuda_emulation import ROOT, compiled, emulate_fault
 from low_rank_device import BF16, Device, check_infinite, use
 from tensor_core_device import MODES, fails
 from torch import Tensor
@@ -53,10 +53,8 @@ BREAKS = {
 def test_the_emulation_sees_what_is_missing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """In one mode at least the result is wrong, or the emulation ends the process: each runs in one of its own."""
     old, new, what = BREAKS[name]
-    text = (ROOT / "csrc" / "cuda" / "low_rank.cuh").read_text()
-    assert text.count(old) == 1
-    (tmp_path / "low_rank.cuh").write_text(text.replace(old, new))
-    device = use(emulate(tmp_path, "low_rank"), monkeypatch)
+    assert (ROOT / "csrc" / "cuda" / "low_rank.cuh").read_text().count(old) == 1
+    device = use(emulate_fault(tmp_path, "low_rank.cuh", old, new, "low_rank"), monkeypatch)
     assert any(fails(device, mode, lambda: check_part(what, device)) for mode in MODES)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_emulation import ROOT, compiled, emulate
+from cuda_emulation import ROOT, compiled, emulate_fault
 from tensor_core_device import HOPPER_SHARED, MODES, Device, device, fails, use
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -342,10 +342,7 @@ BREAKS = {
 def test_the_emulation_sees_what_is_missing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """In one mode at least the result is wrong, or the emulation ends the process: each runs in one of its own."""
     header, old, new, what = BREAKS[name]
-    text = (ROOT / "csrc" / "cuda" / header).read_text()
-    assert old in text
-    (tmp_path / header).write_text(text.replace(old, new))
-    emulator = emulate(tmp_path, "resident_conv2d", "narrow_conv2d", "stem_conv2d")
+    emulator = emulate_fault(tmp_path, header, old, new, "resident_conv2d", "narrow_conv2d", "stem_conv2d")
     device = use(emulator, monkeypatch)
     assert any(fails(device, mode, lambda: check_part(what, device)) for mode in MODES)
 

@@ -148,6 +148,14 @@ def emulate(folder: Path, *only: str) -> Emulator:
     return Emulator(ctypes.CDLL(str(library)))
 
 
+def emulate_fault(folder: Path, header: str, old: str, new: str, *only: str) -> Emulator:
+    """The emulation with other words in a header of csrc/cuda, in an empty folder; ``only`` as `emulate` has it."""
+    text = (ROOT / "csrc" / "cuda" / header).read_text()
+    assert old in text
+    (folder / header).write_text(text.replace(old, new))
+    return emulate(folder, *only)
+
+
 @lru_cache(maxsize=1)
 def compiled() -> Emulator:
     """csrc/cuda as it stands, compiled once a process."""

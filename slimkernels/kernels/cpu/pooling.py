@@ -177,7 +177,7 @@ def average_pooling(
 
 def adaptive_average_pooling(isa: str, x: Tensor, output_size: Any) -> Pooling | None:
     """``torch.nn.functional.adaptive_avg_pool2d`` where its windows are equal and side by side; else None."""
-    if x.dim() != 4 or x.numel() == 0:
+    if not is_batch(x):
         return None
     out = [size if size is not None else own for size, own in zip(_sizes(output_size), x.shape[2:])]
     if any(size < 1 or own % size for size, own in zip(out, x.shape[2:])):
@@ -195,9 +195,14 @@ def _stride(stride: Any, kernel: Pair) -> Pair:
     return kernel if stride is None or stride == () or stride == [] else _pair(stride)
 
 
+def is_batch(x: Tensor) -> bool:
+    """Whether x is a batch of float32 images on the CPU, and not empty."""
+    return x.dim() == 4 and x.dtype is torch.float32 and x.is_cpu and x.numel() > 0
+
+
 def _is_native(pool: Pooling, x: Tensor, ceil_mode: bool) -> bool:
-    """Whether x is a float32 CPU batch that the pooling takes, and rounding sizes up would change nothing."""
-    if x.dim() != 4 or x.dtype is not torch.float32 or not x.is_cpu or x.numel() == 0:
+    """Whether x is a batch that the pooling takes, and rounding sizes up would change nothing."""
+    if not is_batch(x):
         return False
     h, w = x.shape[2:]
     uneven = any(
