@@ -43,8 +43,9 @@ def outcomes(file: str, marker: str) -> dict[str, dict[str, str]]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", str(CASES / file), "-q", "-m", marker, "--tb=short"]
-        command += ["-p", "no:cacheprovider", f"--junitxml={report}"]
-        env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        command += ["-p", "no:cacheprovider", "-p", "interpreter_speed", f"--junitxml={report}"]
+        path = os.pathsep.join([str(CASES), *filter(None, [os.environ.get("PYTHONPATH")])])
+        env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
         done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode in (0, 1) and report.exists(), (done.stdout + done.stderr)[-8000:]
         found: dict[str, dict[str, str]] = {}
