@@ -53,6 +53,11 @@ def pytest_configure(config: pytest.Config) -> None:
     folder = tempfile.TemporaryDirectory(prefix="slimkernels-tests-")
     config.add_cleanup(folder.cleanup)
     os.environ["SLIMKERNELS_CACHE_DIR"] = folder.name
+    if not os.path.isdir(os.environ.get("SLIMKERNELS_TEST_BUILDS", "")):
+        # What one process of a run has compiled the others find here: workers, and tests that run tests.
+        builds = tempfile.TemporaryDirectory(prefix="slimkernels-builds-")
+        config.add_cleanup(builds.cleanup)
+        os.environ["SLIMKERNELS_TEST_BUILDS"] = builds.name
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist's own, which reads these options

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
+import os
 import re
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +20,7 @@ from places import ROOT
 
 LAUNCH = re.compile(r"(\w+<[\w, ]+>)<<<(.*?)>>>\((.*?)\);", re.S)
 SHARED = re.compile(r"extern __shared__ (\w+) (\w+)\[\];")
+LIBRARY = "libcuda_on_cpu.so"
 CTYPES = {"int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32}
 
 
@@ -140,12 +143,19 @@ def emulate(folder: Path, *only: str) -> Emulator:
     state.write_text(
         "\n".join(['#include "tensor_cores_on_cpu.h"', '#include "kernels.h"', 'extern "C" {', *entries, "}\n"])
     )
-    library = folder / "libcuda_on_cpu.so"
-    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-w"]
-    command = [compiler, *flags, *include_flags(folder), *sources, state, "-o", library]
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return Emulator(ctypes.CDLL(str(library)))
+
+    def run(*words: str | Path) -> None:
+        done = subprocess.run([compiler, *map(str, words)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    def compile_one(source: Path) -> Path:
+        run("-std=c++17", "-O1", "-fPIC", "-w", *include_flags(folder), "-c", source, "-o", source.with_suffix(".o"))
+        return source.with_suffix(".o")
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile_one, [*sources, state]))
+    run("-shared", *objects, "-o", folder / LIBRARY)
+    return Emulator(ctypes.CDLL(str(folder / LIBRARY)))
 
 
 def emulate_fault(folder: Path, header: str, old: str, new: str, *only: str) -> Emulator:
@@ -158,6 +168,14 @@ def emulate_fault(folder: Path, header: str, old: str, new: str, *only: str) -> 
 
 @lru_cache(maxsize=1)
 def compiled() -> Emulator:
-    """csrc/cuda as it stands, compiled once a process."""
-    with tempfile.TemporaryDirectory() as folder:
-        return emulate(Path(folder))
+    """csrc/cuda as it stands, compiled by the first of the test processes that asks for it."""
+    folder = Path(os.environ["SLIMKERNELS_TEST_BUILDS"]) / "cuda_on_cpu"
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock:  # closed, it is open to the next
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = folder / "done"
+        if not done.exists():
+            emulator = emulate(folder)
+            done.touch()
+            return emulator
+    return Emulator(ctypes.CDLL(str(folder / LIBRARY)))
