@@ -58,7 +58,10 @@ _PLACEHOLDER = re.compile(r"^\{(\w+)\}$")
 
 @dataclass(frozen=True)
 class Step:
-    """One step: its verb, its settings, and the keys beside the verb (``prune``, ``quantize``, ``teacher``, ...)."""
+    """One step: its verb, its settings, and the keys beside the verb (``prune``, ``quantize``, ``teacher``, ...).
+
+    A key beside the verb whose value is null, such as by a preset's variable, is as if it were not there.
+    """
 
     verb: str
     settings: Mapping[str, Any]
@@ -290,8 +293,10 @@ def _step(entry: Any, where: str) -> Step:
             raise ValueError(unknown(f"{where}: expected a step", str(next(iter(entry))), VERBS))
         raise ValueError(f"{where}: expected one step among {', '.join(VERBS)}, got {', '.join(map(str, entry))}")
     verb = verbs[0]
-    companions = {key: value for key, value in entry.items() if key != verb}
-    mapping(companions, f"{where} ({verb})", _STEP_COMPANIONS.get(verb, ()))
+    companions = mapping(
+        {k: v for k, v in entry.items() if k != verb}, f"{where} ({verb})", _STEP_COMPANIONS.get(verb, ())
+    )
+    companions = {key: value for key, value in companions.items() if value is not None}
     settings = mapping(entry[verb] or {}, f"{where}: {verb}", None)
     if verb in TRAINING_VERBS:
         settings = {**mapping(settings.get("use") or {}, f"{where}: use", None), **settings}

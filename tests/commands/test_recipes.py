@@ -262,6 +262,24 @@ def test_a_step_prunes_and_rounds():
     assert (rounding.values, rounding.begin, sparse.begin) == ("int8", 0.5, 0.8)
 
 
+def test_what_a_preset_leaves_empty_is_not_done():
+    beside = {"quantize": None, "sparse": None}
+    plain, emptied = (
+        parse(change).rows[1].steps[0] for change in (None, lambda d: d["rows"][1]["steps"][0].update(beside))
+    )
+    assert emptied == plain
+
+
+@pytest.mark.parametrize(("name", "preset"), PRESETS)
+def test_pruned_rows_train_through_the_sparse_kernels_where_layers_can_be_measured(name, preset):
+    """Not in the steps of a CUDA graph, which `SparseTraining` refuses."""
+    for row in load_recipe(name, preset).rows:
+        for step in row.steps:
+            if "prune" in step.companions and row.group != "slim":
+                graphs = step.settings.get("cuda_graph", False) or preset == "device_rehearsal"
+                assert ("sparse" in step.companions) == (not graphs), row.name
+
+
 def test_the_low_rank_row_fits_the_teacher_of_every_small_preset():
     for preset in ("cpu", "smoke", "device", "device_rehearsal"):
         recipe = load_recipe("slimnets", preset)
