@@ -3,8 +3,8 @@
 //
 // What can be told without reading memory is checked here and in bindings/: the instruction set, since an unsupported
 // one would kill the process, and that every number lies in its range and no offset wraps. What the tensors hold is
-// checked in slimkernels/kernels/cpu/{conv2d,pooling}.py, cuda.py, cuda_tensor_cores.py, cuda_chain.py,
-// cuda_low_rank.py.
+// checked in slimkernels/kernels/cpu/{conv2d,pooling,weight_gradient,batch_norm}.py, cuda.py,
+// cuda_tensor_cores.py, cuda_chain.py, cuda_low_rank.py.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -17,6 +17,7 @@
 #include <utility>
 #include <vector>
 
+#include "bindings/batch_norm.h"
 #include "bindings/conv2d.h"
 #include "bindings/weight_gradient.h"
 #include "kernels.h"
@@ -42,6 +43,7 @@ struct Isa {
   int (*run_steps)(const SlimStepF32*, int64_t, int32_t);
   int (*run_delayed_steps)(const SlimStepF32*, int64_t, int32_t, uint32_t);
   int (*weight_gradient_f32)(const SlimWeightGradientF32*, int32_t);
+  int (*batch_norm_f32)(const SlimBatchNormF32*, int32_t);
   double (*multiply_adds_f32)(int64_t, int32_t);
   bool supported;
 };
@@ -54,17 +56,18 @@ const std::vector<Isa>& compiled_isas() {
 #endif
 #if SLIM_HAVE_AVX512
     list.push_back({"avx512", slim_run_steps_f32_avx512, slim_run_delayed_steps_f32_avx512,
-                    slim_weight_gradient_f32_avx512, slim_multiply_adds_f32_avx512,
+                    slim_weight_gradient_f32_avx512, slim_batch_norm_f32_avx512, slim_multiply_adds_f32_avx512,
                     __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("fma")});
 #endif
 #if SLIM_HAVE_AVX2
     list.push_back({"avx2", slim_run_steps_f32_avx2, slim_run_delayed_steps_f32_avx2, slim_weight_gradient_f32_avx2,
-                    slim_multiply_adds_f32_avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")});
+                    slim_batch_norm_f32_avx2, slim_multiply_adds_f32_avx2,
+                    __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")});
 #endif
     list.push_back({"scalar", slim_run_steps_f32_scalar, slim_run_delayed_steps_f32_scalar,
-                    slim_weight_gradient_f32_scalar, slim_multiply_adds_f32_scalar, true});
+                    slim_weight_gradient_f32_scalar, slim_batch_norm_f32_scalar, slim_multiply_adds_f32_scalar, true});
     return list;
   }();
   return isas;
@@ -239,6 +242,17 @@ int weight_gradient_f32(const std::string& name, const std::array<int64_t, kCoun
   return isa->weight_gradient_f32(&a, static_cast<int32_t>(threads));
 }
 
+int batch_norm_f32(const std::string& name, const std::array<int64_t, kCount<SlimBatchNormF32>>& members,
+                   int64_t threads) {
+  const SlimBatchNormF32 a = struct_of<SlimBatchNormF32>(members.data());
+  const std::string fault = threads_fit(threads) ? batch_norm_fault(members.data(), a) : "expected at least one thread";
+  if (!fault.empty()) throw py::value_error("batch_norm_f32: " + fault);
+  const Isa* isa = supported_isa(name.c_str());
+  if (isa == nullptr) return SLIM_ERROR_UNSUPPORTED;
+  py::gil_scoped_release release;
+  return isa->batch_norm_f32(&a, static_cast<int32_t>(threads));
+}
+
 double multiply_adds_f32(const std::string& name, int64_t iterations, int32_t threads) {
   if (iterations < 0 || !threads_fit(threads))
     throw py::value_error("multiply_adds_f32: expected iterations and threads to run");
@@ -293,6 +307,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("weight_gradient_members", &members_of<SlimWeightGradientF32>, "The same of SlimWeightGradientF32.");
   m.def("weight_gradient_f32", &weight_gradient_f32,
         "(isa, members of SlimWeightGradientF32 in order, threads) -> status");
+  m.def("batch_norm_members", &members_of<SlimBatchNormF32>, "The same of SlimBatchNormF32.");
+  m.def("batch_norm_f32", &batch_norm_f32, "(isa, members of SlimBatchNormF32 in order, threads) -> status");
   m.def("entry_offsets_count", &entry_offsets_count, "(members of SlimConv2dF32 in order) -> numbers");
   m.def("entry_offsets", &entry_offsets, "(members of SlimConv2dF32 in order, address of the offsets, their number)");
   py::class_<Steps>(m, "Steps", "Recorded steps of kernels.h; the caller keeps their memory alive.")

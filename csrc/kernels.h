@@ -1,6 +1,6 @@
 // Every native entry point of slimkernels and its preconditions.
 //
-// The caller (slimkernels/kernels/cpu/{conv2d,pooling,weight_gradient}.py for the CPU, kernels/cuda.py,
+// The caller (slimkernels/kernels/cpu/{conv2d,pooling,weight_gradient,batch_norm}.py for the CPU, kernels/cuda.py,
 // cuda_tensor_cores.py and cuda_chain.py for CUDA) has checked device, dtype, strides, bounds and what index tensors
 // hold; bindings/ has checked the ranges of all numbers; nothing behind them checks again. Entry points return 0 on
 // success and one of the SLIM_ERROR codes otherwise.
@@ -140,6 +140,34 @@ typedef struct SlimWeightGradientF32 {
 SLIM_HIDDEN int slim_weight_gradient_f32_scalar(const SlimWeightGradientF32* a, int32_t threads);
 SLIM_HIDDEN int slim_weight_gradient_f32_avx2(const SlimWeightGradientF32* a, int32_t threads);
 SLIM_HIDDEN int slim_weight_gradient_f32_avx512(const SlimWeightGradientF32* a, int32_t threads);
+
+// Batch norm of a training step, fp32, channels last, with the ReLU and the 2x2 stride-2 max-pool (floor) behind it:
+//   z = (x + shift) * scale + bias;  the output is z, relu(z) or, with pool, the pool of relu(z); NaN kept
+// One of four passes over x:
+//   SLIM_NORM_MOMENTS         sums: of each channel the mean of x, and the mean of the squared distances from it
+//   SLIM_NORM_OUTPUT          y: the output
+//   SLIM_NORM_GRADIENT_SUMS   sums: the sum of g, and the sum of g * (x + shift), where g is the gradient of z
+//   SLIM_NORM_INPUT_GRADIENT  y, like x: g * scale + (x + shift) * slope + constant
+// `grad` is the gradient of the output. In a window it goes to the first of equal maxima; where z <= 0 there is none.
+//
+// Preconditions: x is (n,h,w,c), the output (n,h,w,c), or (n,h/2,w/2,c) with pool, both contiguous in that order;
+// coefficients is (5,c): shift, scale, bias, slope, constant (the last two of the gradient alone), sums is (2,c); what
+// is written overlaps nothing; n,h,w,c >= 1, with pool h,w >= 2 and relu is 1; h*w*c below 2^31. What a pass does not
+// need may be NULL.
+enum { SLIM_NORM_MOMENTS = 0, SLIM_NORM_OUTPUT = 1, SLIM_NORM_GRADIENT_SUMS = 2, SLIM_NORM_INPUT_GRADIENT = 3 };
+typedef struct SlimBatchNormF32 {
+  const float* x;
+  const float* grad;
+  const float* coefficients;
+  float* y;
+  double* sums;
+  int64_t n, h, w, c;
+  int32_t which, relu, pool;
+} SlimBatchNormF32;
+
+SLIM_HIDDEN int slim_batch_norm_f32_scalar(const SlimBatchNormF32* a, int32_t threads);
+SLIM_HIDDEN int slim_batch_norm_f32_avx2(const SlimBatchNormF32* a, int32_t threads);
+SLIM_HIDDEN int slim_batch_norm_f32_avx512(const SlimBatchNormF32* a, int32_t threads);
 
 // The multiply-add ceiling: runs that many rounds of independent multiply-adds and returns the FLOPs done; the caller
 // times it.

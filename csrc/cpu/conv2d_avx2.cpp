@@ -2,6 +2,7 @@
 #include <stdint.h>
 
 #include "../kernels.h"
+#include "batch_norm.h"
 #include "images_layout.h"
 #include "peak.h"
 #include "steps.h"
@@ -79,4 +80,8 @@ extern "C" int slim_weight_gradient_f32_avx2(const SlimWeightGradientF32* a, int
 
 extern "C" double slim_multiply_adds_f32_avx2(int64_t iterations, int32_t threads) {
   return multiply_adds<Vec8, 12>(iterations, threads);
+}
+
+extern "C" int slim_batch_norm_f32_avx2(const SlimBatchNormF32* a, int32_t threads) {
+  return batch_norm<Vec8>(*a, threads);
 }

@@ -3,6 +3,7 @@
 #include <stdint.h>
 
 #include "../kernels.h"
+#include "batch_norm.h"
 #include "images_layout.h"
 #include "peak.h"
 #include "steps.h"
@@ -47,6 +48,14 @@ struct Vec16 {
   static inline type max_nan(type a, type b) {
     return _mm512_mask_mov_ps(_mm512_max_ps(a, b), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a);
   }
+  typedef __mmask16 Mask;
+  static inline Mask positive(type v) { return _mm512_cmp_ps_mask(v, zero(), _CMP_NLE_UQ); }  // or NaN
+  static inline Mask greater_or_nan(type a, type b) {
+    return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) | _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
+  }
+  static inline type select(Mask m, type a, type b) { return _mm512_mask_mov_ps(b, m, a); }
+  static inline type where(Mask m, type v) { return _mm512_maskz_mov_ps(m, v); }
+  static inline type where_not(Mask m, type v) { return _mm512_maskz_mov_ps((Mask)~m, v); }
   typedef __m512i Lanes;
   static inline Lanes lanes(const int32_t* numbers) { return _mm512_loadu_si512(numbers); }
   static inline type moved(type v, Lanes from) {
@@ -122,4 +131,8 @@ extern "C" int slim_weight_gradient_f32_avx512(const SlimWeightGradientF32* a, i
 
 extern "C" double slim_multiply_adds_f32_avx512(int64_t iterations, int32_t threads) {
   return multiply_adds<Vec16, 16>(iterations, threads);
+}
+
+extern "C" int slim_batch_norm_f32_avx512(const SlimBatchNormF32* a, int32_t threads) {
+  return batch_norm<Vec16>(*a, threads);
 }

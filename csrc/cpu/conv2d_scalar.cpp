@@ -2,6 +2,7 @@
 #include <stdint.h>
 
 #include "../kernels.h"
+#include "batch_norm.h"
 #include "images_layout.h"
 #include "peak.h"
 #include "plan.h"
@@ -60,6 +61,26 @@ struct Vec4 {
     for (int i = 0; i < 4; ++i) r.f[i] = a.f[i] > b.f[i] || a.f[i] != a.f[i] ? a.f[i] : b.f[i];
     return r;
   }
+  struct Mask {
+    bool b[4];
+  };
+  static inline Mask positive(const type& v) {  // or NaN
+    Mask m;
+    for (int i = 0; i < 4; ++i) m.b[i] = !(v.f[i] <= 0);
+    return m;
+  }
+  static inline Mask greater_or_nan(const type& a, const type& b) {
+    Mask m;
+    for (int i = 0; i < 4; ++i) m.b[i] = a.f[i] > b.f[i] || a.f[i] != a.f[i];
+    return m;
+  }
+  static inline type select(const Mask& m, const type& a, const type& b) {
+    type r;
+    for (int i = 0; i < 4; ++i) r.f[i] = m.b[i] ? a.f[i] : b.f[i];
+    return r;
+  }
+  static inline type where(const Mask& m, const type& v) { return select(m, v, zero()); }
+  static inline type where_not(const Mask& m, const type& v) { return select(m, zero(), v); }
   struct Lanes {
     int32_t from[4];
   };
@@ -148,3 +169,7 @@ extern "C" double slim_multiply_adds_f32_scalar(int64_t iterations, int32_t thre
 extern "C" int64_t slim_entry_offsets_count(const SlimConv2dF32* a) { return offsets_count(*a); }
 
 extern "C" void slim_entry_offsets(const SlimConv2dF32* a, int32_t* offsets) { write_offsets(*a, offsets); }
+
+extern "C" int slim_batch_norm_f32_scalar(const SlimBatchNormF32* a, int32_t threads) {
+  return batch_norm<Vec4>(*a, threads);
+}

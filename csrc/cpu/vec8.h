@@ -32,6 +32,15 @@ struct Vec8 {
   static inline type max_nan(type a, type b) {
     return _mm256_blendv_ps(_mm256_max_ps(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
   }
+  // All ones in the lanes for which it holds.
+  typedef __m256 Mask;
+  static inline Mask positive(type v) { return _mm256_cmp_ps(v, zero(), _CMP_NLE_UQ); }  // or NaN
+  static inline Mask greater_or_nan(type a, type b) {
+    return _mm256_or_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ), _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+  }
+  static inline type select(Mask m, type a, type b) { return _mm256_blendv_ps(b, a, m); }
+  static inline type where(Mask m, type v) { return _mm256_and_ps(m, v); }
+  static inline type where_not(Mask m, type v) { return _mm256_andnot_ps(m, v); }
   typedef __m256i Lanes;
   static inline Lanes lanes(const int32_t* numbers) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(numbers));

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from slimkernels.kernels import reference
+from slimkernels.kernels.cpu import batch_norm as cpu_batch_norm
 from slimkernels.kernels.cpu import conv2d as native
 from slimkernels.kernels.cpu import gradients as cpu_gradients
 from slimkernels.kernels.cpu import low_rank as native_low_rank
@@ -147,7 +148,7 @@ def _reference(name: str) -> KernelSpec:
     )
 
 
-def _cpu(name: str, launch: Callable[..., Tensor], reason: Callable[..., str | None] | None = None) -> KernelSpec:
+def _cpu(name: str, launch: Callable[..., Any], reason: Callable[..., str | None] | None = None) -> KernelSpec:
     """A C++ kernel of the instruction set that the name ends in, which ``launch`` and ``reason`` take first."""
     op, isa = name.split("_f32__")
     kept: dict[str, Any] = {} if reason is None else {"shape_reason": partial(reason, isa)}
@@ -262,6 +263,12 @@ _ROWS = (
     _cpu("bsr_conv2d_wgrad_f32__avx512", cpu_gradients.launch_wgrad),
     _cpu("bsr_conv2d_wgrad_f32__avx2", cpu_gradients.launch_wgrad),
     _cpu("bsr_conv2d_wgrad_f32__scalar", cpu_gradients.launch_wgrad),
+    _cpu("batch_norm_forward_f32__avx512", cpu_batch_norm.launch_forward),
+    _cpu("batch_norm_forward_f32__avx2", cpu_batch_norm.launch_forward),
+    _cpu("batch_norm_forward_f32__scalar", cpu_batch_norm.launch_forward),
+    _cpu("batch_norm_backward_f32__avx512", cpu_batch_norm.launch_backward),
+    _cpu("batch_norm_backward_f32__avx2", cpu_batch_norm.launch_backward),
+    _cpu("batch_norm_backward_f32__scalar", cpu_batch_norm.launch_backward),
     # Matrix products of torch, for machines without the extension.
     KernelSpec(
         "bsr_conv2d_wgrad_f32__cpu",

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from slimkernels import env
 from slimkernels.kernels import EPILOGUES
+from slimkernels.kernels.cpu.library import library
 from slimkernels.kernels.reference import apply_epilogue
 from slimkernels.ops import batch_norm
 
@@ -19,8 +20,8 @@ _Norm = TypeVar("_Norm", bound=nn.Module)
 class FusedBatchNorm2d(nn.modules.batchnorm._NormBase):
     """Drop-in for ``nn.BatchNorm2d`` and the ReLU and 2x2 max-pool behind it.
 
-    In training mode on a GPU it runs `slimkernels.ops.batch_norm`, which reads the activation twice forward and twice
-    backward and keeps nothing but it. Otherwise, and with ``momentum=None`` or running statistics in another dtype than
+    In training mode on a GPU, and in float32 on a CPU, it runs `slimkernels.ops.batch_norm`, which reads the activation
+    twice forward and twice backward and keeps nothing but it. Otherwise, without the extension on a CPU, and with ``momentum=None`` or running statistics in another dtype than
     float32, it runs torch's ops one after the other. Parameters, buffers and a state dict's keys are those of
     ``nn.BatchNorm2d``, until it takes the bias of a layer (`take_bias_`). In training on several devices each has
     statistics of its own.
@@ -142,7 +143,7 @@ class FusedBatchNorm2d(nn.modules.batchnorm._NormBase):
         tracked = (self.running_mean, self.running_var)
         return (
             self.training
-            and (x.is_cuda or env.triton_interpret())
+            and (x.is_cuda or env.triton_interpret() or (x.dtype is torch.float32 and x.is_cpu and bool(library()[2])))
             and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
             and x.dim() == 4
             and x.numel() > 0

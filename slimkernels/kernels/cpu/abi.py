@@ -13,8 +13,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 _POINTERS = frozenset({"x", "y", "bias", "weights", "channels", "tap_ptr", "offsets", "residual"})
-_POINTERS |= {"grad", "values_grad", "crow_indices", "col_indices"}
-_INT64 = ("n", "h", "w", "c_in", "c_out", "p", "q")
+_POINTERS |= {"grad", "values_grad", "crow_indices", "col_indices", "coefficients", "sums"}
+_INT64 = ("n", "h", "w", "c", "c_in", "c_out", "p", "q")
 
 
 class Conv2dArguments(NamedTuple):
@@ -137,6 +137,38 @@ class WeightGradientArguments(NamedTuple):
     block_in: int
 
 
+class BatchNormArguments(NamedTuple):
+    """One pass of a training step's batch norm: the members of ``SlimBatchNormF32``.
+
+    Attributes:
+        x: address of the input.
+        grad: address of the gradient of the output.
+        coefficients: address of five rows of channels.
+        y: address of the output, or of the gradient of the input.
+        sums: address of two rows of channels in double precision.
+        n: images.
+        h: height.
+        w: width.
+        c: channels.
+        which: the pass.
+        relu: 0 or 1.
+        pool: 0 or 1, a 2x2 max-pool after the ReLU.
+    """
+
+    x: int
+    grad: int
+    coefficients: int
+    y: int
+    sums: int
+    n: int
+    h: int
+    w: int
+    c: int
+    which: int
+    relu: int
+    pool: int
+
+
 def address(tensor: Tensor | None) -> int:
     """Where a tensor's first element lies; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
@@ -157,6 +189,7 @@ def mismatch(module: ModuleType) -> str | None:
     for struct, fields, members in (
         ("SlimConv2dF32", Conv2dArguments._fields, "conv2d_members"),
         ("SlimWeightGradientF32", WeightGradientArguments._fields, "weight_gradient_members"),
+        ("SlimBatchNormF32", BatchNormArguments._fields, "batch_norm_members"),
     ):
         theirs, ours = list(getattr(module, members, list)()), layout(fields)
         if theirs != ours:
