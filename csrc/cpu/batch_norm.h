@@ -77,15 +77,14 @@ inline void for_channels(int64_t c, const Body& body) {
 
 // ---------------------------------------------------------------- moments
 
-// The mean of a chunk and the sum of squared distances from it. A mean of floats is off by its last bits: the distances
-// from it say by how much.
+// The mean of a chunk and the sum of squared distances from it. A mean in float is off by its last bits: the distances
+// from it say by how much, and that is kept beside it.
 template <class V>
 struct MomentsOfChunk {
   typedef typename V::type Vector;
   const float* x;
   int64_t pixels, c;
-  float* mean;     // (c)
-  float* squares;  // (c)
+  float* found;  // (3, c): rounded means, what they lack, squares
 
   template <int COUNT, bool PART>
   void run(int64_t channel, int lanes) const {
@@ -118,21 +117,24 @@ struct MomentsOfChunk {
     for (int i = 0; i < COUNT; ++i) {
       const Vector correction = V::fma(off[i], share, V::zero());
       const Vector minus = V::fma(correction, negative, V::zero());
-      store_channels<V, PART>(mean + channel + i * V::N, V::add(total[i], correction), lanes);
-      store_channels<V, PART>(squares + channel + i * V::N, V::fma(minus, off[i], square[i]), lanes);
+      float* const to = found + channel + i * V::N;
+      store_channels<V, PART>(to, total[i], lanes);
+      store_channels<V, PART>(to + c, correction, lanes);
+      store_channels<V, PART>(to + 2 * c, V::fma(minus, off[i], square[i]), lanes);
     }
   }
 };
 
-// Joins the moments of `count` more values to those of `before` values (Chan, Golub and LeVeque 1983).
-template <class Float>
-inline void join_moments(double* mean, double* squares, int64_t c, double before, const Float* more_mean,
-                         const Float* more_squares, double count) {
-  const double share = count / (before + count), weight = before * share;
+// Joins the moments of `count` more values, which `more_mean` and `more_squares` tell of a channel, to those of
+// `before` values (Chan, Golub and LeVeque 1983).
+template <class Mean, class Squares>
+inline void join_moments(double* mean, double* squares, int64_t c, int64_t before, int64_t count, Mean more_mean,
+                         Squares more_squares) {
+  const double share = (double)count / (double)(before + count), weight = (double)before * share;
   for (int64_t i = 0; i < c; ++i) {
-    const double apart = more_mean[i] - mean[i];
+    const double apart = more_mean(i) - mean[i];
     mean[i] += apart * share;
-    squares[i] += more_squares[i] + apart * apart * weight;
+    squares[i] += more_squares(i) + apart * apart * weight;
   }
 }
 
@@ -147,8 +149,10 @@ inline void moments_of_part(const NormPlan& plan, int64_t part, float* scratch) 
   memset(mean, 0, sizeof(double) * 2 * (size_t)c);
   for (int64_t pixel = rows.begin * plan.q, done = 0; pixel < end;) {
     const int64_t pixels = min64(most, end - pixel);
-    for_channels<V, 4>(c, MomentsOfChunk<V>{plan.input(pixel), pixels, c, scratch, scratch + c});
-    join_moments(mean, squares, c, (double)done, scratch, scratch + c, (double)pixels);
+    for_channels<V, 4>(c, MomentsOfChunk<V>{plan.input(pixel), pixels, c, scratch});
+    join_moments(
+        mean, squares, c, done, pixels, [=](int64_t i) { return (double)scratch[i] + (double)scratch[c + i]; },
+        [=](int64_t i) { return (double)scratch[2 * c + i]; });
     pixel += pixels;
     done += pixels;
   }
@@ -384,8 +388,9 @@ inline void finish_norm(const NormPlan& plan) {
     const double* const own = plan.partial + part * 2 * a.c;
     if (a.which == SLIM_NORM_MOMENTS) {
       const Range rows = plan.part_rows(part);
-      join_moments(a.sums, a.sums + a.c, a.c, (double)(rows.begin * plan.q), own, own + a.c,
-                   (double)(rows.size() * plan.q));
+      join_moments(
+          a.sums, a.sums + a.c, a.c, rows.begin * plan.q, rows.size() * plan.q, [=](int64_t i) { return own[i]; },
+          [=, &a](int64_t i) { return own[a.c + i]; });
     } else {
       for (int64_t i = 0; i < 2 * a.c; ++i) a.sums[i] += own[i];
     }
@@ -400,7 +405,7 @@ inline int batch_norm(const SlimBatchNormF32& a, int32_t threads) {
   const int team = (int)min64(threads, plan.parts);
   const bool sums = a.which == SLIM_NORM_MOMENTS || a.which == SLIM_NORM_GRADIENT_SUMS;
   constexpr size_t LINE = 64;
-  const size_t scratch_floats = ((size_t)a.c * 2 + 15) / 16 * 16;
+  const size_t scratch_floats = ((size_t)a.c * 3 + 15) / 16 * 16;
   float* scratch = nullptr;
   bool failed = false;
   if (sums) {

@@ -64,6 +64,7 @@ struct Isa {
   const char* name;
   int (*run)(const SlimStepF32*, int64_t, int32_t);
   int (*weight_gradient)(const SlimWeightGradientF32*, int32_t);
+  int (*batch_norm)(const SlimBatchNormF32*, int32_t);
   int32_t lanes;  // of images innermost
   bool supported;
 };
@@ -459,6 +460,103 @@ void run_gradient_case(const Isa& isa, long number, int max_threads, Tally* tall
   tally->outputs += blocks * size;
 }
 
+// One random batch norm, all four passes. Values are multiples of a power of two that float holds exactly whatever the
+// order, so that the same pixels of a window are equal here and there, and results are compared bit by bit.
+void run_norm_case(const Isa& isa, long number, int max_threads, Tally* tally) {
+  Rng rng{uint64_t(number) * 0x2545f4914f6cdd1du + 11};
+  static const int64_t kSizes[] = {1, 2, 2, 3, 4, 5, 8, 13};
+  SlimBatchNormF32 a;
+  memset(&a, 0, sizeof a);
+  a.relu = rng.chance(70);
+  a.pool = a.relu && rng.chance(60);
+  do {
+    a.h = rng.pick(kSizes);
+    a.w = rng.chance(60) ? a.h : rng.pick(kSizes);
+  } while (a.pool && (a.h < 2 || a.w < 2));
+  a.c = rng.range(1, 70);
+  a.n = rng.range(1, 1 + 60000 / (a.h * a.w * a.c));  // up to several parts
+  const int64_t p = a.pool ? a.h / 2 : a.h, q = a.pool ? a.w / 2 : a.w;
+  const int64_t size = a.n * a.h * a.w * a.c, outputs = a.n * p * q * a.c;
+  const auto eighths = [&rng](int64_t most) { return float(rng.range(-most, most)) / 8.0f; };
+  Block<float> x(size, rng.range(0, 3)), grad(outputs, rng.range(0, 3)), coefficients(5 * a.c, rng.range(0, 3));
+  Block<uint32_t> y(outputs + 2 * kGuard, rng.range(0, 3)), dx(size + 2 * kGuard, rng.range(0, 3));
+  Block<double> sums(6 * a.c);
+  for (int64_t i = 0; i < size; ++i) x.data[i] = eighths(20);
+  for (int64_t i = 0; i < outputs; ++i) grad.data[i] = eighths(8);
+  for (int64_t i = 0; i < 5 * a.c; ++i) coefficients.data[i] = eighths(12);
+  for (int64_t i = 0; i < outputs + 2 * kGuard; ++i) y.data[i] = kUnwritten;
+  for (int64_t i = 0; i < size + 2 * kGuard; ++i) dx.data[i] = kUnwritten;
+  const int32_t threads = int32_t(rng.range(1, max_threads));
+  const long before = tally->failures;
+  a.x = x.data;
+  a.sums = sums.data;
+  a.which = SLIM_NORM_MOMENTS;
+  if (isa.batch_norm(&a, threads) != SLIM_OK) ++tally->failures;
+  for (int64_t c = 0; c < a.c; ++c) {
+    const double count = double(size / a.c);
+    double mean = 0, square = 0;
+    for (int64_t i = c; i < size; i += a.c) mean += x.data[i] / count;
+    for (int64_t i = c; i < size; i += a.c) square += (x.data[i] - mean) * (x.data[i] - mean) / count;
+    if (!(fabs(sums.data[c] - mean) <= 1e-6) || !(fabs(sums.data[a.c + c] - square) <= 1e-5 * square + 1e-12))
+      ++tally->failures;
+  }
+  static const float kOdd[] = {NAN, INFINITY, -INFINITY};
+  for (int64_t count = rng.chance(20) ? rng.range(1, 3) : 0; count > 0; --count)
+    x.data[rng.below(size)] = kOdd[rng.below(3)];
+  a.grad = grad.data;
+  a.coefficients = coefficients.data;
+  for (a.which = SLIM_NORM_OUTPUT; a.which <= SLIM_NORM_INPUT_GRADIENT; ++a.which) {
+    a.sums = sums.data + 2 * a.c * (a.which - 1);
+    a.y = reinterpret_cast<float*>((a.which == SLIM_NORM_OUTPUT ? y.data : dx.data) + kGuard);
+    if (isa.batch_norm(&a, threads) != SLIM_OK) ++tally->failures;
+  }
+  for (int64_t i = 0; i < kGuard; ++i) {
+    if (y.data[i] != kUnwritten || y.data[kGuard + outputs + i] != kUnwritten) ++tally->failures;
+    if (dx.data[i] != kUnwritten || dx.data[kGuard + size + i] != kUnwritten) ++tally->failures;
+  }
+  const auto same = [](double got, double want) { return isnan(want) ? isnan(got) : got == want; };
+  const float* const got_y = reinterpret_cast<float*>(y.data + kGuard);
+  const float* const got_dx = reinterpret_cast<float*>(dx.data + kGuard);
+  std::vector<float> own(size_t(a.n * a.h * a.w));  // the gradient of z, of one channel
+  for (int64_t c = 0; c < a.c; ++c) {
+    const float* const of = coefficients.data + c;
+    const auto shifted = [&](int64_t pixel) { return x.data[pixel * a.c + c] + of[0]; };
+    own.assign(own.size(), 0.0f);
+    for (int64_t o = 0; o < a.n * p * q; ++o) {
+      const int64_t image = o / q / p, row = o / q % p, column = o % q, step = a.pool ? 2 : 1;
+      int64_t found = -1;
+      float largest = 0;
+      for (int64_t i = 0; i < step * step; ++i) {
+        const int64_t pixel = (image * a.h + row * step + i / step) * a.w + column * step + i % step;
+        const float z = shifted(pixel) * of[a.c] + of[2 * a.c];
+        if (found >= 0 && !(z > largest) && !isnan(z)) continue;
+        found = pixel;
+        largest = z;
+      }
+      if (!same(got_y[o * a.c + c], a.relu && largest <= 0 ? 0.0f : largest)) ++tally->failures;
+      if (!a.relu || !(largest <= 0)) own[size_t(found)] = grad.data[o * a.c + c];
+    }
+    double sum = 0, product = 0;
+    for (int64_t pixel = 0; pixel < a.n * a.h * a.w; ++pixel) {
+      const float g = own[size_t(pixel)];
+      sum += g;
+      if (g != 0) product += double(g) * double(shifted(pixel));
+      const float want = g * of[a.c] + (shifted(pixel) * of[3 * a.c] + of[4 * a.c]);
+      if (!same(got_dx[pixel * a.c + c], want)) ++tally->failures;
+    }
+    const double* const found = sums.data + 2 * a.c;
+    // 0 times infinity: a kernel multiplies where the gradient is zero, too.
+    const bool odd = isnan(found[a.c + c]);
+    if (!same(found[c], sum) || !(same(found[a.c + c], product) || odd)) ++tally->failures;
+  }
+  if (tally->failures != before) {
+    printf("  %s: batch norm, n=%ld h=%ld w=%ld c=%ld relu=%d pool=%d, %d threads\n", isa.name, long(a.n), long(a.h),
+           long(a.w), long(a.c), a.relu, a.pool, threads);
+  }
+  ++tally->cases;
+  tally->outputs += outputs + size;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -483,13 +581,13 @@ int main(int argc, char** argv) {
     return 2;
   }
   const Isa isas[] = {
-      {"scalar", slim_run_steps_f32_scalar, slim_weight_gradient_f32_scalar, 4, true},
+      {"scalar", slim_run_steps_f32_scalar, slim_weight_gradient_f32_scalar, slim_batch_norm_f32_scalar, 4, true},
 #if SLIM_HAVE_AVX2
-      {"avx2", slim_run_steps_f32_avx2, slim_weight_gradient_f32_avx2, 8,
+      {"avx2", slim_run_steps_f32_avx2, slim_weight_gradient_f32_avx2, slim_batch_norm_f32_avx2, 8,
        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
 #endif
 #if SLIM_HAVE_AVX512
-      {"avx512", slim_run_steps_f32_avx512, slim_weight_gradient_f32_avx512, 16,
+      {"avx512", slim_run_steps_f32_avx512, slim_weight_gradient_f32_avx512, slim_batch_norm_f32_avx512, 16,
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512bw")},
 #endif
@@ -507,6 +605,8 @@ int main(int argc, char** argv) {
     for (long number = 0; number < cases; ++number) {
       if (number % 4 == 3)
         run_gradient_case(isa, number / 4, max_threads, &tally);
+      else if (number % 8 == 5)
+        run_norm_case(isa, number / 8, max_threads, &tally);
       else
         run_case(isa, number, max_threads, &tally);
     }

@@ -21,10 +21,10 @@ class FusedBatchNorm2d(nn.modules.batchnorm._NormBase):
     """Drop-in for ``nn.BatchNorm2d`` and the ReLU and 2x2 max-pool behind it.
 
     In training mode on a GPU, and in float32 on a CPU, it runs `slimkernels.ops.batch_norm`, which reads the activation
-    twice forward and twice backward and keeps nothing but it. Otherwise, without the extension on a CPU, and with ``momentum=None`` or running statistics in another dtype than
-    float32, it runs torch's ops one after the other. Parameters, buffers and a state dict's keys are those of
-    ``nn.BatchNorm2d``, until it takes the bias of a layer (`take_bias_`). In training on several devices each has
-    statistics of its own.
+    twice forward and twice backward and keeps nothing but it. Otherwise, without the extension on a CPU, and with
+    ``momentum=None`` or running statistics in another dtype than float32, it runs torch's ops one after the other.
+    Parameters, buffers and a state dict's keys are those of ``nn.BatchNorm2d``, until it takes the bias of a layer
+    (`take_bias_`). In training on several devices each has statistics of its own.
 
     Args:
         num_features: as ``nn.BatchNorm2d``.

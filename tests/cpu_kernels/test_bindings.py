@@ -12,7 +12,7 @@ from cuda_emulation import structure
 
 from slimkernels import _extension
 from slimkernels.formats import BSRWeight
-from slimkernels.kernels.cpu.abi import Conv2dArguments, WeightGradientArguments
+from slimkernels.kernels.cpu.abi import BatchNormArguments, Conv2dArguments, WeightGradientArguments
 from slimkernels.kernels.cpu.conv2d import PackedConv2d
 from slimkernels.kernels.cpu.steps import Step
 from slimkernels.kernels.strips import pack_strips
@@ -173,6 +173,57 @@ def test_a_weight_gradient_of_an_unknown_instruction_set(native: ModuleType, gra
     assert native.weight_gradient_f32("avx1024", gradient, 1) == 2  # SLIM_ERROR_UNSUPPORTED
     with pytest.raises(ValueError, match="at least one thread"):
         native.weight_gradient_f32("scalar", gradient, 0)
+
+
+# Batch norms
+
+BATCH_NORM = {"n": (1, INT64_MAX), **dict.fromkeys(("h", "w", "c"), (1, INT32_MAX))}
+BATCH_NORM |= {"which": (0, 3), **dict.fromkeys(("relu", "pool"), (0, 1))}
+
+
+@pytest.fixture(scope="module")
+def norm() -> BatchNormArguments:
+    """Members of a legal pass of a batch norm, whose tensors do not exist."""
+    return BatchNormArguments(*[64] * 5, n=1, h=4, w=4, c=8, which=3, relu=1, pool=1)
+
+
+def test_every_number_of_a_batch_norm_has_a_range(native: ModuleType) -> None:
+    names = {name for name, _, _ in native.batch_norm_members()}
+    assert names == {"x", "grad", "coefficients", "y", "sums", *BATCH_NORM}
+
+
+@pytest.mark.parametrize(("name", "number"), beyond(BATCH_NORM))
+def test_a_batch_norm_refuses(native: ModuleType, norm: BatchNormArguments, name: str, number: int) -> None:
+    with pytest.raises(ValueError, match=f"^batch_norm_f32: {name} = {number} is out of range"):
+        native.batch_norm_f32("scalar", norm._replace(**{name: number}), 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"x": 0}, "x or what is written is NULL"),
+        ({"y": 0}, "x or what is written is NULL"),
+        ({"which": 0, "sums": 0}, "x or what is written is NULL"),
+        ({"coefficients": 0}, "coefficients is NULL"),
+        ({"grad": 0}, "grad is NULL"),
+        ({"relu": 0}, "a pool follows a ReLU"),
+        ({"h": 1}, "a pool follows a ReLU and needs an image of 2x2"),
+        ({"h": 2**16, "w": 2**16}, "an image has 2\\^31 elements or more"),
+        ({"n": 2**50}, "n is out of range"),
+    ],
+    ids=str,
+)
+def test_a_batch_norm_refuses_what_does_not_fit(
+    native: ModuleType, norm: BatchNormArguments, changes: dict[str, int], reason: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^batch_norm_f32: {reason}"):
+        native.batch_norm_f32("scalar", norm._replace(**changes), 1)
+
+
+def test_a_batch_norm_of_an_unknown_instruction_set(native: ModuleType, norm: BatchNormArguments) -> None:
+    assert native.batch_norm_f32("avx1024", norm, 1) == 2  # SLIM_ERROR_UNSUPPORTED
+    with pytest.raises(ValueError, match="at least one thread"):
+        native.batch_norm_f32("scalar", norm, 0)
 
 
 # CUDA. Nothing is launched: one number of a call without tensors is wrong.

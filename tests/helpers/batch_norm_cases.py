@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -24,9 +26,17 @@ def plain(x: Tensor, weight: Tensor | None, bias: Tensor | None, epilogue: str, 
 
 
 def check_batch_norm(
-    shape: tuple[int, int, int, int], dtype: torch.dtype, epilogue: str, *, affine: bool = True, device: str = "cpu"
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    epilogue: str,
+    *,
+    affine: bool = True,
+    device: str = "cpu",
+    kernels: Any = batch_norm,
 ) -> None:
     """Forward against float64; gradients against the reference, which rounds z as the kernels do.
+
+    ``kernels`` has the ``launch_forward`` and ``launch_backward`` that are checked.
 
     Where rounding makes two pixels of a window equal, or z zero, another last bit of a mean sends a gradient elsewhere:
     one in a thousand elements may differ in 16-bit dtypes.
@@ -43,8 +53,8 @@ def check_batch_norm(
         return None if t is None else t.to(device)
 
     args = [moved(t) for t in (x, weight, bias)]
-    y, statistics = batch_norm.launch_forward(*args, EPS, epilogue)
-    again = batch_norm.launch_forward(*args, EPS, epilogue)
+    y, statistics = kernels.launch_forward(*args, EPS, epilogue)
+    again = kernels.launch_forward(*args, EPS, epilogue)
     assert torch.equal(y, again[0]) and torch.equal(statistics, again[1])
     assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
     close = {"rtol": 2**-10, "atol": 2**-10} if dtype == torch.float16 else {"rtol": 2**-7, "atol": 2**-7}
@@ -56,7 +66,7 @@ def check_batch_norm(
     torch.testing.assert_close(found[1], (var + EPS).rsqrt(), rtol=1e-5, atol=0)
     torch.testing.assert_close(found[2], torch.var(x.double(), (0, 2, 3)), rtol=1e-5, atol=0)
 
-    grad_x, sums = batch_norm.launch_backward(moved(grad), *args, statistics, EPS, epilogue)
+    grad_x, sums = kernels.launch_backward(moved(grad), *args, statistics, EPS, epilogue)
     right = reference.batch_norm_backward(grad, x, weight, bias, statistics.cpu(), EPS, epilogue)
     off = (grad_x.cpu().double() - right[0].double()).abs() > close["rtol"] * (1 + right[0].double().abs())
     few = 0 if dtype == torch.float32 else 1e-3

@@ -153,8 +153,8 @@ def test_a_fused_model_trains_evaluates_and_converts_as_the_plain_one() -> None:
             nn.functional.cross_entropy(net(images), labels).backward()
             optimizer.step()
     for (name, own), other in zip(fused.state_dict().items(), model.state_dict().values(), strict=True):
-        assert torch.equal(own, other), name
-    assert torch.equal(fused.eval()(images), model.eval()(images))
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-4, msg=name)
+    torch.testing.assert_close(fused.eval()(images), model.eval()(images), rtol=1e-3, atol=1e-3)
     back = sk.restore_batch_norm_(copy.deepcopy(fused))
     assert [type(m) for m in back.modules()] == [type(m) for m in model.modules()] and not back.training
     policy = sk.Policy(measure=False, min_speedup=0.0)

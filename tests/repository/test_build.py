@@ -310,6 +310,7 @@ def test_the_record_is_the_struct(native: ModuleType):
     count = len(Conv2dArguments._fields)
     assert abi.mismatch(native) is None and len(native.conv2d_members()) == count > 20
     assert len(native.weight_gradient_members()) == len(abi.WeightGradientArguments._fields) > 20
+    assert len(native.batch_norm_members()) == len(abi.BatchNormArguments._fields) > 10
     other = ModuleType("other")
     other.conv2d_members = native.conv2d_members
     assert f"SlimWeightGradientF32 has 0, expected {len(abi.WeightGradientArguments._fields)}" in abi.mismatch(other)

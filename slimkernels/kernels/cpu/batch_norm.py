@@ -72,9 +72,7 @@ class _Pass:
         values_a_channel: that a mean is of.
     """
 
-    def __init__(
-        self, isa: str, op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, epilogue: str
-    ) -> None:
+    def __init__(self, isa: str, op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, epilogue: str) -> None:
         c = x.shape[1] if x.dim() == 4 else 0
         affine = [t for t in (weight, bias) if t is not None]
         if x.dim() != 4 or x.numel() == 0 or x.dtype != torch.float32 or not x.is_cpu:
@@ -121,7 +119,7 @@ class _Pass:
         n, c, h, w = self.x.shape
         tensors = (self.x, self.grad, self.coefficients, y, sums)
         relu, pool = int(self.epilogue != "none"), int(self.epilogue == "relu_maxpool2")
-        arguments = BatchNormArguments._make((*map(address, tensors), n, h, w, c, which, relu, pool))
+        arguments = BatchNormArguments._make((*(address(t) for t in tensors), n, h, w, c, which, relu, pool))
         module = library()[0]
         assert module is not None
         status = module.batch_norm_f32(self.isa, arguments, torch.get_num_threads())
