@@ -14,7 +14,7 @@ from slimkernels.nn.block_sparse import BlockSparseConv2d
 
 
 def fuse_batch_norm_(model: nn.Module, *, take_biases: bool = False) -> nn.Module:
-    """Replaces every batch norm by one that runs the ReLU and 2x2 max-pool behind it, in place; for training on a GPU.
+    """Replaces every batch norm by one that runs the ReLU and 2x2 max-pool behind it, in place; for training.
 
     A ReLU or pool moves where it alone takes the output of what is before it, is called once, and carries no hooks; a
     batch norm with nothing to take still gets the faster kernels. Results are those of the plain model up to rounding.
@@ -23,7 +23,7 @@ def fuse_batch_norm_(model: nn.Module, *, take_biases: bool = False) -> nn.Modul
     plain layers again.
 
     Args:
-        model: a model in any mode, on any device; off a GPU it computes as before.
+        model: a model in any mode, on any device; on a CPU in another dtype than float32 it computes as before.
         take_biases: also takes the bias away from a convolution in front of a batch norm, which subtracts it again;
             running means are moved so that eval mode gives the same. Such a bias is no parameter of the model until
             `restore_batch_norm_` brings it back (its gradient would be zero); a frozen batch norm, in eval mode in a
