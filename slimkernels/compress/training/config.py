@@ -40,8 +40,8 @@ class TrainConfig:
             step. On the CPU it changes nothing. Not with ``accumulate`` above 1, nor precision "fp16", nor several
             processes.
         fuse_batch_norm: `slimkernels.fuse_batch_norm_` while the run lasts, biases in front of batch norms taken too:
-            the same steps up to rounding, faster on a GPU, and in float32 on a CPU. Callbacks and checkpoints see the model so; it has its own
-            layers again afterwards. The model must be one that ``torch.fx`` can trace.
+            the same steps up to rounding, faster on a GPU, and in float32 on a CPU. Callbacks and checkpoints see the
+            model so; it has its own layers again afterwards. The model must be one that ``torch.fx`` can trace.
         deterministic: only deterministic algorithms; an op that has none raises.
         seed: of shuffling and dropout.
 
