@@ -27,6 +27,7 @@ def test_interpreter(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", triton_processes.names(CASES, slow=True))
 def test_interpreter_every_block_shape(name: str) -> None:
     triton_processes.check(CASES, name, slow=True)
@@ -68,6 +69,7 @@ def test_default_tiles_of_every_architecture(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 def test_every_shape_dtype_and_branch(tmp_path: Path) -> None:
     rows = compiled(tmp_path, "--all")
     assert len(rows) > 120

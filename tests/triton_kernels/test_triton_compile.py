@@ -96,6 +96,7 @@ def test_tall_blocks_keep_their_pipeline(quick: list[Row]) -> None:
     assert {row["arch"] for row in (r["target"] for r in tall) if row["variant"] == "images_on_m"} == set(SHARED_LIMIT)
 
 
+@pytest.mark.slow
 def test_every_integer_argument_may_be_one(tmp_path: Path) -> None:
     found = triton_processes.printed(ONES, tmp_path)
     kernels, rows = found["kernels"], found["rows"]
@@ -106,6 +107,7 @@ def test_every_integer_argument_may_be_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 def test_every_shape_dtype_and_branch(tmp_path: Path) -> None:
     rows = compiled(tmp_path, "--all")
     assert len(rows) > 200
@@ -116,6 +118,7 @@ def test_every_shape_dtype_and_branch(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize("arch", SHARED_LIMIT)
 def test_every_configuration_the_tuner_may_try(arch: int, tmp_path: Path) -> None:
     rows = compiled(tmp_path, "--listed", str(arch))

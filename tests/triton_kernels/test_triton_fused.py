@@ -26,6 +26,7 @@ def test_interpreter(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", triton_processes.names(CASES, slow=True))
 def test_interpreter_every_case(name: str) -> None:
     triton_processes.check(CASES, name, slow=True)
@@ -92,6 +93,7 @@ def check_loads(row: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 def test_every_dtype_and_branch(tmp_path: Path) -> None:
     rows = compiled(tmp_path, "--all")
     assert len(rows) > 80

@@ -23,6 +23,7 @@ def test_interpreter(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", triton_processes.names(CASES, slow=True))
 def test_interpreter_every_case_of_every_block_shape(name: str) -> None:
     triton_processes.check(CASES, name, slow=True)

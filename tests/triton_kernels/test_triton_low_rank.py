@@ -34,6 +34,7 @@ def test_interpreter(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", triton_processes.names(CASES, slow=True))
 def test_interpreter_every_case(name: str) -> None:
     triton_processes.check(CASES, name, slow=True)
@@ -69,6 +70,7 @@ def test_default_kernels_fit_every_architecture(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 def test_every_rank_dtype_and_branch(tmp_path: Path) -> None:
     rows = compiled(tmp_path, "--all")
     assert len(rows) > 100
