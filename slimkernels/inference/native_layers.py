@@ -13,7 +13,7 @@ from slimkernels.dispatch.select import resolve
 from slimkernels.kernels.cpu.conv2d import pack_strips
 from slimkernels.kernels.cpu.layer import Geometry, NativeLayer
 from slimkernels.kernels.cpu.low_rank import pack_factor
-from slimkernels.kernels.cpu.pooling import Pooling, adaptive_average_pooling, average_pooling, is_batch, max_pooling
+from slimkernels.kernels.cpu.pooling import Pooling, adaptive_average_pooling, average_pooling, max_pooling
 from slimkernels.kernels.problems import Request, factor_geometry, strip_width
 
 _OPS = torch.ops.slimkernels
@@ -80,14 +80,14 @@ def native_layers(target: Any, args: Sequence[Any]) -> Sequence[NativeLayer | Po
 
 
 def _pooling(target: Any, args: Sequence[Any]) -> list[Pooling]:
-    x = args[0]
-    if not is_batch(x):
+    x, *others = args
+    if x.dim() != 4 or x.dtype is not torch.float32 or not x.is_cpu or x.numel() == 0:
         return []
     spec = resolve("auto", Request("bsr_conv2d", x.dtype, "cpu", (16, 1), "none"))
     if spec.backend != "cpu":
         return []
     assert spec.isa is not None
-    found = _POOLINGS[target](spec.isa, *args)
+    found = _POOLINGS[target](spec.isa, tuple(x.shape[1:]), *others)
     return [] if found is None else [found]
 
 

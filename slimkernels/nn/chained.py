@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from slimkernels.nn.block_sparse import BlockSparseConv2d, BlockSparseLinear
 from slimkernels.nn.low_rank import LowRankConv2d, LowRankLinear
 from slimkernels.nn.packed_run import PackedRun
+from slimkernels.nn.torch_poolings import POOLINGS
 from slimkernels.ops.library import nothing_watches
 
 _CONVOLUTIONS, _LINEAR = (BlockSparseConv2d, LowRankConv2d), (BlockSparseLinear, LowRankLinear)
@@ -39,6 +40,12 @@ class ChainedSequential(nn.Sequential):
     training mode, an input or a weight that needs a gradient, autocast, torch's modes and transforms, a tensor
     subclass, tracing, compilation and export. So does a chain that would want much memory.
 
+    A run of convolutions goes on over ``nn.MaxPool2d``, ``nn.AvgPool2d`` and ``nn.AdaptiveAvgPool2d``, as they are set
+    when it is called, and may end with one; in front of it torch's is as good, since the copy that a chain begins with
+    is smaller behind it. Where the whole run cannot be a chain, the layers between its poolings may still be: a window
+    may not be a native one (sizes that ``ceil_mode`` rounds up, a ``divisor_override``, ``return_indices``, adaptive
+    windows that overlap).
+
     Outputs may differ in the last bits between the two ways, since sums are taken in another order. The way depends on
     the state of the modules, the shape of the input and the number of threads alone: equal calls give equal outputs.
     """
@@ -64,11 +71,17 @@ class ChainedSequential(nn.Sequential):
 
 
 class _Run:
-    """Modules that follow each other, among them several native layers: as a chain where nothing speaks against it."""
+    """Modules that follow each other, among them several native layers: as a chain where nothing speaks against it.
+
+    Args:
+        modules: native layers and others that a chain goes on over.
+    """
 
     def __init__(self, modules: list[nn.Module]) -> None:
         self._members = [(module, type(module)) for module in modules]
         self._packed = PackedRun([m for m in modules if type(m) not in _IDLE], isinstance(modules[0], _CONVOLUTIONS))
+        has_poolings = any(type(m) in POOLINGS for m in modules)
+        self._parts: list[Callable[[Any], Any]] = _parts(modules, ()) if has_poolings else [*modules]
 
     def __call__(self, x: Any) -> Any:
         if type(x) is Tensor and x.is_cpu and x.dtype is torch.float32 and self._is_undisturbed():
@@ -77,8 +90,8 @@ class _Run:
                 y = packed.attempt(x)
                 if y is not None:
                     return y
-        for module, _ in self._members:
-            x = module(x)
+        for part in self._parts:
+            x = part(x)
         return x
 
     def _is_undisturbed(self) -> bool:
@@ -96,23 +109,29 @@ class _Run:
         return not any(_GLOBAL_HOOKS)
 
 
-def _parts(modules: list[nn.Module]) -> list[Callable[[Any], Any]]:
-    """What a Sequential calls in turn: its modules, those of a run together."""
+def _parts(modules: list[nn.Module], poolings: tuple[type[nn.Module], ...] = POOLINGS) -> list[Callable[[Any], Any]]:
+    """What a Sequential calls in turn: its modules, those of a run together.
+
+    Args:
+        modules: in the order in which they run.
+        poolings: the types of modules that a run of convolutions goes on over.
+    """
     parts: list[Callable[[Any], Any]] = []
     at = 0
     while at < len(modules):
-        length = _run_length(modules[at:])
+        length = _run_length(modules[at:], poolings)
         parts.append(_Run(modules[at : at + length]) if length > 1 else modules[at])
         at += max(length, 1)
     return parts
 
 
-def _run_length(modules: list[nn.Module]) -> int:
+def _run_length(modules: list[nn.Module], poolings: tuple[type[nn.Module], ...] = POOLINGS) -> int:
     """How many modules from the first on are a run; 0 where there are fewer than two native layers of one kind."""
     kinds = next((kinds for kinds in (_CONVOLUTIONS, _LINEAR) if type(modules[0]) in kinds), None)
     if kinds is None:
         return 0
-    end = next((i for i, m in enumerate(modules) if type(m) not in (*kinds, *_IDLE)), len(modules))
+    others = (*_IDLE, *poolings) if kinds is _CONVOLUTIONS else _IDLE
+    end = next((i for i, m in enumerate(modules) if type(m) not in (*kinds, *others)), len(modules))
     return end if len({id(m) for m in modules[:end] if type(m) in kinds}) > 1 else 0
 
 

@@ -1,4 +1,4 @@
-"""Native layers that follow each other, as they are packed now, and a chain of them for each shape of input."""
+"""Native layers and poolings that follow each other, as they are now, and a chain of them for each shape of input."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from slimkernels.kernels.cpu.layer import NativeLayer
 from slimkernels.kernels.cpu.memory import huge_pages, place
 from slimkernels.kernels.cpu.steps import MovableSteps
 from slimkernels.nn.packing import Prepacked
+from slimkernels.nn.torch_poolings import POOLINGS, TorchPooling
 from slimkernels.tensors import is_plain
 
 # Shapes of inputs that a run remembers chains for.
@@ -26,6 +27,7 @@ _MOST_BYTES = 64 << 20
 # Below it, torch's allocator serves as well as huge pages.
 _LEAST_HUGE = 2 << 20
 _PLAIN_TYPES = {Tensor, nn.Parameter}
+_Size = tuple[int, int, int]  # channels, height, width
 _VERSION = operator.attrgetter("_version")
 # The workspace that the next chain takes. One for the whole process: a call that finds it taken brings its own.
 _SPARE: list[Tensor] = []
@@ -52,43 +54,51 @@ class PackedRun:
     """Modules that follow each other, all convolutions or all linear layers, as chains of their packed layers.
 
     Args:
-        modules: native layers of `slimkernels.nn`, in the order in which they run.
+        modules: native layers of `slimkernels.nn`, in the order in which they run. Between and behind convolutions
+            there may be torch's poolings.
         images: whether they are convolutions.
     """
 
     def __init__(self, modules: Sequence[Any], images: bool) -> None:
-        self._modules, self._images = tuple(modules), images
-        self._links: list[Link] = []
+        self._order, self._images = tuple(modules), images
+        self._modules = tuple(module for module in modules if type(module) not in POOLINGS)
+        self._layers: list[NativeLayer | TorchPooling] = []
         self._chains: dict[Any, _ShapedChain | None] = {}
 
     def is_ready(self) -> bool:
         """Whether every module has a pack of its present weight, and none wants a gradient.
 
-        Chains of earlier packs are forgotten.
+        Chains of earlier packs, and of poolings with other attributes, are forgotten.
         """
-        if not (self._links and self._holds()) and not self._renew():
+        if not (self._layers and self._holds()) and not self._renew():
             return False
         return not (torch.is_grad_enabled() and any(t.requires_grad for t in self._tensors))
 
     def _renew(self) -> bool:
         """Takes the modules as they are packed now, if all of them are."""
-        self._links, self._chains = [], {}
-        convs = [_convs_of(module) for module in self._modules]
-        types = {type(t) for module in self._modules for t in module.parameters()}
-        if not all(convs) or len({conv.isa for found in convs for conv in found}) > 1 or types - _PLAIN_TYPES:
+        self._layers, self._chains = [], {}
+        convs = {module: _convs_of(module) for module in self._modules}
+        types = {type(t) for module in self._order for t in module.parameters()}
+        isas = {conv.isa for found in convs.values() for conv in found}
+        if not all(convs.values()) or len(isas) > 1 or types - _PLAIN_TYPES:
             return False
-        links: list[Link] = []
-        for module, found in zip(self._modules, convs):
-            for conv in found:
-                bias = module._parameters.get("bias") if conv is found[-1] else None
-                links.append(Link(NativeLayer.of(conv, bias), len(links)))
+        layers: list[NativeLayer | TorchPooling] = []
+        for module in self._order:
+            for conv in convs.get(module, ()):
+                bias = module._parameters.get("bias") if conv is convs[module][-1] else None
+                layers.append(NativeLayer.of(conv, bias))
+            if module not in convs:
+                layers.append(TorchPooling(module))
         # What every call compares: the ready calls and the tensors by identity, writes to the tensors and to the packs
-        # by their counts, and where the weights and biases lie, since `.data` may be assigned to.
+        # by their counts, where the weights and biases lie, since `.data` may be assigned to, and the poolings.
         self._calls, self._tensors = self._present()
-        self._counted = [*self._tensors, *(t for link in links for t in link.layer.packed)]
+        packs = (layer.packed for layer in layers if isinstance(layer, NativeLayer))
+        self._counted = [*self._tensors, *(t for pack in packs for t in pack)]
         self._counts = list(map(_VERSION, self._counted))
         self._aliases = [tensor.detach() for tensor in self._tensors]
-        self._links = links
+        self._poolings = [layer for layer in layers if isinstance(layer, TorchPooling)]
+        # The layers first: another thread must not put a chain of the old ones among the new chains.
+        self._layers, self._chains = layers, {}
         return True
 
     def _present(self) -> tuple[list[Any], list[Tensor]]:
@@ -103,7 +113,7 @@ class PackedRun:
         return calls, tensors
 
     def _holds(self) -> bool:
-        """Whether the modules, their packs, their weights and their biases are what they were."""
+        """Whether the modules, their packs, weights, biases and the attributes of poolings are what they were."""
         # Mapped, because every call asks this of every layer.
         calls, tensors = self._present()
         return (
@@ -112,6 +122,7 @@ class PackedRun:
             and all(map(operator.is_, tensors, self._tensors))
             and list(map(_VERSION, self._counted)) == self._counts
             and all(map(Tensor.is_set_to, tensors, self._aliases))
+            and all(map(TorchPooling.holds, self._poolings))
         )
 
     def attempt(self, x: Tensor) -> Tensor | None:
@@ -129,29 +140,38 @@ class PackedRun:
         return None if chain is None else chain(x)
 
     def _chain(self, x: Tensor) -> _ShapedChain | None:
-        links = self._links
-        if x.numel() == 0 or (self._images and x.dim() != 4) or x.dim() == 0:
+        layers = self._layers  # none where another thread takes the modules anew meanwhile
+        if not layers or x.numel() == 0 or (self._images and x.dim() != 4) or x.dim() == 0:
             return None
         size = (x.shape[1], x.shape[2], x.shape[3]) if self._images else (x.shape[-1], 1, 1)
         n = x.shape[0] if self._images else x.numel() // x.shape[-1]
-        if not _fit(links, size):
+        links = _links(layers, size)
+        if not links:
             return None
         form = forms(links, n, [size])[0]
         chain = Chain.of(links, n, [size], form)
-        if form in (Form.VECTORS, Form.PARTS) and not _fit(links, size, innermost=True):
+        if form in (Form.VECTORS, Form.PARTS) and not _fit_innermost(links, size):
             return None
         return _ShapedChain.of(chain, x, self._images)
 
 
-def _fit(links: Sequence[Link], size: tuple[int, int, int], *, innermost: bool = False) -> bool:
-    """Whether every layer takes what the one before it writes, and has something to write."""
-    for layer, *_ in links:
-        c, h, w = size
-        takes = layer.conv.takes_images_innermost if innermost else layer.conv.takes_images
-        if c != layer.conv.c_in or not takes(h, w):
-            return False
-        size = (layer.conv.c_out, *layer.output_size(h, w))
-    return True
+def _links(layers: Sequence[NativeLayer | TorchPooling], size: _Size) -> list[Link]:
+    """The layers for images of some size as links; none where one of them does not take what the one before writes."""
+    (isa,) = {layer.isa for layer in layers if isinstance(layer, NativeLayer)}
+    links: list[Link] = []
+    for layer in layers:
+        native = layer.native(isa, size) if isinstance(layer, TorchPooling) else layer
+        if native is None or size[0] != native.conv.c_in or not native.conv.takes_images(*size[1:]):
+            return []
+        size = (native.conv.c_out, *native.output_size(*size[1:]))
+        links.append(Link(native, len(links)))
+    return links
+
+
+def _fit_innermost(links: Sequence[Link], size: _Size) -> bool:
+    """Whether every layer also takes its images with a vector of them innermost."""
+    sizes = activation_sizes(links, [size])
+    return all(link.layer.conv.takes_images_innermost(*h_w) for link, (_, *h_w) in zip(links, sizes))
 
 
 @dataclass(frozen=True)

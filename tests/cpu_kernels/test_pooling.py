@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from slimkernels.inference.native_layers import native_layers
 from slimkernels.kernels.cpu.library import library, unavailable_reason
 from slimkernels.kernels.cpu.pooling import (
     Pooling,
@@ -103,7 +104,7 @@ def test_the_number_of_threads_changes_nothing(isa: str) -> None:
 
 
 def test_torchs_arguments() -> None:
-    x, isa = images(1, 4, 8, 8), ISAS[0]
+    x, isa = (4, 8, 8), ISAS[0]
     assert max_pooling(isa, x, 2) == Pooling(isa, MAX_POOL, 4, (2, 2), (2, 2))
     assert max_pooling(isa, x, [3], [2, 1], [1]) == Pooling(isa, MAX_POOL, 4, (3, 3), (2, 1), (1, 1))
     assert average_pooling(isa, x, [2, 4], []) == Pooling(isa, PADDED_AVERAGE_POOL, 4, (2, 4), (2, 4))
@@ -120,23 +121,21 @@ def test_torchs_arguments() -> None:
         lambda isa, x: max_pooling(isa, x, 3, 2, ceil_mode=True),
         lambda isa, x: average_pooling(isa, x, 2, divisor_override=3),
         lambda isa, x: adaptive_average_pooling(isa, x, [3, 3]),
-        lambda isa, x: max_pooling(isa, x[0], 2),
-        lambda isa, x: max_pooling(isa, x.double(), 2),
-        lambda isa, x: max_pooling(isa, x[:0], 2),
+        lambda isa, x: adaptive_average_pooling(isa, x, [16, 8]),
+        lambda isa, x: adaptive_average_pooling(isa, x, 0),
         lambda isa, x: max_pooling(isa, x, 9),
     ],
-    ids=[
-        "sizes rounded up",
-        "a divisor",
-        "windows that overlap",
-        "three dimensions",
-        "float64",
-        "no image",
-        "no output",
-    ],
+    ids=["sizes rounded up", "a divisor", "windows that overlap", "larger outputs", "no output", "a large window"],
 )
 def test_what_stays_torchs(found: Any) -> None:
-    assert found(ISAS[0], images(1, 4, 8, 8)) is None
+    assert found(ISAS[0], (4, 8, 8)) is None
+
+
+@pytest.mark.parametrize("wrong", [lambda x: x[0], lambda x: x.double(), lambda x: x[:0]])
+def test_what_is_no_batch_of_float32_images_stays_torchs(wrong: Any) -> None:
+    x, op = images(1, 4, 8, 8), torch.ops.aten.max_pool2d.default
+    assert native_layers(op, (x, [2, 2])) == [max_pooling(ISAS[-1], (4, 8, 8), 2)]
+    assert native_layers(op, (wrong(x), [2, 2])) == []
 
 
 def test_tensors_that_do_not_fit_are_refused() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from plain_chains import C, conv, module_by_module, watch_chains
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
@@ -24,13 +25,6 @@ from slimkernels.nn.chained import chain_sequentials_, unchain_sequentials_
 
 ISAS = [isa for isa in LANES if unavailable_reason(isa) is None]
 pytestmark = pytest.mark.skipif(not ISAS, reason="the native kernels are not built")
-C = 32
-
-
-def conv(c_in: int = C, c_out: int = C, epilogue: str = "relu", block: tuple[int, int] = (16, 1)) -> BlockSparseConv2d:
-    dense = nn.Conv2d(c_in, c_out, 3, padding=1)
-    mask = torch.rand(-(-c_out // block[0]), -(-c_in // block[1]) * 9) < 0.5
-    return BlockSparseConv2d.from_dense(dense, block, mask, epilogue=epilogue)
 
 
 def linear(epilogue: str = "none") -> BlockSparseLinear:
@@ -38,7 +32,7 @@ def linear(epilogue: str = "none") -> BlockSparseLinear:
 
 
 def network() -> nn.Sequential:
-    """Runs of four convolutions and of two linear layers, with torch's modules around and between them."""
+    """Runs of four convolutions and a pooling and of two linear layers, with torch's modules around and between."""
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Conv2d(3, C, 3, padding=1), conv(), nn.Identity(), conv(), nn.Dropout(1.0), conv(epilogue="relu_maxpool2"),
@@ -64,23 +58,7 @@ def fresh() -> Iterator[None]:
 @pytest.fixture
 def chains(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of layers of every chain that ran."""
-    ran: list[int] = []
-    attempt = packed_run.PackedRun.attempt
-
-    def watched(self: packed_run.PackedRun, x: Tensor) -> Tensor | None:
-        y = attempt(self, x)
-        if y is not None:
-            ran.append(len(self._links))
-        return y
-
-    monkeypatch.setattr(packed_run.PackedRun, "attempt", watched)
-    return ran
-
-
-def module_by_module(net: nn.Sequential, x: Any) -> Any:
-    for module in net:
-        x = module(x)
-    return x
+    return watch_chains(monkeypatch)
 
 
 def agrees(net: nn.Sequential, x: Any) -> None:
@@ -101,7 +79,7 @@ def test_runs_are_chains(chains: list[int], monkeypatch: pytest.MonkeyPatch, isa
     with torch.no_grad():
         agrees(net, x)
         first = net(x)
-        assert chains == [4, 2, 4, 2]
+        assert chains == [5, 2, 5, 2]
         assert torch.equal(net(x), first)
         assert first.stride() == module_by_module(net, x).stride()
 
@@ -112,7 +90,7 @@ def test_chains_need_no_special_mode(chains: list[int]) -> None:
     agrees(net, x)
     with torch.inference_mode():
         agrees(net, x)
-    assert chains == [4, 2, 4, 2]
+    assert chains == [5, 2, 5, 2]
 
 
 def test_single_weights_and_low_rank_layers_are_chains(chains: list[int]) -> None:
@@ -145,7 +123,7 @@ def test_images_may_lie_in_any_order(chains: list[int]) -> None:
     with torch.no_grad():
         for x in (torch.randn(2, C, 8, 8), torch.randn(8, 2, C, 8).permute(1, 2, 0, 3), torch.randn(1, C, 8, 8)[:, :]):
             agrees(net, x)
-    assert chains == [4, 2] * 3
+    assert chains == [5, 2] * 3
 
 
 def test_one_layer_is_no_run() -> None:
@@ -257,10 +235,10 @@ def test_whoever_sees_a_module_gets_the_modules(chains: list[int], what: str) ->
     net, x = network(), images(3)
     with torch.no_grad():
         before = net(x)
-        assert chains == [4, 2]
+        assert chains == [5, 2]
         DISTURBANCES[what](net)
         after = net(x.double() if what == "another dtype" else x)
-        assert chains == [4, 2]
+        assert chains == [5, 2]
         expected = module_by_module(net, x.double() if what == "another dtype" else x)
     torch.testing.assert_close(after, expected, rtol=0, atol=0)
     unchanged = ("packs that were dropped", "another kernel", "another dtype")
@@ -278,7 +256,7 @@ def test_a_hook_on_all_modules_sees_all_modules(chains: list[int], register: str
         handle.remove()
     assert chains == [] and set(seen) >= set(net)
     net(images())
-    assert chains == [4, 2]
+    assert chains == [5, 2]
 
 
 class Subclass(Tensor):
@@ -319,14 +297,14 @@ def test_gradients_flow_as_through_the_modules(chains: list[int]) -> None:
     x = images()
     net[11].values.requires_grad_()  # the last run alone
     net(x).sum().backward()
-    assert chains == [4] and net[11].values.grad is not None
+    assert chains == [5] and net[11].values.grad is not None
     with torch.no_grad():
         net(x)
-    assert chains == [4, 4, 2]
+    assert chains == [5, 5, 2]
     net[11].values.requires_grad_(False)
     net[11].bias = nn.Parameter(net[11].bias.data)  # another parameter in the same memory
     net(x).sum().backward()
-    assert chains == [4, 4, 2, 4] and net[11].bias.grad is not None
+    assert chains == [5, 5, 2, 5] and net[11].bias.grad is not None
 
 
 def test_tangents_flow_as_through_the_modules(chains: list[int]) -> None:
@@ -469,7 +447,7 @@ def test_copies_and_parts_have_chains_of_their_own(chains: list[int]) -> None:
         for other in copies:
             assert type(other) is ChainedSequential
             assert torch.equal(other(x), expected)
-        assert chains == [4, 2] * len(copies)
+        assert chains == [5, 2] * len(copies)
         copies[0][3].bias.fill_(3.0)
         agrees(copies[0], x)
         assert torch.equal(net(x), expected)
@@ -528,5 +506,5 @@ def test_a_model_to_train_is_not_chained(pruned: nn.Module) -> None:
 def test_warm_up_makes_the_chains(chains: list[int]) -> None:
     net = network()
     warm = sk.warm_up(net, [images(1), images(4)], calls=2)
-    assert chains == [4, 2, 4, 2]
+    assert chains == [5, 2, 5, 2]
     assert {kernel.layer for kernel in warm.kernels} == {"1", "3", "5", "6", "9", "11"}

@@ -144,24 +144,32 @@ def _pair(value: Any) -> Pair:
 
 def max_pooling(
     isa: str,
-    x: Tensor,
+    image: tuple[int, int, int],
     kernel_size: Any,
     stride: Any = (),
     padding: Any = 0,
     dilation: Any = 1,
     ceil_mode: bool = False,
 ) -> Pooling | None:
-    """``torch.nn.functional.max_pool2d`` with these arguments; None where the native one does not take them."""
+    """``torch.nn.functional.max_pool2d`` with these arguments; None where the native one does not take them.
+
+    Args:
+        isa: instruction set of the kernel.
+        image: channels, height and width of each image.
+        kernel_size: as torch's, which has taken this and the others for such images.
+        stride: as torch's.
+        padding: as torch's.
+        dilation: as torch's.
+        ceil_mode: as torch's.
+    """
     kernel = _pair(kernel_size)
-    found = Pooling(
-        isa, MAX_POOL, x.shape[-3], kernel, _stride(stride, kernel), _pair(padding), _pair(dilation)
-    )  # fmt: skip
-    return found if _is_native(found, x, ceil_mode) else None
+    found = Pooling(isa, MAX_POOL, image[0], kernel, _stride(stride, kernel), _pair(padding), _pair(dilation))
+    return found if _is_native(found, image, ceil_mode) else None
 
 
 def average_pooling(
     isa: str,
-    x: Tensor,
+    image: tuple[int, int, int],
     kernel_size: Any,
     stride: Any = (),
     padding: Any = 0,
@@ -169,22 +177,20 @@ def average_pooling(
     count_include_pad: bool = True,
     divisor_override: int | None = None,
 ) -> Pooling | None:
-    """``torch.nn.functional.avg_pool2d`` with these arguments; None where the native one does not take them."""
+    """``torch.nn.functional.avg_pool2d`` as `max_pooling`; None where the native one does not take its arguments."""
     kernel, kind = _pair(kernel_size), PADDED_AVERAGE_POOL if count_include_pad else AVERAGE_POOL
-    found = Pooling(isa, kind, x.shape[-3], kernel, _stride(stride, kernel), _pair(padding))
-    return found if divisor_override is None and _is_native(found, x, ceil_mode) else None
+    found = Pooling(isa, kind, image[0], kernel, _stride(stride, kernel), _pair(padding))
+    return found if divisor_override is None and _is_native(found, image, ceil_mode) else None
 
 
-def adaptive_average_pooling(isa: str, x: Tensor, output_size: Any) -> Pooling | None:
+def adaptive_average_pooling(isa: str, image: tuple[int, int, int], output_size: Any) -> Pooling | None:
     """``torch.nn.functional.adaptive_avg_pool2d`` where its windows are equal and side by side; else None."""
-    if not is_batch(x):
+    channels, h, w = image
+    p, q = (own if size is None else size for size, own in zip(_sizes(output_size), (h, w), strict=True))
+    if p < 1 or q < 1 or h % p or w % q:
         return None
-    out = [size if size is not None else own for size, own in zip(_sizes(output_size), x.shape[2:])]
-    if any(size < 1 or own % size for size, own in zip(out, x.shape[2:])):
-        return None
-    kernel = (x.shape[2] // out[0], x.shape[3] // out[1])
-    found = Pooling(isa, AVERAGE_POOL, x.shape[1], kernel, kernel)
-    return found if _is_native(found, x, False) else None
+    found = Pooling(isa, AVERAGE_POOL, channels, (h // p, w // q), (h // p, w // q))
+    return found if _is_native(found, image, False) else None
 
 
 def _sizes(output_size: Any) -> Sequence[int | None]:
@@ -195,16 +201,9 @@ def _stride(stride: Any, kernel: Pair) -> Pair:
     return kernel if stride is None or stride == () or stride == [] else _pair(stride)
 
 
-def is_batch(x: Tensor) -> bool:
-    """Whether x is a batch of float32 images on the CPU, and not empty."""
-    return x.dim() == 4 and x.dtype is torch.float32 and x.is_cpu and x.numel() > 0
-
-
-def _is_native(pool: Pooling, x: Tensor, ceil_mode: bool) -> bool:
-    """Whether x is a batch that the pooling takes, and rounding sizes up would change nothing."""
-    if not is_batch(x):
-        return False
-    h, w = x.shape[2:]
+def _is_native(pool: Pooling, image: tuple[int, int, int], ceil_mode: bool) -> bool:
+    """Whether the kernel takes such images, and rounding sizes up would change nothing."""
+    _, h, w = image
     uneven = any(
         (size + 2 * pad - dilation * (taps - 1) - 1) % stride
         for size, pad, dilation, taps, stride in zip((h, w), pool.padding, pool.dilation, pool.kernel, pool.stride)
