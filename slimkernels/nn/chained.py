@@ -40,11 +40,11 @@ class ChainedSequential(nn.Sequential):
     training mode, an input or a weight that needs a gradient, autocast, torch's modes and transforms, a tensor
     subclass, tracing, compilation and export. So does a chain that would want much memory.
 
-    A run of convolutions goes on over ``nn.MaxPool2d``, ``nn.AvgPool2d`` and ``nn.AdaptiveAvgPool2d``, as they are set
-    when it is called, and may end with one; in front of it torch's is as good, since the copy that a chain begins with
-    is smaller behind it. Where the whole run cannot be a chain, the layers between its poolings may still be: a window
-    may not be a native one (sizes that ``ceil_mode`` rounds up, a ``divisor_override``, ``return_indices``, adaptive
-    windows that overlap).
+    A run of convolutions goes on over ``nn.MaxPool2d``, ``nn.AvgPool2d`` and ``nn.AdaptiveAvgPool2d``, with the
+    attributes that they have in each call, and may end with one. It begins with none: what a pooling reads would have
+    to be copied into the layout of the chain, and is larger than what it writes. Torch's own run where there is a
+    ``divisor_override``, ``return_indices``, a size that ``ceil_mode`` rounds up or adaptive windows that overlap.
+    Where a pooling or anything else keeps the whole run from being a chain, the layers between poolings still may be.
 
     Outputs may differ in the last bits between the two ways, since sums are taken in another order. The way depends on
     the state of the modules, the shape of the input and the number of threads alone: equal calls give equal outputs.
@@ -74,7 +74,7 @@ class _Run:
     """Modules that follow each other, among them several native layers: as a chain where nothing speaks against it.
 
     Args:
-        modules: native layers and others that a chain goes on over.
+        modules: native layers, and what a chain goes on over. Where they are no chain, those between poolings may be.
     """
 
     def __init__(self, modules: list[nn.Module]) -> None:

@@ -136,9 +136,8 @@ def test_full_batches(chains: list[int], monkeypatch: pytest.MonkeyPatch, isa: s
     net = sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
     with torch.no_grad():
         for n in (128, 3, 131):
-            torch.testing.assert_close(
-                agrees(net, images(n)).double(), by_definition(net, images(n)[:0]), rtol=0, atol=0
-            ) if n == 0 else agrees(net, images(n))
+            x = images(n, 6, 7)
+            torch.testing.assert_close(agrees(net, x).double(), by_definition(net, x), rtol=1e-4, atol=1e-5)
     assert chains == [6] * 3
 
 
@@ -173,7 +172,8 @@ def test_what_a_run_is(chains: list[int]) -> None:
 
 def test_layers_of_low_rank(chains: list[int]) -> None:
     torch.manual_seed(0)
-    thin = [LowRankConv2d.from_dense(nn.Conv2d(C, C, 3, padding=1), 8, epilogue="relu") for _ in range(2)]
+    factors = torch.randn(8, C, 3, 1) / 8, torch.randn(C, 8, 1, 3) / 4
+    thin = [LowRankConv2d.from_factors(factors, kind="tai", padding=1, epilogue="relu") for _ in range(2)]
     net = sequential(thin[0], nn.MaxPool2d(2), conv(epilogue="relu_maxpool2"), nn.AvgPool2d(2), thin[1])
     x = images(3, 16, 16)
     with torch.no_grad():
@@ -308,7 +308,7 @@ def test_a_list_that_is_written_into(chains: list[int]) -> None:
 def test_errors_are_torchs(chains: list[int], name: str, value: Any) -> None:
     """In the first call and behind a good one; and the next good one is a chain again."""
     seen = 0
-    for pool in (nn.MaxPool2d(2), nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(2)):
+    for pool in (nn.MaxPool2d(2), nn.AvgPool2d(2), nn.AdaptiveAvgPool2d((2, 3))):
         if not hasattr(pool, name):
             continue
         net, x, before = pooled(pool), images(), getattr(pool, name)
@@ -369,7 +369,7 @@ class LouderPool(nn.MaxPool2d):
 
 
 def _own_forward(pool: nn.Module) -> None:
-    pool.forward = lambda x: x[:, :, ::2, ::2]  # type: ignore[assignment, method-assign]
+    pool.forward = lambda x: x[:, :, ::2, :8:2]  # type: ignore[assignment, method-assign]
 
 
 DISTURBANCES: dict[str, Callable[[nn.Module], Any]] = {
@@ -400,13 +400,12 @@ def test_what_stops_one_part_stops_that_part_alone(chains: list[int]) -> None:
         net[4].prepack()
         agrees(net, x)
         net[3].train()
-        torch.testing.assert_close(net[3:](torch.ones(1, C, 4, 4)), module_by_module(net[3:], torch.ones(1, C, 4, 4)))
-        agrees(net, x)
-    assert chains == [2, 5, 2]
+        assert agrees(net, x)[0, :, 0, 0].equal(net[4:](torch.zeros(1, C, 4, 4))[0, :, 0, 0])  # all is dropped
+        assert chains == [2, 5, 2, 2, 2]
     net.eval()
     net[5].values.requires_grad_()
     net(x).sum().backward()
-    assert chains == [2, 5, 2, 2] and net[5].values.grad is not None
+    assert chains == [2, 5, 2, 2, 2, 2] and net[5].values.grad is not None
 
 
 def test_gradients_and_training_as_through_the_modules(chains: list[int]) -> None:
