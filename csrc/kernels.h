@@ -214,19 +214,21 @@ typedef struct SlimCudaBsrConv2d {
   void* stream;
 } SlimCudaBsrConv2d;
 
-// The same convolution on tensor cores, bf16 or fp16, from weights packed for it
-// (slimkernels/kernels/resident_plan.py):
+// The same convolution on tensor cores, bf16, fp16, or float32 multiplied in TF32, from weights packed for it
+// (slimkernels/kernels/resident_plan.py). What is said of 16 input channels holds of 8 of float32:
 //   group_start: (columns, ceil(c_in/16) + 1), a column being 16, 32, 64 or 128 output channels (by `variant`): the
 //                first step of each group of 16 input channels, rising through all columns; the last entry of a column
 //                is the first of the next
 //   taps:        (steps) tap << 16 | group, in that order
-//   weights:     (steps + 1, column * 16) in the order in which lanes hold them, the last step zero
-// The rest is the plan of a tile: tile_images x tile_rows x tile_cols output pixels, even numbers of rows and columns,
-// at most as many as the variant has. Its input lies in shared memory as a patch of places: a pixel's right neighbour
-// one place on, the one below patch_row, the next image patch_image; of each image load_rows x load_cols places from
-// (load_top, load_left) are read from x, the others are zero. An input gradient also asks for outputs that are not
-// neighbours in y, and for p and q other than the size of the output; what they read beyond the image is zero.
-// Preconditions: the channels of a pixel of y are neighbours; y_image, y_row and y_pixel are multiples of 8.
+//   weights:     (steps + 1, column * 16) in the order in which lanes hold them, the last step zero; float32 as numbers
+//                of TF32, the low 13 bits zero
+// Float32 has the variants 0, 4 and 6. The rest is the plan of a tile: tile_images x tile_rows x tile_cols output
+// pixels, even numbers of rows and columns, at most as many as the variant has. Its input lies in shared memory as a
+// patch of places: a pixel's right neighbour one place on, the one below patch_row, the next image patch_image; of each
+// image load_rows x load_cols places from (load_top, load_left) are read from x, the others are zero. An input gradient
+// also asks for outputs that are not neighbours in y, and for p and q other than the size of the output; what they read
+// beyond the image is zero. Preconditions: the channels of a pixel of y are neighbours; y_image, y_row and y_pixel are
+// multiples of 8.
 typedef struct SlimCudaResidentConv2d {
   const void* x;
   void* y;
@@ -239,7 +241,7 @@ typedef struct SlimCudaResidentConv2d {
   int32_t relu, pool;  // 0 or 1: y = max(y, 0); 2x2 stride-2 max-pool after it; both keep NaN
   int32_t tile_images, tile_rows, tile_cols, patch_row, patch_image, patch, load_top, load_left, load_rows, load_cols;
   int32_t y_image, y_row, y_pixel;  // elements of y from an image, a row and a pixel to the next; 0 where there is none
-  int32_t slab;                     // input channels in a stage of the ring: 16, 32, 64 or 128
+  int32_t slab;                     // input channels in a stage of the ring: 32, 64, 128 or 256 bytes of them
   int32_t stages;                   // 2 to 8
   int32_t steps;                    // the most steps that one thread block has
   int32_t columns;                  // of a thread block, 1 up to the variant's

@@ -87,14 +87,14 @@ struct Members<SlimCudaResidentConv2d> {
       SLIM_MEMBER(y_image, kNatural),
       SLIM_MEMBER(y_row, kNatural),
       SLIM_MEMBER(y_pixel, kNatural),
-      SLIM_MEMBER(slab, (Range{16, 128})),
+      SLIM_MEMBER(slab, (Range{8, 128})),
       SLIM_MEMBER(stages, (Range{2, 8})),
       SLIM_MEMBER(steps, kSteps),
       SLIM_MEMBER(columns, (Range{1, 8})),
       SLIM_MEMBER(variant, (Range{0, 7})),
       SLIM_MEMBER(blocks, kPositive),
       SLIM_MEMBER(overlap, kFlag),
-      SLIM_MEMBER(dtype, kHalfDtype),
+      SLIM_MEMBER(dtype, kDtype),
       SLIM_MEMBER(device, kNatural),
       SLIM_MEMBER(stream, kAddress),
   };
@@ -271,12 +271,12 @@ static_assert(members_fill_the_struct<SlimCudaLowRank>());
 
 // "" where a tile reads and writes inside its patch and no offset wraps, else what is wrong.
 template <typename T>
-std::string tile_plan_fault(const T& a, int64_t c_in) {
+std::string tile_plan_fault(const T& a, int64_t c_in, int64_t bytes_of_number = 2) {
   const int64_t images = a.tile_images, rows = a.tile_rows, cols = a.tile_cols;
   if (c_in % 8 != 0 || a.c_out % 8 != 0) return "c_in and c_out are not multiples of 8";
   if (a.p <= a.pool || a.q <= a.pool) return "p or q is too small";
   if (rows % 2 != 0 || cols % 2 != 0) return "a tile's rows and columns are not even";
-  if (!product_fits(images * a.h, a.w, 2 * c_in) || !product_fits(images * a.p, a.q, a.c_out))
+  if (!product_fits(images * a.h, a.w, bytes_of_number * c_in) || !product_fits(images * a.p, a.q, a.c_out))
     return "the images of a tile have 2^31 bytes or more";
   if (images * a.load_rows * a.load_cols > kMaxPlaces) return "a tile reads too many pixels";
   // All factors are at most 2^16, and so the places between rows are too: the products stay far below 2^62.
@@ -328,13 +328,16 @@ inline std::string output_steps_fault(const SlimCudaResidentConv2d& a) {
 
 inline int cuda_resident_conv2d(const pybind11::args& args) {
   const auto a = struct_of_arguments<SlimCudaResidentConv2d>("cuda_resident_conv2d", args);
-  std::string fault = tile_plan_fault(a, a.c_in);
+  const bool f32 = a.dtype == SLIM_DTYPE_F32;
+  std::string fault = tile_plan_fault(a, a.c_in, f32 ? 4 : 2);
+  if (fault.empty() && f32 && !is_one_of(a.variant, {0, 4, 6}))
+    fault = "variant = " + std::to_string(a.variant) + " takes no float32";
   const int64_t column[] = {64, 128, 64, 32, 32, 16, 16, 64};
   const int64_t channels = a.columns * column[a.variant];  // of a thread block
   if (fault.empty() && channels > (is_one_of(a.variant, {2, 4, 6, 7}) ? 64 : 128))
     fault = "columns = " + std::to_string(a.columns) + " is more than the variant has";
   if (fault.empty()) fault = output_steps_fault(a);
-  if (fault.empty() && !is_one_of(a.slab, {16, 32, 64, 128}))
+  if (fault.empty() && !is_one_of(f32 ? 2 * a.slab : a.slab, {16, 32, 64, 128}))
     fault = "slab = " + std::to_string(a.slab) + " is no known width";
   if (fault.empty() && a.blocks < (a.c_out + channels - 1) / channels)
     fault = "there are fewer blocks than rows of channels";

@@ -124,17 +124,24 @@ inline int status(cudaError_t error) {
   return SLIM_ERROR_CUDA;
 }
 
+// Calls `what`, which returns a status, `device` being the current one meanwhile.
+template <typename What>
+int on_device(int device, What what) {
+  const DeviceGuard guard(device);
+  return guard.error() == cudaSuccess ? what() : status(guard.error());
+}
+
 // Calls `what` with a number of the type that SLIM_DTYPE_F16 or SLIM_DTYPE_BF16 stands for, `device` being the current
 // one meanwhile; what it returns is a status.
 template <typename What>
 int with_half_type(int device, int dtype, What what) {
-  const DeviceGuard guard(device);
-  if (guard.error() != cudaSuccess) return status(guard.error());
-  switch (dtype) {
-    case SLIM_DTYPE_F16:  return what(__half());
-    case SLIM_DTYPE_BF16: return what(__nv_bfloat16());
-  }
-  return SLIM_ERROR_UNSUPPORTED;
+  return on_device(device, [dtype, &what]() -> int {
+    switch (dtype) {
+      case SLIM_DTYPE_F16:  return what(__half());
+      case SLIM_DTYPE_BF16: return what(__nv_bfloat16());
+    }
+    return SLIM_ERROR_UNSUPPORTED;
+  });
 }
 
 // Launches kernel(args) with so much dynamic shared memory. With `overlap` it may begin while the kernel in front of it

@@ -11,12 +11,15 @@ namespace slim {
 template <typename T>
 int launch_narrow_columns(const SlimCudaResidentConv2d& a);
 
+// Launches the shapes of tf32_conv2d.cu.
+int launch_tf32(const SlimCudaResidentConv2d& a);
+
 // Where things lie in shared memory, in bytes; the same for host and device.
 struct ResidentLayout {
   int32_t weights, steps, starts, live, bias, windows, pixels, ring, stage, total;
 };
 
-template <typename Shape>
+template <typename T, typename Shape>
 __host__ __device__ inline ResidentLayout resident_layout(const SlimCudaResidentConv2d& a) {
   ResidentLayout l;
   const int slabs = (int(a.c_in) + a.slab - 1) / a.slab;
@@ -28,7 +31,8 @@ __host__ __device__ inline ResidentLayout resident_layout(const SlimCudaResident
   l.windows = l.bias + Shape::COLUMNS * Shape::COLUMN * kBiasBytes;
   l.pixels = l.windows + Shape::WINDOWS * 16;
   l.ring = (l.pixels + (a.tile_images * a.load_rows * a.load_cols + 63) / 64 * 64 * 16 + 127) / 128 * 128;
-  l.stage = ((a.patch + 1) * (a.slab * 2 + 16) + 127) / 128 * 128;  // one more place, for what is read of no pixel
+  // One more place, for what is read of no pixel.
+  l.stage = ((a.patch + 1) * (a.slab * int32_t(sizeof(T)) + 16) + 127) / 128 * 128;
   l.total = l.ring + Shape::GROUPS * a.stages * l.stage;
   return l;
 }
@@ -48,6 +52,7 @@ struct Loader {
   const SlimCudaResidentConv2d& a;
   uint32_t first_pixel, live, ring;  // first_pixel: this thread's entry of the table of pixels
   int stage_bytes, live_count, tile, tile_step, tiles, at = 0, left = 0, slot = 0;  // left: slabs of the tile
+  static constexpr int kOfChunk = 16 / int(sizeof(T));                              // channels of 16 bytes
   int pixel_step, pixel_count, chunk;
   const unsigned char* corner;  // the first pixel of the tile's patch, which may lie outside the image
   int32_t images_left, y, x;
@@ -64,7 +69,7 @@ struct Loader {
   }
   SLIM_DEVICE void fill() {
     if (tile < tiles) {
-      const int channel = int(hw::load_shared_32(live + at * 4)) * a.slab + chunk * 8;
+      const int channel = int(hw::load_shared_32(live + at * 4)) * a.slab + chunk * kOfChunk;
       const uint32_t to = ring + slot * stage_bytes + chunk * 16;
       const int images = channel < a.c_in ? images_left : 0;
       const unsigned height = unsigned(a.h), width = unsigned(a.w);
@@ -97,28 +102,29 @@ struct Loader {
 
 template <typename T, typename Shape>
 SLIM_DEVICE void resident_conv2d(const SlimCudaResidentConv2d& a) {
-  const ResidentLayout at = resident_layout<Shape>(a);
+  const ResidentLayout at = resident_layout<T, Shape>(a);
   const int thread = int(threadIdx.x), lane = thread & 31, group = thread >> 7, warp = thread >> 5 & 3;
   const int warp_m = warp % Shape::WARPS_M, warp_n = warp / Shape::WARPS_M;
   const uint32_t base = hw::shared_memory();
-  const int groups_of_16 = (int(a.c_in) + 15) / 16, slabs = (int(a.c_in) + a.slab - 1) / a.slab;
+  constexpr int OF_STEP = kStepChannels<T>;
+  const int step_groups = (int(a.c_in) + OF_STEP - 1) / OF_STEP, slabs = (int(a.c_in) + a.slab - 1) / a.slab;
   const int columns = (int(a.c_out) + Shape::COLUMN - 1) / Shape::COLUMN;
   const int rows = (columns + a.columns - 1) / a.columns;
   const int row = int(blockIdx.x) % rows;
   const int first_column = row * a.columns, end_column = min(first_column + a.columns, columns);
-  const int32_t first_step = a.group_start[first_column * (groups_of_16 + 1)];
-  const int32_t step_count = a.group_start[(end_column - 1) * (groups_of_16 + 1) + groups_of_16] - first_step;
-  const int pitch = a.slab * 2 + 16;
+  const int32_t first_step = a.group_start[first_column * (step_groups + 1)];
+  const int32_t step_count = a.group_start[(end_column - 1) * (step_groups + 1) + step_groups] - first_step;
+  const int pitch = a.slab * int(sizeof(T)) + 16;
 
   hw::let_next_kernel_begin();
   // Weights first: they come from far away. They arrive with the ring's first slab.
   copy_weights<Shape>(base + at.weights, a.weights, first_step, step_count);
-  write_steps<Shape>(a, base + at.steps, first_step, step_count, a.slab);
+  write_steps<T, Shape>(a, base + at.steps, first_step, step_count, a.slab);
   for (int i = thread; i < Shape::COLUMNS * (slabs + 1); i += Shape::THREADS) {  // each slab's steps
     const int column = first_column + i / (slabs + 1), slab = i % (slabs + 1);
-    const int32_t* const start = a.group_start + (column < end_column ? column : 0) * (groups_of_16 + 1);
+    const int32_t* const start = a.group_start + (column < end_column ? column : 0) * (step_groups + 1);
     hw::store_shared_32(base + at.starts + i * 4,
-                        column < end_column ? start[min(slab * (a.slab / 16), groups_of_16)] - first_step : 0);
+                        column < end_column ? start[min(slab * (a.slab / OF_STEP), step_groups)] - first_step : 0);
   }
   write_windows<Shape>(a, base + at.windows);
   write_bias<T, Shape>(base + at.bias, a.bias, first_column * Shape::COLUMN, a.c_out);
@@ -163,7 +169,7 @@ SLIM_DEVICE void resident_conv2d(const SlimCudaResidentConv2d& a) {
   const int blocks_of_row = (int(gridDim.x) - row + rows - 1) / rows;
   const int first_tile = group * blocks_of_row + int(blockIdx.x) / rows, tile_step = blocks_of_row * Shape::GROUPS;
   const uint32_t ring = base + at.ring + group * a.stages * at.stage;
-  const int chunks = a.slab / 8;
+  const int chunks = a.slab / Loader<T>::kOfChunk;
   const uint32_t pixels = base + at.pixels + (thread & 127) / chunks * 16;
   const int begin = live_count ? first_tile : tiles;  // without any step there is nothing to load
   Loader<T> loader{a, pixels, live, ring, at.stage, live_count, begin, tile_step, tiles};
@@ -221,8 +227,8 @@ __global__ void __launch_bounds__(Shape::THREADS, 1)
 
 template <typename T, typename Shape>
 int launch_resident(const SlimCudaResidentConv2d& a) {
-  return launch_kernel(resident_conv2d_kernel<T, Shape>, a, a.blocks, Shape::THREADS, resident_layout<Shape>(a).total,
-                       a.overlap != 0);
+  return launch_kernel(resident_conv2d_kernel<T, Shape>, a, a.blocks, Shape::THREADS,
+                       resident_layout<T, Shape>(a).total, a.overlap != 0);
 }
 
 }  // namespace

@@ -19,16 +19,21 @@ struct TileShape {
   static constexpr int WINDOWS = PIXELS / 4;             // a tile is made of 2x2 windows
   static constexpr int WINDOWS_OF_WARP = M_TILES * 4;
   static constexpr int COLUMN = N_TILES * 8;      // output channels that follow one list of steps
-  static constexpr int STEP_BYTES = COLUMN * 32;  // weights of a step: COLUMN channels x 16 input channels
+  static constexpr int STEP_BYTES = COLUMN * 32;  // weights of a step: COLUMN channels x kStepChannels input channels
   static constexpr int THREADS = GROUPS * 128;
   // Column 8 j + 2 q + e of an instruction is channel 8 RUN (j / RUN) + 2 RUN q + 2 (j % RUN) + e: a lane, which holds
-  // the columns of one q, has 2 RUN neighbouring channels of every 8 RUN.
-  static constexpr int RUN = N_TILES < 4 ? N_TILES : 4;
-  static_assert(WARPS_M * WARPS_N == 4 && M_TILES % 2 == 0 && N_TILES % RUN == 0 && RUN % 2 == 0, "tile shape");
-  static_assert(!WGMMA || (COLUMNS == 1 && RUN == 4), "with wgmma four warps multiply by the same weights");
+  // the columns of one q, has 2 RUN neighbouring channels of every 8 RUN, 16 bytes where there are so many.
+  template <typename T>
+  static constexpr int RUN = N_TILES < 8 / int(sizeof(T)) ? N_TILES : 8 / int(sizeof(T));
+  static_assert(WARPS_M * WARPS_N == 4 && M_TILES % 2 == 0 && N_TILES % 2 == 0, "tile shape");
+  static_assert(!WGMMA || (COLUMNS == 1 && N_TILES >= 4), "with wgmma four warps multiply by the same weights");
 };
 
 namespace {
+
+// Input channels of a step: 32 bytes of them, which is how deep an instruction multiplies.
+template <typename T>
+constexpr int kStepChannels = 32 / int(sizeof(T));
 
 // Eight numbers rounded to T, in the order of memory.
 template <typename T>
@@ -102,14 +107,15 @@ SLIM_DEVICE void write_bias(uint32_t to, const void* bias, int first, int64_t c_
 }
 constexpr int kBiasBytes = 8;  // of a channel
 
-// Writes each step's distance in bytes from a pixel's place to the 16 channels that it multiplies; slabs hold `slab`
+// Writes each step's distance in bytes from a pixel's place to the channels that it multiplies; slabs hold `slab`
 // channels.
-template <typename Shape, typename Args>
+template <typename T, typename Shape, typename Args>
 SLIM_DEVICE void write_steps(const Args& a, uint32_t steps, int32_t first, int32_t count, int slab) {
   for (int i = int(threadIdx.x); i < count; i += Shape::THREADS) {
-    const int32_t word = a.taps[first + i], tap = word >> 16, part = (word & 0xffff) % (slab / 16);
-    hw::store_shared_32(steps + i * 4,
-                        (tap / a.s * a.dil_h * a.patch_row + tap % a.s * a.dil_w) * (slab * 2 + 16) + part * 32);
+    const int32_t word = a.taps[first + i], tap = word >> 16, part = (word & 0xffff) % (slab / kStepChannels<T>);
+    hw::store_shared_32(
+        steps + i * 4,
+        (tap / a.s * a.dil_h * a.patch_row + tap % a.s * a.dil_w) * (slab * int(sizeof(T)) + 16) + part * 32);
   }
 }
 
@@ -173,7 +179,7 @@ struct SparseTile {
 
   // The sums begin with the bias of the warp's channels.
   SLIM_DEVICE void begin(uint32_t bias, int lane) {
-    constexpr int RUN = Shape::RUN;
+    constexpr int RUN = Shape::template RUN<T>;
 #pragma unroll
     for (int c = 0; c < Shape::OF_WARP; ++c) {
 #pragma unroll
@@ -231,7 +237,10 @@ struct SparseTile {
         const uint32_t from = patch + hw::load_shared_32(steps + step * 4);
         uint32_t pixels[Shape::M_TILES][4];
 #pragma unroll
-        for (int i = 0; i < Shape::M_TILES; ++i) hw::load_matrices(pixels[i], place[i] + from);
+        for (int i = 0; i < Shape::M_TILES; ++i) {
+          hw::load_matrices(pixels[i], place[i] + from);
+          hw::round_operand<T>(pixels[i]);
+        }
 #pragma unroll
         for (int v = 0; v < Shape::N_TILES / 2; ++v) {
           const uint4 b = hw::load_shared_128(mine + step * Shape::STEP_BYTES + v * 512);
@@ -249,8 +258,13 @@ struct SparseTile {
     hw::store_global_128(to, eight_packed<T>(v, relu));
   }
   SLIM_DEVICE static void store_channels(T* to, const float (&v)[4], bool relu) {
-    hw::store_global_64(to, relu ? make_uint2(hw::pack<T, true>(v[0], v[1]), hw::pack<T, true>(v[2], v[3]))
-                                 : make_uint2(hw::pack<T, false>(v[0], v[1]), hw::pack<T, false>(v[2], v[3])));
+    if constexpr (sizeof(T) == 4) {
+      const auto bits = [relu](float sum) { return hw::bits_of_float(relu && sum < 0.0f ? 0.0f : sum); };
+      hw::store_global_128(to, make_uint4(bits(v[0]), bits(v[1]), bits(v[2]), bits(v[3])));
+    } else {
+      hw::store_global_64(to, relu ? make_uint2(hw::pack<T, true>(v[0], v[1]), hw::pack<T, true>(v[2], v[3]))
+                                   : make_uint2(hw::pack<T, false>(v[0], v[1]), hw::pack<T, false>(v[2], v[3])));
+    }
   }
 
   // A lane holds neighbouring channels of all four pixels of its windows. Channels from `end` on are not this block's.
@@ -258,7 +272,7 @@ struct SparseTile {
   SLIM_DEVICE void store(const Args& a, const TilePosition& position, int end, int lane) const {
     const OutputSteps step = output_steps(a);
     const int y = a.pool ? position.y / 2 : position.y, x = a.pool ? position.x / 2 : position.x;
-    constexpr int RUN = Shape::RUN, PER_COLUMN = Shape::N_TILES / RUN;
+    constexpr int RUN = Shape::template RUN<T>, PER_COLUMN = Shape::N_TILES / RUN;
     const int first = channel + (lane & 3) * 2 * RUN;
     T* const out = static_cast<T*>(a.y) + position.image * step.image + (y * step.row + x * step.pixel + first);
     const int images_left = int(a.n - position.image < kNoImage ? a.n - position.image : kNoImage);

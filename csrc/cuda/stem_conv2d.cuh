@@ -164,7 +164,7 @@ SLIM_DEVICE void stem_conv2d(const SlimCudaStemConv2d& a) {
   }
   hw::copy_async_commit();
   int tile = group * int(gridDim.x) + int(blockIdx.x);
-  write_steps<Shape>(a, base + at.steps, 0, a.steps, kStemChannels);
+  write_steps<T, Shape>(a, base + at.steps, 0, a.steps, kStemChannels);
   write_windows<Shape>(a, base + at.windows);
   write_bias<T, Shape>(base + at.bias, a.bias, 0, a.c_out);
   write_bias<T, Shape>(base + at.bias + kStemChannels * kBiasBytes, a.first_bias, 0, kStemChannels);

@@ -165,7 +165,8 @@ SLIM_DEVICE void settle(float (&d)[N][4]) {
     for (int e = 0; e < 4; ++e) asm volatile("" : "+f"(d[j][e])::"memory");
   }
 }
-// d += a b, 16x16 times 16x8, in a warp.
+// d += a b in a warp: 16x16 times 16x8, of float, which is read in TF32, 16x8 times 8x8. A register holds two
+// neighbours of 16 bits, or one float: either way 32 bytes of depth, in the same places.
 template <typename T>
 SLIM_DEVICE void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 template <>
@@ -183,6 +184,23 @@ SLIM_DEVICE void multiply<__half>(float (&d)[4], const uint32_t (&a)[4], uint32_
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+template <>
+SLIM_DEVICE void multiply<float>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// An operand as `multiply` wants it: float rounded to TF32, to the nearest number and from the middle away from zero.
+template <typename T>
+SLIM_DEVICE void round_operand(uint32_t (&v)[4]) {
+  if constexpr (__is_same(T, float)) {
+#pragma unroll
+    for (uint32_t& number : v) asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(number) : "f"(__uint_as_float(number)));
+  }
 }
 
 // Two numbers rounded to T and packed, `low` in the low half; negative numbers become 0 with RELU, NaN stays.
@@ -219,6 +237,7 @@ SLIM_DEVICE float larger(float a, float b) {
 
 SLIM_DEVICE uint32_t bits_of_float(float v) { return __float_as_uint(v); }
 SLIM_DEVICE float float_of_bits(uint32_t v) { return __uint_as_float(v); }
+SLIM_DEVICE float load_number(const float* at) { return __ldg(at); }
 SLIM_DEVICE float load_number(const __nv_bfloat16* at) { return __bfloat162float(__ldg(at)); }
 SLIM_DEVICE float load_number(const __half* at) { return __half2float(__ldg(at)); }
 

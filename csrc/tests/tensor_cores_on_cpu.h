@@ -134,6 +134,14 @@ inline uint16_t bits_of(float v, bool half) {
   return bits;
 }
 
+// A number as an instruction reads it in TF32. PTX says nothing of the 13 low bits of one that was not rounded, so such
+// a number is NaN here; infinite ones have none, and what is NaN stays so.
+inline float tf32_of_word(uint32_t word) {
+  float v;
+  memcpy(&v, &word, 4);
+  return word & 0x1fff ? NAN : v;
+}
+
 // How often eight rows of 16 bytes that are read at once fall on a bank that another row has.
 inline void count_conflicts(const uint32_t* rows) {
   int most = 0;
@@ -245,6 +253,7 @@ inline float float_of_bits(uint32_t bits) {
   memcpy(&v, &bits, 4);
   return v;
 }
+inline float load_number(const float* at) { return *at; }
 inline float load_number(const __nv_bfloat16* at) { return __bfloat162float(*at); }
 inline float load_number(const __half* at) { return __half2float(*at); }
 
@@ -358,23 +367,36 @@ void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     uint32_t b[2];
   } argument{d, a, {b0, b1}};
   together("mma", argument, [](auto of) {
-    float rows[16][16], columns[16][8];
+    constexpr int DEPTH = 32 / sizeof(T), PER_WORD = DEPTH / 8;
+    float rows[16][DEPTH], columns[DEPTH][8];
+    const auto number_at = [](uint32_t word, int e) {
+      return PER_WORD == 1 ? tf32_of_word(word) : number_of_word(word, e, is_half<T>);
+    };
     for (int lane = 0; lane < 32; ++lane) {
       const int g = lane / 4, q = lane % 4;
-      for (int e = 0; e < 2; ++e) {
-        for (int i = 0; i < 4; ++i)
-          rows[g + i % 2 * 8][q * 2 + e + i / 2 * 8] = number_of_word(of(lane).a[i], e, is_half<T>);
-        for (int i = 0; i < 2; ++i) columns[q * 2 + e + i * 8][g] = number_of_word(of(lane).b[i], e, is_half<T>);
+      for (int e = 0; e < PER_WORD; ++e) {
+        const int k = q * PER_WORD + e;
+        for (int i = 0; i < 4; ++i) rows[g + i % 2 * 8][k + i / 2 * (DEPTH / 2)] = number_at(of(lane).a[i], e);
+        for (int i = 0; i < 2; ++i) columns[k + i * (DEPTH / 2)][g] = number_at(of(lane).b[i], e);
       }
     }
     for (int lane = 0; lane < 32; ++lane) {
       for (int i = 0; i < 4; ++i) {
         float sum = 0;
-        for (int k = 0; k < 16; ++k) sum += rows[lane / 4 + i / 2 * 8][k] * columns[k][lane % 4 * 2 + i % 2];
+        for (int k = 0; k < DEPTH; ++k) sum += rows[lane / 4 + i / 2 * 8][k] * columns[k][lane % 4 * 2 + i % 2];
         of(lane).d[i] += sum;
       }
     }
   });
+}
+
+template <typename T>
+void round_operand(uint32_t (&v)[4]) {
+  if (sizeof(T) != 4) return;
+  for (uint32_t& number : v) {
+    if ((number & 0x7f800000) != 0x7f800000) number += 0x1000;  // half of the last bit that stays
+    number &= 0xffffe000;
+  }
 }
 
 template <typename T, bool RELU>

@@ -180,7 +180,17 @@ def resolve(kernel: str, request: Request) -> KernelSpec:
     """
     if kernel == "auto":
         return KERNELS[_choose(request, env.backend(), env.isa_cap(), -1).name]
-    return _explicit(kernel, request)
+    spec = _explicit(kernel, request)
+    reason = spec.precision_reason(request)  # not remembered: torch's switches change
+    if reason is not None:
+        raise ValueError(_cannot_run(kernel, request, reason))
+    return spec
+
+
+def takes(kernel: str, request: Request) -> bool:
+    """Whether an explicit kernel runs here and takes such calls, now or once torch's switches of precision let it."""
+    spec = KERNELS.get(kernel)
+    return spec is not None and (spec.takes(request) or spec.available()) is None
 
 
 def launcher(kernel: str, index: int, problem_type: type[SizedProblem], *sizes: Any) -> Callable[..., Tensor]:
@@ -283,8 +293,12 @@ def _explicit(kernel: str, request: Request) -> KernelSpec:
         raise ValueError(f"{request.op}: expected kernel 'auto' or one of {names}, got {kernel!r}")
     reason = spec.supports(request) or spec.available()
     if reason is not None:
-        raise ValueError(f"{request.op}: kernel {kernel!r} cannot run here: {reason}")
+        raise ValueError(_cannot_run(kernel, request, reason))
     return spec
+
+
+def _cannot_run(kernel: str, request: Request, reason: str) -> str:
+    return f"{request.op}: kernel {kernel!r} cannot run here: {reason}"
 
 
 def machine_isa() -> str:

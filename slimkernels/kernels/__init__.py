@@ -77,6 +77,8 @@ class KernelSpec:
         launch: the op's arguments without ``kernel`` -> output tensor; takes ``config=`` where ``configs`` gives any.
         available: None when this machine can run it, else why not.
         shape_reason: None when it takes the problem's shapes, else why not.
+        precision_reason: None when torch's switches of precision, as they stand, let it compute in the problem's dtype,
+            else why not. A launcher looks again in every call: a switch may change.
         configs: launch configurations worth trying on a problem, the likeliest first; ``{}`` is the launcher's default.
         explicit_only: why ``auto`` never takes it, None where it may.
         on_tensor_cores: whether it is a low-rank kernel of CUDA C++ that multiplies a problem on tensor cores.
@@ -97,6 +99,7 @@ class KernelSpec:
     explicit_only: str | None = None
     on_tensor_cores: Callable[[SizedProblem], bool] = lambda problem: False
     obstacle: Callable[..., str | None] = lambda *arguments: None
+    precision_reason: Callable[[Problem], str | None] = lambda problem: None
 
     @property
     def one_position(self) -> bool:
@@ -104,7 +107,11 @@ class KernelSpec:
         return self.name.endswith("_images_on_m")
 
     def supports(self, problem: Problem) -> str | None:
-        """None when the kernel takes this problem, else the reason why not."""
+        """None when the kernel takes this problem as torch's switches stand, else the reason why not."""
+        return self.takes(problem) or self.precision_reason(problem)
+
+    def takes(self, problem: Problem) -> str | None:
+        """None when the kernel takes this problem where torch's switches let it, else the reason why not."""
         if problem.op != self.op:
             return f"implements {self.op}, not {problem.op}"
         if problem.device not in self.devices:
@@ -202,6 +209,7 @@ def _cuda(
     explicit_only: str | None = None,
     tensor_cores: str | None = None,
     obstacle: str | None = None,
+    precision: str | None = None,
 ) -> KernelSpec:
     """A CUDA C++ kernel of ours, or one of a vendor's library, by dotted names in this package."""
     op = name.split("__")[0]
@@ -210,6 +218,8 @@ def _cuda(
         kept["on_tensor_cores"] = _lazy(tensor_cores)
     if obstacle is not None:
         kept["obstacle"] = _lazy(obstacle)
+    if precision is not None:
+        kept["precision_reason"] = _lazy(precision)
     return KernelSpec(
         name,
         op,
@@ -329,9 +339,9 @@ _ROWS = (
     _cuda(
         "bsr_conv2d__cuda_tensor_cores",
         "cuda_tensor_cores.launch_bsr_conv2d",
-        dtypes=_HALF,
         epilogues=EPILOGUES["bsr_conv2d"],
         reason="cuda_tensor_cores.shape_reason",
+        precision="cuda_tensor_cores.precision_reason",
         explicit_only=_UNMEASURED,
     ),
     _cuda(

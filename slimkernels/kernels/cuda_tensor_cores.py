@@ -1,6 +1,7 @@
 """Launchers of the tensor-core kernels of csrc/cuda: checks, packed weights and plans; `cuda` has what is common.
 
-`launch_bsr_conv2d` is the block-sparse convolution whose weights stay in shared memory while the images stream by.
+`launch_bsr_conv2d` is the block-sparse convolution whose weights stay in shared memory while the images stream by. It
+multiplies float32 in TF32, where torch's switch for convolutions allows that.
 `launch_stem_conv2d` is a network's dense first convolution and the block-sparse second one in one kernel. Neither is a
 choice of ``auto``: they run on explicit request.
 """
@@ -17,7 +18,16 @@ from torch import Tensor
 from slimkernels.kernels import cuda, resident_plan
 from slimkernels.kernels.packs import StemPack, TensorCorePack, kind_of
 from slimkernels.kernels.problems import ConvProblem, Pair, Problem, check_geometry
-from slimkernels.kernels.resident_plan import STEM_VARIANTS, STEP_CHANNELS, VARIANTS, Convolution, Index, Plan, Shape
+from slimkernels.kernels.resident_plan import (
+    STEM_VARIANTS,
+    TF32_VARIANTS,
+    VARIANTS,
+    Convolution,
+    Index,
+    Plan,
+    Shape,
+    step_channels,
+)
 from slimkernels.tensors import Checked
 
 NAME = "bsr_conv2d__cuda_tensor_cores"
@@ -48,14 +58,30 @@ def _limits(x: Tensor) -> Limits:
 def shape_reason(problem: Problem) -> str | None:
     """None when the kernel takes the problem's shapes, else why not."""
     block_out, block_in = problem.block_shape
-    if block_out % 16 != 0 or block_in % STEP_CHANNELS != 0:
-        return f"a block is a multiple of 16 x {STEP_CHANNELS}, not {block_out} x {block_in}"
+    depth = step_channels(problem.dtype)
+    if block_out % 16 != 0 or block_in % depth != 0:
+        return f"a block is a multiple of 16 x {depth}, not {block_out} x {block_in}"
     if isinstance(problem, ConvProblem):
         if problem.c_in % 8 != 0 or problem.c_out % 8 != 0:
             return f"channels are copied eight at a time, not {problem.c_in} to {problem.c_out}"
-        if problem.r * problem.s >= 2**15 or problem.c_in >= 2**20:
+        if problem.r * problem.s >= 2**15 or problem.c_in >= 2**16 * depth:
             return "too many taps or channels"
     return None
+
+
+def precision_reason(problem: Problem) -> str | None:
+    """None when torch's switches let the kernel multiply the problem's dtype, else why not."""
+    return _precision_reason(problem.dtype)
+
+
+def _precision_reason(dtype: torch.dtype) -> str | None:
+    if dtype != torch.float32:
+        return None  # reading the switch takes 3 us
+    # Torch's stub lacks the switch.
+    switch = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    if switch == "tf32":
+        return None
+    return f"it multiplies float32 in TF32, and torch.backends.cudnn.conv.fp32_precision is {switch!r}, not 'tf32'"
 
 
 _CHECKED = Checked()
@@ -77,18 +103,19 @@ def _check_packed(
     while a CUDA graph is captured.
     """
     weights, group_start, taps, most_steps = packed
-    size = (values.numel() // (column * STEP_CHANNELS) + 1, column * STEP_CHANNELS)
+    depth = step_channels(values.dtype)
+    size = (values.numel() // (column * depth) + 1, column * depth)
     if tuple(weights.shape) != size or weights.dtype != values.dtype or not weights.is_contiguous():
         raise ValueError(
             f"{op}: expected packed weights {size} of {values.dtype}, contiguous, "
             f"got {tuple(weights.shape)} of {weights.dtype}"
         )
-    key = (*weight_shape, *block_shape, column)
+    key = (*weight_shape, *block_shape, column, depth)
     if _CHECKED.knows(key, group_start, taps, most_steps, crow, col):
         return
     if crow.is_cuda and torch.cuda.is_current_stream_capturing():
         return
-    expected: Index = resident_plan.pack_index(crow, col, weight_shape, block_shape, column)
+    expected: Index = resident_plan.pack_index(crow, col, weight_shape, block_shape, column, depth)
     for got, name in ((group_start, "group_start"), (taps, "taps"), (most_steps, "most_steps")):
         wanted = getattr(expected, name)
         if got.device != wanted.device or got.dtype != wanted.dtype or not torch.equal(got, wanted):
@@ -119,18 +146,19 @@ def chosen_variant(
 
     Without one, where there is a choice, the pattern is read: this waits for the device.
     """
-    limits = _limits(values)
-    found = resident_plan.candidates(block_shape[0], weight_shape[0], limits.wgmma)
+    limits, depth = _limits(values), step_channels(values.dtype)
+    tf32 = values.dtype == torch.float32
+    found = resident_plan.candidates(block_shape[0], weight_shape[0], limits.wgmma, tf32)
     if kind_of(packed) is TensorCorePack:
         pack = TensorCorePack(*packed)
-        fitting = tuple(v for v in found if VARIANTS[v].column == pack.weights.shape[-1] // STEP_CHANNELS)
+        fitting = tuple(v for v in found if VARIANTS[v].column * depth == pack.weights.shape[-1])
         if fitting:
             return resident_plan.choose_variant(fitting, lambda column: pack.most_steps, limits.shared_memory)
     if values.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(f"bsr_conv2d: {BEFORE_A_CAPTURE}")
 
     def most_steps(column: int) -> Tensor:
-        return resident_plan.pack_index(crow_indices, col_indices, weight_shape, block_shape, column).most_steps
+        return resident_plan.pack_index(crow_indices, col_indices, weight_shape, block_shape, column, depth).most_steps
 
     return resident_plan.choose_variant(found, most_steps, limits.shared_memory)
 
@@ -146,7 +174,7 @@ def _packed_or_new(
     variant: int,
 ) -> TensorCorePack:
     shape = VARIANTS[variant]
-    if kind_of(packed) is TensorCorePack and packed[0].shape[1:] == (shape.column * STEP_CHANNELS,):
+    if kind_of(packed) is TensorCorePack and packed[0].shape[1:] == (shape.column * step_channels(values.dtype),):
         found = TensorCorePack(*packed)
         _check_packed(op, found, crow, col, values, weight_shape, block_shape, shape.column)
         return found
@@ -173,8 +201,9 @@ def launch_bsr_conv2d(
     """Block-sparse convolution on tensor cores, the weights of a thread block in shared memory.
 
     Args:
-        x: ``(N, C_in, H, W)``, float16 or bfloat16 on the GPU; channels_last is taken as it is.
-        values: the stored blocks of the BSR weight, see `slimkernels.formats.BSRWeight`; each a multiple of 16 x 16.
+        x: ``(N, C_in, H, W)``, float16, bfloat16 or float32 on the GPU; channels_last is taken as it is.
+        values: the stored blocks of the BSR weight, see `slimkernels.formats.BSRWeight`; each a multiple of 16 x 16, of
+            float32 of 16 x 8.
         crow_indices: its row pointers, validated when the weight was built.
         col_indices: its block columns, validated when the weight was built.
         bias: ``(C_out,)`` or None.
@@ -184,10 +213,13 @@ def launch_bsr_conv2d(
             kernel begin while the one in front of it ends, which must not have written the packed weight.
 
     Returns:
-        ``(N, C_out, P, Q)``, pooled where asked for, channels_last, on torch's current stream.
+        ``(N, C_out, P, Q)``, pooled where asked for, channels_last, on torch's current stream. Float32 is multiplied in
+        TF32: both factors are rounded to 10 bits behind the point, half a unit of which is 2^-11; sums, bias and output
+        are float32.
 
     Raises:
-        ValueError, TypeError: a shape, device or dtype does not fit, or a block row's weights do not fit shared memory.
+        ValueError, TypeError: a shape, device or dtype does not fit, or a block row's weights do not fit shared memory;
+            float32 while ``torch.backends.cudnn.conv.fp32_precision`` is not "tf32".
         RuntimeError: the kernel cannot run here, or CUDA reports an error.
     """
     op, config = "bsr_conv2d", config or {}
@@ -214,9 +246,9 @@ def launch_bsr_conv2d(
         x.device.type,
         epilogue,
     )
-    reason = shape_reason(problem)
-    if reason is not None or x.dtype == torch.float32:
-        raise ValueError(f"{op}: the tensor-core kernel does not take this: {reason or 'float32'}")
+    reason = shape_reason(problem) or precision_reason(problem)  # the switch may have changed since the last call
+    if reason is not None:
+        raise ValueError(f"{op}: the tensor-core kernel does not take this: {reason}")
     _check_weight(op, values, crow_indices, bias, c_out, block_shape)
     if set(config) - _CONFIGS:
         raise ValueError(f"{op}: expected config of {', '.join(sorted(_CONFIGS))}, got {dict(config)}")
@@ -238,13 +270,17 @@ def launch_bsr_conv2d(
     else:
         variant = chosen_variant(values, crow, col, weight_shape, block_shape, packed)
     _check_variant(op, variant, VARIANTS, _limits(x), block_shape, config.get("overlap", 0))
+    if x.dtype == torch.float32 and variant not in TF32_VARIANTS:
+        raise ValueError(f"{op}: variant {variant} takes no float32, only {', '.join(map(str, TF32_VARIANTS))} do")
     weight = _packed_or_new(op, packed, values, crow, col, weight_shape, block_shape, variant)
-    conv = Convolution(n, c_in, h, w, c_out, (r, s), _pair(stride), _pair(padding), _pair(dilation), (p, q))
+    sizes = (n, c_in, h, w, c_out, (r, s), _pair(stride), _pair(padding), _pair(dilation), (p, q))
+    conv = Convolution(*sizes, x.element_size())
     plan = fitting_plan(conv, variant, weight.most_steps, _limits(x), config)
     if plan is None:
+        step = f"{VARIANTS[variant].column} x {step_channels(x.dtype)}"
         raise ValueError(
             f"{op}: expected block rows whose weights fit {_limits(x).shared_memory} bytes of shared memory, "
-            f"got one of {int(weight.most_steps[0])} steps of {VARIANTS[variant].column} x {STEP_CHANNELS} weights"
+            f"got one of {int(weight.most_steps[0])} steps of {step} weights"
         )
     run(op, module, conv, plan, x, y, bias, weight, epilogue, config.get("overlap", 0))
     return y

@@ -49,7 +49,8 @@ class TensorCorePack(NamedTuple):
     """A weight for the tensor-core kernels of CUDA C++.
 
     Attributes:
-        weights: ``(steps + 1, column * 16)`` in the order in which lanes hold them, the last step zero.
+        weights: ``(steps + 1, column * 16)``, of float32 ``(steps + 1, column * 8)`` and rounded to TF32, in the order
+            in which lanes hold them, the last step zero.
         group_start: as `resident_plan.Index` has it.
         taps: as `resident_plan.Index` has them.
         most_steps: as `resident_plan.Index` has them.

@@ -15,7 +15,13 @@ from torch import Tensor
 from slimkernels.kernels.packs import TensorCorePack
 from slimkernels.kernels.problems import INT32_MAX, Pair, conv_output_image
 
-STEP_CHANNELS = 16  # input channels of one step: the depth of a tensor-core instruction
+STEP_CHANNELS = 16  # input channels of one step: the depth of a tensor-core instruction, of 16-bit numbers
+STEP_BYTES = 32  # of a channel's weights in a step
+
+
+def step_channels(dtype: torch.dtype) -> int:
+    """Input channels of one step: 16 of 16-bit numbers, 8 of float32."""
+    return STEP_BYTES // dtype.itemsize
 
 
 class Shape(NamedTuple):
@@ -48,9 +54,11 @@ VARIANTS = (
     Shape(256, 16, 4, 2, False),
     Shape(128, 64, 1, 2, True),
 )
+TF32_VARIANTS = (0, 4, 6)  # those that take float32: tf32_conv2d.cu
 STEM_VARIANTS = (Shape(256, 64, 1, 2, False), Shape(256, 64, 1, 2, True))
-# Input channels of a stage, and stages of the ring, the best first: wide stages are, and more than three of them gained
-# nothing (measured on an H200, up to 256 channels). Of more channels a tile is many stages: most bytes on their way.
+# Input channels of a stage (16-bit ones, of float32 half as many), and stages of the ring, the best first: wide stages
+# are, and more than three of them gained nothing (measured on an H200, up to 256 channels). Of more channels a tile is
+# many stages: most bytes on their way.
 RINGS = ((64, 3), (64, 2), (32, 3), (32, 2), (16, 3), (16, 2))
 LONG_RINGS, MANY_CHANNELS = ((64, 3), (32, 4), (64, 2), (32, 3), (32, 2), (16, 3), (16, 2)), 257
 MAX_PLACES = 65535  # of a patch: kMaxPlaces of csrc/bindings.cpp
@@ -94,6 +102,7 @@ class Convolution(NamedTuple):
     Attributes:
         taps: (R, S).
         out: (P, Q). Those of an input gradient are not what the other numbers give: beyond the image it reads zeros.
+        size: bytes of a number.
     """
 
     n: int
@@ -106,21 +115,25 @@ class Convolution(NamedTuple):
     padding: Pair
     dilation: Pair
     out: Pair
+    size: int = 2
 
 
-def candidates(block_out: int, c_out: int, wgmma: bool) -> tuple[int, ...]:
+def candidates(block_out: int, c_out: int, wgmma: bool, tf32: bool = False) -> tuple[int, ...]:
     """The compiled shapes for blocks of so many output channels, the first choice first, the one that needs the least
     shared memory for weights last.
 
     Args: c_out of the layer: a thread block of 128 channels would be half empty from 64 on; wgmma: whether the
-    processor has it.
+    processor has it; tf32: whether the numbers are float32.
     """
+    wgmma &= not tf32
     if block_out % 128 == 0 and wgmma:
         found: tuple[int, ...] = (1, 7)
     elif block_out % 64 == 0:
         found = (2,) if wgmma else (0, 4)
     else:
         found = (3, 4) if block_out % 32 == 0 else (5, 6)
+    if tf32:
+        found = tuple(v for v in found if v in TF32_VARIANTS)
     few = tuple(v for v in found if VARIANTS[v].column * VARIANTS[v].columns <= 64)
     return few or found if c_out <= 64 else found
 
@@ -139,18 +152,18 @@ def choose_variant(found: Sequence[int], most_steps: Callable[[int], Tensor], li
         shape = VARIANTS[variant]
         most = most_steps(shape.column)
         steps = int(most[min(shape.columns, most.numel()) - 1])
-        if steps * shape.column * 2 * STEP_CHANNELS <= limit // 2:
+        if steps * shape.column * STEP_BYTES <= limit // 2:
             return variant
     return found[-1]
 
 
-def shared_bytes(shape: Shape, tile: Tile, slab: int, stages: int, c_in: int, steps: int) -> int:
+def shared_bytes(shape: Shape, tile: Tile, slab: int, stages: int, c_in: int, steps: int, size: int = 2) -> int:
     """Shared memory of a thread block: `resident_layout` of csrc/cuda/resident_conv2d.cuh."""
     slabs = -(-c_in // slab)
-    lists = steps * (shape.column * 2 * STEP_CHANNELS + 4) + (shape.columns + 1) * (slabs + 1) * 4
+    lists = steps * (shape.column * STEP_BYTES + 4) + (shape.columns + 1) * (slabs + 1) * 4
     tables = _up(lists, 16) + shape.columns * shape.column * 8 + shape.pixels // 4 * 16
     tables += _up(tile.images * tile.load_rows * tile.load_cols, 64) * 16
-    return _up(tables, 128) + shape.groups * stages * _up((tile.patch + 1) * (slab * 2 + 16), 128)
+    return _up(tables, 128) + shape.groups * stages * _up((tile.patch + 1) * (slab * size + 16), 128)
 
 
 def plan(
@@ -170,12 +183,13 @@ def plan(
     config: Mapping[str, int],
     out: Pair | None = None,
     columns: int | None = None,
+    size: int = 2,
 ) -> Plan | None:
     """The plan of a convolution, or None where a thread block's weights and two slabs do not fit shared memory.
 
     Args: steps the most that a thread block has; limit bytes of shared memory it may use; config ``slab`` and
     ``stages`` to take instead of the largest that fit; out (P, Q) where it is not what the other numbers give; columns
-    of a thread block, all of the shape's by default.
+    of a thread block, all of the shape's by default; size in bytes of a number.
     """
     shape = VARIANTS[variant]
     p, q = out or conv_output_image((h, w), taps, stride, padding, dilation)
@@ -184,11 +198,11 @@ def plan(
     pixels = shape.pixels
     while pixels >= 4:  # where strides and dilations make patches large, a part of the shape's pixels
         tile = choose_tile(pixels, h, w, taps, stride, padding, dilation, out)
-        for slab, stages in _rings(c_in, config):
-            size = shared_bytes(shape, tile, slab, stages, c_in, steps)
-            if size <= limit and tile.patch < MAX_PLACES:
+        for slab, stages in _rings(c_in, size, config):
+            total = shared_bytes(shape, tile, slab, stages, c_in, steps, size)
+            if total <= limit and tile.patch < MAX_PLACES:
                 blocks = rows * max(1, min(tile.tiles(n, p, q), processors // rows))
-                return Plan(variant, tile, slab, stages, blocks, size, columns, steps)
+                return Plan(variant, tile, slab, stages, blocks, total, columns, steps)
         pixels //= 2
     return None
 
@@ -214,8 +228,8 @@ def fitting_plan(
     columns = VARIANTS[variant].columns
     while columns:
         steps = most_steps[min(columns, len(most_steps)) - 1]
-        sizes, out = conv[:-1], conv.out
-        found = plan(variant, *sizes, steps, limit, processors, dict(config), out, columns)
+        *sizes, out, size = conv
+        found = plan(variant, *sizes, steps, limit, processors, dict(config), out, columns, size)
         if found is not None:
             return found
         columns //= 2
@@ -230,17 +244,21 @@ def in_range(conv: Convolution, plan: Plan, image_of_y: int) -> str | None:
     images, (p, q) = plan.tile.images, conv.out
     if max(*conv.taps, *conv.stride, *conv.padding, *conv.dilation) > MAX_PLACES:
         return "taps, strides, padding or dilation above 65535"
-    if images * conv.h * conv.w * 2 * conv.c_in > INT32_MAX or images * max(image_of_y, p * q * conv.c_out) > INT32_MAX:
+    if (
+        images * conv.h * conv.w * conv.size * conv.c_in > INT32_MAX
+        or images * max(image_of_y, p * q * conv.c_out) > INT32_MAX
+    ):
         return "images of 2**31 bytes of input or elements of output"
     if images * plan.tile.load_rows * plan.tile.load_cols > MAX_PLACES or plan.tile.tiles(conv.n, p, q) > INT32_MAX:
         return "too many pixels"
     return None
 
 
-def _rings(c_in: int, config: Mapping[str, int]) -> Iterator[tuple[int, int]]:
+def _rings(c_in: int, size: int, config: Mapping[str, int]) -> Iterator[tuple[int, int]]:
     """The slabs and stages to try, the best first; what ``config`` says of either is taken as it is."""
-    rings = RINGS if c_in < MANY_CHANNELS else LONG_RINGS
-    found = [(slab, stages) for slab, stages in rings if slab <= max(c_in, STEP_CHANNELS)]
+    halves = c_in * size // 2  # channels of 16 bits that take as much
+    rings = RINGS if halves < MANY_CHANNELS else LONG_RINGS
+    found = [(slab * 2 // size, stages) for slab, stages in rings if slab <= max(halves, STEP_CHANNELS)]
     yield from dict.fromkeys((config.get("slab", slab), config.get("stages", stages)) for slab, stages in found)
 
 
@@ -332,10 +350,10 @@ class Index(NamedTuple):
     """The steps of a pattern, which follow from the indices alone.
 
     Attributes:
-        group_start: int32 ``(columns, groups of 16 input channels + 1)``: first step of each group.
+        group_start: int32 ``(columns, groups + 1)``: first step of each group of `step_channels` input channels.
         taps: int32 ``(steps,)``: tap << 16 | group.
         most_steps: int32 ``(columns,)`` on the CPU: the most steps that 1, 2, ... columns of a thread block have.
-        order: which part of which block each step is: slot, then column, then group of 16 input channels in the block.
+        order: which part of which block each step is: slot, then column, then group of input channels in the block.
     """
 
     group_start: Tensor
@@ -345,18 +363,24 @@ class Index(NamedTuple):
 
 
 def pack_index(
-    crow_indices: Tensor, col_indices: Tensor, weight_shape: Sequence[int], block_shape: Sequence[int], column: int
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    weight_shape: Sequence[int],
+    block_shape: Sequence[int],
+    column: int,
+    depth: int = STEP_CHANNELS,
 ) -> Index:
-    """The steps of a BSR pattern: a column of output channels times 16 input channels at a tap, by group, then tap.
+    """The steps of a BSR pattern: a column of output channels times a group of input channels at a tap, by group, then
+    tap.
 
     Args: crow_indices ... block_shape a valid `slimkernels.formats.BSRWeight` whose block is a multiple of
-    ``(column, 16)``. Waits for the device.
+    ``(column, depth)``; depth: input channels of a step. Waits for the device.
     """
     c_out, c_in, r, s = weight_shape
     block_out, block_in = block_shape
     device, capacity = col_indices.device, col_indices.numel()
-    high, wide = block_out // column, block_in // STEP_CHANNELS
-    columns, groups, column_groups = -(-c_out // block_out) * high, -(-c_in // STEP_CHANNELS), -(-c_in // block_in)
+    high, wide = block_out // column, block_in // depth
+    columns, groups, column_groups = -(-c_out // block_out) * high, -(-c_in // depth), -(-c_in // block_in)
     slots = torch.arange(capacity, device=device, dtype=torch.int32)
     rows = torch.searchsorted(crow_indices[1:].contiguous(), slots, right=True)
     tap, group = col_indices.long() // column_groups, col_indices.long() % column_groups * wide
@@ -383,36 +407,49 @@ def pack(
     block_shape: Sequence[int],
     shape: Shape,
 ) -> TensorCorePack:
-    """A BSR weight packed for a compiled shape; the arguments are those of `pack_index`. Waits for the device."""
-    index = pack_index(crow_indices, col_indices, weight_shape, block_shape, shape.column)
+    """A BSR weight packed for a compiled shape; the arguments are those of `pack_index`. Waits for the device.
+
+    Float32 is rounded to TF32, whatever torch's switches say: only a kernel that multiplies in TF32 reads the pack.
+    """
+    depth = step_channels(values.dtype)
+    index = pack_index(crow_indices, col_indices, weight_shape, block_shape, shape.column, depth)
     steps = steps_of(values, index, block_shape, shape.column)
-    weights = values.new_zeros(steps.shape[0] + 1, shape.column * STEP_CHANNELS)
+    if values.dtype == torch.float32:
+        steps = round_to_tf32(steps)
+    weights = values.new_zeros(steps.shape[0] + 1, shape.column * depth)
     weights[:-1] = in_lane_order(steps, shape.wgmma)
     return TensorCorePack(weights, index.group_start, index.taps, index.most_steps)
 
 
+def round_to_tf32(values: Tensor) -> Tensor:
+    """Float32 numbers with 10 bits behind the point: the nearest, from the middle the one further from zero."""
+    rounded = ((values.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+    return torch.where(values.isfinite(), rounded, values)
+
+
 def steps_of(values: Tensor, index: Index, block_shape: Sequence[int], column: int) -> Tensor:
-    """The stored blocks cut into steps, ``(steps, column, 16)``, in the order of the index."""
-    high, wide = block_shape[0] // column, block_shape[1] // STEP_CHANNELS
-    blocks = values.reshape(values.shape[0], high, column, wide, STEP_CHANNELS).transpose(2, 3)
-    return blocks.reshape(values.shape[0] * high * wide, column, STEP_CHANNELS)[index.order]
+    """The stored blocks cut into steps, ``(steps, column, step_channels)``, in the order of the index."""
+    depth = step_channels(values.dtype)
+    high, wide = block_shape[0] // column, block_shape[1] // depth
+    blocks = values.reshape(values.shape[0], high, column, wide, depth).transpose(2, 3)
+    return blocks.reshape(values.shape[0] * high * wide, column, depth)[index.order]
 
 
 def in_lane_order(steps: Tensor, wgmma: bool) -> Tensor:
-    """``(n, column, 16)`` weights, flattened in the order of csrc/cuda/tensor_cores.cuh.
+    """``(n, column, step_channels)`` weights, flattened in the order of csrc/cuda/tensor_cores.cuh.
 
     Column 8 j + 2 q + e of an instruction is output channel 8 run (j // run) + 2 run q + 2 (j % run) + e, with run 4,
-    or 2 for a column of 16: a lane, which holds the columns of one q, then has 2 run neighbouring channels.
+    or 2 for a column of 16 or float32: a lane, which holds the columns of one q, then has 2 run neighbouring channels.
     """
-    n, column, _ = steps.shape
-    run = min(column // 8, 4)
+    n, column, depth = steps.shape
+    run = min(column // 8, depth // 4)
     parts = column // (8 * run)
     if wgmma:  # matrices of 8 columns x 8 depths
         split = steps.reshape(n, parts, 4, run, 2, 2, 8)  # 8 run channels, q, j % run, e, depth // 8, depth % 8
         return split.permute(0, 5, 1, 3, 2, 4, 6).reshape(n, column * STEP_CHANNELS)
-    # 8 run channels, q, j % run // 2, j % 2, e, depth // 8, pair, parity
-    split = steps.reshape(n, parts, 4, run // 2, 2, 2, 2, 4, 2)
-    return split.permute(0, 1, 3, 2, 5, 7, 4, 6, 8).reshape(n, column * STEP_CHANNELS)
+    # 8 run channels, q, j % run // 2, j % 2, e, half of the depth, register, and of 16 bits parity
+    split = steps.reshape(n, parts, 4, run // 2, 2, 2, 2, 4, depth // 8)
+    return split.permute(0, 1, 3, 2, 5, 7, 4, 6, 8).reshape(n, column * depth)
 
 
 # The fused stem

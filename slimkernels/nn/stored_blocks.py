@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimkernels.dispatch.select import resolve
+from slimkernels.dispatch.select import resolve, takes
 from slimkernels.formats import BSRWeight, block_shape_2d, check_pattern
 from slimkernels.kernels import cuda_tensor_cores
 from slimkernels.kernels.cpu.conv2d import PackedConv2d, pack_strips
@@ -193,13 +193,11 @@ class StoredBlocks(Prepacked):
             )
 
     def _wants_tensor_cores(self) -> bool:
-        """Whether the module's calls take the tensor-core kernel, which runs on explicit request."""
-        if self.kernel != cuda_tensor_cores.NAME:
-            return False
-        try:
-            return resolve(self.kernel, self._request()).name == cuda_tensor_cores.NAME
-        except ValueError:  # the forward says why
-            return False
+        """Whether the module's calls take the tensor-core kernel, which runs on explicit request.
+
+        Torch's switches of precision are not asked: they may change while the pack, which no other kernel reads, stays.
+        """
+        return self.kernel == cuda_tensor_cores.NAME and takes(self.kernel, self._request())
 
     def _make_pack(self) -> Mapping[str, Tensor] | None:
         w = self.weight_bsr()

@@ -21,6 +21,29 @@ from slimkernels.testing import assert_close
 
 MODES = range(8)
 HOPPER_SHARED = 227 * 1024
+BF16, FP16 = torch.bfloat16, torch.float16
+# A tile has 128 or 256 pixels in windows of 2 x 2, a column 16 to 128 channels, a slab 16 to 64.
+CASES = [
+    ConvCase("two_images_a_tile", n=3, c_in=64, h=8, w=8, c_out=128, epilogue="relu", dtype=BF16),
+    ConvCase("eight_images_a_tile", n=9, c_in=64, h=4, w=4, c_out=128, epilogue="relu_maxpool2", dtype=BF16),
+    ConvCase("many_images_a_tile", n=5, c_in=40, h=2, w=2, c_out=128, dtype=FP16),
+    ConvCase("strips", n=1, c_in=32, h=16, w=16, c_out=64, epilogue="relu_maxpool2", dtype=BF16),
+    ConvCase("blocks_of_a_wide_image", n=1, c_in=16, h=6, w=70, c_out=64, epilogue="relu", dtype=BF16),
+    ConvCase("odd_pool", n=2, c_in=16, h=7, w=9, c_out=64, epilogue="relu_maxpool2", dtype=FP16),
+    ConvCase("stride_2", n=2, c_in=32, h=11, w=9, c_out=72, stride=(2, 2), sparsity=0.6, dtype=BF16),
+    ConvCase("dilation", n=2, c_in=16, h=7, w=30, c_out=64, padding=(2, 2), dilation=(2, 2), sparsity=0.6, dtype=BF16),
+    ConvCase("mixed", c_in=16, h=9, w=11, c_out=64, stride=(2, 3), padding=(3, 1), dilation=(2, 1),
+             kernel_size=(3, 2), sparsity=0.5, dtype=FP16),
+    ConvCase("pointwise", n=2, c_in=48, h=5, w=4, c_out=128, kernel_size=(1, 1), padding=(0, 0), sparsity=0.5,
+             dtype=BF16),
+    ConvCase("no_padding", n=2, c_in=16, h=6, w=5, c_out=64, padding=(0, 0), sparsity=0.5, dtype=BF16),
+    ConvCase("image_1x1", n=5, c_in=32, h=1, w=1, c_out=64, sparsity=0.3, dtype=BF16),
+    ConvCase("ragged_channels", n=2, c_in=24, c_out=200, sparsity=0.5, dtype=BF16),
+    ConvCase("no_blocks", c_in=32, c_out=128, pattern="no_blocks", epilogue="relu", dtype=BF16),
+    ConvCase("zero_block_row", c_in=32, c_out=256, pattern="zero_block_row", sparsity=0.5, dtype=BF16),
+    ConvCase("no_bias", c_in=32, c_out=64, bias=False, epilogue="relu", dtype=BF16),
+    ConvCase("batch_0", n=0, c_in=16, c_out=64, dtype=BF16),
+]  # fmt: skip
 
 
 @dataclass
