@@ -66,11 +66,44 @@ def test_loop(key: tuple[str, str, str]):
             assert code.in_loop("LDSM") == tiles * steps and code.in_loop("LDS", "128") == loads // 2 * steps
 
 
+# The shapes of float32 -> the most instructions of a step, and its products. A number of the input that is read takes
+# two more than of 16 bits: a comparison that spares infinite ones, and an addition that rounds.
+TF32 = {"Li2ELi2ELi4ELi8ELi2ELb0": (84, 32), "Li2ELi2ELi8ELi4ELi2ELb0": (126, 32), "Li2ELi2ELi8ELi2ELi2ELb0": (104, 16)}
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("shape", TF32)
+def test_tf32(shape: str, arch: str):
+    most, products = TF32[shape]
+    code = kernel("resident_conv2d", shape, arch, "f")
+    every = [i for i in code.instructions if i.kind == "HMMA"]
+    assert every and all(i.name == "HMMA.1688.F32.TF32" for i in every)
+    steps, rest = divmod(code.in_loop("HMMA"), products)
+    tiles, loads = (int(shape.split("Li")[i][0]) for i in (3, 4))
+    assert rest == 0 and steps >= 1 and len(code.loop) <= most * steps
+    assert code.in_loop("LDSM") == tiles * steps and code.in_loop("LDS", "128") == loads // 2 * steps
+    assert code.in_loop("FSETP") == 4 * tiles * steps, "each number is rounded once a load"
+    stores = [i.name for i in code.instructions if i.kind == "STG"]
+    assert stores and all("128" in name for name in stores)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_tf32_registers(arch: str):
+    """256 threads have 255 registers each; these leave some."""
+    module, _ = _extension.load()
+    names = [name for name in functions(arch) if "resident_conv2d_kernelIf" in name]
+    assert module is not None and len(names) == len(TF32)
+    command = [str(sass.tool("cuobjdump")), "-res-usage", "-arch", arch, str(module.__file__)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    used = dict(re.findall(r"Function (\S+):\s+REG:(\d+)", text))
+    assert all(int(used[name]) <= 240 for name in names), [used[name] for name in names]
+
+
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 def test_copies_and_registers(arch: str):
     """Every copy to shared memory is of 16 bytes past L1, and nothing is spilled."""
     names = [name for name in functions(arch) if "TileShape" in name]
-    assert len(names) == 20
+    assert len(names) == 23
     for name in names:
         code = sass.parse(functions(arch)[name])
         kinds = [i.name for i in code.instructions]

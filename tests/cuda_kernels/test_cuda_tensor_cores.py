@@ -367,6 +367,22 @@ def test_compiled_shapes_are_those_of_the_sources():
             assert tuple(shape) == expected
 
 
+def test_shapes_of_float32_are_those_of_the_other_sources():
+    source = {
+        name: (ROOT / "csrc" / "cuda" / f"{name}.cu").read_text()
+        for name in ("resident_conv2d", "narrow_conv2d", "tf32_conv2d")
+    }
+    cases = {}
+    for name, text in source.items():
+        shapes = dict(re.findall(r"using (\w+) = (TileShape<.*?>);", text))
+        cases[name] = {
+            int(n): shapes[alias] for n, alias in re.findall(r"case (\d): return launch\w*<\w+, (\w+)>", text)
+        }
+    of_halves = cases["resident_conv2d"] | cases["narrow_conv2d"]
+    assert tuple(cases["tf32_conv2d"]) == resident_plan.TF32_VARIANTS
+    assert all(of_halves[variant] == shape for variant, shape in cases["tf32_conv2d"].items())
+
+
 def test_never_a_choice_of_auto():
     spec = KERNELS[cuda_tensor_cores.NAME]
     assert spec.explicit_only and spec.op == "bsr_conv2d" and spec.dtypes == {BF16, FP16, torch.float32}

@@ -11,7 +11,7 @@ from slimkernels import _extension
 from slimkernels.formats import BSRWeight
 from slimkernels.kernels import resident_plan
 from slimkernels.kernels.packs import TensorCorePack
-from slimkernels.kernels.resident_plan import VARIANTS, Shape
+from slimkernels.kernels.resident_plan import TF32_VARIANTS, VARIANTS, Shape
 from slimkernels.testing import random_bsr
 
 ONE = (1, 1)
@@ -21,22 +21,25 @@ def unpacked(packed: TensorCorePack, shape: Shape, weight_shape: tuple[int, int,
     """The dense weight that a pack's steps add up to, by what csrc/cuda/tensor_cores.cuh says of lanes."""
     c_out, c_in, r, s = weight_shape
     columns, groups = packed.group_start.shape[0], packed.group_start.shape[1] - 1
-    dense = torch.zeros(columns * shape.column, groups * 16, r * s, dtype=packed.weights.dtype)
+    depth = packed.weights.shape[1] // shape.column  # 16, or 8 of float32
+    dense = torch.zeros(columns * shape.column, groups * depth, r * s, dtype=packed.weights.dtype)
     for column in range(columns):
         for group in range(groups):
             for step in range(packed.group_start[column, group], packed.group_start[column, group + 1]):
                 tap, of = int(packed.taps[step]) >> 16, int(packed.taps[step]) & 0xFFFF
                 assert of == group
-                run = min(shape.column // 8, 4)
+                run = min(shape.column // 8, depth // 4)
                 for n in range(shape.column):  # column 8 j + 2 q + e of the instruction
                     j, q, e = n // 8, n % 8 // 2, n % 2
                     channel = column * shape.column + j // run * 8 * run + q * 2 * run + j % run * 2 + e
-                    for k in range(16):
+                    for k in range(depth):
                         if shape.wgmma:
                             at = k // 8 * shape.column * 8 + j * 64 + n % 8 * 8 + k % 8
                         else:
-                            at = j // 2 * 256 + (n % 8 * 4 + k % 8 // 2) * 8 + j % 2 * 4 + k // 8 * 2 + k % 2
-                        dense[channel, group * 16 + k, tap] = packed.weights[step, at]
+                            of_word = depth // 8  # numbers in a register
+                            word, half = k // of_word % 4, k // (4 * of_word)
+                            at = (j // 2 * 128 + (n % 8 * 4 + word) * 4 + j % 2 * 2 + half) * of_word + k % of_word
+                        dense[channel, group * depth + k, tap] = packed.weights[step, at]
     return dense[:c_out, :c_in].reshape(c_out, c_in, r, s)
 
 
@@ -51,6 +54,17 @@ def test_a_pack_holds_the_weight(variant: int, c_out: int, c_in: int, block_in: 
     assert not packed.weights[-1].any()
     counts = packed.group_start[:, -1] - packed.group_start[:, 0]
     assert packed.most_steps[0] == counts.max() and packed.most_steps[-1] == counts.sum()
+
+
+@pytest.mark.parametrize("variant", TF32_VARIANTS)
+@pytest.mark.parametrize(("c_out", "c_in", "block_in"), [(128, 32, 8), (200, 40, 16), (256, 72, 24)])
+def test_a_pack_holds_a_weight_in_tf32(variant: int, c_out: int, c_in: int, block_in: int):
+    weight = random_bsr((c_out, c_in, 3, 2), (128, block_in), 0.6, seed=1)
+    parts = (weight.values, weight.crow_indices, weight.col_indices, weight.weight_shape, weight.block_shape)
+    packed = resident_plan.pack(*parts, VARIANTS[variant])
+    rounded = resident_plan.round_to_tf32(weight.to_dense())
+    assert torch.equal(unpacked(packed, VARIANTS[variant], weight.weight_shape), rounded)
+    assert not packed.weights[-1].any() and not torch.equal(rounded, weight.to_dense())
 
 
 def test_slots_behind_the_stored_blocks_are_passed_over():
@@ -185,7 +199,7 @@ WRONG_PLANS = [
     ({"steps": -1}, "steps = -1 is out of range"),
     ({"variant": 8}, "variant = 8 is out of range"),
     ({"overlap": 2}, "overlap = 2 is out of range"),
-    ({"dtype": 0}, "dtype = 0 is out of range"),
+    ({"dtype": 3}, "dtype = 3 is out of range"),
     ({"blocks": 0}, "blocks = 0 is out of range"),
     ({"n": 2**50}, "there are 2"),
 ]
@@ -208,6 +222,10 @@ def test_the_bindings_refuse_what_one_of_them_cannot_do():
         pytest.skip(f"the extension has no CUDA code: {reason or 'built without'}")
     for changes, message in (
         ({"slab": 48}, "slab = 48 is no known width"),
+        ({"slab": 8}, "slab = 8 is no known width"),
+        ({"slab": 128, "dtype": 0}, "slab = 128 is no known width"),
+        ({"variant": 3, "columns": 1, "dtype": 0}, "variant = 3 takes no float32"),
+        ({"h": 2**21, "p": 2**21, "c_in": 16, "c_out": 8, "dtype": 0}, "the images of a tile have 2"),  # 4 bytes each
         ({"c_out": 192, "blocks": 1}, "there are fewer blocks than rows of channels"),
         ({"c_in": 60}, "c_in and c_out are not multiples of 8"),
         ({"stages": 1}, "stages = 1 is out of range"),
@@ -226,6 +244,7 @@ def test_the_bindings_refuse_what_one_of_them_cannot_do():
         ({"p": 15}, "p or q is not the size of the output"),
         (wide, "the rows of a tile hold more than 1024 words"),
         ({"c_out": 72}, "c_out = 72 is out of range"),
+        ({"dtype": 0}, "dtype = 0 is out of range"),
     ):
         with pytest.raises(ValueError, match=f"^cuda_stem_conv2d: {message}"):
             module.cuda_stem_conv2d(*plan_members("SlimCudaStemConv2d", **changes))

@@ -143,9 +143,8 @@ def emulate(folder: Path, *only: str) -> Emulator:
     left_out += " return SLIM_ERROR_UNSUPPORTED; } }"
     entries = [entry for entry in ENTRIES if set(re.findall(r"slim_cuda_\w+", entry)) <= defined]
     state = folder / "state.cpp"
-    state.write_text(
-        "\n".join(['#include "tensor_cores_on_cpu.h"', '#include "kernels.h"', left_out, 'extern "C" {', *entries, "}\n"])
-    )
+    headers = ['#include "tensor_cores_on_cpu.h"', '#include "kernels.h"']
+    state.write_text("\n".join([*headers, left_out, 'extern "C" {', *entries, "}\n"]))
 
     def run(*words: str | Path) -> None:
         done = subprocess.run([compiler, *map(str, words)], capture_output=True, text=True)
