@@ -49,10 +49,10 @@ SLIM_DEVICE int first_slab(int tile, int live_count) { return live_count ? tile 
 // bytes, distance in x from the patch's corner in bytes, row << 16 | column, and image.
 template <typename T>
 struct Loader {
+  static constexpr int kOfChunk = 16 / int(sizeof(T));  // channels of 16 bytes
   const SlimCudaResidentConv2d& a;
   uint32_t first_pixel, live, ring;  // first_pixel: this thread's entry of the table of pixels
   int stage_bytes, live_count, tile, tile_step, tiles, at = 0, left = 0, slot = 0;  // left: slabs of the tile
-  static constexpr int kOfChunk = 16 / int(sizeof(T));                              // channels of 16 bytes
   int pixel_step, pixel_count, chunk;
   const unsigned char* corner;  // the first pixel of the tile's patch, which may lie outside the image
   int32_t images_left, y, x;

@@ -228,8 +228,7 @@ def fitting_plan(
     columns = VARIANTS[variant].columns
     while columns:
         steps = most_steps[min(columns, len(most_steps)) - 1]
-        *sizes, out, size = conv
-        found = plan(variant, *sizes, steps, limit, processors, dict(config), out, columns, size)
+        found = plan(variant, *conv[:-2], steps, limit, processors, dict(config), conv.out, columns, conv.size)
         if found is not None:
             return found
         columns //= 2
@@ -413,7 +412,7 @@ def pack(
     """
     depth = step_channels(values.dtype)
     index = pack_index(crow_indices, col_indices, weight_shape, block_shape, shape.column, depth)
-    steps = steps_of(values, index, block_shape, shape.column)
+    steps = steps_of(values, index, block_shape, shape.column, depth)
     if values.dtype == torch.float32:
         steps = round_to_tf32(steps)
     weights = values.new_zeros(steps.shape[0] + 1, shape.column * depth)
@@ -427,16 +426,17 @@ def round_to_tf32(values: Tensor) -> Tensor:
     return torch.where(values.isfinite(), rounded, values)
 
 
-def steps_of(values: Tensor, index: Index, block_shape: Sequence[int], column: int) -> Tensor:
-    """The stored blocks cut into steps, ``(steps, column, step_channels)``, in the order of the index."""
-    depth = step_channels(values.dtype)
+def steps_of(
+    values: Tensor, index: Index, block_shape: Sequence[int], column: int, depth: int = STEP_CHANNELS
+) -> Tensor:
+    """The stored blocks cut into steps, ``(steps, column, depth)``, in the order of the index."""
     high, wide = block_shape[0] // column, block_shape[1] // depth
     blocks = values.reshape(values.shape[0], high, column, wide, depth).transpose(2, 3)
     return blocks.reshape(values.shape[0] * high * wide, column, depth)[index.order]
 
 
 def in_lane_order(steps: Tensor, wgmma: bool) -> Tensor:
-    """``(n, column, step_channels)`` weights, flattened in the order of csrc/cuda/tensor_cores.cuh.
+    """``(n, column, depth)`` weights, 16 deep or 8 of float32, flattened in the order of csrc/cuda/tensor_cores.cuh.
 
     Column 8 j + 2 q + e of an instruction is output channel 8 run (j // run) + 2 run q + 2 (j % run) + e, with run 4,
     or 2 for a column of 16 or float32: a lane, which holds the columns of one q, then has 2 run neighbouring channels.

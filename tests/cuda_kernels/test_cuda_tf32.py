@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_emulation import compiled, emulate_fault
+from cuda_emulation import compiled, emulate_fault, structure
 from precision import fp32_precision
 from tensor_core_device import CASES, HOPPER_SHARED, MODES, Device, device, fails, use
 from torch import Tensor, nn
@@ -372,7 +372,8 @@ BREAKS = {
 def test_the_emulation_sees_what_is_missing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one mode at least the result is wrong, or the emulation ends the process: each runs in one of its own."""
     header, old, new = BREAKS[name]
-    emulator = emulate_fault(tmp_path, header, old, new, "resident_conv2d", "narrow_conv2d", "tf32_conv2d")
+    emulator = emulate_fault(tmp_path, header, old, new, "tf32_conv2d")
+    emulator.cuda_resident_conv2d = emulator.entry("tf32_conv2d", structure("SlimCudaResidentConv2d"))
     device = use(emulator, monkeypatch)
     case = in_float32(ConvCase("broken", n=9, c_in=32, c_out=128, sparsity=0.7, epilogue="relu"), 0)
     assert any(fails(device, mode, lambda: check(case, 0, device, slab=8, stages=2)) for mode in MODES)

@@ -100,6 +100,7 @@ ENTRIES = (
     "int low_rank_linear(const SlimCudaLowRankLinear* a) { return slim_cuda_low_rank_linear(a); }",
     "int low_rank(const SlimCudaLowRank* a) { return slim_cuda_low_rank(a); }",
     "int resident_conv2d(const SlimCudaResidentConv2d* a) { return slim_cuda_resident_conv2d(a); }",
+    "int tf32_conv2d(const SlimCudaResidentConv2d* a) { return slim::launch_tf32(*a); }",  # of float32 alone
     "int stem_conv2d(const SlimCudaStemConv2d* a) { return slim_cuda_stem_conv2d(a); }",
     "int chain_conv2d(const SlimCudaChain* a) { return slim_cuda_chain_conv2d(a); }",
     "int chain_groups(int group, int barrier, int dtype, int device, int32_t* groups) {\n"
