@@ -341,7 +341,7 @@ _ROWS = (
         "cuda_tensor_cores.launch_bsr_conv2d",
         epilogues=EPILOGUES["bsr_conv2d"],
         reason="cuda_tensor_cores.shape_reason",
-        precision="cuda_tensor_cores.precision_reason",
+        precision="tf32.precision_reason",
         explicit_only=_UNMEASURED,
     ),
     _cuda(

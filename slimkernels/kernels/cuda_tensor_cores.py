@@ -18,16 +18,8 @@ from torch import Tensor
 from slimkernels.kernels import cuda, resident_plan
 from slimkernels.kernels.packs import StemPack, TensorCorePack, kind_of
 from slimkernels.kernels.problems import ConvProblem, Pair, Problem, check_geometry
-from slimkernels.kernels.resident_plan import (
-    STEM_VARIANTS,
-    TF32_VARIANTS,
-    VARIANTS,
-    Convolution,
-    Index,
-    Plan,
-    Shape,
-    step_channels,
-)
+from slimkernels.kernels.resident_plan import STEM_VARIANTS, TF32_VARIANTS, VARIANTS, Convolution, Index, Plan, Shape
+from slimkernels.kernels.tf32 import precision_reason, step_channels
 from slimkernels.tensors import Checked
 
 NAME = "bsr_conv2d__cuda_tensor_cores"
@@ -67,21 +59,6 @@ def shape_reason(problem: Problem) -> str | None:
         if problem.r * problem.s >= 2**15 or problem.c_in >= 2**16 * depth:
             return "too many taps or channels"
     return None
-
-
-def precision_reason(problem: Problem) -> str | None:
-    """None when torch's switches let the kernel multiply the problem's dtype, else why not."""
-    return _precision_reason(problem.dtype)
-
-
-def _precision_reason(dtype: torch.dtype) -> str | None:
-    if dtype != torch.float32:
-        return None  # reading the switch takes 3 us
-    # Torch's stub lacks the switch.
-    switch = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
-    if switch == "tf32":
-        return None
-    return f"it multiplies float32 in TF32, and torch.backends.cudnn.conv.fp32_precision is {switch!r}, not 'tf32'"
 
 
 _CHECKED = Checked()

@@ -14,14 +14,9 @@ from torch import Tensor
 
 from slimkernels.kernels.packs import TensorCorePack
 from slimkernels.kernels.problems import INT32_MAX, Pair, conv_output_image
+from slimkernels.kernels.tf32 import STEP_BYTES, round_to_tf32, step_channels
 
 STEP_CHANNELS = 16  # input channels of one step: the depth of a tensor-core instruction, of 16-bit numbers
-STEP_BYTES = 32  # of a channel's weights in a step
-
-
-def step_channels(dtype: torch.dtype) -> int:
-    """Input channels of one step: 16 of 16-bit numbers, 8 of float32."""
-    return STEP_BYTES // dtype.itemsize
 
 
 class Shape(NamedTuple):
@@ -243,10 +238,8 @@ def in_range(conv: Convolution, plan: Plan, image_of_y: int) -> str | None:
     images, (p, q) = plan.tile.images, conv.out
     if max(*conv.taps, *conv.stride, *conv.padding, *conv.dilation) > MAX_PLACES:
         return "taps, strides, padding or dilation above 65535"
-    if (
-        images * conv.h * conv.w * conv.size * conv.c_in > INT32_MAX
-        or images * max(image_of_y, p * q * conv.c_out) > INT32_MAX
-    ):
+    read, written = conv.h * conv.w * conv.c_in * conv.size, max(image_of_y, p * q * conv.c_out)
+    if images * max(read, written) > INT32_MAX:
         return "images of 2**31 bytes of input or elements of output"
     if images * plan.tile.load_rows * plan.tile.load_cols > MAX_PLACES or plan.tile.tiles(conv.n, p, q) > INT32_MAX:
         return "too many pixels"
@@ -369,8 +362,7 @@ def pack_index(
     column: int,
     depth: int = STEP_CHANNELS,
 ) -> Index:
-    """The steps of a BSR pattern: a column of output channels times a group of input channels at a tap, by group, then
-    tap.
+    """The steps of a BSR pattern: a column of output times a group of input channels at a tap, by group, then tap.
 
     Args: crow_indices ... block_shape a valid `slimkernels.formats.BSRWeight` whose block is a multiple of
     ``(column, depth)``; depth: input channels of a step. Waits for the device.
@@ -420,15 +412,7 @@ def pack(
     return TensorCorePack(weights, index.group_start, index.taps, index.most_steps)
 
 
-def round_to_tf32(values: Tensor) -> Tensor:
-    """Float32 numbers with 10 bits behind the point: the nearest, from the middle the one further from zero."""
-    rounded = ((values.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
-    return torch.where(values.isfinite(), rounded, values)
-
-
-def steps_of(
-    values: Tensor, index: Index, block_shape: Sequence[int], column: int, depth: int = STEP_CHANNELS
-) -> Tensor:
+def steps_of(values: Tensor, index: Index, block_shape: Sequence[int], column: int, depth: int = 16) -> Tensor:
     """The stored blocks cut into steps, ``(steps, column, depth)``, in the order of the index."""
     high, wide = block_shape[0] // column, block_shape[1] // depth
     blocks = values.reshape(values.shape[0], high, column, wide, depth).transpose(2, 3)
