@@ -220,21 +220,14 @@ def test_vgg_gpu(
     if smoke and row is not layers.ROWS["batch_1"]:
         pytest.skip("not in the smoke run")
     model = gpu_pruned_model(row.network, row.sparsity, row.block_shape, device)
-    groups = fitting_blocks(model, row.block_shape)
-    pruned = [name for names in groups.values() for name in names]
-    # Every pruned layer runs our kernels: a row that left them dense would compare dense with dense.
-    policy = Policy(
-        measure=False, min_speedup=0.0, check_model=False, dense_layers=False, block_shapes=tuple(groups)
-    )  # fmt: skip
+    pruned = [name for names in fitting_blocks(model, row.block_shape).values() for name in names]
     if device != "cuda":
-        x = torch.randn(2, *models.input_shape(row.network))
-        assert_swapped(convert(model, example_inputs=(x,), policy=policy), pruned)
+        all_swapped(model, torch.randn(2, *models.input_shape(row.network)), row.block_shape)
         pytest.skip("every pruned layer was swapped; timing the network needs a GPU")
     x = torch.randn(row.batch, *models.input_shape(row.network), generator=torch.Generator().manual_seed(row.batch))
     x = x.cuda().bfloat16().contiguous(memory_format=torch.channels_last)
     half = copy.deepcopy(model).bfloat16()
-    fast = convert(half, example_inputs=(x,), policy=policy)
-    assert_swapped(fast, pruned)
+    fast = all_swapped(half, x, row.block_shape)
     run = checked_layers(warm_up(fast, x, calls=2).kernels, request.config.getoption("--checks"))
     predicted, predicted_dense = predicted_ms(fast, x)
     torch.backends.cudnn.benchmark = False  # it would try every algorithm on float64
@@ -269,9 +262,17 @@ def test_vgg_gpu(
     afterwards.append(count)
 
 
-def assert_swapped(fast: nn.Module, pruned: list[str]) -> None:
-    """Every pruned convolution runs a kernel over stored blocks; the others may take their ReLU into a dense one."""
+def all_swapped(model: nn.Module, x: Tensor, block_shape: tuple[int, int]) -> nn.Module:
+    """The model converted, every pruned layer to our kernels: a row that left one dense would compare dense with dense.
+
+    The layers that were not pruned may take their ReLU into a dense kernel.
+    """
+    groups = fitting_blocks(model, block_shape)
+    policy = Policy(measure=False, min_speedup=0.0, check_model=False, dense_layers=False, block_shapes=tuple(groups))
+    fast = convert(model, example_inputs=(x,), policy=policy)
     plan: Any = fast.slimkernels_plan
     swapped = {layer.name: layer.kernel for layer in plan.layers if layer.format not in (None, "fused")}
-    assert sorted(swapped) == sorted(pruned), sorted(set(pruned) ^ set(swapped))
+    pruned = {name for names in groups.values() for name in names}
+    assert swapped.keys() == pruned, sorted(swapped.keys() ^ pruned)
     assert not [name for name, kernel in swapped.items() if kernel.endswith("__reference")], swapped
+    return fast

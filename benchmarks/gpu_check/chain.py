@@ -1,6 +1,7 @@
 """VGG-19's block-sparse convolutions at small batches: one launch for all of them, beside a CUDA graph of `auto`'s.
 
-Each configuration of the chain is checked layer by layer against float64: the input of a layer is what the layers in
+First the whole network as it is served (`gpu_check.served`), then its 15 convolutions alone. Each configuration of the
+chain is checked layer by layer against float64: the input of a layer is what the layers in
 front of it give alone, which is bit for bit what they give inside the chain. On an H200 the graph of the whole network
 took 84.7 us at batch 1 and 97.8 at batch 16; `slimkernels.kernels.chain_plan` expects 13.8 and 15.8 us of the chain.
 The kernel has not run on a GPU.
@@ -8,17 +9,19 @@ The kernel has not run on a GPU.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from bench_vgg import all_swapped, gpu_pruned_model
+from torch import Tensor, nn
 
-from gpu_check import layers, options, rows
-from gpu_check.summary import tensor_core_line
+from gpu_check import layers, options, rows, served
+from gpu_check.summary import one_launch_lines, tensor_core_line
 from gpu_check.tensor_cores import timed_row
-from slimkernels import testing
+from slimkernels import models, testing
 from slimkernels.inference.cuda_chain import CudaChain, chain_of
 from slimkernels.kernels import cuda, cuda_chain
 from slimkernels.kernels.chain_plan import COUNTER
@@ -88,6 +91,24 @@ def of_batch(chained: Sequence[layers.Bench], reason: str | None) -> Iterator[di
         yield {**row, "name": name, "expected_us": plan.microseconds}
 
 
+def network(device: str, most: int | None = None) -> served.Network:
+    """The network in bf16, its convolutions but the first pruned, and all of these converted.
+
+    Args: most: only so many of the pruned ones, and no classifier.
+    """
+    row = layers.ROWS["batch_1"]
+    images = torch.randn(served.IMAGES, *models.input_shape(row.network), generator=torch.Generator().manual_seed(1))
+    images = images.to(device, torch.bfloat16)
+    pruned = gpu_pruned_model(row.network, row.sparsity, row.block_shape, device)
+    if most is not None:
+        features: Any = pruned.features
+        convolutions = [i for i, module in enumerate(features) if isinstance(module, nn.Conv2d)]
+        pruned = features[: convolutions[most + 1]]
+        images = images[:1]
+    pruned = copy.deepcopy(pruned).bfloat16()
+    return served.Network(pruned, all_swapped(pruned, images[:1], row.block_shape), images)
+
+
 def finite(y: Tensor) -> testing.Comparison:
     """Whether the graph's result is a number everywhere: its kernels are checked by the stage `correctness`."""
     zeros = torch.zeros_like(y, dtype=torch.float64)
@@ -96,19 +117,32 @@ def finite(y: Tensor) -> testing.Comparison:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = options.parser(__doc__)
-    parser.add_argument("--batches", type=int, nargs="*", default=(1, 4, 16))
-    parser.add_argument("--layers", type=int, default=None, help="only so many layers")
+    parser.add_argument("--batches", type=int, nargs="*", default=(1, 16, 4))
+    parser.add_argument("--layers", type=int, default=None, help="only so many layers, for a rehearsal at batch 1")
     parsed = parser.parse_args(arguments)
     options.prepare(parsed.device)
     reason = cuda.available() if parsed.device == "cuda" else "no CUDA tensors"
     if reason is not None:
         print(f"the kernels of CUDA C++ do not run here: {reason}")
     wrong = 0
+
+    def keep(row: dict[str, Any], line: str) -> None:
+        nonlocal wrong
+        rows.append(parsed.rows, row)
+        print(line, flush=True)
+        wrong += not row["match"]
+
+    if parsed.device == "cuda":
+        whole = network(parsed.device, parsed.layers)
+        ways = {name: way for name, way in served.WAYS.items() if reason is None or not way.one_launch}
+        for batch in parsed.batches:
+            of_one: list[dict[str, Any]] = []
+            for row in served.of_batch(whole, batch, ways, parsed.device):
+                of_one.append(row)
+                keep(row, one_launch_lines(of_one)[-1])
     for batch in parsed.batches:
         for row in of_batch(benches(batch, parsed.device, parsed.layers), reason):
-            rows.append(parsed.rows, row)
-            print(tensor_core_line(row), flush=True)
-            wrong += not row["match"]
+            keep(row, tensor_core_line(row))
     if wrong:
         raise SystemExit(f"gpu_check.chain: {wrong} rows are wrong or did not run")
 

@@ -117,6 +117,24 @@ def tensor_core_lines(found: list[dict[str, Any]]) -> list[str]:
     return [tensor_core_line(r) for r in rows.of_suite(found, "tensor_cores")]
 
 
+def one_launch_lines(found: list[dict[str, Any]]) -> list[str]:
+    """Each way to serve the network: its kernels' time, that of calls, its error, and what runs in one launch."""
+    lines = []
+    graphs: dict[str, float] = {}  # of each batch size, of `auto`'s kernels
+    for r in rows.of_suite(found, "one_launch"):
+        parts = [f"{r['name']} {r['way']}:"]
+        if "p50_ms" in r:
+            graph = graphs.setdefault(r["name"], r["p50_ms"])
+            parts.append(
+                f"{1e3 * r['p50_ms']:.1f} us ({graph / r['p50_ms']:.2f}x), served {1e3 * r['served_p50_ms']:.1f}, "
+                f"{r['kernels']} kernels, {r['error_ratio']:.2f} of the modules' error"
+            )
+        parts += [] if r["match"] else ["WRONG"]
+        parts += r.get("errors", []) or r.get("in_one_launch", [])
+        lines.append(" ".join(parts)[:240])
+    return lines
+
+
 def counter_lines(found: list[dict[str, Any]]) -> list[str]:
     """The counters of the profiled kernels, then what their warps wait for, the longest waits first."""
     lines = []
@@ -186,7 +204,7 @@ def compile_lines(found: list[dict[str, Any]]) -> list[str]:
 
 SECTIONS: tuple[tuple[str, Callable[[list[dict[str, Any]]], list[str]]], ...] = (
     ("compiled", compile_lines), ("counters", counter_lines), ("kernels", kernel_lines), ("ceilings", ceiling_lines),
-    ("sweep", sweep_lines), ("tensor_cores", tensor_core_lines),
+    ("sweep", sweep_lines), ("tensor_cores", tensor_core_lines), ("one launch", one_launch_lines),
     ("tests", test_lines), ("correctness", correctness_lines), ("networks", network_lines),
 )  # fmt: skip
 

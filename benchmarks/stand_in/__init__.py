@@ -16,19 +16,26 @@ import os
 from pathlib import Path
 
 
-def install(launches: Path | None = None, compiling: bool = False, values: bool = True) -> None:
+def install(
+    launches: Path | None = None, compiling: bool = False, values: bool = True, extension: bool = False
+) -> None:
     """Takes the place of CUDA in this process, for its whole life.
 
     Args:
         launches: a file to which every launch of a Triton kernel is appended as a line of JSON.
         compiling: Triton compiles what it would launch, into its cache.
         values: results of kernels are those of the references; without, they are not written at all.
+        extension: the kernels of CUDA C++ that `stand_in.extension` knows run too; without, there are none.
     """
     from stand_in import cuda, device_tensor
     from stand_in import launches as triton_launches
 
     cuda.install()
     device_tensor.install()
+    if extension:
+        from stand_in.extension import AFTER_IMPORT
+
+        triton_launches.after_import.update(AFTER_IMPORT)
     triton_launches.install(launches, compiling, values)
 
 
@@ -36,10 +43,13 @@ def from_environment() -> None:
     """`install`, launches to the file SLIMKERNELS_STAND_IN_LAUNCHES, for ``sitecustomize``.
 
     SLIMKERNELS_STAND_IN_COMPILING: kernels are compiled into Triton's cache, and what launches them.
+    SLIMKERNELS_STAND_IN_EXTENSION: kernels of CUDA C++ too.
     SLIMKERNELS_STAND_IN_PLUGIN names a module that is imported afterwards: to break something on purpose.
     """
-    name, compiling = (os.environ.get(f"SLIMKERNELS_STAND_IN_{what}", "") for what in ("LAUNCHES", "COMPILING"))
-    install(Path(name) if name else None, compiling=bool(compiling))
+    name, compiling, extension = (
+        os.environ.get(f"SLIMKERNELS_STAND_IN_{what}", "") for what in ("LAUNCHES", "COMPILING", "EXTENSION")
+    )
+    install(Path(name) if name else None, compiling=bool(compiling), extension=bool(extension))
     if compiling:
         from stand_in import launches
 

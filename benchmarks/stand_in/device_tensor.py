@@ -206,6 +206,14 @@ def _remember(values: Sequence[Any], made: bool) -> None:
                 _found[storage.data_ptr()] = None if made else (storage, storage.clone())
 
 
+def launched(kernel: str) -> None:
+    """Notes that a kernel ran, in a profile; while a graph is captured, that each replay runs it."""
+    if profiled is not None:
+        profiled.append(kernel)
+    if capturing:
+        capturing[-1].append((launched, (kernel,), {}, None))
+
+
 def forget_capture() -> None:
     """Nothing ran: whatever the captured ops wrote into memory that was there before holds what it held."""
     for kept in _found.values():

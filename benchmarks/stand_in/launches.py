@@ -80,8 +80,7 @@ def launcher(source: Any, metadata: Any) -> Callable[..., None]:
     """What launches a kernel, as Triton asks its driver for it."""
 
     def run(x: int, y: int, z: int, *rest: Any) -> None:
-        if device_tensor.profiled is not None:
-            device_tensor.profiled.append(metadata.name)
+        device_tensor.launched(metadata.name)
         # stream, function, packed metadata, launch metadata, two hooks, the kernel's arguments.
         given = dict(zip(source.fn.arg_names, rest[6:], strict=True))
         check_launch(metadata.name, (x, y, z), given, source.attrs, source.constants)
@@ -242,13 +241,15 @@ def _autocast_of_cuda(library: Any) -> None:
 
 
 # What is done to other modules when they are imported.
-_AFTER_IMPORT = {
+after_import: dict[str, Callable[[Any], None]] = {
     "gpu_check.layers": _few_images,
     "slimkernels.models": _small_images,
     "slimkernels.ops.library": _autocast_of_cuda,
 }
 # Modules that pass tensors of unknown classes over, and would take a `DeviceTensor` for one.
-_ASK_TYPES = tuple(f"slimkernels.conversion.{name}" for name in ("layers", "readers", "units"))
+_ASK_TYPES = (
+    *(f"slimkernels.conversion.{name}" for name in ("layers", "readers", "units")), "slimkernels.inference.one_launch",
+)  # fmt: skip
 
 
 class _Finder(MetaPathFinder):
@@ -256,7 +257,7 @@ class _Finder(MetaPathFinder):
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
         functions = LAUNCHERS.get(name.removeprefix(_PACKAGE), {}) if name.startswith(_PACKAGE) else {}
-        if not functions and name not in _ASK_TYPES and name not in _AFTER_IMPORT:
+        if not functions and name not in _ASK_TYPES and name not in after_import:
             return None
         spec = PathFinder.find_spec(name, path, target)
         if spec is None or spec.loader is None:
@@ -269,8 +270,8 @@ class _Finder(MetaPathFinder):
                 setattr(module, function, _with_values(getattr(module, function), op))
             if name in _ASK_TYPES:
                 module.type = plain_type
-            if name in _AFTER_IMPORT:
-                _AFTER_IMPORT[name](module)
+            if name in after_import:
+                after_import[name](module)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
