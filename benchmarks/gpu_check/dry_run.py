@@ -75,7 +75,7 @@ WITH_EXTENSION = ("chain",)
 KERNELS = (
     "bsr_conv2d_fwd_kernel", "bsr_conv2d_reduce_kernel", "bsr_conv2d_bwd_x_kernel", "bsr_conv2d_bwd_w_kernel",
     "low_rank_linear_fwd_kernel", "low_rank_conv2d_fwd_kernel", "gather",
-    "chain_conv2d_kernel",
+    "chain_conv2d_kernel", "stem_conv2d_kernel",
 )  # fmt: skip
 
 _NCU = """#!{python}

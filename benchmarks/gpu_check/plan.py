@@ -69,6 +69,7 @@ GPU_TESTS = (
     "tests/cuda_kernels/test_cuda_gradients.py",
     "tests/cuda_kernels/test_cuda_input_gradient.py",
     "tests/cuda_kernels/test_cuda_one_launch.py",
+    "tests/cuda_kernels/test_cuda_stem_launch.py",
     "tests/cuda_kernels/test_cuda.py",
     "tests/compress/test_engine.py",
 )

@@ -31,7 +31,12 @@ class Way(NamedTuple):
     launches: Mapping[str, int]
 
 
-WAYS = {"graph": Way(False, {"chain_conv2d": 0}), "one launch": Way(True, {"chain_conv2d": 1, SPARSE: 0})}
+WAYS = {
+    "graph": Way(False, {"chain_conv2d": 0, "stem_conv2d": 0}),
+    "chain": Way(True, {"chain_conv2d": 1, "stem_conv2d": 0, SPARSE: 0}),
+    "stem": Way("stem", {"chain_conv2d": 0, "stem_conv2d": 1}),
+    "stem, chain": Way(("stem", "chain"), {"chain_conv2d": 1, "stem_conv2d": 1, SPARSE: 0}),
+}
 
 
 class Network:
@@ -80,7 +85,7 @@ def _measured(network: Network, n: int, way: Way, own: float, device: str) -> di
     counts = {part: sum(k["calls"] for k in kernels if part in k["name"]) for part in way.launches}
     if counts != way.launches:
         errors.append(f"a call launches {counts}, expected {dict(way.launches)}: {recording!r}"[:500])
-    recorded = OneLaunch(network.fast).model if way.one_launch else network.fast
+    recorded = OneLaunch(network.fast, way.one_launch).model if way.one_launch else network.fast
 
     def call() -> Tensor:
         with torch.no_grad():

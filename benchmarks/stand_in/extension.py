@@ -9,6 +9,9 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+from torch.nn import functional as F
+
 from stand_in import device_tensor, launches
 from stand_in.cuda import PROPERTIES
 
@@ -35,6 +38,9 @@ class Extension:
 
     def cuda_chain_conv2d(self, layers: Sequence[Sequence[int]], *arguments: int) -> int:
         return self._launched("chain_conv2d_kernel", layers=len(layers))
+
+    def cuda_stem_conv2d(self, *arguments: int) -> int:
+        return self._launched("stem_conv2d_kernel")
 
     def _launched(self, kernel: str, **arguments: Any) -> int:
         device_tensor.launched(kernel)
@@ -85,6 +91,26 @@ def of_chain(module: Any) -> None:
     module.pack_layer, module.launch_chain = pack_layer, launch_chain
 
 
+def of_stem(module: Any) -> None:
+    """What `slimkernels.kernels.cuda_tensor_cores` launches as a stem has the results of both convolutions."""
+    launch = module.launch_stem_conv2d
+    signature = inspect.signature(launch)
+
+    def launch_stem_conv2d(*args: Any, **kwargs: Any) -> Any:
+        y = launch(*args, **kwargs)
+        given = signature.bind(*args, **kwargs).arguments
+        with device_tensor.unchecked():
+            first_bias = given["first_bias"]
+            weights = given["first_weight"].float(), None if first_bias is None else first_bias.float()
+            middle = torch.relu(F.conv2d(given["x"].float(), *weights, padding=1)).to(y.dtype)
+            parts = (given[name] for name in ("values", "crow_indices", "col_indices", "bias"))
+            shapes = given["weight_shape"], given["block_shape"]
+            y.copy_(_bsr_conv2d(middle, *parts, *shapes, (1, 1), (1, 1), (1, 1), given["epilogue"]))
+        return y
+
+    module.launch_stem_conv2d = launch_stem_conv2d
+
+
 def _bsr_conv2d(
     x: Any, values: Any, crow_indices: Any, col_indices: Any, bias: Any, weight_shape: Any, block_shape: Any,
     stride: Any, padding: Any, dilation: Any, epilogue: str,
@@ -101,4 +127,5 @@ def _bsr_conv2d(
 AFTER_IMPORT: dict[str, Callable[[Any], None]] = {
     "slimkernels._extension": of_extension,
     "slimkernels.kernels.cuda_chain": of_chain,
+    "slimkernels.kernels.cuda_tensor_cores": of_stem,
 }

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +35,7 @@ from gpu_check import (
     recipe,
     rows,
     sanitizer,
+    served,
     summary,
     sweep,
     telling,
@@ -149,7 +150,7 @@ def test_the_suites_of_the_stages_collect(tmp_path: Path) -> None:
 
 def test_the_list_of_test_files_is_every_file_with_gpu_tests() -> None:
     marks = r"^\s*(@gpu$|@pytest\.mark\.gpu|pytestmark = pytest\.mark\.gpu)|marks=.*mark\.gpu"
-    fixture = r"^from tensor_core_device import .*\bdevice\b"  # one of its devices is a GPU
+    fixture = r"^from (tensor_core_device|graph_stand_in) import .*\b(device|place)\b"  # one of its devices is a GPU
     mark = re.compile(f"{marks}|{fixture}", re.MULTILINE)
     files = TESTS.rglob("test_*.py")
     marked = {path.relative_to(ROOT).as_posix() for path in files if mark.search(path.read_text())}
@@ -767,6 +768,61 @@ def test_the_chain_stage_times_and_checks(monkeypatch: pytest.MonkeyPatch) -> No
     assert [row["match"] for row in chain.of_batch(chained, None)] == [True, False, False]
     assert len(list(chain.of_batch(chained, "no GPU"))) == 1
     assert [layers.layer_name(b.problem) for b in chain.benches(1, "cpu", 3)] == ["conv1_2", "conv2_1", "conv2_2"]
+
+
+def test_the_served_network_is_timed_and_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small network on the emulation: all ways are right, a wrong stem and a launch too many are seen."""
+    from graph_stand_in import emulate_graphs
+
+    from slimkernels.inference.one_launch import OneLaunch
+    from slimkernels.kernels import cuda_tensor_cores
+
+    emulator = emulate_graphs(monkeypatch)
+    names: list[str] = []
+    for name in ("chain_conv2d", "stem_conv2d"):
+        entry = getattr(emulator, f"cuda_{name}")
+        monkeypatch.setattr(
+            emulator, f"cuda_{name}", lambda *a, entry=entry, name=name: names.append(name) or entry(*a)
+        )
+
+    def kernel_times(call: Callable[[], object]) -> tuple[list[dict[str, object]], list[object]]:
+        names.clear()
+        call()
+        return [{"name": f"{name}_kernel", "us": 1.0, "calls": names.count(name)} for name in set(names)], []
+
+    one = timing.percentiles([0.001])
+    monkeypatch.setattr(peers, "kernel_times", kernel_times)
+    monkeypatch.setattr(measure, "replay_timing", lambda call, *_, **__: timing.percentiles([0.001 * len(call())]))
+    monkeypatch.setattr(timing, "interleaved", lambda calls, **_: dict.fromkeys(calls, one))
+    torch.manual_seed(0)
+    convs = [nn.Conv2d(c, 64, 3, padding=1).bfloat16().requires_grad_(False) for c in (3, 64, 64)]
+    sparse = [
+        sk.nn.BlockSparseConv2d.from_dense(conv, (64, 16), torch.rand(1, 36) < 0.3, epilogue).eval()
+        for conv, epilogue in zip(convs[1:], ("relu_maxpool2", "relu"), strict=True)
+    ]
+    tail = (nn.Flatten(), nn.Linear(64 * 12, 8, dtype=torch.bfloat16))
+    pruned = nn.Sequential(
+        convs[0], nn.ReLU(), sparse[0].to_dense(), nn.ReLU(), nn.MaxPool2d(2), sparse[1].to_dense(), nn.ReLU(), *tail
+    ).eval()
+    fast = nn.Sequential(sk.nn.FusedConv2d.from_dense(convs[0], "relu"), *sparse, *tail).eval()
+    whole = served.Network(pruned, fast, torch.randn(5, 3, 8, 6).bfloat16())
+    ways = served.WAYS | {"chain": served.Way(("chain",), {"chain_conv2d": 1})}
+    assert [len(x) for x in whole.batches(2)] == [2, 2]
+    found = list(served.of_batch(whole, 2, ways, "cpu"))
+    assert [row["match"] for row in found[:3]] == [True] * 3, [row.get("errors") for row in found]
+    # Behind the stem one layer is left, which is no chain.
+    assert "expected {'chain_conv2d': 1, 'stem_conv2d': 1, 'bsr_conv2d': 0}" in found[3]["errors"][0]
+    text = summary.one_launch_lines(found)
+    assert text[0].startswith("b2 graph: 2000.0 us (1.00x), served 1000.0, 0 kernels, 1.00 of the modules' error")
+    assert text[1].endswith("1 to 2 (2 layers)") and "WRONG a call launches" in text[3]
+    assert [str(run) for run in OneLaunch(fast, "stem").runs] == ["the stem 0 and 1"]
+    launch = cuda_tensor_cores.launch_stem_conv2d
+    monkeypatch.setattr(cuda_tensor_cores, "launch_stem_conv2d", lambda *a: launch(*a) * 1.2)
+    wrong = list(served.of_batch(whole, 2, {"stem": ways["stem"]}, "cpu"))
+    assert not wrong[0]["match"] and "times as far from float64 as the modules are" in wrong[0]["errors"][0]
+    monkeypatch.setattr(cuda_tensor_cores, "launch_stem_conv2d", lambda *a: launch(*a[:2]))
+    (failed,) = served.of_batch(whole, 2, {"stem": ways["stem"]}, "cpu")
+    assert not failed["match"] and "TypeError" in failed["errors"][0] and "p50_ms" not in failed
 
 
 def test_the_tensor_core_stage_times_and_checks_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
