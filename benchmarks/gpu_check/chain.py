@@ -94,7 +94,7 @@ def of_batch(chained: Sequence[layers.Bench], reason: str | None) -> Iterator[di
 def network(device: str, most: int | None = None) -> served.Network:
     """The network in bf16, its convolutions but the first pruned, and all of these converted.
 
-    Args: most: only so many of the pruned ones, and no classifier.
+    Args: most: only so many of the pruned ones, and a small classifier.
     """
     row = layers.ROWS["batch_1"]
     images = torch.randn(served.IMAGES, *models.input_shape(row.network), generator=torch.Generator().manual_seed(1))
@@ -102,8 +102,10 @@ def network(device: str, most: int | None = None) -> served.Network:
     pruned = gpu_pruned_model(row.network, row.sparsity, row.block_shape, device)
     if most is not None:
         features: Any = pruned.features
-        convolutions = [i for i, module in enumerate(features) if isinstance(module, nn.Conv2d)]
-        pruned = features[: convolutions[most + 1]]
+        convolutions = [(i, module) for i, module in enumerate(features) if isinstance(module, nn.Conv2d)]
+        linears = nn.Linear(convolutions[most][1].out_channels, 64), nn.ReLU(), nn.Linear(64, 10)
+        tail = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), *linears).to(device)
+        pruned = nn.Sequential(*features[: convolutions[most + 1][0]], *tail).eval().requires_grad_(False)
         images = images[:1]
     pruned = copy.deepcopy(pruned).bfloat16()
     return served.Network(pruned, all_swapped(pruned, images[:1], row.block_shape), images)

@@ -68,6 +68,7 @@ GPU_TESTS = (
     "tests/cuda_kernels/test_cuda_tf32.py",
     "tests/cuda_kernels/test_cuda_gradients.py",
     "tests/cuda_kernels/test_cuda_input_gradient.py",
+    "tests/cuda_kernels/test_cuda_linear_launch.py",
     "tests/cuda_kernels/test_cuda_one_launch.py",
     "tests/cuda_kernels/test_cuda_stem_launch.py",
     "tests/cuda_kernels/test_cuda.py",
@@ -150,8 +151,9 @@ STAGES = (
           "the recipe does. By the GPU's own time about 60 000 images/s.",
           _module("trainer"), spare=True),
     Stage("chain", 2, 90,
-          "graphed(one_launch=True) of VGG-19 at batch 1, 16 and 4, beside a CUDA graph of auto's kernels (85 us at "
-          "batch 1 on an H200): outputs, launches, time. Then its 15 block-sparse convolutions alone: 14 us expected.",
+          "graphed(one_launch=...) of VGG-19 at batch 1, 16 and 4, beside a CUDA graph of auto's kernels (85 us at "
+          "batch 1 on an H200; 45 expected of a chain, 26 with the classifier): outputs, launches, time. Then its 15 "
+          "block-sparse convolutions alone: 14 us expected.",
           _module("chain"), build_wait=20, spare=True),
     Stage("training_torch", 2, 45, "The training step with torch's batch norm on both sides.",
           _suite(f"{_TRAINING_STEP}[block_shape0-torch]", "--compile", "none", "--seconds", "1"), spare=True),

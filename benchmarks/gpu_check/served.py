@@ -35,7 +35,8 @@ WAYS = {
     "graph": Way(False, {"chain_conv2d": 0, "stem_conv2d": 0}),
     "chain": Way(True, {"chain_conv2d": 1, "stem_conv2d": 0, SPARSE: 0}),
     "stem": Way("stem", {"chain_conv2d": 0, "stem_conv2d": 1}),
-    "stem, chain": Way(("stem", "chain"), {"chain_conv2d": 1, "stem_conv2d": 1, SPARSE: 0}),
+    "chain, linear": Way(("chain", "linear"), {"chain_conv2d": 2, "stem_conv2d": 0, SPARSE: 0}),
+    "all": Way(("stem", "chain", "linear"), {"chain_conv2d": 2, "stem_conv2d": 1, SPARSE: 0}),
 }
 
 

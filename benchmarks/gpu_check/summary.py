@@ -130,7 +130,7 @@ def one_launch_lines(found: list[dict[str, Any]]) -> list[str]:
                 f"{r['kernels']} kernels, {r['error_ratio']:.2f} of the modules' error"
             )
         parts += [] if r["match"] else ["WRONG"]
-        parts += r.get("errors", []) or r.get("in_one_launch", [])
+        parts.append(", ".join(r.get("errors", []) or r.get("in_one_launch", [])))
         lines.append(" ".join(parts)[:240])
     return lines
 

@@ -248,8 +248,9 @@ after_import: dict[str, Callable[[Any], None]] = {
 }
 # Modules that pass tensors of unknown classes over, and would take a `DeviceTensor` for one.
 _ASK_TYPES = (
-    *(f"slimkernels.conversion.{name}" for name in ("layers", "readers", "units")), "slimkernels.inference.one_launch",
-)  # fmt: skip
+    *(f"slimkernels.conversion.{name}" for name in ("layers", "readers", "units")),
+    "slimkernels.inference.one_launch_runs",
+)
 
 
 class _Finder(MetaPathFinder):

@@ -19,11 +19,10 @@ class CudaChain:
         tensors: of the modules, which were packed.
     """
 
-    def __init__(self, convolutions: list[BlockSparseConv2d], config: dict[str, int]) -> None:
-        self._config = config
-        self.tensors = [tensor for conv in convolutions for tensor in _tensors(conv)]
-        self._packed_from = [(tensor, Snapshot(tensor)) for tensor in self.tensors]
-        self.layers = [_layer(conv) for conv in convolutions]
+    def __init__(self, tensors: list[Tensor], packed: Iterable[cuda_chain.ChainLayer], config: dict[str, int]) -> None:
+        self._config, self.tensors = config, tensors
+        self._packed_from = [(tensor, Snapshot(tensor)) for tensor in tensors]
+        self.layers = list(packed)
 
     def __call__(self, x: Tensor) -> Tensor:
         """``(N, C, H, W)`` through all layers: ``(N, C_out, P, Q)``, channels_last, without a gradient.
@@ -55,7 +54,8 @@ def chain_of(modules: Iterable[nn.Module], **config: int) -> CudaChain:
     convolutions = list(_convolutions(modules))
     if not convolutions:
         raise ValueError("chain_of: expected a BlockSparseConv2d at least, got none")
-    return CudaChain(convolutions, config)
+    tensors = [tensor for conv in convolutions for tensor in _tensors(conv)]
+    return CudaChain(tensors, map(_layer, convolutions), config)
 
 
 def _convolutions(modules: Iterable[nn.Module]) -> Iterator[BlockSparseConv2d]:

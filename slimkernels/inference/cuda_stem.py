@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from slimkernels.kernels import cuda_tensor_cores
+from slimkernels.kernels import cuda_tensor_cores, resident_plan
 from slimkernels.nn import BlockSparseConv2d, FusedConv2d
 from slimkernels.nn.attributes import conv_geometry, unsupported_conv_reason
 from slimkernels.tensors import Snapshot
@@ -52,7 +52,10 @@ class CudaStem:
             return f"the kernel takes images of 3 channels and an even width, not {tuple(x.shape)}"
         if self._epilogue == "relu_maxpool2" and min(h, w) < 2:
             return f"the kernel takes images that can be pooled, not {tuple(x.shape)}"
-        if cuda_tensor_cores.stem_plan(x, self._pack, self._config) is None:
+        limits = cuda_tensor_cores._limits(x)
+        variant = self._config.get("variant", int(limits.wgmma))
+        steps = int(self._pack.most_steps[0])
+        if resident_plan.plan_stem(variant, n, h, w, steps, limits.shared_memory, limits.processors) is None:
             return f"the kernel takes images whose rows fit shared memory, not {tuple(x.shape)}"
         return None
 
@@ -88,9 +91,12 @@ def stem_reason(first: nn.Conv2d | FusedConv2d, second: BlockSparseConv2d, relu:
     dtypes = first.weight.dtype, second.values.dtype
     if dtypes[0] != dtypes[1] or dtypes[0] not in (torch.float16, torch.bfloat16):
         return f"the kernel takes float16 or bfloat16, not {dtypes[0]} and {dtypes[1]}"
-    reason = cuda_tensor_cores.stem_shape_reason(first.weight.shape, second.weight_shape, second.block_shape)
-    if reason is not None:
-        return f"the kernel takes {reason}"
+    weights = first.weight, first.bias, second.values, second.crow_indices, second.col_indices, second.bias
+    shapes = second.weight_shape, second.block_shape
+    try:  # without images the launcher checks all else, and launches nothing
+        cuda_tensor_cores.launch_stem_conv2d(first.weight.new_empty(0, 3, 2, 2), *weights, [], *shapes, second.epilogue)
+    except ValueError as error:
+        return str(error)
     if isinstance(first, nn.Conv2d):
         reason = unsupported_conv_reason(first)
         if reason is not None:

@@ -223,13 +223,14 @@ def graphed(
             time, a warning says what happens.
         measure: on the CPU, time each chain of native layers in its possible forms, the way of the modules among them,
             and take the fastest, as `slimkernels.inference.Replay` says; its ``repr`` lists the forms.
-        one_launch: on CUDA, layers that follow each other in an ``nn.Sequential`` and are to be one launch. ``chain``,
-            which True stands for: block-sparse convolutions, for 1 to 16 images, as
-            `slimkernels.inference.cuda_chain.chain_of` makes it; its kernel has not run on a GPU yet. ``stem``: a dense
-            3x3 convolution of images to 64 channels, its ReLU and the block-sparse convolution behind it, as
-            `slimkernels.inference.cuda_stem.stem_of` makes it; at batch 1024 an H200 took 108 us for it, and 103 for
-            the two layers one after the other. Several names: all of these. What a kernel does not take stays as it
-            is; the ``repr`` says what was taken, and why not the rest.
+        one_launch: on CUDA, layers that follow each other in an ``nn.Sequential`` and are to be one launch; one or
+            several names. ``chain``, which True stands for: block-sparse convolutions, for 1 to 16 images, as
+            `slimkernels.inference.cuda_chain.chain_of` makes it. ``linear``: ``nn.Linear`` and ReLUs, for 1 to 16 rows,
+            as `slimkernels.inference.cuda_linear_chain.linear_chain_of` makes it. The kernel of these two has not run
+            on a GPU yet. ``stem``: a dense 3x3 convolution of images to 64 channels, its ReLU and the block-sparse
+            convolution behind it, as `slimkernels.inference.cuda_stem.stem_of` makes it; at batch 1024 an H200 took 108
+            us for it, and 103 for the two layers one after the other. What a kernel does not take stays as it is; the
+            ``repr`` says what was taken, and why not the rest.
 
     Raises:
         ValueError: a model in training mode or that cannot be recorded; no example inputs; another ``other_shapes`` or

@@ -1,7 +1,8 @@
 """Layers that follow each other in one CUDA launch, inside the CUDA graphs of `graphed(one_launch=...)`.
 
-Two kinds: a ``chain`` of block-sparse convolutions (`slimkernels.inference.cuda_chain`), and a ``stem``, a dense
-convolution of images with the block-sparse one behind it (`slimkernels.inference.cuda_stem`).
+Three kinds: a ``chain`` of block-sparse convolutions (`slimkernels.inference.cuda_chain`); a ``stem``, a dense
+convolution of images with the block-sparse one behind it (`slimkernels.inference.cuda_stem`); and ``linear``, a chain
+of linear layers (`slimkernels.inference.cuda_linear_chain`).
 
 The model is not changed. `OneLaunch` makes a copy of the modules above its runs, which shares all tensors and all other
 modules with it, and whose ``nn.Sequential`` call a run where its modules stand.
@@ -10,24 +11,32 @@ modules with it, and whose ``nn.Sequential`` call a run where its modules stand.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from typing import Any, TypeAlias
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from slimkernels.inference.cuda_chain import CudaChain, chain_of
-from slimkernels.inference.cuda_stem import MOST_CHANNELS, CudaStem, stem_of, stem_reason
-from slimkernels.kernels import cuda_chain
+from slimkernels.inference.cuda_stem import MOST_CHANNELS
+from slimkernels.inference.one_launch_runs import (
+    CHAIN,
+    IDLE,
+    IDLE_OF_IMAGES,
+    KINDS,
+    STEM,
+    Chain,
+    Leaf,
+    LinearChain,
+    Run,
+    Stem,
+    chain_kind,
+    chain_reason,
+    disturbance,
+    is_of_images,
+    why_no_stem,
+)
 from slimkernels.kernels.chain_plan import MAX_LAYERS
-from slimkernels.nn import BlockSparseConv2d, FusedConv2d
 from slimkernels.nn.chained import _GLOBAL_HOOKS, ChainedSequential
 
-CHAIN, STEM = "chain", "stem"
-KINDS = (CHAIN, STEM)
-MAX_IMAGES = 16  # of a chain: with more, a layer's own kernel has work enough
-_IDLE = (nn.Identity, nn.Dropout, nn.Dropout2d)  # they hand their input on in eval mode
 _SEQUENTIALS = (nn.Sequential, ChainedSequential)
-Leaf: TypeAlias = tuple[str, nn.Module]
 
 
 def kinds_of(asked: bool | str | Collection[str]) -> tuple[str, ...]:
@@ -49,8 +58,9 @@ class OneLaunch:
 
     The modules of a run follow each other in an ``nn.Sequential``, inner ones counted in. A chain is two block-sparse
     convolutions or more with nothing but ``nn.Identity`` and dropout between them. A stem is a dense convolution of
-    images, its ReLU, and one block-sparse convolution. Their explicit ``kernel`` does not matter. A hook on a
-    module, or on one that holds it, keeps it out of a run, as does a ``forward`` of its own: they would be passed over.
+    images, its ReLU, and one block-sparse convolution. Linear layers may have ReLUs between them. Their explicit
+    ``kernel`` does not matter. A hook on a module, or on one that holds it, keeps it out of a run, as does a
+    ``forward`` of its own: they would be passed over.
 
     Args:
         asked: the kinds of runs, as `kinds_of` takes them.
@@ -64,11 +74,11 @@ class OneLaunch:
 
     def __init__(self, model: nn.Module, asked: bool | str | Collection[str] = True) -> None:
         self.asked, self._kinds = asked, kinds_of(asked)
-        self.runs: list[_Run] = []
+        self.runs: list[Run] = []
         self.reasons: dict[str, str] = {}
         self._copies: dict[int, nn.Module] = {}
         found = [name or "the model" for name, module in model.named_modules() if self._wants(module)]
-        if STEM in self._kinds and not any(_is_of_images(module) for module in model.modules()):
+        if STEM in self._kinds and not any(is_of_images(module) for module in model.modules()):
             self.reasons["the model"] = f"no dense convolution of at most {MOST_CHANNELS} channels is in it"
         if any(_GLOBAL_HOOKS):
             self.model = model
@@ -88,20 +98,18 @@ class OneLaunch:
 
     def _wants(self, module: nn.Module) -> bool:
         """Whether a module could be in a run of the kinds that were asked for, where its absence has a reason."""
-        return (CHAIN in self._kinds and isinstance(module, BlockSparseConv2d)) or (
-            STEM in self._kinds and _is_of_images(module)
-        )
+        return (STEM in self._kinds and is_of_images(module)) or chain_kind(module) in self._kinds
 
     def _copy_of(self, module: nn.Module, name: str) -> nn.Module:
         """The module, or one in its place that shares its tensors and attributes where there is a run below it."""
         if id(module) in self._copies:
             return self._copies[id(module)]
-        obstacle = _obstacle(module)
-        if obstacle is not None:
-            of = f"{name or 'the model'} {obstacle}"
+        reason = disturbance(module)
+        if reason is not None:
+            of = f"{name or 'the model'} {reason}"
             for inner, layer in module.named_modules(prefix=name):
                 if self._wants(layer):
-                    self.reasons.setdefault(inner, of if layer is not module else f"it {obstacle}")
+                    self.reasons.setdefault(inner, of if layer is not module else f"it {reason}")
             return module
         children = dict(module._modules)
         parts: list[Any] | None = None
@@ -128,15 +136,15 @@ class OneLaunch:
     def _parts(self, leaves: list[Leaf]) -> list[Any]:
         """The runs among modules that are called in turn, and the other modules, in their order."""
         parts: list[Any] = []
-        pending: list[Leaf] = []
+        pending: list[Leaf] = []  # of a chain: a layer, and what may follow it
 
-        def layers() -> list[str]:
-            return [name for name, module in pending if isinstance(module, BlockSparseConv2d)]
+        def layers() -> list[Leaf]:
+            return [leaf for leaf in pending if chain_kind(leaf[1])]
 
         def flush() -> None:
-            modules, names = [module for _, module in pending], layers()
+            modules, names = [module for _, module in pending], [name for name, _ in layers()]
             if len(names) > 1:
-                parts.append(_Chain(modules, names))
+                parts.append((Chain if chain_kind(modules[0]) == CHAIN else LinearChain)(modules, names))
                 self.runs.append(parts[-1])
             else:
                 parts.extend(modules)
@@ -152,135 +160,44 @@ class OneLaunch:
                 self.runs.append(stem)
                 at += len(stem.modules)
                 continue
-            name, module = leaves[at]
-            if not self._may_be_in_a_chain(name, module):
+            if not self._goes_on(leaves[at], layers()):
                 flush()
-                parts.append(self._copy_of(module, name))
-            else:
-                if isinstance(module, BlockSparseConv2d) and len(layers()) == MAX_LAYERS:
-                    flush()
+            if self._goes_on(leaves[at], layers()):
                 pending.append(leaves[at])
+            else:
+                parts.append(self._copy_of(leaves[at][1], leaves[at][0]))
             at += 1
         flush()
         return parts
 
-    def _may_be_in_a_chain(self, name: str, module: nn.Module) -> bool:
-        if CHAIN not in self._kinds:
-            return False
-        if isinstance(module, BlockSparseConv2d):
-            reason = _chain_reason(module)
-            if reason is not None:
+    def _goes_on(self, leaf: Leaf, before: list[Leaf]) -> bool:
+        """Whether a chain of these layers goes on with a module, or begins with it where there are none."""
+        name, module = leaf
+        kind, last = chain_kind(module), before[-1][1] if before else None
+        if kind in self._kinds:
+            if last is not None and (chain_kind(last) != kind or len(before) == MAX_LAYERS):
+                return False
+            reason = chain_reason(module, last)
+            if reason is not None and last is None:
                 self.reasons.setdefault(name, reason)
             return reason is None
-        return type(module) in _IDLE and _obstacle(module) is None and not module.training
+        between = (*IDLE, nn.ReLU) if isinstance(last, nn.Linear) else IDLE_OF_IMAGES
+        return last is not None and type(module) in between and disturbance(module) is None and not module.training
 
-    def _stem(self, leaves: list[Leaf]) -> _Stem | None:
+    def _stem(self, leaves: list[Leaf]) -> Stem | None:
         """The stem that modules called in turn begin with, where one was asked for."""
         name, first = leaves[0]
-        if STEM not in self._kinds or not _is_of_images(first):
+        if STEM not in self._kinds or not is_of_images(first):
             return None
         end = 1
-        while end < len(leaves) and type(leaves[end][1]) in (nn.ReLU, *_IDLE):
+        while end < len(leaves) and type(leaves[end][1]) in (nn.ReLU, *IDLE_OF_IMAGES):
             end += 1
         between, behind = leaves[1:end], leaves[end : end + 1]
-        reason = self._stem_reason(leaves[0], between, behind)
+        reason = why_no_stem(leaves[0], between, behind)
         if reason is not None:
             self.reasons.setdefault(name, reason)
             return None
-        return _Stem([module for _, module in leaves[: end + 1]], [name, behind[0][0]])
-
-    @staticmethod
-    def _stem_reason(first: Leaf, between: list[Leaf], behind: list[Leaf]) -> str | None:
-        """Why a layer is no stem with what follows it."""
-        layer: Any = first[1]
-        if not behind:
-            return "no block-sparse convolution follows it"
-        if not isinstance(behind[0][1], BlockSparseConv2d):
-            return f"{behind[0][0]} follows it, which is no block-sparse convolution"
-        reason = _layer_reason(layer)
-        if reason is not None:
-            return f"it {reason}"
-        for name, module in between:
-            if _obstacle(module) is not None or module.training:
-                return f"{name} {_obstacle(module) or 'is in training mode'}"
-        name, second = behind[0]
-        reason = _layer_reason(second)
-        if reason is not None:
-            return f"{name} {reason}"
-        return stem_reason(layer, second, any(type(module) is nn.ReLU for _, module in between))
-
-
-class _Run:
-    """Modules that follow each other: one launch where the kernel takes the input, else one after the other.
-
-    Args:
-        modules: all of them. names: of the layers among them.
-        launch: what runs them in one launch.
-    """
-
-    def __init__(self, modules: list[nn.Module], names: list[str], launch: CudaChain | CudaStem) -> None:
-        self.modules, self.names, self._launch = modules, names, launch
-        # What the calls since the last recording began were: None for one launch, else why not.
-        self.outcomes: dict[str | None, None] = {}
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        return self._launch.tensors
-
-    def __call__(self, x: Any) -> Any:
-        reason = self._obstacle(x)
-        self.outcomes[reason] = None
-        if reason is None:
-            return self._launch(x)
-        for module in self.modules:
-            x = module(x)
-        return x
-
-    def _obstacle(self, x: Any) -> str | None:
-        dtype = self.tensors[0].dtype
-        if type(x) is not Tensor or x.dim() != 4 or x.dtype != dtype:
-            return f"its input is no batch of images in {dtype}"
-        if torch.is_autocast_enabled(x.device.type):
-            return "autocast"
-        return self._refusal(x)
-
-    def _refusal(self, x: Tensor) -> str | None:
-        """Why the kernel does not take a batch of images; None where it does."""
-        raise NotImplementedError
-
-
-class _Chain(_Run):
-    _launch: CudaChain
-
-    def __init__(self, modules: list[nn.Module], names: list[str]) -> None:
-        super().__init__(modules, names, chain_of(modules))
-
-    def _refusal(self, x: Tensor) -> str | None:
-        if not 1 <= x.shape[0] <= MAX_IMAGES:
-            return f"{x.shape[0]} images, not 1 to {MAX_IMAGES}"
-        try:
-            cuda_chain.plan_for(x, self._launch.layers)
-        except ValueError as error:
-            return str(error)
-        return None
-
-    def __str__(self) -> str:
-        return f"{self.names[0]} to {self.names[-1]} ({len(self.names)} layers)"
-
-
-class _Stem(_Run):
-    _launch: CudaStem
-
-    def __init__(self, modules: list[nn.Module], names: list[str]) -> None:
-        first, second = (module for module in modules if isinstance(module, (*_OF_IMAGES, BlockSparseConv2d)))
-        # For mypy: the kinds of modules that `_stem_reason` found nothing against.
-        super().__init__(modules, names, stem_of(first, second))  # type: ignore[arg-type]
-
-    def _refusal(self, x: Tensor) -> str | None:
-        return self._launch.obstacle(x)
-
-    def __str__(self) -> str:
-        return f"the stem {self.names[0]} and {self.names[1]}"
+        return Stem([module for _, module in leaves[: end + 1]], [name, behind[0][0]])
 
 
 class _WithRuns(nn.Sequential):
@@ -349,7 +266,7 @@ def _joined(name: str, key: str) -> str:
 
 def _calls_in_turn(module: nn.Module) -> bool:
     """Whether a call of a module is that of its children, one after the other, and no more."""
-    return type(module) in _SEQUENTIALS and _obstacle(module) is None and None not in module._modules.values()
+    return type(module) in _SEQUENTIALS and disturbance(module) is None and None not in module._modules.values()
 
 
 def _leaves(module: nn.Module, name: str) -> Iterator[Leaf]:
@@ -361,42 +278,3 @@ def _leaves(module: nn.Module, name: str) -> Iterator[Leaf]:
             yield from _leaves(child, path)
         else:
             yield path, child
-
-
-def _obstacle(module: nn.Module) -> str | None:
-    """Why a call of a module may do more, or other things, than its class says; None where it does not."""
-    own = module.__dict__
-    if own["_forward_hooks"] or own["_forward_pre_hooks"]:
-        return "has a hook"
-    if "forward" in own:
-        return "has a forward of its own"
-    return "is a script module" if isinstance(module, torch.jit.ScriptModule) else None
-
-
-_OF_IMAGES = (nn.Conv2d, FusedConv2d)
-
-
-def _is_of_images(module: nn.Module) -> bool:
-    """Whether a module is a dense convolution of few channels."""
-    return isinstance(module, _OF_IMAGES) and module.in_channels <= MOST_CHANNELS
-
-
-def _layer_reason(layer: nn.Module) -> str | None:
-    """Why no run takes a layer, as what is said of it; None where one may."""
-    obstacle = _obstacle(layer)
-    if obstacle is not None:
-        return obstacle
-    if type(layer) not in (*_OF_IMAGES, BlockSparseConv2d):
-        return f"is a {type(layer).__name__}"
-    return "is in training mode" if layer.training else None
-
-
-def _chain_reason(layer: BlockSparseConv2d) -> str | None:
-    """Why a chain does not take a layer; None where it does."""
-    reason = _layer_reason(layer)
-    if reason is not None:
-        return f"it {reason}"
-    if layer.values.dtype not in (torch.float16, torch.bfloat16):
-        return f"it is in {layer.values.dtype}"
-    reason = cuda_chain.shape_reason(layer.weight_shape, layer.block_shape)
-    return None if reason is None else f"the kernel takes {reason}"

@@ -333,33 +333,6 @@ def _pair(value: Sequence[int]) -> Pair:
     return (value[0], value[1])
 
 
-def stem_shape_reason(
-    first_shape: Sequence[int], weight_shape: Sequence[int], block_shape: Sequence[int]
-) -> str | None:
-    """None where the fused stem takes two weights of these shapes, else what it takes."""
-    c_out, *rest = weight_shape
-    if tuple(first_shape) != (_STEM_CHANNELS, 3, 3, 3):
-        return f"first_weight ({_STEM_CHANNELS}, 3, 3, 3), not {tuple(first_shape)}"
-    if rest != [_STEM_CHANNELS, 3, 3] or c_out > 64 or c_out % 8 or block_shape[0] != 64 or block_shape[1] % 16:
-        return (
-            f"weight_shape (up to 64, {_STEM_CHANNELS}, 3, 3) in eights and blocks of 64 x multiples of 16, "
-            f"not {tuple(weight_shape)} and {tuple(block_shape)}"
-        )
-    return None
-
-
-def _stem_variant(x: Tensor, config: Mapping[str, int]) -> int:
-    return config.get("variant", int(_limits(x).wgmma))
-
-
-def stem_plan(x: Tensor, packed: StemPack, config: Mapping[str, int]) -> Plan | None:
-    """The plan by which `launch_stem_conv2d` runs on images (N, 3, H, W); None where two of their rows do not fit."""
-    n, _, h, w = x.shape
-    steps, limits = int(packed.most_steps[0]), _limits(x)
-    variant = _stem_variant(x, config)
-    return resident_plan.plan_stem(variant, n, h, w, steps, limits.shared_memory, limits.processors)
-
-
 def launch_stem_conv2d(
     x: Tensor,
     first_weight: Tensor,
@@ -410,10 +383,14 @@ def launch_stem_conv2d(
     )
     if x.dim() != 4 or x.shape[1] != 3 or x.shape[3] % 2 != 0 or x.dtype == torch.float32:
         raise ValueError(f"{op}: expected x of shape (N, 3, H, even W) in 16 bits, got {tuple(x.shape)} of {x.dtype}")
-    reason = stem_shape_reason(first_weight.shape, weight_shape, block_shape)
-    if reason is not None:
-        raise ValueError(f"{op}: expected {reason}")
-    c_out = weight_shape[0]
+    c_out, *rest = weight_shape
+    if rest != [_STEM_CHANNELS, 3, 3] or c_out > 64 or c_out % 8 or block_shape[0] != 64 or block_shape[1] % 16:
+        raise ValueError(
+            f"{op}: expected weight_shape (up to 64, {_STEM_CHANNELS}, 3, 3) and blocks of 64 x multiples of 16, "
+            f"got {tuple(weight_shape)} and {tuple(block_shape)}"
+        )
+    if tuple(first_weight.shape) != (_STEM_CHANNELS, 3, 3, 3):
+        raise ValueError(f"{op}: expected first_weight ({_STEM_CHANNELS}, 3, 3, 3), got {tuple(first_weight.shape)}")
     if first_bias is not None and tuple(first_bias.shape) != (_STEM_CHANNELS,):
         raise ValueError(f"{op}: expected first_bias ({_STEM_CHANNELS},), got {tuple(first_bias.shape)}")
     _check_weight(op, values, crow_indices, bias, c_out, block_shape)
@@ -428,8 +405,9 @@ def launch_stem_conv2d(
         return y
     values, crow, col = values.contiguous(), crow_indices.contiguous(), col_indices.contiguous()
     first_bias, bias = (b if b is None else b.contiguous() for b in (first_bias, bias))
-    variant = _stem_variant(x, config)
-    _check_variant(op, variant, STEM_VARIANTS, _limits(x), block_shape, config.get("overlap", 0))
+    limits = _limits(x)
+    variant = config.get("variant", int(limits.wgmma))
+    _check_variant(op, variant, STEM_VARIANTS, limits, block_shape, config.get("overlap", 0))
     shape = STEM_VARIANTS[variant]
     if kind_of(packed) is StemPack:
         pack = StemPack(*packed)
@@ -437,12 +415,11 @@ def launch_stem_conv2d(
         if tuple(first.shape) != (2, 1024) or first.dtype != x.dtype or first.device != x.device:
             raise ValueError(f"{op}: expected packed first weights (2, 1024) of {x.dtype}, got {tuple(first.shape)}")
         _check_packed(op, pack.second, crow, col, values, weight_shape, block_shape, shape.column)
-    elif values.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(f"{op}: the weights must be packed before a CUDA graph is captured, by pack_stem")
     else:
         pack = pack_stem(first_weight, values, crow, col, weight_shape, block_shape, variant)
     first, weight = pack.first, pack.second
-    plan = stem_plan(x, pack, config)
+    steps = int(weight.most_steps[0])
+    plan = resident_plan.plan_stem(variant, n, h, w, steps, limits.shared_memory, limits.processors)
     if plan is None:
         raise ValueError(f"{op}: expected images of rows that fit shared memory, got {tuple(x.shape)}")
     status = module.cuda_stem_conv2d(
@@ -470,7 +447,7 @@ def launch_stem_conv2d(
         int(epilogue != "none"),
         int(pool),
         *plan.tile,
-        plan.steps,
+        steps,
         variant,
         plan.blocks,
         config.get("overlap", 0),

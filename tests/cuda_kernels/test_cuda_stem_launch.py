@@ -215,14 +215,14 @@ CHANGES: dict[str, tuple[Callable[[Any], None], dict[str, str]]] = {
         {"features.0": "padding_mode='reflect' is not supported, expected 'zeros'"}),
     "one channel": (
         replaced(0, lambda: first(1)),
-        {"features.0": "the kernel takes first_weight (64, 3, 3, 3), not (64, 1, 3, 3)"}),
+        {"features.0": "stem_conv2d: expected first_weight (64, 3, 3, 3), got (64, 1, 3, 3)"}),
     "five taps": (
         replaced(0, lambda: first(size=5)),
-        {"features.0": "the kernel takes first_weight (64, 3, 3, 3), not (64, 3, 5, 5)"}),
+        {"features.0": "stem_conv2d: expected first_weight (64, 3, 3, 3), got (64, 3, 5, 5)"}),
     "blocks of 32": (
         replaced(2, lambda: sparse(block=(32, 16))),
-        {"features.0": "the kernel takes weight_shape (up to 64, 64, 3, 3) in eights and blocks of 64 x multiples of "
-                       "16, not (64, 64, 3, 3) and (32, 16)"}),
+        {"features.0": "stem_conv2d: expected weight_shape (up to 64, 64, 3, 3) and blocks of 64 x multiples of 16, "
+                       "got (64, 64, 3, 3) and (32, 16)"}),
     "float32": (
         replaced(2, lambda: sparse(dtype=torch.float32)),
         {"features.0": "the kernel takes float16 or bfloat16, not torch.bfloat16 and torch.float32"}),
@@ -274,7 +274,9 @@ def test_images_that_the_kernel_refuses_run_layer_by_layer(place: str):
 
 
 def test_refuses(place: str):
-    with pytest.raises(ValueError, match=r"^graphed: expected one_launch of True, False or some of chain, stem, got"):
+    with pytest.raises(
+        ValueError, match=r"^graphed: expected one_launch of True, False or some of chain, stem, linear, got"
+    ):
         graphed(network(place), images(1, place), one_launch=("stem", "classifier"))
     dense, second = first().to(place), sparse().to(place).eval()
     with pytest.raises(ValueError, match=r"^stem_of: no ReLU stands between the two"):

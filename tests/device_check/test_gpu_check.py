@@ -774,7 +774,6 @@ def test_the_served_network_is_timed_and_checked(monkeypatch: pytest.MonkeyPatch
     """A small network on the emulation: all ways are right, a wrong stem and a launch too many are seen."""
     from graph_stand_in import emulate_graphs
 
-    from slimkernels.inference.one_launch import OneLaunch
     from slimkernels.kernels import cuda_tensor_cores
 
     emulator = emulate_graphs(monkeypatch)
@@ -800,28 +799,28 @@ def test_the_served_network_is_timed_and_checked(monkeypatch: pytest.MonkeyPatch
         sk.nn.BlockSparseConv2d.from_dense(conv, (64, 16), torch.rand(1, 36) < 0.3, epilogue).eval()
         for conv, epilogue in zip(convs[1:], ("relu_maxpool2", "relu"), strict=True)
     ]
-    tail = (nn.Flatten(), nn.Linear(64 * 12, 8, dtype=torch.bfloat16))
+    tail = (nn.Flatten(), nn.Linear(64 * 12, 24, dtype=torch.bfloat16), nn.Linear(24, 10, dtype=torch.bfloat16))
     pruned = nn.Sequential(
         convs[0], nn.ReLU(), sparse[0].to_dense(), nn.ReLU(), nn.MaxPool2d(2), sparse[1].to_dense(), nn.ReLU(), *tail
     ).eval()
     fast = nn.Sequential(sk.nn.FusedConv2d.from_dense(convs[0], "relu"), *sparse, *tail).eval()
     whole = served.Network(pruned, fast, torch.randn(5, 3, 8, 6).bfloat16())
-    ways = served.WAYS | {"chain": served.Way(("chain",), {"chain_conv2d": 1})}
     assert [len(x) for x in whole.batches(2)] == [2, 2]
-    found = list(served.of_batch(whole, 2, ways, "cpu"))
-    assert [row["match"] for row in found[:3]] == [True] * 3, [row.get("errors") for row in found]
-    # Behind the stem one layer is left, which is no chain.
-    assert "expected {'chain_conv2d': 1, 'stem_conv2d': 1, 'bsr_conv2d': 0}" in found[3]["errors"][0]
-    text = summary.one_launch_lines(found)
+    found = {row["way"]: row for row in served.of_batch(whole, 2, served.WAYS, "cpu")}
+    # Behind the stem one block-sparse layer is left, which is no chain.
+    errors = {way: row.get("errors") for way, row in found.items() if not row["match"]}
+    assert list(errors) == ["all"], errors
+    assert "expected {'chain_conv2d': 2, 'stem_conv2d': 1, 'bsr_conv2d': 0}" in errors["all"][0]
+    text = summary.one_launch_lines([*found.values()])
     assert text[0].startswith("b2 graph: 2000.0 us (1.00x), served 1000.0, 0 kernels, 1.00 of the modules' error")
-    assert text[1].endswith("1 to 2 (2 layers)") and "WRONG a call launches" in text[3]
-    assert [str(run) for run in OneLaunch(fast, "stem").runs] == ["the stem 0 and 1"]
+    assert text[1].endswith("1 to 2 (2 layers)") and "WRONG a call launches" in text[-1]
+    assert text[3].endswith("1 to 2 (2 layers), 4 to 5 (2 linear layers)")
     launch = cuda_tensor_cores.launch_stem_conv2d
     monkeypatch.setattr(cuda_tensor_cores, "launch_stem_conv2d", lambda *a: launch(*a) * 1.2)
-    wrong = list(served.of_batch(whole, 2, {"stem": ways["stem"]}, "cpu"))
+    wrong = list(served.of_batch(whole, 2, {"stem": served.WAYS["stem"]}, "cpu"))
     assert not wrong[0]["match"] and "times as far from float64 as the modules are" in wrong[0]["errors"][0]
     monkeypatch.setattr(cuda_tensor_cores, "launch_stem_conv2d", lambda *a: launch(*a[:2]))
-    (failed,) = served.of_batch(whole, 2, {"stem": ways["stem"]}, "cpu")
+    (failed,) = served.of_batch(whole, 2, {"stem": served.WAYS["stem"]}, "cpu")
     assert not failed["match"] and "TypeError" in failed["errors"][0] and "p50_ms" not in failed
 
 

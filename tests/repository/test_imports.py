@@ -61,8 +61,8 @@ PACKAGES = {
         "evaluation, config", "callbacks", "__init__",
     ),
     "inference": (
-        "__init__", "graphed_model, onnx_export", "one_launch",
-        "cuda_chain, cuda_graph, cuda_stem, cpu_replay, warming", "cpu_recording",
+        "__init__", "graphed_model, onnx_export", "one_launch", "one_launch_runs",
+        "cuda_linear_chain, cuda_stem", "cuda_chain, cuda_graph, cpu_replay, warming", "cpu_recording",
         "chain_forms",
         "cpu_passes", "native_nodes", "native_layers, concurrency, sampled_graph", "inputs, batches",
     ),
