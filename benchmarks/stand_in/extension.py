@@ -99,6 +99,8 @@ def of_stem(module: Any) -> None:
     def launch_stem_conv2d(*args: Any, **kwargs: Any) -> Any:
         y = launch(*args, **kwargs)
         given = signature.bind(*args, **kwargs).arguments
+        if y.numel() == 0:
+            return y
         with device_tensor.unchecked():
             first_bias = given["first_bias"]
             weights = given["first_weight"].float(), None if first_bias is None else first_bias.float()

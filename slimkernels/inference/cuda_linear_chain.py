@@ -28,7 +28,8 @@ class CudaLinearChain(CudaChain):
     """A run of linear layers in one launch; `linear_chain_of` makes it. It holds a copy of their weights, packed."""
 
     def __init__(self, linears: Sequence[tuple[nn.Linear, bool]], config: dict[str, int]) -> None:
-        tensors = [tensor for linear, _ in linears for tensor in (linear.weight, linear.bias) if tensor is not None]
+        found: list[Tensor | None] = [tensor for linear, _ in linears for tensor in (linear.weight, linear.bias)]
+        tensors = [tensor for tensor in found if tensor is not None]
         super().__init__(tensors, _packed(linears), config)
         self._features = linears[-1][0].out_features
 

@@ -21,16 +21,15 @@ class CudaStem:
     """
 
     def __init__(self, first: nn.Conv2d | FusedConv2d, second: BlockSparseConv2d, config: dict[str, int]) -> None:
-        weights = [first.weight.detach(), second.values.detach(), second.crow_indices, second.col_indices]
-        biases = first.bias, second.bias
-        self.tensors: list[Tensor] = [first.weight, second.values, second.crow_indices, second.col_indices]
-        self.tensors += [bias for bias in biases if bias is not None]
+        found = (first.weight, second.values, second.crow_indices, second.col_indices, first.bias, second.bias)
+        self.tensors: list[Tensor] = [tensor for tensor in found if tensor is not None]
         self._packed_from = [(tensor, Snapshot(tensor)) for tensor in self.tensors]
         self._config, self._epilogue = config, second.epilogue
         self._shapes = second.weight_shape, second.block_shape
-        self._pack = cuda_tensor_cores.pack_stem(*weights, *self._shapes, config.get("variant"))
-        first_bias, bias = (None if bias is None else bias.detach() for bias in biases)
-        self._weights = weights[0], first_bias, *weights[1:], bias
+        weight, values, crow, col, first_bias, bias = (None if t is None else t.detach() for t in found)
+        assert weight is not None and values is not None and crow is not None and col is not None
+        self._first, self._second = (weight, first_bias), (values, crow, col, bias)
+        self._pack = cuda_tensor_cores.pack_stem(weight, values, crow, col, *self._shapes, config.get("variant"))
 
     def __call__(self, x: Tensor) -> Tensor:
         """``(N, 3, H, W)`` through both layers: ``(N, C_out, P, Q)``, channels_last, without a gradient.
@@ -42,7 +41,7 @@ class CudaStem:
         if not all(snapshot.holds(tensor) for tensor, snapshot in self._packed_from):
             raise RuntimeError("stem_of: a weight was written since the stem was made: make it anew")
         return cuda_tensor_cores.launch_stem_conv2d(
-            x.detach(), *self._weights, self._pack, *self._shapes, self._epilogue, self._config
+            x.detach(), *self._first, *self._second, self._pack, *self._shapes, self._epilogue, self._config
         )
 
     def obstacle(self, x: Tensor) -> str | None:

@@ -144,8 +144,10 @@ class OneLaunch:
         def flush() -> None:
             modules, names = [module for _, module in pending], [name for name, _ in layers()]
             if len(names) > 1:
-                parts.append((Chain if chain_kind(modules[0]) == CHAIN else LinearChain)(modules, names))
-                self.runs.append(parts[-1])
+                chain: Run
+                chain = Chain(modules, names) if chain_kind(modules[0]) == CHAIN else LinearChain(modules, names)
+                parts.append(chain)
+                self.runs.append(chain)
             else:
                 parts.extend(modules)
                 self.reasons |= dict.fromkeys(names, "no other such layer stands next to it")

@@ -73,7 +73,7 @@ def test_the_two_layers_are_one_launch(place: str, monkeypatch: pytest.MonkeyPat
     launch = cuda_tensor_cores.launch_stem_conv2d
     monkeypatch.setattr(cuda_tensor_cores, "launch_stem_conv2d", lambda x, *a: launched.append(len(x)) or launch(x, *a))
     fast = graphed(model, [images(2, place), images(17, place)], one_launch="stem", warm_up_calls=1)
-    assert launched == [2, 2, 17, 17]  # the warm-up's and the captured ones
+    assert [n for n in launched if n] == [2, 2, 17, 17]  # the warm-up's and the captured ones
     for recording in fast.recordings.values():
         assert recording.in_one_launch == [STEM] and recording.reasons == {}
     assert f"a CUDA graph, in one launch: {STEM}\n" in repr(fast)
