@@ -50,7 +50,7 @@ EXTRA = {
     "vgg": _QUICK,
     "sweep": ("--layers", "1", "--names", "headline"),
     "tensor_cores": ("--layers", "1"),
-    "chain": ("--batches", "1", "--layers", "2"),
+    "chain": ("--batches", "1", "--layers", "3"),
     "tensor_cores_2": ("--layers", "1"),
     "rows": (*_QUICK, "-k", "batch_1 and not batch_16"),
     "tests": _some("captured", "split", "training_matches", "autocast", "streams"),

@@ -28,7 +28,7 @@ class CudaStem:
         self._shapes = second.weight_shape, second.block_shape
         weight, values, crow, col, first_bias, bias = (None if t is None else t.detach() for t in found)
         assert weight is not None and values is not None and crow is not None and col is not None
-        self._first, self._second = (weight, first_bias), (values, crow, col, bias)
+        self._weights = weight, first_bias, values, crow, col, bias
         self._pack = cuda_tensor_cores.pack_stem(weight, values, crow, col, *self._shapes, config.get("variant"))
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ class CudaStem:
         if not all(snapshot.holds(tensor) for tensor, snapshot in self._packed_from):
             raise RuntimeError("stem_of: a weight was written since the stem was made: make it anew")
         return cuda_tensor_cores.launch_stem_conv2d(
-            x.detach(), *self._first, *self._second, self._pack, *self._shapes, self._epilogue, self._config
+            x.detach(), *self._weights, self._pack, *self._shapes, self._epilogue, self._config
         )
 
     def obstacle(self, x: Tensor) -> str | None:

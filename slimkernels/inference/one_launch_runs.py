@@ -182,8 +182,8 @@ def why_no_stem(first: Leaf, between: list[Leaf], behind: list[Leaf]) -> str | N
     for name, module in between:
         if disturbance(module) is not None or module.training:
             return f"{name} {disturbance(module) or 'is in training mode'}"
-    name, second = behind[0]
+    second: Any = behind[0][1]
     reason = layer_reason(second)
     if reason is not None:
-        return f"{name} {reason}"
+        return f"{behind[0][0]} {reason}"
     return stem_reason(layer, second, any(type(module) is nn.ReLU for _, module in between))
