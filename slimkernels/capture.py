@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from slimkernels.tensors import kept_with_a_graph
+
 _Result = TypeVar("_Result")
 
 
@@ -17,6 +19,10 @@ def capture(
 
     The call runs and is captured on a stream of its own. That stream waits for the copies and fills of the current one,
     on which the call's inputs may still be on their way.
+
+    The graph keeps what this package made for the kernels that it runs: packs, and what follows from a pattern, which
+    are dropped elsewhere once a weight or a pattern is written to. Weights, inputs and the like are the caller's to
+    keep.
 
     Args:
         call: what to capture; its tensors stay where they are.
@@ -36,12 +42,13 @@ def capture(
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph, pool=pool, stream=side):
+        with kept_with_a_graph() as kept, torch.cuda.graph(graph, pool=pool, stream=side):
             for _ in range(calls):
                 result = call()
     except BaseException:
         _end_capture_of_random_numbers()
         raise
+    graph.__dict__["kept"] = kept
     return graph, result
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from slimkernels.tensors import Checked
+from slimkernels.tensors import Checked, is_capturing
 
 LOW_RANK_KINDS = ("svd", "tai", "tucker2")
 
@@ -291,7 +291,7 @@ def check_pattern(
     """
     if _CHECKED_PATTERNS.knows(_pattern_key(weight_shape, block_shape), crow, col):
         return
-    if crow.is_cuda and torch.cuda.is_current_stream_capturing():
+    if is_capturing(crow):
         return
     _check_pattern(name, crow, col, weight_shape, block_shape)
 

@@ -20,7 +20,8 @@ def update_pattern(
     Blocks stored before and after keep their values, gradients and optimiser state; new blocks start at 0 with zero
     state; the state of dropped blocks is forgotten. Storage keeps its capacity, the number of blocks the module was
     built with: ``values`` stays the same Parameter of the same shape, so running optimisers, DDP and CUDA graphs go
-    on. Slots past the stored blocks are exactly 0, are never read and get no gradient.
+    on; only a layer on the tensor-core kernel keeps, in a graph, the pattern of its capture. Slots past the stored
+    blocks are exactly 0, are never read and get no gradient.
 
     Every tensor in the optimisers' state of ``values`` that has one entry per block is moved along: momentum and
     moments shaped like ``values``, factored moments of shape ``(capacity, block_out, 1)`` or ``(capacity, 1,

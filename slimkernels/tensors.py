@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from typing import TypeVar
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -86,12 +87,56 @@ class Checked:
 _Found = TypeVar("_Found", bound=tuple[Tensor | None, ...])
 
 
+def is_capturing(tensor: Tensor) -> bool:
+    """Whether a CUDA graph is being captured on the current stream, and the tensor is one that its kernels may read."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+# Where `keep_for_graphs` puts aliases: with each graph that `slimkernels.capture` is capturing, else with their owners.
+_GRAPHS_BEING_CAPTURED: list[list[Tensor]] = []
+_READ_BY_GRAPHS = WeakIdKeyDictionary()
+
+
+def keep_for_graphs(owner: Any, tensors: Iterable[Tensor]) -> None:
+    """Keeps the memory of tensors that a CUDA graph in capture reads; does nothing while none is captured.
+
+    A graph reads its tensors at their addresses. The user keeps those that they know of, weights say; this is for those
+    that this package makes behind the user's back and drops once something was written to: packs, and what follows from
+    a pattern. A graph of `slimkernels.capture` keeps them itself; for any other they stay as long as ``owner`` lives.
+
+    Args:
+        owner: a tensor or module that the user keeps for as long as the graph runs.
+        tensors: what the kernels read, those on the CPU passed over.
+    """
+    read = [tensor for tensor in tensors if is_capturing(tensor)]
+    if not read:
+        return
+    for kept in _GRAPHS_BEING_CAPTURED or [_READ_BY_GRAPHS.setdefault(owner, [])]:
+        known = {alias.untyped_storage().data_ptr() for alias in kept}
+        for tensor in read:
+            if tensor.untyped_storage().data_ptr() not in known:
+                known.add(tensor.untyped_storage().data_ptr())
+                kept.append(tensor.detach())
+
+
+@contextmanager
+def kept_with_a_graph() -> Iterator[list[Tensor]]:
+    """Collects what `keep_for_graphs` is given meanwhile, on any thread: a backward pass runs on threads of its own."""
+    kept: list[Tensor] = []
+    _GRAPHS_BEING_CAPTURED.append(kept)
+    try:
+        yield kept
+    finally:
+        # By identity: two empty lists are equal.
+        _GRAPHS_BEING_CAPTURED[:] = [other for other in _GRAPHS_BEING_CAPTURED if other is not kept]
+
+
 class Derived:
     """Keeps what was computed from tensors, so that calls with the same tensors need not compute it again.
 
     It is computed again, too, where somebody wrote to one of the tensors that were handed out, and dropped when the
     first of the tensors that it follows from dies. Inference tensors count no writes: with one of those among them,
-    every call computes.
+    every call computes. What is handed out while a CUDA graph is captured is kept for that, as `keep_for_graphs` says.
     """
 
     def __init__(self) -> None:
@@ -103,6 +148,7 @@ class Derived:
         if known is not None and known[0] == what:
             found: _Found = known[2]
             if all(map(Snapshot.holds, known[1], _tensors(*tensors, *found))):
+                keep_for_graphs(tensors[0], _tensors(*found))
                 return found
         found = compute()
         everything = _tensors(*tensors, *found)

@@ -13,13 +13,24 @@ from torch.utils import _pytree
 
 from slimkernels.capture import capture
 from slimkernels.inference.inputs import tensors
+from slimkernels.nn.stored_blocks import StoredBlocks
 
 
 @dataclass
 class _Captured:
+    """A graph, where it reads and writes, and the memory of the model's tensors, which it reads at their addresses.
+
+    Attributes:
+        packed: tensors of layers whose pack the graph reads: it would not see what is written to them.
+        writes: how many writes to those torch had counted when it was captured.
+    """
+
     graph: Any
     inputs: list[Tensor]
     outputs: Any
+    alive: list[Tensor]
+    packed: list[Tensor]
+    writes: int
 
 
 class CudaGraphs:
@@ -36,10 +47,11 @@ class CudaGraphs:
         self._last: Any = None
 
     def record(self, args: Any, kwargs: Any) -> Callable[..., Any]:
-        """One call captured; weights may change in place afterwards, a replaced or repacked one is not seen.
+        """One call captured; weights may change in place afterwards, a replaced one is not seen.
 
         Raises:
-            ValueError: the model cannot be captured.
+            ValueError: the model cannot be captured. In a call RuntimeError: a weight was written in place of which the
+                graph reads a packed copy.
         """
         leaves, spec = _pytree.tree_flatten((args, kwargs))
         leaves = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
@@ -53,10 +65,18 @@ class CudaGraphs:
                 line = (str(error).strip().splitlines() or ["no message"])[0]
                 raise ValueError(f"graphed: the model cannot be captured in a CUDA graph: {line}") from error
         self._pool = graph.pool()
-        captured = _Captured(graph, [leaf for leaf in leaves if isinstance(leaf, Tensor)], outputs)
+        alive = [tensor.detach() for tensor in (*self._model.parameters(), *self._model.buffers())]
+        packed = _packed_from(self._model)
+        inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        captured = _Captured(graph, inputs, outputs, alive, packed, _writes(packed))
         return lambda *args, **kwargs: self._replay(captured, args, kwargs)
 
     def _replay(self, captured: _Captured, args: Any, kwargs: Any) -> Any:
+        if captured.packed and _writes(captured.packed) != captured.writes:
+            raise RuntimeError(
+                "GraphedModel: expected the weights that were recorded, and a layer of which the graph reads a packed "
+                "copy has others since, which that does not see; record it again with graphed(model, example_inputs)"
+            )
         with self._lock, torch.inference_mode(False), torch.no_grad(), torch.cuda.device(self._device):
             stream = torch.cuda.current_stream()
             if self._last is not None:
@@ -69,3 +89,13 @@ class CudaGraphs:
                 outputs = _pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, outputs)
             self._last = stream.record_event()
         return outputs
+
+
+def _packed_from(model: nn.Module) -> list[Tensor]:
+    """The weights and patterns of block-sparse layers on a GPU that hold a pack, but inference tensors."""
+    layers = [m for m in model.modules() if isinstance(m, StoredBlocks) and m.prepacked]
+    return [t for layer in layers for t in layer._pack_follows() if not t.is_inference()]
+
+
+def _writes(packed: list[Tensor]) -> int:
+    return sum([tensor._version for tensor in packed])

@@ -18,8 +18,9 @@ from torch import Tensor
 from slimkernels.kernels import cuda, resident_plan
 from slimkernels.kernels import cuda_tensor_cores as tensor_cores
 from slimkernels.kernels.cuda_gradients import DOES_NOT_TAKE, check, check_config, weight_reason
+from slimkernels.kernels.gathered_packs import Places, gather, own_places, places_of, refuse_a_capture
 from slimkernels.kernels.packs import TensorCorePack
-from slimkernels.kernels.resident_plan import VARIANTS, Convolution, Plan, Shape, in_range
+from slimkernels.kernels.resident_plan import STEP_CHANNELS, VARIANTS, Convolution, Plan, Shape, in_range
 from slimkernels.kernels.transposed import PixelClass, class_pattern, pixel_classes, transpose_index
 from slimkernels.tensors import Derived
 
@@ -48,12 +49,6 @@ class DgradIndex(NamedTuple):
     blocks: Tensor
 
 
-class _Places(NamedTuple):
-    """Where in ``values`` each weight of the steps lies, in the order in which lanes hold them."""
-
-    places: Tensor
-
-
 class _Dgrad(NamedTuple):
     """How an input gradient runs: for each class of pixels that any tap meets its convolution and plan, or None."""
 
@@ -66,11 +61,6 @@ class _Dgrad(NamedTuple):
 # By the channels of a column, and whether for wgmma: what follows from a pattern is kept with it.
 _INDICES: defaultdict[int, Derived] = defaultdict(Derived)
 _PLACES: defaultdict[tuple[int, bool], Derived] = defaultdict(Derived)
-
-
-def _refuse_a_capture(op: str, crow: Tensor) -> None:
-    if crow.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(f"{op}: {tensor_cores.BEFORE_A_CAPTURE}")
 
 
 def _index(
@@ -92,7 +82,7 @@ def _index(
     block, capacity = (block_shape[1], block_shape[0]), col.numel()
 
     def compute() -> DgradIndex:
-        _refuse_a_capture(op, crow)
+        refuse_a_capture(op, crow)
         index = transposed
         if index is None:
             index = transpose_index(crow, col, weight_shape, block_shape, stride, dilation)
@@ -121,14 +111,12 @@ def _index(
 def _places(op: str, crow: Tensor, col: Tensor, index: DgradIndex, block_shape: Sequence[int], shape: Shape) -> Tensor:
     """int32 ``(steps, column * 16)``, kept with the pattern."""
 
-    def compute() -> _Places:
-        _refuse_a_capture(op, crow)
-        capacity, (high, wide) = col.numel(), block_shape
-        places = torch.arange(capacity * high * wide, dtype=torch.int32, device=col.device)
-        blocks = places.view(capacity, high, wide)[index.blocks.long()].transpose(1, 2)
-        parts = resident_plan.Index(*index[:4])
-        steps = resident_plan.steps_of(blocks, parts, (wide, high), shape.column)
-        return _Places(resident_plan.in_lane_order(steps, shape.wgmma))
+    def compute() -> Places:
+        refuse_a_capture(op, crow)
+        high, wide = block_shape
+        places = own_places((col.numel(), high, wide), col.device)
+        blocks = places[index.blocks.long()].transpose(1, 2)
+        return places_of(blocks, resident_plan.Index(*index[:4]), (wide, high), shape, STEP_CHANNELS)
 
     return _PLACES[shape.column, shape.wgmma].of(tuple(block_shape), (crow, col, *index), compute).places
 
@@ -291,8 +279,7 @@ def launch_dgrad(
     if sum(pair[0].out[0] * pair[0].out[1] for pair in found.plans if pair) < image[0] * image[1]:
         dx.zero_()  # some pixels meet no tap
     places = _places(op, crow, col, index, block_shape, VARIANTS[found.variant])
-    weights = values.new_zeros(places.shape[0] + 1, places.shape[1])
-    torch.index_select(values.detach().reshape(-1), 0, places.view(-1), out=weights[:-1].view(-1))
+    weights = gather(values, places)
     grad = grad.contiguous(memory_format=torch.channels_last)
     for i, (of, pair) in enumerate(zip(found.classes, found.plans, strict=True)):
         if pair is None:

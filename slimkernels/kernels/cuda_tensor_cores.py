@@ -15,17 +15,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from slimkernels.kernels import cuda, resident_plan
+from slimkernels.kernels import cuda, gathered_packs, resident_plan
+from slimkernels.kernels.gathered_packs import refuse_a_capture
 from slimkernels.kernels.packs import StemPack, TensorCorePack, kind_of
 from slimkernels.kernels.problems import ConvProblem, Pair, Problem, check_geometry
 from slimkernels.kernels.resident_plan import STEM_VARIANTS, TF32_VARIANTS, VARIANTS, Convolution, Index, Plan, Shape
 from slimkernels.kernels.tf32 import precision_reason, step_channels
-from slimkernels.tensors import Checked
+from slimkernels.tensors import Checked, is_capturing
 
 NAME = "bsr_conv2d__cuda_tensor_cores"
 _WGMMA_CAPABILITY = (9, 0)  # of the only processors that have wgmma
 _CONFIGS = frozenset({"variant", "slab", "stages", "overlap"})
-BEFORE_A_CAPTURE = "the weight must be packed before a CUDA graph is captured: call the layer once"
 _STEM_CHANNELS, _STEM_WORDS = 64, 1024  # kStemChannels and what kStemWordsOfThread allow in csrc/cuda/stem_conv2d.cuh
 
 
@@ -90,7 +90,7 @@ def _check_packed(
     key = (*weight_shape, *block_shape, column, depth)
     if _CHECKED.knows(key, group_start, taps, most_steps, crow, col):
         return
-    if crow.is_cuda and torch.cuda.is_current_stream_capturing():
+    if is_capturing(crow):
         return
     expected: Index = resident_plan.pack_index(crow, col, weight_shape, block_shape, column, depth)
     for got, name in ((group_start, "group_start"), (taps, "taps"), (most_steps, "most_steps")):
@@ -121,7 +121,8 @@ def chosen_variant(
 ) -> int:
     """The compiled shape that a weight runs on: one of its pack's column where there is a pack.
 
-    Without one, where there is a choice, the pattern is read: this waits for the device.
+    Without one, where there is a choice, the pattern is read: for one that was not met before this waits for the
+    device, and raises RuntimeError in a CUDA graph that is being captured.
     """
     limits, depth = _limits(values), step_channels(values.dtype)
     tf32 = values.dtype == torch.float32
@@ -131,11 +132,11 @@ def chosen_variant(
         fitting = tuple(v for v in found if VARIANTS[v].column * depth == pack.weights.shape[-1])
         if fitting:
             return resident_plan.choose_variant(fitting, lambda column: pack.most_steps, limits.shared_memory)
-    if values.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(f"bsr_conv2d: {BEFORE_A_CAPTURE}")
 
     def most_steps(column: int) -> Tensor:
-        return resident_plan.pack_index(crow_indices, col_indices, weight_shape, block_shape, column, depth).most_steps
+        return gathered_packs.index_of(
+            "bsr_conv2d", crow_indices, col_indices, weight_shape, block_shape, column, depth
+        ).most_steps
 
     return resident_plan.choose_variant(found, most_steps, limits.shared_memory)
 
@@ -155,9 +156,7 @@ def _packed_or_new(
         found = TensorCorePack(*packed)
         _check_packed(op, found, crow, col, values, weight_shape, block_shape, shape.column)
         return found
-    if values.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(f"{op}: {BEFORE_A_CAPTURE}")
-    return resident_plan.pack(values, crow, col, weight_shape, block_shape, shape)
+    return gathered_packs.pack(op, values, crow, col, weight_shape, block_shape, shape)
 
 
 def launch_bsr_conv2d(
@@ -184,10 +183,12 @@ def launch_bsr_conv2d(
         crow_indices: its row pointers, validated when the weight was built.
         col_indices: its block columns, validated when the weight was built.
         bias: ``(C_out,)`` or None.
-        packed: what `pack` returned for this weight, or anything else: then it is packed in this call.
+        packed: what `pack` returned for this weight, or anything else: then it is packed in this call, by one gather
+            whose places are kept with the pattern.
         epilogue: ``none``, ``relu`` or ``relu_maxpool2``.
         config: ``slab`` and ``stages`` of the ring; ``variant`` of `resident_plan.VARIANTS`; ``overlap`` 1 lets the
-            kernel begin while the one in front of it ends, which must not have written the packed weight.
+            kernel begin while the one in front of it ends, which must not have written ``packed``; a weight that is
+            packed in this call waits.
 
     Returns:
         ``(N, C_out, P, Q)``, pooled where asked for, channels_last, on torch's current stream. Float32 is multiplied in
@@ -197,7 +198,8 @@ def launch_bsr_conv2d(
     Raises:
         ValueError, TypeError: a shape, device or dtype does not fit, or a block row's weights do not fit shared memory;
             float32 while ``torch.backends.cudnn.conv.fp32_precision`` is not "tf32".
-        RuntimeError: the kernel cannot run here, or CUDA reports an error.
+        RuntimeError: the kernel cannot run here, CUDA reports an error, or a CUDA graph is being captured, there is no
+            pack, and the pattern was not met before.
     """
     op, config = "bsr_conv2d", config or {}
     module = cuda._module(op, x, values=values, crow_indices=crow_indices, col_indices=col_indices, bias=bias)
@@ -259,7 +261,9 @@ def launch_bsr_conv2d(
             f"{op}: expected block rows whose weights fit {_limits(x).shared_memory} bytes of shared memory, "
             f"got one of {int(weight.most_steps[0])} steps of {step} weights"
         )
-    run(op, module, conv, plan, x, y, bias, weight, epilogue, config.get("overlap", 0))
+    # The kernel in front of this one has only just written a pack that was made in this call.
+    overlap = config.get("overlap", 0) if packed and weight.weights is packed[0] else 0
+    run(op, module, conv, plan, x, y, bias, weight, epilogue, overlap)
     return y
 
 
@@ -360,7 +364,8 @@ def launch_stem_conv2d(
         crow_indices: its row pointers, as `launch_bsr_conv2d` takes them.
         col_indices: its block columns, as `launch_bsr_conv2d` takes them.
         bias: of the second convolution, ``(C_out,)`` or None.
-        packed: what `pack_stem` returned for both weights, or anything else: then they are packed in this call.
+        packed: what `pack_stem` returned for both weights, or anything else: then they are packed in this call, which
+            waits for the device and is refused while a CUDA graph is captured.
         epilogue: of the second convolution.
         config: ``variant`` of `resident_plan.STEM_VARIANTS`; ``overlap`` as `launch_bsr_conv2d` has it.
 
@@ -416,6 +421,7 @@ def launch_stem_conv2d(
             raise ValueError(f"{op}: expected packed first weights (2, 1024) of {x.dtype}, got {tuple(first.shape)}")
         _check_packed(op, pack.second, crow, col, values, weight_shape, block_shape, shape.column)
     else:
+        refuse_a_capture(op, values)
         pack = pack_stem(first_weight, values, crow, col, weight_shape, block_shape, variant)
     first, weight = pack.first, pack.second
     steps = int(weight.most_steps[0])

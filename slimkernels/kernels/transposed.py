@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from slimkernels.kernels.problems import Pair
-from slimkernels.tensors import Checked
+from slimkernels.tensors import Checked, is_capturing
 
 
 def _sizes(weight_shape: Sequence[int], block_shape: Sequence[int], stride: Sequence[int]) -> tuple[int, int, int, int]:
@@ -97,7 +97,7 @@ def check_transposed(
     key = (*weight_shape, *block_shape, *stride, *dilation)
     if _CHECKED.knows(key, transposed, crow_indices, col_indices):
         return
-    if transposed.is_cuda and torch.cuda.is_current_stream_capturing():
+    if is_capturing(transposed):
         return
     expected = transpose_index(crow_indices, col_indices, weight_shape, block_shape, stride, dilation)
     if not torch.equal(transposed, expected):

@@ -36,6 +36,7 @@ from slimkernels.ops.library import (
     run,
     with_channels_last_strides,
 )
+from slimkernels.tensors import keep_for_graphs
 
 _CHANNELS_LAST = torch.channels_last
 _BSRCall = BSRConv2dCall | BSRConv2dBackwardCall | BSRLinearCall
@@ -110,12 +111,14 @@ def _check_linear(call: BSRLinearCall) -> None:
 def _check_contents(op: str, call: BSRConv2dCall | BSRLinearCall) -> None:
     """Reads the indices, and an order of the Triton kernels, unless these very tensors were read before.
 
-    The kernels follow them without a check of their own. Other packs are checked by the launchers of their kernels.
+    The kernels follow them without a check of their own. Other packs are checked by the launchers of their kernels. A
+    module drops and makes packs anew, so what a captured CUDA graph reads of them is kept here.
     """
     pattern = call.crow_indices, call.col_indices, call.weight_shape, (call.block_shape[0], call.block_shape[1])
     check_pattern(op, *pattern)
     if kind_of(call.packed) is ForwardOrder:
         check_order(op, call.packed[0], *pattern)
+    keep_for_graphs(call.crow_indices, call.packed)
 
 
 def _check_known_pattern(op: str, call: BSRConv2dCall | BSRLinearCall) -> None:
@@ -188,6 +191,7 @@ def _bsr_conv2d_backward(call: BSRConv2dBackwardCall) -> tuple[Tensor, Tensor, T
     check_pattern(op, *pattern)
     if call.transposed is not None and need_x:
         check_transposed(op, call.transposed, *pattern, call.stride, call.dilation)
+        keep_for_graphs(call.crow_indices, [call.transposed])
 
     def launch(op: str, *args: Any) -> Tensor:
         request = Request(op, x.dtype, x.device.type, block, "none")

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +16,7 @@ from torch import nn
 import slimkernels as sk
 from slimkernels import tuning
 from slimkernels.dispatch.select import choose
-from slimkernels.inference import GraphedModel, problem_of
+from slimkernels.inference import GraphedModel, cuda_graph, problem_of
 from slimkernels.kernels import KERNELS
 
 
@@ -87,6 +92,53 @@ def gpu_net() -> nn.Module:
 
 def cuda_images(n: int) -> torch.Tensor:
     return images(n, "cuda", torch.bfloat16)
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Records a CPU model, with a call of the model in the place of a CUDA graph's replay."""
+
+    def captured(call: Any, **_: Any) -> tuple[Any, Any]:
+        outputs = call()
+        return SimpleNamespace(replay=lambda: outputs.copy_(call()), pool=lambda: None), outputs
+
+    monkeypatch.setattr(cuda_graph, "capture", captured)
+    monkeypatch.setattr(torch.cuda, "device", lambda *_: nullcontext())
+    stream = SimpleNamespace(wait_event=lambda event: None, record_event=lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: stream)
+    return lambda model, x: cuda_graph.CudaGraphs(model, torch.device("cuda", 0), 1, True).record((x,), {})
+
+
+def test_a_graph_keeps_the_memory_of_its_model(graphs) -> None:
+    """What it reads at fixed addresses: weights that are moved, packs that are dropped."""
+    model = pruned_net()
+    replay = graphs(model, images(1))
+    tensors = (*model.parameters(), *model.buffers())
+    memory = [weakref.ref(tensor.untyped_storage()) for tensor in tensors if tensor.is_floating_point()]
+    packs = sum(name.rpartition(".")[2].startswith("packed_") for name, _ in model.named_buffers())
+    assert packs == 9
+    del tensors
+    model.double()
+    gc.collect()
+    assert all(storage() is not None for storage in memory)
+    del replay, model  # whose chains know the packs that it had until they run again
+    gc.collect()
+    assert all(storage() is None for storage in memory)
+
+
+def test_a_graph_with_a_packed_layer_refuses_once_its_weight_was_written(graphs) -> None:
+    model = pruned_net()
+    replay = graphs(model, images(1))
+    with torch.no_grad():
+        model[0].bias.add_(1)  # read where it lies
+    torch.testing.assert_close(replay(images(1)), model(images(1)))
+    for tensor in (model[3].values, model[6].col_indices):
+        replay = graphs(model, images(1))
+        with torch.no_grad():
+            tensor.mul_(1)
+        with pytest.raises(RuntimeError, match="GraphedModel: expected the weights that were recorded, and a layer of"):
+            replay(images(1))
+        model.eval()  # packed anew
 
 
 @pytest.mark.gpu

@@ -21,7 +21,7 @@ MAX_LINES = 475
 CHAIN = (
     "__main__", "cli", "recipes", "data", "compress", "checkpoint, inference", "conversion, tuning",
     "pattern, builders", "models", "nn", "ops", "dispatch", "kernels", "_extension, formats",
-    "capture, files, timing, tensors, progress", "env",
+    "capture, files, timing, progress", "tensors", "env",
 )  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(CHAIN) for name in names.split(", ")}
 # For tests and benchmarks: nothing else in the package imports them, and they import no more than this.
@@ -73,7 +73,7 @@ PACKAGES = {
     "kernels": (
         "__init__", "cuda_chain, cuda_input_gradient", "cuda_gradients", "peak, cudnn, cuda_low_rank",
         "cuda_tensor_cores",
-        "cpu, cuda, triton", "reference, strips, chain_plan, low_rank_plan", "resident_plan",
+        "cpu, cuda, triton", "reference, strips, chain_plan, low_rank_plan, gathered_packs", "resident_plan",
         "far_taps, image_parts, tf32, transposed", "packs, problems, strided_pointwise",
     ),
     "kernels/cpu": (

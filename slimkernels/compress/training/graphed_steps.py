@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from slimkernels.capture import capture
 from slimkernels.compress.training.callbacks import Callback
+from slimkernels.kernels.cuda_tensor_cores import NAME as TENSOR_CORES
+from slimkernels.nn.stored_blocks import StoredBlocks
 
 # Calls without a graph before the first capture: libraries choose their algorithms and allocate their workspaces.
 EAGER_STEPS = 3
@@ -41,7 +43,8 @@ class GraphedSteps:
 
     Passes are of a kind when their batches have the same sizes and nothing that Python decides has changed: modules and
     their modes, which parameters are trained, where every tensor lies, and what the callbacks say (`Callback.variant`).
-    Values may change, masks among them. One graph is kept for each size of batch.
+    Values may change, masks among them, and patterns, but for those of layers on the tensor-core kernel: after one of
+    these changed, a pass runs without a graph and the next is captured. One graph is kept for each size of batch.
 
     Args:
         name: begins the message of an error.
@@ -62,6 +65,7 @@ class GraphedSteps:
         self._step, self._backward, self._callbacks = step, backward, callbacks
         self._graphs: dict[Hashable, tuple[Hashable, _Graph]] = {}
         self._seen: dict[Hashable, int] = {}
+        self._met: Hashable = None  # the patterns of the last pass without a graph
 
     def __call__(self, batch: list[Tensor]) -> Tensor:
         """The loss of a batch, detached; gradients are left in the parameters.
@@ -71,9 +75,11 @@ class GraphedSteps:
         """
         size = tuple((part.shape, part.dtype) for part in batch)
         self._seen[size] = self._seen.get(size, 0) + 1
-        if self._seen[size] <= EAGER_STEPS:
+        patterns = self._patterns()
+        if self._seen[size] <= EAGER_STEPS or patterns != self._met:
+            self._met = patterns
             return self._backward(batch)
-        state = self._state()
+        state = self._state(), patterns
         known, graph = self._graphs.get(size, (None, None))
         if graph is None or known != state:
             self._graphs.pop(size, None)
@@ -98,3 +104,11 @@ class GraphedSteps:
         tensors = (*self._step.parameters(), *self._step.buffers())
         places = tuple((tensor.data_ptr(), tensor.requires_grad) for tensor in tensors)
         return modules, places, tuple(callback.variant() for callback in self._callbacks)
+
+    def _patterns(self) -> Hashable:
+        """How often the patterns were written that a captured pass holds fixed; Triton's kernels read theirs anew.
+
+        What follows from a new one waits for the GPU, which a capture cannot do.
+        """
+        layers = [m for m in self._step.modules() if isinstance(m, StoredBlocks) and m.kernel == TENSOR_CORES]
+        return tuple((layer.crow_indices._version, layer.col_indices._version) for layer in layers)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from slimkernels.kernels.triton.runtime import cdiv
-from slimkernels.tensors import Checked, version
+from slimkernels.tensors import Checked, is_capturing, keep_for_graphs, version
 
 
 def _block_rows(crow_indices: Tensor, capacity: int) -> Tensor:
@@ -161,7 +161,7 @@ def check_order(
     key = (*weight_shape, *block_shape)
     if _CHECKED.knows(key, order, crow_indices, col_indices):
         return
-    if order.is_cuda and torch.cuda.is_current_stream_capturing():
+    if is_capturing(order):
         return
     shape = (*weight_shape, 1, 1)[:4]
     if order.device != crow_indices.device or not torch.equal(
@@ -175,10 +175,20 @@ _SHARED = WeakIdKeyDictionary()
 
 
 def remembered_shared_input(crow_indices: Tensor, col_indices: Tensor, rows: int) -> list[Tensor]:
-    """`shared_input`, built once for a `col_indices` tensor that lives on unchanged."""
+    """`shared_input`, built once for a `col_indices` tensor that lives on unchanged.
+
+    Raises:
+        RuntimeError: it would have to be built while a CUDA graph is captured.
+    """
     state = (rows, crow_indices.data_ptr(), version(crow_indices), col_indices.data_ptr(), version(col_indices))
     known = _SHARED.get(col_indices)
     if known is None or known[0] != state:
+        if is_capturing(col_indices):
+            raise RuntimeError(
+                "bsr_conv2d: the order of the input-sharing kernel must be made before a CUDA graph is captured: call "
+                "the layer once with this pattern"
+            )
         known = state, shared_input(crow_indices, col_indices, rows)
         _SHARED[col_indices] = known
+    keep_for_graphs(col_indices, known[1])
     return known[1]
