@@ -101,13 +101,18 @@ def open_model(
     """
     if is_own(model):
         assert model is not None
-        stem = weights.name.split(".")[0] if weights is not None else model.rpartition(":")[2]
+        stem = _stem(weights) if weights is not None else model.rpartition(":")[2]
         return Opened(build_own(model, options, weights), model, True, num_classes, None, stem)
     if weights is None:
         raise ValueError(f"{command}: expected a file of weights, or --model FILE.py:NAME, a model of your own")
     network, name, classes, description = load_model(weights, model, num_classes, options=options)
     builder = {"model": name, "num_classes": classes, "options": dict(description.options) or dict(options or {})}
-    return Opened(network, name, False, classes, builder, weights.name.split(".")[0])
+    return Opened(network, name, False, classes, builder, _stem(weights))
+
+
+def _stem(weights: Path) -> str:
+    """The name of a file of weights without what the commands append; dots in the name itself stay."""
+    return weights.stem.removesuffix(".compressed").removesuffix(".distilled")
 
 
 def example_batches(

@@ -41,8 +41,14 @@ def _batches(recorded: Any, given: Any) -> tuple[int | None, int | None]:
     return recorded[0][0], given[0][0]
 
 
-def filled_up(args: Any, kwargs: Any, recorded: Any) -> tuple[Any, Any]:
-    """Inputs with zeros behind them, in the sizes of the recorded signature that `fitting` found."""
+def filled_up(args: Any, kwargs: Any, recorded: Any, noise: bool = False) -> tuple[Any, Any]:
+    """Inputs with zeros behind them, in the sizes of the recorded signature that `fitting` found.
+
+    Args:
+        noise: random numbers behind floating-point inputs instead, the same in every call; behind others zeros, since
+            they may be places in a table.
+    """
+    generator = torch.Generator().manual_seed(0)
     leaves, spec = _pytree.tree_flatten((args, kwargs))
     for i, (value, part) in enumerate(zip(leaves, recorded[0])):
         if isinstance(value, Tensor) and tuple(value.shape) != part[0]:
@@ -50,6 +56,9 @@ def filled_up(args: Any, kwargs: Any, recorded: Any) -> tuple[Any, Any]:
             layout = torch.channels_last if images else torch.contiguous_format
             whole = torch.zeros(part[0], dtype=value.dtype, device=value.device).contiguous(memory_format=layout)
             whole[: value.shape[0]] = value
+            if noise and value.dtype.is_floating_point:
+                rest = whole[value.shape[0] :]
+                rest.copy_(torch.randn(rest.shape, generator=generator))
             leaves[i] = whole
     return _pytree.tree_unflatten(leaves, spec)
 

@@ -79,8 +79,10 @@ def _longest_chain(
     """The most nodes from ``running[start]`` on that make a chain; none where that one is not native.
 
     A pooling begins none: what it reads would have to be copied into the chain's layout, and is larger than its output.
+    Layers that run with images innermost alone make no chain with those that cannot.
     """
     nodes: list[Node] = []
+    innermost_alone, innermost = False, True
     read: set[Node] = set()  # the ops of the chain that read, and what they absorbed
     longest = 0
     open_values: dict[Node, set[Node]] = {}  # by node of the chain, who reads its value outside of the chain so far
@@ -88,6 +90,10 @@ def _longest_chain(
         if node not in native or (nodes and not _joins(graph, native, nodes, node)):
             break
         if not nodes and isinstance(native[node].layers[0], Pooling):
+            break
+        innermost_alone |= any(layer.conv.narrow for layer in native[node].layers)
+        innermost &= _takes_images_innermost(graph, native[node])
+        if innermost_alone and not innermost:
             break
         nodes.append(node)
         found = native[node]
@@ -100,6 +106,16 @@ def _longest_chain(
         if not any(readers for other, readers in open_values.items() if other is not node):
             longest = len(nodes)
     return nodes[:longest]
+
+
+def _takes_images_innermost(graph: SampledGraph, found: NativeNode) -> bool:
+    """Whether the kernels of a native node run on its images with a vector of them innermost."""
+    size = tuple(graph.values[found.source].shape[2:]) if found.images else (1, 1)
+    for layer in found.layers:
+        if not layer.conv.takes_images_innermost(*size):
+            return False
+        size = layer.output_size(*size)
+    return True
 
 
 def _joins(graph: SampledGraph, native: Mapping[Node, NativeNode], nodes: Sequence[Node], node: Node) -> bool:

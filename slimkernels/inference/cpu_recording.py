@@ -23,7 +23,7 @@ from slimkernels.inference.inputs import tensors
 from slimkernels.inference.native_layers import images_or_rows, laid_out
 from slimkernels.inference.sampled_graph import SampledGraph, sample, values_of_arguments
 from slimkernels.kernels.cpu.chain import Form
-from slimkernels.kernels.cpu.memory import Placement, copy_side_by_side, huge_pages, place
+from slimkernels.kernels.cpu.memory import Placement, copy_side_by_side, huge_pages, own_copy, place
 from slimkernels.kernels.cpu.steps import Step, Steps
 
 
@@ -36,8 +36,9 @@ class Recording:
         calls: the number of kernels that they run.
         inputs: where the steps read.
         outputs: where the steps write; an output that is no tensor stands here as it is.
-        workspace_bytes: memory of the intermediate tensors.
-        weight_bytes: memory of the packed weights.
+        workspace: memory of inputs, outputs and intermediate tensors.
+        workspace_bytes: how many of its bytes are used.
+        weight_bytes: memory of the packed weights and of the biases behind them.
         chains: of each chain of native layers its number of layers and its form, in order.
     """
 
@@ -45,18 +46,38 @@ class Recording:
     calls: int
     inputs: list[Tensor]
     outputs: list[Any]
+    workspace: Tensor
     workspace_bytes: int
     weight_bytes: int
     chains: list[tuple[int, str]]
 
 
-def record(program: Any, inputs: Sequence[Tensor], measure: bool = True) -> Recording:
+class Copies:
+    """Copies of what torch's own ops read of a model: its weights as they are now, whatever becomes of the model.
+
+    Recordings of one model share them, while it does not change.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Any, tuple[Tensor, Tensor]] = {}
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The copy of a tensor, made once."""
+        key = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+        # The original is kept as well: no other tensor may come to lie at its address.
+        if key not in self._known:
+            self._known[key] = tensor, own_copy(tensor)
+        return self._known[key][1]
+
+
+def record(program: Any, inputs: Sequence[Tensor], measure: bool = True, copies: Copies | None = None) -> Recording:
     """Records what `torch.export` captured, for inputs as these.
 
     Args:
         program: what was captured.
         inputs: values of its inputs.
         measure: take the fastest form of each chain by measurement.
+        copies: of the model's weights that other recordings have.
     """
     signature = program.graph_signature
     stored = dict(program.state_dict) | dict(program.constants)
@@ -67,10 +88,12 @@ def record(program: Any, inputs: Sequence[Tensor], measure: bool = True) -> Reco
     if measure:
         chains = in_fastest_forms(graph, chains)
     placement = place(lifetimes(graph, chains))
-    return bind(graph, chains, placement)
+    return bind(graph, chains, placement, copies)
 
 
-def bind(graph: SampledGraph, chains: Sequence[GraphChain], placement: Placement) -> Recording:
+def bind(
+    graph: SampledGraph, chains: Sequence[GraphChain], placement: Placement, copies: Copies | None = None
+) -> Recording:
     """The calls of a graph on a workspace of their own; each runs once meanwhile, on the example inputs.
 
     Chains that follow each other without another op in between run as one call, unless threads at different chains
@@ -78,13 +101,15 @@ def bind(graph: SampledGraph, chains: Sequence[GraphChain], placement: Placement
 
     Args:
         placement: of the `lifetimes` of this graph and these chains.
+        copies: of the weights that other recordings have.
     """
     workspace = huge_pages(placement.nbytes)
     memory = {name: workspace[where] for name, where in placement.ranges.items()}
     chains, weight_bytes = _with_weights_side_by_side(chains)
     chain_of = {chain.nodes[-1]: chain for chain in chains}
     inside = {node for chain in chains for node in chain.inside}
-    calls = _Calls()
+    in_packs = {reader for chain in chains for reader in chain.readers}
+    calls, copies = _Calls(), copies or Copies()
     values: dict[Node, Any] = {}
     inputs: list[Tensor] = []
     outputs: list[Any] = []
@@ -94,7 +119,8 @@ def bind(graph: SampledGraph, chains: Sequence[GraphChain], placement: Placement
             # For mypy: the argument of an output node is a sequence.
             outputs = [values[n] if isinstance(n, Node) else n for n in node.args[0]]  # type: ignore[union-attr]
         elif node in graph.constants:
-            values[node] = sampled
+            read = isinstance(sampled, Tensor) and not in_packs.issuperset(node.users)
+            values[node] = copies.of(sampled) if read else sampled
         elif node.op == "placeholder":
             values[node] = _tensor_in(memory[node], _in_layout_of_readers(node, chains, sampled)).copy_(sampled)
             inputs.append(values[node])
@@ -116,7 +142,7 @@ def bind(graph: SampledGraph, chains: Sequence[GraphChain], placement: Placement
                 calls.add(_ops_step(node.target, args, kwargs, tensors(values[node])))
     calls.flush()
     forms = [(len(found.chain.links), found.chain.form.value) for found in chains]
-    return Recording(calls.steps, calls.count, inputs, outputs, placement.nbytes, weight_bytes, forms)
+    return Recording(calls.steps, calls.count, inputs, outputs, workspace, placement.nbytes, weight_bytes, forms)
 
 
 class _Calls:

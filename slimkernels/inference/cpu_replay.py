@@ -19,13 +19,13 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree
 
 from slimkernels.inference.batches import same
-from slimkernels.inference.cpu_recording import record
+from slimkernels.inference.cpu_recording import Copies, record
 
 
 class Replay:
     """A CPU model recorded for inputs of one shape; calling it runs the recording.
 
-    Weights are taken as they are when recording; later changes of the model are not seen. Branches that depend on the
+    Weights are copied as they are when recording; later changes of the model are not seen. Branches that depend on the
     values of tensors cannot be recorded. One call at a time: threads that share a recording wait for each other, since
     they would share its workspace.
 
@@ -38,11 +38,13 @@ class Replay:
             a chain below a millisecond. Off, the sizes of the layers decide. A recording computes the same in every
             call. Two recordings whose forms differ may differ in the last bits, since small tiles of pixels have
             several accumulators: switch the measuring off where that matters.
+        copies: the weights that torch's own ops read, of other recordings of this model, which has not changed since.
 
     Attributes:
         calls: the number of kernel calls of one run.
         workspace_bytes: memory of inputs, outputs and intermediates.
-        weight_bytes: memory of packed weights.
+        weight_bytes: memory of packed weights and of the biases behind them. Weights that torch's own ops read are
+            copied beside them, once for all recordings of a `graphed` model.
         chains: of each chain of native layers its number of layers and the form in which it runs, in order.
 
     Raises:
@@ -59,16 +61,22 @@ class Replay:
         *,
         copy_outputs: bool = True,
         measure: bool = True,
+        copies: Copies | None = None,
     ) -> None:
         inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
         _check_arguments(model, inputs)
-        # A recorded input has memory of its own, without elements that share an address and without gaps.
-        inputs = tuple(x if torch.empty_like(x).stride() == x.stride() else x.contiguous() for x in inputs)
         self._lock, self._copy_outputs = threading.Lock(), copy_outputs
-        with torch.no_grad():
+        # Memory that was made in inference mode could be written to in inference mode alone.
+        with torch.inference_mode(False), torch.no_grad():
+            # A recorded input has memory of its own, without elements that share an address and without gaps. Each is a
+            # tensor of its own, too: torch.export takes one that comes twice for one input.
+            inputs = tuple(
+                x.detach() if torch.empty_like(x).stride() == x.stride() else x.detach().contiguous() for x in inputs
+            )
             program = _capture(model, inputs)
-            recording = record(program, inputs, measure)
+            recording = record(program, inputs, measure, copies)
             self._inputs, self._outputs, self._steps = recording.inputs, recording.outputs, recording.steps
+            self._workspace = recording.workspace.untyped_storage().data_ptr()
             self._spec = program.call_spec.out_spec
             self.calls, self.chains = recording.calls, recording.chains
             self.workspace_bytes, self.weight_bytes = recording.workspace_bytes, recording.weight_bytes
@@ -104,6 +112,9 @@ class Replay:
             if given.dtype != recorded.dtype or given.device != recorded.device:
                 found, wanted = (f"{t.dtype} on {t.device}" for t in (given, recorded))
                 raise TypeError(f"Replay: expected input {i} of {wanted}, got {found}")
+        if not self._copy_outputs:
+            # The output of the call before may lie where an input is written to, before it is read.
+            inputs = tuple(x.clone() if x.untyped_storage().data_ptr() == self._workspace else x for x in inputs)
         with self._lock:
             for given, recorded in zip(inputs, self._inputs):
                 recorded.copy_(given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -35,10 +36,20 @@ def tensors(tree: Any) -> list[Tensor]:
 
 
 def signature(args: Any, kwargs: Any) -> Any:
-    """Hashable: structure, shapes, dtypes and devices of a call's inputs; other values as they are."""
+    """Hashable: structure, shapes, dtypes and devices of a call's inputs; other values as they are, with their types.
+
+    Raises:
+        TypeError: a value that is no tensor and has no hash, such as an array of NumPy.
+    """
     leaves, spec = _pytree.tree_flatten((args, kwargs))
     parts = tuple((tuple(v.shape), v.dtype, str(v.device)) if isinstance(v, Tensor) else v for v in leaves)
-    return parts, str(spec)
+    for part in parts:
+        if not isinstance(part, Hashable):
+            raise TypeError(
+                f"graphed: expected inputs of tensors and of values that can be compared, got a {type(part).__name__}"
+            )
+    # 1, True and 1.0 are equal.
+    return parts, f"{spec} {[type(v).__qualname__ for v in leaves if not isinstance(v, Tensor)]}"
 
 
 def describe(key: Any) -> str:

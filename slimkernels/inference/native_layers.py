@@ -76,7 +76,17 @@ def native_layers(target: Any, args: Sequence[Any]) -> Sequence[NativeLayer | Po
     assert spec.isa is not None
     layers = builders[target](spec.isa, op, given)
     # What follows the sum belongs to the last of several factors.
-    return [*layers[:-1], replace(layers[-1], epilogue=given["epilogue"], bias=given["bias"])]
+    layers = [*layers[:-1], replace(layers[-1], epilogue=given["epilogue"], bias=given["bias"])]
+    return layers if _take(layers, x.shape[2:] if reads_images(target) else (1, 1)) else []
+
+
+def _take(layers: Sequence[NativeLayer], size: Sequence[int]) -> bool:
+    """Whether the kernels hold images of this size, one layer behind the other; where not, the op runs another one."""
+    for layer in layers:
+        if not layer.conv.takes_images(size[0], size[1]):
+            return False
+        size = layer.output_size(size[0], size[1])
+    return True
 
 
 def _pooling(target: Any, args: Sequence[Any]) -> list[Pooling]:

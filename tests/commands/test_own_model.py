@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import slimkernels as sk
 from slimkernels.builders import built_on_meta
 from slimkernels.cli import app as cli
+from slimkernels.cli.own_model import open_model
 from slimkernels.models import vgg_digits
 
 OWN = """
@@ -61,6 +62,23 @@ def test_a_function_of_the_users_own_is_converted(own: Path, tmp_path: Path) -> 
     torch.save({key: value + 1 for key, value in torch.nn.Sequential(*_own_layers(32)).state_dict().items()}, weights)
     run("convert", weights, "--model", f"{own}:ready", "--without-shapes", "--out", out)
     assert bool((sk.load(out, into=torch.nn.Sequential(*_own_layers(32)))[0].bias > 0.5).all())
+
+
+@pytest.mark.parametrize(
+    ("weights", "stem"),
+    [
+        ("vgg.0.9.safetensors", "vgg.0.9"),
+        ("vgg.0.95.compressed.safetensors", "vgg.0.95"),
+        ("net v2.distilled.pt", "net v2"),
+        (".hidden.pt", ".hidden"),
+    ],
+)
+def test_files_of_different_names_become_files_of_different_names(
+    weights: str, stem: str, own: Path, tmp_path: Path
+) -> None:
+    """Dots in a name are a part of it: the file of another sparsity is not overwritten."""
+    torch.save(torch.nn.Sequential(*_own_layers(32)).state_dict(), tmp_path / weights)
+    assert open_model("convert", tmp_path / weights, f"{own}:build").stem == stem
 
 
 def _own_layers(width: int) -> list[torch.nn.Module]:

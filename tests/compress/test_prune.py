@@ -445,6 +445,15 @@ def test_finalize_refuses_a_stacked_parametrization_and_changes_nothing():
     assert set(masks(net)) == {"2", "4", "7"} and isinstance(net[2].parametrizations.weight[0], BlockMask)
 
 
+def test_finalizing_leaves_parameters_in_their_order():
+    """Optimisers and hand-written averages go through parameters by place."""
+    net = small_net()
+    before = [(name, id(parameter)) for name, parameter in net.named_parameters()]
+    finalize_(prune_(net, 0.5, (8, 1)))
+    assert [(name, id(parameter)) for name, parameter in net.named_parameters()] == before
+    assert list(net.state_dict()) == [name for name, _ in before]
+
+
 def test_finalizing_a_copy_leaves_the_original_masked():
     model = nn.Sequential(nn.Conv2d(4, 16, 3), nn.Conv2d(16, 32, 3))
     prune_(model, sparsity=0.5, block_shape=(16, 1))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import slimkernels as sk
+from slimkernels.inference.inputs import signature
 
 
 def model() -> nn.Module:
@@ -59,16 +60,16 @@ def test_smaller_batches_run_on_the_next_larger_recording_and_larger_ones_on_the
             y = served(images(n))
             assert y.shape == (n, 5)
             close(y, net(images(n)))
-    assert (two.calls, four.calls, eight.calls) == (1, 3, 2)
+    assert (two.calls, four.calls, eight.calls) == (2, 4, 4)  # two trials for each new size
     with pytest.warns(UserWarning, match="the model itself runs it; record this shape, or a larger batch of it"):
         close(served(images(9)), net(images(9)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         close(served(images(2, size=10)), net(images(2, size=10)))
         assert served(images(0)).shape == (0, 5)
-    assert (two.calls, four.calls, eight.calls) == (1, 3, 2)
+    assert (two.calls, four.calls, eight.calls) == (2, 4, 4)
     close(served(images(8)), net(images(8)))
-    assert eight.calls == 3
+    assert eight.calls == 5
 
 
 class Mixing(nn.Module):
@@ -95,6 +96,22 @@ def test_padding_that_would_change_results_is_not_used() -> None:
     assert four.calls == 1  # the trial alone
 
 
+def test_a_first_call_with_zeros_shows_that_a_model_mixes_its_images() -> None:
+    net = Mixing().eval()
+    served = sk.graphed(net, images(4))
+    with pytest.warns(UserWarning, match="padding changes its outputs, so the model runs it"):
+        served(torch.zeros_like(images(3)))
+    close(served(images(3)), net(images(3)))
+
+
+def test_signatures_tell_values_of_other_types_apart() -> None:
+    keys = [signature((images(1), value), {}) for value in (1, True, 1.0)]
+    assert len(set(keys)) == 3 and all(key[0][1] == 1 for key in keys)
+    served = sk.graphed(model(), images(4))
+    with pytest.raises(TypeError, match="got a ndarray"):
+        served(images(4).numpy())
+
+
 def test_several_inputs_are_padded_together() -> None:
     net = Several().eval()
     scale = torch.randn(2)  # as many numbers as the smaller batch has images
@@ -109,12 +126,12 @@ def test_several_inputs_are_padded_together() -> None:
         for name in ("sum", "scale"):
             close(got[name], expected[name])
         close(got["rows"][0], expected["rows"][0])
-    assert four.calls == 3
+    assert four.calls == 4
     with pytest.raises(RuntimeError, match="must match the size"):
         served(images(2), torch.randn(3), scale)  # batches that differ: the model's own error
     with pytest.warns(UserWarning, match="the model itself runs it"):
         assert torch.equal(served(images(2), y, torch.ones(1))["scale"], 2 * torch.ones(1))
-    assert four.calls == 3
+    assert four.calls == 4
 
 
 def test_other_shapes_may_always_run_the_model_or_be_refused() -> None:

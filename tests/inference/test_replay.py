@@ -10,6 +10,7 @@ import sys
 import threading
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,9 @@ from torch import Tensor, nn
 import slimkernels as sk
 from slimkernels.inference import GraphedModel, Replay
 from slimkernels.inference import cpu_replay as replay_module
+from slimkernels.inference.cpu_recording import Copies
+from slimkernels.kernels.cpu.memory import own_copy
+from slimkernels.nn import BlockSparseConv2d
 
 
 def converted(*layers: nn.Module, sparsity: float = 0.75) -> nn.Module:
@@ -55,6 +59,105 @@ def test_outputs_equal_the_models(batch: int, layout: torch.memory_format) -> No
         x = images(batch, seed=seed)
         with torch.no_grad():
             torch.testing.assert_close(replay(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("write", ["in place", "through .data", "another storage", "state dict"])
+def test_what_is_written_to_the_model_is_not_seen(write: str) -> None:
+    """Packed weights, biases of native layers and the weights of torch's own ops, in every recording of a model."""
+    model = vgg_like()
+    served = sk.graphed(model, [images(2), images(1)])
+    assert {type(m).__name__ for m in model.modules()} >= {"Conv2d", "BlockSparseConv2d"}
+    x = images(2, seed=4)
+    expected = served(x), served(x[:1])
+    with torch.no_grad():
+        if write == "state dict":
+            changed = {name: t + 1 if t.is_floating_point() else t for name, t in model.state_dict().items()}
+            model.load_state_dict(changed)
+        for parameter in model.parameters():
+            if write == "in place":
+                parameter.add_(1)
+            elif write == "through .data":
+                parameter.data.add_(1)
+            elif write == "another storage":
+                parameter.data = parameter.data + 1
+        assert not torch.allclose(model(x), expected[0])
+    assert torch.equal(served(x), expected[0]) and torch.equal(served(x[:1]), expected[1])
+
+
+def test_recordings_share_one_copy_of_what_torch_reads() -> None:
+    """With its strides: an expanded tensor stays small."""
+    copies, table = Copies(), torch.randn(1, 3).expand(1000, 3)
+    copied = copies.of(table)
+    assert copied.stride() == table.stride() and torch.equal(copied, table)
+    assert copied.untyped_storage().nbytes() == 12 and copied.data_ptr() != table.data_ptr()
+    assert copies.of(table) is copied and copies.of(table[:2]) is not copied
+    sparse = torch.eye(3).to_sparse()
+    assert torch.equal(own_copy(sparse).to_dense(), sparse.to_dense())
+
+
+def test_an_example_that_comes_twice_is_two_inputs() -> None:
+    model, x = Residual().eval(), images(2, 8)
+    replay = Replay(model, (x, x))
+    y = images(2, 8, seed=3)
+    with torch.no_grad():
+        expected = model(x, y)
+    got = replay(x, y)
+    for key in ("sum", "half", "view"):
+        torch.testing.assert_close(got[key], expected[key], rtol=1e-5, atol=1e-5)
+
+
+def test_recorded_in_inference_mode_it_runs_in_any() -> None:
+    model, x = vgg_like(), images(2, seed=5)
+    with torch.inference_mode():
+        served = sk.graphed(model, images())
+        first = served(x)
+    second = served(x)
+    assert torch.equal(first, second) and first.is_inference() and not second.is_inference()
+
+
+def sparse_conv(c_in: int, c_out: int, block: tuple[int, int], **options: Any) -> nn.Module:
+    conv = nn.Conv2d(c_in, c_out, **options)
+    columns = conv.kernel_size[0] * conv.kernel_size[1] * c_in
+    return BlockSparseConv2d.from_dense(conv, block, torch.rand(c_out // block[0], columns) < 0.5)
+
+
+TALL = {"kernel_size": (70, 1), "padding": (35, 0)}  # more rows of taps than the kernels of images innermost take
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [(4, 4, (1, 1), TALL), (4, 4, (1, 1), {"kernel_size": 1})],
+        [(4, 16, (16, 1), TALL), (16, 4, (1, 1), {"kernel_size": 1})],
+        [(4, 16, (16, 1), {"kernel_size": 3, "padding": 2**27, "dilation": 2**27})],
+    ],
+    ids=["single weights", "beside single weights", "taps far apart"],
+)
+def test_what_the_native_kernels_do_not_hold_runs_as_in_the_model(layers: list[Any]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(sparse_conv(*shape, **options) for *shape, options in layers)).eval()
+    x = torch.randn(2, 4, 12, 3)
+    with torch.no_grad():
+        torch.testing.assert_close(Replay(model, x, measure=False)(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+class Cell(nn.Module):
+    """Its output lies where one of its inputs was, once that was read."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return (torch.sigmoid(x) * y).sum(1, keepdim=True).expand(-1, 8, -1, -1) + 1
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_an_output_that_is_not_copied_may_be_an_input(first: bool) -> None:
+    model = Cell().eval()
+    replay = Replay(model, (images(2, 8), images(2, 8)), copy_outputs=False)
+    expected = got = images(2, 8, seed=2)
+    for seed in range(3, 6):
+        x = images(2, 8, seed=seed)
+        expected = model(expected, x) if first else model(x, expected)
+        got = replay(got, x) if first else replay(x, got)
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_outputs_are_the_callers_own() -> None:

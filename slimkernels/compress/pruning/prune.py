@@ -211,7 +211,7 @@ def apply_masks_(model: nn.Module, optimizer: torch.optim.Optimizer | None = Non
 
 
 def finalize_(model: nn.Module) -> nn.Module:
-    """Writes exact zeros into the masked weights and removes the masks; Parameters keep their identity and storage.
+    """Writes exact zeros into the masked weights and removes the masks; Parameters keep identity, storage and order.
 
     Weights that `QuantizationAware` rounds become the rounded ones, and what these layers add to their outputs, biases
     or the shifts of batch norms, is rounded to 16 bits.
@@ -238,7 +238,10 @@ def finalize_(model: nn.Module) -> nn.Module:
         # Not torch's remove_parametrizations: it deletes the property from a class that copies of the module share.
         module.__class__ = parametrize.type_before_parametrizations(module)
         del module._modules["parametrizations"]
-        module._parameters["weight"] = original
+        # In front of the others, where every layer that is pruned has it: parameters are in the order they had.
+        others = dict(module._parameters)
+        module._parameters.clear()
+        module._parameters.update(weight=original, **others)
     return model
 
 

@@ -245,8 +245,12 @@ class Chain:
     # ------------------------------------------------------------ weights
 
     def weights(self) -> list[Tensor]:
-        """Every tensor that kernels read but biases, in the order in which they are read."""
-        return [t for layer, offsets in zip(self.layers, self.offsets) for t in (*layer.packed, *offsets.values())]
+        """Every tensor that kernels read beside the activations, in the order in which they are read."""
+        found: list[Tensor] = []
+        for layer, offsets in zip(self.layers, self.offsets):
+            bias = () if layer.bias is None else (layer.bias,)
+            found += [*layer.packed, *bias, *offsets.values()]
+        return found
 
     def with_weights(self, tensors: Iterable[Tensor]) -> Chain:
         """The same chain with its `weights` replaced by copies, given in the same order."""
@@ -255,7 +259,8 @@ class Chain:
         for link, own in zip(self.links, self.offsets):
             layer = link.layer
             if isinstance(layer, NativeLayer):
-                layer = replace(layer, packed=StripPack(*islice(copies, len(layer.packed))))
+                packed = StripPack(*islice(copies, len(layer.packed)))
+                layer = replace(layer, packed=packed, bias=None if layer.bias is None else next(copies))
             links.append(link._replace(layer=layer))
             offsets.append(dict(zip(own, copies)))
         return replace(self, links=tuple(links), offsets=tuple(offsets))

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from slimkernels.tensors import is_plain
+
 _HUGE_PAGE = 1 << 21
 _CACHE_LINE = 64
 
@@ -64,6 +66,15 @@ def copy_side_by_side(tensors: Iterable[Tensor]) -> tuple[list[Tensor], int]:
         copies.append(arena[offset : offset + nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor))
         offset += whole_lines(nbytes)
     return copies, total
+
+
+def own_copy(tensor: Tensor) -> Tensor:
+    """A copy of a tensor with its strides, as large as what lies between its first and its last element."""
+    if not is_plain(tensor) or tensor.numel() == 0:
+        return tensor.clone()
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    flat = tensor.as_strided((extent,), (1,)).clone()
+    return flat.as_strided(tensor.shape, tensor.stride())
 
 
 def whole_lines(nbytes: int) -> int:
