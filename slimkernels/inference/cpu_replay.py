@@ -20,6 +20,7 @@ from torch.utils import _pytree
 
 from slimkernels.inference.batches import same
 from slimkernels.inference.cpu_recording import Copies, record
+from slimkernels.ops.library import ops_are_captured
 
 
 class Replay:
@@ -85,7 +86,7 @@ class Replay:
     def _check_outputs(self, model: nn.Module, inputs: Sequence[Tensor]) -> None:
         """Compares the recording with the model on the example inputs."""
         expected = model(*inputs)
-        differs = _compare(expected, self(*inputs))
+        differs = _compare(expected, self._call(inputs))
         if differs is None:
             return
         if _compare(expected, model(*inputs)) is not None:
@@ -101,7 +102,16 @@ class Replay:
 
         Raises:
             ValueError, TypeError: inputs that differ from those recorded.
+            RuntimeError: a call that is exported, traced or transformed, of which nothing would be seen.
         """
+        if ops_are_captured():
+            raise RuntimeError(
+                "Replay: expected a plain call, got one that torch exports, traces or transforms, which sees nothing "
+                "of a recording; give it the model"
+            )
+        return self._call(inputs)
+
+    def _call(self, inputs: tuple[Tensor, ...]) -> Any:
         if len(inputs) != len(self._inputs):
             raise ValueError(f"Replay: expected {len(self._inputs)} inputs, got {len(inputs)}")
         for i, (given, recorded) in enumerate(zip(inputs, self._inputs)):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
@@ -18,6 +19,7 @@ from slimkernels.inference.cuda_graph import CudaGraphs
 from slimkernels.inference.inputs import describe, served_sets, signature, tensors
 from slimkernels.inference.one_launch import OneLaunch, OneLaunchRecording, kinds_of
 from slimkernels.kernels import cuda
+from slimkernels.ops.library import ops_are_captured
 from slimkernels.tensors import Snapshot
 
 OTHER_SHAPES = ("pad", "run", "raise")
@@ -59,6 +61,7 @@ class GraphedModel(nn.Module):
         # launches of many layers, for those weights: ``copied``.
         tensors_then = [*model.parameters(), *model.buffers()] if device.type == "cpu" else copied
         self._weights = [(tensor, Snapshot(tensor)) for tensor in tensors_then]
+        self._own = list(_state(model)) if device.type == "cpu" else None
         nn.Module.train(self, False)
 
     @property
@@ -69,11 +72,16 @@ class GraphedModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output for some inputs, copied in and (unless asked otherwise) out.
 
+        Where the call is exported, traced or transformed the model itself runs: of a recording nothing would be seen.
+
         Raises:
             ValueError: inputs that no recording takes, where ``other_shapes`` is ``raise`` or they are on another
                 device; the message lists those that were recorded.
             RuntimeError: inputs that the model itself would have to run, after its weights or its mode changed.
         """
+        if ops_are_captured():
+            with torch.no_grad():
+                return self.model(*args, **kwargs)
         shape: Any = None
         if not kwargs:
             # One tensor, what most models take, is looked up without a loop, which would take a microsecond of fifteen.
@@ -138,12 +146,19 @@ class GraphedModel(nn.Module):
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         if any(module.training for module in self.model.modules()):
             raise RuntimeError("GraphedModel: expected the model in eval mode, got training mode; call model.eval()")
-        if not all(snapshot.holds(tensor) for tensor, snapshot in self._weights):
+        if self._is_replaced() or not all(snapshot.holds(tensor) for tensor, snapshot in self._weights):
             raise RuntimeError(
                 "GraphedModel: expected the weights that were recorded, and the model has others since, so that it and "
                 "its recordings would disagree; record it again with graphed(model, example_inputs)"
             )
         return self.model(*args, **kwargs)
+
+    def _is_replaced(self) -> bool:
+        """Whether the model has other tensors than those that a CPU recording was made from."""
+        if self._own is None:
+            return False
+        now = list(_state(self.model))
+        return len(now) != len(self._own) or not all(map(operator.is_, now, self._own))
 
     def _say(self, what: str, text: str) -> None:
         with self._lock:
@@ -188,6 +203,14 @@ class GraphedModel(nn.Module):
         lines = [f"  {describe(key)}: {_one_line(recording)}" for key, recording in self.recordings.items()]
         head = f"GraphedModel({type(self.model).__name__} on {self.device}, other shapes: {self.other_shapes}"
         return "\n".join([head, *lines, ")"])
+
+
+def _state(model: nn.Module) -> Iterator[Tensor]:
+    """The tensors of a model's state dict; what is kept beside them, packs for one, may be made anew at any time."""
+    for module in model.modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and name not in module._non_persistent_buffers_set:
+                yield tensor
 
 
 def _one_line(recording: Any) -> str:

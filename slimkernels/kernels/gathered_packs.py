@@ -36,7 +36,7 @@ class Places(NamedTuple):
     places: Tensor
 
 
-# By the channels of a column and the depth of a step, and whether for wgmma: what follows from a pattern is kept with it.
+# By the channels of a column, the depth of a step, and whether for wgmma: what follows from a pattern is kept with it.
 _INDICES: defaultdict[tuple[int, int], Derived] = defaultdict(Derived)
 _PLACES: defaultdict[tuple[int, int, bool], Derived] = defaultdict(Derived)
 

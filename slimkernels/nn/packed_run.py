@@ -86,7 +86,8 @@ class PackedRun:
         for module in self._order:
             for conv in convs.get(module, ()):
                 bias = module._parameters.get("bias") if conv is convs[module][-1] else None
-                layers.append(NativeLayer.of(conv, bias))
+                # The alias keeps the memory for a call that runs while another thread puts other data into the bias.
+                layers.append(NativeLayer.of(conv, None if bias is None else bias.detach()))
             if module not in convs:
                 layers.append(TorchPooling(module))
         # What every call compares: the ready calls and the tensors by identity, writes to the tensors and to the packs

@@ -272,6 +272,21 @@ def _no_mode() -> bool:
     )
 
 
+def ops_are_captured() -> bool:
+    """Whether what runs now is exported, traced, transformed or differentiated forward, or seen by a dispatch mode.
+
+    Memory that kernels fill behind torch's back is then a constant to whoever looks. Not for torch.compile, which
+    leaves out what it cannot capture and runs it as it is.
+    """
+    return (
+        torch.compiler.is_exporting()
+        or _modes() > 0
+        or _transforms() is not None
+        or _tracing() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 # Looked up once: a layer asks all of them in every call.
 _is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import slimkernels as sk
@@ -77,7 +78,8 @@ def test_files_of_different_names_become_files_of_different_names(
     weights: str, stem: str, own: Path, tmp_path: Path
 ) -> None:
     """Dots in a name are a part of it: the file of another sparsity is not overwritten."""
-    torch.save(torch.nn.Sequential(*_own_layers(32)).state_dict(), tmp_path / weights)
+    state = torch.nn.Sequential(*_own_layers(32)).state_dict()
+    (save_file if weights.endswith(".safetensors") else torch.save)(state, tmp_path / weights)
     assert open_model("convert", tmp_path / weights, f"{own}:build").stem == stem
 
 

@@ -6,10 +6,13 @@ import copy
 import pickle
 import threading
 import warnings
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 import slimkernels as sk
 from slimkernels.inference.inputs import signature
@@ -156,9 +159,41 @@ def test_the_model_answers_only_while_it_is_the_one_that_was_recorded() -> None:
     with pytest.raises(RuntimeError, match=r"the model has others since.*record it again with graphed"):
         served(images(3))
     served = sk.graphed(net, images(2))
+    net[0].prepack()  # the same weights, packed anew
+    served(images(3))
+    net[4].bias = nn.Parameter(net[4].bias + 1, requires_grad=False)  # a tensor in the place of another
+    with pytest.raises(RuntimeError, match=r"the model has others since.*record it again with graphed"):
+        served(images(3))
+    served = sk.graphed(net, images(2))
     nn.Module.train(net)
     with pytest.raises(RuntimeError, match="expected the model in eval mode, got training mode"):
         served(images(3))
+
+
+@pytest.mark.parametrize("how", ["export", "make_fx", "trace", "vmap", "jvp", "flops"])
+def test_whoever_captures_it_gets_the_model(how: str) -> None:
+    """Native kernels fill a recording's memory unseen: captured it would return what the last call left there."""
+    net = model()
+    served = sk.graphed(net, images(2))
+    x, y = images(2), 2 * images(2)
+    if how == "flops":
+        with FlopCounterMode(display=False) as recorded:
+            served(x)
+        with FlopCounterMode(display=False) as modules:
+            net(x)
+        assert recorded.get_total_flops() == modules.get_total_flops() > 0
+        return
+    captured: Any = {
+        "export": lambda: torch.export.export(served, (x,)).module(),
+        "make_fx": lambda: make_fx(served)(x),
+        "trace": lambda: torch.jit.trace(served, x),
+        "vmap": lambda: lambda z: torch.func.vmap(served)(z[None])[0],
+        "jvp": lambda: lambda z: torch.func.jvp(served, (z,), (z,))[0],
+    }[how]()
+    served(x)
+    close(captured(y), net(y))
+    with pytest.raises(RuntimeError, match="Replay: expected a plain call, got one that torch exports"):
+        make_fx(next(iter(served.recordings.values())))(x)
 
 
 def test_it_is_a_module() -> None:

@@ -169,6 +169,20 @@ def test_threads_that_call_at_once_do_not_meet() -> None:
     assert not wrong
 
 
+def test_a_call_while_another_thread_takes_the_modules_runs_them_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = packed_run.PackedRun([conv(c_in=3).eval(), conv().eval()], images=True)
+    x, convs_of, meanwhile = images().contiguous(), packed_run._convs_of, []
+
+    def interrupted(module: Any) -> Any:
+        meanwhile.append(run.attempt(x))
+        return convs_of(module)
+
+    monkeypatch.setattr(packed_run, "_convs_of", interrupted)
+    with torch.no_grad():
+        assert run.is_ready() and meanwhile == [None, None]
+        assert run.attempt(x) is not None
+
+
 # ---------------------------------------------------------------- reasons to run module by module
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import slimkernels as sk
 from slimkernels.inference import Replay
+from slimkernels.nn import BlockSparseLinear, LowRankLinear
 
 
 class Rows(nn.Module):
@@ -90,3 +91,32 @@ def test_a_layer_that_reads_a_part_or_another_order_of_rows(n: int, width: int, 
     x = torch.randn(n, 32)
     with torch.no_grad():
         torch.testing.assert_close(replay(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+class Residuals(nn.Module):
+    """Blocks of linear layers with short cuts: the chain adds its input to a value inside, and that to its output."""
+
+    def __init__(self, layer: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layer() for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for first, second in (self.layers[:2], self.layers[2:]):
+            x = torch.relu(second(torch.relu(first(x))) + x)
+        return x
+
+
+def block_sparse() -> nn.Module:
+    return BlockSparseLinear.from_dense(nn.Linear(32, 32), (16, 1), torch.rand(2, 32) < 0.5)
+
+
+@pytest.mark.parametrize("layer", [block_sparse, lambda: LowRankLinear.from_dense(nn.Linear(32, 32), 4)])
+@pytest.mark.parametrize("lead", [(1,), (5,), (2, 3), (40,)])
+def test_linear_layers_with_short_cuts_are_one_chain(lead: tuple[int, ...], layer: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = Residuals(layer).eval()
+    replay = Replay(model, torch.randn(*lead, 32), measure=False)
+    x = torch.randn(*lead, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(replay(x), model(x), rtol=1e-4, atol=1e-4)
+    assert len(replay.chains) == 1

@@ -277,7 +277,7 @@ class Chain:
         """
         found: list[Step] = []
         for piece in self.pieces:
-            *sources, target = (t[piece.start : piece.start + piece.count] for t in (*inputs, y))
+            *sources, target = (_as_images(t[piece.start : piece.start + piece.count]) for t in (*inputs, y))
             memory_of_piece, values = self._memory_of(piece, memory), dict[int, Tensor]()
             own: list[Step] = []
             for i, layout in enumerate(self._layout_of(i, piece) for i in range(len(self.sizes))):
@@ -315,6 +315,11 @@ class Chain:
         """An activation of a piece, or a copy of it, in its memory."""
         tensor = _tensor(memory, self._shape(activation, piece.count, layout))
         return tensor if layout.lanes > 1 else tensor.permute(0, 3, 1, 2)
+
+
+def _as_images(x: Tensor) -> Tensor:
+    """Images, or rows as images of one pixel, as which they lie inside of a chain."""
+    return x if x.dim() == 4 else x[:, :, None, None]
 
 
 def _tensor(memory: Tensor, shape: Sequence[int]) -> Tensor:
