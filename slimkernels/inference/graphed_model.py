@@ -234,9 +234,9 @@ def graphed(
     calls runs on fixed memory. The example inputs say which shapes are recorded. Calls from several threads or
     streams wait for each other, since they share memory.
 
-    A CUDA graph sees weights that change in place, but none that is replaced, moved or repacked; a CPU recording
-    holds the weights as they were. With ``one_launch`` a CUDA graph does both, and so it raises RuntimeError once a
-    weight of a layer that runs in one launch was written.
+    A CUDA graph sees weights that change in place, but none that is replaced or moved, whose memory it keeps; a CPU
+    recording holds copies of the weights as they were. With ``one_launch``, or where a layer on the tensor-core kernel
+    keeps a pack, a CUDA graph does both, and so it raises RuntimeError once a weight of such a layer was written.
 
     Args:
         model: an eval-mode model; branches on tensor values cannot be recorded.
