@@ -111,7 +111,7 @@ class Replay:
             )
         return self._call(inputs)
 
-    def _call(self, inputs: tuple[Tensor, ...]) -> Any:
+    def _call(self, inputs: Sequence[Tensor]) -> Any:
         if len(inputs) != len(self._inputs):
             raise ValueError(f"Replay: expected {len(self._inputs)} inputs, got {len(inputs)}")
         for i, (given, recorded) in enumerate(zip(inputs, self._inputs)):

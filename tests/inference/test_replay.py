@@ -431,7 +431,7 @@ def test_outputs_that_are_not_finite_are_compared_where_they_are() -> None:
 
 
 def test_a_recording_that_computes_something_else_is_told_from_a_model_that_does(monkeypatch) -> None:
-    monkeypatch.setattr(Replay, "__call__", lambda self, x: x + 1)
+    monkeypatch.setattr(Replay, "_call", lambda self, inputs: inputs[0] + 1)
     with pytest.raises(
         RuntimeError, match=r"Replay: the recording computes another output 0 of shape \(2, 3, 12, 12\)"
     ):
