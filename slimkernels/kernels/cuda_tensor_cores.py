@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from slimkernels.kernels import cuda, gathered_packs, resident_plan
-from slimkernels.kernels.gathered_packs import refuse_a_capture
 from slimkernels.kernels.packs import StemPack, TensorCorePack, kind_of
 from slimkernels.kernels.problems import ConvProblem, Pair, Problem, check_geometry
 from slimkernels.kernels.resident_plan import STEM_VARIANTS, TF32_VARIANTS, VARIANTS, Convolution, Index, Plan, Shape
@@ -88,9 +87,7 @@ def _check_packed(
             f"got {tuple(weights.shape)} of {weights.dtype}"
         )
     key = (*weight_shape, *block_shape, column, depth)
-    if _CHECKED.knows(key, group_start, taps, most_steps, crow, col):
-        return
-    if is_capturing(crow):
+    if _CHECKED.knows(key, group_start, taps, most_steps, crow, col) or is_capturing(crow):
         return
     expected: Index = resident_plan.pack_index(crow, col, weight_shape, block_shape, column, depth)
     for got, name in ((group_start, "group_start"), (taps, "taps"), (most_steps, "most_steps")):
@@ -134,9 +131,8 @@ def chosen_variant(
             return resident_plan.choose_variant(fitting, lambda column: pack.most_steps, limits.shared_memory)
 
     def most_steps(column: int) -> Tensor:
-        return gathered_packs.index_of(
-            "bsr_conv2d", crow_indices, col_indices, weight_shape, block_shape, column, depth
-        ).most_steps
+        pattern = (crow_indices, col_indices, weight_shape, block_shape)
+        return gathered_packs.index_of("bsr_conv2d", *pattern, column, depth).most_steps
 
     return resident_plan.choose_variant(found, most_steps, limits.shared_memory)
 
@@ -421,7 +417,7 @@ def launch_stem_conv2d(
             raise ValueError(f"{op}: expected packed first weights (2, 1024) of {x.dtype}, got {tuple(first.shape)}")
         _check_packed(op, pack.second, crow, col, values, weight_shape, block_shape, shape.column)
     else:
-        refuse_a_capture(op, values)
+        gathered_packs.refuse_a_capture(op, values)
         pack = pack_stem(first_weight, values, crow, col, weight_shape, block_shape, variant)
     first, weight = pack.first, pack.second
     steps = int(weight.most_steps[0])
