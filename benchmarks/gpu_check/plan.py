@@ -66,6 +66,7 @@ GPU_TESTS = (
     "tests/cuda_kernels/test_cuda_low_rank.py",
     "tests/cuda_kernels/test_cuda_narrow_blocks.py",
     "tests/cuda_kernels/test_cuda_tf32.py",
+    "tests/cuda_kernels/test_gathered_packs.py",
     "tests/cuda_kernels/test_cuda_gradients.py",
     "tests/cuda_kernels/test_cuda_input_gradient.py",
     "tests/cuda_kernels/test_cuda_linear_launch.py",

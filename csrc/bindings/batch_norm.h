@@ -15,7 +15,7 @@ struct Members<SlimBatchNormF32> {
       SLIM_MEMBER(x, kAddress),  SLIM_MEMBER(grad, kAddress), SLIM_MEMBER(coefficients, kAddress),
       SLIM_MEMBER(y, kAddress),  SLIM_MEMBER(sums, kAddress), SLIM_MEMBER(n, kImages),
       SLIM_MEMBER(h, kPositive), SLIM_MEMBER(w, kPositive),   SLIM_MEMBER(c, kPositive),
-      SLIM_MEMBER(which, kPass),  SLIM_MEMBER(relu, kFlag),    SLIM_MEMBER(pool, kFlag),
+      SLIM_MEMBER(which, kPass), SLIM_MEMBER(relu, kFlag),    SLIM_MEMBER(pool, kFlag),
   };
 };
 static_assert(members_fill_the_struct<SlimBatchNormF32>());

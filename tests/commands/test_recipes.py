@@ -280,6 +280,7 @@ def test_pruned_rows_train_through_the_sparse_kernels_where_layers_can_be_measur
                 assert ("sparse" in step.companions) == (not graphs), row.name
 
 
+@pytest.mark.slow
 def test_the_low_rank_row_fits_the_teacher_of_every_small_preset():
     for preset in ("cpu", "smoke", "device", "device_rehearsal"):
         recipe = load_recipe("slimnets", preset)

@@ -61,6 +61,7 @@ def check_resources(row: dict[str, Any]) -> None:
         assert len(row["instructions"]) == 1, f"{name}: {row['instructions']}"  # wgmma and tcgen05 start at 64 rows
 
 
+@pytest.mark.slow
 def test_default_kernels_fit_every_architecture(tmp_path: Path) -> None:
     rows = compiled(tmp_path)
     assert {row["target"]["arch"] for row in rows} == {80, 90, 100}
