@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from slimkernels.cases import ConvCase, to_device
 from slimkernels.dispatch import select
 from slimkernels.formats import BSRWeight
-from slimkernels.kernels import KERNELS, cuda_tensor_cores, resident_plan
+from slimkernels.kernels import KERNELS, cuda_tensor_cores, gathered_packs, resident_plan
 from slimkernels.kernels.problems import Request
 from slimkernels.kernels.resident_plan import TF32_VARIANTS, VARIANTS
 from slimkernels.nn import BlockSparseConv2d
@@ -382,6 +382,6 @@ def test_the_emulation_sees_what_is_missing(name: str, tmp_path: Path, monkeypat
 @pytest.mark.slow
 def test_weights_that_were_not_rounded_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     device = use(compiled(), monkeypatch)
-    monkeypatch.setattr(resident_plan, "round_to_tf32", lambda values: values)
+    monkeypatch.setattr(gathered_packs, "round_to_tf32", lambda values: values)
     case = in_float32(CASE, 0)
     assert any(fails(device, mode, lambda: check(case, 0, device)) for mode in MODES)

@@ -13,7 +13,7 @@ from slimkernels import tensors
 from slimkernels.cases import ConvCase, to_device
 from slimkernels.compress.training.graphed_steps import EAGER_STEPS
 from slimkernels.kernels import cuda, cuda_tensor_cores, gathered_packs, resident_plan
-from slimkernels.kernels.resident_plan import VARIANTS
+from slimkernels.kernels.resident_plan import TF32_VARIANTS, VARIANTS
 from slimkernels.nn import BlockSparseConv2d
 from slimkernels.testing import assert_close, random_bsr
 
@@ -22,14 +22,20 @@ __all__ = ["device"]  # a fixture, which its users name
 BF16 = torch.bfloat16
 
 
-@pytest.mark.parametrize("variant", range(len(VARIANTS)))
+KINDS = [
+    *((variant, BF16) for variant in range(len(VARIANTS))),
+    *((variant, torch.float32) for variant in TF32_VARIANTS),
+]
+
+
+@pytest.mark.parametrize(("variant", "dtype"), KINDS, ids=str)
 @pytest.mark.parametrize("shape", [(256, 40, 3, 3), (200, 16, 1, 1), (72, 24, 3, 2)], ids=str)
-def test_a_gathered_pack_is_the_pack(variant: int, shape: tuple[int, int, int, int]):
-    """Ragged channels and room for more blocks among them."""
+def test_a_gathered_pack_is_the_pack(variant: int, dtype: torch.dtype, shape: tuple[int, int, int, int]):
+    """Ragged channels and room for more blocks among them; float32 rounded to TF32 in either."""
     column = VARIANTS[variant].column
     for block in ((column, 16), (2 * column, 32)):
-        weight = random_bsr(shape, block, 0.5, seed=variant, dtype=BF16)
-        values = torch.cat([weight.values, torch.ones(3, *block, dtype=BF16)])
+        weight = random_bsr(shape, block, 0.5, seed=variant, dtype=dtype)
+        values = torch.cat([weight.values, torch.ones(3, *block, dtype=dtype)])
         col = torch.cat([weight.col_indices, torch.zeros(3, dtype=torch.int32)])
         parts = (values, weight.crow_indices, col, shape, block, VARIANTS[variant])
         expected = resident_plan.pack(*parts)
