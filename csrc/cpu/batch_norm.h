@@ -149,7 +149,7 @@ inline void moments_of_part(const NormPlan& plan, int64_t part, float* scratch) 
   memset(mean, 0, sizeof(double) * 2 * (size_t)c);
   for (int64_t pixel = rows.begin * plan.q, done = 0; pixel < end;) {
     const int64_t pixels = min64(most, end - pixel);
-    for_channels<V, 4>(c, MomentsOfChunk<V>{plan.input(pixel), pixels, c, scratch});
+    for_channels<V, 2>(c, MomentsOfChunk<V>{plan.input(pixel), pixels, c, scratch});
     join_moments(
         mean, squares, c, done, pixels, [=](int64_t i) { return (double)scratch[i] + (double)scratch[c + i]; },
         [=](int64_t i) { return (double)scratch[2 * c + i]; });
@@ -175,36 +175,28 @@ struct Coefficients {
   SLIM_ALWAYS_INLINE Vector normalised(Vector shifted) const { return V::fma(shifted, scale, bias); }
 };
 
-// The shifted pixels of a window, row by row, and which of them is the largest: of equals the first, of NaN the last,
-// as torch chooses.
+// Which pixel of a window, row by row, is the largest: of equals the first, of NaN the last, as torch chooses.
 template <class V>
 struct PoolWindowOf {
   typedef typename V::type Vector;
-  Vector shifted[4];
   typename V::Mask later[3];  // where pixel i + 1 is larger than those in front of it
   Vector largest;
+  Vector chosen;  // the same pixel, shifted
 
   template <bool PART>
   SLIM_ALWAYS_INLINE PoolWindowOf(const Coefficients<V, PART>& of, const float* x, int64_t right, int64_t down,
                                   int lanes) {
     const int64_t places[4] = {0, right, down, down + right};
-    SLIM_UNROLL
-    for (int i = 0; i < 4; ++i) shifted[i] = of.shifted(load_channels<V, PART>(x + places[i], lanes));
-    largest = of.normalised(shifted[0]);
+    chosen = of.shifted(load_channels<V, PART>(x, lanes));
+    largest = of.normalised(chosen);
     SLIM_UNROLL
     for (int i = 1; i < 4; ++i) {
-      const Vector z = of.normalised(shifted[i]);
+      const Vector shifted = of.shifted(load_channels<V, PART>(x + places[i], lanes));
+      const Vector z = of.normalised(shifted);
       later[i - 1] = V::greater_or_nan(z, largest);
       largest = V::select(later[i - 1], z, largest);
+      chosen = V::select(later[i - 1], shifted, chosen);
     }
-  }
-
-  // The shifted pixel that is the largest.
-  SLIM_ALWAYS_INLINE Vector chosen() const {
-    Vector found = shifted[0];
-    SLIM_UNROLL
-    for (int i = 1; i < 4; ++i) found = V::select(later[i - 1], shifted[i], found);
-    return found;
   }
 
   // What each pixel gets of the largest one's gradient.
@@ -279,7 +271,7 @@ struct SumsOfChunk {
         if constexpr (EPILOGUE == NORM_RELU_POOL) {
           const PoolWindowOf<V> window(of, x, a.c, a.w * a.c, lanes);
           grad = V::where(V::positive(window.largest), grad);
-          shifted = window.chosen();
+          shifted = window.chosen;
         } else {
           shifted = of.shifted(load_channels<V, PART>(x, lanes));
           if (EPILOGUE == NORM_RELU) grad = V::where(V::positive(of.normalised(shifted)), grad);
@@ -332,7 +324,9 @@ struct InputGradientOfPixel {
       window.spread(V::where(V::positive(window.largest), g), each);
       SLIM_UNROLL
       for (int i = 0; i < 4; ++i) {
-        const Vector own = V::fma(each[i], of.scale, V::fma(window.shifted[i], slope, constant));
+        // Loaded once more: of AVX2's 16 registers there are too few to keep four pixels.
+        const Vector shifted = of.shifted(load_channels<V, PART>(x + places[i] + channel, lanes));
+        const Vector own = V::fma(each[i], of.scale, V::fma(shifted, slope, constant));
         store_channels<V, PART>(to + places[i] + channel, own, lanes);
       }
     } else {
