@@ -226,6 +226,13 @@ def _small_images(models: Any) -> None:
         models.input_shape = lambda name: (plain(name)[0], 32, 32)
 
 
+def _of_library(module: Any) -> None:
+    """Autocast as a GPU has it, and the device's own mode is nobody who looks at ops."""
+    _autocast_of_cuda(module)
+    modes = module._modes
+    module._modes = lambda: max(0, modes() - 1)
+
+
 def _autocast_of_cuda(library: Any) -> None:
     """Autocast of ops on device tensors, which in C++ is the CPU's, by the rule for CUDA."""
     plain = library.register_autocast
@@ -244,7 +251,7 @@ def _autocast_of_cuda(library: Any) -> None:
 after_import: dict[str, Callable[[Any], None]] = {
     "gpu_check.layers": _few_images,
     "slimkernels.models": _small_images,
-    "slimkernels.ops.library": _autocast_of_cuda,
+    "slimkernels.ops.library": _of_library,
 }
 # Modules that pass tensors of unknown classes over, and would take a `DeviceTensor` for one.
 _ASK_TYPES = (
