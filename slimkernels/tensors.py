@@ -57,6 +57,17 @@ class Snapshot:
         return tensor.is_set_to(self._alias) and (0 if tensor.is_inference() else tensor._version) == self._version
 
 
+class Snapshots:
+    """Snapshots of several tensors, which are kept with them: of what a copy was made for a kernel, say."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._pairs = [(Snapshot(tensor), tensor) for tensor in tensors]
+
+    def hold(self) -> bool:
+        """Whether all of them are as they were."""
+        return all(snapshot.holds(tensor) for snapshot, tensor in self._pairs)
+
+
 def version(tensor: Tensor) -> int:
     """The number of in-place writes that torch counted; 0 for inference tensors, which count none."""
     return 0 if tensor.is_inference() else tensor._version

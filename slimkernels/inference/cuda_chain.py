@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from slimkernels.kernels import cuda_chain
 from slimkernels.nn import BlockSparseConv2d
-from slimkernels.tensors import Snapshot
+from slimkernels.tensors import Snapshots
 
 
 class CudaChain:
@@ -21,7 +21,7 @@ class CudaChain:
 
     def __init__(self, tensors: list[Tensor], packed: Iterable[cuda_chain.ChainLayer], config: dict[str, int]) -> None:
         self._config, self.tensors = config, tensors
-        self._packed_from = [(tensor, Snapshot(tensor)) for tensor in tensors]
+        self._packed_from = Snapshots(tensors)
         self.layers = list(packed)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ class CudaChain:
             ValueError, TypeError: as `slimkernels.kernels.cuda_chain.launch_chain`.
             RuntimeError: a weight was written since the chain was made, or the kernel cannot run here.
         """
-        if not all(snapshot.holds(tensor) for tensor, snapshot in self._packed_from):
+        if not self._packed_from.hold():
             raise RuntimeError("chain_of: a weight was written since the chain was made: make it anew")
         return cuda_chain.launch_chain(x.detach(), self.layers, self._config)
 

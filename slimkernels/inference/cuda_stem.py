@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from slimkernels.kernels import cuda_tensor_cores, resident_plan
 from slimkernels.nn import BlockSparseConv2d, FusedConv2d
 from slimkernels.nn.attributes import conv_geometry, unsupported_conv_reason
-from slimkernels.tensors import Snapshot
+from slimkernels.tensors import Snapshots
 
 MOST_CHANNELS = 4  # of an image
 
@@ -23,7 +23,7 @@ class CudaStem:
     def __init__(self, first: nn.Conv2d | FusedConv2d, second: BlockSparseConv2d, config: dict[str, int]) -> None:
         found = (first.weight, second.values, second.crow_indices, second.col_indices, first.bias, second.bias)
         self.tensors: list[Tensor] = [tensor for tensor in found if tensor is not None]
-        self._packed_from = [(tensor, Snapshot(tensor)) for tensor in self.tensors]
+        self._packed_from = Snapshots(self.tensors)
         self._config, self._epilogue = config, second.epilogue
         self._shapes = second.weight_shape, second.block_shape
         weight, values, crow, col, first_bias, bias = (None if t is None else t.detach() for t in found)
@@ -38,7 +38,7 @@ class CudaStem:
             ValueError, TypeError: as `slimkernels.kernels.cuda_tensor_cores.launch_stem_conv2d`.
             RuntimeError: a weight was written since the stem was made, or the kernel cannot run here.
         """
-        if not all(snapshot.holds(tensor) for tensor, snapshot in self._packed_from):
+        if not self._packed_from.hold():
             raise RuntimeError("stem_of: a weight was written since the stem was made: make it anew")
         return cuda_tensor_cores.launch_stem_conv2d(
             x.detach(), *self._weights, self._pack, *self._shapes, self._epilogue, self._config

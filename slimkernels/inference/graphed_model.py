@@ -20,7 +20,7 @@ from slimkernels.inference.inputs import describe, served_sets, signature, tenso
 from slimkernels.inference.one_launch import OneLaunch, OneLaunchRecording, kinds_of
 from slimkernels.kernels import cuda
 from slimkernels.ops.library import ops_are_captured
-from slimkernels.tensors import Snapshot
+from slimkernels.tensors import Snapshots
 
 OTHER_SHAPES = ("pad", "run", "raise")
 
@@ -60,7 +60,7 @@ class GraphedModel(nn.Module):
         # A CPU recording holds the weights as they were, and so the model may answer for it only while they are. So do
         # launches of many layers, for those weights: ``copied``.
         tensors_then = [*model.parameters(), *model.buffers()] if device.type == "cpu" else copied
-        self._weights = [(tensor, Snapshot(tensor)) for tensor in tensors_then]
+        self._weights = Snapshots(tensors_then)
         self._own = list(_state(model)) if device.type == "cpu" else None
         nn.Module.train(self, False)
 
@@ -146,7 +146,7 @@ class GraphedModel(nn.Module):
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         if any(module.training for module in self.model.modules()):
             raise RuntimeError("GraphedModel: expected the model in eval mode, got training mode; call model.eval()")
-        if self._is_replaced() or not all(snapshot.holds(tensor) for tensor, snapshot in self._weights):
+        if self._is_replaced() or not self._weights.hold():
             raise RuntimeError(
                 "GraphedModel: expected the weights that were recorded, and the model has others since, so that it and "
                 "its recordings would disagree; record it again with graphed(model, example_inputs)"

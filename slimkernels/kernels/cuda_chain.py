@@ -18,6 +18,7 @@ from slimkernels.kernels import chain_plan, cuda, cuda_tensor_cores
 from slimkernels.kernels.chain_plan import CLUSTER, COLUMN, COUNTER, GROUPS, READ_AHEAD, ChainPack, ChainPlan, Sizes
 from slimkernels.kernels.problems import Pair, check_geometry
 from slimkernels.kernels.resident_plan import STEP_CHANNELS
+from slimkernels.tensors import is_capturing
 
 OP = "chain_conv2d"
 _CONFIGS = frozenset({"barrier", "group", "images", "overlap"})
@@ -88,7 +89,7 @@ def pack_layer(
     cuda_tensor_cores._check_weight(OP, values, crow_indices, bias, weight_shape[0], block_shape)
     if bias is not None and bias.dtype != values.dtype:
         raise TypeError(f"{OP}: expected bias of {values.dtype}, got {bias.dtype}")
-    if values.is_cuda and torch.cuda.is_current_stream_capturing():
+    if is_capturing(values):
         raise RuntimeError(f"{OP}: layers must be packed before a CUDA graph is captured")
     c_out, c_in, r, s = weight_shape
     pads, apart = _pair(padding), _pair(dilation)

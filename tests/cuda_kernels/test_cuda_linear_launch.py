@@ -11,14 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from graph_stand_in import close, only, place
+from graph_stand_in import close, layers_of_launches, only, place
 from torch import Tensor, nn
 
 from slimkernels import graphed
 from slimkernels.formats import BSRWeight
 from slimkernels.inference.cuda_linear_chain import linear_chain_of
 from slimkernels.inference.one_launch import OneLaunch
-from slimkernels.kernels import cuda_chain
 from slimkernels.nn import BlockSparseConv2d
 from slimkernels.testing import assert_close, reference_bsr_linear, scale_bsr_linear
 
@@ -48,11 +47,7 @@ RUN = "0 to 5 (3 linear layers)"
 
 def test_linear_layers_are_one_launch(place: str, monkeypatch: pytest.MonkeyPatch):
     model = classifier(place)
-    launched: list[int] = []
-    launch = cuda_chain.launch_chain
-    monkeypatch.setattr(
-        cuda_chain, "launch_chain", lambda x, layers, c: launched.append(len(layers)) or launch(x, layers, c)
-    )
+    launched = layers_of_launches(monkeypatch)
     fast = graphed(model, [rows(1, place), rows(16, place), rows(17, place)], one_launch="linear", warm_up_calls=1)
     one, most, many = fast.recordings.values()
     assert launched == [3] * 4  # the warm-up's and the captured ones of two

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from graph_stand_in import close, only, place
+from graph_stand_in import close, layers_of_launches, only, place
 from torch import Tensor, nn
 
 from slimkernels import graphed
 from slimkernels.inference.one_launch import OneLaunch
-from slimkernels.kernels import cuda, cuda_chain
+from slimkernels.kernels import cuda
 from slimkernels.nn import BlockSparseConv2d
 from slimkernels.nn.chained import ChainedSequential
 
@@ -83,11 +83,7 @@ def test_runs_of_layers_are_one_launch(place: str):
 
 
 def test_the_launches_are_those_of_the_chain(place: str, monkeypatch: pytest.MonkeyPatch):
-    launched: list[int] = []
-    launch = cuda_chain.launch_chain
-    monkeypatch.setattr(
-        cuda_chain, "launch_chain", lambda x, layers, c: launched.append(len(layers)) or launch(x, layers, c)
-    )
+    launched = layers_of_launches(monkeypatch)
     graphed(network(place), images(1, place), one_launch=True, warm_up_calls=1)
     assert launched == [3, 2] * 2  # the warm-up's and the captured ones
     launched.clear()

@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from graph_stand_in import close, only, place
+from graph_stand_in import close, layers_of_launches, only, place
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from slimkernels import graphed
 from slimkernels.inference.cuda_stem import stem_of
 from slimkernels.inference.one_launch import OneLaunch
-from slimkernels.kernels import cuda_chain, cuda_tensor_cores
+from slimkernels.kernels import cuda_tensor_cores
 from slimkernels.nn import BlockSparseConv2d, FusedConv2d
 from slimkernels.testing import UNIT_ROUNDOFF, assert_close, reference_bsr_conv2d, scale_bsr_conv2d
 
@@ -88,11 +88,7 @@ def test_the_two_layers_are_one_launch(place: str, monkeypatch: pytest.MonkeyPat
 
 def test_a_chain_begins_behind_the_stem(place: str, monkeypatch: pytest.MonkeyPatch):
     model = network(place)
-    chains: list[int] = []
-    launch = cuda_chain.launch_chain
-    monkeypatch.setattr(
-        cuda_chain, "launch_chain", lambda x, layers, c: chains.append(len(layers)) or launch(x, layers, c)
-    )
+    chains = layers_of_launches(monkeypatch)
     fast = graphed(model, [images(2, place), images(17, place)], one_launch=("chain", "stem"), warm_up_calls=1)
     few, many = fast.recordings.values()
     assert few.in_one_launch == [STEM, CHAIN] and few.reasons == {} and chains == [2, 2]

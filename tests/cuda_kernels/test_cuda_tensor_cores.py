@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from cuda_emulation import ROOT, compiled, emulate_fault
-from tensor_core_device import CASES, HOPPER_SHARED, MODES, Device, device, fails, use
+from tensor_core_device import CASES, HOPPER_SHARED, MODES, Device, check_nonfinite, device, fails, use
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -97,12 +97,7 @@ def test_slabs_and_stages(slab: int, stages: int, device: Device):
 def test_nonfinite_inputs_reach_what_reads_them(device: Device):
     case = ConvCase("nan", n=1, c_in=32, h=5, w=6, c_out=128, sparsity=0.7, epilogue="relu_maxpool2", dtype=BF16)
     for variant in range(len(resident_plan.VARIANTS)):
-        blocks = in_blocks(case, variant)
-        x, weight, bias = blocks.inputs()
-        x[0, 3, 2, 2], x[0, 17, 0, 4] = torch.nan, torch.inf
-        out = device.launch(blocks, (x, weight, bias), variant).cpu()
-        expected = naive_bsr_conv2d(x, weight, bias, *blocks.geometry())
-        assert torch.equal(out.isnan(), expected.isnan()) and out.isnan().any() and not out.isnan().all()
+        check_nonfinite(device, in_blocks(case, variant), variant)
 
 
 @pytest.mark.parametrize("mutate", [drop_term, wrong_block])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from cuda_emulation import compiled, emulate_fault, structure
 from precision import fp32_precision
-from tensor_core_device import CASES, HOPPER_SHARED, MODES, Device, device, fails, use
+from tensor_core_device import CASES, HOPPER_SHARED, MODES, Device, check_nonfinite, device, fails, use
 from torch import Tensor, nn
 
 from slimkernels.cases import ConvCase, to_device
@@ -22,7 +22,7 @@ from slimkernels.kernels.problems import Request
 from slimkernels.kernels.resident_plan import TF32_VARIANTS, VARIANTS
 from slimkernels.nn import BlockSparseConv2d
 from slimkernels.ops import bsr_conv2d
-from slimkernels.testing import TF32_ROUNDOFF, assert_close, compare, drop_term, naive_bsr_conv2d, wrong_block
+from slimkernels.testing import TF32_ROUNDOFF, assert_close, compare, drop_term, wrong_block
 
 __all__ = ["device"]  # a fixture, which its users name
 
@@ -163,12 +163,7 @@ def test_weights_are_rounded_as_the_input_is() -> None:
 def test_nonfinite_inputs_reach_what_reads_them(device: Device) -> None:
     case = ConvCase("nan", n=1, c_in=32, h=5, w=6, c_out=128, sparsity=0.7, epilogue="relu_maxpool2")
     for variant in TF32_VARIANTS:
-        blocks = in_float32(case, variant)
-        x, weight, bias = blocks.inputs()
-        x[0, 3, 2, 2], x[0, 17, 0, 4] = torch.nan, torch.inf
-        out = device.launch(blocks, (x, weight, bias), variant).cpu()
-        expected = naive_bsr_conv2d(x, weight, bias, *blocks.geometry())
-        assert torch.equal(out.isnan(), expected.isnan()) and out.isnan().any() and not out.isnan().all()
+        check_nonfinite(device, in_float32(case, variant), variant)
 
 
 @pytest.mark.parametrize("mutate", [drop_term, wrong_block])

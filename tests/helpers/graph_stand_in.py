@@ -83,3 +83,13 @@ def only(found: Any) -> Any:
     """The one recording of what `graphed` returned."""
     (recording,) = found.recordings.values()
     return recording
+
+
+def layers_of_launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many layers each launch of a chain has from now on, in order."""
+    launched: list[int] = []
+    launch = cuda_chain.launch_chain
+    monkeypatch.setattr(
+        cuda_chain, "launch_chain", lambda x, layers, c: launched.append(len(layers)) or launch(x, layers, c)
+    )
+    return launched

@@ -17,7 +17,7 @@ from torch import Tensor
 from slimkernels.cases import ConvCase, to_device
 from slimkernels.kernels import cuda, cuda_tensor_cores
 from slimkernels.kernels.cuda_tensor_cores import Limits
-from slimkernels.testing import assert_close
+from slimkernels.testing import assert_close, naive_bsr_conv2d
 
 MODES = range(8)
 HOPPER_SHARED = 227 * 1024
@@ -105,6 +105,15 @@ def fails(place: Place, mode: int, check: Callable[[], object]) -> bool:
     if os.WIFEXITED(status) and os.WEXITSTATUS(status) == 2:
         raise RuntimeError("the check of a deliberate fault did not run, see its error above")
     return status != 0
+
+
+def check_nonfinite(device: Device, case: ConvCase, variant: int) -> None:
+    """A NaN and an infinite input of the first image make NaN of the outputs that read them, and of no others."""
+    x, weight, bias = case.inputs()
+    x[0, 3, 2, 2], x[0, 17, 0, 4] = torch.nan, torch.inf
+    out = device.launch(case, (x, weight, bias), variant).cpu()
+    expected = naive_bsr_conv2d(x, weight, bias, *case.geometry())
+    assert torch.equal(out.isnan(), expected.isnan()) and out.isnan().any() and not out.isnan().all()
 
 
 def skip_without_hopper() -> None:
