@@ -34,6 +34,7 @@ from slimkernels.dispatch.select import KernelChoice, predicted_dense_seconds, p
 from slimkernels.inference import LayerKernel, graphed, warm_up
 from slimkernels.kernels import KERNELS
 from slimkernels.models import vgg19_cifar
+from slimkernels.nn import BlockSparseConv2d
 
 # Sparsity, batch, block shape, and whether ours is recorded (`slimkernels.graphed`) or called module by module.
 ROWS = [(s, b, (16, 1), r) for b in (1, 16, 128) for s in (0.75, 0.875, 0.95) for r in (True, False)]
@@ -228,6 +229,12 @@ def test_vgg_gpu(
     x = x.cuda().bfloat16().contiguous(memory_format=torch.channels_last)
     half = copy.deepcopy(model).bfloat16()
     fast = all_swapped(half, x, row.block_shape)
+    if row.kernel != "auto":
+        if KERNELS[row.kernel].available() is not None:
+            pytest.skip(f"{row.kernel}: {KERNELS[row.kernel].available()}")
+        for layer in fast.modules():
+            if isinstance(layer, BlockSparseConv2d):
+                layer.kernel = row.kernel
     run = checked_layers(warm_up(fast, x, calls=2).kernels, request.config.getoption("--checks"))
     predicted, predicted_dense = predicted_ms(fast, x)
     torch.backends.cudnn.benchmark = False  # it would try every algorithm on float64

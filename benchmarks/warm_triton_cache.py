@@ -267,14 +267,17 @@ def in_processes(work: list[Job], processes: int, setting: tuple[str, str]) -> l
         return [error for error in pool.map(compiled, work) if error is not None]
 
 
-def of_tests(folder: str, libcuda: str, processes: int, seconds: float) -> str:
+def of_tests(folder: str, libcuda: str, processes: int, seconds: float, select: str | None = None) -> str:
     """Compiles what the GPU tests launch, by running them on the stand-in; pytest's last line.
 
     Some tests fail here, where neither torch's own CUDA parts nor a device's results are; what they launched until
     then is in the cache.
+
+    Args: select: only tests whose names fit it, as ``pytest -k`` has it.
     """
     from gpu_check import dry_run
 
+    selected = f"not {dry_run.NOT}" + (f" and ({select})" if select else "")
     tools = Path(libcuda) / "tools"
     dry_run.tools(tools)
     variables = {**os.environ, **dry_run.environment(tools), "TRITON_CACHE_DIR": folder, "OMP_NUM_THREADS": "1",
@@ -282,7 +285,7 @@ def of_tests(folder: str, libcuda: str, processes: int, seconds: float) -> str:
     variables["PYTHONPATH"] = os.pathsep.join((str(tools), str(ROOT), str(ROOT / "benchmarks")))
     variables.pop("SLIMKERNELS_STAND_IN_IMAGES")  # tests have sizes of their own
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "gpu_check.telling", "--tb=no",
-               "-m", "gpu and not slow", "-k", f"not {dry_run.NOT}", "-n", str(processes), "--maxschedchunk", "1",
+               "-m", "gpu and not slow", "-k", selected, "-n", str(processes), "--maxschedchunk", "1",
                *plan.GPU_TESTS]  # fmt: skip
     with open(Path(libcuda) / "tests.txt", "w+") as log:
         # In a session of its own: its workers end with it, and a shell's background job would ignore an interrupt.
@@ -306,6 +309,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--add", action="store_true", help="to what the folder holds, instead of making all of it")
     parser.add_argument("--tests", action="store_true", help="what the GPU tests launch too: a quarter of an hour")
     parser.add_argument("--seconds", type=float, default=1500, help="no longer than this for --tests")
+    parser.add_argument("--select", default=None, help="of the tests, only those that fit this, as pytest -k has it")
     parser.add_argument("--limit", type=int, default=None, help="only so many jobs")
     parser.add_argument("--check", action="store_true", help="look every kernel up; nothing is compiled")
     parsed = parser.parse_args(arguments)
@@ -327,7 +331,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     errors = in_processes(work, parsed.processes, setting)
     utilities()
     if parsed.tests:
-        print(f"tests: {of_tests(*setting, parsed.processes, parsed.seconds)}", flush=True)
+        print(f"tests: {of_tests(*setting, parsed.processes, parsed.seconds, parsed.select)}", flush=True)
     files = prune(parsed.folder)
     pack(parsed.folder, files, parsed.out)
     count = {suffix: sum(path.suffix == suffix for path in files) for suffix in KEPT}

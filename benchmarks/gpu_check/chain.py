@@ -142,6 +142,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for row in served.of_batch(whole, batch, ways, parsed.device):
                 of_one.append(row)
                 keep(row, one_launch_lines(of_one)[-1])
+            row = served.dense(whole, batch)
+            keep(row, f"{row['name']} dense: {row['baselines_p50_ms']} ms")
     for batch in parsed.batches:
         for row in of_batch(benches(batch, parsed.device, parsed.layers), reason):
             keep(row, tensor_core_line(row))

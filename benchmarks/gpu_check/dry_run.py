@@ -52,6 +52,9 @@ EXTRA = {
     "tensor_cores": ("--layers", "1"),
     "chain": ("--batches", "1", "--layers", "3"),
     "tensor_cores_2": ("--layers", "1"),
+    "tensor_cores_tf32": ("--layers", "1"),
+    "narrow": (*_QUICK, "-k", "tensor_cores_32x32"),
+    "tests_cuda": ("--collect-only",),  # as "tests"
     "rows": (*_QUICK, "-k", "batch_1 and not batch_16"),
     "tests": _some("captured", "split", "training_matches", "autocast", "streams"),
     "autotune": ("--collect-only",),  # as "vgg" but for torch.compile, which returns the module here
@@ -70,12 +73,12 @@ EXTRA = {
     "ranking": ("--preset", "device_rehearsal", "--only", "teacher", "--no-compile", "--device", "cpu"),
 }
 # Stages that find the kernels of CUDA C++ that the stand-in knows; the others find none.
-WITH_EXTENSION = ("chain",)
+WITH_EXTENSION = ("chain", "narrow", "sanitizer_cuda")
 # Kernels that must have been launched somewhere.
 KERNELS = (
     "bsr_conv2d_fwd_kernel", "bsr_conv2d_reduce_kernel", "bsr_conv2d_bwd_x_kernel", "bsr_conv2d_bwd_w_kernel",
     "low_rank_linear_fwd_kernel", "low_rank_conv2d_fwd_kernel", "gather",
-    "chain_conv2d_kernel", "stem_conv2d_kernel",
+    "chain_conv2d_kernel", "stem_conv2d_kernel", "resident_conv2d_kernel", "weight_gradient_kernel", "low_rank_kernel",
 )  # fmt: skip
 
 _NCU = """#!{python}

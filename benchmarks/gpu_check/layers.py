@@ -60,12 +60,15 @@ NETWORKS = {
 
 @dataclass(frozen=True)
 class NetworkRow:
-    """A pruned network to be timed: its name in `NETWORKS`, images, share of zero blocks, block shape."""
+    """A pruned network to be timed: its name in `NETWORKS`, images, share of zero blocks, block shape, and the kernel
+    of its pruned layers.
+    """
 
     network: str
     batch: int
     sparsity: float
     block_shape: tuple[int, int]
+    kernel: str = "auto"
 
     def problems(self, device: str = "cuda") -> list[ConvProblem]:
         """The distinct problems of the network's pruned convolutions."""
@@ -100,6 +103,8 @@ ROWS = {
     "sparsity_60": NetworkRow("vgg19_cifar", 1024, 0.6, (128, 16)),
     "blocks_64x32": NetworkRow("vgg19_cifar", 1024, 0.875, (64, 32)),
     "blocks_32x32": NetworkRow("vgg19_cifar", 1024, 0.875, (32, 32)),
+    "tensor_cores_32x32": NetworkRow("vgg19_cifar", 1024, 0.875, (32, 32), "bsr_conv2d__cuda_tensor_cores"),
+    "tensor_cores_128x16": NetworkRow("vgg19_cifar", 1024, 0.875, (128, 16), "bsr_conv2d__cuda_tensor_cores"),
     "batch_128": NetworkRow("vgg19_cifar", 128, 0.875, (128, 16)),
     "vgg16_224_95": NetworkRow("vgg16_bn", 32, 0.95, (128, 16)),
 }

@@ -75,6 +75,8 @@ GPU_TESTS = (
     "tests/cuda_kernels/test_cuda.py",
     "tests/compress/test_engine.py",
 )
+# Those of them that launch kernels of CUDA C++, or stand near them.
+CUDA_TESTS = tuple(name for name in GPU_TESTS if not name.startswith("tests/on_gpu/test_triton"))
 # One at a time, in the given order: 14 compilers of 16 cores, and the time box cuts off the least telling tests.
 _WORKERS = ("-n", "14", "--dist", "load", "--maxschedchunk", "1")
 _TESTS = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "gpu_check.telling", "--rows", "{rows}")
@@ -131,6 +133,20 @@ STAGES = (
           "CUDA C++ on tensor cores where it has not run: (32, 32) blocks, and the gradients of a training step, which "
           "take Triton 587 and 328 us. Wanted: 220 and 250 us.",
           _module("tensor_cores", "--gradients"), build_wait=5, spare=True),
+    Stage("tests_cuda", 1, 120, "The GPU tests but for those of Triton's block-sparse kernels.",
+          (*_TESTS, "-m", "gpu and not slow", *_WORKERS, *CUDA_TESTS), build_wait=20, spare=True),
+    Stage("narrow", 1, 45,
+          "VGG-19 in (32, 32) blocks by auto's kernels and by CUDA C++ on tensor cores, wanted 2x dense; (128, 16) by "
+          "the latter.",
+          _suite(*_networks("blocks_32x32", "tensor_cores_32x32", "tensor_cores_128x16"), "--compile", "none",
+                 "--seconds", "0.4", *_CHECKS), build_wait=5, spare=True),
+    Stage("tensor_cores_tf32", 1, 35,
+          "The layers in float32, multiplied in TF32: CUDA C++ on tensor cores beside auto's kernel.",
+          _module("tensor_cores", "--tf32"), build_wait=5, spare=True),
+    Stage("sanitizer_cuda", 1, 90,
+          "memcheck, racecheck and synccheck side by side on every kernel of CUDA C++: no error.",
+          _module("sanitizer", "--kernels", "cuda", "--tool", "memcheck", "racecheck", "synccheck"),
+          build_wait=5, spare=True),
     Stage("compile_2", 2, 20, "The kernels of VGG-16 and of the training step, 14 at once.",
           _module("precompile", "--processes", "14", "--names", "vgg16_224", "--no-sweep", "--training")),
     Stage("vgg16", 2, 40, "VGG-16 at 224x224, batch 32: 2.5x (H100) or 2.8x (H200) wanted; the floor is 3.3x/3.8x.",
@@ -151,7 +167,7 @@ STAGES = (
           "A step of the training loop, VGG-19 at batch 512: from Python and as a CUDA graph, plain and with all that "
           "the recipe does. By the GPU's own time about 60 000 images/s.",
           _module("trainer"), spare=True),
-    Stage("chain", 2, 90,
+    Stage("chain", 2, 110,
           "graphed(one_launch=...) of VGG-19 at batch 1, 16 and 4, beside a CUDA graph of auto's kernels (85 us at "
           "batch 1 on an H200; 45 expected of a chain, 26 with the classifier): outputs, launches, time. Then its 15 "
           "block-sparse convolutions alone: 14 us expected.",

@@ -50,7 +50,7 @@ class Network:
     """
 
     def __init__(self, pruned: nn.Module, fast: nn.Module, images: Tensor) -> None:
-        self.fast, self.images = fast, images.contiguous(memory_format=torch.channels_last)
+        self.pruned, self.fast, self.images = pruned, fast, images.contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
             self._exact = copy.deepcopy(pruned).double()(self.images.double())
 
@@ -74,6 +74,14 @@ def of_batch(network: Network, n: int, ways: Mapping[str, Way], device: str) -> 
             yield row | _measured(network, n, way, own, device)
         except Exception as error:  # the others go on
             yield row | {"errors": [f"{type(error).__name__}: {error}"[:500]]}
+
+
+def dense(network: Network, n: int) -> dict[str, Any]:
+    """The row of the network with its zeros, by the fastest dense engine that takes no compiler."""
+    baselines = peers.gpu_dense(network.pruned, network.batches(n)[0], print, compile=None)
+    times = {name: 1e3 * t.p50 for name, t in timing.interleaved(baselines, seconds=0.3).items()}
+    return {"suite": "dense", "name": f"b{n}", "match": bool(times), "p50_ms": min(times.values(), default=None),
+            "baselines_p50_ms": times}  # fmt: skip
 
 
 def _measured(network: Network, n: int, way: Way, own: float, device: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from gpu_check import rows
 # Patterns of test names: what decides whether the headline can be believed comes first, whatever takes several GPUs or
 # repeats a case in another dtype last.
 ORDER = (
+    r"test_fused_gpu.*::test_every_configuration.*-stem",  # where nothing was compiled beforehand, half a minute each
     r"test_triton_gpu.*::test_conv_block_shapes",
     r"test_triton_gpu.*::test_conv_default_tiles_of_a_large_image.*bfloat16",
     r"test_triton_gpu.*::test_(split_and|captured|launch_follows_the_current|nonfinite|a_dropped)",

@@ -2,18 +2,19 @@
 
 Every distinct layer of the headline with the weights of a thread block in shared memory, on its compiled shapes and
 with launches that overlap, and the fused stem; with --gradients the same layers in blocks of 32 x 32, and both
-gradients of every layer at batch 512. All are replayed from CUDA graphs and checked against float64. Measured on an
-H200: 64 us for conv1_2, 36 and 42 for conv2_1 and conv2_2, 37 for conv3_2, 153 for conv4_2, 41 for conv5_1, 108 for the
-stem. Columns of 16 and 32 channels, half rows of 512 channels and the gradients have not run on a GPU; wanted are 30 us
-for conv4_2, 12 for conv5_1, and for all gradients of VGG-19's layers 220 us (x) and 250 us (weights), where Triton
-takes 587 and 328.
+gradients of every layer at batch 512; with --tf32 the layers in float32, multiplied in TF32. All are replayed from
+CUDA graphs and checked against float64. Measured on an H200: 64 us for conv1_2, 36 and 42 for conv2_1 and conv2_2, 37
+for conv3_2, 153 for conv4_2, 41 for conv5_1, 108 for the stem. Columns of 16 and 32 channels, half rows of 512 channels
+and the gradients have not run on a GPU; wanted are 30 us for conv4_2, 12 for conv5_1, and for all gradients of VGG-19's
+layers 220 us (x) and 250 us (weights), where Triton takes 587 and 328.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from slimkernels.dispatch.select import resolve_gradient
 from slimkernels.formats import _to_blocks
 from slimkernels.kernels import KERNELS, cuda, cuda_tensor_cores, resident_plan
 from slimkernels.kernels.problems import ConvProblem, Request, problem_json
+from slimkernels.kernels.tf32 import round_to_tf32
 from slimkernels.kernels.transposed import transpose_index
 
 STEM = "bsr_stem__cuda_tensor_cores"
@@ -34,10 +36,11 @@ _CHECKED_IMAGES = 64
 TRAINING_BATCH = 512
 
 
-def configurations(block_out: int, c_out: int, wgmma: bool) -> Iterator[dict[str, int]]:
+def configurations(p: ConvProblem, wgmma: bool) -> Iterator[dict[str, int]]:
     """The shapes that run here, first those that may be chosen; then these overlapping, and one with two stages."""
-    found = resident_plan.candidates(block_out, c_out, wgmma)
-    portable = (0,) if block_out % 64 == 0 else ()
+    tf32 = p.dtype == torch.float32
+    found = resident_plan.candidates(p.block_shape[0], p.c_out, wgmma, tf32)
+    portable = (0,) if p.block_shape[0] % 64 == 0 else ()
     for variant in dict.fromkeys((*found, *portable)):
         yield {"variant": variant}
     if wgmma:
@@ -64,40 +67,81 @@ def timed_row(
     return row
 
 
+class Launch(NamedTuple):
+    """A kernel in one configuration, ready to be called on a layer's tensors."""
+
+    kernel: str
+    config: Mapping[str, int]
+    call: Callable[[], Tensor]
+
+
+def launches(bench: layers.Bench) -> Iterator[Launch]:
+    """A layer's forward kernel in each of its `configurations`, weights packed."""
+    p, w, bias = bench.problem, bench.layer.weight_bsr(), bench.layer.bias
+    assert isinstance(p, ConvProblem)
+    parts = (w.values.detach(), w.crow_indices, w.col_indices)
+    for config in configurations(p, cuda_tensor_cores._limits(bench.x).wgmma):
+        packed = resident_plan.pack(*parts, w.weight_shape, w.block_shape, resident_plan.VARIANTS[config["variant"]])
+        arguments = (*parts, None if bias is None else bias.detach(), packed, w.weight_shape, w.block_shape,
+                     p.stride, p.padding, p.dilation, p.epilogue, config)  # fmt: skip
+        call = functools.partial(cuda_tensor_cores.launch_bsr_conv2d, bench.x, *arguments)
+        yield Launch(cuda_tensor_cores.NAME, config, call)
+
+
 def of_layer(p: ConvProblem, reason: str | None) -> Iterator[dict[str, Any]]:
-    """The rows of one layer; with a reason, why the kernels do not run here, that of ``auto`` alone."""
+    """The rows of one layer; with a reason, why the kernels do not run here, that of ``auto`` alone.
+
+    Input and weights in float32 are numbers of TF32, so that one reference holds for whoever rounds and who does not.
+    """
     bench = layers.Bench(p)
+    if p.dtype == torch.float32:
+        bench.x = round_to_tf32(bench.x)
+        with torch.no_grad():
+            bench.layer.values.copy_(round_to_tf32(bench.layer.values.detach()))
     auto = layers.choice_of(p)
     yield timed_row(p, auto.name, auto.config, lambda: bench.call(auto), bench.compare)
     if reason is not None:
         return
-    w, bias = bench.layer.weight_bsr(), bench.layer.bias
-    parts = (w.values.detach(), w.crow_indices, w.col_indices)
-    for config in configurations(p.block_shape[0], p.c_out, cuda_tensor_cores._limits(bench.x).wgmma):
-        packed = resident_plan.pack(*parts, w.weight_shape, w.block_shape, resident_plan.VARIANTS[config["variant"]])
+    for kernel, config, call in launches(bench):
+        yield timed_row(p, kernel, config, call, bench.compare)
 
-        def call(config: Mapping[str, int] = config, packed: Sequence[Tensor] = packed) -> Tensor:
-            return cuda_tensor_cores.launch_bsr_conv2d(
-                bench.x, *parts, None if bias is None else bias.detach(), packed, w.weight_shape, w.block_shape,
-                p.stride, p.padding, p.dilation, p.epilogue, config,
+
+class Stem:
+    """A dense first convolution of 64 channels in front of the layer of a problem, with random images."""
+
+    def __init__(self, p: ConvProblem) -> None:
+        self.problem, self.layer = p, layers.Bench(replace(p, n=1)).layer
+        self.first = nn.Conv2d(3, _STEM_CHANNELS, 3, padding=1, device=p.device, dtype=p.dtype).requires_grad_(False)
+        x = torch.randn(p.n, 3, p.h, p.w, device=p.device, dtype=p.dtype)
+        self.x = x.contiguous(memory_format=torch.channels_last)
+
+    def launches(self) -> Iterator[Launch]:
+        """The fused kernel on the shapes that run here, and letting launches overlap."""
+        w, bias, first = self.layer.weight_bsr(), self.layer.bias, self.first
+        parts = (w.values.detach(), w.crow_indices, w.col_indices)
+        best = int(cuda_tensor_cores._limits(self.x).wgmma)
+        overlapping = [{"variant": 1, "overlap": 1}] * best
+        for config in (*({"variant": v} for v in dict.fromkeys((best, 0))), *overlapping):
+            pack = cuda_tensor_cores.pack_stem(first.weight, *parts, w.weight_shape, w.block_shape, config["variant"])
+            call = functools.partial(
+                cuda_tensor_cores.launch_stem_conv2d, self.x, first.weight, first.bias, *parts,
+                None if bias is None else bias.detach(), pack, w.weight_shape, w.block_shape, self.problem.epilogue,
+                config,
             )  # fmt: skip
-
-        yield timed_row(p, cuda_tensor_cores.NAME, config, call, bench.compare)
+            yield Launch(STEM, config, call)
 
 
 def of_stem(p: ConvProblem, reason: str | None) -> Iterator[dict[str, Any]]:
     """The rows of the stem: a dense first convolution in front of layer ``p``."""
     if reason is not None:
         return
-    bench = layers.Bench(replace(p, n=1))
-    w, bias = bench.layer.weight_bsr(), bench.layer.bias
-    parts = (w.values.detach(), w.crow_indices, w.col_indices)
-    first = nn.Conv2d(3, _STEM_CHANNELS, 3, padding=1, device=p.device, dtype=p.dtype).requires_grad_(False)
-    x = torch.randn(p.n, 3, p.h, p.w, device=p.device, dtype=p.dtype).contiguous(memory_format=torch.channels_last)
-    some = x[:_CHECKED_IMAGES].double()
+    stem = Stem(p)
+    bias, first = stem.layer.bias, stem.first
+    some = stem.x[:_CHECKED_IMAGES].double()
     assert first.bias is not None
     middle = F.conv2d(some, first.weight.double(), first.bias.double(), padding=1).relu().to(p.dtype)
-    arguments = (middle, w, None if bias is None else bias.detach(), p.stride, p.padding, p.dilation, p.epilogue)
+    arguments = (middle, stem.layer.weight_bsr(), None if bias is None else bias.detach(), p.stride, p.padding,
+                 p.dilation, p.epilogue)  # fmt: skip
     reference = testing.reference_bsr_conv2d(*arguments)
     scale, terms = testing.scale_bsr_conv2d(*arguments)
 
@@ -106,18 +150,34 @@ def of_stem(p: ConvProblem, reason: str | None) -> Iterator[dict[str, Any]]:
         roundoff = 2 * testing.UNIT_ROUNDOFF[p.dtype]
         return testing.compare(y[:_CHECKED_IMAGES], reference, scale=scale, terms=terms, u_mul=roundoff, name="stem")
 
-    best = int(cuda_tensor_cores._limits(x).wgmma)
-    overlapping = [{"variant": 1, "overlap": 1}] * best
-    for config in (*({"variant": v} for v in dict.fromkeys((best, 0))), *overlapping):
-        pack = cuda_tensor_cores.pack_stem(first.weight, *parts, w.weight_shape, w.block_shape, config["variant"])
+    for kernel, config, call in stem.launches():
+        yield {**timed_row(p, kernel, config, call, check), "name": "stem"}
 
-        def call(config: Mapping[str, int] = config, packed: Sequence[Tensor] = pack) -> Tensor:
-            return cuda_tensor_cores.launch_stem_conv2d(
-                x, first.weight, first.bias, *parts, None if bias is None else bias.detach(), packed, w.weight_shape,
-                w.block_shape, p.epilogue, config,
-            )  # fmt: skip
 
-        yield {**timed_row(p, STEM, config, call, check), "name": "stem"}
+def gradient_launches(bench: layers.Bench) -> Iterator[tuple[str, Callable[..., Tensor]]]:
+    """A layer's two gradients, each by what a training step runs and by the kernel of CUDA C++.
+
+    The calls take the gradient of the output and the input, here those of the layer's size where none are given.
+    """
+    p, w, x = bench.problem, bench.layer.weight_bsr(), bench.x
+    assert isinstance(p, ConvProblem)
+    parts = (w.values.detach(), w.crow_indices, w.col_indices)
+    geometry = (w.weight_shape, w.block_shape, p.stride, p.padding, p.dilation)
+    index = transpose_index(*parts[1:], w.weight_shape, w.block_shape, p.stride, p.dilation)
+    own = torch.randn(p.n, p.c_out, p.p, p.q, device=p.device, dtype=p.dtype)
+    own = own.contiguous(memory_format=torch.channels_last)
+    for op in ("bsr_conv2d_dgrad", "bsr_conv2d_wgrad"):
+        auto = resolve_gradient("auto", Request(op, p.dtype, p.device, p.block_shape, "none"), p.stride)
+        for spec in (auto, KERNELS[f"{op}__cuda_tensor_cores"]):
+
+            def call(
+                grad: Tensor = own, x: Tensor = x, op: str = op, launch: Callable[..., Tensor] = spec.launch
+            ) -> Tensor:
+                if op == "bsr_conv2d_dgrad":
+                    return launch(grad, *parts, index, (p.h, p.w), *geometry)
+                return launch(grad, x, *parts, *geometry)
+
+            yield spec.name, call
 
 
 def of_gradients(p: ConvProblem, reason: str | None) -> Iterator[dict[str, Any]]:
@@ -125,41 +185,28 @@ def of_gradients(p: ConvProblem, reason: str | None) -> Iterator[dict[str, Any]]
     if reason is not None:
         return
     bench = layers.Bench(p)
-    w = bench.layer.weight_bsr()
-    parts = (w.values.detach(), w.crow_indices, w.col_indices)
-    geometry = (w.weight_shape, w.block_shape, p.stride, p.padding, p.dilation)
-    index = transpose_index(*parts[1:], w.weight_shape, w.block_shape, p.stride, p.dilation)
-    x = bench.x
-    grad = torch.randn(p.n, p.c_out, p.p, p.q, device=p.device, dtype=p.dtype)
+    w, x = bench.layer.weight_bsr(), bench.x[:_CHECKED_IMAGES]
+    grad = torch.randn(len(x), p.c_out, p.p, p.q, device=p.device, dtype=p.dtype)
     grad = grad.contiguous(memory_format=torch.channels_last)
-    some = slice(0, _CHECKED_IMAGES)
 
     def exact(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         arguments = (p.stride, p.padding, p.dilation, False, [0, 0], 1, [True, True, False])
         grad_x, grad_w, _ = torch.ops.aten.convolution_backward(grad, x, weight, None, *arguments)
         return grad_x, _to_blocks(grad_w, p.block_shape)[w.block_rows(), w.col_indices[: w.nnz_blocks].long()]
 
-    few = grad[some].double(), x[some].double(), testing.densify(w).to(p.device)
+    few = grad.double(), x.double(), testing.densify(w).to(p.device)
     references, squares = exact(*few), exact(*(t.square() for t in few))
     terms = (w.nnz_blocks * p.block_shape[0] * p.block_shape[1] // p.c_in, few[0].numel() // p.c_out)
+    for kernel, call in gradient_launches(bench):
+        i = int("wgrad" in kernel)
 
-    for i, op in enumerate(("bsr_conv2d_dgrad", "bsr_conv2d_wgrad")):
-        auto = resolve_gradient("auto", Request(op, p.dtype, p.device, p.block_shape, "none"), p.stride)
-        for spec in (auto, KERNELS[f"{op}__cuda_tensor_cores"]):
+        def check(
+            _: Tensor, kernel: str = kernel, call: Callable[..., Tensor] = call, i: int = i
+        ) -> testing.Comparison:
+            scale = squares[i].clamp_min(0).sqrt()
+            return testing.compare(call(grad, x), references[i], scale=scale, terms=max(terms[i], 1), name=kernel)
 
-            def call(
-                grad: Tensor = grad, x: Tensor = x, i: int = i, launch: Callable[..., Tensor] = spec.launch
-            ) -> Tensor:
-                if i == 0:
-                    return launch(grad, *parts, index, (p.h, p.w), *geometry)
-                return launch(grad, x, *parts, *geometry)
-
-            def check(_: Tensor, call: Callable[..., Tensor] = call, i: int = i, op: str = op) -> testing.Comparison:
-                got = call(grad[some], x[some])
-                scale = squares[i].clamp_min(0).sqrt()
-                return testing.compare(got, references[i], scale=scale, terms=max(terms[i], 1), name=op)
-
-            yield {**timed_row(p, spec.name, {}, call, check), "name": f"{layers.layer_name(p)} {op[-5:]}"}
+        yield {**timed_row(p, kernel, {}, call, check), "name": f"{layers.layer_name(p)} {('dgrad', 'wgrad')[i]}"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -169,13 +216,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--gradients", action="store_true", help="instead: blocks of 32 x 32, and gradients at batch 512"
     )
+    parser.add_argument("--tf32", action="store_true", help="instead: the layers in float32")
     parsed = parser.parse_args(arguments)
     options.prepare(parsed.device)
     reason = cuda.available() if parsed.device == "cuda" else "no CUDA tensors"
     if reason is not None:
         print(f"the kernels of CUDA C++ do not run here: {reason}")
     problems = layers.HEADLINE.problems(parsed.device)[: parsed.layers]
-    if parsed.gradients:
+    suites: list[Iterator[dict[str, Any]]]
+    if parsed.tf32:
+        torch.backends.cudnn.allow_tf32 = True
+        single = [replace(layers.at_batch(p, parsed.batch), dtype=torch.float32) for p in problems]
+        suites = [of_layer(p, reason) for p in single]
+    elif parsed.gradients:
         narrow = layers.ROWS["blocks_32x32"].problems(parsed.device)[: parsed.layers]
         suites = [
             *(of_layer(layers.at_batch(p, parsed.batch), reason) for p in narrow),
