@@ -42,7 +42,7 @@ from gpu_check import plan  # noqa: E402
 
 KEPT = (".cubin", ".json", ".so")
 # What the stages of the check launch: `gpu_check.layers.ROWS` by name.
-ROWS = ("headline", "blocks_64x16", "sparsity_95", "batch_16", "batch_1", "vgg16_224")
+ROWS = ("headline", "blocks_64x16", "blocks_32x32", "sparsity_95", "batch_16", "batch_1", "vgg16_224")
 # The rows of the recipe's preset for a device whose blocks a GPU multiplies, at every batch that is evaluated (512, and
 # what is left of 10 000 images), compared or timed. Compiled there they took 9 s a row of its time.
 RECIPE_BLOCKS, RECIPE_BATCHES = (128, 16), (1, 256, 272, 512, 1024)
