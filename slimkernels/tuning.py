@@ -290,14 +290,21 @@ def _forced_call(layer: nn.Module, x: Tensor, choice: KernelChoice) -> Callable[
 def captured(call: Callable[[], Any], device: str, calls: int = 1) -> Callable[[], Any]:
     """On CUDA, a call captured in a CUDA graph: what is compared then is kernels, not Python. Elsewhere the call.
 
+    The replay keeps the call, since the graph reads its tensors. Once they were freed, the next capture would give
+    their memory back, and the graph end in an illegal memory access (a step of a copied model did so on an H200).
+
     Args:
         calls: how often the graph holds it, one after the other. Replaying a graph takes the CPU some 5 us, more than
             the smallest kernels take the GPU.
     """
     if device != "cuda":
         return call
-    graph, _ = capture(call, calls=calls)
-    return graph.replay
+    graph, result = capture(call, calls=calls)
+
+    def replay(kept: Any = (call, result)) -> None:
+        graph.replay()
+
+    return replay
 
 
 def _ways(problem: SizedProblem) -> list[tuple[KernelSpec, dict[str, int]]]:

@@ -143,7 +143,7 @@ STAGES = (
     Stage("tensor_cores_tf32", 1, 35,
           "The layers in float32, multiplied in TF32: CUDA C++ on tensor cores beside auto's kernel.",
           _module("tensor_cores", "--tf32"), build_wait=5, spare=True),
-    Stage("sanitizer_cuda", 1, 90,
+    Stage("sanitizer_cuda", 1, 150,
           "memcheck, racecheck and synccheck side by side on every kernel of CUDA C++: no error.",
           _module("sanitizer", "--kernels", "cuda", "--tool", "memcheck", "racecheck", "synccheck"),
           build_wait=5, spare=True),

@@ -36,6 +36,7 @@ WAYS = {
     "chain": Way(True, {"chain_conv2d": 1, "stem_conv2d": 0, SPARSE: 0}),
     "stem": Way("stem", {"chain_conv2d": 0, "stem_conv2d": 1}),
     "chain, linear": Way(("chain", "linear"), {"chain_conv2d": 2, "stem_conv2d": 0, SPARSE: 0}),
+    "auto": Way("auto", {}),
     "all": Way(("stem", "chain", "linear"), {"chain_conv2d": 2, "stem_conv2d": 1, SPARSE: 0}),
 }
 

@@ -30,9 +30,8 @@ __host__ __device__ inline ResidentLayout resident_layout(const SlimCudaResident
   l.bias = (l.live + (slabs + 1) * 4 + 15) / 16 * 16;
   l.windows = l.bias + Shape::COLUMNS * Shape::COLUMN * kBiasBytes;
   l.pixels = l.windows + Shape::WINDOWS * 16;
-  l.ring = (l.pixels + (a.tile_images * a.load_rows * a.load_cols + 63) / 64 * 64 * 16 + 127) / 128 * 128;
-  // One more place, for what is read of no pixel.
-  l.stage = ((a.patch + 1) * (a.slab * int32_t(sizeof(T)) + 16) + 127) / 128 * 128;
+  l.ring = (l.pixels + a.tile_images * a.load_rows * a.load_cols * 16 + 127) / 128 * 128;
+  l.stage = (a.patch * (a.slab * int32_t(sizeof(T)) + 16) + 127) / 128 * 128;
   l.total = l.ring + Shape::GROUPS * a.stages * l.stage;
   return l;
 }
@@ -53,7 +52,7 @@ struct Loader {
   const SlimCudaResidentConv2d& a;
   uint32_t first_pixel, live, ring;  // first_pixel: this thread's entry of the table of pixels
   int stage_bytes, live_count, tile, tile_step, tiles, at = 0, left = 0, slot = 0;  // left: slabs of the tile
-  int pixel_step, pixel_count, chunk;
+  int pixel_step, pixel_count, chunk;  // pixel_count: of the table, from this thread's entry on
   const unsigned char* corner;  // the first pixel of the tile's patch, which may lie outside the image
   int32_t images_left, y, x;
 
@@ -129,13 +128,11 @@ SLIM_DEVICE void resident_conv2d(const SlimCudaResidentConv2d& a) {
   write_windows<Shape>(a, base + at.windows);
   write_bias<T, Shape>(base + at.bias, a.bias, first_column * Shape::COLUMN, a.c_out);
   const int loaded = a.load_rows * a.load_cols;
-  for (int i = thread; i < (a.tile_images * loaded + 63) / 64 * 64; i += Shape::THREADS) {
+  for (int i = thread; i < a.tile_images * loaded; i += Shape::THREADS) {
     const int image = i / loaded, y = i % loaded / a.load_cols, x = i % a.load_cols;
-    const bool read = image < a.tile_images;  // else an entry that only fills up the table
-    const int place = read ? image * a.patch_image + (y + a.load_top) * a.patch_row + x + a.load_left : a.patch;
-    const int from = read ? ((image * int(a.h) + y) * int(a.w) + x) * int(a.c_in) * int(sizeof(T)) : 0;
-    hw::store_shared_128(base + at.pixels + i * 16,
-                         make_uint4(place * pitch, from, uint32_t(y) << 16 | x, read ? image : kNoImage));
+    const int place = image * a.patch_image + (y + a.load_top) * a.patch_row + x + a.load_left;
+    const int from = ((image * int(a.h) + y) * int(a.w) + x) * int(a.c_in) * int(sizeof(T));
+    hw::store_shared_128(base + at.pixels + i * 16, make_uint4(place * pitch, from, uint32_t(y) << 16 | x, image));
   }
   // Pixels that no tile reads stay zero.
   for (int i = thread * 16; i < at.total - at.ring; i += Shape::THREADS * 16) {
@@ -175,7 +172,7 @@ SLIM_DEVICE void resident_conv2d(const SlimCudaResidentConv2d& a) {
   Loader<T> loader{a, pixels, live, ring, at.stage, live_count, begin, tile_step, tiles};
   loader.chunk = (thread & 127) % chunks;
   loader.pixel_step = 128 / chunks;
-  loader.pixel_count = (a.tile_images * loaded + loader.pixel_step - 1) / loader.pixel_step * loader.pixel_step;
+  loader.pixel_count = a.tile_images * loaded - (thread & 127) / chunks;
   loader.start_tile();
   hw::wait_for_previous_kernel();  // which wrote x, or still reads y
   for (int s = 0; s < a.stages - 1; ++s) loader.fill();

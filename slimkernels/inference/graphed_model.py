@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from slimkernels.inference.batches import cut, filled_up, fitting, like_the_model
 from slimkernels.inference.cpu_recording import Copies
 from slimkernels.inference.cpu_replay import Replay
-from slimkernels.inference.cuda_graph import CudaGraphs
+from slimkernels.inference.cuda_graph import CudaGraphs, GraphRecording
 from slimkernels.inference.inputs import describe, served_sets, signature, tensors
 from slimkernels.inference.one_launch import OneLaunch, OneLaunchRecording, kinds_of
+from slimkernels.inference.one_launch_runs import AUTO, MAX_IMAGES
 from slimkernels.kernels import cuda
 from slimkernels.ops.library import ops_are_captured
 from slimkernels.tensors import Snapshots
@@ -214,7 +215,7 @@ def _state(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _one_line(recording: Any) -> str:
-    return repr(recording) if isinstance(recording, Replay | OneLaunchRecording) else "a CUDA graph"
+    return repr(recording) if isinstance(recording, Replay | OneLaunchRecording | GraphRecording) else "a CUDA graph"
 
 
 def graphed(
@@ -225,7 +226,7 @@ def graphed(
     copy_outputs: bool = True,
     other_shapes: str = "pad",
     measure: bool = True,
-    one_launch: bool | str | Collection[str] = False,
+    one_launch: bool | str | Collection[str] = AUTO,
 ) -> GraphedModel:
     """Records a model's inference on static shapes and returns a callable that replays it.
 
@@ -254,11 +255,12 @@ def graphed(
         one_launch: on CUDA, layers that follow each other in an ``nn.Sequential`` and are to be one launch; one or
             several names. ``chain``, which True stands for: block-sparse convolutions, for 1 to 16 images, as
             `slimkernels.inference.cuda_chain.chain_of` makes it. ``linear``: ``nn.Linear`` and ReLUs, for 1 to 16 rows,
-            as `slimkernels.inference.cuda_linear_chain.linear_chain_of` makes it. The kernel of these two has not run
-            on a GPU yet. ``stem``: a dense 3x3 convolution of images to 64 channels, its ReLU and the block-sparse
-            convolution behind it, as `slimkernels.inference.cuda_stem.stem_of` makes it; at batch 1024 an H200 took 108
-            us for it, and 103 for the two layers one after the other. What a kernel does not take stays as it is; the
-            ``repr`` says what was taken, and why not the rest.
+            as `slimkernels.inference.cuda_linear_chain.linear_chain_of` makes it. ``stem``: a dense 3x3 convolution of
+            images to 64 channels, its ReLU and the block-sparse convolution behind it, as
+            `slimkernels.inference.cuda_stem.stem_of` makes it. What a kernel does not take stays as it is; the
+            ``repr`` says what was taken, and why not the rest. ``auto``: chains and linear layers, where the graph is
+            faster with them than without (both are captured and timed). False: none, so that the graph sees weights
+            that are written in place.
 
     Raises:
         ValueError: a model in training mode or that cannot be recorded; no example inputs; another ``other_shapes`` or
@@ -273,17 +275,25 @@ def graphed(
     if device.type not in ("cuda", "cpu"):
         raise ValueError(f"graphed: expected model and inputs on the CPU or a CUDA device, got {device}")
     launches = _one_launch(model, device, one_launch) if kinds_of(one_launch) else None
-    recorded_model = model if launches is None else launches.model
-    graphs = CudaGraphs(recorded_model, device, warm_up_calls, copy_outputs) if device.type == "cuda" else None
+
+    def graphs_of(model: nn.Module) -> CudaGraphs:
+        return CudaGraphs(model, device, warm_up_calls, copy_outputs)
+
+    plain = graphs_of(model) if device.type == "cuda" else None
+    in_one = None if launches is None else graphs_of(launches.model)
     recordings: dict[Any, Callable[..., Any]] = {}
     copies = Copies()
     for args, kwargs in sets:
         key = signature(args, kwargs)
         if key in recordings:
             continue
-        if graphs is not None:
-            record = partial(graphs.record, args, kwargs)
-            recordings[key] = record() if launches is None else launches.record(record)
+        if plain is not None:
+            if launches is None or in_one is None:
+                recordings[key] = plain.record(args, kwargs)
+            elif one_launch == AUTO:
+                recordings[key] = _faster(plain, in_one, launches, args, kwargs)
+            else:
+                recordings[key] = launches.record(partial(in_one.record, args, kwargs))
         elif kwargs:
             raise TypeError(f"graphed: expected positional example inputs on the CPU, got keywords {sorted(kwargs)}")
         else:
@@ -291,17 +301,42 @@ def graphed(
     if launches is None:
         return GraphedModel(model, device, recordings, other_shapes)
     copied = [t for one in recordings.values() if isinstance(one, OneLaunchRecording) for t in one.tensors]
-    if not copied:
+    if not copied and one_launch != AUTO:
         warnings.warn("graphed: one_launch took no layers; the repr says why", stacklevel=2)
     return GraphedModel(model, device, recordings, other_shapes, copied)
 
 
-def _one_launch(model: nn.Module, device: torch.device, asked: bool | str | Collection[str]) -> OneLaunch:
-    """Raises ValueError where the kernels cannot run."""
-    if device.type != "cuda":
-        raise ValueError(f"graphed: expected one_launch with a model on a CUDA device, got {device}")
-    with torch.cuda.device(device):
-        reason = cuda.available()
-    if reason is not None:
-        raise ValueError(f"graphed: one_launch cannot run here: {reason}")
-    return OneLaunch(model, asked)
+def _faster(
+    plain: CudaGraphs, in_one: CudaGraphs, launches: OneLaunch, args: Any, kwargs: Any
+) -> GraphRecording | OneLaunchRecording:
+    """The faster of both recordings of a call."""
+    recorded = plain.record(args, kwargs)
+    if not any(t.dim() and t.shape[0] <= MAX_IMAGES for t in tensors((args, kwargs))):
+        return recorded
+    other = launches.record(partial(in_one.record, args, kwargs))
+    if not other.in_one_launch:
+        return recorded
+    seconds, others = recorded.seconds(), other.replay.seconds()
+    text = f"({1e6 * others:.1f} us so and {1e6 * seconds:.1f} without)"
+    if others < seconds:
+        other.note = f" {text}"
+        return other
+    recorded.note = f"; {', '.join(other.in_one_launch)} in one launch would be slower {text}"
+    return recorded
+
+
+def _one_launch(model: nn.Module, device: torch.device, asked: bool | str | Collection[str]) -> OneLaunch | None:
+    """None where ``auto`` finds nothing to try.
+
+    Raises:
+        ValueError: the kernels cannot run.
+    """
+    reason: str | None = f"expected one_launch with a model on a CUDA device, got {device}"
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            missing = cuda.available()
+        reason = None if missing is None else f"one_launch cannot run here: {missing}"
+    if reason is not None and asked != AUTO:
+        raise ValueError(f"graphed: {reason}")
+    found = None if reason is not None else OneLaunch(model, asked)
+    return None if found is not None and asked == AUTO and not found.runs else found

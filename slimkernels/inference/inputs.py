@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from slimkernels.conversion.graph import InputSet, input_sets
+from slimkernels.nn.packing import Prepacked
 
 
 def served_sets(op: str, model: nn.Module, example_inputs: Any) -> tuple[list[InputSet], torch.device]:
@@ -23,11 +24,19 @@ def served_sets(op: str, model: nn.Module, example_inputs: Any) -> tuple[list[In
     sets = input_sets(example_inputs)
     if not sets:
         raise ValueError(f"{op}: expected example inputs, got none")
-    devices = {t.device for t in (*model.parameters(), *model.buffers(), *tensors(sets))}
+    devices = {t.device for t in (*_own_tensors(model), *tensors(sets))}
     if len(devices) != 1:
         found = sorted(map(str, devices)) or "no tensor"
         raise ValueError(f"{op}: expected model and inputs on one device, got {found}")
     return sets, devices.pop()
+
+
+def _own_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers, but for packs: some keep numbers on the CPU that a launch reads."""
+    for module in model.modules():
+        held = module._held() if isinstance(module, Prepacked) else ()
+        yield from module.parameters(recurse=False)
+        yield from (buffer for name, buffer in module.named_buffers(recurse=False) if name not in held)
 
 
 def tensors(tree: Any) -> list[Tensor]:

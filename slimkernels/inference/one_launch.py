@@ -15,8 +15,11 @@ from typing import Any
 
 from torch import nn
 
+from slimkernels.inference.cuda_graph import GraphRecording
 from slimkernels.inference.cuda_stem import MOST_CHANNELS
 from slimkernels.inference.one_launch_runs import (
+    AUTO,
+    AUTO_KINDS,
     CHAIN,
     IDLE,
     IDLE_OF_IMAGES,
@@ -40,16 +43,21 @@ _SEQUENTIALS = (nn.Sequential, ChainedSequential)
 
 
 def kinds_of(asked: bool | str | Collection[str]) -> tuple[str, ...]:
-    """The kinds of runs that an argument ``one_launch`` asks for: True stands for a chain alone.
+    """The kinds of runs that an argument ``one_launch`` asks for: True stands for a chain alone, ``auto`` for what is
+    tried and measured.
 
     Raises:
         ValueError: another name.
     """
     if isinstance(asked, bool):
         return (CHAIN,) if asked else ()
+    if asked == AUTO:
+        return AUTO_KINDS
     kinds = (asked,) if isinstance(asked, str) else tuple(asked)
     if not set(kinds) <= set(KINDS):
-        raise ValueError(f"graphed: expected one_launch of True, False or some of {', '.join(KINDS)}, got {asked!r}")
+        raise ValueError(
+            f"graphed: expected one_launch of auto, True, False or some of {', '.join(KINDS)}, got {asked!r}"
+        )
     return kinds
 
 
@@ -90,7 +98,7 @@ class OneLaunch:
             if name not in taken:
                 self.reasons.setdefault(name, "it is in no nn.Sequential")
 
-    def record(self, record: Callable[[], Callable[..., Any]]) -> OneLaunchRecording:
+    def record(self, record: Callable[[], GraphRecording]) -> OneLaunchRecording:
         """What ``record`` returns, a call of `model` captured, with what that call made of the runs."""
         for run in self.runs:
             run.outcomes.clear()
@@ -229,10 +237,11 @@ class OneLaunchRecording:
         in_one_launch: the runs that are one launch in this recording, by the names of their first and last layers.
         reasons: why other layers are not in one, by their names.
         tensors: of which it holds packed copies.
+        note: what its ``repr`` adds.
     """
 
-    def __init__(self, replay: Callable[..., Any], of: OneLaunch) -> None:
-        self._replay, self._asked = replay, of.asked
+    def __init__(self, replay: GraphRecording, of: OneLaunch) -> None:
+        self.replay, self._asked, self.note = replay, of.asked, ""
         taken = [run for run in of.runs if None in run.outcomes]
         self.in_one_launch = [str(run) for run in taken]
         self.reasons: dict[str, str] = {}
@@ -252,12 +261,12 @@ class OneLaunchRecording:
                 "since, which that does not see; record it again with "
                 f"graphed(model, example_inputs, one_launch={self._asked!r})"
             )
-        return self._replay(*args, **kwargs)
+        return self.replay(*args, **kwargs)
 
     def __repr__(self) -> str:
         text = "a CUDA graph"
         if self.in_one_launch:
-            text += f", in one launch: {', '.join(self.in_one_launch)}"
+            text += f", in one launch: {', '.join(self.in_one_launch)}{self.note}"
         reasons = [f"{name}: {reason}" for name, reason in self.reasons.items()]
         return f"{text}; not in one launch: {', '.join(reasons)}" if reasons else text
 

@@ -157,8 +157,8 @@ def shared_bytes(shape: Shape, tile: Tile, slab: int, stages: int, c_in: int, st
     slabs = -(-c_in // slab)
     lists = steps * (shape.column * STEP_BYTES + 4) + (shape.columns + 1) * (slabs + 1) * 4
     tables = _up(lists, 16) + shape.columns * shape.column * 8 + shape.pixels // 4 * 16
-    tables += _up(tile.images * tile.load_rows * tile.load_cols, 64) * 16
-    return _up(tables, 128) + shape.groups * stages * _up((tile.patch + 1) * (slab * size + 16), 128)
+    tables += tile.images * tile.load_rows * tile.load_cols * 16
+    return _up(tables, 128) + shape.groups * stages * _up(tile.patch * (slab * size + 16), 128)
 
 
 def plan(

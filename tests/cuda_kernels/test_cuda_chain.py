@@ -347,11 +347,13 @@ def test_a_chain_in_a_cuda_graph(config: dict[str, int]):
     x = cases[0].inputs()[0].cuda()
     ours = chain_of([modules_of(cases, "cuda")], **config)
     expected = ours(x)
+    _, weight, bias = to_device(cases[0].inputs(), "cuda")
+    parts = (weight.values, weight.crow_indices, weight.col_indices, bias, weight.weight_shape, weight.block_shape)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = ours(x)
         with pytest.raises(RuntimeError, match=r"^chain_conv2d: layers must be packed before"):
-            Device("cuda", None).pack(cases[0])
+            pack_layer(*parts, *cases[0].geometry())
     for _ in range(20):
         out.zero_()
         graph.replay()

@@ -61,20 +61,21 @@ def test_linear_layers_are_one_launch(place: str, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("dtype", [BF16, torch.float16])
 @pytest.mark.parametrize("n", [1, 5])
 def test_every_layer_is_that_of_float64(n: int, dtype: torch.dtype, place: str):
-    modules, given = list(classifier(place, dtype)), rows(n, place, dtype)
+    modules, given = list(classifier(place, dtype)), rows(n, place, dtype).cpu()
     for end, relu in ((3, True), (5, False), (6, False)):
         layer: Any = next(module for module in reversed(modules[:end]) if isinstance(module, nn.Linear))
         weight = BSRWeight.from_dense(layer.weight, tuple(layer.weight.shape))
-        reference = reference_bsr_linear(given, weight, layer.bias, "relu" if relu else "none")
-        scale, terms = scale_bsr_linear(given, weight, layer.bias)
+        bias = None if layer.bias is None else layer.bias.cpu()
+        reference = reference_bsr_linear(given, weight, bias, "relu" if relu else "none")
+        scale, terms = scale_bsr_linear(given, weight, bias)
         bound = {"scale": scale, "terms": terms, "name": f"the first {end} modules"}
         x = rows(n, place, dtype)
-        given = linear_chain_of(modules[:end])(x)
+        given = linear_chain_of(modules[:end])(x).cpu()
         assert_close(given, reference, **bound)
         kept = layer.weight.clone()
         layer.weight[reference[0].argmax()] *= 0.5
         with pytest.raises(AssertionError, match="out of bounds"):
-            assert_close(linear_chain_of(modules[:end])(x), reference, **bound)
+            assert_close(linear_chain_of(modules[:end])(x).cpu(), reference, **bound)
         layer.weight.copy_(kept)
 
 

@@ -15,6 +15,8 @@ from graph_stand_in import close, layers_of_launches, only, place
 from torch import Tensor, nn
 
 from slimkernels import graphed
+from slimkernels.inference import cuda_graph
+from slimkernels.inference.cuda_graph import GraphRecording
 from slimkernels.inference.one_launch import OneLaunch
 from slimkernels.kernels import cuda
 from slimkernels.nn import BlockSparseConv2d
@@ -87,8 +89,44 @@ def test_the_launches_are_those_of_the_chain(place: str, monkeypatch: pytest.Mon
     graphed(network(place), images(1, place), one_launch=True, warm_up_calls=1)
     assert launched == [3, 2] * 2  # the warm-up's and the captured ones
     launched.clear()
-    graphed(network(place), images(1, place))
+    graphed(network(place), images(1, place), one_launch=False)
     assert launched == []
+
+
+@pytest.mark.parametrize("seconds", [(2e-5, 1e-5), (1e-5, 2e-5)], ids=["faster", "slower"])
+def test_auto_takes_the_faster_of_both(seconds: tuple[float, float], place: str, monkeypatch: pytest.MonkeyPatch):
+    times = iter(seconds)
+    monkeypatch.setattr(GraphRecording, "seconds", lambda self: next(times))
+    model = network(place)
+    fast = graphed(model, [images(2, place), images(17, place)])  # 17 images are not tried
+    one, many = fast.recordings.values()
+    assert type(many) is GraphRecording and repr(many) == "a CUDA graph" and not list(times)
+    if seconds[0] > seconds[1]:
+        assert one.in_one_launch == RUNS and f"{RUNS[1]} (10.0 us so and 20.0 without)" in repr(fast)
+    else:
+        assert type(one) is GraphRecording
+        assert (
+            repr(one) == f"a CUDA graph; {', '.join(RUNS)} in one launch would be slower (20.0 us so and 10.0 without)"
+        )
+    for n in (2, 17):
+        assert close(fast(images(n, place)), model(images(n, place)))
+
+
+def test_auto_is_measured(place: str, monkeypatch: pytest.MonkeyPatch):
+    if place == "cpu":
+        monkeypatch.setattr(cuda_graph, "_REPLAYS", 1)
+        monkeypatch.setattr(cuda_graph, "_READINGS", 1)
+    fast = graphed(network(place), images(2, place))
+    assert " us so and " in repr(fast) and close(fast(images(2, place)), fast.model(images(2, place)))
+
+
+def test_auto_without_what_could_be_one_launch_is_a_plain_graph(place: str, monkeypatch: pytest.MonkeyPatch):
+    launched = layers_of_launches(monkeypatch)
+    for model in (network(place).float(), nn.Sequential(nn.Conv2d(8, 8, 1)).to(place, BF16).eval()):
+        x = images(2, place).to(next(model.parameters()).dtype)
+        assert repr(only(graphed(model, x))) == "a CUDA graph"
+    monkeypatch.setattr(cuda, "available", lambda: "no such kernel")
+    assert repr(only(graphed(network(place), images(2, place)))) == "a CUDA graph" and launched == []
 
 
 def test_many_images_run_layer_by_layer(place: str):

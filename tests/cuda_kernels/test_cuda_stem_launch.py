@@ -271,7 +271,7 @@ def test_images_that_the_kernel_refuses_run_layer_by_layer(place: str):
 
 def test_refuses(place: str):
     with pytest.raises(
-        ValueError, match=r"^graphed: expected one_launch of True, False or some of chain, stem, linear, got"
+        ValueError, match=r"^graphed: expected one_launch of auto, True, False or some of chain, stem, linear, got"
     ):
         graphed(network(place), images(1, place), one_launch=("stem", "classifier"))
     dense, second = first().to(place), sparse().to(place).eval()

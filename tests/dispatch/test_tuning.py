@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import warnings
+import weakref
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -471,6 +474,22 @@ class RecordedStreams:
 
     def call(self, *_: object) -> None:
         self.events.append((self._current, "calls"))
+
+
+def test_a_captured_call_keeps_what_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph does not: once a model's copy was freed, the next capture gave its memory back under the graph."""
+    monkeypatch.setattr(tuning, "capture", lambda call, calls: (SimpleNamespace(replay=lambda: None), call().detach()))
+    layer, x = nn.Linear(4, 4), torch.ones(1, 4)
+    weight = weakref.ref(layer.weight)
+    call = partial(layer, x)
+    replay = tuning.captured(call, "cuda")
+    monkeypatch.undo()
+    del layer, call
+    gc.collect()
+    assert weight() is not None and replay() is None
+    del replay
+    gc.collect()
+    assert weight() is None
 
 
 def test_a_side_stream_waits_for_the_inputs_and_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,8 +57,12 @@ def emulate_graphs(monkeypatch: pytest.MonkeyPatch) -> Emulator:
     monkeypatch.setattr(cuda_graph, "capture", captured)
     monkeypatch.setattr(graphed_model, "served_sets", on_cuda)
     monkeypatch.setattr(torch.cuda, "device", lambda *_: nullcontext())
-    stream = SimpleNamespace(wait_event=lambda event: None, record_event=lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    stream = SimpleNamespace(wait_event=lambda event: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: stream)
+    event = SimpleNamespace(record=lambda stream=None: None, elapsed_time=lambda end: 1.0)
+    monkeypatch.setattr(torch.cuda, "Event", lambda **_: event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     return emulator
 
 

@@ -17,7 +17,9 @@ import slimkernels as sk
 from slimkernels import tuning
 from slimkernels.dispatch.select import choose
 from slimkernels.inference import GraphedModel, cuda_graph, problem_of
+from slimkernels.inference.inputs import served_sets
 from slimkernels.kernels import KERNELS
+from slimkernels.nn.stored_blocks import StoredBlocks
 
 
 def pruned_net(device: str = "cpu", dtype: torch.dtype = torch.float32, block: tuple[int, int] = (16, 1)) -> nn.Module:
@@ -58,6 +60,16 @@ def test_warm_up_leaves_the_model_as_it_was() -> None:
     found = sk.warm_up(model, images(2))
     assert found.kernels == () and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert torch.is_grad_enabled() and not model.training
+
+
+def test_a_pack_that_lies_partly_elsewhere_is_no_second_device() -> None:
+    """The tensor-core kernel's keeps on the CPU what a launch reads, for a model on a GPU too."""
+    model = pruned_net()
+    packs = [(m, name) for m in model.modules() if isinstance(m, StoredBlocks) for name in m._held()]
+    assert packs
+    for module, name in packs:
+        module._buffers[name] = module._buffers[name].to("meta")
+    assert served_sets("graphed", model, images(1))[1] == torch.device("cpu")
 
 
 @pytest.mark.parametrize("helper", [sk.warm_up, sk.graphed], ids=lambda f: f.__name__)
@@ -104,7 +116,9 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     monkeypatch.setattr(cuda_graph, "capture", captured)
     monkeypatch.setattr(torch.cuda, "device", lambda *_: nullcontext())
-    stream = SimpleNamespace(wait_event=lambda event: None, record_event=lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda stream: None))
+    stream = SimpleNamespace(wait_event=lambda event: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: stream)
     return lambda model, x: cuda_graph.CudaGraphs(model, torch.device("cuda", 0), 1, True).record((x,), {})
 
