@@ -403,6 +403,9 @@ inline std::string chain_layer_fault(const SlimCudaChainLayer& l, int64_t images
   if (!product_fits(counted * l.h, l.w, l.c_in) || !product_fits(counted * l.p, l.q, l.c_out) ||
       int64_t(l.p) * l.stride_h > kInt32Max / l.w / counted / l.c_in || int64_t(l.q) * l.stride_w > kInt32Max / l.c_in)
     return "the images of a group have 2^31 elements or more";
+  // What the kernel divides by the outputs of an image (ChainDivisor), and a block's 256 pixels more.
+  const int64_t outputs = int64_t(l.p >> l.pool) * (l.q >> l.pool);
+  if (images * outputs + 256 > (int64_t(1) << 32) / outputs) return "the images of a group have too many outputs";
   return "";
 }
 

@@ -1,7 +1,8 @@
 // A chain of block-sparse convolutions of a few images in one launch. A group of thread blocks takes some of the images
 // through all layers; between two layers its blocks wait for each other, and for no other group. At such sizes a layer
-// is latency: what does not depend on the layer in front (weights, steps, bias, places of pixels) is fetched while the
-// group waits, and pixels go from L2 straight into the registers that multiply them.
+// is latency: what does not depend on the layer in front (weights, steps, bias, places of pixels) is found and fetched
+// while pixels of the present one are on their way and its sums are added up, and pixels go from L2 straight into the
+// registers that multiply them.
 #pragma once
 #include "kernels.h"
 #include "tensor_cores.cuh"
@@ -19,18 +20,115 @@ struct ChainArguments {
 namespace {
 
 constexpr int kChainWarps = 8, kChainThreads = kChainWarps * 32;
-constexpr int kChainPixels = 16, kChainColumn = 32;         // pixels and output channels of a warp
-constexpr int kChainStepBytes = kChainColumn * 32;          // weights of a step: 32 channels x 16 input channels
-constexpr int kChainDepth = 6;                              // steps of a warp on their way
-constexpr int kChainPitch = kChainColumn * 4 + 16;          // bytes of a row of sums: no bank conflicts
-constexpr int kChainSums = kChainPixels * kChainPitch;      // of a warp
-constexpr int kChainShared = 2 * kChainWarps * kChainSums;  // two sets: one is read while the next one is written
-constexpr int kFarAway = -(1 << 20);                        // a coordinate outside of every image
+constexpr int kChainPixels = 16, kChainColumn = 32;       // pixels and output channels of a warp
+constexpr int kChainStepBytes = kChainColumn * 32;        // weights of a step: 32 channels x 16 input channels
+constexpr int kChainDepth = 6;                            // steps of a warp on their way
+constexpr int kChainPitch = kChainColumn * 4 + 16;        // bytes of a row of sums: no bank conflicts
+constexpr int kChainSums = kChainPixels * kChainPitch;    // of a warp
+constexpr int kChainSets = 2 * kChainWarps * kChainSums;  // two sets: one is read while the next one is written
+constexpr int kFarAway = -(1 << 20);                      // a coordinate outside of every image
+constexpr uint32_t kNoColumn = 1 << 24, kEnd = 0xff;      // of an entry of the list
+
+// The tables behind the sums in shared memory, written once: what follows from a layer's numbers, which come slowly
+// from the arguments (a layer's are two lines of the constant cache), and the list of the block's items. A division by
+// a number that is not known to the compiler takes some 25 instructions that wait for each other, and a warp waits 4 to
+// 5 clocks for each (measured on an H200).
+constexpr int kChainLayerBytes = 112;
+constexpr int kChainLayers = kChainSets, kChainList = kChainLayers + SLIM_CUDA_MAX_CHAIN * kChainLayerBytes;
+constexpr int kChainListed = kChainThreads;  // items; the list is written anew where a block has more
+constexpr int kChainShared = kChainList + kChainListed * 16;
 
 // One step as the table holds it: 16 input channels from `channel` on, of the pixel `down` and `right` from the
 // output's; of the 16 there are `left`.
 struct ChainStep {
   int channel, down, right, left;
+};
+
+// A number to divide by, and 0xffffffff / by. With 2^32 - 1 = by * inverse + r, (n + 1) * inverse is below 2^32 * (n +
+// 1) / by by (n + 1) * (r + 1) / by: not enough to miss a quotient while (n + 1) * (r + 1) is at most 2^32. The
+// launcher sees to it that (n + 1) * by is.
+struct ChainDivisor {
+  uint32_t by, inverse;
+
+  SLIM_DEVICE uint32_t divide(uint32_t n) const { return uint32_t(uint64_t(n + 1) * inverse >> 32); }
+};
+
+SLIM_DEVICE uint4 two_pointers(const void* a, const void* b) {
+  const uint64_t u = reinterpret_cast<uintptr_t>(a), v = reinterpret_cast<uintptr_t>(b);
+  return make_uint4(uint32_t(u), uint32_t(u >> 32), uint32_t(v), uint32_t(v >> 32));
+}
+template <typename T>
+SLIM_DEVICE T* pointer_of(uint32_t low, uint32_t high) {
+  return reinterpret_cast<T*>(uintptr_t(uint64_t(high) << 32 | low));
+}
+
+// A block's tables: an entry of the list is a layer and 16 to 128 of its pixels (`row` << 8 | layer), a column of 32
+// output channels, and the column's first and last step. A block without an item in a layer has one of no column: it
+// waits for the others all the same.
+struct ChainTables {
+  uint32_t layers, list;
+  int rank, group;
+
+  SLIM_DEVICE uint4 of_layer(int layer, int part) const {
+    return hw::load_shared_128(layers + layer * kChainLayerBytes + part * 16);
+  }
+
+  // One warp a layer: all its lanes read the same argument.
+  SLIM_DEVICE void write_layers(const ChainArguments& a, int which, int images) {
+    for (int i = int(threadIdx.x) >> 5; i < a.count; i += kChainWarps) {
+      const SlimCudaChainLayer& l = a.layers[i];
+      const uint32_t rows = uint32_t(l.p) >> l.pool, cols = uint32_t(l.q) >> l.pool, outputs = images * rows * cols;
+      const uint32_t columns = uint32_t(l.c_out + kChainColumn - 1) / kChainColumn;
+      const uint32_t pixels = outputs << 2 * l.pool, of_item = kChainPixels << l.row_bits;
+      const uint32_t items = columns * ((pixels + of_item - 1) >> (4 + l.row_bits));
+      const uint32_t mine = items > uint32_t(rank) ? (items - rank + group - 1) / uint32_t(group) : 1;
+      const int64_t x = which * l.x_group, y = which * l.y_group;
+      const uint32_t to = layers + i * kChainLayerBytes;
+      if ((threadIdx.x & 31) != 0) continue;
+      hw::store_shared_128(to, two_pointers(static_cast<const unsigned char*>(l.x) + x, l.weights));
+      hw::store_shared_128(to + 16, two_pointers(l.steps, l.bias));
+      hw::store_shared_128(to + 32, two_pointers(static_cast<unsigned char*>(l.y) + y, l.starts));
+      hw::store_shared_128(to + 48, make_uint4(l.h, l.w, l.c_in, l.row_bits | l.pool << 2 | l.relu << 3));
+      hw::store_shared_128(to + 64, make_uint4(rows * cols, 0xffffffffu / (rows * cols), cols, 0xffffffffu / cols));
+      hw::store_shared_128(to + 80, make_uint4(l.stride_h, l.stride_w, l.c_out, outputs));
+      hw::store_shared_128(to + 96, make_uint4(items, mine, columns, 0));
+    }
+  }
+
+  // The block's entries from `begin` on, one for each thread.
+  SLIM_DEVICE void write_list(int count, int begin) const {
+    uint32_t left = begin + threadIdx.x;
+    int layer = 0;
+    uint4 numbers = make_uint4(0, 0, 0, 0);
+    for (; layer < count; ++layer) {
+      numbers = of_layer(layer, 6);
+      if (left < numbers.y) break;
+      left -= numbers.y;
+    }
+    uint4 entry = make_uint4(kEnd, kNoColumn, 0, 0);
+    const uint32_t item = rank + left * group;
+    if (layer < count) entry.x = uint32_t(layer);
+    if (layer < count && item < numbers.x) {
+      const uint4 pointers = of_layer(layer, 2);
+      const uint32_t row = item / numbers.z, column = item - row * numbers.z;
+      const uint32_t* const starts = pointer_of<const uint32_t>(pointers.z, pointers.w) + column;
+      entry =
+          make_uint4(row << 8 | uint32_t(layer), column, hw::load_global_32(starts), hw::load_global_32(starts + 1));
+    }
+    hw::store_shared_128(list + threadIdx.x * 16, entry);
+  }
+  SLIM_DEVICE uint4 entry(int i) const { return hw::load_shared_128(list + i % kChainListed * 16); }
+};
+
+// Where a thread stores: four channels of pixels from `first_pixel` on.
+struct ChainStore {
+  unsigned char* out;
+  int first_pixel, outputs, c_out, flags;
+  bool stores;
+
+  SLIM_DEVICE int row_bits() const { return flags & 3; }
+  SLIM_DEVICE bool pool() const { return flags & 4; }
+  SLIM_DEVICE bool relu() const { return flags & 8; }
 };
 
 // What a warp has to do in one item of a layer, 32 output channels and 16 pixels for each warp that does not share a
@@ -39,57 +137,47 @@ struct ChainPlace {
   const unsigned char* x;
   const unsigned char* weights;  // this lane's 16 bytes of the warp's first step
   const uint4* steps;
-  const void* bias;    // of what this thread stores, or NULL
-  unsigned char* out;  // where this thread stores: four channels, of pixels from `first_pixel` on
-  int count;           // of the warp's steps
-  int first_pixel, outputs;
+  const void* bias;     // of what this thread stores, or NULL
+  int count;            // of the warp's steps
   int h, w, c_in;       // of x
   int y[2], column[2];  // of the two pixels that this lane reads: where they lie,
   int base[2];          // and the distance in elements of their four channels
-  bool stores;
+  ChainStore store;
 
-  SLIM_DEVICE static unsigned columns(const SlimCudaChainLayer& l) {
-    return unsigned(l.c_out + kChainColumn - 1) / kChainColumn;
-  }
-  SLIM_DEVICE static int outputs_of(const SlimCudaChainLayer& l, int images) {
-    return images * (l.pool ? (l.p >> 1) * (l.q >> 1) : l.p * l.q);
-  }
-  SLIM_DEVICE static int items(const SlimCudaChainLayer& l, int images) {
-    const int pixels = outputs_of(l, images) << (l.pool ? 2 : 0), of_item = kChainPixels << l.row_bits;
-    return int(columns(l)) * ((pixels + of_item - 1) >> (4 + l.row_bits));
-  }
-
-  // `first` and `last` are the steps of the item's column.
-  SLIM_DEVICE void find(const SlimCudaChainLayer& l, int group, int images, int item, int first, int last) {
-    const int lane = int(threadIdx.x) & 31, warp = int(threadIdx.x) >> 5;
-    const unsigned row = unsigned(item) / columns(l), item_column = unsigned(item) - row * columns(l);
-    const int share = warp >> l.row_bits, share_bits = 3 - l.row_bits;
-    const int begin = first + ((last - first) * share >> share_bits);
-    const bool any = item < items(l, images);
-    count = any ? first + ((last - first) * (share + 1) >> share_bits) - begin : 0;
-    x = static_cast<const unsigned char*>(l.x) + group * l.x_group;
-    weights = static_cast<const unsigned char*>(l.weights) + int64_t(begin) * kChainStepBytes + lane * 16;
-    steps = reinterpret_cast<const uint4*>(l.steps) + begin;
-    const int channel = int(item_column) * kChainColumn + (lane & 7) * 4;
-    stores = any & (channel < l.c_out);
-    bias = l.bias != nullptr && stores ? static_cast<const unsigned char*>(l.bias) + channel * 2 : nullptr;
-    out = static_cast<unsigned char*>(l.y) + group * l.y_group + channel * 2;
-    first_pixel = int(row) * (kChainPixels << l.row_bits);
-    outputs = outputs_of(l, images);
-    h = l.h;
-    w = l.w;
-    c_in = l.c_in;
-    const unsigned rows = unsigned(l.p) >> l.pool, cols = unsigned(l.q) >> l.pool;
-    const int first_of_warp = first_pixel + (warp & ((1 << l.row_bits) - 1)) * kChainPixels;
+  SLIM_DEVICE void find(const ChainTables& tables, uint4 entry) {
+    const int lane = int(threadIdx.x) & 31, warp = int(threadIdx.x) >> 5, layer = int(entry.x & 0xff);
+    const uint4 from = tables.of_layer(layer, 0), more = tables.of_layer(layer, 1), to = tables.of_layer(layer, 2);
+    const uint4 image = tables.of_layer(layer, 3), parts = tables.of_layer(layer, 4), sizes = tables.of_layer(layer, 5);
+    store.flags = int(image.w);
+    const int row_bits = store.row_bits(), pool = store.flags >> 2 & 1;
+    const int first = int(entry.z), steps_of_column = int(entry.w) - first;
+    const int share = warp >> row_bits, share_bits = 3 - row_bits;
+    const int before = steps_of_column * share >> share_bits;
+    count = (steps_of_column * (share + 1) >> share_bits) - before;
+    x = pointer_of<const unsigned char>(from.x, from.y);
+    weights = pointer_of<const unsigned char>(from.z, from.w) + int64_t(first + before) * kChainStepBytes + lane * 16;
+    steps = pointer_of<const uint4>(more.x, more.y) + (first + before);
+    const int channel = int(entry.y) * kChainColumn + (lane & 7) * 4;
+    store.c_out = int(sizes.z);
+    store.outputs = int(sizes.w);
+    store.stores = channel < store.c_out;
+    store.first_pixel = int(entry.x >> 8) * (kChainPixels << row_bits);
+    store.out = pointer_of<unsigned char>(to.x, to.y) + channel * 2;
+    bias = (more.z | more.w) && store.stores ? pointer_of<const unsigned char>(more.z, more.w) + channel * 2 : nullptr;
+    h = int(image.x);
+    w = int(image.y);
+    c_in = int(image.z);
+    const ChainDivisor area{parts.x, parts.y}, row{parts.z, parts.w};
+    const int first_of_warp = store.first_pixel + (warp & ((1 << row_bits) - 1)) * kChainPixels;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const unsigned pixel = unsigned(first_of_warp + (lane >> 2) + i * 8);  // with a pool four of them are a window
-      const unsigned at = pixel >> 2 * l.pool, image = at / (rows * cols), in_image = at - image * (rows * cols);
-      const unsigned out_y = in_image / cols, out_x = in_image - out_y * cols;
-      const int top = int(out_y << l.pool | (pixel >> 1 & unsigned(l.pool))) * l.stride_h;
-      column[i] = int(out_x << l.pool | (pixel & unsigned(l.pool))) * l.stride_w;
-      y[i] = int(image) < images ? top : kFarAway;
-      base[i] = ((int(image) * h + top) * w + column[i]) * c_in + (lane & 3) * 4;
+      const unsigned at = pixel >> 2 * pool, in = area.divide(at), in_image = at - in * area.by;
+      const unsigned out_y = row.divide(in_image), out_x = in_image - out_y * row.by;
+      const int top = int(out_y << pool | (pixel >> 1 & unsigned(pool))) * int(sizes.x);
+      column[i] = int(out_x << pool | (pixel & unsigned(pool))) * int(sizes.y);
+      y[i] = int(at) < store.outputs ? top : kFarAway;
+      base[i] = ((int(in) * h + top) * w + column[i]) * c_in + (lane & 3) * 4;
     }
   }
 };
@@ -101,6 +189,7 @@ struct ChainTile {
   ChainPlace at;
   uint2 bias;
   ChainStep step[kChainDepth];
+  int from[kChainDepth][2];  // of the first steps' pixels: distance in elements from x, negative outside of the image
   uint32_t a[kChainDepth][2][4];
   uint2 b[kChainDepth][2];
 
@@ -131,24 +220,37 @@ struct ChainTile {
     if (at.bias != nullptr) bias = hw::load_global_64(at.bias);
   }
 
-  // The two pixels' four channels of a step, zeros of a step that is not `wanted`; nothing outside of the image is
-  // read.
-  SLIM_DEVICE void read_pixels(int s, bool wanted) {
-    const int away = (step[s].down * at.w + step[s].right) * at.c_in + step[s].channel;
-    const bool there = wanted & (int(threadIdx.x & 3) * 4 < step[s].left);
+  // Where a step's four channels of one of the two pixels are, and whether they are: not outside of the image, and not
+  // of a step that is not `wanted`.
+  SLIM_DEVICE int find_pixel(int s, int i, bool wanted, bool& inside) const {
+    inside = wanted & (int(threadIdx.x & 3) * 4 < step[s].left) & (unsigned(at.y[i] + step[s].down) < unsigned(at.h)) &
+             (unsigned(at.column[i] + step[s].right) < unsigned(at.w));
+    return at.base[i] + (step[s].down * at.w + step[s].right) * at.c_in + step[s].channel;
+  }
+  SLIM_DEVICE uint2 read_pixel(int place, bool inside) const {
+    return hw::load_from_peers_64(at.x + int64_t(place) * int(sizeof(T)), inside);
+  }
+  // Finds the pixels of the first steps, which can be done while the group waits.
+  SLIM_DEVICE void aim() {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const bool inside = there & (unsigned(at.y[i] + step[s].down) < unsigned(at.h)) &
-                          (unsigned(at.column[i] + step[s].right) < unsigned(at.w));
-      b[s][i] = hw::load_from_peers_64(at.x + int64_t(at.base[i] + away) * int(sizeof(T)), inside);
+    for (int s = 0; s < kChainDepth; ++s) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        bool inside;
+        const int place = find_pixel(s, i, s < at.count, inside);
+        from[s][i] = inside ? place : -1;
+      }
+    }
+    if (at.count > kChainDepth) {
+#pragma unroll
+      for (int s = 0; s < kChainDepth; ++s) step[s] = read_step(kChainDepth + s);
     }
   }
   SLIM_DEVICE void begin() {
 #pragma unroll
-    for (int s = 0; s < kChainDepth; ++s) read_pixels(s, s < at.count);
-    if (at.count > kChainDepth) {
+    for (int s = 0; s < kChainDepth; ++s) {
 #pragma unroll
-      for (int s = 0; s < kChainDepth; ++s) step[s] = read_step(kChainDepth + s);
+      for (int i = 0; i < 2; ++i) b[s][i] = read_pixel(from[s][i], from[s][i] >= 0);
     }
   }
 
@@ -168,7 +270,12 @@ struct ChainTile {
       for (int s = 0; s < kChainDepth; ++s) {
         add(sum, s);
         if (kChainDepth + s < left) read_weights(kChainDepth + s, s);
-        read_pixels(s, kChainDepth + s < left);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          bool inside;
+          const int place = find_pixel(s, i, kChainDepth + s < left, inside);
+          b[s][i] = read_pixel(place, inside);
+        }
         step[s] = read_step(2 * kChainDepth + s);
       }
       at.weights += kChainDepth * kChainStepBytes;
@@ -199,24 +306,27 @@ SLIM_DEVICE void write_sums(uint32_t to, const float (&sum)[2][2][4]) {
 
 // Adds the shares of the warps in their order. A thread has four channels of a pixel, and with a pool the window's
 // other pixels are in the lanes eight, sixteen and twenty-four on.
-template <typename T>
-SLIM_DEVICE void store_sums(const SlimCudaChainLayer& l, const ChainTile<T>& tile, uint32_t from) {
-  const int shares = kChainWarps >> l.row_bits, apart = kChainSums << l.row_bits;
-  for (int t = int(threadIdx.x); t < kChainPixels * 8 << l.row_bits; t += kChainThreads) {
+template <typename T, int ROW_BITS>
+SLIM_DEVICE void store_sums(const ChainStore& store, uint2 bias, uint32_t from) {
+  constexpr int shares = kChainWarps >> ROW_BITS, apart = kChainSums << ROW_BITS;
+#pragma unroll 1
+  for (int t = int(threadIdx.x); t < kChainPixels * 8 << ROW_BITS; t += kChainThreads) {
     const uint32_t mine = from + t / 8 / kChainPixels * kChainSums + t / 8 % kChainPixels * kChainPitch + (t & 7) * 16;
-    float v[4] = {hw::unpack<T>(tile.bias.x, false), hw::unpack<T>(tile.bias.x, true),
-                  hw::unpack<T>(tile.bias.y, false), hw::unpack<T>(tile.bias.y, true)};
-#pragma unroll 4
+    uint4 four[shares];
+#pragma unroll
+    for (int k = 0; k < shares; ++k) four[k] = hw::load_shared_128(mine + k * apart);
+    float v[4] = {hw::unpack<T>(bias.x, false), hw::unpack<T>(bias.x, true), hw::unpack<T>(bias.y, false),
+                  hw::unpack<T>(bias.y, true)};
+#pragma unroll
     for (int k = 0; k < shares; ++k) {
-      const uint4 four = hw::load_shared_128(mine + k * apart);
-      v[0] += hw::float_of_bits(four.x);
-      v[1] += hw::float_of_bits(four.y);
-      v[2] += hw::float_of_bits(four.z);
-      v[3] += hw::float_of_bits(four.w);
+      v[0] += hw::float_of_bits(four[k].x);
+      v[1] += hw::float_of_bits(four[k].y);
+      v[2] += hw::float_of_bits(four[k].z);
+      v[3] += hw::float_of_bits(four[k].w);
     }
-    int at = tile.at.first_pixel + t / 8;
-    bool stores = tile.at.stores;
-    if (l.pool) {
+    int at = store.first_pixel + t / 8;
+    bool stores = store.stores;
+    if (store.pool()) {
 #pragma unroll
       for (int far = 8; far <= 16; far *= 2) {
 #pragma unroll
@@ -225,11 +335,20 @@ SLIM_DEVICE void store_sums(const SlimCudaChainLayer& l, const ChainTile<T>& til
       stores &= (at & 3) == 0;
       at >>= 2;
     }
-    if (stores & (at < tile.at.outputs)) {
-      const uint2 four = l.relu ? make_uint2(hw::pack<T, true>(v[0], v[1]), hw::pack<T, true>(v[2], v[3]))
-                                : make_uint2(hw::pack<T, false>(v[0], v[1]), hw::pack<T, false>(v[2], v[3]));
-      hw::store_global_64(tile.at.out + int64_t(at) * l.c_out * int(sizeof(T)), four);
+    if (stores & (at < store.outputs)) {
+      const uint2 packed = store.relu() ? make_uint2(hw::pack<T, true>(v[0], v[1]), hw::pack<T, true>(v[2], v[3]))
+                                        : make_uint2(hw::pack<T, false>(v[0], v[1]), hw::pack<T, false>(v[2], v[3]));
+      hw::store_global_64(store.out + int64_t(at) * store.c_out * int(sizeof(T)), packed);
     }
+  }
+}
+template <typename T>
+SLIM_DEVICE void store_sums(const ChainStore& store, uint2 bias, uint32_t from) {
+  switch (store.row_bits()) {
+    case 0:  return store_sums<T, 0>(store, bias, from);
+    case 1:  return store_sums<T, 1>(store, bias, from);
+    case 2:  return store_sums<T, 2>(store, bias, from);
+    default: return store_sums<T, 3>(store, bias, from);
   }
 }
 
@@ -239,40 +358,54 @@ SLIM_DEVICE void chain_conv2d(const ChainArguments& a) {
   const int64_t left = a.n - int64_t(group) * a.images;
   const int images = left < a.images ? int(left) : a.images;
   const uint32_t shared = hw::shared_memory();
-  const auto column_start = [&](const SlimCudaChainLayer& l, int item, int next) {
-    const unsigned column = unsigned(item) % ChainPlace::columns(l) + next;
-    return int(hw::load_global_32(reinterpret_cast<const uint32_t*>(l.starts) + column));
-  };
+  ChainTables tables{shared + kChainLayers, shared + kChainList, rank, a.group};
   Barrier barrier(a.counters, group, a.group);
   ChainTile<T> tile;
-  int layer = 0, item = rank, set = 0;
+  ChainPlace next;
+  int set = 0;
 
   hw::let_next_kernel_begin();
-  tile.at.find(a.layers[0], group, images, rank, column_start(a.layers[0], rank, 0),
-               column_start(a.layers[0], rank, 1));
+  tables.write_layers(a, group, images);
+  hw::synchronize();
+  tables.write_list(a.count, 0);
+  hw::synchronize();
+  uint4 entry = tables.entry(0);
+  int layer = 0;
+  bool waits = false;
+  tile.at.find(tables, entry);
   tile.fetch();
+  tile.aim();
   hw::wait_for_previous_kernel();  // which wrote the first layer's x, or still reads y
-  while (true) {
-    // What comes next is found while the sums are on their way to L2, and fetched while the group waits.
-    const SlimCudaChainLayer& l = a.layers[layer];
-    const bool more = item + a.group < ChainPlace::items(l, images), done = !more & (layer + 1 == a.count);
-    const int next_layer = more | done ? layer : layer + 1, next_item = more ? item + a.group : rank;
-    const SlimCudaChainLayer& next = a.layers[next_layer];
-    const int first = column_start(next, next_item, 0), last = column_start(next, next_item, 1);
-    if (item == rank && layer > 0) barrier.wait();
+  for (int i = 1;; ++i) {
+    if (waits) barrier.wait();
     tile.begin();
+    // What comes next is found while pixels are on their way, and fetched while sums are added up and the group waits.
+    if (i % kChainListed == 0) {
+      hw::synchronize();
+      tables.write_list(a.count, i);
+      hw::synchronize();
+    }
+    entry = tables.entry(i);
+    const int next_layer = int(entry.x & 0xff);
+    const bool done = next_layer == int(kEnd);
+    if (!done) next.find(tables, entry);
     float sum[2][2][4] = {};
     tile.multiply(sum);
-    const uint32_t sums = shared + set * (kChainShared / 2);
+    const ChainStore store = tile.at.store;
+    const uint2 bias = tile.bias;
+    if (!done) {
+      tile.at = next;
+      tile.fetch();
+    }
+    const uint32_t sums = shared + set * (kChainSets / 2);
     write_sums(sums + warp * kChainSums, sum);
     hw::synchronize();
-    store_sums(l, tile, sums);
+    store_sums<T>(store, bias, sums);
     if (done) break;
-    tile.at.find(next, group, images, next_item, first, last);
-    if (!more) barrier.arrive();
-    tile.fetch();
+    waits = next_layer != layer;
+    if (waits) barrier.arrive();
+    tile.aim();
     layer = next_layer;
-    item = next_item;
     set ^= 1;
   }
 }

@@ -108,8 +108,15 @@ def obstacle(sizes: Sequence[Sizes], h: int, w: int) -> str | None:
         _, out = layer.image(h, w)
         if min(out) < 1:
             return f"an output of at least 1x1 of layer {i}, not {out[0]}x{out[1]} from {h}x{w}"
+        if not _divides(out[0] * out[1], 1):
+            return f"images of fewer outputs than the {out[0]}x{out[1]} of layer {i}"
         h, w = out
     return None
+
+
+def _divides(outputs: int, images: int) -> bool:
+    """Whether the kernel's division by the outputs of an image is exact for the pixels of a group (ChainDivisor)."""
+    return (images * outputs + 256) * outputs <= 2**32
 
 
 def plan(
@@ -137,6 +144,8 @@ def plan(
             inner = max(inner, size[0] * size[1] * layer.c_in) if layers else 0
             layers.append(_layer(layer, each, *size, group, barrier))
             size = layers[-1].out
+        if not all(_divides(layer.out[0] * layer.out[1], each) for layer in layers):
+            continue
         buffer_bytes = -(-each * inner * 2 // _ALIGNED) * _ALIGNED
         one = ChainPlan(barrier, group, each, -(-n // each), buffer_bytes, tuple(layers))
         cost = -(-one.groups // groups) * one.microseconds

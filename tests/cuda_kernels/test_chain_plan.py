@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from places import ROOT
 
 from slimkernels import _extension
@@ -18,6 +20,26 @@ from slimkernels.testing import random_bsr
 ONE = (1, 1)
 VGG19 = ((64, 2), (128, 2), (256, 4), (512, 4), (512, 4))
 AT_ONCE = {16: 8, 8: 16, 4: 32}
+
+
+@given(by=st.integers(1, 2**16), share=st.floats(0, 1), data=st.data())
+def test_the_kernels_division_is_exact(by: int, share: float, data: st.DataObject):
+    """ChainDivisor of csrc/cuda/chain_conv2d.cuh, up to the numbers that the plan allows, and beside multiples."""
+    end = 2**32 // by
+    multiple = int(share * (end // by)) * by
+    for n in {0, multiple, max(multiple - 1, 0), end - 1, data.draw(st.integers(0, end - 1))}:
+        assert ((n + 1) * (0xFFFFFFFF // by)) >> 32 == n // by, (n, by)
+
+
+def test_images_of_too_many_outputs_are_no_chain():
+    """What the kernel divides by them has 32 bits: alone they reach further than in groups."""
+    layer = Sizes(32, 32, (1, 1), ONE, (0, 0), ONE, False, 2)
+    assert obstacle([layer], 255, 256) is None
+    assert obstacle([layer], 256, 256) == "images of fewer outputs than the 256x256 of layer 0"
+    assert obstacle([layer._replace(pool=True)], 256, 256) is None
+    assert plan(16, 128, 128, [layer], CLUSTER, {16: 1}) is None
+    few = plan(16, 128, 128, [layer], CLUSTER, {16: 2})
+    assert few is not None and few.images == 8
 
 
 def vgg19(density: float = 0.125) -> list[Sizes]:

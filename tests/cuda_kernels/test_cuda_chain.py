@@ -137,6 +137,13 @@ def test_every_split_of_the_warps(row_bits: int, device: Device, monkeypatch: py
     device.check(cases, group=2)
 
 
+def test_a_block_with_more_items_than_its_list(device: Device, monkeypatch: pytest.MonkeyPatch):
+    """266 items of 16 pixels in each layer, and a list of 256."""
+    monkeypatch.setattr(chain_plan, "layer_clocks", lambda layer, pixels, group, barrier, bits: bits)
+    one = replace(NARROW, n=1, c_in=16, h=46, w=46, kernel_size=(1, 1), padding=(0, 0), sparsity=0.0)
+    device.check(chain("list", one, 64, 64), group=1)
+
+
 ORDERS = chain("orders", replace(NARROW, n=2, c_in=64), 64, 96, 64, 64, epilogues=("relu", "relu_maxpool2", *POOLS[:2]))
 
 
@@ -374,23 +381,29 @@ def test_vgg19_at_batch_1(device: Device):
 
 # What keeps it right
 
-AFTER_THE_SUMS = """{}store_sums(l, tile, sums);
+AFTER_THE_SUMS = """{}store_sums<T>(store, bias, sums);
     if (done) break;
-    tile.at.find(next, group, images, next_item, first, last);
-    if (!more) {};"""
+    waits = next_layer != layer;
+    if (waits) {};"""
 BREAKS = {
-    "the wait for the group": ("chain_conv2d.cuh", "if (item == rank && layer > 0) barrier.wait();", "", CLUSTER),
+    "the wait for the group": ("chain_conv2d.cuh", "if (waits) barrier.wait();", "", CLUSTER),
     "stores after the barrier": (
         "chain_conv2d.cuh", AFTER_THE_SUMS.format("", "barrier.arrive()"),
-        AFTER_THE_SUMS.format("if (!more && !done) barrier.arrive();\n    ", "{}"), CLUSTER),
+        AFTER_THE_SUMS.format("if (!done && next_layer != layer) barrier.arrive();\n    ", "{}"), CLUSTER),
     "the barrier in front of the sums": (
-        "chain_conv2d.cuh", "hw::synchronize();\n    store_sums", "store_sums", CLUSTER),
+        "chain_conv2d.cuh", "hw::synchronize();\n    store_sums<T>", "store_sums<T>", CLUSTER),
     "the second set of sums": ("chain_conv2d.cuh", "set ^= 1;", "", CLUSTER),
     "a lane": ("chain_conv2d.cuh", "+ (lane & 3) * 4;", "+ ((lane ^ (lane == 17)) & 3) * 4;", CLUSTER),
     "a border": ("chain_conv2d.cuh", "(unsigned(at.y[i] + step[s].down) < unsigned(at.h))",
                  "(unsigned(at.y[i] + step[s].down) <= unsigned(at.h))", CLUSTER),
-    "a share of the steps": ("chain_conv2d.cuh", "k < shares; ++k", "k < shares - 1; ++k", CLUSTER),
-    "a group's own buffers": ("chain_conv2d.cuh", "group * l.y_group", "0 * l.y_group", CLUSTER),
+    "a share of the steps": ("chain_conv2d.cuh", "k < shares; ++k) {", "k < shares - 1; ++k) {", CLUSTER),
+    "a group's own buffers": ("chain_conv2d.cuh", "which * l.y_group", "0 * l.y_group", CLUSTER),
+    "an item of a block without any": ("chain_conv2d.cuh", "/ uint32_t(group) : 1;", "/ uint32_t(group) : 0;", CLUSTER),
+    "the barrier behind the layers' numbers": (
+        "chain_conv2d.cuh", "hw::synchronize();\n  tables.write_list", "tables.write_list", CLUSTER),
+    "the pixels of the next item": ("chain_conv2d.cuh", "    tile.aim();\n    layer", "    layer", CLUSTER),
+    "the sums' own place to go": ("chain_conv2d.cuh", "const ChainStore store = tile.at.store;",
+                                  "const ChainStore& store = tile.at.store;", CLUSTER),
     "the counter's acquire": (
         "chain_conv2d.cuh", "if (threadIdx.x == 0) hw::wait_acquire(counter, target);", "", COUNTER),
     "the block's barrier behind the wait": (
@@ -414,3 +427,4 @@ def test_the_emulation_sees_what_is_missing(name: str, tmp_path: Path, monkeypat
 def check_orders(device: Device, barrier: int) -> None:
     for group in (4, 1):  # one item of a layer for a block, and several
         device.check(ORDERS, group=group, images=1, barrier=barrier)
+    device.check(CHAINS["more_blocks_than_items"][0], group=16, barrier=barrier)
