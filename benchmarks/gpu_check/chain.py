@@ -28,7 +28,7 @@ from slimkernels.kernels.chain_plan import COUNTER
 
 KERNEL = f"{cuda_chain.OP}__cuda"
 CONFIGURATIONS: tuple[dict[str, int], ...] = (
-    {}, {"overlap": 1}, {"group": 16}, {"group": 8}, {"barrier": COUNTER},
+    {}, {"overlap": 1}, {"group": 16}, {"group": 8}, {"barrier": COUNTER}, {"barrier": COUNTER, "group": 16},
 )  # fmt: skip
 
 

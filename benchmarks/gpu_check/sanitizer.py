@@ -97,12 +97,14 @@ def channels_last(t: Tensor) -> Tensor:
     return t.contiguous(memory_format=torch.channels_last)
 
 
-def cuda_target(images: int) -> None:
-    """One launch of each of `cuda_launches`; each result must be finite."""
+def cuda_target(images: int, only: str) -> None:
+    """One launch of each of `cuda_launches` with `only` in its name; each result must be finite."""
     torch.backends.cudnn.allow_tf32 = True
     count = 0
     with torch.no_grad():
         for name, call in cuda_launches(images):
+            if only not in name:
+                continue
             y = call()
             torch.cuda.synchronize()
             assert bool(torch.isfinite(y).all()), f"{name}: not finite"
@@ -111,10 +113,10 @@ def cuda_target(images: int) -> None:
     print(f"all {count} were launched", flush=True)
 
 
-def checked(tool: str, kernels: str) -> subprocess.Popen[str]:
+def checked(tool: str, kernels: str, only: str) -> subprocess.Popen[str]:
     """The sanitizer, begun on this module's target."""
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", str(_ERROR_STATUS), sys.executable,
-               "-m", "gpu_check.sanitizer", "--target", "--kernels", kernels]  # fmt: skip
+               "-m", "gpu_check.sanitizer", "--target", "--kernels", kernels, "--only", only]  # fmt: skip
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -143,18 +145,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tools = ("memcheck", "racecheck", "synccheck", "initcheck")
     parser.add_argument("--tool", nargs="+", default=["memcheck"], choices=tools)
     parser.add_argument("--kernels", default="triton", choices=("triton", "cuda"))
+    parser.add_argument("--only", default="", help="of the kernels of CUDA C++, launches with this in their name")
     parser.add_argument("--target", action="store_true", help="run what is checked")
     parsed = parser.parse_args(arguments)
     options.prepare(parsed.device)
     if parsed.target:
-        cuda_target(CUDA_IMAGES) if parsed.kernels == "cuda" else target(IMAGES)
+        cuda_target(CUDA_IMAGES, parsed.only) if parsed.kernels == "cuda" else target(IMAGES)
         return
     if shutil.which("compute-sanitizer") is None:
         raise SystemExit("sanitizer: compute-sanitizer is not on this machine")
     wanted = None
     if parsed.kernels == "triton":
         wanted = len(trained()) + sum(len(layers.choices_of(p)) for p in layers.HEADLINE.problems())
-    running = {tool: checked(tool, parsed.kernels) for tool in parsed.tool}
+    running = {tool: checked(tool, parsed.kernels, parsed.only) for tool in parsed.tool}
     wrong = []
     with ThreadPoolExecutor(len(running)) as pool:
         watched = {tool: pool.submit(watch, tool, process, wanted) for tool, process in running.items()}

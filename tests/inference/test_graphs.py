@@ -159,7 +159,7 @@ def test_a_graph_with_a_packed_layer_refuses_once_its_weight_was_written(graphs)
 def test_a_captured_network_replays_its_own_outputs(gpu_net) -> None:
     with torch.no_grad():
         expected = {n: gpu_net(cuda_images(n)) for n in (1, 4)}
-    captured = sk.graphed(gpu_net, [(cuda_images(1),), (cuda_images(4),), (cuda_images(4),)])
+    captured = sk.graphed(gpu_net, [(cuda_images(1),), (cuda_images(4),), (cuda_images(4),)], one_launch=False)
     assert isinstance(captured, GraphedModel) and len(captured.signatures) == 2
     for n in (4, 1, 4):
         x = cuda_images(n)
@@ -172,19 +172,19 @@ def test_a_captured_network_replays_its_own_outputs(gpu_net) -> None:
 @pytest.mark.gpu
 def test_outputs_are_copies_unless_asked_otherwise(gpu_net) -> None:
     x = cuda_images(1)
-    copies = sk.graphed(gpu_net, x)
+    copies = sk.graphed(gpu_net, x, one_launch=False)
     first = copies(x)
     kept = first.clone()
     copies(-x)
     assert torch.equal(first, kept)
-    shared = sk.graphed(gpu_net, x, copy_outputs=False)
+    shared = sk.graphed(gpu_net, x, copy_outputs=False, one_launch=False)
     first = shared(x)
     assert shared(-x).data_ptr() == first.data_ptr()
 
 
 @pytest.mark.gpu
 def test_a_captured_network_sees_new_weights_and_refuses_new_shapes(gpu_net) -> None:
-    captured = sk.graphed(gpu_net, cuda_images(2), other_shapes="raise")
+    captured = sk.graphed(gpu_net, cuda_images(2), other_shapes="raise", one_launch=False)
     before = captured(cuda_images(2))
     state = {k: v.clone() for k, v in gpu_net.state_dict().items()}
     gpu_net.load_state_dict({k: 2 * v if v.is_floating_point() else v for k, v in state.items()})
@@ -201,7 +201,7 @@ def test_a_captured_network_sees_new_weights_and_refuses_new_shapes(gpu_net) -> 
 
 @pytest.mark.gpu
 def test_streams_and_threads_share_a_recording_in_turn(gpu_net) -> None:
-    captured = sk.graphed(gpu_net, cuda_images(2))
+    captured = sk.graphed(gpu_net, cuda_images(2), one_launch=False)
     inputs = [cuda_images(2) * (i + 1) for i in range(8)]
     with torch.no_grad():
         expected = [gpu_net(x) for x in inputs]
