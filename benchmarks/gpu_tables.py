@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from gpu_check.counters import METRICS
-from gpu_check.summary import FLOORS, STALL, config_text, said
+from gpu_check.summary import FLOORS, STALL, config_text, said, setting
 
 # Suites whose rows are no speeds of the package, or say themselves what is wrong.
 UNTIMED = (
@@ -106,6 +106,50 @@ def kernels_table(rows: list[dict[str, Any]]) -> str:
     return table(["row", "side", "kernel", "launches", "all of them [us]"], body)
 
 
+def one_launch_table(rows: list[dict[str, Any]]) -> str:
+    """Each way to serve a network at small batches, beside the plain CUDA graph and the fastest dense engine."""
+    header = ["batch", "way", "in one launch", "kernels a call", "kernels alone, p50 [us]", "served, p50 [us]",
+              "over the graph", "best dense", "its p50 [us]", "over dense", "error / modules' error"]  # fmt: skip
+    dense = {r["name"]: r for r in rows if r["suite"] == "dense"}
+    ways = [r for r in rows if r["suite"] == "one_launch"]
+    graph = {r["name"]: r["p50_ms"] for r in ways if r["way"] == "graph"}
+    body = []
+    for r in sorted(ways, key=lambda r: int(r["name"][1:])):
+        beside, plain = dense.get(r["name"]), graph.get(r["name"])
+        times = beside["baselines_p50_ms"] if beside else {}
+        body.append(
+            [
+                r["name"][1:], r["way"], "; ".join(r["in_one_launch"]), str(r["kernels"]), f"{1e3 * r['p50_ms']:.1f}",
+                f"{1e3 * r['served_p50_ms']:.1f}", f"{plain / r['p50_ms']:.2f}x" if plain else "",
+                min(times, key=times.__getitem__, default=""), f"{1e3 * beside['p50_ms']:.1f}" if beside else "",
+                f"**{beside['p50_ms'] / r['p50_ms']:.2f}x**" if beside else "", f"{r['error_ratio']:.2f}",
+            ]
+        )  # fmt: skip
+    return table(header, body)
+
+
+def tensor_cores_table(rows: list[dict[str, Any]]) -> str:
+    """Kernels of CUDA C++ that `auto` does not choose, layer by layer, beside the one that it does."""
+    header = ["layer", "batch", "blocks", "auto's kernel", "its p50 [us]", "kernel", "configuration", "p50 [us]",
+              "over auto's", "expected [us]", "worst error / bound"]  # fmt: skip
+    autos = {(r["stage"], r["name"]): r for r in rows if "__cuda" not in r["kernel"]}
+    body = []
+    for r in rows:
+        auto = autos.get((r["stage"], r["name"]))
+        if r is auto:
+            continue
+        body.append(
+            [
+                r["name"], str(r["problem"]["n"]), "x".join(map(str, r["problem"]["block_shape"])),
+                auto["kernel"] if auto else "", f"{1e3 * auto['p50_ms']:.1f}" if auto else "", r["kernel"],
+                setting(r["config"]), f"{1e3 * r['p50_ms']:.1f}",
+                f"{auto['p50_ms'] / r['p50_ms']:.2f}x" if auto else "",
+                f"{r['expected_us']:.1f}" if "expected_us" in r else "", f"{r['worst_over_bound']:.2f}",
+            ]
+        )  # fmt: skip
+    return table(header, body)
+
+
 def trainer_table(rows: list[dict[str, Any]]) -> str:
     """A step of the training loop, launched from Python and as a CUDA graph."""
     header = ["training", "batch", "from Python [ms]", "CUDA graph [ms]", "kernels alone [ms]", "images/s"]
@@ -158,12 +202,16 @@ def sections(record: dict[str, Any]) -> list[str]:
         ("vgg", "Kernels of the networks", kernels_table),
         ("backward", "Kernels of a training step", kernels_table),
         ("trainer", "The training loop", trainer_table),
+        ("one_launch", "Ways to serve VGG-19 at small batches", one_launch_table),
+        ("tensor_cores", "CUDA C++ on tensor cores beside auto's kernels", tensor_cores_table),
         ("counters", "Hardware counters", counters_table),
         ("tests", "GPU tests", tests_table),
         ("test", "Failed tests", failures_table),
         ("sanitizer", "Sanitizers", sanitizer_table),
     ):
         rows = own(suite)
+        if make is one_launch_table:
+            rows += own("dense")
         if make is kernels_table:
             rows = [r for r in rows if r.get("kernel_times")]
         if rows and (suite != "test" or any(r["outcome"] == "failed" for r in rows)):

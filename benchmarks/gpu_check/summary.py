@@ -103,9 +103,14 @@ def sweep_lines(found: list[dict[str, Any]]) -> list[str]:
 _SHOWN = ("variant", "stages", "barrier", "group", "images", "overlap")
 
 
+def setting(config: Mapping[str, int]) -> str:
+    """A configuration of a kernel of CUDA C++ as text."""
+    return " ".join(f"{key} {config[key]}" for key in _SHOWN if key in config)
+
+
 def tensor_core_line(row: Mapping[str, Any]) -> str:
     """Layer, kernel, configuration, microseconds, and what went wrong."""
-    named = [f"{key} {row['config'][key]}" for key in _SHOWN if key in row["config"]]
+    named = [setting(row["config"])] if row["config"] else []
     time = [f"{1e3 * row['p50_ms']:.1f} us"] if "p50_ms" in row else []
     wrong = ["WRONG"] if time and not row["match"] else []
     kernel = row["kernel"].partition("__")[2]

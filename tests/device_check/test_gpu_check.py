@@ -685,6 +685,35 @@ def test_results_become_a_record_and_a_report(tmp_path: Path) -> None:
         report.merged([path], "abc123")
 
 
+def test_kernels_beside_those_of_auto_are_tables_of_a_report() -> None:
+    one = {"suite": "one_launch", "stage": "chain", "name": "b4", "in_one_launch": [], "error_ratio": 0.99}
+    ways = [
+        {**one, "way": "graph", "kernels": 26, "p50_ms": 0.1, "served_p50_ms": 0.12},
+        {**one, "way": "chain", "kernels": 9, "p50_ms": 0.05, "served_p50_ms": 0.11, "in_one_launch": ["a to b"]},
+        {**one, "name": "b1", "way": "graph", "kernels": 31, "p50_ms": 0.09, "served_p50_ms": 0.1},
+        {"suite": "dense", "name": "b4", "p50_ms": 0.2, "baselines_p50_ms": {"eager": 1.3, "CUDA graph": 0.2}},
+    ]
+    lines = gpu_tables.one_launch_table(ways).splitlines()
+    assert lines[2] == "| 1 | graph |  | 31 | 90.0 | 100.0 | 1.00x |  |  |  | 0.99 |"
+    assert lines[4] == "| 4 | chain | a to b | 9 | 50.0 | 110.0 | 2.00x | CUDA graph | 200.0 | **4.00x** | 0.99 |"
+    conv = {"suite": "tensor_cores", "stage": "tensor_cores", "name": "conv3_2", "config": {}, "worst_over_bound": 0.5,
+            "problem": {"n": 1024, "block_shape": [32, 32]}}  # fmt: skip
+    layers_of = [
+        {**conv, "kernel": "bsr_conv2d__triton", "p50_ms": 0.036},
+        {**conv, "kernel": "bsr_conv2d__cuda_tensor_cores", "p50_ms": 0.024, "config": {"variant": 1, "overlap": 1}},
+        {**conv, "name": "stem", "kernel": "bsr_stem__cuda_tensor_cores", "p50_ms": 0.1, "expected_us": 90.0},
+    ]
+    lines = gpu_tables.tensor_cores_table(layers_of).splitlines()
+    assert lines[2:] == [
+        "| conv3_2 | 1024 | 32x32 | bsr_conv2d__triton | 36.0 | bsr_conv2d__cuda_tensor_cores | variant 1 overlap 1 "
+        "| 24.0 | 1.50x |  | 0.50 |",
+        "| stem | 1024 | 32x32 |  |  | bsr_stem__cuda_tensor_cores |  | 100.0 |  | 90.0 | 0.50 |",
+    ]
+    record = {"rows": ways + layers_of}
+    text = "\n".join(gpu_tables.sections(record))
+    assert text.count("## ") == 2 and lines[2] in text and "**4.00x**" in text
+
+
 def test_what_a_failed_test_said_is_its_error() -> None:
     long = {"message": "E   torch.SomeError: it broke\nE   Set VERBOSE=1\n\nfile.py:7: SomeError"}
     assert summary.said(long) == "torch.SomeError: it broke"
