@@ -2,9 +2,9 @@
 
 First the whole network as it is served (`gpu_check.served`), then its 15 convolutions alone. Each configuration of the
 chain is checked layer by layer against float64: the input of a layer is what the layers in
-front of it give alone, which is bit for bit what they give inside the chain. On an H200 the graph of the whole network
-took 84.7 us at batch 1 and 97.8 at batch 16; `slimkernels.kernels.chain_plan` expects 13.8 and 15.8 us of the chain.
-The kernel has not run on a GPU.
+front of it give alone, which is bit for bit what they give inside the chain. On an H200, at 0ed802f, the plain graph
+took 96.8 us at batch 1 and 103.0 at 16, with chain and classifier in one launch each 43.8 and 80.0; the chain alone
+34.8 and 67.6, by a counter 53.4 at batch 16.
 """
 
 from __future__ import annotations

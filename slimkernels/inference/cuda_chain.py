@@ -1,4 +1,4 @@
-"""Block-sparse convolutions that follow each other, as one CUDA launch for a few images. On explicit request only."""
+"""Block-sparse convolutions that follow each other, as one CUDA launch for a few images."""
 
 from __future__ import annotations
 
