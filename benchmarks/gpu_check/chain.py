@@ -2,9 +2,9 @@
 
 First the whole network as it is served (`gpu_check.served`), then its 15 convolutions alone. Each configuration of the
 chain is checked layer by layer against float64: the input of a layer is what the layers in
-front of it give alone, which is bit for bit what they give inside the chain. On an H200, at 0ed802f, the plain graph
-took 96.8 us at batch 1 and 103.0 at 16, with chain and classifier in one launch each 43.8 and 80.0; the chain alone
-34.8 and 67.6, by a counter 53.4 at batch 16.
+front of it give alone, which is bit for bit what they give inside the chain. On an H200, at 4eb6e67, the plain graph
+took 98.5 us at batch 1 and 102.6 at 16, with chain and classifier in one launch each 40.2 and 72.8; the chain alone
+31.4 and 60.8, by a counter 48.4 at batch 16.
 """
 
 from __future__ import annotations

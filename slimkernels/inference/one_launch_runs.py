@@ -16,8 +16,8 @@ from slimkernels.nn import BlockSparseConv2d, FusedConv2d
 CHAIN, STEM, LINEAR = "chain", "stem", "linear"
 KINDS = (CHAIN, STEM, LINEAR)
 AUTO = "auto"
-# What is tried: of VGG-19 on an H200 (0ed802f) these two took 44 us at batch 1 where the plain graph took 97, 48 of 98
-# at batch 4 and 80 of 103 at batch 16; with a stem in front it was 47, 51 and 76.
+# What is tried: of VGG-19 on an H200 (4eb6e67) these two took 40 us at batch 1 where the plain graph took 98, 44 of 102
+# at batch 4 and 73 of 103 at batch 16; with a stem in front it was 44, 46 and 71.
 AUTO_KINDS = (CHAIN, LINEAR)
 MAX_IMAGES = 16  # of a chain: with more, a layer's own kernel has work enough
 # What hands its input on in eval mode, between the layers of each kind.

@@ -19,18 +19,23 @@ from slimkernels.kernels.resident_plan import STEP_CHANNELS, pack_index, steps_o
 MAX_LAYERS = 32  # SLIM_CUDA_MAX_CHAIN: what the arguments of a kernel hold
 CLUSTER, COUNTER = 0, 1  # SLIM_CHAIN_CLUSTER and SLIM_CHAIN_COUNTER
 GROUPS = {CLUSTER: (16, 8, 4), COUNTER: (32, 16, 8)}  # thread blocks of a group to choose from
+MOST_BLOCKS = {CLUSTER: 16, COUNTER: 1024}  # of a group
 COLUMN = 32  # output channels of an item: kChainColumn
 _PIXELS = 16  # of a warp: kChainPixels
 _WARPS = 8
-READ_AHEAD = 12  # steps that the kernel reads behind the last one
+_STEPS_AT_ONCE = 6  # of a warp: kChainDepth
+READ_AHEAD = 2 * _STEPS_AT_ONCE  # steps that the kernel reads behind the last one
 _ALIGNED = 128  # bytes
 
-# Clocks, for choosing among plans and for docs/gpu.md; recalled or counted, none of them measured.
-_BYTES_PER_CLOCK = 64  # from L2 into one processor
-_L2 = 300  # a load's way
-_BARRIER = {CLUSTER: 750, COUNTER: 1700}  # until L2 has what a block stored, and until the others know
-_ADD_AND_STORE = 300  # sums of the warps through shared memory, 150 instructions
-_STEP = 60  # 30 instructions of each of the two warps that share a scheduler
+# Clocks, for choosing among plans and for docs/gpu.md, which has the measurements: those of one block on an H200.
+_BYTES_PER_CLOCK = 64  # from L2 into one processor; recalled
+_LAYER = {CLUSTER: 1350, COUNTER: 1800}  # stores released, weights asked for, pixels' places found, the barrier
+_ITEM = 1600  # the next item found, sums added up and stored: some 350 instructions that wait for each other
+_MORE_SUMS = 450  # another four channels of a thread added up and stored
+_L2 = 350  # a load's way, with the products of the steps that are loaded at once
+_MORE_STEPS = 600  # another six steps of a warp: their pixels found, and their way again
+# Before the first layer: its numbers, the list of items and their first weights; a kernel that clears the counters.
+_LAUNCH = {CLUSTER: 4800, COUNTER: 6300}
 CLOCKS_PER_MICROSECOND = 1755
 
 
@@ -75,6 +80,7 @@ class ChainPlan(NamedTuple):
 
     Attributes:
         group: thread blocks that take `images` images through all layers.
+        waves: how many times as many groups there are as run at the same time, rounded up.
         buffer_bytes: of one of a group's two buffers, which hold what a layer gives the next one.
     """
 
@@ -82,6 +88,7 @@ class ChainPlan(NamedTuple):
     group: int
     images: int
     groups: int
+    waves: int
     buffer_bytes: int
     layers: tuple[LayerPlan, ...]
 
@@ -92,8 +99,9 @@ class ChainPlan(NamedTuple):
 
     @property
     def microseconds(self) -> float:
-        """What the layers are expected to take together, without the launch."""
-        return sum(layer.clocks for layer in self.layers) / CLOCKS_PER_MICROSECOND
+        """What the launch is expected to take."""
+        clocks = _LAUNCH[self.barrier] + sum(layer.clocks for layer in self.layers)
+        return self.waves * clocks / CLOCKS_PER_MICROSECOND
 
 
 def obstacle(sizes: Sequence[Sizes], h: int, w: int) -> str | None:
@@ -122,7 +130,7 @@ def _divides(outputs: int, images: int) -> bool:
 def plan(
     n: int, h: int, w: int, sizes: Sequence[Sizes], barrier: int, at_once: Mapping[int, int], images: int | None = None
 ) -> ChainPlan | None:
-    """The plan with the fewest clocks, or None where no group can run.
+    """The plan that takes the least time, or None where no group can run.
 
     Args:
         n: images, at least 1.
@@ -131,7 +139,7 @@ def plan(
         at_once: for each number of thread blocks of a group to try, how many groups run at the same time.
         images: of a group, instead of as few as leave no group waiting.
     """
-    found: tuple[float, ChainPlan] | None = None
+    found: list[ChainPlan] = []
     for group, groups in at_once.items():
         if groups < 1:
             continue
@@ -147,11 +155,9 @@ def plan(
         if not all(_divides(layer.out[0] * layer.out[1], each) for layer in layers):
             continue
         buffer_bytes = -(-each * inner * 2 // _ALIGNED) * _ALIGNED
-        one = ChainPlan(barrier, group, each, -(-n // each), buffer_bytes, tuple(layers))
-        cost = -(-one.groups // groups) * one.microseconds
-        if found is None or cost < found[0]:
-            found = cost, one
-    return None if found is None else found[1]
+        count = -(-n // each)
+        found.append(ChainPlan(barrier, group, each, count, -(-count // groups), buffer_bytes, tuple(layers)))
+    return min(found, key=lambda one: one.microseconds, default=None)
 
 
 def _layer(layer: Sizes, images: int, h: int, w: int, group: int, barrier: int) -> LayerPlan:
@@ -168,8 +174,11 @@ def layer_clocks(layer: Sizes, pixels: int, group: int, barrier: int, row_bits: 
     used = min(pixels, _PIXELS << row_bits)
     weights = layer.steps * COLUMN * STEP_CHANNELS * 2 / _BYTES_PER_CLOCK
     reads = layer.steps * used * STEP_CHANNELS * 2 / _BYTES_PER_CLOCK
-    item = _L2 + max(-(-layer.steps // (_WARPS >> row_bits)) * _STEP, reads) + _ADD_AND_STORE
-    return max(_BARRIER[barrier], weights) + item + (-(-items // group) - 1) * (_L2 + weights + item)
+    steps = -(-layer.steps // (_WARPS >> row_bits))
+    rounds = -(-steps // _STEPS_AT_ONCE)
+    stores = max(1, 1 << row_bits >> 1)  # by each thread
+    item = max(_L2 + max(rounds - 1, 0) * _MORE_STEPS, reads) + _ITEM + (stores - 1) * _MORE_SUMS
+    return max(_LAYER[barrier], weights) + item + (-(-items // group) - 1) * (weights + item)
 
 
 # The packed weight

@@ -15,7 +15,17 @@ import torch
 from torch import Tensor
 
 from slimkernels.kernels import chain_plan, cuda, cuda_tensor_cores
-from slimkernels.kernels.chain_plan import CLUSTER, COLUMN, COUNTER, GROUPS, READ_AHEAD, ChainPack, ChainPlan, Sizes
+from slimkernels.kernels.chain_plan import (
+    CLUSTER,
+    COLUMN,
+    COUNTER,
+    GROUPS,
+    MOST_BLOCKS,
+    READ_AHEAD,
+    ChainPack,
+    ChainPlan,
+    Sizes,
+)
 from slimkernels.kernels.problems import Pair, check_geometry
 from slimkernels.kernels.resident_plan import STEP_CHANNELS
 from slimkernels.tensors import is_capturing
@@ -126,23 +136,34 @@ def plan_for(x: Tensor, layers: Sequence[ChainLayer], config: Mapping[str, int] 
     reason = chain_plan.obstacle(sizes, h, w)
     if reason is not None:
         raise ValueError(f"{OP}: expected {reason}")
-    clusters = cuda_tensor_cores._limits(x).wgmma
-    barrier = config.get("barrier", CLUSTER if clusters else COUNTER)
-    if barrier not in (CLUSTER, COUNTER):
-        raise ValueError(f"{OP}: expected barrier {CLUSTER} (cluster) or {COUNTER} (counter), got {barrier}")
-    if not clusters and (barrier == CLUSTER or config.get("overlap", 0)):
+    clusters, overlap = cuda_tensor_cores._limits(x).wgmma, config.get("overlap", 0)
+    barriers: tuple[int, ...] = (COUNTER,)
+    if "barrier" in config:
+        barriers = (config["barrier"],)
+    elif clusters:
+        barriers = (CLUSTER,) if overlap else (CLUSTER, COUNTER)
+    if not set(barriers) <= {CLUSTER, COUNTER}:
+        raise ValueError(f"{OP}: expected barrier {CLUSTER} (cluster) or {COUNTER} (counter), got {barriers[0]}")
+    if not clusters and (CLUSTER in barriers or overlap):
         raise ValueError(f"{OP}: clusters and overlap need a GPU of compute capability 9.0")
-    if barrier == COUNTER and config.get("overlap", 0):
+    if COUNTER in barriers and overlap:
         raise ValueError(f"{OP}: overlap needs barrier {CLUSTER}: the counters are set in front of the launch")
-    for name, most in (("group", 16 if barrier == CLUSTER else 1024), ("images", 65535)):
+    for name, most in (("group", max(MOST_BLOCKS[barrier] for barrier in barriers)), ("images", 65535)):
         if not 1 <= config.get(name, 1) <= most:
             raise ValueError(f"{OP}: expected {name} in 1 to {most}, got {config[name]}")
-    groups = (config["group"],) if "group" in config else GROUPS[barrier]
-    at_once = {group: _groups_at_once(group, barrier, x.dtype, x.device.index or 0) for group in groups}
-    found = chain_plan.plan(n, h, w, sizes, barrier, at_once, config.get("images"))
-    if found is None:
-        raise ValueError(f"{OP}: {n} images need more thread blocks of {list(groups)} at the same time than run here")
-    return found
+    plans: list[ChainPlan] = []
+    tried: set[int] = set()
+    for barrier in barriers:
+        wanted: tuple[int, ...] = (config["group"],) if "group" in config else GROUPS[barrier]
+        groups = [group for group in wanted if group <= MOST_BLOCKS[barrier]]
+        tried.update(groups)
+        at_once = {group: _groups_at_once(group, barrier, x.dtype, x.device.index or 0) for group in groups}
+        found = chain_plan.plan(n, h, w, sizes, barrier, at_once, config.get("images"))
+        plans += [] if found is None else [found]
+    if not plans:
+        text = f"{n} images need more thread blocks of {sorted(tried)} at the same time than run here"
+        raise ValueError(f"{OP}: {text}")
+    return min(plans, key=lambda plan: plan.microseconds)
 
 
 def launch_chain(x: Tensor, layers: Sequence[ChainLayer], config: Mapping[str, int] | None = None) -> Tensor:
@@ -154,8 +175,9 @@ def launch_chain(x: Tensor, layers: Sequence[ChainLayer], config: Mapping[str, i
     Args:
         x: ``(N, C, H, W)``, float16 or bfloat16 on the GPU; channels_last is taken as it is.
         layers: what `pack_layer` returned, on x's device, 1 to 32 of them.
-        config: ``barrier`` 0 for clusters (sm_90) or 1 for a counter; ``group`` thread blocks that share ``images``;
-            ``overlap`` 1 lets the launch begin while the kernel in front ends, which must not have packed the layers.
+        config: ``barrier`` 0 for clusters (sm_90) or 1 for a counter, where not given what `plan_for` expects to be
+            faster; ``group`` thread blocks that share ``images``; ``overlap`` 1 takes clusters and lets the launch
+            begin while the kernel in front ends, which must not have packed the layers.
 
     Returns:
         ``(N, C_out, P, Q)``, channels_last.

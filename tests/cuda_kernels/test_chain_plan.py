@@ -19,7 +19,7 @@ from slimkernels.testing import random_bsr
 
 ONE = (1, 1)
 VGG19 = ((64, 2), (128, 2), (256, 4), (512, 4), (512, 4))
-AT_ONCE = {16: 8, 8: 16, 4: 32}
+AT_ONCE = {16: 6, 8: 14, 4: 32}  # an H200's answer for 16
 
 
 @given(by=st.integers(1, 2**16), share=st.floats(0, 1), data=st.data())
@@ -59,12 +59,17 @@ def test_vgg19_fits_and_is_what_the_documentation_says():
     text = (ROOT / "docs" / "gpu.md").read_text()
     for batch in (1, 16):
         found = plan(batch, 32, 32, vgg19(), CLUSTER, AT_ONCE)
-        assert found is not None and len(found.layers) == 15 and found.layers[-1].out == (1, 1)
+        counted = plan(batch, 32, 32, vgg19(), COUNTER, {32: 4, 16: 8, 8: 16})
+        assert found is not None and counted is not None and len(found.layers) == 15
+        assert found.layers[-1].out == (1, 1)
+        # As measured: clusters for one image, which 16 blocks share, a counter for many.
+        assert (found.microseconds < counted.microseconds) == (batch == 1)
         assert found.groups * found.images >= batch and found.groups <= AT_ONCE[found.group]
         # Behind the first layer the largest is what conv1_2 gives conv2_1: 16 x 16 x 64, or conv2_1's own output.
         assert found.buffer_bytes == found.images * 16 * 16 * 128 * 2
         assert found.workspace_bytes == 2 * found.groups * found.buffer_bytes
-        assert f"{found.microseconds:.1f} us at batch {batch}" in text
+        best = min(found, counted, key=lambda one: one.microseconds)
+        assert f"{best.microseconds:.1f} us at batch {batch}" in text
 
 
 def test_every_image_has_a_group_and_every_item_a_block():

@@ -162,6 +162,20 @@ def test_a_counter_between_layers(mode: int, device: Device):
         assert device.emulator.library.get_launch_cluster() == 0
 
 
+def test_the_faster_barrier_is_taken(device: Device, monkeypatch: pytest.MonkeyPatch):
+    if device.emulator is None:
+        pytest.skip("a GPU has the clusters that it has")
+    monkeypatch.setattr(cuda_chain, "_groups_at_once", lambda group, barrier, dtype, index: 128 // group)
+    cases, _ = CHAINS["whole_network"]
+    layers, x = [device.pack(case) for case in cases], cases[0].inputs()[0]
+    for slow, taken in ((CLUSTER, COUNTER), (COUNTER, CLUSTER)):
+        monkeypatch.setitem(chain_plan._LAUNCH, slow, 10**6)
+        monkeypatch.setitem(chain_plan._LAUNCH, taken, 10)
+        assert cuda_chain.plan_for(x, layers).barrier == taken
+        assert cuda_chain.plan_for(x, layers, {"barrier": slow}).barrier == slow
+        assert cuda_chain.plan_for(x, layers, {"overlap": 1}).barrier == CLUSTER  # a counter has to be cleared before
+
+
 def test_the_plan_is_what_runs(device: Device, monkeypatch: pytest.MonkeyPatch):
     cases, _ = CHAINS["whole_network"]
     layers = [device.pack(case) for case in cases]
@@ -197,7 +211,7 @@ def refusing(device: Device, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
 
 @pytest.mark.parametrize("error", REFUSED)
 @pytest.mark.parametrize("where", ["allowed", "counted"])
-def test_a_device_without_clusters_of_16_runs_8(
+def test_a_device_without_clusters_of_16_runs_others(
     error: int, where: str, device: Device, refusing: Callable[[int, int], None]
 ):
     cases, _ = CHAINS["whole_network"]
@@ -205,11 +219,12 @@ def test_a_device_without_clusters_of_16_runs_8(
     assert cuda_chain.plan_for(x, layers).group == 16
     cuda_chain_groups.cache_clear()
     refusing(*((error, 0) if where == "allowed" else (0, error)))
-    assert cuda_chain.plan_for(x, layers).group == 8
+    assert cuda_chain.plan_for(x, layers, {"barrier": CLUSTER}).group == 8
     assert device.emulator is not None and device.emulator.library.take_last_error() == 0
     with pytest.raises(ValueError, match=r"^chain_conv2d: 1 images need more thread blocks of \[16\] at the same time"):
-        cuda_chain.plan_for(x, layers, {"group": 16})
+        cuda_chain.plan_for(x, layers, {"group": 16, "barrier": CLUSTER})
     device.check(cases)
+    device.check(cases, barrier=CLUSTER)
 
 
 @pytest.mark.parametrize("errors", [(700, 0), (0, 700)])
@@ -267,7 +282,7 @@ def test_refuses(name: str, device: Device):
         "channels": (x[:, :24], [first]), "no_layers": (x, []), "order": (x, [first, first]),
         "dtype": (x.half(), [first, second]), "float32": (x.float(), [first]),
         "too_many": (x, [device.pack(back)] * 33), "config": (x, [first], {"stages": 2}),
-        "group": (x, [first], {"group": 17}), "image": (x, [kernel]),
+        "group": (x, [first], {"group": 17, "barrier": CLUSTER}), "image": (x, [kernel]),
         "overlap": (x, [first], {"overlap": 1, "barrier": COUNTER}),
         "processors": (x, [first], {"group": 1024, "barrier": COUNTER}),
     }  # fmt: skip
