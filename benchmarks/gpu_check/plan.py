@@ -169,8 +169,8 @@ STAGES = (
           _module("trainer"), spare=True),
     Stage("chain", 2, 110,
           "graphed(one_launch=...) of VGG-19 at batch 1, 16 and 4, beside a CUDA graph of auto's kernels: outputs, "
-          "launches, time (40, 73 and 44 us on an H200 with chain and classifier, 98, 103 and 102 without). Then its 15 "
-          "block-sparse convolutions alone (31, 48 and 32 us).",
+          "launches, time (40, 73 and 44 us on an H200 with chain and classifier, 98, 103 and 102 without). Then its "
+          "15 block-sparse convolutions alone (31, 48 and 32 us).",
           _module("chain"), build_wait=20, spare=True),
     Stage("training_torch", 2, 45, "The training step with torch's batch norm on both sides.",
           _suite(f"{_TRAINING_STEP}[block_shape0-torch]", "--compile", "none", "--seconds", "1"), spare=True),
@@ -179,7 +179,8 @@ STAGES = (
     Stage("sparse_compiled", 2, 90, "The sparse training step through torch.compile: does it run in a CUDA graph?",
           _suite("benchmarks/bench_backward.py::test_compiled_training_step", "--compile", "default", "--seconds", "1"),
           spare=True),
-    Stage("checkpoints", 2, 90, "Compact files that the recipe trained, converted here for batches of 1 and 1024. Needs constriction.",
+    Stage("checkpoints", 2, 90,
+          "Compact files that the recipe trained, converted here for batches of 1 and 1024. Needs constriction.",
           _suite("benchmarks/bench_checkpoints.py", "--seconds", "0.3"), spare=True),
     Stage("recipe", 3, 530,
           "VGG-19 trained, pruned and distilled at 87.5, 92, 95 and 98%, low rank, NIN: 85x smaller at 98% of the "
