@@ -53,7 +53,7 @@ struct Loader {
   uint32_t first_pixel, live, ring;  // first_pixel: this thread's entry of the table of pixels
   int stage_bytes, live_count, tile, tile_step, tiles, at = 0, left = 0, slot = 0;  // left: slabs of the tile
   int pixel_step, pixel_count, chunk;  // pixel_count: of the table, from this thread's entry on
-  const unsigned char* corner;  // the first pixel of the tile's patch, which may lie outside the image
+  const unsigned char* corner;         // the first pixel of the tile's patch, which may lie outside the image
   int32_t images_left, y, x;
 
   SLIM_DEVICE void start_tile() {
