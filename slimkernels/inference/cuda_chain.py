@@ -17,10 +17,11 @@ class CudaChain:
     Attributes:
         layers: what the launcher takes.
         tensors: of the modules, which were packed.
+        config: as `slimkernels.kernels.cuda_chain.launch_chain` has it.
     """
 
     def __init__(self, tensors: list[Tensor], packed: Iterable[cuda_chain.ChainLayer], config: dict[str, int]) -> None:
-        self._config, self.tensors = config, tensors
+        self.config, self.tensors = config, tensors
         self._packed_from = Snapshots(tensors)
         self.layers = list(packed)
 
@@ -33,7 +34,7 @@ class CudaChain:
         """
         if not self._packed_from.hold():
             raise RuntimeError("chain_of: a weight was written since the chain was made: make it anew")
-        return cuda_chain.launch_chain(x.detach(), self.layers, self._config)
+        return cuda_chain.launch_chain(x.detach(), self.layers, self.config)
 
 
 def chain_of(modules: Iterable[nn.Module], **config: int) -> CudaChain:

@@ -98,6 +98,12 @@ class OneLaunch:
             if name not in taken:
                 self.reasons.setdefault(name, "it is in no nn.Sequential")
 
+    def overlap(self, on: bool) -> None:
+        """Whether chains begin while the kernel in front of them ends, in what is recorded from now on."""
+        for run in self.runs:
+            if isinstance(run, Chain | LinearChain):
+                run.launch.config["overlap"] = int(on)
+
     def record(self, record: Callable[[], GraphRecording]) -> OneLaunchRecording:
         """What ``record`` returns, a call of `model` captured, with what that call made of the runs."""
         for run in self.runs:

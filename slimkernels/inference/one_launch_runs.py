@@ -38,20 +38,20 @@ class Run:
     dimensions = 4  # of an input
 
     def __init__(self, modules: list[nn.Module], names: list[str], launch: CudaChain | CudaStem) -> None:
-        self.modules, self.names, self._launch = modules, names, launch
+        self.modules, self.names, self.launch = modules, names, launch
         # What the calls since the last recording began were: None for one launch, else why not.
         self.outcomes: dict[str | None, None] = {}
 
     @property
     def tensors(self) -> list[Tensor]:
         """What was packed of the layers."""
-        return self._launch.tensors
+        return self.launch.tensors
 
     def __call__(self, x: Any) -> Any:
         reason = self._obstacle(x)
         self.outcomes[reason] = None
         if reason is None:
-            return self._launch(x)
+            return self.launch(x)
         for module in self.modules:
             x = module(x)
         return x
@@ -72,13 +72,13 @@ class Run:
 class Chain(Run):
     """Block-sparse convolutions."""
 
-    _launch: CudaChain
+    launch: CudaChain
 
     def __init__(self, modules: list[nn.Module], names: list[str]) -> None:
         super().__init__(modules, names, chain_of(modules))
 
     def _refusal(self, x: Tensor) -> str | None:
-        return _chain_refusal(x, self._launch, "images")
+        return _chain_refusal(x, self.launch, "images")
 
     def __str__(self) -> str:
         return f"{self.names[0]} to {self.names[-1]} ({len(self.names)} layers)"
@@ -87,14 +87,14 @@ class Chain(Run):
 class LinearChain(Run):
     """Linear layers, with what stands between them."""
 
-    _launch: CudaLinearChain
+    launch: CudaLinearChain
     dimensions = 2
 
     def __init__(self, modules: list[nn.Module], names: list[str]) -> None:
         super().__init__(modules, names, linear_chain_of(modules))
 
     def _refusal(self, x: Tensor) -> str | None:
-        return _chain_refusal(of_one_pixel(x), self._launch, "rows")
+        return _chain_refusal(of_one_pixel(x), self.launch, "rows")
 
     def __str__(self) -> str:
         return f"{self.names[0]} to {self.names[-1]} ({len(self.names)} linear layers)"
@@ -103,7 +103,7 @@ class LinearChain(Run):
 class Stem(Run):
     """A dense convolution of images, its ReLU, and a block-sparse convolution."""
 
-    _launch: CudaStem
+    launch: CudaStem
 
     def __init__(self, modules: list[nn.Module], names: list[str]) -> None:
         first, second = (module for module in modules if isinstance(module, (*_OF_IMAGES, BlockSparseConv2d)))
@@ -111,7 +111,7 @@ class Stem(Run):
         super().__init__(modules, names, stem_of(first, second))  # type: ignore[arg-type]
 
     def _refusal(self, x: Tensor) -> str | None:
-        return self._launch.obstacle(x)
+        return self.launch.obstacle(x)
 
     def __str__(self) -> str:
         return f"the stem {self.names[0]} and {self.names[1]}"

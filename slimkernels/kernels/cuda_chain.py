@@ -122,6 +122,11 @@ def _groups_at_once(group: int, barrier: int, dtype: torch.dtype, device: int) -
     return found
 
 
+def has_clusters(x: Tensor) -> bool:
+    """Whether x's device runs thread blocks in clusters, whose launches may overlap."""
+    return cuda_tensor_cores._limits(x).wgmma
+
+
 def plan_for(x: Tensor, layers: Sequence[ChainLayer], config: Mapping[str, int] | None = None) -> ChainPlan:
     """The plan by which `launch_chain` runs these layers on x's device.
 
@@ -136,7 +141,7 @@ def plan_for(x: Tensor, layers: Sequence[ChainLayer], config: Mapping[str, int] 
     reason = chain_plan.obstacle(sizes, h, w)
     if reason is not None:
         raise ValueError(f"{OP}: expected {reason}")
-    clusters, overlap = cuda_tensor_cores._limits(x).wgmma, config.get("overlap", 0)
+    clusters, overlap = has_clusters(x), config.get("overlap", 0)
     barriers: tuple[int, ...] = (COUNTER,)
     if "barrier" in config:
         barriers = (config["barrier"],)

@@ -18,7 +18,7 @@ from slimkernels import graphed
 from slimkernels.inference import cuda_graph
 from slimkernels.inference.cuda_graph import GraphRecording
 from slimkernels.inference.one_launch import OneLaunch
-from slimkernels.kernels import cuda
+from slimkernels.kernels import cuda, cuda_chain
 from slimkernels.nn import BlockSparseConv2d
 from slimkernels.nn.chained import ChainedSequential
 
@@ -93,21 +93,30 @@ def test_the_launches_are_those_of_the_chain(place: str, monkeypatch: pytest.Mon
     assert launched == []
 
 
-@pytest.mark.parametrize("seconds", [(2e-5, 1e-5), (1e-5, 2e-5)], ids=["faster", "slower"])
-def test_auto_takes_the_faster_of_both(seconds: tuple[float, float], place: str, monkeypatch: pytest.MonkeyPatch):
-    times = iter(seconds)
+# Plain, in one launch, and overlapping.
+TIMES = {"in one launch": (2e-5, 1e-5, 1.5e-5), "overlapping": (2e-5, 1.5e-5, 1e-5), "plain": (1e-5, 2e-5, 3e-5)}
+
+
+@pytest.mark.parametrize("fastest", TIMES)
+def test_auto_takes_the_fastest(fastest: str, place: str, monkeypatch: pytest.MonkeyPatch):
+    times, configs = iter(TIMES[fastest]), []
     monkeypatch.setattr(GraphRecording, "seconds", lambda self: next(times))
+    launch = cuda_chain.launch_chain
+    monkeypatch.setattr(cuda_chain, "launch_chain", lambda x, layers, config: configs.append(dict(config)) or launch(
+        x, layers, config))  # fmt: skip
     model = network(place)
     fast = graphed(model, [images(2, place), images(17, place)])  # 17 images are not tried
     one, many = fast.recordings.values()
     assert type(many) is GraphRecording and repr(many) == "a CUDA graph" and not list(times)
-    if seconds[0] > seconds[1]:
-        assert one.in_one_launch == RUNS and f"{RUNS[1]} (10.0 us so and 20.0 without)" in repr(fast)
+    assert [c.get("overlap", 0) for c in configs] == sorted(c.get("overlap", 0) for c in configs)
+    assert {c.get("overlap", 0) for c in configs} == {0, 1}
+    if fastest == "plain":
+        said = f"; {', '.join(RUNS)} in one launch would be slower (20.0 us so and 10.0 without)"
+        assert type(one) is GraphRecording and repr(one) == f"a CUDA graph{said}"
     else:
-        assert type(one) is GraphRecording
-        assert (
-            repr(one) == f"a CUDA graph; {', '.join(RUNS)} in one launch would be slower (20.0 us so and 10.0 without)"
-        )
+        said = " overlapping," if fastest == "overlapping" else ""
+        assert one.in_one_launch == RUNS
+        assert f"{RUNS[1]} (10.0 us so{',' if said else ''}{said} and 20.0 without)" in repr(fast)
     for n in (2, 17):
         assert close(fast(images(n, place)), model(images(n, place)))
 
