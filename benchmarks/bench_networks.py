@@ -1,9 +1,10 @@
-"""Networks of several kinds on a CPU: dense, converted, and recorded, in one run.
+"""Networks of several kinds, dense, converted, and recorded, in one run: on a CPU, or on a GPU in bf16.
 
 Block-sparse ResNets and a VGG-16 on images of 224x224, and VGG-19 and SlimNets' NIN with single zero weights, which is
 what most pruned checkpoints hold. Dense is the fastest of eager PyTorch, torch.compile, ONNX Runtime and OpenVINO;
 ``--deepsparse PYTHON`` adds DeepSparse with the same zeros. Weights are random and pruned by magnitude. The converted
-network is timed called as it is and recorded by `slimkernels.graphed`, both in the same bursts as the dense ones.
+network is timed called as it is and recorded by `slimkernels.graphed`, both in the same bursts as the dense ones. On a
+GPU dense is the fastest of eager PyTorch, CUDA graphs and torch.compile in a CUDA graph (``--compile``).
 """
 
 from __future__ import annotations
@@ -50,6 +51,12 @@ ROWS = (
     *(Row("vgg16", 0.9, (16, 1), batch) for batch in (1, 8)),
 )
 SMOKE = Row("nin_cifar", 0.875, (1, 1), 1)
+GPU_ROWS = (
+    *(Row("resnet50", 0.9, (64, 16), batch) for batch in (32, 1)),
+    Row("resnet18", 0.9, (64, 16), 32),
+    *(Row("nin_cifar", 0.875, (32, 16), batch) for batch in (1024, 1)),
+)
+GPU_SMOKE = GPU_ROWS[-1]
 # Images that batch norms take their statistics from, and on which outputs are compared in float64.
 SAMPLES = 8
 
@@ -99,4 +106,43 @@ def test_network(race: Any, smoke: bool, device: str, request: pytest.FixtureReq
         baselines_p50_ms={name: timings[name].p50 * 1e3 for name in baselines},
         speedup=best.p50 / ours.p50, images_per_s=row.batch / ours.p50, threads=torch.get_num_threads(),
         **({} if sparse_peer is None else {"deepsparse_p50_ms": sparse_peer * 1e3}),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("row", GPU_ROWS, ids=str)
+def test_network_gpu(race: Any, smoke: bool, device: str, request: pytest.FixtureRequest, row: Row) -> None:
+    """As `sk.convert` decides on this GPU, recorded; both sides in CUDA graphs, the copies of inputs and outputs left
+    out.
+    """
+    if device != "cuda":
+        pytest.skip("rows for a GPU")
+    if smoke and row != GPU_SMOKE:
+        pytest.skip("not in the smoke run")
+
+    def on_device(model: nn.Module) -> nn.Module:
+        return copy.deepcopy(model).to(device, torch.bfloat16)
+
+    x = images(row.network, row.batch).to(device, torch.bfloat16)
+    dense = on_device(dense_model(row.network))
+    model = on_device(pruned_model(row.network, row.sparsity, row.block_shape))
+    fast = convert(model, example_inputs=(x,), policy=Policy(measure=not smoke, serve=graphed))
+    ratio = bench.error_ratio(model, fast, images(row.network, SAMPLES).to(device, torch.bfloat16), device)
+    assert ratio <= 2, f"error against float64 is {ratio:.2f} times that of the dense network"
+    served = graphed(fast, x)
+    mode = request.config.getoption("--compile")
+    torch.backends.cudnn.benchmark = True  # on both sides, before anything is captured
+    baselines = peers.gpu_dense(dense, x, print, compile=None if mode == "none" else mode)
+    timings = race.run(
+        peers.Replay(fast, x), baselines, beside={"served": lambda: served(x), "converted": lambda: fast(x)}
+    )
+    ours, best = timings["contender"], timings["best"]
+    plan: Any = fast.slimkernels_plan
+    race.benchmark.extra_info.update(
+        suite="networks", network=row.network, weights="random, pruned by magnitude", sparsity=row.sparsity,
+        batch=row.batch, block_shape=row.block_shape, match=True, error_ratio=ratio, swapped=len(plan.swapped),
+        **ours.as_ms(), served_p50_ms=timings["served"].p50 * 1e3,
+        converted_p50_ms=timings["converted"].p50 * 1e3, dense_p50_ms=best.p50 * 1e3,
+        dense_p20_ms=best.p20 * 1e3, dense_p80_ms=best.p80 * 1e3, dense_n=best.n,
+        baselines_p50_ms={name: timings[name].p50 * 1e3 for name in baselines},
+        speedup=best.p50 / ours.p50, images_per_s=row.batch / ours.p50, threads=torch.get_num_threads(),
     )  # fmt: skip

@@ -65,6 +65,7 @@ EXTRA = {
     "training_torch": ("--collect-only",),  # as "training" but for torch's batch norm
     "training_compiled": ("--collect-only",),
     "sparse_compiled": ("--collect-only",),
+    "networks": (*_QUICK, "--smoke", "--compile", "none"),
     "checkpoints": (*_QUICK, "--smoke"),
     "again": _some("m_lt_tile"),
     "low_rank": ("--smoke",),
