@@ -33,7 +33,10 @@ constexpr uint32_t kNoColumn = 1 << 24, kEnd = 0xff;      // of an entry of the 
 // from the arguments (a layer's are two lines of the constant cache), and the list of the block's items. A division by
 // a number that is not known to the compiler takes some 25 instructions that wait for each other, and a warp waits 4 to
 // 5 clocks for each (measured on an H200).
-constexpr int kChainLayerBytes = 112;
+// A layer's record: x and weights, steps and bias, y and starts; h, w, c_in and flags; two divisors; strides, c_out and
+// outputs; items, those of this block, columns.
+enum ChainPart { kXWeights, kStepsBias, kYStarts, kImage, kDivisors, kSizes, kItems, kChainParts };
+constexpr int kChainLayerBytes = kChainParts * 16;
 constexpr int kChainLayers = kChainSets, kChainList = kChainLayers + SLIM_CUDA_MAX_CHAIN * kChainLayerBytes;
 constexpr int kChainListed = kChainThreads;  // items; the list is written anew where a block has more
 constexpr int kChainShared = kChainList + kChainListed * 16;
@@ -69,9 +72,8 @@ struct ChainTables {
   uint32_t layers, list;
   int rank, group;
 
-  SLIM_DEVICE uint4 of_layer(int layer, int part) const {
-    return hw::load_shared_128(layers + layer * kChainLayerBytes + part * 16);
-  }
+  SLIM_DEVICE uint32_t place(int layer, ChainPart part) const { return layers + layer * kChainLayerBytes + part * 16; }
+  SLIM_DEVICE uint4 of_layer(int layer, ChainPart part) const { return hw::load_shared_128(place(layer, part)); }
 
   // One warp a layer: all its lanes read the same argument.
   SLIM_DEVICE void write_layers(const ChainArguments& a, int which, int images) {
@@ -83,15 +85,15 @@ struct ChainTables {
       const uint32_t items = columns * ((pixels + of_item - 1) >> (4 + l.row_bits));
       const uint32_t mine = items > uint32_t(rank) ? (items - rank + group - 1) / uint32_t(group) : 1;
       const int64_t x = which * l.x_group, y = which * l.y_group;
-      const uint32_t to = layers + i * kChainLayerBytes;
       if ((threadIdx.x & 31) != 0) continue;
-      hw::store_shared_128(to, two_pointers(static_cast<const unsigned char*>(l.x) + x, l.weights));
-      hw::store_shared_128(to + 16, two_pointers(l.steps, l.bias));
-      hw::store_shared_128(to + 32, two_pointers(static_cast<unsigned char*>(l.y) + y, l.starts));
-      hw::store_shared_128(to + 48, make_uint4(l.h, l.w, l.c_in, l.row_bits | l.pool << 2 | l.relu << 3));
-      hw::store_shared_128(to + 64, make_uint4(rows * cols, 0xffffffffu / (rows * cols), cols, 0xffffffffu / cols));
-      hw::store_shared_128(to + 80, make_uint4(l.stride_h, l.stride_w, l.c_out, outputs));
-      hw::store_shared_128(to + 96, make_uint4(items, mine, columns, 0));
+      const auto write = [&](ChainPart part, uint4 numbers) { hw::store_shared_128(place(i, part), numbers); };
+      write(kXWeights, two_pointers(static_cast<const unsigned char*>(l.x) + x, l.weights));
+      write(kStepsBias, two_pointers(l.steps, l.bias));
+      write(kYStarts, two_pointers(static_cast<unsigned char*>(l.y) + y, l.starts));
+      write(kImage, make_uint4(l.h, l.w, l.c_in, l.row_bits | l.pool << 2 | l.relu << 3));
+      write(kDivisors, make_uint4(rows * cols, 0xffffffffu / (rows * cols), cols, 0xffffffffu / cols));
+      write(kSizes, make_uint4(l.stride_h, l.stride_w, l.c_out, outputs));
+      write(kItems, make_uint4(items, mine, columns, 0));
     }
   }
 
@@ -101,7 +103,7 @@ struct ChainTables {
     int layer = 0;
     uint4 numbers = make_uint4(0, 0, 0, 0);
     for (; layer < count; ++layer) {
-      numbers = of_layer(layer, 6);
+      numbers = of_layer(layer, kItems);
       if (left < numbers.y) break;
       left -= numbers.y;
     }
@@ -109,7 +111,7 @@ struct ChainTables {
     const uint32_t item = rank + left * group;
     if (layer < count) entry.x = uint32_t(layer);
     if (layer < count && item < numbers.x) {
-      const uint4 pointers = of_layer(layer, 2);
+      const uint4 pointers = of_layer(layer, kYStarts);
       const uint32_t row = item / numbers.z, column = item - row * numbers.z;
       const uint32_t* const starts = pointer_of<const uint32_t>(pointers.z, pointers.w) + column;
       entry =
@@ -146,8 +148,9 @@ struct ChainPlace {
 
   SLIM_DEVICE void find(const ChainTables& tables, uint4 entry) {
     const int lane = int(threadIdx.x) & 31, warp = int(threadIdx.x) >> 5, layer = int(entry.x & 0xff);
-    const uint4 from = tables.of_layer(layer, 0), more = tables.of_layer(layer, 1), to = tables.of_layer(layer, 2);
-    const uint4 image = tables.of_layer(layer, 3), parts = tables.of_layer(layer, 4), sizes = tables.of_layer(layer, 5);
+    const uint4 from = tables.of_layer(layer, kXWeights), more = tables.of_layer(layer, kStepsBias);
+    const uint4 to = tables.of_layer(layer, kYStarts), image = tables.of_layer(layer, kImage);
+    const uint4 parts = tables.of_layer(layer, kDivisors), sizes = tables.of_layer(layer, kSizes);
     store.flags = int(image.w);
     const int row_bits = store.row_bits(), pool = store.flags >> 2 & 1;
     const int first = int(entry.z), steps_of_column = int(entry.w) - first;
