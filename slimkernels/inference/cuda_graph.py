@@ -84,15 +84,11 @@ class CudaGraphs:
                 "copy has others since, which that does not see; record it again with graphed(model, example_inputs)"
             )
         given = list(args) if captured.plain and not kwargs else tensors((args, kwargs))
-        # To leave the caller's modes takes 15 us, to ask whether that matters one.
-        as_it_is = (
-            torch.cuda.current_device() == self._device.index
-            and not torch.is_inference_mode_enabled()
-            and not any(tensor.requires_grad for tensor in given)
-        )
-        if as_it_is:
+        # To leave the caller's device and mode takes 10 us, to ask whether that matters one.
+        tracked = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
+        if torch.cuda.current_device() == self._device.index and not tracked:
             return self._replay(captured, given)
-        with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(self._device):
+        with torch.no_grad(), torch.cuda.device(self._device):
             return self._replay(captured, given)
 
     def _replay(self, captured: _Captured, given: list[Tensor]) -> Any:

@@ -140,6 +140,19 @@ def test_a_graph_keeps_the_memory_of_its_model(graphs) -> None:
     assert all(storage() is None for storage in memory)
 
 
+def test_a_graph_runs_in_any_mode(graphs) -> None:
+    """Outputs are inference tensors in inference mode, as a model's are, and never have a gradient."""
+    model = pruned_net()
+    replay, x = graphs(model, images(1)), images(1)
+    expected = model(x).detach()
+    with torch.inference_mode():
+        inside = replay(x)
+    outside = replay(x.clone().requires_grad_())
+    assert inside.is_inference() and not outside.is_inference() and not outside.requires_grad
+    for got in (inside, outside):
+        torch.testing.assert_close(got, expected)
+
+
 def test_a_graph_with_a_packed_layer_refuses_once_its_weight_was_written(graphs) -> None:
     model = pruned_net()
     replay = graphs(model, images(1))
