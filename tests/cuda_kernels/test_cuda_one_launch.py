@@ -105,7 +105,7 @@ def test_auto_takes_the_fastest(fastest: str, place: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(cuda_chain, "launch_chain", lambda x, layers, config: configs.append(dict(config)) or launch(
         x, layers, config))  # fmt: skip
     model = network(place)
-    fast = graphed(model, [images(2, place), images(17, place)])  # 17 images are not tried
+    fast = graphed(model, [images(2, place), images(17, place)], warm_up_calls=1)  # 17 images are not tried
     one, many = fast.recordings.values()
     assert type(many) is GraphRecording and repr(many) == "a CUDA graph" and not list(times)
     assert [c.get("overlap", 0) for c in configs] == sorted(c.get("overlap", 0) for c in configs)
@@ -121,11 +121,21 @@ def test_auto_takes_the_fastest(fastest: str, place: str, monkeypatch: pytest.Mo
         assert close(fast(images(n, place)), model(images(n, place)))
 
 
+def test_auto_leaves_out_what_gives_other_outputs(place: str, monkeypatch: pytest.MonkeyPatch):
+    launch = cuda_chain.launch_chain
+    monkeypatch.setattr(cuda_chain, "launch_chain", lambda x, layers, config: 20 * launch(x, layers, config))
+    model = network(place)
+    with pytest.warns(UserWarning, match=r"^graphed: features.1 to .* in one launch gave other outputs than layer by"):
+        fast = graphed(model, images(2, place), warm_up_calls=1)
+    assert repr(only(fast)) == f"a CUDA graph; {', '.join(RUNS)} in one launch gave other outputs"
+    assert close(fast(images(2, place)), model(images(2, place)))
+
+
 def test_auto_is_measured(place: str, monkeypatch: pytest.MonkeyPatch):
     if place == "cpu":
         monkeypatch.setattr(cuda_graph, "_REPLAYS", 1)
         monkeypatch.setattr(cuda_graph, "_READINGS", 1)
-    fast = graphed(network(place), images(2, place))
+    fast = graphed(network(place), images(2, place), warm_up_calls=1)
     assert " us so and " in repr(fast) and close(fast(images(2, place)), fast.model(images(2, place)))
 
 
@@ -133,7 +143,7 @@ def test_auto_without_what_could_be_one_launch_is_a_plain_graph(place: str, monk
     launched = layers_of_launches(monkeypatch)
     for model in (network(place).float(), nn.Sequential(nn.Conv2d(8, 8, 1)).to(place, BF16).eval()):
         x = images(2, place).to(next(model.parameters()).dtype)
-        assert repr(only(graphed(model, x))) == "a CUDA graph"
+        assert repr(only(graphed(model, x, warm_up_calls=1))) == "a CUDA graph"
     monkeypatch.setattr(cuda, "available", lambda: "no such kernel")
     assert repr(only(graphed(network(place), images(2, place)))) == "a CUDA graph" and launched == []
 
