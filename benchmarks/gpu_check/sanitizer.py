@@ -60,15 +60,15 @@ def target(images: int) -> None:
 
 def cuda_launches(images: int) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     """Every kernel of CUDA C++ in the configurations that are timed, and a name for each."""
-    trained = [layers.at_batch(p, images) for p in layers.HEADLINE.problems() if layers.layer_name(p) in RESIDENT]
+    resident = [layers.at_batch(p, images) for p in layers.HEADLINE.problems() if layers.layer_name(p) in RESIDENT]
     narrow = [layers.at_batch(p, images) for p in layers.ROWS["blocks_32x32"].problems()]
     narrow = [p for p in narrow if layers.layer_name(p) == NARROW]
-    for p in (*trained, *narrow, *(replace(p, dtype=torch.float32) for p in trained[:2])):
+    for p in (*resident, *narrow, *(replace(p, dtype=torch.float32) for p in resident[:2])):
         for kernel, config, call in tensor_cores.launches(layers.Bench(p)):
             yield f"{layers.layer_name(p)} {p.dtype} {p.block_shape[0]} {kernel} {config_text(config)}", call
     for kernel, config, call in tensor_cores.Stem(layers.at_batch(layers.HEADLINE.problems()[0], images)).launches():
         yield f"{kernel} {config_text(config)}", call
-    for p in trained:
+    for p in resident:
         for kernel, call in tensor_cores.gradient_launches(layers.Bench(p)):
             yield f"{layers.layer_name(p)} {kernel}", call
     modules = [bench.layer.eval() for bench in chain.benches(images, "cuda", CHAINED)]
