@@ -89,8 +89,8 @@ def of_chain(module: Any) -> None:
         packed[layer.pack.weights.data_ptr()] = layer, given.arguments
         return layer
 
-    def launch_chain(x: Any, layers: Sequence[Any], config: Any = None) -> Any:
-        y = launch(x, layers, config)
+    def launch_chain(x: Any, layers: Sequence[Any], *rest: Any) -> Any:
+        y = launch(x, layers, *rest)
         with device_tensor.unchecked():
             for layer in layers:
                 x = _bsr_conv2d(x, **packed[layer.pack.weights.data_ptr()][1])

@@ -121,7 +121,7 @@ def _chain_refusal(x: Tensor, chain: CudaChain, what: str) -> str | None:
     if not 1 <= x.shape[0] <= MAX_IMAGES:
         return f"{x.shape[0]} {what}, not 1 to {MAX_IMAGES}"
     try:
-        cuda_chain.plan_for(x, chain.layers)
+        chain.plan(x)
     except ValueError as error:
         return str(error)
     return None

@@ -7,7 +7,7 @@ chooses it; `slimkernels.inference.cuda_chain.chain_of` makes one of modules.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -171,7 +171,12 @@ def plan_for(x: Tensor, layers: Sequence[ChainLayer], config: Mapping[str, int] 
     return min(plans, key=lambda plan: plan.microseconds)
 
 
-def launch_chain(x: Tensor, layers: Sequence[ChainLayer], config: Mapping[str, int] | None = None) -> Tensor:
+def launch_chain(
+    x: Tensor,
+    layers: Sequence[ChainLayer],
+    config: Mapping[str, int] | None = None,
+    plan_of: Callable[[Tensor], ChainPlan] | None = None,
+) -> Tensor:
     """All layers one after the other, in one launch on torch's current stream.
 
     What lies between two layers is rounded to x's dtype and kept in a workspace, which stays in L2. Sums are fp32, in a
@@ -183,6 +188,7 @@ def launch_chain(x: Tensor, layers: Sequence[ChainLayer], config: Mapping[str, i
         config: ``barrier`` 0 for clusters (sm_90) or 1 for a counter, where not given what `plan_for` expects to be
             faster; ``group`` thread blocks that share ``images``; ``overlap`` 1 takes clusters and lets the launch
             begin while the kernel in front ends, which must not have packed the layers.
+        plan_of: called in the place of `plan_for`, by who keeps what that gave.
 
     Returns:
         ``(N, C_out, P, Q)``, channels_last.
@@ -204,7 +210,8 @@ def launch_chain(x: Tensor, layers: Sequence[ChainLayer], config: Mapping[str, i
     for i, layer in enumerate(layers):
         _check_layer(i, layer, x)
     n = x.shape[0]
-    plan = plan_for(x if n else x.new_empty(1, *x.shape[1:]), layers, config)
+    one = x if n else x.new_empty(1, *x.shape[1:])
+    plan = plan_for(one, layers, config) if plan_of is None else plan_of(one)
     x = x.contiguous(memory_format=torch.channels_last)
     if x.data_ptr() % _ALIGNED:
         x = x.clone(memory_format=torch.channels_last)

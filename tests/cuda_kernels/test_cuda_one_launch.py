@@ -102,8 +102,12 @@ def test_auto_takes_the_fastest(fastest: str, place: str, monkeypatch: pytest.Mo
     times, configs = iter(TIMES[fastest]), []
     monkeypatch.setattr(GraphRecording, "seconds", lambda self: next(times))
     launch = cuda_chain.launch_chain
-    monkeypatch.setattr(cuda_chain, "launch_chain", lambda x, layers, config: configs.append(dict(config)) or launch(
-        x, layers, config))  # fmt: skip
+
+    def noted(x: Tensor, layers: Any, config: Any, plan_of: Any) -> Tensor:
+        configs.append(dict(config))
+        return launch(x, layers, config, plan_of)
+
+    monkeypatch.setattr(cuda_chain, "launch_chain", noted)
     model = network(place)
     fast = graphed(model, [images(2, place), images(17, place)], warm_up_calls=1)  # 17 images are not tried
     one, many = fast.recordings.values()
@@ -123,7 +127,9 @@ def test_auto_takes_the_fastest(fastest: str, place: str, monkeypatch: pytest.Mo
 
 def test_auto_leaves_out_what_gives_other_outputs(place: str, monkeypatch: pytest.MonkeyPatch):
     launch = cuda_chain.launch_chain
-    monkeypatch.setattr(cuda_chain, "launch_chain", lambda x, layers, config: 20 * launch(x, layers, config))
+    monkeypatch.setattr(
+        cuda_chain, "launch_chain", lambda x, layers, config, plan: 20 * launch(x, layers, config, plan)
+    )
     model = network(place)
     with pytest.warns(UserWarning, match=r"^graphed: features.1 to .* in one launch gave other outputs than layer by"):
         fast = graphed(model, images(2, place), warm_up_calls=1)

@@ -793,7 +793,7 @@ def test_the_chain_stage_times_and_checks(monkeypatch: pytest.MonkeyPatch) -> No
     lines = summary.tensor_core_lines(found)
     assert lines[0].startswith("b2") and lines[2].endswith("group 4 images 1 overlap 1")
     launch = cuda_chain.launch_chain
-    monkeypatch.setattr(cuda_chain, "launch_chain", lambda x, packed, c: launch(x, packed, c) * len(packed))
+    monkeypatch.setattr(cuda_chain, "launch_chain", lambda x, packed, *rest: launch(x, packed, *rest) * len(packed))
     assert [row["match"] for row in chain.of_batch(chained, None)] == [True, False, False]
     assert len(list(chain.of_batch(chained, "no GPU"))) == 1
     assert [layers.layer_name(b.problem) for b in chain.benches(1, "cpu", 3)] == ["conv1_2", "conv2_1", "conv2_2"]

@@ -94,6 +94,6 @@ def layers_of_launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     launched: list[int] = []
     launch = cuda_chain.launch_chain
     monkeypatch.setattr(
-        cuda_chain, "launch_chain", lambda x, layers, c: launched.append(len(layers)) or launch(x, layers, c)
+        cuda_chain, "launch_chain", lambda x, layers, *rest: launched.append(len(layers)) or launch(x, layers, *rest)
     )
     return launched
