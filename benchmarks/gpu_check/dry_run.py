@@ -53,7 +53,8 @@ EXTRA = {
     "chain": ("--batches", "1", "--layers", "3"),
     "tensor_cores_2": ("--layers", "1"),
     "tensor_cores_tf32": ("--layers", "1"),
-    "narrow": (*_QUICK, "-k", "tensor_cores_32x32"),
+    "narrow": ("--collect-only",),  # as "vgg" but for other kernels, which "sanitizer_cuda" launches
+    "sanitizer_cuda": ("--tool", "memcheck"),
     "tests_cuda": ("--collect-only",),  # as "tests"
     "rows": (*_QUICK, "-k", "batch_1 and not batch_16"),
     "tests": _some("captured", "split", "training_matches", "autocast", "streams"),
@@ -74,7 +75,7 @@ EXTRA = {
     "ranking": ("--preset", "device_rehearsal", "--only", "teacher", "--no-compile", "--device", "cpu"),
 }
 # Stages that find the kernels of CUDA C++ that the stand-in knows; the others find none.
-WITH_EXTENSION = ("chain", "narrow", "sanitizer_cuda")
+WITH_EXTENSION = ("chain", "sanitizer_cuda")
 # Kernels that must have been launched somewhere.
 KERNELS = (
     "bsr_conv2d_fwd_kernel", "bsr_conv2d_reduce_kernel", "bsr_conv2d_bwd_x_kernel", "bsr_conv2d_bwd_w_kernel",
