@@ -19,10 +19,11 @@
 # On another machine the second call takes over what the first one brought home: benchmarks/gpu_check.sh 2 --from FOLDER.
 #
 # Needs torch, triton, pytest, pytest-benchmark and pytest-xdist; for the CUDA C++ kernels nvcc, ninja and pybind11; ncu and
-# compute-sanitizer for the stages of that name; constriction for compact files (call 3 and the stage checkpoints). Nothing is downloaded or installed. OUT (or --out) is the folder to take
-# home, at most eight files: results.json, log.txt, plan.txt, tests.xml, again.xml, counters.csv, tuned.json, build.txt; of call
-# 3 slimnets-device.tar.gz (report, pictures, compact checkpoints), of the stage ranking ranking-device.tar.gz. All else stays
-# under build/gpu-check. The last 11 000 characters of the output are a table of everything important.
+# compute-sanitizer for the stages of that name; constriction for compact files (call 3 and the stage checkpoints). Nothing
+# is downloaded or installed. OUT (or --out) is the folder to take home, at most eight files: results.json, log.txt,
+# plan.txt, tests.xml, again.xml, counters.csv, tuned.json, build.txt; of call 3 slimnets-device.tar.gz (report, pictures,
+# compact checkpoints), of the stage ranking ranking-device.tar.gz. All else stays under build/gpu-check. The last 11 000
+# characters of the output are a table of everything important.
 #
 # From a run to a committed result:
 #

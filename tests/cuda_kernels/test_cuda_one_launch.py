@@ -118,9 +118,8 @@ def test_auto_takes_the_fastest(fastest: str, place: str, monkeypatch: pytest.Mo
         said = f"; {', '.join(RUNS)} in one launch would be slower (20.0 us so and 10.0 without)"
         assert type(one) is GraphRecording and repr(one) == f"a CUDA graph{said}"
     else:
-        said = " overlapping," if fastest == "overlapping" else ""
-        assert one.in_one_launch == RUNS
-        assert f"{RUNS[1]} (10.0 us so{',' if said else ''}{said} and 20.0 without)" in repr(fast)
+        said = ", overlapping," if fastest == "overlapping" else ""
+        assert one.in_one_launch == RUNS and f"{RUNS[1]} (10.0 us so{said} and 20.0 without)" in repr(fast)
     for n in (2, 17):
         assert close(fast(images(n, place)), model(images(n, place)))
 
