@@ -91,7 +91,7 @@ struct Members<SlimCudaResidentConv2d> {
       SLIM_MEMBER(stages, (Range{2, 8})),
       SLIM_MEMBER(steps, kSteps),
       SLIM_MEMBER(columns, (Range{1, 8})),
-      SLIM_MEMBER(variant, (Range{0, 7})),
+      SLIM_MEMBER(variant, (Range{0, 10})),
       SLIM_MEMBER(blocks, kPositive),
       SLIM_MEMBER(overlap, kFlag),
       SLIM_MEMBER(dtype, kDtype),
@@ -271,7 +271,7 @@ static_assert(members_fill_the_struct<SlimCudaLowRank>());
 
 // "" where a tile reads and writes inside its patch and no offset wraps, else what is wrong.
 template <typename T>
-std::string tile_plan_fault(const T& a, int64_t c_in, int64_t bytes_of_number = 2) {
+std::string tile_plan_fault(const T& a, int64_t c_in, int64_t bytes_of_number = 2, bool borders = true) {
   const int64_t images = a.tile_images, rows = a.tile_rows, cols = a.tile_cols;
   if (c_in % 8 != 0 || a.c_out % 8 != 0) return "c_in and c_out are not multiples of 8";
   if (a.p <= a.pool || a.q <= a.pool) return "p or q is too small";
@@ -284,7 +284,8 @@ std::string tile_plan_fault(const T& a, int64_t c_in, int64_t bytes_of_number = 
   const int64_t down = (rows - 1) * a.stride_h + int64_t(a.r - 1) * a.dil_h;
   const int64_t right = (cols - 1) * a.stride_w + int64_t(a.s - 1) * a.dil_w;
   const int64_t loads = int64_t(a.load_top + a.load_rows - 1) * a.patch_row + a.load_left + a.load_cols - 1;
-  if (before + std::max(down * a.patch_row + right, loads) >= a.patch) return "a tile reaches beyond its patch";
+  if (borders && before + std::max(down * a.patch_row + right, loads) >= a.patch)
+    return "a tile reaches beyond its patch";
   const int64_t tiles = (a.p + rows - 1) / rows * ((a.q + cols - 1) / cols);
   if ((a.n + images - 1) / images > kInt32Max / tiles) return "there are 2^31 tiles or more";
   return "";
@@ -326,15 +327,27 @@ inline std::string output_steps_fault(const SlimCudaResidentConv2d& a) {
   return "";
 }
 
+// "" where a patch without borders holds what a tile loads and a step's word its place, else what is wrong.
+inline std::string patch_without_borders_fault(const SlimCudaResidentConv2d& a) {
+  const int64_t loads = int64_t(a.load_rows) * a.load_cols;
+  if (a.patch_row != a.load_cols || (a.tile_images > 1 && a.patch_image < loads) ||
+      (a.tile_images - 1) * int64_t(a.patch_image) + loads > a.patch)
+    return "a tile reaches beyond its patch";
+  if (int64_t(a.r) * a.s > 32) return "there are more than 32 taps";
+  const int64_t reach = (a.r - 1) * int64_t(a.dil_h) * a.patch_row + (a.s - 1) * int64_t(a.dil_w) + 1;
+  return a.slab > 64 || reach >= (1 << 24) / (2 * a.slab) ? "a step's place does not fit 24 bits" : "";
+}
+
 inline int cuda_resident_conv2d(const pybind11::args& args) {
   const auto a = struct_of_arguments<SlimCudaResidentConv2d>("cuda_resident_conv2d", args);
-  const bool f32 = a.dtype == SLIM_DTYPE_F32;
-  std::string fault = tile_plan_fault(a, a.c_in, f32 ? 4 : 2);
+  const bool f32 = a.dtype == SLIM_DTYPE_F32, borders = a.variant < 8;
+  std::string fault = tile_plan_fault(a, a.c_in, f32 ? 4 : 2, borders);
+  if (fault.empty() && !borders) fault = patch_without_borders_fault(a);
   if (fault.empty() && f32 && !is_one_of(a.variant, {0, 4, 6}))
     fault = "variant = " + std::to_string(a.variant) + " takes no float32";
-  const int64_t column[] = {64, 128, 64, 32, 32, 16, 16, 64};
+  const int64_t column[] = {64, 128, 64, 32, 32, 16, 16, 64, 128, 128, 64};
   const int64_t channels = a.columns * column[a.variant];  // of a thread block
-  if (fault.empty() && channels > (is_one_of(a.variant, {2, 4, 6, 7}) ? 64 : 128))
+  if (fault.empty() && channels > (is_one_of(a.variant, {2, 4, 6, 7, 10}) ? 64 : 128))
     fault = "columns = " + std::to_string(a.columns) + " is more than the variant has";
   if (fault.empty()) fault = output_steps_fault(a);
   if (fault.empty() && !is_one_of(f32 ? 2 * a.slab : a.slab, {16, 32, 64, 128}))

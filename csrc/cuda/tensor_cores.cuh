@@ -136,6 +136,49 @@ SLIM_DEVICE void wait_acquire(const int32_t* counter, int32_t target) {
   } while (v < target);
 }
 
+// What the warp's lanes did before is seen by the others behind it.
+SLIM_DEVICE void synchronize_warp() { __syncwarp(); }
+// A bit of each lane.
+SLIM_DEVICE uint32_t ballot(bool v) { return __ballot_sync(0xffffffffu, v); }
+SLIM_DEVICE int count_bits(uint32_t v) { return __popc(v); }
+
+// A barrier of 8 bytes in shared memory: a phase of it ends when `count` threads have arrived, by themselves or when
+// all copies that they have issued are there. `mbarrier_wait` waits for the end of the phase of this parity, the first
+// of which is 0; the phase before the first has ended.
+SLIM_DEVICE void mbarrier_init(uint32_t at, int count) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(at), "r"(count) : "memory");
+}
+SLIM_DEVICE void mbarrier_arrive(uint32_t at) {
+  asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(at) : "memory");
+}
+SLIM_DEVICE void mbarrier_arrive_behind_copies(uint32_t at) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(at) : "memory");
+}
+SLIM_DEVICE void mbarrier_wait(uint32_t at, int parity) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n@done bra.uni ended;\n"
+      "bra.uni again;\nended:\n}" ::"r"(at),
+      "r"(parity)
+      : "memory");
+#else
+  stop();
+#endif
+}
+
+// Moves registers from the warps that call the second to those that call the first: 384 threads of 168 become 256 of
+// 216 and 128 of 72.
+SLIM_DEVICE void more_registers() {
+#if SLIM_HAS_WGMMA
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
+#endif
+}
+SLIM_DEVICE void fewer_registers() {
+#if SLIM_HAS_WGMMA
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
+#endif
+}
+
 // The number of the lane whose index differs by these bits.
 SLIM_DEVICE float from_lane_xor(float v, int bits) { return __shfl_xor_sync(0xffffffffu, v, bits); }
 

@@ -3,6 +3,7 @@
 // or as late as the waits allow with their destination spoilt until then.
 #pragma once
 #include <deque>
+#include <map>
 
 #include "cuda_on_cpu.h"
 
@@ -41,6 +42,15 @@ struct Stored {  // in global memory, where other CTAs do not see it yet
   size_t bytes;
   uint8_t data[16];
 };
+struct Arrival {  // of a thread at an mbarrier, behind its copies
+  std::vector<Copy> copies;
+  std::vector<uint8_t*> places;
+};
+struct MBarrier {
+  unsigned expected = 0, arrived = 0;
+  long phase = 0;
+  std::vector<Arrival> on_their_way;
+};
 struct Lane {
   std::deque<std::vector<Copy>> copies{1};  // committed groups, the open one last
   std::vector<Stored> stored;
@@ -56,6 +66,7 @@ struct Warp {
 inline std::vector<Lane> lanes;
 inline std::vector<Warp> warps;
 inline std::vector<uint16_t> unfenced;  // of each 16 bytes: 1 + the thread whose writes wgmma may not see yet, or 0
+inline std::map<const uint8_t*, MBarrier> mbarriers;
 inline Barrier cluster;                 // of all CTAs that run side by side
 inline long conflicts = 0;              // rows of matrices that waited for another row's bank
 
@@ -64,6 +75,7 @@ inline void begin_tensor_cores() {
   lanes.assign(threads.size(), Lane());
   warps.assign(threads.size() / 32, Warp());
   unfenced.assign(dynamic_shared.size() / 16 + 1, 0);
+  mbarriers.clear();
   cluster = Barrier();
 }
 // What a thread stored is seen by all.
@@ -82,6 +94,9 @@ inline void end_tensor_cores() {
     if (warp.products.size() > 1 || !warp.products.back().empty()) fail("a warp left with products on their way");
   }
   if (cluster.arrived != 0) fail("a thread left while others wait for the cluster");
+  for (const auto& at : mbarriers) {
+    if (!at.second.on_their_way.empty()) fail("a block left with copies on their way");
+  }
 }
 inline const bool registered = (block_begins = begin_tensor_cores, block_ends = end_tensor_cores, true);
 
@@ -313,6 +328,66 @@ inline void add_release(int32_t* counter, int32_t v) {
 inline void wait_acquire(const int32_t* counter, int32_t target) {
   wait_until([counter, target] { return *counter >= target; });
 }
+
+inline void synchronize_warp() {
+  int nothing = 0;
+  together("syncwarp", nothing, [](auto) {});
+}
+inline uint32_t ballot(bool v) {
+  struct Argument {
+    bool v;
+    uint32_t found;
+  } argument{v, 0};
+  together("ballot", argument, [](auto of) {
+    uint32_t found = 0;
+    for (int lane = 0; lane < 32; ++lane) found |= uint32_t(of(lane).v) << lane;
+    for (int lane = 0; lane < 32; ++lane) of(lane).found = found;
+  });
+  return argument.found;
+}
+inline int count_bits(uint32_t v) { return __builtin_popcount(v); }
+
+inline MBarrier& mbarrier_at(uint32_t at) {
+  const auto found = mbarriers.find(shared_at(at, 8));
+  if (found == mbarriers.end()) fail("an mbarrier was not initialised");
+  return found->second;
+}
+inline void arrive(MBarrier& barrier) {
+  if (++barrier.arrived < barrier.expected) return;
+  barrier.arrived = 0;
+  ++barrier.phase;
+}
+inline void mbarrier_init(uint32_t at, int count) {
+  if (!mbarriers.emplace(shared_at(at, 8), MBarrier{unsigned(count), 0, 0, {}}).second) fail("an mbarrier begins twice");
+}
+inline void mbarrier_arrive(uint32_t at) { arrive(mbarrier_at(at)); }
+// Late, copies land when somebody looks at the barrier.
+inline void mbarrier_arrive_behind_copies(uint32_t at) {
+  MBarrier& barrier = mbarrier_at(at);
+  if (!late) return arrive(barrier);
+  Arrival arrival;
+  for (std::vector<Copy>& group : lanes[running].copies) {
+    for (const Copy& copy : group) {
+      arrival.copies.push_back(copy);
+      arrival.places.push_back(shared_at(copy.to, 16));
+    }
+    group.clear();
+  }
+  barrier.on_their_way.push_back(arrival);
+}
+inline void mbarrier_wait(uint32_t at, int parity) {
+  MBarrier& barrier = mbarrier_at(at);
+  wait_until([&barrier, parity] {
+    for (const Arrival& arrival : barrier.on_their_way) {
+      for (size_t i = 0; i < arrival.copies.size(); ++i) memcpy(arrival.places[i], arrival.copies[i].data, 16);
+      arrive(barrier);
+    }
+    barrier.on_their_way.clear();
+    return (barrier.phase & 1) != parity;
+  });
+}
+inline void more_registers() {}
+inline void fewer_registers() {}
 
 inline float from_lane_xor(float v, int bits) {
   struct Argument {

@@ -28,6 +28,7 @@ class Shape(NamedTuple):
         columns: of a thread block.
         groups: groups of four warps, each with a tile of its own.
         wgmma: whether it needs an sm_90a processor.
+        specialized: whether some warps only load (csrc/cuda/specialized_conv2d.cuh).
     """
 
     pixels: int
@@ -35,6 +36,7 @@ class Shape(NamedTuple):
     columns: int
     groups: int
     wgmma: bool
+    specialized: bool = False
 
 
 # The compiled shapes, by the `variant` of csrc/kernels.h; resident_conv2d.cu, narrow_conv2d.cu and stem_conv2d.cu of
@@ -48,6 +50,9 @@ VARIANTS = (
     Shape(128, 16, 8, 2, False),
     Shape(256, 16, 4, 2, False),
     Shape(128, 64, 1, 2, True),
+    Shape(128, 128, 1, 2, True, True),
+    Shape(128, 128, 1, 1, True, True),
+    Shape(256, 64, 1, 2, True, True),
 )
 TF32_VARIANTS = (0, 4, 6)  # those that take float32: tf32_conv2d.cu
 STEM_VARIANTS = (Shape(256, 64, 1, 2, False), Shape(256, 64, 1, 2, True))
@@ -56,6 +61,9 @@ STEM_VARIANTS = (Shape(256, 64, 1, 2, False), Shape(256, 64, 1, 2, True))
 # many stages: most bytes on their way.
 RINGS = ((64, 3), (64, 2), (32, 3), (32, 2), (16, 3), (16, 2))
 LONG_RINGS, MANY_CHANNELS = ((64, 3), (32, 4), (64, 2), (32, 3), (32, 2), (16, 3), (16, 2)), 257
+# Of warps that only load: as many bytes on their way as fit.
+DEEP_RINGS = ((64, 4), (64, 3), (32, 5), (64, 2), (32, 4), (32, 3), (32, 2), (16, 4), (16, 3), (16, 2))
+MOST_TAPS, ZERO_BYTES = 32, 128  # kMostTaps and kZeroBytes of csrc/cuda/specialized_conv2d.cuh
 MAX_PLACES = 65535  # of a patch: kMaxPlaces of csrc/bindings.cpp
 
 
@@ -76,6 +84,10 @@ class Tile(NamedTuple):
     def tiles(self, n: int, p: int, q: int) -> int:
         """Tiles of n output images of p x q pixels."""
         return -(-n // self.images) * -(-p // self.rows) * -(-q // self.cols)
+
+    def reach(self, taps: Pair, dilation: Pair) -> int:
+        """Places behind that of a pixel's first tap, at most."""
+        return (taps[0] - 1) * dilation[0] * self.patch_row + (taps[1] - 1) * dilation[1] + 1
 
 
 class Plan(NamedTuple):
@@ -153,8 +165,13 @@ def choose_variant(found: Sequence[int], most_steps: Callable[[int], Tensor], li
 
 
 def shared_bytes(shape: Shape, tile: Tile, slab: int, stages: int, c_in: int, steps: int, size: int = 2) -> int:
-    """Shared memory of a thread block: `resident_layout` of csrc/cuda/resident_conv2d.cuh."""
+    """Shared memory of a thread block: the layouts of csrc/cuda's resident_conv2d.cuh and specialized_conv2d.cuh."""
     slabs = -(-c_in // slab)
+    if shape.specialized:
+        tables = _up(steps * (shape.column * STEP_BYTES + 4), 16) + (slabs + 1) * 16 + shape.column * 8
+        tables += shape.pixels // 4 * 16 + tile.images * tile.load_rows * tile.load_cols * 16
+        tables = _up(tables + shape.groups * stages * 16, 128) + ZERO_BYTES
+        return tables + shape.groups * stages * _up(tile.patch * slab * size, 128)
     lists = steps * (shape.column * STEP_BYTES + 4) + (shape.columns + 1) * (slabs + 1) * 4
     tables = _up(lists, 16) + shape.columns * shape.column * 8 + shape.pixels // 4 * 16
     tables += tile.images * tile.load_rows * tile.load_cols * 16
@@ -191,10 +208,16 @@ def plan(
     columns = columns or shape.columns
     rows = -(-c_out // (shape.column * columns))
     pixels = shape.pixels
+    if shape.specialized and taps[0] * taps[1] > MOST_TAPS:
+        return None
     while pixels >= 4:  # where strides and dilations make patches large, a part of the shape's pixels
         tile = choose_tile(pixels, h, w, taps, stride, padding, dilation, out)
-        for slab, stages in _rings(c_in, size, config):
+        if shape.specialized:
+            tile = without_borders(tile, stride)
+        for slab, stages in _rings(c_in, size, config, shape.specialized):
             total = shared_bytes(shape, tile, slab, stages, c_in, steps, size)
+            if shape.specialized and (slab > 64 or tile.reach(taps, dilation) * slab * size >= 2**24):
+                continue
             if total <= limit and tile.patch < MAX_PLACES:
                 blocks = rows * max(1, min(tile.tiles(n, p, q), processors // rows))
                 return Plan(variant, tile, slab, stages, blocks, total, columns, steps)
@@ -246,10 +269,10 @@ def in_range(conv: Convolution, plan: Plan, image_of_y: int) -> str | None:
     return None
 
 
-def _rings(c_in: int, size: int, config: Mapping[str, int]) -> Iterator[tuple[int, int]]:
+def _rings(c_in: int, size: int, config: Mapping[str, int], specialized: bool = False) -> Iterator[tuple[int, int]]:
     """The slabs and stages to try, the best first; what ``config`` says of either is taken as it is."""
     halves = c_in * size // 2  # channels of 16 bits that take as much
-    rings = RINGS if halves < MANY_CHANNELS else LONG_RINGS
+    rings = DEEP_RINGS if specialized else RINGS if halves < MANY_CHANNELS else LONG_RINGS
     found = [(slab * 2 // size, stages) for slab, stages in rings if slab <= max(halves, STEP_CHANNELS)]
     yield from dict.fromkeys((config.get("slab", slab), config.get("stages", stages)) for slab, stages in found)
 
@@ -297,6 +320,25 @@ def _with_patch(
     return Tile(
         images, rows, cols, patch_row, patch_image, (images - 1) * patch_image + last, top, left, load_rows, load_cols
     )
+
+
+def without_borders(tile: Tile, stride: Pair) -> Tile:
+    """The tile with a patch of nothing but the pixels that are loaded, as csrc/cuda/specialized_conv2d.cuh has it.
+
+    Of eight images or more an instruction reads the same window of eight images: their places differ modulo 8 where the
+    distance between images is odd.
+    """
+    patch_row, patch_image = tile.load_cols, tile.load_rows * tile.load_cols
+    if tile.images % 8 == 0:
+        patch_image |= 1
+    elif tile.images > 1:
+        windows = [
+            (y * stride[0] * patch_row, x * stride[1]) for y in range(0, tile.rows, 2) for x in range(0, tile.cols, 2)
+        ]
+        sizes = range(patch_image, patch_image + 8)
+        patch_image = min(sizes, key=lambda size: (_conflicts(size, tile.images, windows), size))
+    patch = (tile.images - 1) * patch_image + tile.load_rows * tile.load_cols
+    return tile._replace(patch_row=patch_row, patch_image=patch_image, patch=patch)
 
 
 def _conflicts(patch_image: int, images: int, windows: Sequence[tuple[int, int]]) -> int:
