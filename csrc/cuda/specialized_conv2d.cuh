@@ -22,14 +22,15 @@ struct SpecializedLayout {
 template <typename Shape>
 __host__ __device__ inline SpecializedLayout specialized_layout(const SlimCudaResidentConv2d& a) {
   SpecializedLayout l;
+  const int slabs = (int(a.c_in) + a.slab - 1) / a.slab;
   l.weights = 0;
   l.steps = a.steps * Shape::STEP_BYTES;
   l.slabs = (l.steps + a.steps * 4 + 15) / 16 * 16;
-  l.bias = l.slabs + ((int(a.c_in) + a.slab - 1) / a.slab + 1) * 16;
+  l.bias = l.slabs + (slabs + 1) * 16;
   l.windows = l.bias + Shape::COLUMN * kBiasBytes;
   l.pixels = l.windows + Shape::WINDOWS * 16;
   l.barriers = l.pixels + a.tile_images * a.load_rows * a.load_cols * 16;
-  l.zeros = (l.barriers + Shape::GROUPS * a.stages * 16 + 127) / 128 * 128;
+  l.zeros = (l.barriers + Shape::GROUPS * a.stages * 16 + slabs * 8 + 127) / 128 * 128;
   l.ring = l.zeros + kZeroBytes;
   l.stage = (a.patch * a.slab * 2 + 127) / 128 * 128;
   l.total = l.ring + Shape::GROUPS * a.stages * l.stage;
@@ -49,11 +50,12 @@ constexpr int kSpecializedThreads = Shape::THREADS + 128;
 SLIM_DEVICE uint32_t swizzle_mask(const SlimCudaResidentConv2d& a) { return uint32_t(a.slab * 2 - 16); }
 SLIM_DEVICE uint32_t swizzled(uint32_t place, uint32_t mask) { return place ^ ((place >> 3) & mask); }
 
-// The barriers of a slab: its pixels are there, and they are not needed any more.
-struct SlabBarriers {
+// The barriers of a place in the ring: its pixels are there, and they are not needed any more. Behind those of all groups
+// every slab has one for its weights.
+struct RingBarriers {
   uint32_t full, free;
 };
-SLIM_DEVICE SlabBarriers slab_barriers(uint32_t first, int slot) { return {first + slot * 16, first + slot * 16 + 8}; }
+SLIM_DEVICE RingBarriers ring_barriers(uint32_t first, int slot) { return {first + slot * 16, first + slot * 16 + 8}; }
 
 // Where eight images or more are a tile, an instruction's eight windows are the same one of eight images, whose places
 // differ modulo 8 if the distance between two images is odd.
@@ -123,27 +125,33 @@ struct SpecializedTile : SparseTile<T, Shape> {
 // Multiplies the tiles of one group, by its four warps.
 template <typename T, typename Shape>
 SLIM_DEVICE void multiply_tiles(const SlimCudaResidentConv2d& a, const SpecializedLayout& at, uint32_t base, int group,
-                                int warp, int lane, int column, int step_count, int tile, int tile_step, int tiles) {
+                                int warp, int lane, int column, int tile, int tile_step, int tiles) {
   SpecializedTile<T, Shape> product;
   product.find(a, base + at.windows, warp, lane);
   product.channel = column * Shape::COLUMN;
   const int live_count = int(hw::load_shared_32(base + at.slabs));
+  const int step_count = int(hw::load_shared_32(base + at.slabs + 4));
   const uint32_t live = base + at.slabs + 16, barriers = base + at.barriers + group * a.stages * 16;
   const uint32_t ring = base + at.ring + group * a.stages * at.stage, zeros = base + at.zeros;
   const uint32_t steps = base + at.steps, weights = base + at.weights, mask = swizzle_mask(a);
-  int slot = 0, phase = 0;
+  const uint32_t weight_barriers = base + at.barriers + Shape::GROUPS * a.stages * 16;
+  int slot = 0, phase = 0, weights_awaited = 0;
   uint32_t pixels[2][Shape::M_TILES][4];
   for (; tile < tiles; tile += tile_step) {
     product.begin(base + at.bias, lane);
     int next = first_slab(tile, live_count), step = 0, end = 0;
     const auto add = [&](uint32_t (&operand)[Shape::M_TILES][4]) {
-      const SlabBarriers slab = slab_barriers(barriers, slot);
+      const RingBarriers ring_at = ring_barriers(barriers, slot);
       if (step == end) {
         const uint4 entry = hw::load_shared_128(live + next * 16);
         step = int(entry.y);
         end = int(entry.z);
+        if (weights_awaited < live_count) {
+          hw::mbarrier_wait(weight_barriers + next * 8, 0);
+          ++weights_awaited;
+        }
         if (++next == live_count) next = 0;
-        hw::mbarrier_wait(slab.full, phase);
+        hw::mbarrier_wait(ring_at.full, phase);
       }
       const uint32_t word = hw::load_shared_32(steps + step * 4), tap = word >> 24;
       const uint32_t begin = ring + slot * at.stage;
@@ -160,7 +168,7 @@ SLIM_DEVICE void multiply_tiles(const SlimCudaResidentConv2d& a, const Specializ
       hw::multiply_group_commit();
       if (++step == end) {  // the slab's pixels are in registers
         hw::synchronize_warp();
-        if (lane == 0) hw::mbarrier_arrive(slab.free);
+        if (lane == 0) hw::mbarrier_arrive(ring_at.free);
         if (++slot == a.stages) {
           slot = 0;
           phase ^= 1;
@@ -203,11 +211,50 @@ SLIM_DEVICE void load_tiles(const SlimCudaResidentConv2d& a, const SpecializedLa
   loader.pixel_count = a.tile_images * a.load_rows * a.load_cols - thread / chunks;
   loader.start_tile();
   for (int phase = 1; loader.tile < tiles;) {
-    const SlabBarriers slab = slab_barriers(barriers, loader.slot);
-    hw::mbarrier_wait(slab.free, phase);
+    const RingBarriers ring_at = ring_barriers(barriers, loader.slot);
+    hw::mbarrier_wait(ring_at.free, phase);
     loader.fill();
-    hw::mbarrier_arrive_behind_copies(slab.full);
+    hw::mbarrier_arrive_behind_copies(ring_at.full);
     if (loader.slot == 0) phase ^= 1;
+  }
+}
+
+// Lists the slabs that hold any step, their number, first step and end, behind how many they are and how many steps; has
+// the weights of each copied, those of the slab that the block's first tile begins with first; sets up all barriers. Done
+// by one warp.
+template <typename Shape>
+SLIM_DEVICE void begin_weights(const SlimCudaResidentConv2d& a, const SpecializedLayout& at, uint32_t base,
+                               const int32_t* starts, int lane, int first_tile) {
+  const int step_groups = (int(a.c_in) + 15) / 16, slabs = (int(a.c_in) + a.slab - 1) / a.slab, of_slab = a.slab / 16;
+  const int32_t first_step = starts[0], steps = starts[step_groups] - first_step;
+  int count = 0;
+  for (int first = 0; first < slabs; first += 32) {
+    const int slab = first + lane;
+    const int begin = slab < slabs ? starts[slab * of_slab] - first_step : 0;
+    const int end = slab < slabs ? starts[min((slab + 1) * of_slab, step_groups)] - first_step : 0;
+    const uint32_t used = hw::ballot(begin != end);
+    const int before = count + hw::count_bits(used & ((1u << lane) - 1));
+    if (begin != end) hw::store_shared_128(base + at.slabs + 16 + before * 16, make_uint4(slab, begin, end, 0));
+    count += hw::count_bits(used);
+  }
+  if (lane == 0) hw::store_shared_128(base + at.slabs, make_uint4(count, steps, 0, 0));
+  const uint32_t of_weights = base + at.barriers + Shape::GROUPS * a.stages * 16;
+  for (int i = lane; i < Shape::GROUPS * a.stages; i += 32) {
+    const RingBarriers ring_at = ring_barriers(base + at.barriers, i);
+    hw::mbarrier_init(ring_at.full, kLoadingThreads<Shape>);
+    hw::mbarrier_init(ring_at.free, 4);  // a lane of each warp
+  }
+  for (int i = lane; i < count; i += 32) hw::mbarrier_init(of_weights + i * 8, 1);
+  hw::fence_mbarrier_init();
+  hw::synchronize_warp();
+  for (int i = lane; i < count; i += 32) {
+    const int slab = (first_slab(first_tile, count) + i) % count;
+    const uint4 entry = hw::load_shared_128(base + at.slabs + 16 + slab * 16);
+    const uint32_t bytes = (entry.z - entry.y) * Shape::STEP_BYTES;
+    const unsigned char* const from = static_cast<const unsigned char*>(a.weights);
+    hw::mbarrier_arrive_and_expect(of_weights + slab * 8, bytes);
+    hw::copy_bulk(base + at.weights + entry.y * Shape::STEP_BYTES,
+                  from + (int64_t(first_step) + entry.y) * Shape::STEP_BYTES, bytes, of_weights + slab * 8);
   }
 }
 
@@ -217,16 +264,17 @@ SLIM_DEVICE void specialized_conv2d(const SlimCudaResidentConv2d& a) {
   const SpecializedLayout at = specialized_layout<Shape>(a);
   const int thread = int(threadIdx.x), lane = thread & 31;
   const uint32_t base = hw::shared_memory();
-  const int step_groups = (int(a.c_in) + 15) / 16, slabs = (int(a.c_in) + a.slab - 1) / a.slab;
+  const int step_groups = (int(a.c_in) + 15) / 16;
   const int columns = (int(a.c_out) + Shape::COLUMN - 1) / Shape::COLUMN, column = int(blockIdx.x) % columns;
   const int32_t* const starts = a.group_start + int64_t(column) * (step_groups + 1);
-  const int32_t first_step = starts[0], step_count = starts[step_groups] - first_step;
-  const bool multiplies = thread < Shape::THREADS;
+  // Blocks of one column take tiles in turn, first the first groups of all blocks: few tiles spread over all processors.
+  const int tiles = tile_count(a), blocks_of_column = (int(gridDim.x) - column + columns - 1) / columns;
+  const int tile_step = blocks_of_column * Shape::GROUPS;
+  const auto first_tile = [&](int group) { return group * blocks_of_column + int(blockIdx.x) / columns; };
 
   hw::let_next_kernel_begin();
-  if (multiplies) {
-    copy_weights<Shape>(base + at.weights, a.weights, first_step, step_count);
-    hw::copy_async_commit();
+  if (thread < Shape::THREADS) {
+    const int32_t first_step = starts[0], step_count = starts[step_groups] - first_step;
     for (int i = thread; i < step_count; i += Shape::THREADS) {
       const int32_t word = a.taps[first_step + i], tap = word >> 16, part = (word & 0xffff) % (a.slab / 16);
       const int place = tap / a.s * a.dil_h * a.patch_row + tap % a.s * a.dil_w;
@@ -234,52 +282,28 @@ SLIM_DEVICE void specialized_conv2d(const SlimCudaResidentConv2d& a) {
     }
     write_windows_by_image<Shape>(a, base + at.windows, thread);
     write_bias<T, Shape>(base + at.bias, a.bias, column * Shape::COLUMN, a.c_out);
+  } else if (thread < Shape::THREADS + 32) {
+    begin_weights<Shape>(a, at, base, starts, lane, first_tile(0));
   } else {
-    const int loading = thread - Shape::THREADS, loaded = a.load_rows * a.load_cols;
-    for (int i = loading; i < a.tile_images * loaded; i += 128) {
+    const int loading = thread - Shape::THREADS - 32, loaded = a.load_rows * a.load_cols;
+    for (int i = loading; i < a.tile_images * loaded; i += 96) {
       const int image = i / loaded, y = i % loaded / a.load_cols, x = i % a.load_cols;
       const uint32_t place = uint32_t(image * a.patch_image + y * a.patch_row + x) * uint32_t(a.slab * 2);
       const int from = ((image * int(a.h) + y) * int(a.w) + x) * int(a.c_in) * 2;
       hw::store_shared_128(base + at.pixels + i * 16,
                            make_uint4(swizzled(place, swizzle_mask(a)), from, uint32_t(y) << 16 | x, image));
     }
-    for (int i = loading; i < kZeroBytes / 16; i += 128) {
+    for (int i = loading; i < kZeroBytes / 16; i += 96) {
       hw::store_shared_128(base + at.zeros + i * 16, make_uint4(0, 0, 0, 0));
-    }
-    for (int i = loading; i < Shape::GROUPS * a.stages; i += 128) {
-      const SlabBarriers slab = slab_barriers(base + at.barriers, i);
-      hw::mbarrier_init(slab.full, kLoadingThreads<Shape>);
-      hw::mbarrier_init(slab.free, 4);  // a lane of each warp
-    }
-    if (loading < 32) {  // the slabs that hold any step: their number, first step and end
-      int count = 0;
-      for (int first = 0; first < slabs; first += 32) {
-        const int slab = first + lane, of_slab = a.slab / 16;
-        const int begin = slab < slabs ? starts[slab * of_slab] - first_step : 0;
-        const int end = slab < slabs ? starts[min((slab + 1) * of_slab, step_groups)] - first_step : 0;
-        const uint32_t used = hw::ballot(begin != end);
-        const int before = count + hw::count_bits(used & ((1u << lane) - 1));
-        if (begin != end) hw::store_shared_128(base + at.slabs + 16 + before * 16, make_uint4(slab, begin, end, 0));
-        count += hw::count_bits(used);
-      }
-      if (lane == 0) hw::store_shared_32(base + at.slabs, count);
     }
   }
   hw::synchronize();
 
-  // Blocks of one column take tiles in turn, first the first groups of all blocks: few tiles spread over all processors.
-  const int tiles = tile_count(a), blocks_of_column = (int(gridDim.x) - column + columns - 1) / columns;
-  const int tile_step = blocks_of_column * Shape::GROUPS;
-  const auto first_tile = [&](int group) { return group * blocks_of_column + int(blockIdx.x) / columns; };
-  if (multiplies) {
+  if (thread < Shape::THREADS) {
     if constexpr (Shape::GROUPS == 2) hw::more_registers();
-    hw::copy_async_wait<0>();
-    hw::fence_for_multiply_group();
     hw::wait_for_previous_kernel();  // which may still read y
-    hw::synchronize(1, Shape::THREADS);
     const int group = thread >> 7;
-    multiply_tiles<T, Shape>(a, at, base, group, thread >> 5 & 3, lane, column, step_count, first_tile(group),
-                             tile_step, tiles);
+    multiply_tiles<T, Shape>(a, at, base, group, thread >> 5 & 3, lane, column, first_tile(group), tile_step, tiles);
   } else {
     if constexpr (Shape::GROUPS == 2) hw::fewer_registers();
     hw::wait_for_previous_kernel();  // which wrote x

@@ -154,6 +154,27 @@ SLIM_DEVICE void mbarrier_arrive(uint32_t at) {
 SLIM_DEVICE void mbarrier_arrive_behind_copies(uint32_t at) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(at) : "memory");
 }
+// Arrives, and the phase ends only when so many bytes of `copy_bulk` are there too.
+SLIM_DEVICE void mbarrier_arrive_and_expect(uint32_t at, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.expect_tx.shared.b64 state, [%0], %1;\n}" ::"r"(at), "r"(bytes)
+               : "memory");
+#endif
+}
+// Barriers that this thread has set up are seen by `copy_bulk`.
+SLIM_DEVICE void fence_mbarrier_init() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+// A multiple of 16 bytes from global to shared memory in the background, which wgmma may read behind the barrier.
+SLIM_DEVICE void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t mbarrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(mbarrier)
+               : "memory");
+#endif
+}
 SLIM_DEVICE void mbarrier_wait(uint32_t at, int parity) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(

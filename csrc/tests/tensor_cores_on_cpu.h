@@ -42,14 +42,16 @@ struct Stored {  // in global memory, where other CTAs do not see it yet
   size_t bytes;
   uint8_t data[16];
 };
-struct Arrival {  // of a thread at an mbarrier, behind its copies
-  std::vector<Copy> copies;
-  std::vector<uint8_t*> places;
+struct Landing {  // bytes that an mbarrier waits for
+  uint8_t* at;
+  std::vector<uint8_t> data;
 };
 struct MBarrier {
   unsigned expected = 0, arrived = 0;
-  long phase = 0;
-  std::vector<Arrival> on_their_way;
+  long phase = 0, bytes = 0;         // bytes: of bulk copies that the phase waits for
+  std::vector<Landing> on_their_way;
+  unsigned arrivals_behind = 0;      // of threads, when those copies have landed
+  long bytes_behind = 0;
 };
 struct Lane {
   std::deque<std::vector<Copy>> copies{1};  // committed groups, the open one last
@@ -95,7 +97,7 @@ inline void end_tensor_cores() {
   }
   if (cluster.arrived != 0) fail("a thread left while others wait for the cluster");
   for (const auto& at : mbarriers) {
-    if (!at.second.on_their_way.empty()) fail("a block left with copies on their way");
+    if (!at.second.on_their_way.empty() || at.second.bytes != 0) fail("a block left with copies on their way");
   }
 }
 inline const bool registered = (block_begins = begin_tensor_cores, block_ends = end_tensor_cores, true);
@@ -352,37 +354,62 @@ inline MBarrier& mbarrier_at(uint32_t at) {
   if (found == mbarriers.end()) fail("an mbarrier was not initialised");
   return found->second;
 }
-inline void arrive(MBarrier& barrier) {
-  if (++barrier.arrived < barrier.expected) return;
+inline void end_phase_if_complete(MBarrier& barrier) {
+  if (barrier.arrived < barrier.expected || barrier.bytes != 0) return;
   barrier.arrived = 0;
   ++barrier.phase;
 }
-inline void mbarrier_init(uint32_t at, int count) {
-  if (!mbarriers.emplace(shared_at(at, 8), MBarrier{unsigned(count), 0, 0, {}}).second) fail("an mbarrier begins twice");
+inline void arrive(MBarrier& barrier) {
+  if (++barrier.arrived > barrier.expected) fail("more threads arrive at an mbarrier than it expects");
+  end_phase_if_complete(barrier);
 }
+// Everything that is on its way to a barrier lands: late, when somebody looks at it.
+inline void land_all(MBarrier& barrier) {
+  for (const Landing& landing : barrier.on_their_way) memcpy(landing.at, landing.data.data(), landing.data.size());
+  barrier.on_their_way.clear();
+  barrier.bytes -= barrier.bytes_behind;
+  if (barrier.bytes_behind != 0) end_phase_if_complete(barrier);
+  barrier.bytes_behind = 0;
+  for (; barrier.arrivals_behind > 0; --barrier.arrivals_behind) arrive(barrier);
+}
+inline void mbarrier_init(uint32_t at, int count) {
+  MBarrier barrier;
+  barrier.expected = unsigned(count);
+  if (!mbarriers.emplace(shared_at(at, 8), barrier).second) fail("an mbarrier begins twice");
+}
+inline void fence_mbarrier_init() {}
 inline void mbarrier_arrive(uint32_t at) { arrive(mbarrier_at(at)); }
-// Late, copies land when somebody looks at the barrier.
+inline void mbarrier_arrive_and_expect(uint32_t at, uint32_t bytes) {
+  mbarrier_at(at).bytes += bytes;
+  arrive(mbarrier_at(at));
+}
 inline void mbarrier_arrive_behind_copies(uint32_t at) {
   MBarrier& barrier = mbarrier_at(at);
   if (!late) return arrive(barrier);
-  Arrival arrival;
   for (std::vector<Copy>& group : lanes[running].copies) {
     for (const Copy& copy : group) {
-      arrival.copies.push_back(copy);
-      arrival.places.push_back(shared_at(copy.to, 16));
+      barrier.on_their_way.push_back({shared_at(copy.to, 16), std::vector<uint8_t>(copy.data, copy.data + 16)});
     }
     group.clear();
   }
-  barrier.on_their_way.push_back(arrival);
+  ++barrier.arrivals_behind;
+}
+inline void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t mbarrier) {
+  if (bytes % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0) fail("a bulk copy is not aligned");
+  MBarrier& barrier = mbarrier_at(mbarrier);
+  const uint8_t* const data = static_cast<const uint8_t*>(from);
+  for (uint32_t i = 0; i < bytes; i += 16) {
+    unfenced_at(to + i) = 0;  // written as wgmma reads
+    if (late) memset(shared_at(to + i, 16), kSpoilt, 16);
+    barrier.on_their_way.push_back({shared_at(to + i, 16), std::vector<uint8_t>(data + i, data + i + 16)});
+  }
+  barrier.bytes_behind += bytes;
+  if (!late) land_all(barrier);
 }
 inline void mbarrier_wait(uint32_t at, int parity) {
   MBarrier& barrier = mbarrier_at(at);
   wait_until([&barrier, parity] {
-    for (const Arrival& arrival : barrier.on_their_way) {
-      for (size_t i = 0; i < arrival.copies.size(); ++i) memcpy(arrival.places[i], arrival.copies[i].data, 16);
-      arrive(barrier);
-    }
-    barrier.on_their_way.clear();
+    land_all(barrier);
     return (barrier.phase & 1) != parity;
   });
 }

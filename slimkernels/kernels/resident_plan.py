@@ -170,7 +170,7 @@ def shared_bytes(shape: Shape, tile: Tile, slab: int, stages: int, c_in: int, st
     if shape.specialized:
         tables = _up(steps * (shape.column * STEP_BYTES + 4), 16) + (slabs + 1) * 16 + shape.column * 8
         tables += shape.pixels // 4 * 16 + tile.images * tile.load_rows * tile.load_cols * 16
-        tables = _up(tables + shape.groups * stages * 16, 128) + ZERO_BYTES
+        tables = _up(tables + shape.groups * stages * 16 + slabs * 8, 128) + ZERO_BYTES
         return tables + shape.groups * stages * _up(tile.patch * slab * size, 128)
     lists = steps * (shape.column * STEP_BYTES + 4) + (shape.columns + 1) * (slabs + 1) * 4
     tables = _up(lists, 16) + shape.columns * shape.column * 8 + shape.pixels // 4 * 16
