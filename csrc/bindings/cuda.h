@@ -90,8 +90,9 @@ struct Members<SlimCudaResidentConv2d> {
       SLIM_MEMBER(slab, (Range{8, 128})),
       SLIM_MEMBER(stages, (Range{2, 8})),
       SLIM_MEMBER(steps, kSteps),
+      SLIM_MEMBER(slots, (Range{0, 64})),
       SLIM_MEMBER(columns, (Range{1, 8})),
-      SLIM_MEMBER(variant, (Range{0, 10})),
+      SLIM_MEMBER(variant, (Range{0, 9})),
       SLIM_MEMBER(blocks, kPositive),
       SLIM_MEMBER(overlap, kFlag),
       SLIM_MEMBER(dtype, kDtype),
@@ -327,32 +328,37 @@ inline std::string output_steps_fault(const SlimCudaResidentConv2d& a) {
   return "";
 }
 
-// "" where a patch without borders holds what a tile loads and a step's word its place, else what is wrong.
-inline std::string patch_without_borders_fault(const SlimCudaResidentConv2d& a) {
+// "" where tensor copies fill the patch, a step's word holds its place and every tile has its thread block, else what is
+// wrong.
+inline std::string streamed_fault(const SlimCudaResidentConv2d& a, int64_t column) {
   const int64_t loads = int64_t(a.load_rows) * a.load_cols;
-  if (a.patch_row != a.load_cols || (a.tile_images > 1 && a.patch_image < loads) ||
-      (a.tile_images - 1) * int64_t(a.patch_image) + loads > a.patch)
-    return "a tile reaches beyond its patch";
+  if (a.patch_row != a.load_cols || a.patch_image != loads || a.patch != a.tile_images * loads)
+    return "a patch is not what a tensor copy leaves";
+  if (std::max({a.tile_images, a.load_rows, a.load_cols}) > 256) return "a patch is more than a tensor copy brings";
   if (int64_t(a.r) * a.s > 32) return "there are more than 32 taps";
   const int64_t reach = (a.r - 1) * int64_t(a.dil_h) * a.patch_row + (a.s - 1) * int64_t(a.dil_w) + 1;
-  return a.slab > 64 || reach >= (1 << 24) / (2 * a.slab) ? "a step's place does not fit 24 bits" : "";
+  if (a.slab > 64 || reach >= (1 << 24) / (2 * a.slab)) return "a step's place does not fit 24 bits";
+  if (a.slots < 2) return "there is no place for the weights of two steps";
+  const int64_t tiles = (a.n + a.tile_images - 1) / a.tile_images * ((a.p + a.tile_rows - 1) / a.tile_rows) *
+                        ((a.q + a.tile_cols - 1) / a.tile_cols);
+  return tiles > kInt32Max / 2 / ((a.c_out + column - 1) / column) - a.blocks ? "there are too many tiles" : "";
 }
 
 inline int cuda_resident_conv2d(const pybind11::args& args) {
   const auto a = struct_of_arguments<SlimCudaResidentConv2d>("cuda_resident_conv2d", args);
-  const bool f32 = a.dtype == SLIM_DTYPE_F32, borders = a.variant < 8;
-  std::string fault = tile_plan_fault(a, a.c_in, f32 ? 4 : 2, borders);
-  if (fault.empty() && !borders) fault = patch_without_borders_fault(a);
+  const bool f32 = a.dtype == SLIM_DTYPE_F32, streamed = a.variant >= 8;
+  std::string fault = tile_plan_fault(a, a.c_in, f32 ? 4 : 2, !streamed);
   if (fault.empty() && f32 && !is_one_of(a.variant, {0, 4, 6}))
     fault = "variant = " + std::to_string(a.variant) + " takes no float32";
-  const int64_t column[] = {64, 128, 64, 32, 32, 16, 16, 64, 128, 128, 64};
+  const int64_t column[] = {64, 128, 64, 32, 32, 16, 16, 64, 128, 64};
   const int64_t channels = a.columns * column[a.variant];  // of a thread block
-  if (fault.empty() && channels > (is_one_of(a.variant, {2, 4, 6, 7, 10}) ? 64 : 128))
+  if (fault.empty() && channels > (is_one_of(a.variant, {2, 4, 6, 7, 9}) ? 64 : 128))
     fault = "columns = " + std::to_string(a.columns) + " is more than the variant has";
+  if (fault.empty() && streamed) fault = streamed_fault(a, column[a.variant]);
   if (fault.empty()) fault = output_steps_fault(a);
   if (fault.empty() && !is_one_of(f32 ? 2 * a.slab : a.slab, {16, 32, 64, 128}))
     fault = "slab = " + std::to_string(a.slab) + " is no known width";
-  if (fault.empty() && a.blocks < (a.c_out + channels - 1) / channels)
+  if (fault.empty() && !streamed && a.blocks < (a.c_out + channels - 1) / channels)
     fault = "there are fewer blocks than rows of channels";
   if (!fault.empty()) throw pybind11::value_error("cuda_resident_conv2d: " + fault);
   pybind11::gil_scoped_release release;

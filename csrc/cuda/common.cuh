@@ -144,10 +144,11 @@ int with_half_type(int device, int dtype, What what) {
   });
 }
 
-// Launches kernel(args) with so much dynamic shared memory. With `overlap` it may begin while the kernel in front of it
+// Launches kernel(args, more...) with so much dynamic shared memory. With `overlap` it may begin while the kernel in front of it
 // ends, on GPUs that can: it waits for that one by itself.
-template <typename Kernel, typename Args>
-int launch_kernel(Kernel kernel, const Args& args, int blocks, int threads, int shared_bytes, bool overlap) {
+template <typename Kernel, typename Args, typename... More>
+int launch_kernel(Kernel kernel, const Args& args, int blocks, int threads, int shared_bytes, bool overlap,
+                  const More&... more) {
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (error != cudaSuccess) return status(error);
   cudaLaunchAttribute attribute{};
@@ -160,7 +161,7 @@ int launch_kernel(Kernel kernel, const Args& args, int blocks, int threads, int 
   config.stream = static_cast<cudaStream_t>(args.stream);
   config.attrs = &attribute;
   config.numAttrs = overlap ? 1 : 0;
-  return status(cudaLaunchKernelEx(&config, kernel, args));
+  return status(cudaLaunchKernelEx(&config, kernel, args, more...));
 }
 
 }  // namespace slim

@@ -18,7 +18,7 @@ int dispatch(const SlimCudaResidentConv2d& a) {
     case 2: return launch_resident<T, Narrow>(a);
     case 7: return launch_resident<T, HopperHalf>(a);
   }
-  return a.variant < 8 ? launch_narrow_columns<T>(a) : launch_specialized_columns<T>(a);
+  return a.variant < 8 ? launch_narrow_columns<T>(a) : launch_streamed_columns<T>(a);
 }
 
 }  // namespace

@@ -3,7 +3,6 @@
 // a tile reads.
 #pragma once
 #include "common.cuh"
-#include "loader.cuh"
 #include "sparse_tile.cuh"
 
 namespace slim {
@@ -12,9 +11,9 @@ namespace slim {
 template <typename T>
 int launch_narrow_columns(const SlimCudaResidentConv2d& a);
 
-// Launches the shapes of specialized_conv2d.cu.
+// Launches the shapes of streamed_conv2d.cu.
 template <typename T>
-int launch_specialized_columns(const SlimCudaResidentConv2d& a);
+int launch_streamed_columns(const SlimCudaResidentConv2d& a);
 
 // Launches the shapes of tf32_conv2d.cu.
 int launch_tf32(const SlimCudaResidentConv2d& a);
@@ -42,6 +41,67 @@ __host__ __device__ inline ResidentLayout resident_layout(const SlimCudaResident
 }
 
 namespace {
+
+constexpr int kBatch = 4;
+
+// The slab that a tile begins with, of those that hold any step. Thread blocks that all began with the first would read
+// the same few bytes of every pixel at the same time, from a part of L2 where a pixel is as long as a power of two.
+SLIM_DEVICE int first_slab(int tile, int live_count) { return live_count ? tile % live_count : 0; }
+
+// Fills the slabs of the ring, `stages - 1` ahead of their use. An entry of its table of pixels: place in a slab in
+// bytes, distance in x from the patch's corner in bytes, row << 16 | column, and image.
+template <typename T>
+struct Loader {
+  static constexpr int kOfChunk = 16 / int(sizeof(T));  // channels of 16 bytes
+  const SlimCudaResidentConv2d& a;
+  uint32_t first_pixel, live, ring;  // first_pixel: this thread's entry of the table of pixels
+  int stage_bytes, live_count, tile, tile_step, tiles, at = 0, left = 0, slot = 0;  // left: slabs of the tile
+  int pixel_step, pixel_count, chunk;  // pixel_count: of the table, from this thread's entry on
+  const unsigned char* corner;         // the first pixel of the tile's patch, which may lie outside the image
+  int32_t images_left, y, x;
+
+  SLIM_DEVICE void start_tile() {
+    if (tile >= tiles) return;
+    at = first_slab(tile, live_count);
+    left = live_count;
+    const TilePosition p = tile_position(a, tile);
+    y = p.y * a.stride_h - a.pad_h + a.load_top;
+    x = p.x * a.stride_w - a.pad_w + a.load_left;
+    images_left = int(a.n - p.image < kNoImage ? a.n - p.image : kNoImage);
+    corner = static_cast<const unsigned char*>(a.x) + ((p.image * a.h + y) * a.w + x) * a.c_in * int64_t(sizeof(T));
+  }
+  SLIM_DEVICE void fill() {
+    if (tile < tiles) {
+      const int channel = int(hw::load_shared_32(live + at * 4)) * a.slab + chunk * kOfChunk;
+      const uint32_t to = ring + slot * stage_bytes + chunk * 16;
+      const int images = channel < a.c_in ? images_left : 0;
+      const unsigned height = unsigned(a.h), width = unsigned(a.w);
+      const unsigned char* const from = corner + channel * int(sizeof(T));
+      for (int i = 0; i < pixel_count; i += kBatch * pixel_step) {
+        uint4 pixel[kBatch];  // all are read before the first copy: each of these loads takes long
+#pragma unroll
+        for (int k = 0; k < kBatch; ++k) {
+          if (i + k * pixel_step < pixel_count) pixel[k] = hw::load_shared_128(first_pixel + (i + k * pixel_step) * 16);
+        }
+#pragma unroll
+        for (int k = 0; k < kBatch; ++k) {
+          if (i + k * pixel_step >= pixel_count) break;
+          // No &&: what a branch would save is less than what it costs.
+          const bool inside = (int(pixel[k].w) < images) & (unsigned(y + int(pixel[k].z >> 16)) < height) &
+                              (unsigned(x + int(pixel[k].z & 0xffff)) < width);
+          hw::copy_async_16(to + pixel[k].x, from + int(pixel[k].y), inside);
+        }
+      }
+      if (++at == live_count) at = 0;
+      if (--left == 0) {
+        tile += tile_step;
+        start_tile();
+      }
+      if (++slot == a.stages) slot = 0;
+    }
+    hw::copy_async_commit();
+  }
+};
 
 template <typename T, typename Shape>
 SLIM_DEVICE void resident_conv2d(const SlimCudaResidentConv2d& a) {
@@ -119,10 +179,7 @@ SLIM_DEVICE void resident_conv2d(const SlimCudaResidentConv2d& a) {
   loader.pixel_count = a.tile_images * loaded - (thread & 127) / chunks;
   loader.start_tile();
   hw::wait_for_previous_kernel();  // which wrote x, or still reads y
-  for (int s = 0; s < a.stages - 1; ++s) {
-    loader.fill();
-    hw::copy_async_commit();
-  }
+  for (int s = 0; s < a.stages - 1; ++s) loader.fill();
 
   SparseTile<T, Shape> product;
   product.find_places(a, base + at.windows, warp_m, lane, pitch);
@@ -143,7 +200,6 @@ SLIM_DEVICE void resident_conv2d(const SlimCudaResidentConv2d& a) {
       hw::copy_async_wait_all_but(a.stages - 2);
       hw::synchronize(1 + group, 128);
       loader.fill();
-      hw::copy_async_commit();
       const uint32_t start = starts + hw::load_shared_32(live + l * 4) * 4;
       product.multiply(ring + slot * at.stage, base + at.steps, base + at.weights, int(hw::load_shared_32(start)),
                        int(hw::load_shared_32(start + 4)), lane);

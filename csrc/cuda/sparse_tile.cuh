@@ -140,6 +140,7 @@ struct SparseTile {
   // upper and the lower pixel of one column of eight windows, those of tile 2 t + 1 of the other column.
   uint32_t place[Shape::M_TILES];
   uint32_t swapped;  // bit t: of the window that this lane stores, the right column comes first
+  uint32_t flipped;  // bit t: of that window, the lower row comes first
   int channel;       // the first of the warp's
   uint32_t windows;  // the warp's, in shared memory
 
@@ -147,7 +148,7 @@ struct SparseTile {
   // an odd multiple of 16 bytes, so eight places with different remainders modulo 8 are free of conflicts.
   template <typename Args>
   SLIM_DEVICE void find_places(const Args& a, uint32_t all_windows, int warp_m, int lane, int pitch) {
-    swapped = 0;
+    swapped = flipped = 0;
     windows = all_windows + warp_m * Shape::WINDOWS_OF_WARP * 16;
 #pragma unroll
     for (int t = 0; t < Shape::M_TILES / 2; ++t) {
@@ -298,10 +299,10 @@ struct SparseTile {
         }
         continue;
       }
-      const int turn = swapped >> t & 1;
+      const int turn = swapped >> t & 1, flip = flipped >> t & 1;
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        const int down = k % 2, right = k / 2 ^ turn;
+        const int down = k % 2 ^ flip, right = k / 2 ^ turn;
         if (!here || oy + down >= a.p || ox + right >= a.q) continue;
         T* const pixel = to + (down * step.row + right * step.pixel);
 #pragma unroll
@@ -309,7 +310,7 @@ struct SparseTile {
           const auto& sum = sums[h / PER_COLUMN][2 * t + k / 2];
           float v[2 * RUN];
 #pragma unroll
-          for (int e = 0; e < 2 * RUN; ++e) v[e] = sum[h % PER_COLUMN * RUN + e / 2][down * 2 + (e & 1)];
+          for (int e = 0; e < 2 * RUN; ++e) v[e] = sum[h % PER_COLUMN * RUN + e / 2][k % 2 * 2 + (e & 1)];
           if (first + h * 8 * RUN < end) store_channels(pixel + h * 8 * RUN, v, a.relu);
         }
       }

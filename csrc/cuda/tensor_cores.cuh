@@ -2,6 +2,7 @@
 // 32-bit address, as the instructions take it. csrc/tests/tensor_cores_on_cpu.h supplies the same functions lane by
 // lane on a CPU.
 #pragma once
+#include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -138,21 +139,14 @@ SLIM_DEVICE void wait_acquire(const int32_t* counter, int32_t target) {
 
 // What the warp's lanes did before is seen by the others behind it.
 SLIM_DEVICE void synchronize_warp() { __syncwarp(); }
-// A bit of each lane.
-SLIM_DEVICE uint32_t ballot(bool v) { return __ballot_sync(0xffffffffu, v); }
-SLIM_DEVICE int count_bits(uint32_t v) { return __popc(v); }
 
-// A barrier of 8 bytes in shared memory: a phase of it ends when `count` threads have arrived, by themselves or when
-// all copies that they have issued are there. `mbarrier_wait` waits for the end of the phase of this parity, the first
+// A barrier of 8 bytes in shared memory: a phase of it ends when `count` threads have arrived. `mbarrier_wait` waits for the end of the phase of this parity, the first
 // of which is 0; the phase before the first has ended.
 SLIM_DEVICE void mbarrier_init(uint32_t at, int count) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(at), "r"(count) : "memory");
 }
 SLIM_DEVICE void mbarrier_arrive(uint32_t at) {
   asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(at) : "memory");
-}
-SLIM_DEVICE void mbarrier_arrive_behind_copies(uint32_t at) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(at) : "memory");
 }
 // Arrives, and the phase ends only when so many bytes of `copy_bulk` are there too.
 SLIM_DEVICE void mbarrier_arrive_and_expect(uint32_t at, uint32_t bytes) {
@@ -187,19 +181,63 @@ SLIM_DEVICE void mbarrier_wait(uint32_t at, int parity) {
 #endif
 }
 
-// Moves registers from the warps that call the second to those that call the first: 384 threads of 168 become 256 of
-// 216 and 128 of 72.
+// Moves registers from the four warps that call the second to the eight that call the first: 384 threads of 168 become
+// 256 of 232 and 128 of 40.
 SLIM_DEVICE void more_registers() {
 #if SLIM_HAS_WGMMA
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
 #endif
 }
 SLIM_DEVICE void fewer_registers() {
 #if SLIM_HAS_WGMMA
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
 #endif
 }
 
+// An array of 16-bit numbers in global memory, (images, rows, columns, channels), a box of which a tensor copy brings.
+struct TensorMap {
+  CUtensorMap map;
+};
+
+// Of `sizes`: channels, columns, rows, images; the box's alike. Pixels of a box lie side by side, 32, 64 or 128 bytes of
+// channels each, whose 16 bytes change places by the low bits of the pixel's number (`swizzled`).
+inline cudaError_t make_tensor_map(TensorMap& to, const void* from, const int64_t (&sizes)[4], const int32_t (&box)[4]) {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult found;
+  const cudaError_t error =
+      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+  if (error != cudaSuccess) return error;
+  if (function == nullptr || found != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
+  cuuint64_t dims[4], strides[3];
+  cuuint32_t boxes[4], ones[4] = {1, 1, 1, 1};
+  cuuint64_t bytes = 2;
+  for (int i = 0; i < 4; ++i) {
+    dims[i] = cuuint64_t(sizes[i]);
+    boxes[i] = cuuint32_t(box[i]);
+    bytes *= dims[i];
+    if (i < 3) strides[i] = bytes;
+  }
+  const CUtensorMapSwizzle swizzle = box[0] == 64   ? CU_TENSOR_MAP_SWIZZLE_128B
+                                     : box[0] == 32 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                                    : CU_TENSOR_MAP_SWIZZLE_32B;
+  const CUresult made = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function)(
+      &to.map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, const_cast<void*>(from), dims, strides, boxes, ones,
+      CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return made == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+// The map's box from there on to shared memory, in the background; what lies outside of the array is zero.
+SLIM_DEVICE void copy_tensor(uint32_t to, const TensorMap& map, int channel, int column, int row, int image,
+                             uint32_t mbarrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], [%6];"
+      ::"r"(to), "l"(&map.map), "r"(channel), "r"(column), "r"(row), "r"(image), "r"(mbarrier)
+      : "memory");
+#endif
+}
+
+SLIM_DEVICE uint32_t from_lane(uint32_t v, int lane) { return __shfl_sync(0xffffffffu, v, lane); }
 // The number of the lane whose index differs by these bits.
 SLIM_DEVICE float from_lane_xor(float v, int bits) { return __shfl_xor_sync(0xffffffffu, v, bits); }
 

@@ -313,8 +313,8 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel, const cudaLaun
   return cudaSuccess;
 }
 
-template <typename Kernel, typename Args>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, Kernel kernel, const Args& args) {
+template <typename Kernel, typename... Args>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, Kernel kernel, const Args&... args) {
   unsigned side_by_side = 1;
   emulated::launch_cluster = 0;
   for (unsigned i = 0; i < config->numAttrs; ++i) {
@@ -329,7 +329,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, Kernel kernel, 
       if (!allowed || config->gridDim.x % side_by_side != 0) return emulated::last_error = cudaErrorInvalidValue;
     }
   }
-  emulate([=] { kernel(args); }, config->gridDim.x, config->blockDim.x, int(config->dynamicSmemBytes), config->stream,
+  emulate([=] { kernel(args...); }, config->gridDim.x, config->blockDim.x, int(config->dynamicSmemBytes), config->stream,
           side_by_side);
   return cudaGetLastError();
 }

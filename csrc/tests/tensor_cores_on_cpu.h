@@ -50,8 +50,7 @@ struct MBarrier {
   unsigned expected = 0, arrived = 0;
   long phase = 0, bytes = 0;         // bytes: of bulk copies that the phase waits for
   std::vector<Landing> on_their_way;
-  unsigned arrivals_behind = 0;      // of threads, when those copies have landed
-  long bytes_behind = 0;
+  long bytes_behind = 0;             // of those copies
 };
 struct Lane {
   std::deque<std::vector<Copy>> copies{1};  // committed groups, the open one last
@@ -335,19 +334,16 @@ inline void synchronize_warp() {
   int nothing = 0;
   together("syncwarp", nothing, [](auto) {});
 }
-inline uint32_t ballot(bool v) {
+inline uint32_t from_lane(uint32_t v, int lane) {
   struct Argument {
-    bool v;
-    uint32_t found;
-  } argument{v, 0};
-  together("ballot", argument, [](auto of) {
-    uint32_t found = 0;
-    for (int lane = 0; lane < 32; ++lane) found |= uint32_t(of(lane).v) << lane;
-    for (int lane = 0; lane < 32; ++lane) of(lane).found = found;
+    uint32_t v, found;
+    int lane;
+  } argument{v, 0, lane};
+  together("shfl.idx", argument, [](auto of) {
+    for (int lane = 0; lane < 32; ++lane) of(lane).found = of(of(lane).lane).v;
   });
   return argument.found;
 }
-inline int count_bits(uint32_t v) { return __builtin_popcount(v); }
 
 inline MBarrier& mbarrier_at(uint32_t at) {
   const auto found = mbarriers.find(shared_at(at, 8));
@@ -370,7 +366,6 @@ inline void land_all(MBarrier& barrier) {
   barrier.bytes -= barrier.bytes_behind;
   if (barrier.bytes_behind != 0) end_phase_if_complete(barrier);
   barrier.bytes_behind = 0;
-  for (; barrier.arrivals_behind > 0; --barrier.arrivals_behind) arrive(barrier);
 }
 inline void mbarrier_init(uint32_t at, int count) {
   MBarrier barrier;
@@ -382,17 +377,6 @@ inline void mbarrier_arrive(uint32_t at) { arrive(mbarrier_at(at)); }
 inline void mbarrier_arrive_and_expect(uint32_t at, uint32_t bytes) {
   mbarrier_at(at).bytes += bytes;
   arrive(mbarrier_at(at));
-}
-inline void mbarrier_arrive_behind_copies(uint32_t at) {
-  MBarrier& barrier = mbarrier_at(at);
-  if (!late) return arrive(barrier);
-  for (std::vector<Copy>& group : lanes[running].copies) {
-    for (const Copy& copy : group) {
-      barrier.on_their_way.push_back({shared_at(copy.to, 16), std::vector<uint8_t>(copy.data, copy.data + 16)});
-    }
-    group.clear();
-  }
-  ++barrier.arrivals_behind;
 }
 inline void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t mbarrier) {
   if (bytes % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0) fail("a bulk copy is not aligned");
@@ -415,6 +399,51 @@ inline void mbarrier_wait(uint32_t at, int parity) {
 }
 inline void more_registers() {}
 inline void fewer_registers() {}
+
+struct TensorMap {
+  const uint8_t* from;
+  int64_t sizes[4];
+  int32_t box[4];
+};
+inline cudaError_t make_tensor_map(TensorMap& to, const void* from, const int64_t (&sizes)[4], const int32_t (&box)[4]) {
+  to.from = static_cast<const uint8_t*>(from);
+  for (int i = 0; i < 4; ++i) {
+    if (box[i] < 1 || box[i] > 256 || sizes[i] < 1) return emulated::last_error = cudaErrorInvalidValue;
+    to.sizes[i] = sizes[i];
+    to.box[i] = box[i];
+  }
+  const bool right = sizes[0] % 8 == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0 &&
+                     (box[0] == 16 || box[0] == 32 || box[0] == 64);
+  return right ? cudaSuccess : emulated::last_error = cudaErrorInvalidValue;
+}
+inline void copy_tensor(uint32_t to, const TensorMap& map, int channel, int column, int row, int image,
+                        uint32_t mbarrier) {
+  if (to % 1024 != 0) fail("a tensor copy is not aligned");  // the pattern below begins anew every 1024 bytes
+  const int64_t begin[] = {channel, column, row, image};
+  const uint32_t pitch = uint32_t(map.box[0]) * 2;
+  uint32_t pixel = 0;
+  MBarrier& barrier = mbarrier_at(mbarrier);
+  for (int n = 0; n < map.box[3]; ++n) {
+    for (int y = 0; y < map.box[2]; ++y) {
+      for (int x = 0; x < map.box[1]; ++x, ++pixel) {
+        for (uint32_t chunk = 0; chunk < pitch / 16; ++chunk) {
+          const int64_t at[] = {begin[0] + chunk * 8, begin[1] + x, begin[2] + y, begin[3] + n};
+          bool inside = true;
+          for (int i = 0; i < 4; ++i) inside = inside && at[i] >= 0 && at[i] < map.sizes[i];
+          const int64_t number = ((at[3] * map.sizes[2] + at[2]) * map.sizes[1] + at[1]) * map.sizes[0] + at[0];
+          std::vector<uint8_t> data(16, 0);
+          if (inside) memcpy(data.data(), map.from + number * 2, 16);
+          const uint32_t place = pixel * pitch, turned = chunk ^ (place >> 7 & (pitch / 16 - 1));
+          uint8_t* const there = shared_at(to + place + turned * 16, 16);
+          if (late) memset(there, kSpoilt, 16);
+          barrier.on_their_way.push_back({there, data});
+        }
+      }
+    }
+  }
+  barrier.bytes_behind += pixel * pitch;
+  if (!late) land_all(barrier);
+}
 
 inline float from_lane_xor(float v, int bits) {
   struct Argument {

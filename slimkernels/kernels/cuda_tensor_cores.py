@@ -24,7 +24,7 @@ from slimkernels.tensors import Checked, is_capturing
 
 NAME = "bsr_conv2d__cuda_tensor_cores"
 _WGMMA_CAPABILITY = (9, 0)  # of the only processors that have wgmma
-_CONFIGS = frozenset({"variant", "slab", "stages", "overlap"})
+_CONFIGS = frozenset({"variant", "slab", "stages", "slots", "overlap"})
 _STEM_CHANNELS, _STEM_WORDS = 64, 1024  # kStemChannels and what kStemWordsOfThread allow in csrc/cuda/stem_conv2d.cuh
 
 
@@ -268,7 +268,7 @@ def fitting_plan(
 ) -> Plan | None:
     """`resident_plan.fitting_plan` for a device; ``most_steps`` as `packs.TensorCorePack` has it."""
     most = tuple(most_steps.tolist())
-    items = tuple((name, config[name]) for name in ("slab", "stages") if name in config)
+    items = tuple((name, config[name]) for name in ("slab", "stages", "slots") if name in config)
     return resident_plan.fitting_plan(variant, conv, most, limits.shared_memory, limits.processors, items)
 
 
@@ -296,7 +296,7 @@ def run(
         x.data_ptr(), y.data_ptr(), cuda._pointer(bias), weight.weights.data_ptr(), weight.group_start.data_ptr(),
         weight.taps.data_ptr(), conv.n, conv.h, conv.w, conv.c_in, conv.c_out, *conv.out, *conv.taps, *conv.stride,
         *conv.padding, *conv.dilation, int(epilogue != "none"), int(epilogue == "relu_maxpool2"), *plan.tile,
-        steps_of_y[0], *steps_of_y[2:], plan.slab, plan.stages, plan.steps, plan.columns, plan.variant, plan.blocks,
+        steps_of_y[0], *steps_of_y[2:], plan.slab, plan.stages, plan.steps, plan.slots, plan.columns, plan.variant, plan.blocks,
         overlap, cuda._DTYPES[x.dtype], *cuda._target(x),
     )  # fmt: skip
     cuda._check(op, module, status)

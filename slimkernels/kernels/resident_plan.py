@@ -28,7 +28,8 @@ class Shape(NamedTuple):
         columns: of a thread block.
         groups: groups of four warps, each with a tile of its own.
         wgmma: whether it needs an sm_90a processor.
-        specialized: whether some warps only load (csrc/cuda/specialized_conv2d.cuh).
+        streamed: whether weights stream by as the pixels do (csrc/cuda/streamed_conv2d.cuh): a thread block then takes
+            all columns in turn, and two groups of warps have half of a tile each.
     """
 
     pixels: int
@@ -36,7 +37,11 @@ class Shape(NamedTuple):
     columns: int
     groups: int
     wgmma: bool
-    specialized: bool = False
+    streamed: bool = False
+
+    def steps(self, most_steps: Sequence[int], columns: int | None = None) -> int:
+        """The most steps that a thread block of so many columns has, from ``Index.most_steps``."""
+        return int(most_steps[-1 if self.streamed else min(columns or self.columns, len(most_steps)) - 1])
 
 
 # The compiled shapes, by the `variant` of csrc/kernels.h; resident_conv2d.cu, narrow_conv2d.cu and stem_conv2d.cu of
@@ -50,9 +55,8 @@ VARIANTS = (
     Shape(128, 16, 8, 2, False),
     Shape(256, 16, 4, 2, False),
     Shape(128, 64, 1, 2, True),
-    Shape(128, 128, 1, 2, True, True),
-    Shape(128, 128, 1, 1, True, True),
-    Shape(256, 64, 1, 2, True, True),
+    Shape(256, 128, 1, 1, True, True),
+    Shape(512, 64, 1, 1, True, True),
 )
 TF32_VARIANTS = (0, 4, 6)  # those that take float32: tf32_conv2d.cu
 STEM_VARIANTS = (Shape(256, 64, 1, 2, False), Shape(256, 64, 1, 2, True))
@@ -61,9 +65,11 @@ STEM_VARIANTS = (Shape(256, 64, 1, 2, False), Shape(256, 64, 1, 2, True))
 # many stages: most bytes on their way.
 RINGS = ((64, 3), (64, 2), (32, 3), (32, 2), (16, 3), (16, 2))
 LONG_RINGS, MANY_CHANNELS = ((64, 3), (32, 4), (64, 2), (32, 3), (32, 2), (16, 3), (16, 2)), 257
-# Of warps that only load: as many bytes on their way as fit.
-DEEP_RINGS = ((64, 4), (64, 3), (32, 5), (64, 2), (32, 4), (32, 3), (32, 2), (16, 4), (16, 3), (16, 2))
-MOST_TAPS, ZERO_BYTES = 32, 128  # kMostTaps and kZeroBytes of csrc/cuda/specialized_conv2d.cuh
+# Where the weights stream by too: wide stages, several of them.
+STREAMED_RINGS = ((64, 4), (64, 3), (64, 2), (32, 4), (32, 3), (32, 2), (16, 4), (16, 3), (16, 2))
+GOOD_SLOTS, LEAST_SLOTS, MOST_SLOTS = 8, 2, 32  # places for the weights of a step
+MOST_TAPS, ZERO_BYTES = 32, 128  # kMostTaps and kZeroBytes of csrc/cuda/streamed_conv2d.cuh
+MOST_BOX = 256  # pixels of a tensor copy in each direction
 MAX_PLACES = 65535  # of a patch: kMaxPlaces of csrc/bindings.cpp
 
 
@@ -101,6 +107,7 @@ class Plan(NamedTuple):
     shared_bytes: int
     columns: int
     steps: int
+    slots: int = 0
 
 
 class Convolution(NamedTuple):
@@ -165,17 +172,50 @@ def choose_variant(found: Sequence[int], most_steps: Callable[[int], Tensor], li
 
 
 def shared_bytes(shape: Shape, tile: Tile, slab: int, stages: int, c_in: int, steps: int, size: int = 2) -> int:
-    """Shared memory of a thread block: the layouts of csrc/cuda's resident_conv2d.cuh and specialized_conv2d.cuh."""
+    """Shared memory of a thread block: `resident_layout` of csrc/cuda/resident_conv2d.cuh."""
     slabs = -(-c_in // slab)
-    if shape.specialized:
-        tables = _up(steps * (shape.column * STEP_BYTES + 4), 16) + (slabs + 1) * 16 + shape.column * 8
-        tables += shape.pixels // 4 * 16 + tile.images * tile.load_rows * tile.load_cols * 16
-        tables = _up(tables + shape.groups * stages * 16 + slabs * 8, 128) + ZERO_BYTES
-        return tables + shape.groups * stages * _up(tile.patch * slab * size, 128)
     lists = steps * (shape.column * STEP_BYTES + 4) + (shape.columns + 1) * (slabs + 1) * 4
     tables = _up(lists, 16) + shape.columns * shape.column * 8 + shape.pixels // 4 * 16
     tables += tile.images * tile.load_rows * tile.load_cols * 16
     return _up(tables, 128) + shape.groups * stages * _up(tile.patch * (slab * size + 16), 128)
+
+
+def streamed_bytes(shape: Shape, tile: Tile, slab: int, stages: int, c_in: int, c_out: int, steps: int) -> int:
+    """Shared memory of a thread block but for weights: `streamed_layout` of csrc/cuda/streamed_conv2d.cuh."""
+    columns, slabs = -(-c_out // shape.column), -(-c_in // slab)
+    tables = ZERO_BYTES + shape.pixels // 4 * 16 + columns * (shape.column * 8 + (slabs + 2) * 4) + steps * 4
+    return stages * (_up(tile.patch * slab * 2, 1024) + 16) + _up(tables, 16)
+
+
+def _streamed_plan(
+    variant: int, conv: Convolution, steps: int, limit: int, processors: int, config: Mapping[str, int]
+) -> Plan | None:
+    """As `plan`. Pixels and weights share what shared memory has left: places for eight steps or more if they can be had,
+    a stage of the pixels less otherwise."""
+    shape = VARIANTS[variant]
+    if conv.taps[0] * conv.taps[1] > MOST_TAPS:
+        return None
+    weights = shape.column * STEP_BYTES + 16  # of a step, and its barriers
+    columns = -(-conv.c_out // shape.column)
+    pixels = shape.pixels
+    while pixels >= 4:
+        tile = without_borders(
+            choose_tile(pixels, conv.h, conv.w, conv.taps, conv.stride, conv.padding, conv.dilation, conv.out)
+        )
+        fits = max(tile.images, tile.load_rows, tile.load_cols) <= MOST_BOX and tile.patch < MAX_PLACES
+        for wanted in (GOOD_SLOTS, LEAST_SLOTS):
+            for slab, stages in _rings(conv.c_in, conv.size, config, True):
+                used = streamed_bytes(shape, tile, slab, stages, conv.c_in, conv.c_out, steps)
+                slots = min((limit - used) // weights, MOST_SLOTS, config.get("slots", MOST_SLOTS))
+                if not fits or slots < wanted or slab > 64 or tile.reach(conv.taps, conv.dilation) * slab >= 2**23:
+                    continue
+                pairs = tile.tiles(conv.n, *conv.out) * columns
+                blocks = min(pairs, processors)
+                if blocks > columns:  # a round of blocks takes all columns of a tile
+                    blocks -= blocks % columns
+                return Plan(variant, tile, slab, stages, blocks, used + slots * weights, 1, steps, slots)
+        pixels //= 2
+    return None
 
 
 def plan(
@@ -208,16 +248,13 @@ def plan(
     columns = columns or shape.columns
     rows = -(-c_out // (shape.column * columns))
     pixels = shape.pixels
-    if shape.specialized and taps[0] * taps[1] > MOST_TAPS:
-        return None
+    if shape.streamed:
+        conv = Convolution(n, c_in, h, w, c_out, taps, stride, padding, dilation, (p, q), size)
+        return _streamed_plan(variant, conv, steps, limit, processors, config)
     while pixels >= 4:  # where strides and dilations make patches large, a part of the shape's pixels
         tile = choose_tile(pixels, h, w, taps, stride, padding, dilation, out)
-        if shape.specialized:
-            tile = without_borders(tile, stride)
-        for slab, stages in _rings(c_in, size, config, shape.specialized):
+        for slab, stages in _rings(c_in, size, config):
             total = shared_bytes(shape, tile, slab, stages, c_in, steps, size)
-            if shape.specialized and (slab > 64 or tile.reach(taps, dilation) * slab * size >= 2**24):
-                continue
             if total <= limit and tile.patch < MAX_PLACES:
                 blocks = rows * max(1, min(tile.tiles(n, p, q), processors // rows))
                 return Plan(variant, tile, slab, stages, blocks, total, columns, steps)
@@ -245,7 +282,7 @@ def fitting_plan(
     """
     columns = VARIANTS[variant].columns
     while columns:
-        steps = most_steps[min(columns, len(most_steps)) - 1]
+        steps = VARIANTS[variant].steps(most_steps, columns)
         found = plan(variant, *conv[:-2], steps, limit, processors, dict(config), conv.out, columns, conv.size)
         if found is not None:
             return found
@@ -269,10 +306,10 @@ def in_range(conv: Convolution, plan: Plan, image_of_y: int) -> str | None:
     return None
 
 
-def _rings(c_in: int, size: int, config: Mapping[str, int], specialized: bool = False) -> Iterator[tuple[int, int]]:
+def _rings(c_in: int, size: int, config: Mapping[str, int], streamed: bool = False) -> Iterator[tuple[int, int]]:
     """The slabs and stages to try, the best first; what ``config`` says of either is taken as it is."""
     halves = c_in * size // 2  # channels of 16 bits that take as much
-    rings = DEEP_RINGS if specialized else RINGS if halves < MANY_CHANNELS else LONG_RINGS
+    rings = STREAMED_RINGS if streamed else RINGS if halves < MANY_CHANNELS else LONG_RINGS
     found = [(slab * 2 // size, stages) for slab, stages in rings if slab <= max(halves, STEP_CHANNELS)]
     yield from dict.fromkeys((config.get("slab", slab), config.get("stages", stages)) for slab, stages in found)
 
@@ -322,23 +359,10 @@ def _with_patch(
     )
 
 
-def without_borders(tile: Tile, stride: Pair) -> Tile:
-    """The tile with a patch of nothing but the pixels that are loaded, as csrc/cuda/specialized_conv2d.cuh has it.
-
-    Of eight images or more an instruction reads the same window of eight images: their places differ modulo 8 where the
-    distance between images is odd.
-    """
-    patch_row, patch_image = tile.load_cols, tile.load_rows * tile.load_cols
-    if tile.images % 8 == 0:
-        patch_image |= 1
-    elif tile.images > 1:
-        windows = [
-            (y * stride[0] * patch_row, x * stride[1]) for y in range(0, tile.rows, 2) for x in range(0, tile.cols, 2)
-        ]
-        sizes = range(patch_image, patch_image + 8)
-        patch_image = min(sizes, key=lambda size: (_conflicts(size, tile.images, windows), size))
-    patch = (tile.images - 1) * patch_image + tile.load_rows * tile.load_cols
-    return tile._replace(patch_row=patch_row, patch_image=patch_image, patch=patch)
+def without_borders(tile: Tile) -> Tile:
+    """The tile with a patch of nothing but the pixels that are loaded, side by side as a tensor copy leaves them."""
+    patch_image = tile.load_rows * tile.load_cols
+    return tile._replace(patch_row=tile.load_cols, patch_image=patch_image, patch=tile.images * patch_image)
 
 
 def _conflicts(patch_image: int, images: int, windows: Sequence[tuple[int, int]]) -> int:

@@ -64,7 +64,7 @@ def plan_of(case: ConvCase, variant: int, **config: int) -> resident_plan.Plan:
     ).most_steps
     plan = resident_plan.plan(
         variant, case.n, case.c_in, case.h, case.w, case.c_out, case.kernel_size, case.stride, case.padding,
-        case.dilation, int(most[min(shape.columns, most.numel()) - 1]), HOPPER_SHARED, 2, config,
+        case.dilation, shape.steps(most.tolist()), HOPPER_SHARED, 2, config,
     )  # fmt: skip
     assert plan is not None
     return plan

@@ -82,7 +82,7 @@ class Emulator(SimpleNamespace):
 
 def write_headers(folder: Path) -> None:
     """CUDA's headers and those of csrc/cuda as the emulation takes them, but for those that the folder has already."""
-    for header in ("cuda_runtime.h", "cuda_fp16.h", "cuda_bf16.h"):
+    for header in ("cuda.h", "cuda_runtime.h", "cuda_fp16.h", "cuda_bf16.h"):
         (folder / header).write_text('#include "cuda_on_cpu.h"\n')
     for path in sorted((ROOT / "csrc" / "cuda").glob("*.cuh")):
         if not (folder / path.name).exists():
