@@ -15,10 +15,16 @@ constexpr int kMostTaps = 32;              // one bit each says whether a pixel 
 constexpr uint32_t kStepPlace = 0xffffff;  // of a step's word: bytes from a pixel's place; above them its tap
 constexpr int kZeroBytes = 128;            // all 32 banks
 constexpr int kMostOrdered = 32;           // columns that are taken by their number of steps, one a lane
+// Steps whose weights come together and whose products are issued together. A warp cannot go on until the tensor cores
+// have begun its last product, and then needs some 300 clocks to read the next pixels: two steps of 128 clocks keep the
+// tensor cores busy for the other group of warps meanwhile, one does not (400 clocks a step on an H200, where 256 are
+// the limit).
+template <typename Shape>
+constexpr int kChunk = 4 / Shape::M_TILES;
 
 // Where things lie in shared memory, in bytes; the same for host and device.
 struct StreamedLayout {
-  int32_t pixels, stage, weights, zeros, windows, barriers, bias, steps, starts, order, total;
+  int32_t pixels, stage, weights, zeros, windows, barriers, bias, steps, starts, order, pairs, total;
 };
 
 template <typename Shape>
@@ -33,14 +39,15 @@ __host__ __device__ inline StreamedLayout streamed_layout(const SlimCudaResident
   l.pixels = 0;
   l.stage = (a.patch * a.slab * 2 + 1023) / 1024 * 1024;  // the pattern in which a tensor copy writes repeats itself
   l.weights = a.stages * l.stage;
-  l.zeros = l.weights + a.slots * Shape::STEP_BYTES;
+  l.zeros = l.weights + a.slots * kChunk<Shape> * Shape::STEP_BYTES;
   l.windows = l.zeros + kZeroBytes;
   l.barriers = l.windows + Shape::GROUPS * Shape::WINDOWS * 16;
   l.bias = l.barriers + (a.stages + a.slots) * 16;
   l.steps = l.bias + columns * Shape::COLUMN * kBiasBytes;
-  l.starts = l.steps + a.steps * 4;
+  l.starts = l.steps + (a.steps + kChunk<Shape>) * 4;  // behind the last, words are read and not used
   l.order = l.starts + columns * (slabs + 1) * 4;
-  l.total = (l.order + columns * 4 + 15) / 16 * 16;
+  l.pairs = l.order + columns * 4;
+  l.total = (l.pairs + 4 + 15) / 16 * 16;
   return l;
 }
 
@@ -85,46 +92,55 @@ struct StreamedTile : SparseTile<T, Shape> {
   uint32_t inside[Shape::M_TILES];  // the taps that were loaded
 
   // An instruction reads one pixel of each of eight windows, which must lie in different banks: which of a window's four
-  // comes first, of its columns and of its rows, is chosen so.
+  // comes first, of its columns and of its rows, is chosen so, window after window.
   SLIM_DEVICE void find(const SlimCudaResidentConv2d& a, uint32_t all_windows, int warp, int lane) {
     this->swapped = this->flipped = 0;
     this->windows = all_windows + warp * Shape::WINDOWS_OF_WARP * 16;
     const int pitch = a.slab * 2, below = a.stride_h * a.patch_row;
 #pragma unroll
     for (int t = 0; t < Shape::M_TILES / 2; ++t) {
+      const uint4 window = hw::load_shared_128(this->windows + (t * 8 + (lane & 7)) * 16);
+      uint32_t banks = 0;  // of the window's four pixels, four bits each
+      for (int key = 0; key < 4; ++key) {
+        banks |= ((window.x + (key & 1) * a.stride_w + (key >> 1) * below) & 7) << key * 4;
+      }
       uint32_t seen = 0, columns = 0, rows = 0;
-#pragma unroll
+#pragma unroll 1
       for (int i = 0; i < 8; ++i) {
-        const int place = int(hw::load_shared_32(this->windows + (t * 8 + i) * 16));
+        const uint32_t of_window = hw::from_lane(banks, i);
         int key = 0;
-        while (key < 4 && (seen >> ((place + (key & 1) * a.stride_w + (key >> 1) * below) & 7) & 1)) ++key;
-        key &= 3;
-        seen |= 1u << ((place + (key & 1) * a.stride_w + (key >> 1) * below) & 7);
+        for (int k = 3; k >= 0; --k) {
+          if (!(seen >> (of_window >> k * 4 & 7) & 1)) key = k;
+        }
+        seen |= 1u << (of_window >> key * 4 & 7);
         columns |= uint32_t(key & 1) << i;
         rows |= uint32_t(key >> 1) << i;
       }
-      const uint4 window = hw::load_shared_128(this->windows + (t * 8 + (lane & 7)) * 16);
       const int down = int(rows >> (lane & 7) & 1) ^ (lane >> 3 & 1);
       const int y = (int(window.z >> 16) + down) * a.stride_h - a.load_top;
 #pragma unroll
       for (int side = 0; side < 2; ++side) {
         const int right = int(columns >> (lane & 7) & 1) ^ side;
         const int x = (int(window.z & 0xffff) + right) * a.stride_w - a.load_left;
-        uint32_t taps = 0;
+        uint32_t of_row = 0, taps = 0;
+#pragma unroll 1
+        for (int s = 0; s < a.s; ++s) of_row |= uint32_t(unsigned(x + s * a.dil_w) < unsigned(a.load_cols)) << s;
+#pragma unroll 1
         for (int r = 0; r < a.r; ++r) {
-          for (int s = 0; s < a.s; ++s) {
-            const bool found = (unsigned(y + r * a.dil_h) < unsigned(a.load_rows)) &
-                               (unsigned(x + s * a.dil_w) < unsigned(a.load_cols)) & (window.w != kNoImage);
-            taps |= uint32_t(found) << (r * a.s + s);
-          }
+          if (unsigned(y + r * a.dil_h) < unsigned(a.load_rows)) taps |= of_row << r * a.s;
         }
         from[2 * t + side] = (int(window.x) + down * below + right * a.stride_w) * pitch + (lane >> 4) * 16;
-        inside[2 * t + side] = taps;
+        inside[2 * t + side] = window.w == kNoImage ? 0 : taps;
       }
       this->swapped |= (columns >> (lane >> 2) & 1) << t;
       this->flipped |= (rows >> (lane >> 2) & 1) << t;
     }
   }
+};
+
+template <int N>
+struct Steps {
+  static constexpr int COUNT = N;
 };
 
 #if SLIM_HAS_WGMMA
@@ -138,8 +154,7 @@ SLIM_DEVICE void multiply_pairs(const SlimCudaResidentConv2d& a, const StreamedL
   StreamedTile<T, Shape> product;
   product.find(a, base + at.windows + group * Shape::WINDOWS * 16, warp, lane);
   RingPlace x, w, used;  // used: the place of the weights whose product was waited for last
-  Pairs pairs{streamed_columns<Shape>(a), 0};
-  pairs.all = tile_count(a) * pairs.columns;
+  Pairs pairs{streamed_columns<Shape>(a), int(hw::load_shared_32(base + at.pairs))};
   for (; pairs.left(); ++pairs.round) {
     const int number = pairs.number();
     if (number >= pairs.all) continue;
@@ -149,8 +164,9 @@ SLIM_DEVICE void multiply_pairs(const SlimCudaResidentConv2d& a, const StreamedL
     int left = int(hw::load_shared_32(next_start + slabs * 4)) - step;
     product.channel = column * Shape::COLUMN;
     product.begin(base + at.bias + column * Shape::COLUMN * kBiasBytes, lane);
-    uint32_t places[Shape::M_TILES], weights = 0, operands[2][Shape::M_TILES][4];
-    // Finds where the next step reads, while the one in front of it multiplies, and waits until that is there.
+    uint32_t places[kChunk<Shape>][Shape::M_TILES], weights = 0, operands[2][kChunk<Shape>][Shape::M_TILES][4];
+    int count = 0;  // steps of the chunk
+    // Finds where the next chunk reads, while the one in front of it is multiplied, and waits until that is there.
     const auto prepare = [&] {
       if (step == end) {
         do {
@@ -159,26 +175,46 @@ SLIM_DEVICE void multiply_pairs(const SlimCudaResidentConv2d& a, const StreamedL
         } while (step == end);
         hw::mbarrier_wait(x.full(x_barriers), x.phase);
       }
-      const uint32_t word = hw::load_shared_32(base + at.steps + step * 4), tap = word >> 24;
+      count = min(end - step, kChunk<Shape>);
       const uint32_t begin = base + at.pixels + x.place * at.stage;
 #pragma unroll
-      for (int i = 0; i < Shape::M_TILES; ++i) {
-        const uint32_t place = swizzled(uint32_t(product.from[i]) + (word & kStepPlace), mask);
-        places[i] = product.inside[i] >> tap & 1 ? begin + place : zeros + (place & (kZeroBytes - 1));
+      for (int k = 0; k < kChunk<Shape>; ++k) {  // of a step that the chunk does not have it finds something, and nobody reads it
+        const uint32_t word = hw::load_shared_32(base + at.steps + (step + k) * 4), tap = word >> 24;
+#pragma unroll
+        for (int i = 0; i < Shape::M_TILES; ++i) {
+          const uint32_t place = swizzled(uint32_t(product.from[i]) + (word & kStepPlace), mask);
+          places[k][i] = product.inside[i] >> tap & 1 ? begin + place : zeros + (place & (kZeroBytes - 1));
+        }
       }
-      weights = base + at.weights + w.place * Shape::STEP_BYTES;
+      weights = base + at.weights + w.place * (kChunk<Shape> * Shape::STEP_BYTES);
       hw::mbarrier_wait(w.full(w_barriers), w.phase);
       w.advance(a.slots);
     };
-    const auto multiply = [&](uint32_t (&operand)[Shape::M_TILES][4]) {
+    const auto issue = [&](uint32_t (&operand)[kChunk<Shape>][Shape::M_TILES][4], auto steps) {
+      static_assert(kChunk<Shape> <= 2, "a chunk has all its steps or one");
 #pragma unroll
-      for (int i = 0; i < Shape::M_TILES; ++i) hw::load_matrices(operand[i], places[i]);
-      const uint64_t b = hw::group_operand(weights, Shape::COLUMN * 16, 128);
+      for (int k = 0; k < decltype(steps)::COUNT; ++k) {
+#pragma unroll
+        for (int i = 0; i < Shape::M_TILES; ++i) hw::load_matrices(operand[k][i], places[k][i]);
+      }
       hw::multiply_group_fence();
 #pragma unroll
-      for (int i = 0; i < Shape::M_TILES; ++i) hw::multiply_group<T>(product.sums[0][i], operand[i], b);
+      for (int k = 0; k < decltype(steps)::COUNT; ++k) {
+        const uint64_t b = hw::group_operand(weights + k * Shape::STEP_BYTES, Shape::COLUMN * 16, 128);
+#pragma unroll
+        for (int i = 0; i < Shape::M_TILES; ++i) hw::multiply_group<T>(product.sums[0][i], operand[k][i], b);
+      }
       hw::multiply_group_commit();
-      if (++step == end) {  // the slab's pixels are in registers
+    };
+    const auto multiply = [&](uint32_t (&operand)[kChunk<Shape>][Shape::M_TILES][4]) {
+      if (kChunk<Shape> == 1 || count == 1) {
+        issue(operand, Steps<1>());
+      } else {
+        issue(operand, Steps<kChunk<Shape>>());
+      }
+      step += count;
+      left -= count;
+      if (step == end) {  // the slab's pixels are in registers
         hw::synchronize_warp();
         if (lane == 0) hw::mbarrier_arrive(x.free(x_barriers));
         x.advance(a.stages);
@@ -188,25 +224,25 @@ SLIM_DEVICE void multiply_pairs(const SlimCudaResidentConv2d& a, const StreamedL
       if (lane == 0) hw::mbarrier_arrive(used.free(w_barriers));
       used.advance(a.slots);
     };
-    if (left > 0) prepare();
+    const bool any = left > 0;
+    if (any) prepare();
     bool first = true;
 #pragma unroll 1
     while (left > 0) {  // an operand is overwritten once the product that reads it is done
       multiply(operands[0]);
-      if (left > 1) prepare();
+      if (left > 0) prepare();
       hw::multiply_group_wait<1>();
       if (!first) release();
       first = false;
-      if (left == 1) break;
+      if (left == 0) break;
       multiply(operands[1]);
-      if (left > 2) prepare();
+      if (left > 0) prepare();
       hw::multiply_group_wait<1>();
       release();
-      left -= 2;
     }
     hw::multiply_group_wait<0>();
     product.settle();
-    if (!first) release();
+    if (any) release();
     product.store(a, tile_position(a, number / pairs.columns), int(a.c_out), lane);
   }
 }
@@ -219,8 +255,7 @@ SLIM_DEVICE void copy_pixels(const SlimCudaResidentConv2d& a, const hw::TensorMa
   const int slabs = (int(a.c_in) + a.slab - 1) / a.slab;
   const uint32_t barriers = base + at.barriers;
   const uint32_t bytes = uint32_t(a.tile_images * a.load_rows * a.load_cols * a.slab * 2);
-  Pairs pairs{streamed_columns<Shape>(a), 0};
-  pairs.all = tile_count(a) * pairs.columns;
+  Pairs pairs{streamed_columns<Shape>(a), int(hw::load_shared_32(base + at.pairs))};
   for (RingPlace x; pairs.left(); ++pairs.round) {
     const int number = pairs.number();
     if (number >= pairs.all) continue;
@@ -228,6 +263,7 @@ SLIM_DEVICE void copy_pixels(const SlimCudaResidentConv2d& a, const hw::TensorMa
     const TilePosition tile = tile_position(a, number / pairs.columns);
     const int top = tile.y * a.stride_h - a.pad_h + a.load_top, left = tile.x * a.stride_w - a.pad_w + a.load_left;
     const uint32_t starts = base + at.starts + column * (slabs + 1) * 4;
+#pragma unroll 1
     for (int slab = 0; slab < slabs; ++slab) {
       if (hw::load_shared_32(starts + slab * 4) == hw::load_shared_32(starts + slab * 4 + 4)) continue;
       hw::mbarrier_wait(x.free(barriers), x.phase ^ 1);
@@ -244,43 +280,54 @@ template <typename Shape>
 SLIM_DEVICE void copy_steps(const SlimCudaResidentConv2d& a, const StreamedLayout& at, uint32_t base) {
   const int slabs = (int(a.c_in) + a.slab - 1) / a.slab;
   const uint32_t barriers = base + at.barriers + a.stages * 16;
-  Pairs pairs{streamed_columns<Shape>(a), 0};
-  pairs.all = tile_count(a) * pairs.columns;
+  Pairs pairs{streamed_columns<Shape>(a), int(hw::load_shared_32(base + at.pairs))};
   for (RingPlace w; pairs.left(); ++pairs.round) {
     const int number = pairs.number();
     if (number >= pairs.all) continue;
     const int column = int(hw::load_shared_32(base + at.order + number % pairs.columns * 4));
     const uint32_t starts = base + at.starts + column * (slabs + 1) * 4;
     const int end = int(hw::load_shared_32(starts + slabs * 4));
-    for (int step = int(hw::load_shared_32(starts)); step < end; ++step) {
+    uint32_t next_start = starts;
+    int step = int(hw::load_shared_32(starts));
+    for (int of_slab = step; step < end;) {
+      while (step == of_slab) of_slab = int(hw::load_shared_32(next_start += 4));
+      const int count = min(of_slab - step, kChunk<Shape>);
       hw::mbarrier_wait(w.free(barriers), w.phase ^ 1);
-      hw::mbarrier_arrive_and_expect(w.full(barriers), Shape::STEP_BYTES);
-      hw::copy_bulk(base + at.weights + w.place * Shape::STEP_BYTES,
-                    static_cast<const unsigned char*>(a.weights) + int64_t(step) * Shape::STEP_BYTES, Shape::STEP_BYTES,
-                    w.full(barriers));
+      hw::mbarrier_arrive_and_expect(w.full(barriers), count * Shape::STEP_BYTES);
+      hw::copy_bulk(base + at.weights + w.place * (kChunk<Shape> * Shape::STEP_BYTES),
+                    static_cast<const unsigned char*>(a.weights) + int64_t(step) * Shape::STEP_BYTES,
+                    count * Shape::STEP_BYTES, w.full(barriers));
       w.advance(a.slots);
+      step += count;
     }
   }
 }
+
+// a / b of small numbers: a whole division takes 150 clocks and its code, which is run once, longer to fetch.
+SLIM_DEVICE int quotient(int a, int b) { return int((float(a) + 0.5f) * hw::reciprocal(float(b))); }
 
 // Fills the tables that all pairs share.
 template <typename T, typename Shape>
 SLIM_DEVICE void write_tables(const SlimCudaResidentConv2d& a, const StreamedLayout& at, uint32_t base, int thread) {
   const int step_groups = (int(a.c_in) + 15) / 16, slabs = (int(a.c_in) + a.slab - 1) / a.slab, of_slab = a.slab / 16;
   const int columns = streamed_columns<Shape>(a);
-  for (int i = thread; i < a.steps; i += Shape::THREADS) {
-    const int32_t word = a.taps[i], tap = word >> 16, part = (word & 0xffff) % of_slab;
-    const int place = tap / a.s * a.dil_h * a.patch_row + tap % a.s * a.dil_w;
+#pragma unroll 1
+  for (int i = thread; i < a.steps + kChunk<Shape>; i += Shape::THREADS) {
+    const int32_t word = i < a.steps ? a.taps[i] : 0, tap = word >> 16, part = word & (of_slab - 1);
+    const int row = quotient(tap, a.s), place = row * a.dil_h * a.patch_row + (tap - row * a.s) * a.dil_w;
     hw::store_shared_32(base + at.steps + i * 4, uint32_t(tap) << 24 | uint32_t(place * a.slab * 2 + part * 32));
   }
+#pragma unroll 1
   for (int i = thread; i < columns * (slabs + 1); i += Shape::THREADS) {
-    const int column = i / (slabs + 1), group = min(i % (slabs + 1) * of_slab, step_groups);
+    const int column = quotient(i, slabs + 1), group = min((i - column * (slabs + 1)) * of_slab, step_groups);
     hw::store_shared_32(base + at.starts + i * 4, a.group_start[int64_t(column) * (step_groups + 1) + group]);
   }
   const int across = a.tile_cols / 2, of_image = across * (a.tile_rows / 2);
   const OutputSteps step = output_steps(a);
+#pragma unroll 1
   for (int i = thread; i < Shape::GROUPS * Shape::WINDOWS; i += Shape::THREADS) {
-    const int image = i / of_image, y = i % of_image / across * 2, x = i % across * 2;
+    const int image = quotient(i, of_image), rest = i - image * of_image, line = quotient(rest, across);
+    const int y = line * 2, x = (rest - line * across) * 2;
     const bool used = image < a.tile_images;
     const int place =
         image * a.patch_image + (y * a.stride_h - a.load_top) * a.patch_row + x * a.stride_w - a.load_left;
@@ -288,15 +335,14 @@ SLIM_DEVICE void write_tables(const SlimCudaResidentConv2d& a, const StreamedLay
     hw::store_shared_128(base + at.windows + i * 16,
                          make_uint4(used ? place : 0, out, uint32_t(y) << 16 | x, used ? image : kNoImage));
   }
+#pragma unroll 1
   for (int i = thread; i < columns * Shape::COLUMN; i += Shape::THREADS) {  // as in `write_bias`
     const bool given = a.bias != nullptr && i < a.c_out;
     const uint32_t v = hw::bits_of_float(given ? hw::load_number(static_cast<const T*>(a.bias) + i) : 0.0f);
     hw::store_shared_32(base + at.bias + i / 2 * 16 + i % 2 * 4, v);
     hw::store_shared_32(base + at.bias + i / 2 * 16 + i % 2 * 4 + 8, v);
   }
-  for (int i = thread; i < kZeroBytes / 16; i += Shape::THREADS) {
-    hw::store_shared_128(base + at.zeros + i * 16, make_uint4(0, 0, 0, 0));
-  }
+  if (thread < kZeroBytes / 16) hw::store_shared_128(base + at.zeros + thread * 16, make_uint4(0, 0, 0, 0));
 }
 
 // Columns by their number of steps, the most first, where a warp's lanes suffice.
@@ -304,12 +350,14 @@ template <typename Shape>
 SLIM_DEVICE void write_order(const SlimCudaResidentConv2d& a, uint32_t order, int lane) {
   const int step_groups = (int(a.c_in) + 15) / 16, columns = streamed_columns<Shape>(a);
   if (columns > kMostOrdered) {
+#pragma unroll 1
     for (int i = lane; i < columns; i += 32) hw::store_shared_32(order + i * 4, i);
     return;
   }
   const int32_t* const start = a.group_start + int64_t(min(lane, columns - 1)) * (step_groups + 1);
   const uint32_t mine = lane < columns ? uint32_t(start[step_groups] - start[0]) + 1 : 0;
   int before = 0;
+#pragma unroll 1
   for (int other = 0; other < columns; ++other) {
     const uint32_t theirs = hw::from_lane(mine, other);
     before += theirs > mine || (theirs == mine && other < lane);
@@ -330,12 +378,14 @@ __global__ void __launch_bounds__(kStreamedThreads<Shape>, 1)
     write_tables<T, Shape>(a, at, base, thread);
   } else if (warp == Shape::THREADS / 32) {
     write_order<Shape>(a, base + at.order, lane);
-  } else if (warp == Shape::THREADS / 32 + 1) {
-    for (int i = lane; i < a.stages + a.slots; i += 32) {
+  } else if (lane == 0) {  // lanes would take turns
+#pragma unroll 1
+    for (int i = warp - Shape::THREADS / 32 - 1; i < a.stages + a.slots; i += 3) {
       hw::mbarrier_init(base + at.barriers + i * 16, 1);                       // who asks for the copy
       hw::mbarrier_init(base + at.barriers + i * 16 + 8, Shape::GROUPS * 4);  // a lane of each warp
     }
     hw::fence_mbarrier_init();
+    if (warp == Shape::THREADS / 32 + 3) hw::store_shared_32(base + at.pairs, tile_count(a) * streamed_columns<Shape>(a));
   }
   hw::synchronize();
   if (thread < Shape::THREADS) {

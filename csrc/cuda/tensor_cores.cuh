@@ -337,6 +337,7 @@ SLIM_DEVICE float larger(float a, float b) {
   return v;
 }
 
+SLIM_DEVICE float reciprocal(float v) { return __frcp_rn(v); }
 SLIM_DEVICE uint32_t bits_of_float(float v) { return __float_as_uint(v); }
 SLIM_DEVICE float float_of_bits(uint32_t v) { return __uint_as_float(v); }
 SLIM_DEVICE float load_number(const float* at) { return __ldg(at); }

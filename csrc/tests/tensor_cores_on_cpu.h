@@ -259,6 +259,7 @@ inline uint4 load_global_128(const void* at) { return load_global<uint4>(at); }
 inline void store_global_64(void* at, uint2 v) { store_global(at, v); }
 inline void store_global_128(void* at, uint4 v) { store_global(at, v); }
 inline uint2 load_from_peers_64(const void* at, bool inside) { return inside ? load_global<uint2>(at) : uint2{0, 0}; }
+inline float reciprocal(float v) { return 1.0f / v; }
 inline uint32_t bits_of_float(float v) {
   uint32_t bits;
   memcpy(&bits, &v, 4);

@@ -39,6 +39,11 @@ class Shape(NamedTuple):
     wgmma: bool
     streamed: bool = False
 
+    @property
+    def chunk(self) -> int:
+        """Steps whose weights stream by together: kChunk of csrc/cuda/streamed_conv2d.cuh."""
+        return self.column // 64
+
     def steps(self, most_steps: Sequence[int], columns: int | None = None) -> int:
         """The most steps that a thread block of so many columns has, from ``Index.most_steps``."""
         return int(most_steps[-1 if self.streamed else min(columns or self.columns, len(most_steps)) - 1])
@@ -67,7 +72,7 @@ RINGS = ((64, 3), (64, 2), (32, 3), (32, 2), (16, 3), (16, 2))
 LONG_RINGS, MANY_CHANNELS = ((64, 3), (32, 4), (64, 2), (32, 3), (32, 2), (16, 3), (16, 2)), 257
 # Where the weights stream by too: wide stages, several of them.
 STREAMED_RINGS = ((64, 4), (64, 3), (64, 2), (32, 4), (32, 3), (32, 2), (16, 4), (16, 3), (16, 2))
-GOOD_SLOTS, LEAST_SLOTS, MOST_SLOTS = 8, 2, 32  # places for the weights of a step
+GOOD_SLOTS, LEAST_SLOTS, MOST_SLOTS = 5, 2, 16  # places for the weights of a chunk
 MOST_TAPS, ZERO_BYTES = 32, 128  # kMostTaps and kZeroBytes of csrc/cuda/streamed_conv2d.cuh
 MOST_BOX = 256  # pixels of a tensor copy in each direction
 MAX_PLACES = 65535  # of a patch: kMaxPlaces of csrc/bindings.cpp
@@ -183,7 +188,8 @@ def shared_bytes(shape: Shape, tile: Tile, slab: int, stages: int, c_in: int, st
 def streamed_bytes(shape: Shape, tile: Tile, slab: int, stages: int, c_in: int, c_out: int, steps: int) -> int:
     """Shared memory of a thread block but for weights: `streamed_layout` of csrc/cuda/streamed_conv2d.cuh."""
     columns, slabs = -(-c_out // shape.column), -(-c_in // slab)
-    tables = ZERO_BYTES + shape.pixels // 4 * 16 + columns * (shape.column * 8 + (slabs + 2) * 4) + steps * 4
+    tables = ZERO_BYTES + shape.pixels // 4 * 16 + columns * (shape.column * 8 + (slabs + 2) * 4)
+    tables += (steps + shape.chunk + 1) * 4
     return stages * (_up(tile.patch * slab * 2, 1024) + 16) + _up(tables, 16)
 
 
@@ -195,7 +201,7 @@ def _streamed_plan(
     shape = VARIANTS[variant]
     if conv.taps[0] * conv.taps[1] > MOST_TAPS:
         return None
-    weights = shape.column * STEP_BYTES + 16  # of a step, and its barriers
+    weights = shape.chunk * shape.column * STEP_BYTES + 16  # of a chunk of steps, and its barriers
     columns = -(-conv.c_out // shape.column)
     pixels = shape.pixels
     while pixels >= 4:
