@@ -244,7 +244,7 @@ typedef struct SlimCudaResidentConv2d {
   int32_t slab;                     // input channels in a stage of the ring: 32, 64, 128 or 256 bytes of them
   int32_t stages;                   // 2 to 8
   int32_t steps;                    // the most steps that one thread block has
-  int32_t slots;                    // steps whose weights a thread block holds, where they stream by; else 0
+  int32_t slots;                    // places for weights where they stream by, 3 or more; else 0
   int32_t columns;                  // of a thread block, 1 up to the variant's
   int32_t variant, blocks;
   // 0 or 1: it may begin before the kernel in front of it has ended; that one wrote neither weights nor indices.

@@ -92,7 +92,7 @@ struct Members<SlimCudaResidentConv2d> {
       SLIM_MEMBER(steps, kSteps),
       SLIM_MEMBER(slots, (Range{0, 64})),
       SLIM_MEMBER(columns, (Range{1, 8})),
-      SLIM_MEMBER(variant, (Range{0, 9})),
+      SLIM_MEMBER(variant, (Range{0, 6})),
       SLIM_MEMBER(blocks, kPositive),
       SLIM_MEMBER(overlap, kFlag),
       SLIM_MEMBER(dtype, kDtype),
@@ -328,8 +328,8 @@ inline std::string output_steps_fault(const SlimCudaResidentConv2d& a) {
   return "";
 }
 
-// "" where tensor copies fill the patch, a step's word holds its place and every tile has its thread block, else what is
-// wrong.
+// "" where tensor copies fill the patch, a step's word holds its place and every tile has its thread block, else what
+// is wrong.
 inline std::string streamed_fault(const SlimCudaResidentConv2d& a, int64_t column) {
   const int64_t loads = int64_t(a.load_rows) * a.load_cols;
   if (a.patch_row != a.load_cols || a.patch_image != loads || a.patch != a.tile_images * loads)
@@ -338,21 +338,22 @@ inline std::string streamed_fault(const SlimCudaResidentConv2d& a, int64_t colum
   if (int64_t(a.r) * a.s > 32) return "there are more than 32 taps";
   const int64_t reach = (a.r - 1) * int64_t(a.dil_h) * a.patch_row + (a.s - 1) * int64_t(a.dil_w) + 1;
   if (a.slab > 64 || reach >= (1 << 24) / (2 * a.slab)) return "a step's place does not fit 24 bits";
-  if (a.slots < 2) return "there is no place for the weights of two steps";
+  if (a.slots < 3) return "there are fewer than three places for weights";
   const int64_t tiles = (a.n + a.tile_images - 1) / a.tile_images * ((a.p + a.tile_rows - 1) / a.tile_rows) *
                         ((a.q + a.tile_cols - 1) / a.tile_cols);
-  return tiles > kInt32Max / 2 / ((a.c_out + column - 1) / column) - a.blocks ? "there are too many tiles" : "";
+  const int64_t columns = (a.c_out + column - 1) / column;
+  return tiles > (kInt32Max / 2 - a.blocks) / columns ? "there are too many tiles" : "";
 }
 
 inline int cuda_resident_conv2d(const pybind11::args& args) {
   const auto a = struct_of_arguments<SlimCudaResidentConv2d>("cuda_resident_conv2d", args);
-  const bool f32 = a.dtype == SLIM_DTYPE_F32, streamed = a.variant >= 8;
+  const bool f32 = a.dtype == SLIM_DTYPE_F32, streamed = is_one_of(a.variant, {1, 2});
   std::string fault = tile_plan_fault(a, a.c_in, f32 ? 4 : 2, !streamed);
   if (fault.empty() && f32 && !is_one_of(a.variant, {0, 4, 6}))
     fault = "variant = " + std::to_string(a.variant) + " takes no float32";
-  const int64_t column[] = {64, 128, 64, 32, 32, 16, 16, 64, 128, 64};
+  const int64_t column[] = {64, 128, 64, 32, 32, 16, 16};
   const int64_t channels = a.columns * column[a.variant];  // of a thread block
-  if (fault.empty() && channels > (is_one_of(a.variant, {2, 4, 6, 7, 9}) ? 64 : 128))
+  if (fault.empty() && channels > (is_one_of(a.variant, {2, 4, 6}) ? 64 : 128))
     fault = "columns = " + std::to_string(a.columns) + " is more than the variant has";
   if (fault.empty() && streamed) fault = streamed_fault(a, column[a.variant]);
   if (fault.empty()) fault = output_steps_fault(a);

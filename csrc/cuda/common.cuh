@@ -144,8 +144,8 @@ int with_half_type(int device, int dtype, What what) {
   });
 }
 
-// Launches kernel(args, more...) with so much dynamic shared memory. With `overlap` it may begin while the kernel in front of it
-// ends, on GPUs that can: it waits for that one by itself.
+// Launches kernel(args, more...) with so much dynamic shared memory. With `overlap` it may begin while the kernel in
+// front of it ends, on GPUs that can: it waits for that one by itself.
 template <typename Kernel, typename Args, typename... More>
 int launch_kernel(Kernel kernel, const Args& args, int blocks, int threads, int shared_bytes, bool overlap,
                   const More&... more) {

@@ -105,6 +105,7 @@ struct Loader {
 
 template <typename T, typename Shape>
 SLIM_DEVICE void resident_conv2d(const SlimCudaResidentConv2d& a) {
+  static_assert(!Shape::WGMMA, "streamed_conv2d.cuh has the shapes that multiply by wgmma");
   const ResidentLayout at = resident_layout<T, Shape>(a);
   const int thread = int(threadIdx.x), lane = thread & 31, group = thread >> 7, warp = thread >> 5 & 3;
   const int warp_m = warp % Shape::WARPS_M, warp_n = warp / Shape::WARPS_M;
@@ -186,9 +187,6 @@ SLIM_DEVICE void resident_conv2d(const SlimCudaResidentConv2d& a) {
   const int column_of_warp = warp_n * Shape::OF_WARP;
   product.channel = (first_column + column_of_warp) * Shape::COLUMN;
   hw::copy_async_wait<0>();
-#if SLIM_HAS_WGMMA
-  if (Shape::WGMMA) hw::fence_for_multiply_group();
-#endif
   hw::synchronize();
 
   const uint32_t starts = base + at.starts + column_of_warp * (slabs + 1) * 4;
@@ -219,11 +217,7 @@ SLIM_DEVICE void resident_conv2d(const SlimCudaResidentConv2d& a) {
 template <typename T, typename Shape>
 __global__ void __launch_bounds__(Shape::THREADS, 1)
     resident_conv2d_kernel(const __grid_constant__ SlimCudaResidentConv2d a) {
-  if constexpr (!Shape::WGMMA || SLIM_HAS_WGMMA) {
-    resident_conv2d<T, Shape>(a);
-  } else {
-    hw::stop();  // compiled for another processor: the launcher does not choose it
-  }
+  resident_conv2d<T, Shape>(a);
 }
 
 template <typename T, typename Shape>

@@ -13,8 +13,8 @@ using StreamedNarrow = TileShape<4, 1, 4, 8, 2, true>;  // 2 x 256 pixels x 64 c
 template <typename T>
 int launch_streamed_columns(const SlimCudaResidentConv2d& a) {
   switch (a.variant) {
-    case 8: return launch_streamed<T, StreamedWide>(a);
-    case 9: return launch_streamed<T, StreamedNarrow>(a);
+    case 1: return launch_streamed<T, StreamedWide>(a);
+    case 2: return launch_streamed<T, StreamedNarrow>(a);
   }
   return SLIM_ERROR_UNSUPPORTED;
 }

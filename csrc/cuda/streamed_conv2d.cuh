@@ -44,7 +44,7 @@ __host__ __device__ inline StreamedLayout streamed_layout(const SlimCudaResident
   l.barriers = l.windows + Shape::GROUPS * Shape::WINDOWS * 16;
   l.bias = l.barriers + (a.stages + a.slots) * 16;
   l.steps = l.bias + columns * Shape::COLUMN * kBiasBytes;
-  l.starts = l.steps + (a.steps + kChunk<Shape>) * 4;  // behind the last, words are read and not used
+  l.starts = l.steps + (a.steps + kChunk<Shape>)*4;  // behind the last, words are read and not used
   l.order = l.starts + columns * (slabs + 1) * 4;
   l.pairs = l.order + columns * 4;
   l.total = (l.pairs + 4 + 15) / 16 * 16;
@@ -91,8 +91,8 @@ struct StreamedTile : SparseTile<T, Shape> {
   int from[Shape::M_TILES];         // bytes from a slab's begin, as a step of no distance reads; may be negative
   uint32_t inside[Shape::M_TILES];  // the taps that were loaded
 
-  // An instruction reads one pixel of each of eight windows, which must lie in different banks: which of a window's four
-  // comes first, of its columns and of its rows, is chosen so, window after window.
+  // An instruction reads one pixel of each of eight windows, which must lie in different banks: which of a window's
+  // four comes first, of its columns and of its rows, is chosen so, window after window.
   SLIM_DEVICE void find(const SlimCudaResidentConv2d& a, uint32_t all_windows, int warp, int lane) {
     this->swapped = this->flipped = 0;
     this->windows = all_windows + warp * Shape::WINDOWS_OF_WARP * 16;
@@ -178,7 +178,8 @@ SLIM_DEVICE void multiply_pairs(const SlimCudaResidentConv2d& a, const StreamedL
       count = min(end - step, kChunk<Shape>);
       const uint32_t begin = base + at.pixels + x.place * at.stage;
 #pragma unroll
-      for (int k = 0; k < kChunk<Shape>; ++k) {  // of a step that the chunk does not have it finds something, and nobody reads it
+      for (int k = 0; k < kChunk<Shape>;
+           ++k) {  // of a step that the chunk does not have it finds something, and nobody reads it
         const uint32_t word = hw::load_shared_32(base + at.steps + (step + k) * 4), tap = word >> 24;
 #pragma unroll
         for (int i = 0; i < Shape::M_TILES; ++i) {
@@ -280,6 +281,8 @@ template <typename Shape>
 SLIM_DEVICE void copy_steps(const SlimCudaResidentConv2d& a, const StreamedLayout& at, uint32_t base) {
   const int slabs = (int(a.c_in) + a.slab - 1) / a.slab;
   const uint32_t barriers = base + at.barriers + a.stages * 16;
+  const unsigned char* const weights =
+      static_cast<const unsigned char*>(a.weights) + int64_t(a.group_start[0]) * Shape::STEP_BYTES;
   Pairs pairs{streamed_columns<Shape>(a), int(hw::load_shared_32(base + at.pairs))};
   for (RingPlace w; pairs.left(); ++pairs.round) {
     const int number = pairs.number();
@@ -295,8 +298,7 @@ SLIM_DEVICE void copy_steps(const SlimCudaResidentConv2d& a, const StreamedLayou
       hw::mbarrier_wait(w.free(barriers), w.phase ^ 1);
       hw::mbarrier_arrive_and_expect(w.full(barriers), count * Shape::STEP_BYTES);
       hw::copy_bulk(base + at.weights + w.place * (kChunk<Shape> * Shape::STEP_BYTES),
-                    static_cast<const unsigned char*>(a.weights) + int64_t(step) * Shape::STEP_BYTES,
-                    count * Shape::STEP_BYTES, w.full(barriers));
+                    weights + int64_t(step) * Shape::STEP_BYTES, count * Shape::STEP_BYTES, w.full(barriers));
       w.advance(a.slots);
       step += count;
     }
@@ -310,17 +312,18 @@ SLIM_DEVICE int quotient(int a, int b) { return int((float(a) + 0.5f) * hw::reci
 template <typename T, typename Shape>
 SLIM_DEVICE void write_tables(const SlimCudaResidentConv2d& a, const StreamedLayout& at, uint32_t base, int thread) {
   const int step_groups = (int(a.c_in) + 15) / 16, slabs = (int(a.c_in) + a.slab - 1) / a.slab, of_slab = a.slab / 16;
-  const int columns = streamed_columns<Shape>(a);
+  const int columns = streamed_columns<Shape>(a), first_step = a.group_start[0];
 #pragma unroll 1
   for (int i = thread; i < a.steps + kChunk<Shape>; i += Shape::THREADS) {
-    const int32_t word = i < a.steps ? a.taps[i] : 0, tap = word >> 16, part = word & (of_slab - 1);
+    const int32_t word = i < a.steps ? a.taps[first_step + i] : 0, tap = word >> 16, part = word & (of_slab - 1);
     const int row = quotient(tap, a.s), place = row * a.dil_h * a.patch_row + (tap - row * a.s) * a.dil_w;
     hw::store_shared_32(base + at.steps + i * 4, uint32_t(tap) << 24 | uint32_t(place * a.slab * 2 + part * 32));
   }
 #pragma unroll 1
   for (int i = thread; i < columns * (slabs + 1); i += Shape::THREADS) {
     const int column = quotient(i, slabs + 1), group = min((i - column * (slabs + 1)) * of_slab, step_groups);
-    hw::store_shared_32(base + at.starts + i * 4, a.group_start[int64_t(column) * (step_groups + 1) + group]);
+    hw::store_shared_32(base + at.starts + i * 4,
+                        a.group_start[int64_t(column) * (step_groups + 1) + group] - first_step);
   }
   const int across = a.tile_cols / 2, of_image = across * (a.tile_rows / 2);
   const OutputSteps step = output_steps(a);
@@ -367,7 +370,8 @@ SLIM_DEVICE void write_order(const SlimCudaResidentConv2d& a, uint32_t order, in
 
 template <typename T, typename Shape>
 __global__ void __launch_bounds__(kStreamedThreads<Shape>, 1)
-    streamed_conv2d_kernel(const __grid_constant__ SlimCudaResidentConv2d a, const __grid_constant__ hw::TensorMap map) {
+    streamed_conv2d_kernel(const __grid_constant__ SlimCudaResidentConv2d a,
+                           const __grid_constant__ hw::TensorMap map) {
 #if SLIM_HAS_WGMMA
   static_assert(Shape::COLUMNS == 1 && Shape::WGMMA && sizeof(T) == 2, "one column, of 16-bit numbers, by wgmma");
   const StreamedLayout at = streamed_layout<Shape>(a);
@@ -381,11 +385,12 @@ __global__ void __launch_bounds__(kStreamedThreads<Shape>, 1)
   } else if (lane == 0) {  // lanes would take turns
 #pragma unroll 1
     for (int i = warp - Shape::THREADS / 32 - 1; i < a.stages + a.slots; i += 3) {
-      hw::mbarrier_init(base + at.barriers + i * 16, 1);                       // who asks for the copy
+      hw::mbarrier_init(base + at.barriers + i * 16, 1);                      // who asks for the copy
       hw::mbarrier_init(base + at.barriers + i * 16 + 8, Shape::GROUPS * 4);  // a lane of each warp
     }
     hw::fence_mbarrier_init();
-    if (warp == Shape::THREADS / 32 + 3) hw::store_shared_32(base + at.pairs, tile_count(a) * streamed_columns<Shape>(a));
+    if (warp == Shape::THREADS / 32 + 3)
+      hw::store_shared_32(base + at.pairs, tile_count(a) * streamed_columns<Shape>(a));
   }
   hw::synchronize();
   if (thread < Shape::THREADS) {

@@ -140,8 +140,8 @@ SLIM_DEVICE void wait_acquire(const int32_t* counter, int32_t target) {
 // What the warp's lanes did before is seen by the others behind it.
 SLIM_DEVICE void synchronize_warp() { __syncwarp(); }
 
-// A barrier of 8 bytes in shared memory: a phase of it ends when `count` threads have arrived. `mbarrier_wait` waits for the end of the phase of this parity, the first
-// of which is 0; the phase before the first has ended.
+// A barrier of 8 bytes in shared memory: a phase of it ends when `count` threads have arrived. `mbarrier_wait` waits
+// for the end of the phase of this parity, the first of which is 0; the phase before the first has ended.
 SLIM_DEVICE void mbarrier_init(uint32_t at, int count) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(at), "r"(count) : "memory");
 }
@@ -199,9 +199,10 @@ struct TensorMap {
   CUtensorMap map;
 };
 
-// Of `sizes`: channels, columns, rows, images; the box's alike. Pixels of a box lie side by side, 32, 64 or 128 bytes of
-// channels each, whose 16 bytes change places by the low bits of the pixel's number (`swizzled`).
-inline cudaError_t make_tensor_map(TensorMap& to, const void* from, const int64_t (&sizes)[4], const int32_t (&box)[4]) {
+// Of `sizes`: channels, columns, rows, images; the box's alike. Pixels of a box lie side by side, 32, 64 or 128 bytes
+// of channels each, whose 16 bytes change places by the low bits of the pixel's number (`swizzled`).
+inline cudaError_t make_tensor_map(TensorMap& to, const void* from, const int64_t (&sizes)[4],
+                                   const int32_t (&box)[4]) {
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found;
   const cudaError_t error =
@@ -231,8 +232,9 @@ SLIM_DEVICE void copy_tensor(uint32_t to, const TensorMap& map, int channel, int
                              uint32_t mbarrier) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], [%6];"
-      ::"r"(to), "l"(&map.map), "r"(channel), "r"(column), "r"(row), "r"(image), "r"(mbarrier)
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], "
+      "[%6];" ::"r"(to),
+      "l"(&map.map), "r"(channel), "r"(column), "r"(row), "r"(image), "r"(mbarrier)
       : "memory");
 #endif
 }

@@ -329,7 +329,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, Kernel kernel, 
       if (!allowed || config->gridDim.x % side_by_side != 0) return emulated::last_error = cudaErrorInvalidValue;
     }
   }
-  emulate([=] { kernel(args...); }, config->gridDim.x, config->blockDim.x, int(config->dynamicSmemBytes), config->stream,
-          side_by_side);
+  emulate([=] { kernel(args...); }, config->gridDim.x, config->blockDim.x, int(config->dynamicSmemBytes),
+          config->stream, side_by_side);
   return cudaGetLastError();
 }

@@ -48,9 +48,9 @@ struct Landing {  // bytes that an mbarrier waits for
 };
 struct MBarrier {
   unsigned expected = 0, arrived = 0;
-  long phase = 0, bytes = 0;         // bytes: of bulk copies that the phase waits for
+  long phase = 0, bytes = 0;  // bytes: of bulk copies that the phase waits for
   std::vector<Landing> on_their_way;
-  long bytes_behind = 0;             // of those copies
+  long bytes_behind = 0;  // of those copies
 };
 struct Lane {
   std::deque<std::vector<Copy>> copies{1};  // committed groups, the open one last
@@ -68,8 +68,8 @@ inline std::vector<Lane> lanes;
 inline std::vector<Warp> warps;
 inline std::vector<uint16_t> unfenced;  // of each 16 bytes: 1 + the thread whose writes wgmma may not see yet, or 0
 inline std::map<const uint8_t*, MBarrier> mbarriers;
-inline Barrier cluster;                 // of all CTAs that run side by side
-inline long conflicts = 0;              // rows of matrices that waited for another row's bank
+inline Barrier cluster;     // of all CTAs that run side by side
+inline long conflicts = 0;  // rows of matrices that waited for another row's bank
 
 // Called where a block begins and where it ends.
 inline void begin_tensor_cores() {
@@ -406,7 +406,8 @@ struct TensorMap {
   int64_t sizes[4];
   int32_t box[4];
 };
-inline cudaError_t make_tensor_map(TensorMap& to, const void* from, const int64_t (&sizes)[4], const int32_t (&box)[4]) {
+inline cudaError_t make_tensor_map(TensorMap& to, const void* from, const int64_t (&sizes)[4],
+                                   const int32_t (&box)[4]) {
   to.from = static_cast<const uint8_t*>(from);
   for (int i = 0; i < 4; ++i) {
     if (box[i] < 1 || box[i] > 256 || sizes[i] < 1) return emulated::last_error = cudaErrorInvalidValue;

@@ -20,6 +20,7 @@ from slimkernels.kernels import cuda_tensor_cores as tensor_cores
 from slimkernels.kernels.cuda_gradients import DOES_NOT_TAKE, check, check_config, weight_reason
 from slimkernels.kernels.gathered_packs import Places, gather, own_places, places_of, refuse_a_capture
 from slimkernels.kernels.packs import TensorCorePack
+from slimkernels.kernels.problems import Pair
 from slimkernels.kernels.resident_plan import STEP_CHANNELS, VARIANTS, Convolution, Plan, Shape, in_range
 from slimkernels.kernels.transposed import PixelClass, class_pattern, pixel_classes, transpose_index
 from slimkernels.tensors import Derived
@@ -27,7 +28,7 @@ from slimkernels.tensors import Derived
 OP = "bsr_conv2d_dgrad"
 _CONFIGS = frozenset({"variant", "slab", "stages"})
 MAX_LAUNCHES = 16  # of 1 us each at least
-_NARROWER = (7, 4, 6)  # shapes of 64 channels, then columns of 32 and of 16, of which a thread block may have one
+_NARROWER = (4, 6)  # columns of 32 and of 16 channels, of which a thread block may have one
 
 
 class DgradIndex(NamedTuple):
@@ -121,12 +122,14 @@ def _places(op: str, crow: Tensor, col: Tensor, index: DgradIndex, block_shape: 
     return _PLACES[shape.column, shape.wgmma].of(tuple(block_shape), (crow, col, *index), compute).places
 
 
-def _variants(block: int, c_in: int, limits: tensor_cores.Limits, most_steps: Callable[[int], Tensor]) -> list[int]:
+def _variants(
+    block: int, c_in: int, taps: Pair, limits: tensor_cores.Limits, most_steps: Callable[[int], Tensor]
+) -> list[int]:
     """The compiled shapes to try for blocks of so many input channels, the best first.
 
     First the one that the forward kernel would take for such a weight, then those with fewer channels a thread block.
     """
-    found = resident_plan.candidates(block, c_in, limits.wgmma)
+    found = resident_plan.candidates(block, c_in, limits.wgmma, taps=taps)
     best = resident_plan.choose_variant(found, most_steps, limits.shared_memory)
     narrower = [v for v in _NARROWER if block % VARIANTS[v].column == 0 and limits.wgmma >= VARIANTS[v].wgmma]
     return list(dict.fromkeys((*found[found.index(best) :], *narrower)))
@@ -171,7 +174,7 @@ def _prepare(
     if "variant" in config:
         variants = [config["variant"]]
     else:
-        variants = _variants(block_shape[1], c_in, limits, lambda column: index(column).most_steps.amax(0))
+        variants = _variants(block_shape[1], c_in, (r, s), limits, lambda column: index(column).most_steps.amax(0))
     reason = None
     for variant in variants:
         found, plans = index(VARIANTS[variant].column), []

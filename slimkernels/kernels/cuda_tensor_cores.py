@@ -123,7 +123,8 @@ def chosen_variant(
     """
     limits, depth = _limits(values), step_channels(values.dtype)
     tf32 = values.dtype == torch.float32
-    found = resident_plan.candidates(block_shape[0], weight_shape[0], limits.wgmma, tf32)
+    taps = (weight_shape[2], weight_shape[3])
+    found = resident_plan.candidates(block_shape[0], weight_shape[0], limits.wgmma, tf32, taps)
     if kind_of(packed) is TensorCorePack:
         pack = TensorCorePack(*packed)
         fitting = tuple(v for v in found if VARIANTS[v].column * depth == pack.weights.shape[-1])
@@ -296,8 +297,8 @@ def run(
         x.data_ptr(), y.data_ptr(), cuda._pointer(bias), weight.weights.data_ptr(), weight.group_start.data_ptr(),
         weight.taps.data_ptr(), conv.n, conv.h, conv.w, conv.c_in, conv.c_out, *conv.out, *conv.taps, *conv.stride,
         *conv.padding, *conv.dilation, int(epilogue != "none"), int(epilogue == "relu_maxpool2"), *plan.tile,
-        steps_of_y[0], *steps_of_y[2:], plan.slab, plan.stages, plan.steps, plan.slots, plan.columns, plan.variant, plan.blocks,
-        overlap, cuda._DTYPES[x.dtype], *cuda._target(x),
+        steps_of_y[0], *steps_of_y[2:], plan.slab, plan.stages, plan.steps, plan.slots, plan.columns, plan.variant,
+        plan.blocks, overlap, cuda._DTYPES[x.dtype], *cuda._target(x),
     )  # fmt: skip
     cuda._check(op, module, status)
 

@@ -49,19 +49,16 @@ class Shape(NamedTuple):
         return int(most_steps[-1 if self.streamed else min(columns or self.columns, len(most_steps)) - 1])
 
 
-# The compiled shapes, by the `variant` of csrc/kernels.h; resident_conv2d.cu, narrow_conv2d.cu and stem_conv2d.cu of
-# csrc/cuda list them.
+# The compiled shapes, by the `variant` of csrc/kernels.h; resident_conv2d.cu, streamed_conv2d.cu, narrow_conv2d.cu
+# and stem_conv2d.cu of csrc/cuda list them.
 VARIANTS = (
     Shape(128, 64, 2, 2, False),
-    Shape(128, 128, 1, 2, True),
-    Shape(256, 64, 1, 2, True),
+    Shape(256, 128, 1, 1, True, True),
+    Shape(512, 64, 1, 1, True, True),
     Shape(128, 32, 4, 2, False),
     Shape(256, 32, 2, 2, False),
     Shape(128, 16, 8, 2, False),
     Shape(256, 16, 4, 2, False),
-    Shape(128, 64, 1, 2, True),
-    Shape(256, 128, 1, 1, True, True),
-    Shape(512, 64, 1, 1, True, True),
 )
 TF32_VARIANTS = (0, 4, 6)  # those that take float32: tf32_conv2d.cu
 STEM_VARIANTS = (Shape(256, 64, 1, 2, False), Shape(256, 64, 1, 2, True))
@@ -72,7 +69,8 @@ RINGS = ((64, 3), (64, 2), (32, 3), (32, 2), (16, 3), (16, 2))
 LONG_RINGS, MANY_CHANNELS = ((64, 3), (32, 4), (64, 2), (32, 3), (32, 2), (16, 3), (16, 2)), 257
 # Where the weights stream by too: wide stages, several of them.
 STREAMED_RINGS = ((64, 4), (64, 3), (64, 2), (32, 4), (32, 3), (32, 2), (16, 4), (16, 3), (16, 2))
-GOOD_SLOTS, LEAST_SLOTS, MOST_SLOTS = 5, 2, 16  # places for the weights of a chunk
+# Places for the weights of a chunk. A group of warps waits for the third before it gives the first free.
+GOOD_SLOTS, LEAST_SLOTS, MOST_SLOTS = 5, 3, 16
 MOST_TAPS, ZERO_BYTES = 32, 128  # kMostTaps and kZeroBytes of csrc/cuda/streamed_conv2d.cuh
 MOST_BOX = 256  # pixels of a tensor copy in each direction
 MAX_PLACES = 65535  # of a patch: kMaxPlaces of csrc/bindings.cpp
@@ -137,18 +135,17 @@ class Convolution(NamedTuple):
     size: int = 2
 
 
-def candidates(block_out: int, c_out: int, wgmma: bool, tf32: bool = False) -> tuple[int, ...]:
+def candidates(block_out: int, c_out: int, wgmma: bool, tf32: bool = False, taps: Pair = (3, 3)) -> tuple[int, ...]:
     """The compiled shapes for blocks of so many output channels, the first choice first, the one that needs the least
     shared memory for weights last.
 
     Args: c_out of the layer: a thread block of 128 channels would be half empty from 64 on; wgmma: whether the
-    processor has it; tf32: whether the numbers are float32.
+    processor has it; tf32: whether the numbers are float32; taps (R, S) of the layer.
     """
-    wgmma &= not tf32
-    if block_out % 128 == 0 and wgmma:
-        found: tuple[int, ...] = (1, 7)
-    elif block_out % 64 == 0:
-        found = (2,) if wgmma else (0, 4)
+    if block_out % 64 == 0 and wgmma and not tf32 and taps[0] * taps[1] <= MOST_TAPS:
+        return (1,) if block_out % 128 == 0 and c_out > 64 else (2,)
+    if block_out % 64 == 0:
+        found: tuple[int, ...] = (0, 4)
     else:
         found = (3, 4) if block_out % 32 == 0 else (5, 6)
     if tf32:
@@ -158,20 +155,17 @@ def candidates(block_out: int, c_out: int, wgmma: bool, tf32: bool = False) -> t
 
 
 def choose_variant(found: Sequence[int], most_steps: Callable[[int], Tensor], limit: int) -> int:
-    """The first of ``found`` whose weights leave half of shared memory to the input, or the last.
+    """The first of ``found`` whose weights leave half of shared memory to the input or stream by too, or the last.
 
-    Weights of 147 KB, 36 steps of 128 channels, leave room for two stages of 32 input channels of a tile, or of 16:
-    16 or 4 KB on their way to a processor, where a latency of 1 us and what L2 gives ask for 40 or more. 512 channels
-    at 4x4 and 2x2, batch 1024, took 153 and 41 us so on an H200. Half the channels need half the weights and have 48
-    and 32 KB on their way. They read the input twice, 134 MB at 4x4, which L2 gives in 14 to 24 us.
+    Weights that fill it leave room for a few KB of input on their way to a processor, where a latency of 1 us and what
+    L2 gives ask for 40 or more: 512 channels at 4x4, batch 1024, took 153 us so on an H200, and 61 with half of the
+    channels.
 
     Args: most_steps: ``Index.most_steps`` for a column of so many channels; limit: bytes of shared memory.
     """
     for variant in found[:-1]:
         shape = VARIANTS[variant]
-        most = most_steps(shape.column)
-        steps = int(most[min(shape.columns, most.numel()) - 1])
-        if steps * shape.column * STEP_BYTES <= limit // 2:
+        if shape.streamed or shape.steps(most_steps(shape.column).tolist()) * shape.column * STEP_BYTES <= limit // 2:
             return variant
     return found[-1]
 
@@ -196,8 +190,9 @@ def streamed_bytes(shape: Shape, tile: Tile, slab: int, stages: int, c_in: int, 
 def _streamed_plan(
     variant: int, conv: Convolution, steps: int, limit: int, processors: int, config: Mapping[str, int]
 ) -> Plan | None:
-    """As `plan`. Pixels and weights share what shared memory has left: places for eight steps or more if they can be had,
-    a stage of the pixels less otherwise."""
+    """As `plan`. Pixels and weights share what shared memory has left: a stage of the pixels less where there are not
+    `GOOD_SLOTS` places for weights otherwise.
+    """
     shape = VARIANTS[variant]
     if conv.taps[0] * conv.taps[1] > MOST_TAPS:
         return None
@@ -307,7 +302,10 @@ def in_range(conv: Convolution, plan: Plan, image_of_y: int) -> str | None:
     read, written = conv.h * conv.w * conv.c_in * conv.size, max(image_of_y, p * q * conv.c_out)
     if images * max(read, written) > INT32_MAX:
         return "images of 2**31 bytes of input or elements of output"
-    if images * plan.tile.load_rows * plan.tile.load_cols > MAX_PLACES or plan.tile.tiles(conv.n, p, q) > INT32_MAX:
+    shape, tiles = VARIANTS[plan.variant], plan.tile.tiles(conv.n, p, q)
+    if shape.streamed:  # its thread blocks count tiles and columns, and a round of blocks beyond the last
+        tiles = 2 * tiles * -(-conv.c_out // shape.column) + 2 * plan.blocks
+    if images * plan.tile.load_rows * plan.tile.load_cols > MAX_PLACES or tiles > INT32_MAX:
         return "too many pixels"
     return None
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_emulation import emulate_fault
+from cuda_emulation import CONVOLUTIONS, emulate_fault
 from tensor_core_device import HOPPER_SHARED, MODES, Device, device, fails, use
 from torch import Tensor
 from torch.nn import functional as F
@@ -273,8 +273,8 @@ def test_layers_of_real_sizes():
     """1024 output channels for 64 input ones: the forward's rows fit, of the transposed weight not one column does."""
     grad = Convolution(8, 1024, 8, 8, 64, (3, 3), (1, 1), (1, 1), (1, 1), (8, 8))
     forward = Convolution(8, 64, 8, 8, 1024, (3, 3), (1, 1), (1, 1), (1, 1), (8, 8))
-    full = resident_plan.fitting_plan(1, forward, (36,) * 8, HOPPER_SHARED, 132)
-    assert full is not None and full.columns == 1
+    full = resident_plan.fitting_plan(1, forward, tuple(range(36, 9 * 36, 36)), HOPPER_SHARED, 132)
+    assert full is not None and full.columns == 1 and full.steps == 288
     columns = tuple(range(576, 5 * 576, 576))
     assert resident_plan.fitting_plan(6, grad, columns, HOPPER_SHARED, 132) is None
     half = resident_plan.fitting_plan(6, grad._replace(c_in=512), tuple(n // 2 for n in columns), HOPPER_SHARED, 132)
@@ -322,7 +322,7 @@ BREAKS = {
 @pytest.mark.parametrize("name", BREAKS)
 def test_the_emulation_sees_what_is_missing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     old, new = BREAKS[name]
-    broken = use(emulate_fault(tmp_path, "sparse_tile.cuh", old, new, "resident_conv2d", "narrow_conv2d"), monkeypatch)
+    broken = use(emulate_fault(tmp_path, "sparse_tile.cuh", old, new, *CONVOLUTIONS), monkeypatch)
     assert any(fails(broken, mode, partial(check_places, broken, monkeypatch, mode)) for mode in MODES)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_emulation import emulate_fault
+from cuda_emulation import CONVOLUTIONS, emulate_fault
 from tensor_core_device import HOPPER_SHARED, MODES, Device, device, fails, use
 
 from slimkernels.cases import ConvCase, to_device
@@ -57,9 +57,9 @@ def chosen(case: ConvCase, wgmma: bool = True, limit: int = HOPPER_SHARED) -> in
 
 
 def test_candidates():
-    """Wide columns first; 64 channels a thread block where a layer has no more, or where its weights are many."""
+    """Wide columns first; 64 channels a thread block where a layer has no more."""
     for block_out, c_out, wgmma, expected in (
-        (128, 512, True, (1, 7)), (128, 64, True, (7,)), (64, 512, True, (2,)), (192, 384, True, (2,)),
+        (128, 512, True, (1,)), (128, 64, True, (2,)), (64, 512, True, (2,)), (192, 384, True, (2,)),
         (128, 512, False, (0, 4)), (64, 64, False, (4,)), (32, 256, True, (3, 4)), (96, 64, False, (4,)),
         (16, 256, True, (5, 6)), (16, 64, True, (6,)), (48, 96, False, (5, 6)),
     ):  # fmt: skip
@@ -67,23 +67,10 @@ def test_candidates():
         for variant in expected:
             assert block_out % VARIANTS[variant].column == 0 and VARIANTS[variant].wgmma <= wgmma
     layer = ConvCase("sparse", c_in=512, c_out=512, h=4, w=4, block_shape=(128, 16), sparsity=0.875, dtype=BF16)
-    assert chosen(layer) == 7 and chosen(replace(layer, sparsity=0.95)) == 1  # 36 and 14 steps of 4 KB a row
+    assert chosen(layer) == 1  # whatever its weights take
+    assert resident_plan.candidates(128, 512, True, taps=(7, 7)) == (0, 4)  # more taps than a step's word tells
     assert chosen(layer, wgmma=False, limit=163 * 1024) == 4
     assert chosen(replace(layer, block_shape=(16, 16))) == 6
-
-
-def test_half_of_the_weights_leaves_room_for_the_input():
-    """What was measured to stall, 512 channels at 4x4: on their way to a processor are 48 KB and no longer 16."""
-    layer = (1024, 512, 4, 4, 512, (3, 3), (1, 1), (1, 1), (1, 1))
-    whole = resident_plan.plan(1, *layer, 36, HOPPER_SHARED, 132, {})
-    half = resident_plan.plan(7, *layer, 36, HOPPER_SHARED, 132, {})
-    assert whole is not None and half is not None
-
-    def on_their_way(plan: resident_plan.Plan) -> int:
-        return VARIANTS[plan.variant].groups * (plan.stages - 1) * VARIANTS[plan.variant].pixels * plan.slab * 2
-
-    assert (whole.slab, whole.stages, on_their_way(whole)) == (32, 2, 16 * 1024)
-    assert (half.slab, half.stages, on_their_way(half)) == (32, 4, 48 * 1024)
 
 
 def test_wide_blocks_take_a_narrow_column_on_another_gpu(device: Device, monkeypatch: pytest.MonkeyPatch):
@@ -139,7 +126,7 @@ BREAKS = {
 def test_the_emulation_sees_what_is_missing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """In one mode at least the result is wrong, or the emulation ends the process: each runs in one of its own."""
     header, old, new = BREAKS[name]
-    broken = use(emulate_fault(tmp_path, header, old, new, "resident_conv2d", "narrow_conv2d"), monkeypatch)
+    broken = use(emulate_fault(tmp_path, header, old, new, *CONVOLUTIONS), monkeypatch)
     assert any(fails(broken, mode, lambda: check_orders(broken)) for mode in MODES)
 
 

@@ -15,16 +15,12 @@ from slimkernels.kernels.low_rank_plan import VARIANTS
 pytest.importorskip("triton")
 COLUMNS_32 = ("Li1ELi4ELi8ELi4E", "Li2ELi2ELi8ELi4E")
 COLUMNS_16 = ("Li1ELi4ELi8ELi2E", "Li2ELi2ELi8ELi2E")
-HOPPER_HALF = "Li4ELi1ELi2ELi8E"
 PORTABLE, HOPPER, NARROW = "Li2ELi2ELi4ELi8E", "Li4ELi1ELi2ELi16E", "Li4ELi1ELi4ELi8E"
 # Kernel, its shape's template arguments, architecture -> the most instructions of its loop for each step, and the
 # matrix instructions of a step. With wgmma the loop takes two steps at a time, and four warps multiply together.
 LOOPS = {
     ("resident_conv2d", PORTABLE + "Li2ELb0", "sm_80"): (52, 32),
     ("resident_conv2d", PORTABLE + "Li2ELb0", "sm_90a"): (52, 32),
-    ("resident_conv2d", HOPPER + "Li2ELb1", "sm_90a"): (24, 2),
-    ("resident_conv2d", NARROW + "Li2ELb1", "sm_90a"): (34, 4),
-    ("resident_conv2d", HOPPER_HALF + "Li2ELb1", "sm_90a"): (24, 2),
     **{("resident_conv2d", tile + "Li2ELb0", arch): (58, 32) for tile in COLUMNS_32 for arch in ("sm_80", "sm_90a")},
     **{("resident_conv2d", tile + "Li2ELb0", arch): (38, 16) for tile in COLUMNS_16 for arch in ("sm_80", "sm_90a")},
     ("stem_conv2d", NARROW + "Li2ELb0", "sm_80"): (52, 32),
@@ -103,27 +99,38 @@ def test_tf32_registers(arch: str):
 def test_copies_and_registers(arch: str):
     """Every copy to shared memory is of 16 bytes past L1, and nothing is spilled."""
     names = [name for name in functions(arch) if "TileShape" in name]
-    assert len(names) == 23
+    assert len(names) == 21
     for name in names:
         code = sass.parse(functions(arch)[name])
         kinds = [i.name for i in code.instructions]
         assert not any(i.startswith(("LDL", "STL")) for i in kinds), name
         copies = [i for i in kinds if i.startswith("LDGSTS")]
-        if arch == "sm_90a" or "Lb0" in name:
+        if "streamed" in name:
+            assert arch == "sm_90a" or len(code.instructions) < 64
+        elif arch == "sm_90a" or "Lb0" in name:
             assert copies and all("128" in i and "BYPASS" in i for i in copies), name
         else:  # a shape of another processor
             assert len(code.instructions) < 64
 
 
-def test_wgmma_is_not_serialized():
-    """Of two steps' products, the second is issued before the first is waited for."""
-    for name, arguments in (
-        ("resident_conv2d", HOPPER),
-        ("resident_conv2d", NARROW),
-        ("resident_conv2d", HOPPER_HALF),
-    ):
-        code = kernel(name, arguments + "Li2ELb1", "sm_90a")
-        assert code.in_loop("WARPGROUP", "DEPBAR") == 1
+# Streamed shapes -> products of a step, steps of a chunk, and the most instructions of the loop, which has two chunks,
+# each of them with all its steps or with one.
+STREAMED = {HOPPER: (2, 2, 290), NARROW: (4, 1, 220)}
+
+
+@pytest.mark.parametrize("shape", STREAMED)
+def test_streamed(shape: str):
+    """A chunk's products follow each other, and are waited for behind the next chunk's only; who multiplies copies
+    nothing, and who copies has one instruction for pixels and one for weights."""
+    of_step, chunk, most = STREAMED[shape]
+    for dtype in ("13__nv_bfloat16", "6__half"):
+        code = kernel("streamed_conv2d", shape + "Li2ELb1", "sm_90a", dtype)
+        products = of_step * (chunk if chunk == 1 else chunk + 1)
+        assert code.in_loop("HGMMA") == code.in_loop("LDSM") == 2 * products
+        assert code.in_loop("WARPGROUP", "DEPBAR") == 2 and len(code.loop) <= most
+        kinds = [i.kind for i in code.instructions]
+        assert kinds.count("UTMALDG") == kinds.count("UBLKCP") == 1
+        assert not any(i.name.startswith("LDGSTS") for i in code.instructions)
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])

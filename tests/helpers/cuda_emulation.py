@@ -21,6 +21,7 @@ from places import ROOT
 LAUNCH = re.compile(r"(\w+<[\w, ]+>)<<<(.*?)>>>\((.*?)\);", re.S)
 SHARED = re.compile(r"extern __shared__ (\w+) (\w+)\[\];")
 LIBRARY = "libcuda_on_cpu.so"
+CONVOLUTIONS = ("resident_conv2d", "streamed_conv2d", "narrow_conv2d")  # files of one entry
 CTYPES = {"int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32}
 
 
