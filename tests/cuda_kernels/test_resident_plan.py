@@ -154,15 +154,17 @@ def test_a_tile_reads_inside_its_patch(h: int, w: int, taps: tuple[int, int], st
 
 
 def test_plans_fit_and_fill_the_device():
-    layer = (1, 1024, 256, 8, 8, 256, (3, 3), ONE, ONE, ONE)
+    layer = (0, 1024, 256, 8, 8, 256, (3, 3), ONE, ONE, ONE)
     plan = resident_plan.plan(*layer, 36, 227 * 1024, 132, {})
-    assert plan is not None and (plan.slab, plan.stages, plan.blocks) == (32, 2, 132)
+    assert plan is not None and (plan.slab, plan.stages, plan.blocks) == (64, 3, 132)
     assert plan.shared_bytes <= 227 * 1024
     assert resident_plan.plan(*layer, 36, 227 * 1024, 132, {"slab": 16, "stages": 4})[2:4] == (16, 4)
-    assert resident_plan.plan(*layer, 60, 227 * 1024, 132, {}) is None  # 240 KB of weights
-    few = resident_plan.plan(1, 1, 512, 2, 2, 512, (3, 3), ONE, ONE, ONE, 36, 227 * 1024, 132, {})
+    assert resident_plan.plan(*layer, 120, 227 * 1024, 132, {}) is None  # 240 KB of weights
+    streamed = resident_plan.plan(1, *layer[1:], 120, 227 * 1024, 132, {})  # of which few are there at a time
+    assert streamed is not None and streamed.shared_bytes <= 227 * 1024 and streamed.slots < 60
+    few = resident_plan.plan(0, 1, 512, 2, 2, 512, (3, 3), ONE, ONE, ONE, 36, 227 * 1024, 132, {})
     assert few is not None and few.blocks == 4  # one tile of each row of channels
-    strided = resident_plan.plan(2, 4, 64, 40, 40, 64, (3, 3), (4, 4), ONE, ONE, 36, 99 * 1024, 108, {})
+    strided = resident_plan.plan(4, 4, 64, 40, 40, 64, (3, 3), (4, 4), ONE, ONE, 36, 99 * 1024, 108, {})
     assert strided is not None and strided.tile.images * strided.tile.rows * strided.tile.cols < 256
     assert resident_plan.plan_stem(1, 1024, 32, 32, 5, 227 * 1024, 132).tile[:3] == (1, 8, 32)
     assert resident_plan.plan_stem(0, 1, 224, 224, 5, 227 * 1024, 132) is None  # two rows of 224 exceed a tile
@@ -197,7 +199,7 @@ WRONG_PLANS = [
     ({"tile_images": 60000}, "a tile reads too many pixels"),
     ({"h": 2**24, "p": 2**24}, "the images of a tile have 2"),
     ({"steps": -1}, "steps = -1 is out of range"),
-    ({"variant": 8}, "variant = 8 is out of range"),
+    ({"variant": 7}, "variant = 7 is out of range"),
     ({"overlap": 2}, "overlap = 2 is out of range"),
     ({"dtype": 3}, "dtype = 3 is out of range"),
     ({"blocks": 0}, "blocks = 0 is out of range"),
@@ -238,6 +240,26 @@ def test_the_bindings_refuse_what_one_of_them_cannot_do():
     ):
         with pytest.raises(ValueError, match=f"^cuda_resident_conv2d: {message}"):
             module.cuda_resident_conv2d(*plan_members("SlimCudaResidentConv2d", **changes))
+    tile = resident_plan.without_borders(resident_plan.choose_tile(256, 16, 16, (3, 3), (1, 1), (1, 1), (1, 1)))
+    streamed = dict(zip(("tile_images", "tile_rows", "tile_cols", *tile._fields[3:]), tile, strict=True))
+    streamed |= {"variant": 2, "columns": 1, "slots": 3}
+    for changes, message in (
+        ({"patch_row": 17}, "a patch is not what a tensor copy leaves"),
+        ({"patch": 257}, "a patch is not what a tensor copy leaves"),
+        (
+            {"tile_images": 1, "load_rows": 257, "patch_image": 257 * 16, "patch": 257 * 16},
+            "a patch is more than a tensor",
+        ),
+        ({"r": 11, "pad_h": 5}, "there are more than 32 taps"),
+        ({"dil_h": 2**15, "pad_h": 2**15, "dil_w": 2**15, "pad_w": 2**15}, "a step's place does not fit 24 bits"),
+        ({"slab": 128}, "a step's place does not fit 24 bits"),
+        ({"slots": 2}, "there are fewer than three places for weights"),
+        ({"n": 2**30}, "there are too many tiles"),
+        ({"columns": 2}, "columns = 2 is more than the variant has"),
+        ({"dtype": 0}, "variant = 2 takes no float32"),
+    ):
+        with pytest.raises(ValueError, match=f"^cuda_resident_conv2d: {message}"):
+            module.cuda_resident_conv2d(*plan_members("SlimCudaResidentConv2d", **(streamed | changes)))
     wide = {"w": 64, "q": 64, "tile_cols": 64, "patch_row": 65, "load_cols": 64, "patch": 65 * 18 + 2}
     for changes, message in (
         ({"load_left": 0}, "a tile is not made of whole rows"),
