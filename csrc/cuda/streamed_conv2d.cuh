@@ -42,7 +42,7 @@ __host__ __device__ inline StreamedLayout streamed_layout(const SlimCudaResident
   l.zeros = l.weights + a.slots * kChunk<Shape> * Shape::STEP_BYTES;
   l.windows = l.zeros + kZeroBytes;
   l.barriers = l.windows + Shape::GROUPS * Shape::WINDOWS * 16;
-  l.bias = l.barriers + (a.stages + a.slots) * 16;
+  l.bias = l.barriers + (a.stages + a.slots + 1) * 16;  // the last one is for the head start
   l.steps = l.bias + columns * Shape::COLUMN * kBiasBytes;
   l.starts = l.steps + (a.steps + kChunk<Shape>)*4;  // behind the last, words are read and not used
   l.order = l.starts + columns * (slabs + 1) * 4;
@@ -154,6 +154,14 @@ SLIM_DEVICE void multiply_pairs(const SlimCudaResidentConv2d& a, const StreamedL
   StreamedTile<T, Shape> product;
   product.find(a, base + at.windows + group * Shape::WINDOWS * 16, warp, lane);
   RingPlace x, w, used;  // used: the place of the weights whose product was waited for last
+  // Group 0 goes ahead by half a pair, or as much as half of either ring holds, so that one group multiplies while the
+  // other stores. Chunks and slabs that it has left until group 1 may begin:
+  const uint32_t head_start = w_barriers + a.slots * 16;
+  int chunks_ahead = 0, slabs_ahead = max(a.stages / 2, 1);
+  const auto let_others_begin = [&] {
+    if (group == 0 && warp == 0 && lane == 0 && slabs_ahead > 0) hw::mbarrier_arrive(head_start);
+    slabs_ahead = 0;
+  };
   Pairs pairs{streamed_columns<Shape>(a), int(hw::load_shared_32(base + at.pairs))};
   for (; pairs.left(); ++pairs.round) {
     const int number = pairs.number();
@@ -215,10 +223,15 @@ SLIM_DEVICE void multiply_pairs(const SlimCudaResidentConv2d& a, const StreamedL
       }
       step += count;
       left -= count;
+      if (--chunks_ahead == 0) let_others_begin();
       if (step == end) {  // the slab's pixels are in registers
         hw::synchronize_warp();
         if (lane == 0) hw::mbarrier_arrive(x.free(x_barriers));
         x.advance(a.stages);
+        if (--slabs_ahead == 0) {
+          slabs_ahead = 1;
+          let_others_begin();
+        }
       }
     };
     const auto release = [&] {
@@ -227,6 +240,10 @@ SLIM_DEVICE void multiply_pairs(const SlimCudaResidentConv2d& a, const StreamedL
     };
     const bool any = left > 0;
     if (any) prepare();
+    if (pairs.round == 0) {
+      chunks_ahead = max(1, min(left / (2 * kChunk<Shape>), a.slots / 2));
+      if (group != 0) hw::mbarrier_wait(head_start, 0);
+    }
     bool first = true;
 #pragma unroll 1
     while (left > 0) {  // an operand is overwritten once the product that reads it is done
@@ -244,6 +261,7 @@ SLIM_DEVICE void multiply_pairs(const SlimCudaResidentConv2d& a, const StreamedL
     hw::multiply_group_wait<0>();
     product.settle();
     if (any) release();
+    let_others_begin();
     product.store(a, tile_position(a, number / pairs.columns), int(a.c_out), lane);
   }
 }
@@ -384,8 +402,8 @@ __global__ void __launch_bounds__(kStreamedThreads<Shape>, 1)
     write_order<Shape>(a, base + at.order, lane);
   } else if (lane == 0) {  // lanes would take turns
 #pragma unroll 1
-    for (int i = warp - Shape::THREADS / 32 - 1; i < a.stages + a.slots; i += 3) {
-      hw::mbarrier_init(base + at.barriers + i * 16, 1);                      // who asks for the copy
+    for (int i = warp - Shape::THREADS / 32 - 1; i < a.stages + a.slots + 1; i += 3) {
+      hw::mbarrier_init(base + at.barriers + i * 16, 1);                      // who asks for the copy, or is ahead
       hw::mbarrier_init(base + at.barriers + i * 16 + 8, Shape::GROUPS * 4);  // a lane of each warp
     }
     hw::fence_mbarrier_init();

@@ -182,7 +182,7 @@ def shared_bytes(shape: Shape, tile: Tile, slab: int, stages: int, c_in: int, st
 def streamed_bytes(shape: Shape, tile: Tile, slab: int, stages: int, c_in: int, c_out: int, steps: int) -> int:
     """Shared memory of a thread block but for weights: `streamed_layout` of csrc/cuda/streamed_conv2d.cuh."""
     columns, slabs = -(-c_out // shape.column), -(-c_in // slab)
-    tables = ZERO_BYTES + shape.pixels // 4 * 16 + columns * (shape.column * 8 + (slabs + 2) * 4)
+    tables = ZERO_BYTES + shape.pixels // 4 * 16 + 16 + columns * (shape.column * 8 + (slabs + 2) * 4)
     tables += (steps + shape.chunk + 1) * 4
     return stages * (_up(tile.patch * slab * 2, 1024) + 16) + _up(tables, 16)
 

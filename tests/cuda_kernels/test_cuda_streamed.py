@@ -119,6 +119,7 @@ BREAKS = {
     "the second step of a chunk": ("weights + k * Shape::STEP_BYTES", "weights"),
     "the order of columns": ("before += theirs > mine || (theirs == mine && other < lane);", "before = 0;"),
     "the other half of a tile": ("base + at.windows + group * Shape::WINDOWS * 16", "base + at.windows"),
+    "the head start's end": ("hw::mbarrier_arrive(head_start);", ";"),
     "an arrival too few": ("Shape::GROUPS * 4);  // a lane of each warp", "4);  // a lane of each warp"),
 }  # fmt: skip
 
