@@ -157,10 +157,11 @@ SLIM_DEVICE void multiply_pairs(const SlimCudaResidentConv2d& a, const StreamedL
   // Group 0 goes ahead by half a pair, or as much as half of either ring holds, so that one group multiplies while the
   // other stores. Chunks and slabs that it has left until group 1 may begin:
   const uint32_t head_start = w_barriers + a.slots * 16;
-  int chunks_ahead = 0, slabs_ahead = max(a.stages / 2, 1);
-  const auto let_others_begin = [&] {
-    if (group == 0 && warp == 0 && lane == 0 && slabs_ahead > 0) hw::mbarrier_arrive(head_start);
-    slabs_ahead = 0;
+  bool alone = group == 0;
+  int chunks_alone = 0, slabs_alone = max(a.stages / 2, 1);
+  const auto end_head_start = [&] {
+    if (warp == 0 && lane == 0) hw::mbarrier_arrive(head_start);
+    alone = false;
   };
   Pairs pairs{streamed_columns<Shape>(a), int(hw::load_shared_32(base + at.pairs))};
   for (; pairs.left(); ++pairs.round) {
@@ -186,8 +187,7 @@ SLIM_DEVICE void multiply_pairs(const SlimCudaResidentConv2d& a, const StreamedL
       count = min(end - step, kChunk<Shape>);
       const uint32_t begin = base + at.pixels + x.place * at.stage;
 #pragma unroll
-      for (int k = 0; k < kChunk<Shape>;
-           ++k) {  // of a step that the chunk does not have it finds something, and nobody reads it
+      for (int k = 0; k < kChunk<Shape>; ++k) {  // of a step that the chunk does not have nobody reads what is found
         const uint32_t word = hw::load_shared_32(base + at.steps + (step + k) * 4), tap = word >> 24;
 #pragma unroll
         for (int i = 0; i < Shape::M_TILES; ++i) {
@@ -223,15 +223,12 @@ SLIM_DEVICE void multiply_pairs(const SlimCudaResidentConv2d& a, const StreamedL
       }
       step += count;
       left -= count;
-      if (--chunks_ahead == 0) let_others_begin();
+      if (alone && --chunks_alone == 0) end_head_start();
       if (step == end) {  // the slab's pixels are in registers
         hw::synchronize_warp();
         if (lane == 0) hw::mbarrier_arrive(x.free(x_barriers));
         x.advance(a.stages);
-        if (--slabs_ahead == 0) {
-          slabs_ahead = 1;
-          let_others_begin();
-        }
+        if (alone && --slabs_alone == 0) end_head_start();
       }
     };
     const auto release = [&] {
@@ -241,7 +238,7 @@ SLIM_DEVICE void multiply_pairs(const SlimCudaResidentConv2d& a, const StreamedL
     const bool any = left > 0;
     if (any) prepare();
     if (pairs.round == 0) {
-      chunks_ahead = max(1, min(left / (2 * kChunk<Shape>), a.slots / 2));
+      chunks_alone = max(1, min(left / (2 * kChunk<Shape>), a.slots / 2));
       if (group != 0) hw::mbarrier_wait(head_start, 0);
     }
     bool first = true;
@@ -261,7 +258,7 @@ SLIM_DEVICE void multiply_pairs(const SlimCudaResidentConv2d& a, const StreamedL
     hw::multiply_group_wait<0>();
     product.settle();
     if (any) release();
-    let_others_begin();
+    if (alone) end_head_start();
     product.store(a, tile_position(a, number / pairs.columns), int(a.c_out), lane);
   }
 }
