@@ -2,12 +2,13 @@
 
 CPU: DeepSparse at the same sparsity (``--deepsparse PYTHON``).
 GPU: cuDNN channels_last eager, and replayed from CUDA graphs, because at small batches launches decide: the same, with
-ReLU fused by cuDNN, and torch.compile.
+ReLU fused by cuDNN, in residual networks the addition in front of it too, and torch.compile.
 """
 
 from __future__ import annotations
 
-import itertools
+import copy
+import operator
 import subprocess
 import tempfile
 import warnings
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from slimkernels import timing
@@ -90,32 +92,57 @@ def deepsparse_seconds(python: str | None, model: nn.Module, x: Tensor, seconds:
         peer.close()
 
 
-class _ReluFused(nn.Module):
-    """A convolution with the ReLU behind it as one cuDNN call."""
+class _Fused(nn.Module):
+    """A convolution with the ReLU behind it as one cuDNN call, or with an addition and the ReLU behind that."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
         self.conv = conv
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
         conv = self.conv
-        return torch.cudnn_convolution_relu(
-            x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups
-        )
+        geometry = conv.stride, conv.padding, conv.dilation, conv.groups
+        if added is None:
+            return torch.cudnn_convolution_relu(x, conv.weight, conv.bias, *geometry)
+        return torch.cudnn_convolution_add_relu(x, conv.weight, added, 1.0, conv.bias, *geometry)
 
 
-def with_fused_relu(model: nn.Module) -> nn.Module:
-    """A copy of a model in which every Conv2d with a ReLU as its next sibling is one cuDNN call: right for VGGs."""
-    import copy
+_ADDITIONS = (operator.add, operator.iadd, torch.add)
 
-    copied = copy.deepcopy(model)
-    for container in list(copied.modules()):
-        children = [(n, m) for n, m in container.named_children() if not isinstance(m, nn.Identity)]
-        for (name, module), (after, relu) in itertools.pairwise(children):
-            if isinstance(module, nn.Conv2d) and isinstance(relu, nn.ReLU) and module.bias is not None:
-                setattr(container, name, _ReluFused(module))
-                setattr(container, after, nn.Identity())
-    return copied
+
+def fused_by_cudnn(model: nn.Module, additions: bool = False) -> nn.Module:
+    """A copy of a model in which every Conv2d with a ReLU behind it is one cuDNN call.
+
+    With ``additions`` every Conv2d with an addition and then a ReLU behind it too, as the last one of a residual block.
+    Raises torch.fx's errors where a model cannot be traced.
+    """
+    traced = torch.fx.symbolic_trace(copy.deepcopy(model))
+    graph, modules = traced.graph, dict(traced.named_modules())
+
+    def conv_of(node: Any) -> nn.Conv2d | None:
+        module = modules.get(node.target) if isinstance(node, torch.fx.Node) and node.op == "call_module" else None
+        alone = isinstance(module, nn.Conv2d) and module.bias is not None and len(node.users) == 1
+        return module if alone else None
+
+    for i, relu in enumerate(list(graph.nodes)):
+        if relu.op != "call_module" or type(modules[relu.target]) is not nn.ReLU:
+            continue
+        given, behind = relu.args[0], [relu]
+        if additions and given.target in _ADDITIONS and len(given.users) == 1:
+            behind.append(given)
+            given = next((node for node in given.args if conv_of(node) is not None), None)
+        conv = conv_of(given)
+        if conv is None:
+            continue
+        added = [other for other in behind[-1].args if other is not given]  # none behind a convolution alone
+        traced.add_submodule(f"fused_{i}", _Fused(conv))
+        with graph.inserting_before(relu):
+            relu.replace_all_uses_with(graph.call_module(f"fused_{i}", (given.args[0], *added)))
+        for node in (*behind, given):
+            graph.erase_node(node)
+    graph.lint()
+    traced.recompile()
+    return traced
 
 
 class Replay:
@@ -135,6 +162,17 @@ class Replay:
     def __call__(self) -> Tensor:
         self._replay()
         return self._y
+
+
+def in_batches(model: Callable[[Tensor], Tensor], batch: int) -> Callable[[Tensor], Tensor]:
+    """A model that is called with so many images at a time: those for which kernels were chosen and compiled."""
+    return lambda x: torch.cat([model(part) for part in x.split(batch)])
+
+
+def graph_ms(served: Any) -> float:
+    """Milliseconds of what `slimkernels.graphed` recorded for one shape: the graph alone, by the device's clock."""
+    (recording,) = served.recordings.values()
+    return 1e3 * float(getattr(recording, "replay", recording).seconds())
 
 
 def gpu_dense(
@@ -173,7 +211,9 @@ def gpu_dense(
 
     add("eager channels_last", lambda: lambda: folded(x))
     add("CUDA graph, channels_last", lambda: Replay(folded, x))
-    add("CUDA graph, ReLU fused by cuDNN", lambda: Replay(with_fused_relu(folded), x))
+    add("CUDA graph, ReLU fused by cuDNN", lambda: Replay(fused_by_cudnn(folded), x))
+    if isinstance(folded, torch.fx.GraphModule) and any(node.target in _ADDITIONS for node in folded.graph.nodes):
+        add("CUDA graph, addition and ReLU fused by cuDNN", lambda: Replay(fused_by_cudnn(folded, additions=True), x))
     if compile is not None:
         add(f"CUDA graph, torch.compile {compile}", compiled)
     return found

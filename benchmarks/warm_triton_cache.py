@@ -29,9 +29,10 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +44,7 @@ from gpu_check import plan  # noqa: E402
 KEPT = (".cubin", ".json", ".so")
 # What the stages of the check launch: `gpu_check.layers.ROWS` by name.
 ROWS = ("headline", "blocks_64x16", "blocks_32x32", "sparsity_95", "batch_16", "batch_1", "vgg16_224")
+CHAIN_BATCH = 4  # of the stage "chain", beside those of the rows
 # The rows of the recipe's preset for a device whose blocks a GPU multiplies, at every batch that is evaluated (512, and
 # what is left of 10 000 images), compared or timed. Compiled there they took 9 s a row of its time.
 RECIPE_BLOCKS, RECIPE_BATCHES = (128, 16), (1, 256, 272, 512, 1024)
@@ -69,10 +71,39 @@ def prepare(folder: str, libcuda: str) -> None:
     stand_in.install(compiling=True, values=False)
 
 
-def jobs() -> list[Job]:
-    """Everything to be compiled: forward layers of the rows and the sweep, the layers of a training step, and what the
-    tables that are shipped choose.
+def jobs() -> Iterator[Job]:
+    """Everything to be compiled, each job once: forward layers of the rows and the sweep, the layers of a training
+    step, what the tables that are shipped choose, and what `convert` times for other networks; of each card, since
+    their choices differ.
     """
+    from gpu_check import conversions, layers
+    from stand_in import cuda
+
+    from slimkernels.dispatch import select
+
+    seen: set[str] = set()
+
+    def new(found: Iterable[Job]) -> Iterator[Job]:
+        for job in found:
+            # A library's kernels are compiled already.
+            if "__triton" in job.kernel and repr(job) not in seen:
+                seen.add(repr(job))
+                yield job
+
+    for card in cuda.CARDS:
+        cuda.become(card)
+        select.forget()
+        yield from new(jobs_of_rows())
+    networks = list(conversions.every())
+    for card in cuda.CARDS:
+        cuda.become(card)
+        select.forget()
+        problems = [p for network in networks for p in network.problems()]
+        yield from new(Job(c.name, p, dict(c.config)) for p in problems for c in [layers.choice_of(p)])
+
+
+def jobs_of_rows() -> list[Job]:
+    """Of the networks in `gpu_check.layers`, the recipe and the tables."""
     from gpu_check import layers, precompile
 
     from slimkernels.dispatch.tables import Table
@@ -90,6 +121,8 @@ def jobs() -> list[Job]:
                 choice = layers.choice_of(p)
                 found.append(Job(choice.name, p, dict(choice.config)))
     found += [job for row in recipe.rows if row.model is not None for job in batch_norms(row.model, recipe.batch_size)]
+    small = replace(layers.ROWS["batch_1"], batch=CHAIN_BATCH).every("cuda")
+    found += [Job(choice.name, p, dict(choice.config)) for p in small for choice in [layers.choice_of(p)]]
     for p, chosen in precompile.jobs(ROWS, "cuda", training=True):
         forward = chosen or layers.choice_of(p)
         found.append(Job(forward.name, p, dict(forward.config)))
@@ -98,8 +131,7 @@ def jobs() -> list[Job]:
             forward = layers.choice_of(plain)
             found.append(Job(forward.name, plain, dict(forward.config), biased=False))
             found += [Job(f"{op}__triton", p, {}) for op in ("bsr_conv2d_dgrad", "bsr_conv2d_wgrad", "batch_norm")]
-    # A library's kernels are compiled already.
-    return [job for job in found if "__triton" in job.kernel]
+    return found
 
 
 class NormProblem(NamedTuple):
@@ -138,7 +170,7 @@ def launch(job: Job) -> None:
     from stand_in.device_tensor import DeviceTensor
 
     from slimkernels import testing
-    from slimkernels.kernels import KERNELS, FusedConvProblem
+    from slimkernels.kernels import KERNELS, FusedConvProblem, LinearProblem
     from slimkernels.kernels.triton import batch_norm, sums
     from slimkernels.kernels.triton.bsr_conv2d_index import forward_order
 
@@ -148,26 +180,36 @@ def launch(job: Job) -> None:
         layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
         return DeviceTensor(torch.empty(shape, dtype=p.dtype, device="meta", memory_format=layout))
 
+    def stored(shape: tuple[int, ...]) -> tuple[Any, list[Any]]:
+        """Values and indices, and the order of a forward launch. How many blocks decides, not which they are."""
+        pattern = testing.random_bsr(shape, p.block_shape, 1 - p.stored_share, dtype=p.dtype)
+        columns = pattern.col_indices.new_zeros(p.nnz_blocks)
+        columns[: len(pattern.col_indices)] = pattern.col_indices[: p.nnz_blocks]
+        index = pattern.crow_indices.clamp(max=p.nnz_blocks).cuda(), columns.cuda()
+        return (sized(p.nnz_blocks, *p.block_shape), *index), [forward_order(*index, shape, p.block_shape)]
+
     if job.kernel.startswith("batch_norm"):  # behind a convolution that keeps the image's size, and its bias gradient
         x, affine = sized(p.n, p.c_out, p.h, p.w), [DeviceTensor(torch.empty(p.c_out, device="meta")) for _ in range(2)]
         y, statistics = batch_norm.launch_forward(x, *affine, 1e-5, p.epilogue)
         batch_norm.launch_backward(y, x, *affine, statistics, 1e-5, p.epilogue)
         sums.launch(x)
         return
-    shape = (p.c_out, p.c_in, p.r, p.s)
     call = KERNELS[job.kernel].launch
     config = {"config": job.config} if job.config else {}
+    if isinstance(p, LinearProblem):
+        shape: tuple[int, ...] = (p.out_features, p.in_features)
+        weight, order = stored(shape)
+        call(
+            sized(p.m, p.in_features), *weight, sized(p.out_features), order, shape, p.block_shape, p.epilogue, **config
+        )
+        return
+    shape = (p.c_out, p.c_in, p.r, p.s)
     if isinstance(p, FusedConvProblem):
         x, weight, bias = sized(p.n, p.c_in, p.h, p.w), sized(*shape), sized(p.c_out)
         call(x, weight, bias, p.stride, p.padding, p.dilation, p.epilogue, **config)
         return
     grad = sized(p.n, p.c_out, p.p, p.q)
-    # The number of stored blocks decides, not which they are.
-    pattern = testing.random_bsr(shape, p.block_shape, 1 - p.stored_share, dtype=p.dtype)
-    columns = pattern.col_indices.new_zeros(p.nnz_blocks)
-    columns[: len(pattern.col_indices)] = pattern.col_indices[: p.nnz_blocks]
-    index = pattern.crow_indices.clamp(max=p.nnz_blocks).cuda(), columns.cuda()
-    weight = sized(p.nnz_blocks, *p.block_shape), *index
+    weight, order = stored(shape)
     geometry = (shape, p.block_shape, p.stride, p.padding, p.dilation)
     x = sized(p.n, p.c_in, p.h, p.w)
     if job.kernel.startswith("bsr_conv2d_dgrad"):
@@ -175,7 +217,6 @@ def launch(job: Job) -> None:
     elif job.kernel.startswith("bsr_conv2d_wgrad"):
         call(grad, x, *weight, *geometry)
     else:
-        order = [forward_order(*index, shape, p.block_shape)]
         call(x, *weight, sized(p.c_out) if job.biased else None, order, *geometry, p.epilogue, **config)
 
 
@@ -318,7 +359,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     setting = str(parsed.folder), scratch.name
     prepare(*setting)
     begun = time.monotonic()
-    work = jobs()[: parsed.limit]
+    work = list(islice(jobs(), parsed.limit))
     if parsed.check:
         refuse_to_compile()
         misses = [error for error in map(looked_up, work) if error is not None]

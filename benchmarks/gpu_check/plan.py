@@ -179,12 +179,14 @@ STAGES = (
     Stage("sparse_compiled", 2, 90, "The sparse training step through torch.compile: does it run in a CUDA graph?",
           _suite("benchmarks/bench_backward.py::test_compiled_training_step", "--compile", "default", "--seconds", "1"),
           spare=True),
-    Stage("networks", 2, 150,
-          "ResNet-50 and ResNet-18 at 224x224, batch 32, 90%, and NIN, as convert decides here, against torch.compile.",
-          _suite("benchmarks/bench_networks.py::test_network_gpu", "--compile", "default", "--seconds", "0.5"),
+    Stage("networks", 2, 100,
+          "ResNet-50 at 224x224, batch 32 and 1, 90%, NIN and ResNet-18, as convert decides here, against cuDNN with "
+          "additions and ReLUs in its kernels, ResNet-50 at batch 32 against torch.compile too.",
+          _suite("benchmarks/bench_networks.py::test_network_gpu", "--compile", "default", "--seconds", "0.3"),
           spare=True),
     Stage("checkpoints", 2, 90,
-          "Compact files that the recipe trained, converted here for batches of 1 and 1024. Needs constriction.",
+          "Compact files that the recipe trained in (128, 16) blocks, converted here for batches of 1 and 1024. Needs "
+          "constriction.",
           _suite("benchmarks/bench_checkpoints.py", "--seconds", "0.3"), spare=True),
     Stage("recipe", 3, 530,
           "VGG-19 trained, pruned and distilled at 87.5, 92, 95 and 98%, low rank, NIN: 85x smaller at 98% of the "

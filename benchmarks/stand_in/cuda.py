@@ -19,6 +19,17 @@ PROPERTIES = SimpleNamespace(
     is_integrated=0, is_multi_gpu_board=0, gcnArchName="", uuid="stand-in", pci_bus_id=0, pci_device_id=0,
 )  # fmt: skip
 
+# What tells cards apart by which kernels are chosen: `become`.
+CARDS = {
+    "h100": {"name": PROPERTIES.name, "total_memory": 80 * 2**30, "L2_cache_size": 50 * 2**20},
+    "h200": {"name": "NVIDIA H200", "total_memory": 140 * 2**30, "L2_cache_size": 60 * 2**20},
+}
+
+
+def become(card: str) -> None:
+    """Torch finds this one of `CARDS` from now on; forget what was chosen before (`slimkernels.dispatch.select`)."""
+    PROPERTIES.__dict__.update(CARDS[card])
+
 
 class Stream:
     """A stream that does its work at once."""
@@ -161,13 +172,14 @@ def install() -> None:
         "is_available": True, "is_initialized": True, "device_count": 1, "current_device": 0, "init": None,
         "_lazy_init": None, "set_device": None, "empty_cache": None, "memory_allocated": 0, "max_memory_allocated": 0,
         "memory_reserved": 0, "reset_peak_memory_stats": None, "manual_seed": None, "manual_seed_all": None,
-        "seed_all": None, "get_device_name": PROPERTIES.name, "get_device_capability": (9, 0),
+        "seed_all": None, "get_device_capability": (9, 0),
         "get_device_properties": PROPERTIES, "mem_get_info": (70 * 2**30, 80 * 2**30), "is_bf16_supported": True,
         "_is_in_bad_fork": False, "clock_rate": 1980, "get_arch_list": ["sm_90"], "set_rng_state": None,
         "ipc_collect": None,
     }.items():  # fmt: skip
         setattr(cuda, name, lambda *args, value=value, **kwargs: value)
     current = Stream()
+    cuda.get_device_name = lambda *args, **kwargs: PROPERTIES.name
     cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     cuda.synchronize = _refuse_while_capturing
     cuda.current_stream = cuda.default_stream = lambda *args, **kwargs: current

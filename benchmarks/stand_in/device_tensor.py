@@ -179,7 +179,7 @@ def run(func: Any, args: Any, kwargs: Any) -> Any:
     plain_args, plain_kwargs = tree_map(unwrap, (args, kwargs))
     if capturing:
         _remember(tree_flatten((plain_args, plain_kwargs))[0], made=False)
-    call = _fused_relu if name == "cudnn_convolution_relu" else func
+    call = CUDNN.get(name, func)
     result = call(*plain_args, **plain_kwargs)
     if capturing and "empty" not in name and (to_device or any(isinstance(t, DeviceTensor) for t in tensors)):
         capturing[-1].append((call, plain_args, plain_kwargs, result))
@@ -235,6 +235,19 @@ def replay(calls: list[tuple[Callable[..., Any], Any, Any, Any]]) -> None:
 
 def _fused_relu(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
     return torch.relu_(torch.nn.functional.conv2d(x, weight, bias, *geometry))
+
+
+def _fused_add_relu(
+    x: Tensor, weight: Tensor, added: Tensor, factor: float, bias: Tensor | None, *geometry: Any
+) -> Tensor:
+    y = torch.nn.functional.conv2d(x, weight, bias, *geometry)
+    if added.shape != y.shape:
+        raise RuntimeError(f"cudnn_convolution_add_relu: expected {tuple(y.shape)}, got {tuple(added.shape)}")
+    return torch.relu_(y.add_(added, alpha=factor))
+
+
+# Ops that the CPU does not have.
+CUDNN = {"cudnn_convolution_relu": _fused_relu, "cudnn_convolution_add_relu": _fused_add_relu}
 
 
 class Device(TorchDispatchMode):

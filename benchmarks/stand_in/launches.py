@@ -261,11 +261,18 @@ _ASK_TYPES = (
 
 
 class _Finder(MetaPathFinder):
-    """Wraps the launching functions of a module when it is imported, and gives `plain_type` to those that ask."""
+    """Wraps the launching functions of a module when it is imported, and gives `plain_type` to those that ask.
+
+    Args: values: without, it does the latter alone.
+    """
+
+    def __init__(self, values: bool) -> None:
+        self._values = values
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
         functions = LAUNCHERS.get(name.removeprefix(_PACKAGE), {}) if name.startswith(_PACKAGE) else {}
-        if not functions and name not in _ASK_TYPES and name not in after_import:
+        wanted = self._values and (bool(functions) or name in after_import)
+        if not wanted and name not in _ASK_TYPES:
             return None
         spec = PathFinder.find_spec(name, path, target)
         if spec is None or spec.loader is None:
@@ -274,11 +281,11 @@ class _Finder(MetaPathFinder):
 
         def exec_module(module: Any) -> None:
             execute(module)
-            for function, op in functions.items():
+            for function, op in functions.items() if wanted else ():
                 setattr(module, function, _with_values(getattr(module, function), op))
             if name in _ASK_TYPES:
                 module.type = plain_type
-            if name in after_import:
+            if wanted and name in after_import:
                 after_import[name](module)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
@@ -296,8 +303,7 @@ def install(launches: Path | None, compiling: bool = False, values: bool = True)
     import triton.compiler
     from triton.runtime import driver
 
-    if values:
-        sys.meta_path.insert(0, _Finder())
+    sys.meta_path.insert(0, _Finder(values))
     driver.set_active(Driver())
 
     def compile(source: Any, target: Any = None, options: Any = None, **kwargs: Any) -> Kernel:

@@ -128,6 +128,7 @@ def _time(unit: Unit, stay: Option, options: list[Option], inputs: list[Tensor],
         Whatever the layers as they are raise: without their time there is nothing to compare with.
     """
     device, failures = unit.weight.weight.device.type, []
+    recorded = device == "cuda" and policy.serve is not None and not unit.training
     while options:
         every = [stay, *options]
         runs = [measure.LayerRun(nn.Sequential(*option.modules), inputs, unit.training) for option in every]
@@ -141,8 +142,10 @@ def _time(unit: Unit, stay: Option, options: list[Option], inputs: list[Tensor],
 
         limits = {"repeats": policy.repeats, "budget_s": policy.budget_s}
         try:
+            timed = [measure.GraphRun(run) for run in runs] if recorded else runs
+            held = measure.GraphRun.HELD if recorded else 1
             # For mypy: an int and a float, by name.
-            found = measure.typical_seconds(runs, device=device, **limits, clear=clear)  # type: ignore[arg-type]
+            found = measure.typical_seconds(timed, device=device, **limits, clear=clear, held=held)  # type: ignore[arg-type]
         except measure.RunError as error:
             at, cause = runs.index(error.run), error.__cause__
             assert cause is not None

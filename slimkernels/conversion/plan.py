@@ -53,7 +53,8 @@ class Policy:
         serve: how the model will be called, such as `slimkernels.graphed`: a function of a model and a list of its
             example inputs that returns what is called with one of them. The whole model, dense and converted, is then
             timed as that; None times plain calls. A recording skips what plain calls do between layers, so a network
-            of thin layers may be faster than dense as a recording alone.
+            of thin layers may be faster than dense as a recording alone. With it each layer on a GPU is timed in a
+            CUDA graph, without the time that Python takes.
 
     Raises:
         ValueError: a value out of range, named.

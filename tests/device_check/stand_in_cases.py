@@ -9,6 +9,7 @@ import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import stand_in
@@ -116,3 +117,72 @@ def test_launches_that_could_not_run_are_refused() -> None:
     shifted = {"x_ptr": torch.zeros(65, device="cuda")[1:]}
     with pytest.raises(RuntimeError, match="compiled for x_ptr divisible by 16"):
         check_launch("kernel", (1,), shifted, {(0,): [["tt.divisibility", 16]]}, {})
+
+
+def test_what_conversion_launches_is_listed_and_timed_in_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every problem that `convert` launches for two images is one of those found with one image, and the reverse."""
+    from gpu_check import conversions
+
+    import slimkernels as sk
+    from slimkernels.conversion import measure
+    from slimkernels.ops import bsr, fused
+
+    launched, graphs = set(), []
+    for module in (bsr, fused):
+        plain = module.launcher
+
+        def spy(kernel: str, index: int, kind: type, *sizes: object, plain: object = plain) -> object:
+            launched.add(kind(*sizes))
+            return plain(kernel, index, kind, *sizes)
+
+        monkeypatch.setattr(module, "launcher", spy)
+    monkeypatch.setattr(
+        measure, "capture", lambda call, calls: graphs.append(calls) or (SimpleNamespace(replay=call), 0)
+    )
+    torch.manual_seed(0)
+    conv = [torch.nn.Conv2d(c, 64, 3, padding=1) for c in (3, 64, 64)]
+    layers = [conv[0], torch.nn.ReLU(), conv[1], torch.nn.ReLU(), torch.nn.MaxPool2d(2), conv[2], torch.nn.ReLU()]
+    model = torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(64 * 4, 64)).eval()
+    model = sk.finalize_(sk.prune_(model, 0.5, (64, 16))).to("cuda", torch.bfloat16)
+    x = torch.randn(2, 3, 4, 4).to("cuda", torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    monkeypatch.setattr(conversions, "networks", lambda: [(model.float(), x[:1].float(), 2)])
+    monkeypatch.setattr(conversions, "checkpoints", list)
+    (converted,) = conversions.every()
+    listed = set(converted.problems())
+    assert {type(p).__name__ for p in listed} == {"ConvProblem", "LinearProblem", "FusedConvProblem"}
+    policy = sk.Policy(serve=sk.graphed, check_model=False, repeats=3, budget_s=0.0)
+    sk.convert(model.to(torch.bfloat16), (x,), policy=policy)
+    assert launched == listed
+    assert len(graphs) > 4 and set(graphs) == {measure.GraphRun.HELD}
+    graphs.clear()
+    sk.convert(model, (x,), policy=sk.Policy(check_model=False, repeats=3, budget_s=0.0))
+    assert not graphs
+
+
+def test_another_card_is_found_by_its_name() -> None:
+    from stand_in import cuda
+
+    from slimkernels.dispatch import select, tables
+
+    found = {}
+    for card in cuda.CARDS:
+        cuda.become(card)
+        select.forget()
+        found[card] = torch.cuda.get_device_name(), tables.table_for("cuda")[1], tables.gpu_rates().l2_capacity
+    cuda.become("h100")
+    select.forget()
+    assert found == {"h100": ("NVIDIA H100 80GB HBM3", False, 50 * 2**20), "h200": ("NVIDIA H200", True, 60 * 2**20)}
+
+
+def test_linear_layers_are_launched_for_the_cache(launches: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On tensors without values, which no reference could fill."""
+    import warm_triton_cache
+
+    from slimkernels.kernels import KERNELS, LinearProblem
+
+    p = LinearProblem(3, 64, 128, (64, 16), 5, torch.bfloat16, "cuda", "relu")
+    monkeypatch.setattr(bsr_conv2d, "launch_linear", bsr_conv2d.launch_linear.__wrapped__)
+    for kernel in ("bsr_linear__triton", "bsr_linear__triton_weights_on_m"):
+        warm_triton_cache.launch(warm_triton_cache.Job(kernel, p, dict(KERNELS[kernel].configs(p)[0])))
+    lines = [json.loads(line) for line in launches.read_text().splitlines()]
+    assert [line["arguments"]["values_ptr"] for line in lines] == ["bfloat16[5, 64, 16]"] * 2
