@@ -186,4 +186,6 @@ def test_network_gpu(race: Any, smoke: bool, device: str, request: pytest.Fixtur
     # On their own: from Python a call at batch 1 takes twenty times as long as its kernels.
     timings |= timing.interleaved({"converted": lambda: fast(x)}, seconds=0.05)
     note(race, row, fast, ratio, timings, baselines)
-    race.benchmark.extra_info.update(served_p50_ms=timings["served"].p50 * 1e3, graph_ms=peers.graph_ms(served))
+    race.benchmark.extra_info.update(
+        served_p50_ms=timings["served"].p50 * 1e3, graph_ms=peers.graph_ms(served), **peers.decisions(fast, served)
+    )

@@ -175,6 +175,20 @@ def graph_ms(served: Any) -> float:
     return 1e3 * float(getattr(recording, "replay", recording).seconds())
 
 
+def decisions(fast: Any, served: Any) -> dict[str, Any]:
+    """For a row: what `convert` decided for each layer and the times that it found, and what was recorded.
+
+    ``dense_ms`` and ``other_ms`` are those of the layer as it was and of the best other way to run it.
+    """
+    layers = [
+        {"layer": p.name, "runs": p.format, "kernel": p.kernel, "block_shape": p.block_shape, "epilogue": p.epilogue,
+         "block_sparsity": p.block_sparsity, "dense_ms": p.dense_ms, "other_ms": p.sparse_ms}
+        for p in fast.slimkernels_plan.layers
+        if p.weight_shape is not None
+    ]  # fmt: skip
+    return {"decisions": layers, "notes": list(fast.slimkernels_plan.notes), "recording": repr(served)[:2000]}
+
+
 def gpu_dense(
     model: nn.Module, x: Tensor, note: Callable[[str], None], *, compile: str | None = "default"
 ) -> dict[str, Callable[[], Any]]:

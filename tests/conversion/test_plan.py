@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from conversion_models import FORCE, sparse_tiny
 from hypothesis import given
 from hypothesis import strategies as st
@@ -226,3 +228,35 @@ def test_typical_seconds_warms_short_calls_and_repeats_them(monkeypatch: pytest.
 
     assert measure.typical_seconds([run], device="cpu", repeats=4, budget_s=1e9) == pytest.approx([10e-6])
     assert calls[0] == 2 + 4 * (1 + 9) or calls[0] == 2 + 4 * (1 + 10)  # readings of 100 us, one untimed call before
+
+
+def test_typical_seconds_are_those_of_one_of_the_calls_that_are_made_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten calls of 10 us each are a reading; ten of 3 ms are too long to be made once untimed before it."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    calls = [0]
+
+    def run_of(cost: float) -> Callable[[], None]:
+        def run() -> None:
+            calls[0] += 1
+            now[0] += 10 * cost
+
+        return run
+
+    limits = {"device": "cpu", "repeats": 4, "budget_s": 1e9, "held": 10}
+    assert measure.typical_seconds([run_of(11e-6)], **limits) == pytest.approx([11e-6])
+    assert calls[0] == 2 + 4 * (1 + 1)
+    calls[0] = 0
+    assert measure.typical_seconds([run_of(3e-3)], **limits) == pytest.approx([3e-3])
+    assert calls[0] == 2 + 3  # the first reading counts
+
+
+def test_a_layer_that_cannot_be_captured_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def capture(call: Any, calls: int) -> Any:
+        raise ValueError("operation not permitted")
+
+    monkeypatch.setattr(measure, "capture", capture)
+    run = measure.LayerRun(torch.nn.ReLU(), [torch.zeros(1)], False)
+    with pytest.raises(measure.RunError) as error:
+        measure.GraphRun(run)
+    assert error.value.run is run and str(error.value.__cause__) == "operation not permitted"

@@ -16,7 +16,7 @@ import torch.fx
 from stand_in import device_tensor
 from torch import Tensor, nn
 
-from slimkernels import timing
+from slimkernels import LayerPlan, ModelPlan, timing
 from slimkernels.models import build
 
 
@@ -101,6 +101,21 @@ def test_a_served_graph_is_timed_alone() -> None:
     plain = SimpleNamespace(recordings={"": SimpleNamespace(seconds=lambda: 2e-3)})
     chain = SimpleNamespace(recordings={"": SimpleNamespace(replay=SimpleNamespace(seconds=lambda: 3e-3))})
     assert (peers.graph_ms(plain), peers.graph_ms(chain)) == (2, 3)
+
+
+def test_a_row_says_what_was_decided() -> None:
+    plan = ModelPlan(
+        (
+            LayerPlan("0", "Conv2d", "keep", weight_shape=(8, 8, 3, 3), dense_ms=(2.0,), sparse_ms=(3.0,)),
+            LayerPlan("1", "ReLU", "keep"),
+        ),
+        "measured",
+        notes=("a note",),
+    )
+    found = peers.decisions(SimpleNamespace(slimkernels_plan=plan), "a CUDA graph")
+    (layer,) = found["decisions"]
+    assert (layer["layer"], layer["runs"], layer["dense_ms"], layer["other_ms"]) == ("0", None, (2.0,), (3.0,))
+    assert found["notes"] == ["a note"] and found["recording"] == "'a CUDA graph'"
 
 
 def test_a_model_is_called_with_a_batch_at_a_time() -> None:
