@@ -63,7 +63,8 @@ def test_checkpoint(race: Any, smoke: bool, device: str, tmp_path: Path, file: P
     if smoke and (file != FILES[0] or batch != 1):
         pytest.skip("not in the smoke run")
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    images = torch.randn(max(batch, COMPARED), 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    count = max(batch, 1 if smoke else COMPARED)
+    images = torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     images = images.contiguous(memory_format=torch.channels_last)
     x, dense = images[:batch], copy.deepcopy(dense_model(file)).to(device, dtype)
     fast = sk.convert(dense, example_inputs=(x,), policy=sk.Policy(measure=not smoke, serve=sk.graphed))
@@ -74,7 +75,7 @@ def test_checkpoint(race: Any, smoke: bool, device: str, tmp_path: Path, file: P
     torch.backends.cudnn.benchmark = False  # it would try every algorithm on float64
     ratio = bench.error_ratio(dense, peers.in_batches(fast, batch), images, device)
     torch.backends.cudnn.benchmark = device == "cuda"
-    assert ratio <= 2, f"error against float64 is {ratio:.2f} times that of the dense network"
+    assert ratio <= (4 if smoke else 2), f"error against float64 is {ratio:.2f} times that of the dense network"
     recorded = sk.graphed(fast, x)
     if device == "cpu":
         baselines = timing.best_dense(dense, x, compile=not smoke) | ({} if smoke else cpu_peers(dense, x, print))
