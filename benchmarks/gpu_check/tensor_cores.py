@@ -1,9 +1,10 @@
 """The tensor-core kernels of CUDA C++, which `auto` does not choose, beside what it does choose.
 
-Every distinct layer of the headline with the weights of a thread block in shared memory, on its compiled shapes and
-with launches that overlap, and the fused stem; with --gradients the same layers in blocks of 32 x 32, and both
+Every distinct layer of the headline on its compiled shapes, with launches that overlap and with other rings, some
+layers at a batch of eight images, which gives each thread block one tile or two (the time of a launch and of its
+steps), and the fused stem; with --gradients the same layers in blocks of 32 x 32, and both
 gradients of every layer at batch 512; with --tf32 the layers in float32, multiplied in TF32. All are replayed from
-CUDA graphs and checked against float64. Measured on an H200 at 0ed802f: 67 us for conv1_2, 37 and 43 for conv2_1 and
+CUDA graphs and checked against float64. Measured on an H200 at 0ed802f, before everything streamed: 67 us for conv1_2, 37 and 43 for conv2_1 and
 conv2_2, 38 for conv3_2, 61 for conv4_2, 18 for conv5_1, 108 for the stem; all 15 layers 555 us, in (32, 32) blocks 724,
 input gradients 689, weight gradients 574, where Triton takes 389, 510, 567 and 312. Float32 takes
 748 to 755 us in conv4_2 and conv4_4 alone (docs/gpu.md).
@@ -34,6 +35,7 @@ STEM = "bsr_stem__cuda_tensor_cores"
 _STEM_CHANNELS = 64
 _CHECKED_IMAGES = 64
 TRAINING_BATCH = 512
+FEW_IMAGES = 8
 
 
 def configurations(p: ConvProblem, wgmma: bool) -> Iterator[dict[str, int]]:
@@ -46,6 +48,9 @@ def configurations(p: ConvProblem, wgmma: bool) -> Iterator[dict[str, int]]:
     if wgmma:
         yield from ({"variant": variant, "overlap": 1} for variant in found)
         yield {"variant": found[0], "stages": 2, "overlap": 1}
+    if wgmma and resident_plan.VARIANTS[found[0]].streamed:
+        yield {"variant": found[0], "slab": 32, "stages": 4, "overlap": 1}
+        yield {"variant": found[0], "slots": 5, "overlap": 1}
 
 
 def timed_row(
@@ -54,6 +59,7 @@ def timed_row(
 ) -> dict[str, Any]:  # fmt: skip
     """One row: whether the result is right, and its time; an error is a row as well."""
     name = layers.layer_name(p) + (" 32x32" if p.block_shape == (32, 32) else "")
+    name += f" of {p.n} images" if p.n <= FEW_IMAGES else ""
     row = {"suite": "tensor_cores", "name": name, "problem": problem_json(p), "kernel": kernel,
            "config": dict(config), "match": False}  # fmt: skip
     try:
@@ -236,7 +242,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ]
     else:
         problems = [layers.at_batch(p, parsed.batch) for p in problems]
-        suites = [of_stem(problems[0], reason), *(of_layer(p, reason) for p in problems)]
+        few = [layers.at_batch(p, min(parsed.batch or FEW_IMAGES, FEW_IMAGES)) for p in problems[2::3]]
+        suites = [of_stem(problems[0], reason), *(of_layer(p, reason) for p in (*problems, *few))]
     wrong = 0
     for found in suites:
         for row in found:
