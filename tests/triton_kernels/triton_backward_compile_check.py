@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from triton_compile_check import DTYPES, LIMITS, artefacts, compile_kernel, main
+from triton_compile_check import DEVICES, DTYPES, LIMITS, artefacts, compile_kernel, main
 
 from slimkernels.kernels.triton import (
     batch_norm,
@@ -169,7 +169,8 @@ def _bias(target: Target) -> tuple[Any, dict[str, Any], dict[str, int]]:
 
 
 def _add(target: Target) -> tuple[Any, dict[str, Any], dict[str, int]]:
-    plan = sums._add_plan(target.channels * target.channels, 32, target.channels // 128, 128 * 16)
+    device = DEVICES[target.arch]
+    plan = sums._add_plan(target.channels * target.channels, 32, target.channels // 128, 128 * 16, device)
     return plan.kernel, plan.constants, {**plan.constants, **plan.options}
 
 
@@ -177,7 +178,8 @@ def _batch_norm(target: Target) -> tuple[Any, dict[str, Any], dict[str, int]]:
     kernel, epilogue = BATCH_NORM[target.kind]
     image = 32 if target.m_total % 1024 == 0 else 1
     n = target.m_total // image**2
-    plan = getattr(batch_norm._plan(n, target.channels, image, image, epilogue, True, 1e-5), kernel)
+    shape, device = (n, target.channels, image, image), DEVICES[target.arch]
+    plan = getattr(batch_norm._plan(*shape, epilogue, True, 1e-5, device), kernel)
     return plan.kernel, {**plan.constants}, {**plan.constants, **plan.options}
 
 

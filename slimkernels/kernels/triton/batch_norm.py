@@ -18,17 +18,48 @@ from slimkernels.kernels.triton.batch_norm_kernel import (
     batch_norm_reduce_kernel,
     batch_norm_statistics_kernel,
 )
-from slimkernels.kernels.triton.launcher import Launch
-from slimkernels.kernels.triton.runtime import INT32_MAX, cdiv, interpreted_dtype, next_power_of_2
-from slimkernels.kernels.triton.sums import STAGES, add_partials
+from slimkernels.kernels.triton.launcher import Launch, launch_options
+from slimkernels.kernels.triton.runtime import INT32_MAX, Limits, cdiv, interpreted_dtype, limits, next_power_of_2
+from slimkernels.kernels.triton.sums import add_partials
 
-# Elements of a tile: 16 a thread of 4 warps, two loads of 16 bytes in 16-bit dtypes. A tile of windows has half of
-# them: four pixels each.
-_TILE = 2048
-# Parts that sums over pixels are cut in, at most: eight programs for each of the 132 processors of an H100.
-_PARTS = 1056
 _EPILOGUES = {"none": 0, "relu": 1, "relu_maxpool2": 2}
-_OPTIONS = {"num_warps": 4, "num_stages": 2}
+
+
+class Cut(NamedTuple):
+    """How a kernel's work is cut.
+
+    Attributes:
+        elements: of a tile, for each of its threads; half as many windows of 2x2 pixels.
+        warps: of a program.
+        programs: at most, of a kernel that sums. All of them should run at once, and a sum of their sums read them at
+            once: 1056 programs of 71 and 96 registers a thread were two rounds on the 132 processors of an H200.
+        stages: tiles of a sum in work and on their way; 1 loads without copies to shared memory.
+    """
+
+    elements: int
+    warps: int
+    programs: int = 0
+    stages: int = 1
+
+
+class Cuts(NamedTuple):
+    """Those of all kernels; ``pooled`` ones with the epilogue ``relu_maxpool2``."""
+
+    moments: Cut = Cut(16, 8, 256, 4)
+    apply: Cut = Cut(16, 4)
+    apply_pooled: Cut = Cut(16, 4)
+    reduce: Cut = Cut(16, 8, 256, 4)
+    reduce_pooled: Cut = Cut(16, 8, 256, 3)
+    input_gradient: Cut = Cut(16, 4)
+    input_gradient_pooled: Cut = Cut(16, 4)
+    backwards: bool = True
+    """Whether the sums of the backward begin at the last rows, which the gradient in front wrote last, and the gradient
+    of x then at the first rows, which the sums read last; otherwise the other way around."""
+    statistics_channels: int = 8
+    """Channels of a program."""
+
+
+CUTS = Cuts()
 
 
 class _Plan(NamedTuple):
@@ -43,54 +74,95 @@ class _Plan(NamedTuple):
     """Of the gradient of y, in the backward."""
 
 
-def _parts(rows: int, block_m: int, tiles: int) -> tuple[int, int]:
-    """(rows of a part, number of parts): four tiles or more a part, so that partial sums are few beside their sums."""
-    parts = max(1, min(_PARTS // tiles, cdiv(rows, 4 * block_m)))
-    part_rows = cdiv(cdiv(rows, parts), block_m) * block_m
-    return part_rows, cdiv(rows, part_rows)
+class _Tiles(NamedTuple):
+    """The tiles of a kernel over ``rows`` rows of ``channels``: constants, and how many there are."""
+
+    block_m: int
+    block_n: int
+    rows: int
+    columns: int
+
+    @classmethod
+    def of(cls, cut: Cut, rows: int, channels: int, pool: bool = False) -> _Tiles:
+        block_n = min(max(next_power_of_2(channels), 16), 128)
+        block_m = cut.elements * 32 * cut.warps // block_n // (2 if pool else 1)
+        return cls(block_m, block_n, cdiv(rows, block_m), cdiv(channels, block_n))
+
+    def parts(self, cut: Cut) -> int:
+        """How many programs share the rows of one column of tiles."""
+        return max(1, min(cut.programs // self.columns, self.rows))
 
 
 @lru_cache(maxsize=4096)
-def _plan(n: int, c: int, p: int, q: int, epilogue: int, has_weight: bool, eps: float) -> _Plan:
-    pixels, windows = n * p * q, n * cdiv(p, 2) * cdiv(q, 2)
-    pooled = n * (p // 2) * (q // 2)
+def _plan(
+    n: int,
+    c: int,
+    p: int,
+    q: int,
+    epilogue: int,
+    has_weight: bool,
+    eps: float,
+    device: Limits,
+    cuts: Cuts = CUTS,
+) -> _Plan:
     pool = epilogue == 2
-    block_n = min(max(next_power_of_2(c), 16), 128)
-    block_m = _TILE // block_n
-    own_m = block_m // 2 if pool else block_m
-    tiles = cdiv(c, block_n)
-    part_pixels, parts = _parts(pixels, block_m, tiles)
-    rows = pooled if pool else pixels
-    part_rows, grad_parts = _parts(rows, own_m, tiles)
-    index_64 = (pixels + _TILE + 2 * q) * c > INT32_MAX
-    tile = {"INDEX_64": index_64, "BLOCK_M": block_m, "BLOCK_N": block_n}
-    own: dict[str, Any] = {"HAS_WEIGHT": has_weight, "EPILOGUE": epilogue, **tile, "BLOCK_M": own_m}
-    # A tile of 16 channels for the statistics: they are few, and every program reads all parts.
-    few = {"EPS": eps, "BLOCK_M": 256, "BLOCK_N": 16}
-    all_rows = windows if pool else pixels
+    pixels, windows, pooled = n * p * q, n * cdiv(p, 2) * cdiv(q, 2), n * (p // 2) * (q // 2)
+    rows, all_rows = (pooled, windows) if pool else (pixels, pixels)
+    apply, reduce, input_gradient = cuts.apply, cuts.reduce, cuts.input_gradient
+    if pool:
+        apply, reduce, input_gradient = cuts.apply_pooled, cuts.reduce_pooled, cuts.input_gradient_pooled
+    index_64 = (pixels + 2 * q + 4 * 32 * max(cut.elements * cut.warps for cut in cuts[:7])) * c > INT32_MAX
+
+    def launch(kernel: Any, programs: tuple[int, int], integers: tuple[int, ...], tile: Any, cut: Cut, **own: Any) -> Any:
+        overlap = device.overlap(programs[0] * programs[1])
+        names = kernel.arg_names
+        constants = {"INDEX_64": index_64, "OVERLAP": overlap, "BLOCK_M": tile[0], "BLOCK_N": tile[1], **own}
+        constants |= {"HAS_WEIGHT": has_weight, "EPILOGUE": epilogue, "STAGES": cut.stages}
+        constants = {name: constants[name] for name in names if name in constants}
+        options = launch_options({"num_warps": cut.warps, "num_stages": 2}, overlap)
+        return Launch(kernel, (*programs, 1), integers, constants, options)
+
+    x_tiles = _Tiles.of(cuts.moments, pixels, c)
+    parts = x_tiles.parts(cuts.moments)
+    y_tiles = _Tiles.of(apply, rows, c, pool)
+    grad_tiles = _Tiles.of(reduce, rows, c, pool)
+    grad_parts = grad_tiles.parts(reduce)
+    dx_tiles = _Tiles.of(input_gradient, all_rows, c, pool)
+    few = (next_power_of_2(parts), cuts.statistics_channels)
     return _Plan(
-        Launch(
+        launch(
             batch_norm_moments_kernel,
-            (parts, tiles, 1),
-            (pixels, c, part_pixels),
-            {**tile, "STAGES": STAGES},
-            _OPTIONS,
+            (parts, x_tiles.columns),
+            (pixels, c, x_tiles.rows, parts),
+            x_tiles,
+            cuts.moments,
         ),
-        Launch(batch_norm_statistics_kernel, (cdiv(c, 16), 1, 1), (pixels, c, part_pixels, parts), few, _OPTIONS),
-        Launch(batch_norm_apply_kernel, (cdiv(rows, own_m), tiles, 1), (rows, c, p, q), own, _OPTIONS),
-        Launch(
+        launch(
+            batch_norm_statistics_kernel,
+            (cdiv(c, few[1]), 1),
+            (pixels, c, x_tiles.rows, parts),
+            few,
+            Cut(0, 4),
+            EPS=eps,
+            PART_M=x_tiles.block_m,
+        ),
+        launch(batch_norm_apply_kernel, (y_tiles.rows, y_tiles.columns), (rows, c, p, q), y_tiles, apply),
+        launch(
             batch_norm_reduce_kernel,
-            (grad_parts, tiles, 1),
-            (rows, c, p, q, part_rows),
-            {**own, "STAGES": STAGES},
-            _OPTIONS,
+            (grad_parts, grad_tiles.columns),
+            (rows, c, p, q, grad_tiles.rows, grad_parts),
+            grad_tiles,
+            reduce,
+            EVEN=rows % grad_tiles.block_m == 0,
+            BACKWARDS=cuts.backwards,
         ),
-        Launch(
+        launch(
             batch_norm_input_gradient_kernel,
-            (cdiv(all_rows, own_m), tiles, 1),
+            (dx_tiles.rows, dx_tiles.columns),
             (all_rows, pixels, c, p, q, cdiv(p, 2), cdiv(q, 2)),
-            own,
-            _OPTIONS,
+            dx_tiles,
+            input_gradient,
+            BACKWARDS=not cuts.backwards,
         ),
         parts,
         grad_parts,
@@ -114,7 +186,7 @@ def launch_forward(
     """
     n, c, p, q = x.shape
     dtype, compute = x.dtype, interpreted_dtype(x.dtype)
-    plan = _plan(n, c, p, q, _EPILOGUES[epilogue], weight is not None, eps)
+    plan = _plan(n, c, p, q, _EPILOGUES[epilogue], weight is not None, eps, limits(x.get_device()))
     x = x.to(compute).contiguous(memory_format=torch.channels_last)
     partial = torch.empty((plan.parts, 2, c), dtype=torch.float32, device=x.device)
     statistics = torch.empty((3, c), dtype=torch.float32, device=x.device)
@@ -148,7 +220,7 @@ def launch_backward(
     """
     n, c, p, q = x.shape
     dtype, compute = x.dtype, interpreted_dtype(x.dtype)
-    plan = _plan(n, c, p, q, _EPILOGUES[epilogue], weight is not None, eps)
+    plan = _plan(n, c, p, q, _EPILOGUES[epilogue], weight is not None, eps, limits(x.get_device()))
     x, grad = (t.to(compute).contiguous(memory_format=torch.channels_last) for t in (x, grad))
     affine = _affine(weight, bias, statistics)
     partial = torch.empty((plan.grad_parts, 2, c), dtype=torch.float32, device=x.device)

@@ -25,6 +25,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from slimkernels.kernels.triton.tiles import await_last_kernel, main_loop_done
+
 
 @triton.jit
 def batch_norm_moments_kernel(
@@ -32,41 +34,51 @@ def batch_norm_moments_kernel(
     partial_ptr,
     pixels,
     channels,
-    part_pixels,
+    tiles,
+    parts,
     INDEX_64: tl.constexpr,
+    OVERLAP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     # x: (pixels, channels); partial: (parts, 2, channels) float32, the mean of a part and its sum of squared distances.
+    # A part is every parts-th tile of pixels, the last ones first: those the kernel in front wrote last, and L2 has.
     index_type: tl.constexpr = tl.int64 if INDEX_64 else tl.int32
-    part = tl.program_id(0).to(index_type)
+    part = tl.program_id(0)
     channel = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = channel < channels
-    begin = part * part_pixels
-    end = tl.minimum(begin + part_pixels, pixels)
-    pixel = begin + tl.arange(0, BLOCK_M)
-    mask = (pixel < end)[:, None] & mask_n[None, :]
-    tile = tl.load(x_ptr + pixel[:, None] * channels + channel[None, :], mask=mask, other=0.0).to(tl.float32)
-    # Near enough to the mean that the squares below lose no digits, however large it is beside the deviation.
-    shift = tl.sum(tile, 0) / tl.minimum(end - begin, BLOCK_M).to(tl.float32)
-    away = tl.where(mask, tile - shift[None, :], 0.0)  # [BLOCK_M, BLOCK_N]
-    sums, squares = away, away * away
+    lines = tl.arange(0, BLOCK_M)
+    first = (tiles - 1 - part).to(index_type) * BLOCK_M + lines
+    await_last_kernel(OVERLAP)
+    # Every element of the tile has a shift of its own, the first it meets: near enough to the mean that the squares
+    # below lose no digits, and nothing waits for a sum over the tile. Lines past the end take the last pixel's.
+    tile = tl.minimum(first, pixels - 1)[:, None] * channels + channel[None, :]
+    shift = tl.load(x_ptr + tile, mask=mask_n[None, :], other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_N]
+    sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    squares = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     # Every thread adds up its own elements: with sums over a tile's rows in each step, and half as many programs, the
     # moments of a training step of VGG-19 took 617 us on an H200, and so 225.
-    for first in tl.range(begin + BLOCK_M, end, BLOCK_M, num_stages=STAGES):
-        pixel = first + tl.arange(0, BLOCK_M)
-        mask = (pixel < end)[:, None] & mask_n[None, :]
-        tile = tl.load(x_ptr + pixel[:, None] * channels + channel[None, :], mask=mask, other=0.0).to(tl.float32)
-        away = tl.where(mask, tile - shift[None, :], 0.0)
+    for step in tl.range(part + parts, tiles, parts, num_stages=STAGES):
+        pixel = (tiles - 1 - step).to(index_type) * BLOCK_M + lines
+        tile = pixel[:, None] * channels + channel[None, :]
+        away = tl.load(x_ptr + tile, mask=mask_n[None, :], other=0.0).to(tl.float32) - shift
         sums += away
         squares += away * away
-    count = (end - begin).to(tl.float32)
-    distance = tl.sum(sums, 0) / count
-    total = tl.sum(squares, 0) - distance * distance * count
-    total = tl.maximum(total, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(partial_ptr + 2 * part * channels + channel, shift + distance, mask=mask_n)
-    tl.store(partial_ptr + (2 * part + 1) * channels + channel, total, mask=mask_n)
+    main_loop_done(OVERLAP)
+    # Of every line: how many pixels, their mean's distance from that of all shifts, and their squares about it.
+    count = (tiles - 1 - part) // parts + (first < pixels).to(tl.int32)
+    count = tl.cast(count, tl.float32)[:, None]
+    centre = tl.sum(shift, 0) / BLOCK_M
+    mean = sums / tl.maximum(count, 1.0)
+    inside = tl.maximum(squares - sums * mean, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    away = tl.where(count > 0.0, shift - centre[None, :] + mean, 0.0)
+    distance = tl.sum(away * count, 0) / tl.sum(count, 0)
+    away -= distance[None, :]
+    total = tl.sum(inside + away * away * count, 0)
+    partial_ptr += 2 * part.to(tl.int64) * channels + channel
+    tl.store(partial_ptr, centre + distance, mask=mask_n)
+    tl.store(partial_ptr + channels, total, mask=mask_n)
 
 
 @triton.jit
@@ -75,33 +87,30 @@ def batch_norm_statistics_kernel(
     statistics_ptr,
     pixels,
     channels,
-    part_pixels,
+    tiles,
     parts,
     EPS: tl.constexpr,
+    PART_M: tl.constexpr,
+    OVERLAP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    # partial: as above; statistics: (3, channels) float32, the mean, 1 / sqrt(var + eps), and the unbiased variance.
+    # partial: as above, of tiles of PART_M pixels and at most BLOCK_M parts; statistics: (3, channels) float32, the
+    # mean, 1 / sqrt(var + eps), and the unbiased variance. All is read at once: the time of this kernel is its waits.
     channel = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = channel < channels
-    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for first in range(0, parts, BLOCK_M):
-        part = first + tl.arange(0, BLOCK_M)
-        mask = (part < parts)[:, None] & mask_n[None, :]
-        count = tl.minimum(pixels - part * part_pixels, part_pixels).to(tl.float32)
-        mean = tl.load(partial_ptr + 2 * part[:, None] * channels + channel[None, :], mask=mask, other=0.0)
-        total += mean * count[:, None]
-    whole_mean = tl.sum(total, 0) / pixels
-    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for first in range(0, parts, BLOCK_M):
-        part = first + tl.arange(0, BLOCK_M)
-        mask = (part < parts)[:, None] & mask_n[None, :]
-        count = tl.minimum(pixels - part * part_pixels, part_pixels).to(tl.float32)
-        mean = tl.load(partial_ptr + 2 * part[:, None] * channels + channel[None, :], mask=mask, other=0.0)
-        distances = tl.load(partial_ptr + (2 * part[:, None] + 1) * channels + channel[None, :], mask=mask, other=0.0)
-        away = tl.where(mask, mean - whole_mean[None, :], 0.0)
-        total += distances + away * away * count[:, None]
-    distances = tl.sum(total, 0)
+    part = tl.arange(0, BLOCK_M)
+    mask = (part < parts)[:, None] & mask_n[None, :]
+    # The first part has the last tile, which may be cut.
+    count = ((tiles - 1 - part) // parts + 1) * PART_M - tl.where(part == 0, tiles * PART_M - pixels, 0)
+    count = count.to(tl.float32)[:, None]
+    partial_ptr += 2 * part[:, None] * channels + channel[None, :]
+    await_last_kernel(OVERLAP)
+    mean = tl.load(partial_ptr, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_N]
+    distances = tl.load(partial_ptr + channels, mask=mask, other=0.0)
+    whole_mean = tl.sum(tl.where(mask, mean * count, 0.0), 0) / pixels
+    away = mean - whole_mean[None, :]
+    distances = tl.sum(tl.where(mask, distances + away * away * count, 0.0), 0)
     tl.store(statistics_ptr + channel, whole_mean, mask=mask_n)
     tl.store(statistics_ptr + channels + channel, 1.0 / tl.sqrt(distances / pixels + EPS), mask=mask_n)
     tl.store(statistics_ptr + 2 * channels + channel, distances / tl.maximum(pixels - 1, 1), mask=mask_n)
@@ -159,6 +168,7 @@ def batch_norm_apply_kernel(
     HAS_WEIGHT: tl.constexpr,
     EPILOGUE: tl.constexpr,
     INDEX_64: tl.constexpr,
+    OVERLAP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -168,6 +178,7 @@ def batch_norm_apply_kernel(
     channel = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = channel < channels
     mask = (row < rows)[:, None] & mask_n[None, :]
+    await_last_kernel(OVERLAP)
     mean, rstd, weight, bias = _affine(weight_ptr, bias_ptr, statistics_ptr, channel, channels, mask_n, HAS_WEIGHT)
     if EPILOGUE == 2:
         _, corner, _, _ = _window(row, p, q, p // 2, q // 2)
@@ -184,6 +195,7 @@ def batch_norm_apply_kernel(
         z = _normalised(x_ptr, row[:, None] * channels + channel[None, :], mask, mean, rstd) * weight + bias
     if EPILOGUE > 0:
         z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    main_loop_done(OVERLAP)
     y_tile_ptr = y_ptr + row[:, None] * channels + channel[None, :]
     tl.store(y_tile_ptr, z.to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -206,6 +218,14 @@ def _chosen(x_ptr, x_tile, channels, q, mask, below, right, mean, rstd, weight, 
 
 
 @triton.jit
+def _cut(z, dz, dtype: tl.constexpr):
+    # The gradient behind a ReLU: none where z, rounded as the forward stores it, is not above 0. Rounding makes 0 of
+    # half the smallest number of a dtype and of what is below: to compare with that takes two instructions less.
+    half: tl.constexpr = 2.0**-134 if dtype == tl.bfloat16 else 2.0**-25 if dtype == tl.float16 else 0.0
+    return tl.where(z <= half, 0.0, dz)
+
+
+@triton.jit
 def batch_norm_reduce_kernel(
     grad_ptr,
     x_ptr,
@@ -217,28 +237,33 @@ def batch_norm_reduce_kernel(
     channels,
     p,
     q,
-    part_rows,
+    tiles,
+    parts,
     HAS_WEIGHT: tl.constexpr,
     EPILOGUE: tl.constexpr,
+    EVEN: tl.constexpr,
+    BACKWARDS: tl.constexpr,
     INDEX_64: tl.constexpr,
+    OVERLAP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     # grad: (rows, channels), the gradient of y; partial: (parts, 2, channels) float32, a part's sums of dz and dz xhat.
+    # A part is every parts-th tile of rows, the last ones first with BACKWARDS. EVEN: all tiles are full.
     index_type: tl.constexpr = tl.int64 if INDEX_64 else tl.int32
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    part = tl.program_id(0).to(index_type)
+    part = tl.program_id(0)
     channel = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = channel < channels
+    await_last_kernel(OVERLAP)
     mean, rstd, weight, bias = _affine(weight_ptr, bias_ptr, statistics_ptr, channel, channels, mask_n, HAS_WEIGHT)
-    begin = part * part_rows
-    end = tl.minimum(begin + part_rows, rows)
     sum_dz = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     sum_dz_xhat = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for first in tl.range(begin, end, BLOCK_M, num_stages=STAGES):
-        row = first + tl.arange(0, BLOCK_M)
-        mask = (row < end)[:, None] & mask_n[None, :]
+    for step in tl.range(part, tiles, parts, num_stages=STAGES):
+        index = tiles - 1 - step if BACKWARDS else step
+        row = index.to(index_type) * BLOCK_M + tl.arange(0, BLOCK_M)
+        mask = mask_n[None, :] if EVEN else (row < rows)[:, None] & mask_n[None, :]
         tile = row[:, None] * channels + channel[None, :]
         dz = tl.load(grad_ptr + tile, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_N]
         if EPILOGUE == 2:
@@ -250,15 +275,17 @@ def batch_norm_reduce_kernel(
             xhat = tl.where(place == 1, xhat_1, xhat)
             xhat = tl.where(place == 2, xhat_2, xhat)
             xhat = tl.where(place == 3, xhat_3, xhat)
+            dz = tl.where(z <= 0.0, 0.0, dz)
         else:
             xhat = _normalised(x_ptr, tile, mask, mean, rstd)
-            z = (xhat * weight + bias).to(dtype).to(tl.float32)
-        if EPILOGUE > 0:
-            dz = tl.where(z <= 0.0, 0.0, dz)
+            if EPILOGUE == 1:
+                dz = _cut(xhat * weight + bias, dz, dtype)
         sum_dz += dz
-        sum_dz_xhat += tl.where(mask, dz * xhat, 0.0)
-    tl.store(partial_ptr + 2 * part * channels + channel, tl.sum(sum_dz, 0), mask=mask_n)
-    tl.store(partial_ptr + (2 * part + 1) * channels + channel, tl.sum(sum_dz_xhat, 0), mask=mask_n)
+        sum_dz_xhat += dz * xhat if EVEN else tl.where(mask, dz * xhat, 0.0)
+    main_loop_done(OVERLAP)
+    partial_ptr += 2 * part.to(tl.int64) * channels + channel
+    tl.store(partial_ptr, tl.sum(sum_dz, 0), mask=mask_n)
+    tl.store(partial_ptr + channels, tl.sum(sum_dz_xhat, 0), mask=mask_n)
 
 
 @triton.jit
@@ -279,17 +306,22 @@ def batch_norm_input_gradient_kernel(
     windows_w,
     HAS_WEIGHT: tl.constexpr,
     EPILOGUE: tl.constexpr,
+    BACKWARDS: tl.constexpr,
     INDEX_64: tl.constexpr,
+    OVERLAP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     # sums: (2, channels) float32, dbias and dweight; dx: as x. rows: pixels, or windows, those at odd edges included.
+    # With BACKWARDS the first programs take the last rows.
     index_type: tl.constexpr = tl.int64 if INDEX_64 else tl.int32
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    row = tl.program_id(0).to(index_type) * BLOCK_M + tl.arange(0, BLOCK_M)
+    index = tl.num_programs(0) - 1 - tl.program_id(0) if BACKWARDS else tl.program_id(0)
+    row = index.to(index_type) * BLOCK_M + tl.arange(0, BLOCK_M)
     channel = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = channel < channels
     mask = (row < rows)[:, None] & mask_n[None, :]
+    await_last_kernel(OVERLAP)
     mean, rstd, weight, bias = _affine(weight_ptr, bias_ptr, statistics_ptr, channel, channels, mask_n, HAS_WEIGHT)
     mean_dz = tl.load(sums_ptr + channel, mask=mask_n, other=0.0)[None, :] / pixels
     mean_dz_xhat = tl.load(sums_ptr + channels + channel, mask=mask_n, other=0.0)[None, :] / pixels
@@ -304,6 +336,7 @@ def batch_norm_input_gradient_kernel(
         grad_tile = pooled[:, None] * channels + channel[None, :]
         dz = tl.load(grad_ptr + grad_tile, mask=below & right, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_N]
         dz = tl.where(z <= 0.0, 0.0, dz)
+        main_loop_done(OVERLAP)
         dx = scale * (tl.where(place == 0, dz, 0.0) - mean_dz - xhat_0 * mean_dz_xhat)
         tl.store(dx_ptr + x_tile, dx.to(dtype), mask=mask)
         dx = scale * (tl.where(place == 1, dz, 0.0) - mean_dz - xhat_1 * mean_dz_xhat)
@@ -318,6 +351,7 @@ def batch_norm_input_gradient_kernel(
         xhat = _normalised(x_ptr, tile, mask, mean, rstd)
         dz = tl.load(grad_ptr + tile, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_N]
         if EPILOGUE == 1:
-            dz = tl.where((xhat * weight + bias).to(dtype).to(tl.float32) <= 0.0, 0.0, dz)
+            dz = _cut(xhat * weight + bias, dz, dtype)
+        main_loop_done(OVERLAP)
         dx = scale * (dz - mean_dz - xhat * mean_dz_xhat)
         tl.store(dx_ptr + tile, dx.to(dtype), mask=mask)
