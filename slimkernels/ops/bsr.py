@@ -206,13 +206,14 @@ def _bsr_conv2d_backward(call: BSRConv2dBackwardCall) -> tuple[Tensor, Tensor, T
     transposed = None if call.transposed is None else call.transposed.contiguous()
     geometry = (call.weight_shape, block, call.stride, call.padding, call.dilation)
     grad_x, grad_values = x.new_empty(0), x.new_empty(0)
-    if need_x:
-        grad_x = launch("bsr_conv2d_dgrad", grad, *weight, transposed, tuple(x.shape[2:]), *geometry)
-        grad_x = with_channels_last_strides(grad_x)
     if need_values:
         x_of_images = x.contiguous(memory_format=_CHANNELS_LAST)
         grad_values = launch("bsr_conv2d_wgrad", grad, x_of_images, *weight, *geometry)
-    return grad_x, grad_values, launch("bsr_conv2d_bias_grad", grad) if need_bias else x.new_empty(0)
+    grad_bias = launch("bsr_conv2d_bias_grad", grad) if need_bias else x.new_empty(0)
+    if need_x:  # last: the layer in front reads it next, while a GPU's L2 has it
+        grad_x = launch("bsr_conv2d_dgrad", grad, *weight, transposed, tuple(x.shape[2:]), *geometry)
+        grad_x = with_channels_last_strides(grad_x)
+    return grad_x, grad_values, grad_bias
 
 
 def _forward_of(call: BSRConv2dBackwardCall, epilogue: str) -> BSRConv2dCall:

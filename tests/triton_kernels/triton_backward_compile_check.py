@@ -194,6 +194,7 @@ def compile_target(target: Target) -> tuple[Any, dict[str, int]]:
         **dict.fromkeys(BATCH_NORM, _batch_norm),
     }
     kernel, constants, config = kinds[target.kind](target)
+    constants.setdefault("OVERLAP", 2 if DEVICES[target.arch].overlaps else 0)
     constants.update(INDEX_64=target.index_64, PRECISION=target.precision)
     constants.update({name: config.get(name) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")})
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}

@@ -222,7 +222,17 @@ def _cut(z, dz, dtype: tl.constexpr):
     # The gradient behind a ReLU: none where z, rounded as the forward stores it, is not above 0. Rounding makes 0 of
     # half the smallest number of a dtype and of what is below: to compare with that takes two instructions less.
     half: tl.constexpr = 2.0**-134 if dtype == tl.bfloat16 else 2.0**-25 if dtype == tl.float16 else 0.0
-    return tl.where(z <= half, 0.0, dz)
+    # As a plain number, one below float32's normal ones would be float64, and so the comparison.
+    return tl.where(z <= tl.full((1, 1), half, tl.float32), 0.0, dz)
+
+
+@triton.jit
+def _larger_of(x_ptr, offset, mask, mean, rstd, weight, bias, best, best_xhat, dtype: tl.constexpr):
+    # `_larger`, with one pixel's xhat in place of its number.
+    xhat = _normalised(x_ptr, offset, mask, mean, rstd)
+    value = (xhat * weight + bias).to(dtype).to(tl.float32)
+    take = (value > best) | (value != value)
+    return tl.where(take, value, best), tl.where(take, xhat, best_xhat)
 
 
 @triton.jit
@@ -269,12 +279,12 @@ def batch_norm_reduce_kernel(
         if EPILOGUE == 2:
             _, corner, _, _ = _window(row, p, q, p // 2, q // 2)
             x_tile = corner[:, None] * channels + channel[None, :]
-            xhat, xhat_1, xhat_2, xhat_3, place, z = _chosen(
-                x_ptr, x_tile, channels, q, mask, mask, mask, mean, rstd, weight, bias, dtype
-            )
-            xhat = tl.where(place == 1, xhat_1, xhat)
-            xhat = tl.where(place == 2, xhat_2, xhat)
-            xhat = tl.where(place == 3, xhat_3, xhat)
+            xhat = _normalised(x_ptr, x_tile, mask, mean, rstd)
+            z = (xhat * weight + bias).to(dtype).to(tl.float32)
+            z, xhat = _larger_of(x_ptr, x_tile + channels, mask, mean, rstd, weight, bias, z, xhat, dtype)
+            x_tile += q * channels
+            z, xhat = _larger_of(x_ptr, x_tile, mask, mean, rstd, weight, bias, z, xhat, dtype)
+            z, xhat = _larger_of(x_ptr, x_tile + channels, mask, mean, rstd, weight, bias, z, xhat, dtype)
             dz = tl.where(z <= 0.0, 0.0, dz)
         else:
             xhat = _normalised(x_ptr, tile, mask, mean, rstd)
@@ -323,8 +333,9 @@ def batch_norm_input_gradient_kernel(
     mask = (row < rows)[:, None] & mask_n[None, :]
     await_last_kernel(OVERLAP)
     mean, rstd, weight, bias = _affine(weight_ptr, bias_ptr, statistics_ptr, channel, channels, mask_n, HAS_WEIGHT)
-    mean_dz = tl.load(sums_ptr + channel, mask=mask_n, other=0.0)[None, :] / pixels
-    mean_dz_xhat = tl.load(sums_ptr + channels + channel, mask=mask_n, other=0.0)[None, :] / pixels
+    share = 1.0 / tl.cast(pixels, tl.float32)
+    mean_dz = tl.load(sums_ptr + channel, mask=mask_n, other=0.0)[None, :] * share
+    mean_dz_xhat = tl.load(sums_ptr + channels + channel, mask=mask_n, other=0.0)[None, :] * share
     scale = weight * rstd
     if EPILOGUE == 2:
         pooled, corner, below, right = _window(row, p, q, windows_h, windows_w)

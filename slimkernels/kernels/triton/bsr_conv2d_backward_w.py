@@ -39,6 +39,7 @@ from slimkernels.kernels.triton.runtime import (
     power_of_2_divisor,
 )
 from slimkernels.kernels.triton.sums import add_partials
+from slimkernels.kernels.triton.tiles import await_last_kernel, main_loop_done
 
 # The workspace holds at most this many float32 copies of the values, and each copy sums at least this many K steps.
 MAX_SPLITS, MIN_STEPS = 128, 8
@@ -81,11 +82,13 @@ def bsr_conv2d_bwd_w_kernel(
     RAGGED_IN: tl.constexpr,
     INDEX_64: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ROWS_TILE: tl.constexpr,
 ):
+    await_last_kernel(OVERLAP)
     SUB_TILES: tl.constexpr = (BSR_OUT + BLOCK_N - 1) // BLOCK_N
     index_type: tl.constexpr = tl.int64 if INDEX_64 else tl.int32
     # Programs of one range of pixels are neighbours: they share dy and x in L2.
@@ -162,6 +165,7 @@ def bsr_conv2d_bwd_w_kernel(
         image += step_n + carry.to(tl.int32)
         pixel += BLOCK_K
         acc = tl.dot(x_tile, dy_tile, acc, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+    main_loop_done(OVERLAP)
 
     offs_v = (flat // BSR_IN).to(tl.int64) * (BSR_OUT * BSR_IN) + flat % BSR_IN
     out_tile = out_ptr + split.to(tl.int64) * out_stride + offs_v[:, None] + (offs_n * BSR_IN)[None, :]
@@ -251,9 +255,11 @@ def _plan(g: _Geometry, config_items: tuple[tuple[str, int], ...], device: Limit
     column_tiles = cdiv(capacity * block_in, block_m) + block_rows
     elements = max(m_total * c_out, n * c_in * h * w, capacity * block_out * block_in)
     largest = elements + (block_k + block_m) * max(c_out, c_in) + (h * w + g.taps[0] * g.taps[1] * w) * c_in
+    programs = column_tiles * cdiv(block_out, block_n) * splits
+    overlap = device.overlap(programs)
     launch_ = Launch(
         bsr_conv2d_bwd_w_kernel,
-        (column_tiles * cdiv(block_out, block_n) * splits, 1, 1),
+        (programs, 1, 1),
         (
             m_total,
             split_pixels,
@@ -284,12 +290,13 @@ def _plan(g: _Geometry, config_items: tuple[tuple[str, int], ...], device: Limit
             "RAGGED_IN": c_in % block_in != 0,
             "INDEX_64": largest > INT32_MAX or bool(config.get("INDEX_64", False)),
             "PRECISION": g.precision,
+            "OVERLAP": overlap,
             "BLOCK_M": block_m,
             "BLOCK_N": block_n,
             "BLOCK_K": block_k,
             "ROWS_TILE": min(next_power_of_2(block_rows), 1024),
         },
-        launch_options(config, 0),
+        launch_options(config, overlap),
     )
     return launch_, splits
 

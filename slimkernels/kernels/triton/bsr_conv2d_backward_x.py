@@ -36,6 +36,7 @@ from slimkernels.kernels.triton.runtime import (
     next_power_of_2,
     power_of_2_divisor,
 )
+from slimkernels.kernels.triton.tiles import await_last_kernel, main_loop_done
 
 # A pixel's taps inside the output are the bits of one int32.
 MAX_TAP_BITS = 31
@@ -76,10 +77,12 @@ def bsr_conv2d_bwd_x_kernel(
     RAGGED_OUT: tl.constexpr,
     INDEX_64: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    await_last_kernel(OVERLAP)
     # Programs of one pixel tile are neighbours: they read the same part of dy, from L2 after the first.
     tile_n = tl.program_id(0) % n_tiles
     tile_m = tl.program_id(0) // n_tiles % m_tiles
@@ -176,6 +179,7 @@ def bsr_conv2d_bwd_x_kernel(
         next_column = tl.load(col_ptr + first + next_k // BSR_OUT, mask=next_k < count, other=-1)
         next_block = tl.load(block_ptr + first + next_k // BSR_OUT, mask=next_k < count, other=0)
         acc = tl.dot(dy_tile, w_tile, acc, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+    main_loop_done(OVERLAP)
 
     channel_in = group * BSR_IN + offs_n
     mask_n = (offs_n < BSR_IN) & (channel_in < c_in)
@@ -268,9 +272,11 @@ def _plan(g: _Geometry, config_items: tuple[tuple[str, int], ...], device: Limit
     )
     block_m, block_n, block_k = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
     n_tiles, m_tiles = groups * cdiv(block_in, block_n), cdiv(m_largest, block_m)
+    programs = n_tiles * m_tiles * classes
+    overlap = device.overlap(programs)
     return Launch(
         bsr_conv2d_bwd_x_kernel,
-        (n_tiles * m_tiles * classes, 1, 1),
+        (programs, 1, 1),
         (n, c_in, h, w, c_out, p, q, *g.padding, *g.dilation, n_tiles, m_tiles),
         {
             "STRIDE_H": g.stride[0],
@@ -286,11 +292,12 @@ def _plan(g: _Geometry, config_items: tuple[tuple[str, int], ...], device: Limit
             "RAGGED_OUT": c_out % block_out != 0,
             "INDEX_64": index_64,
             "PRECISION": g.precision,
+            "OVERLAP": overlap,
             "BLOCK_M": block_m,
             "BLOCK_N": block_n,
             "BLOCK_K": block_k,
         },
-        launch_options(config, 0),
+        launch_options(config, overlap),
     )
 
 
