@@ -142,7 +142,7 @@ def test_autograd_runs_the_triton_kernels(epilogue: str, listed: list[str]) -> N
     grad = testing.random_tensor(*y.shape, seed=6)
     y.backward(grad)
     y64.backward(grad.double())
-    triton_ops = ["bsr_conv2d", "bsr_conv2d_dgrad", "bsr_conv2d_wgrad", "bsr_conv2d_bias_grad"]
+    triton_ops = ["bsr_conv2d", "bsr_conv2d_wgrad", "bsr_conv2d_bias_grad", "bsr_conv2d_dgrad"]
     if epilogue == "relu_maxpool2":
         triton_ops[1:1] = ["bsr_conv2d", "relu_maxpool2_backward"]
     assert listed == [f"{op}__triton" for op in triton_ops]
@@ -161,7 +161,7 @@ def test_linear_runs_the_triton_kernels(listed: list[str]) -> None:
     y = module(x)
     grad = testing.random_tensor(*y.shape, seed=6)
     y.backward(grad)
-    ops = ("bsr_linear", "bsr_conv2d_dgrad", "bsr_conv2d_wgrad", "bsr_conv2d_bias_grad")
+    ops = ("bsr_linear", "bsr_conv2d_wgrad", "bsr_conv2d_bias_grad", "bsr_conv2d_dgrad")
     assert listed == [f"{op}__triton" for op in ops]
     twin, x64 = module.to_dense().double(), x.detach().double().requires_grad_()
     torch.relu(twin(x64)).backward(grad.double())

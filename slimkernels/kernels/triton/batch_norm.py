@@ -103,7 +103,7 @@ def _plan(
     has_weight: bool,
     eps: float,
     device: Limits,
-    cuts: Cuts = CUTS,
+    cuts: Cuts = Cuts(),
 ) -> _Plan:
     pool = epilogue == 2
     pixels, windows, pooled = n * p * q, n * cdiv(p, 2) * cdiv(q, 2), n * (p // 2) * (q // 2)
@@ -186,7 +186,7 @@ def launch_forward(
     """
     n, c, p, q = x.shape
     dtype, compute = x.dtype, interpreted_dtype(x.dtype)
-    plan = _plan(n, c, p, q, _EPILOGUES[epilogue], weight is not None, eps, limits(x.get_device()))
+    plan = _plan(n, c, p, q, _EPILOGUES[epilogue], weight is not None, eps, limits(x.get_device()), CUTS)
     x = x.to(compute).contiguous(memory_format=torch.channels_last)
     partial = torch.empty((plan.parts, 2, c), dtype=torch.float32, device=x.device)
     statistics = torch.empty((3, c), dtype=torch.float32, device=x.device)
@@ -220,7 +220,7 @@ def launch_backward(
     """
     n, c, p, q = x.shape
     dtype, compute = x.dtype, interpreted_dtype(x.dtype)
-    plan = _plan(n, c, p, q, _EPILOGUES[epilogue], weight is not None, eps, limits(x.get_device()))
+    plan = _plan(n, c, p, q, _EPILOGUES[epilogue], weight is not None, eps, limits(x.get_device()), CUTS)
     x, grad = (t.to(compute).contiguous(memory_format=torch.channels_last) for t in (x, grad))
     affine = _affine(weight, bias, statistics)
     partial = torch.empty((plan.grad_parts, 2, c), dtype=torch.float32, device=x.device)
