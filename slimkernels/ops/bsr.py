@@ -10,7 +10,7 @@ from torch import Tensor
 
 from slimkernels.dispatch.select import launcher, resolve_gradient
 from slimkernels.formats import block_grid, check_pattern
-from slimkernels.kernels import KERNELS, reference
+from slimkernels.kernels import KERNELS, KernelSpec, reference
 from slimkernels.kernels.packs import ForwardOrder, kind_of
 from slimkernels.kernels.problems import (
     INT32_MAX,
@@ -193,9 +193,11 @@ def _bsr_conv2d_backward(call: BSRConv2dBackwardCall) -> tuple[Tensor, Tensor, T
         check_transposed(op, call.transposed, *pattern, call.stride, call.dilation)
         keep_for_graphs(call.crow_indices, [call.transposed])
 
+    def kernel(op: str, *args: Any) -> KernelSpec:
+        return resolve_gradient(call.kernel, Request(op, x.dtype, x.device.type, block, "none"), call.stride, args)
+
     def launch(op: str, *args: Any) -> Tensor:
-        request = Request(op, x.dtype, x.device.type, block, "none")
-        return resolve_gradient(call.kernel, request, call.stride, args).launch(*args)
+        return kernel(op, *args).launch(*args)
 
     grad = grad.contiguous(memory_format=_CHANNELS_LAST)
     if epilogue == "relu":
@@ -207,8 +209,12 @@ def _bsr_conv2d_backward(call: BSRConv2dBackwardCall) -> tuple[Tensor, Tensor, T
     geometry = (call.weight_shape, block, call.stride, call.padding, call.dilation)
     grad_x, grad_values = x.new_empty(0), x.new_empty(0)
     if need_values:
-        x_of_images = x.contiguous(memory_format=_CHANNELS_LAST)
-        grad_values = launch("bsr_conv2d_wgrad", grad, x_of_images, *weight, *geometry)
+        arguments = (grad, x.contiguous(memory_format=_CHANNELS_LAST), *weight, *geometry)
+        spec, dtype = kernel("bsr_conv2d_wgrad", *arguments), call.values_dtype or call.values.dtype
+        if spec.backend == "triton" and dtype != call.values.dtype:
+            # It rounds to the dtype of the values that it is given, whose contents it does not read.
+            arguments = (*arguments[:2], torch.empty_like(weight[0], dtype=dtype), *arguments[3:])
+        grad_values = spec.launch(*arguments).to(dtype)
     grad_bias = launch("bsr_conv2d_bias_grad", grad) if need_bias else x.new_empty(0)
     if need_x:  # last: the layer in front reads it next, while a GPU's L2 has it
         grad_x = launch("bsr_conv2d_dgrad", grad, *weight, transposed, tuple(x.shape[2:]), *geometry)
@@ -229,7 +235,7 @@ def _bsr_conv2d_backward_fake(call: BSRConv2dBackwardCall) -> tuple[Tensor, Tens
     if need_x:
         grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=_CHANNELS_LAST)
     if need_values:
-        grad_values = torch.empty_like(values, memory_format=torch.contiguous_format)
+        grad_values = torch.empty_like(values, dtype=call.values_dtype, memory_format=torch.contiguous_format)
     return grad_x, grad_values, x.new_empty(call.weight_shape[0] if need_bias else 0)
 
 
@@ -277,8 +283,13 @@ def _output_mask(ctx: Any) -> list[bool]:
     return [ctx.needs_input_grad[needs(name)] for name in ("x", "values", "bias")]
 
 
+def _values_dtype(ctx: Any) -> torch.dtype | None:
+    """That of the values before autocast: their gradient is then rounded once, and cast by no kernel of its own."""
+    return getattr(ctx, "dtypes", {}).get("values")
+
+
 def _bsr_conv2d_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    settings = {**ctx.settings, "output_mask": _output_mask(ctx)}
+    settings = {**ctx.settings, "output_mask": _output_mask(ctx), "values_dtype": _values_dtype(ctx)}
     call = BSRConv2dBackwardCall(grad, *ctx.saved_tensors, **settings)
     return _gradients(ctx, _run_backward(call))
 
@@ -299,6 +310,7 @@ def _bsr_linear_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         "padding": [0, 0],
         "dilation": [1, 1],
         "output_mask": _output_mask(ctx),
+        "values_dtype": _values_dtype(ctx),
     }
     call = BSRConv2dBackwardCall(rows_of_grad, rows, values, crow, col, bias, rows_of_y, transposed, **settings)
     grad_x, grad_values, grad_bias = _run_backward(call)
@@ -311,8 +323,8 @@ def _second_derivative(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     raise NotImplementedError("bsr_conv2d: expected to be differentiated once, got a second derivative")
 
 
-register_gradient("bsr_conv2d", _bsr_conv2d_autograd, _setup_context)
-register_gradient("bsr_linear", _bsr_linear_autograd, _setup_context)
+register_gradient("bsr_conv2d", _bsr_conv2d_autograd, _setup_context, casts_inside=True)
+register_gradient("bsr_linear", _bsr_linear_autograd, _setup_context, casts_inside=True)
 register_gradient("bsr_conv2d_backward", _second_derivative)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -38,6 +39,7 @@ class BSRConv2dBackwardCall(NamedTuple):
         grad: of the output.
         y: the output with the epilogue ``relu``, else None.
         output_mask: whether the gradients of x, values and bias are wanted.
+        values_dtype: of the gradient of values, summed in float32; None for that of ``values``.
     """
 
     grad: Tensor
@@ -56,6 +58,7 @@ class BSRConv2dBackwardCall(NamedTuple):
     epilogue: str
     kernel: str
     output_mask: Sequence[bool]
+    values_dtype: torch.dtype | None = None
 
 
 class BSRLinearCall(NamedTuple):

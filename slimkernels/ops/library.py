@@ -54,7 +54,8 @@ _SCHEMAS = (
     "str kernel, Tensor? transposed=None) -> Tensor",
     "bsr_conv2d_backward(Tensor grad, Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, Tensor? bias, "
     "Tensor? y, Tensor? transposed, int[4] weight_shape, int[2] block_shape, int[2] stride, int[2] padding, "
-    "int[2] dilation, str epilogue, str kernel, bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
+    "int[2] dilation, str epilogue, str kernel, bool[3] output_mask, "
+    "ScalarType? values_dtype=None) -> (Tensor, Tensor, Tensor)",
     "bsr_linear(Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, Tensor? bias, Tensor[] packed, "
     "int[2] weight_shape, int[2] block_shape, str epilogue, str kernel, Tensor? transposed=None) -> Tensor",
     "low_rank_linear(Tensor x, Tensor U, Tensor V, Tensor? bias, Tensor[] packed, str epilogue, str kernel) -> Tensor",
@@ -75,6 +76,8 @@ for _schema in _SCHEMAS:
 _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 _FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
 _CASTS: dict[str, Callable[[str, Any], tuple[Any, ...]]] = {}
+# Those whose functions cast.
+_CASTING: set[str] = set()
 
 
 def register(name: str, impl: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -101,10 +104,15 @@ def register_gradient(
     setup_context: Callable[..., None] = _no_context,
     *,
     lists_have_gradients: bool = False,
+    casts_inside: bool = False,
 ) -> None:
     """Registers an op's derivative: ``setup_context(ctx, call, output)`` and ``backward(ctx, *grads)``, as torch's.
 
-    Args: lists_have_gradients: then the op always goes through the dispatcher, which alone looks into lists.
+    Args:
+        lists_have_gradients: then the op always goes through the dispatcher, which alone looks into lists.
+        casts_inside: around the dispatcher, autocast's casts are of the op and not recorded. ``ctx.dtypes`` are those
+            of its tensors before, by name, and ``backward`` may give a gradient in either dtype: torch casts what
+            needs it.
     """
     call = CALLS[name]
 
@@ -116,9 +124,16 @@ def register_gradient(
     if lists_have_gradients:
         return
 
+    if casts_inside:
+        _CASTING.add(name)
+
     def forward(ctx: Any, *args: Any) -> Any:
         record = call(*args)
-        output = _IMPLEMENTATIONS[name](record)
+        if casts_inside:
+            ctx.dtypes = {key: arg.dtype for key, arg in record._asdict().items() if isinstance(arg, Tensor)}
+            record, output = _cast_and_run(name, record)
+        else:
+            output = _IMPLEMENTATIONS[name](record)
         setup_context(ctx, record, output)
         return output
 
@@ -162,15 +177,29 @@ def run(name: str, call: Any, x: Tensor, *others: Tensor | None) -> Any:
     if not _unwatched(x, *others):
         return _dispatched(name, call)
     device = "cpu" if x.is_cpu else "cuda"
-    if name in _CASTS and _is_autocast_enabled(device):
+    if name in _CASTS and _is_autocast_enabled(device) and not (name in _CASTING and _recorded(x, *others)):
         call = CALLS[name](*_CASTS[name](device, call))
         with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS[device]):
             return _run(name, call, x, *others)
     return _run(name, call, x, *others)
 
 
+def _cast_and_run(name: str, call: Any) -> tuple[Any, Any]:
+    """The call as autocast has it, and its output."""
+    device = "cpu" if call.x.is_cpu else "cuda"
+    if not _is_autocast_enabled(device):
+        return call, _IMPLEMENTATIONS[name](call)
+    call = CALLS[name](*_CASTS[name](device, call))
+    with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS[device]):
+        return call, _IMPLEMENTATIONS[name](call)
+
+
+def _recorded(*tensors: Tensor | None) -> bool:
+    return _is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 def _run(name: str, call: Any, *tensors: Tensor | None) -> Any:
-    if not (_is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)):
+    if not _recorded(*tensors):
         return _IMPLEMENTATIONS[name](call)
     if name not in _FUNCTIONS:
         return _dispatched(name, call)

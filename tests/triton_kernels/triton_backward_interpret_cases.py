@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from unittest import mock
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from slimkernels import ops, testing
 from slimkernels.formats import BSRWeight
 from slimkernels.kernels import KERNELS
 from slimkernels.kernels.transposed import transpose_index
+from slimkernels.kernels.triton import batch_norm, bsr_conv2d_backward_w
 from slimkernels.nn import BlockSparseConv2d, BlockSparseLinear
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -87,6 +89,40 @@ def test_batch_norm(shape: tuple[int, int, int, int], epilogue: str) -> None:
 def test_batch_norm_in_16_bits_and_without_weights(epilogue: str) -> None:
     check_batch_norm(SHAPES[1], torch.float16, epilogue)
     check_batch_norm(SHAPES[1], torch.float16, epilogue, affine=False)
+
+
+def test_batch_norm_in_many_parts_and_small_tiles() -> None:
+    """More tiles than parts, a last one that is cut, parts without a full tile, both orders of the backward's sums."""
+    for backwards in (True, False):
+        sums, one = batch_norm.Cut(2, 4, 4, 2), batch_norm.Cut(4, 4)
+        cuts = batch_norm.Cuts(sums, one, one, sums, sums, one, one, backwards)
+        with mock.patch.object(batch_norm, "CUTS", cuts):
+            for epilogue in ("relu", "relu_maxpool2"):
+                check_batch_norm((3, 5, 7, 9), torch.float32, epilogue)
+
+
+def test_batch_norm_of_a_mean_far_from_its_deviation_and_of_one_that_sticks_out() -> None:
+    """Squares lose no digits about a mean 10^4 deviations away, nor where the first pixel of a part is far off."""
+    x = testing.random_tensor(4, 3, 16, 16, seed=1, dtype=torch.float64)
+    x[:, 0] = x[:, 0] / 100 + 100
+    x[0, 1, 0, 0] = x[-1, 1, -1, -1] = 1e5
+    x = x.float()
+    _, statistics = batch_norm.launch_forward(x, None, None, 1e-5, "none")
+    var, mean = torch.var_mean(x.double(), (0, 2, 3))
+    torch.testing.assert_close(statistics[0].double(), mean, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(statistics[2].double(), var, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.float32), ids=str)
+def test_gradient_of_a_relu_whose_input_rounds_to_zero(dtype: torch.dtype) -> None:
+    """Gradients follow z as it is stored: in float16 half the smallest number is 0, and a little more is not."""
+    x = torch.tensor([1.0, -1.0], dtype=dtype).reshape(1, 1, 1, 2).expand(1, 4, 1, 2).contiguous()
+    bias = torch.zeros(4)
+    _, statistics = batch_norm.launch_forward(x, torch.ones(4), bias, 0.0, "relu")
+    weight = torch.tensor([2.0**-25, 1.5 * 2.0**-25, 2.0**-26, 1.0])
+    y, _ = batch_norm.launch_forward(x, weight, bias, 0.0, "relu")
+    _, sums = batch_norm.launch_backward(torch.ones_like(y), x, weight, bias, statistics, 0.0, "relu")
+    assert sums[0].tolist() == (y > 0).sum((0, 2, 3)).tolist() == ([0, 1, 0, 1] if dtype == torch.float16 else [1] * 4)
 
 
 @pytest.mark.parametrize("block_shape", [(1, 1), (16, 16), (64, 16)], ids=str)
@@ -169,6 +205,25 @@ def test_linear_runs_the_triton_kernels(listed: list[str]) -> None:
     torch.testing.assert_close(x.grad.double(), x64.grad, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(module.values.grad.double(), wanted, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(module.bias.grad.double(), twin.bias.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_values_get_their_gradient_in_float32_from_16_bits() -> None:
+    """One part of the pixels and several, and through the op: in 16 bits comes what that rounds to."""
+    module = conv_module((16, 16), "none").half()
+    x = testing.random_tensor(2, 30, 5, 4, seed=5, dtype=torch.float16)
+    grad = testing.random_tensor(*module(x).shape, seed=6, dtype=torch.float16)
+    values, *index = module.values.detach(), module.crow_indices, module.col_indices
+    geometry = ((31, 30, 3, 3), (16, 16), STRIDE, PADDING, (1, 1))
+    for splits in (1, 2):
+        config = {"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_K": 16, "SPLITS": splits, "num_warps": 4, "num_stages": 2}
+        half = bsr_conv2d_backward_w.launch(grad, x, values, *index, *geometry, config)
+        wide = bsr_conv2d_backward_w.launch(grad, x, values.float(), *index, *geometry, config)
+        assert half.dtype == torch.float16 and wide.dtype == torch.float32
+        assert torch.equal(wide.half(), half) and not torch.equal(wide, half.float())
+    rest = (None, None, None, *geometry, "none", "bsr_conv2d__triton", [False, True, False], torch.float32)
+    through = torch.ops.slimkernels.bsr_conv2d_backward(grad, x, values, *index, *rest)[1]
+    assert through.dtype == torch.float32
+    torch.testing.assert_close(through, wide, rtol=1e-5, atol=1e-5)
 
 
 def test_any_layout_of_grad_out_gives_the_same_bits() -> None:

@@ -346,13 +346,14 @@ def launch(
         compute,
         gradient_precision((r, s, *x.shape[2:])),
     )  # type: ignore[arg-type]  # tuples have the right length, which their types do not say
+    out_dtype = interpreted_dtype(values.dtype)
     plan, splits = _plan(geometry, tuple(config.items()) if config else (), limits(x.get_device()))
     if splits == 1:
         # Zeroed, because spare blocks belong to no program.
-        sums = torch.zeros(values.shape, dtype=compute, device=x.device)
+        sums = torch.zeros(values.shape, dtype=out_dtype, device=x.device)
         plan(grad, x, crow_indices, col_indices, sums)
     else:
         partial = torch.empty((splits, *values.shape), dtype=torch.float32, device=x.device)
         plan(grad, x, crow_indices, col_indices, partial)
-        sums = add_partials(partial, torch.empty(values.shape, dtype=compute, device=x.device), crow_indices)
+        sums = add_partials(partial, torch.empty(values.shape, dtype=out_dtype, device=x.device), crow_indices)
     return sums.to(values.dtype)
