@@ -121,9 +121,7 @@ class FusedBatchNorm2d(nn.modules.batchnorm._NormBase):
         if not self._fuses(input):
             # For mypy: what torch's own reads of self is there.
             return apply_epilogue(nn.BatchNorm2d.forward(self, input), self.epilogue)  # type: ignore[arg-type]
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-        return batch_norm(
+        y = batch_norm(
             input,
             self.weight,
             self.bias,
@@ -134,6 +132,9 @@ class FusedBatchNorm2d(nn.modules.batchnorm._NormBase):
             epilogue=self.epilogue,
             kernel=self.kernel,
         )
+        if self.num_batches_tracked is not None:  # behind the kernels: the first begins while the layer in front ends
+            self.num_batches_tracked.add_(1)
+        return y
 
     def _check_input_dim(self, input: Tensor) -> None:
         # For mypy: what torch's own reads of self is there.

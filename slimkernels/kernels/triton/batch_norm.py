@@ -5,6 +5,7 @@ Results do not depend on the device's size: the pixels are cut in parts by the p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -22,6 +23,8 @@ from slimkernels.kernels.triton.launcher import Launch, launch_options
 from slimkernels.kernels.triton.runtime import INT32_MAX, Limits, cdiv, interpreted_dtype, limits, next_power_of_2
 from slimkernels.kernels.triton.sums import add_partials
 
+# Rows that addresses may go past the last one by: those of the largest tile, of 16 channels.
+_LARGEST_TILE = 2048
 _EPILOGUES = {"none": 0, "relu": 1, "relu_maxpool2": 2}
 
 
@@ -103,7 +106,7 @@ def _plan(
     has_weight: bool,
     eps: float,
     device: Limits,
-    cuts: Cuts = Cuts(),
+    cuts: Cuts = CUTS,
 ) -> _Plan:
     pool = epilogue == 2
     pixels, windows, pooled = n * p * q, n * cdiv(p, 2) * cdiv(q, 2), n * (p // 2) * (q // 2)
@@ -111,14 +114,15 @@ def _plan(
     apply, reduce, input_gradient = cuts.apply, cuts.reduce, cuts.input_gradient
     if pool:
         apply, reduce, input_gradient = cuts.apply_pooled, cuts.reduce_pooled, cuts.input_gradient_pooled
-    index_64 = (pixels + 2 * q + 4 * 32 * max(cut.elements * cut.warps for cut in cuts[:7])) * c > INT32_MAX
+    index_64 = (pixels + 2 * q + _LARGEST_TILE) * c > INT32_MAX
 
-    def launch(kernel: Any, programs: tuple[int, int], integers: tuple[int, ...], tile: Any, cut: Cut, **own: Any) -> Any:
+    def launch(
+        kernel: Any, programs: tuple[int, int], integers: tuple[int, ...], tile: Sequence[int], cut: Cut, **own: Any
+    ) -> Launch:
         overlap = device.overlap(programs[0] * programs[1])
-        names = kernel.arg_names
         constants = {"INDEX_64": index_64, "OVERLAP": overlap, "BLOCK_M": tile[0], "BLOCK_N": tile[1], **own}
         constants |= {"HAS_WEIGHT": has_weight, "EPILOGUE": epilogue, "STAGES": cut.stages}
-        constants = {name: constants[name] for name in names if name in constants}
+        constants = {name: constants[name] for name in kernel.arg_names if name in constants}
         options = launch_options({"num_warps": cut.warps, "num_stages": 2}, overlap)
         return Launch(kernel, (*programs, 1), integers, constants, options)
 
