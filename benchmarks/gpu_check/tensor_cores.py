@@ -2,12 +2,12 @@
 
 Every distinct layer of the headline on its compiled shapes, with launches that overlap and with other rings, some
 layers at a batch of eight images, which gives each thread block one tile or two (the time of a launch and of its
-steps), and the fused stem; with --gradients the same layers in blocks of 32 x 32, and both
-gradients of every layer at batch 512; with --tf32 the layers in float32, multiplied in TF32. All are replayed from
-CUDA graphs and checked against float64. Measured on an H200 at 0ed802f, before everything streamed: 67 us for conv1_2, 37 and 43 for conv2_1 and
-conv2_2, 38 for conv3_2, 61 for conv4_2, 18 for conv5_1, 108 for the stem; all 15 layers 555 us, in (32, 32) blocks 724,
-input gradients 689, weight gradients 574, where Triton takes 389, 510, 567 and 312. Float32 takes
-748 to 755 us in conv4_2 and conv4_4 alone (docs/gpu.md).
+steps), and the fused stem; with --gradients the same layers in blocks of 32 x 32, and both gradients of every layer at
+batch 512; with --tf32 the layers in float32, multiplied in TF32. All are replayed from CUDA graphs and checked against
+float64. Measured on an H200, all 15 layers: 395 us of an earlier form of the streamed kernel, where Triton's takes 383
+(493c819). At 0ed802f: 108 us for the stem, 724 for the layers in (32, 32) blocks, 689 for input gradients and 574 for
+weight gradients, where Triton takes 510, 567 and 312; float32 takes 748 to 755 us in conv4_2 and conv4_4 alone
+(docs/gpu.md).
 """
 
 from __future__ import annotations
