@@ -1,7 +1,7 @@
 """Launchers of the tensor-core kernels of csrc/cuda: checks, packed weights and plans; `cuda` has what is common.
 
-`launch_bsr_conv2d` is the block-sparse convolution whose weights stay in shared memory while the images stream by. It
-multiplies float32 in TF32, where torch's switch for convolutions allows that.
+`launch_bsr_conv2d` is the block-sparse convolution, whose weights stay in shared memory while the images stream by, or
+on sm_90 stream by too. It multiplies float32 in TF32, where torch's switch for convolutions allows that.
 `launch_stem_conv2d` is a network's dense first convolution and the block-sparse second one in one kernel. Neither is a
 choice of ``auto``: they run on explicit request.
 """
@@ -171,7 +171,7 @@ def launch_bsr_conv2d(
     epilogue: str,
     config: Mapping[str, int] | None = None,
 ) -> Tensor:
-    """Block-sparse convolution on tensor cores, the weights of a thread block in shared memory.
+    """Block-sparse convolution on tensor cores, a thread block's weights in shared memory or streaming through it.
 
     Args:
         x: ``(N, C_in, H, W)``, float16, bfloat16 or float32 on the GPU; channels_last is taken as it is.
@@ -183,9 +183,9 @@ def launch_bsr_conv2d(
         packed: what `pack` returned for this weight, or anything else: then it is packed in this call, by one gather
             whose places are kept with the pattern.
         epilogue: ``none``, ``relu`` or ``relu_maxpool2``.
-        config: ``slab`` and ``stages`` of the ring; ``variant`` of `resident_plan.VARIANTS`; ``overlap`` 1 lets the
-            kernel begin while the one in front of it ends, which must not have written ``packed``; a weight that is
-            packed in this call waits.
+        config: ``slab`` and ``stages`` of the ring, ``slots`` of that of streamed weights; ``variant`` of
+            `resident_plan.VARIANTS`; ``overlap`` 1 lets the kernel begin while the one in front of it ends, which must
+            not have written ``packed``; a weight that is packed in this call waits.
 
     Returns:
         ``(N, C_out, P, Q)``, pooled where asked for, channels_last, on torch's current stream. Float32 is multiplied in
@@ -206,22 +206,9 @@ def launch_bsr_conv2d(
         raise ValueError(f"{op}: expected x of shape (N, {c_in}, H, W), got {tuple(x.shape)}")
     n, _, h, w = x.shape
     problem = ConvProblem(
-        n,
-        c_in,
-        h,
-        w,
-        c_out,
-        r,
-        s,
-        _pair(stride),
-        _pair(padding),
-        _pair(dilation),
-        _pair(block_shape),
-        values.shape[0],
-        x.dtype,
-        x.device.type,
-        epilogue,
-    )
+        n, c_in, h, w, c_out, r, s, _pair(stride), _pair(padding), _pair(dilation), _pair(block_shape), values.shape[0],
+        x.dtype, x.device.type, epilogue,
+    )  # fmt: skip
     reason = shape_reason(problem) or precision_reason(problem)  # the switch may have changed since the last call
     if reason is not None:
         raise ValueError(f"{op}: the tensor-core kernel does not take this: {reason}")
@@ -252,6 +239,11 @@ def launch_bsr_conv2d(
     sizes = (n, c_in, h, w, c_out, (r, s), _pair(stride), _pair(padding), _pair(dilation), (p, q))
     conv = Convolution(*sizes, x.element_size())
     plan = fitting_plan(conv, variant, weight.most_steps, _limits(x), config)
+    if plan is None and VARIANTS[variant].streamed:
+        raise ValueError(
+            f"{op}: variant {variant} takes {resident_plan.MOST_TAPS} taps at most, of which four pixels' input fits "
+            f"shared memory, got {r} x {s} with stride {tuple(stride)} and dilation {tuple(dilation)}"
+        )
     if plan is None:
         step = f"{VARIANTS[variant].column} x {step_channels(x.dtype)}"
         raise ValueError(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from slimkernels.kernels.packs import TensorCorePack
 from slimkernels.kernels.problems import INT32_MAX, Pair, conv_output_image
+from slimkernels.kernels.tensor_core_tiles import MAX_PLACES, Tile, choose_tile, even, up, with_patch, without_borders
 from slimkernels.kernels.tf32 import STEP_BYTES, round_to_tf32, step_channels
 
 STEP_CHANNELS = 16  # input channels of one step: the depth of a tensor-core instruction, of 16-bit numbers
@@ -73,30 +74,6 @@ STREAMED_RINGS = ((64, 4), (64, 3), (64, 2), (32, 4), (32, 3), (32, 2), (16, 4),
 GOOD_SLOTS, LEAST_SLOTS, MOST_SLOTS = 5, 3, 16
 MOST_TAPS, ZERO_BYTES = 32, 128  # kMostTaps and kZeroBytes of csrc/cuda/streamed_conv2d.cuh
 MOST_BOX = 256  # pixels of a tensor copy in each direction
-MAX_PLACES = 65535  # of a patch: kMaxPlaces of csrc/bindings.cpp
-
-
-class Tile(NamedTuple):
-    """A tile and its patch, the members of the same names in csrc/kernels.h."""
-
-    images: int
-    rows: int
-    cols: int
-    patch_row: int
-    patch_image: int
-    patch: int
-    load_top: int
-    load_left: int
-    load_rows: int
-    load_cols: int
-
-    def tiles(self, n: int, p: int, q: int) -> int:
-        """Tiles of n output images of p x q pixels."""
-        return -(-n // self.images) * -(-p // self.rows) * -(-q // self.cols)
-
-    def reach(self, taps: Pair, dilation: Pair) -> int:
-        """Places behind that of a pixel's first tap, at most."""
-        return (taps[0] - 1) * dilation[0] * self.patch_row + (taps[1] - 1) * dilation[1] + 1
 
 
 class Plan(NamedTuple):
@@ -174,9 +151,9 @@ def shared_bytes(shape: Shape, tile: Tile, slab: int, stages: int, c_in: int, st
     """Shared memory of a thread block: `resident_layout` of csrc/cuda/resident_conv2d.cuh."""
     slabs = -(-c_in // slab)
     lists = steps * (shape.column * STEP_BYTES + 4) + (shape.columns + 1) * (slabs + 1) * 4
-    tables = _up(lists, 16) + shape.columns * shape.column * 8 + shape.pixels // 4 * 16
+    tables = up(lists, 16) + shape.columns * shape.column * 8 + shape.pixels // 4 * 16
     tables += tile.images * tile.load_rows * tile.load_cols * 16
-    return _up(tables, 128) + shape.groups * stages * _up(tile.patch * (slab * size + 16), 128)
+    return up(tables, 128) + shape.groups * stages * up(tile.patch * (slab * size + 16), 128)
 
 
 def streamed_bytes(shape: Shape, tile: Tile, slab: int, stages: int, c_in: int, c_out: int, steps: int) -> int:
@@ -184,7 +161,7 @@ def streamed_bytes(shape: Shape, tile: Tile, slab: int, stages: int, c_in: int, 
     columns, slabs = -(-c_out // shape.column), -(-c_in // slab)
     tables = ZERO_BYTES + shape.pixels // 4 * 16 + 16 + columns * (shape.column * 8 + (slabs + 2) * 4)
     tables += (steps + shape.chunk + 1) * 4
-    return stages * (_up(tile.patch * slab * 2, 1024) + 16) + _up(tables, 16)
+    return stages * (up(tile.patch * slab * 2, 1024) + 16) + up(tables, 16)
 
 
 def _streamed_plan(
@@ -318,96 +295,6 @@ def _rings(c_in: int, size: int, config: Mapping[str, int], streamed: bool = Fal
     yield from dict.fromkeys((config.get("slab", slab), config.get("stages", stages)) for slab, stages in found)
 
 
-def _up(size: int, unit: int) -> int:
-    return -(-size // unit) * unit
-
-
-def _even(size: int) -> int:
-    return size + size % 2
-
-
-def _with_patch(
-    images: int,
-    rows: int,
-    cols: int,
-    h: int,
-    w: int,
-    p: int,
-    q: int,
-    taps: Pair,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-) -> Tile:
-    """The tile of these output pixels, whose patch shares borders where the tile spans whole images."""
-    high = (rows - 1) * stride[0] + (taps[0] - 1) * dilation[0] + 1
-    wide = (cols - 1) * stride[1] + (taps[1] - 1) * dilation[1] + 1
-    # The right border of a whole row is the left border of the next, the lower one of an image the next one's upper:
-    # of the two the larger. In an input gradient it may be the right or the lower one.
-    right, lower = (
-        (size - 1) * step + (count - 1) * apart + 1 - pad - inner
-        for size, step, count, apart, pad, inner in zip((q, p), stride[::-1], taps[::-1], dilation[::-1],
-                                                        padding[::-1], (w, h), strict=True)
-    )  # fmt: skip
-    left, load_cols, patch_row = (padding[1], w, max(padding[1], right) + w) if cols >= q else (0, wide, wide)
-    top, load_rows, tall = (padding[0], h, max(padding[0], lower) + h) if rows >= p else (0, high, high)
-    patch_image = tall * patch_row
-    if images > 1:
-        windows = [(y * stride[0] * patch_row, x * stride[1]) for y in range(0, rows, 2) for x in range(0, cols, 2)]
-        patch_image = min(
-            range(patch_image, patch_image + 8), key=lambda size: (_conflicts(size, images, windows), size)
-        )
-    last = (max(high, top + load_rows) - 1) * patch_row + max(wide, left + load_cols)
-    return Tile(
-        images, rows, cols, patch_row, patch_image, (images - 1) * patch_image + last, top, left, load_rows, load_cols
-    )
-
-
-def without_borders(tile: Tile) -> Tile:
-    """The tile with a patch of nothing but the pixels that are loaded, side by side as a tensor copy leaves them."""
-    patch_image = tile.load_rows * tile.load_cols
-    return tile._replace(patch_row=tile.load_cols, patch_image=patch_image, patch=tile.images * patch_image)
-
-
-def _conflicts(patch_image: int, images: int, windows: Sequence[tuple[int, int]]) -> int:
-    """How many of the places that one instruction reads at once share banks of shared memory with another one.
-
-    Places with the same remainder modulo 8 do. Two windows with the same one take different columns first, which moves
-    one of them by a place.
-    """
-    places = [image * patch_image + y + x for image in range(images) for y, x in windows]
-    found = 0
-    for i in range(0, len(places), 8):
-        counts = [0] * 8
-        for place in places[i : i + 8]:
-            counts[place % 8] += 1
-        found += sum(max(0, count - (1 if counts[k ^ 1] else 2)) for k, count in enumerate(counts))
-    return found
-
-
-@lru_cache(maxsize=1024)
-def choose_tile(
-    pixels: int, h: int, w: int, taps: Pair, stride: Pair, padding: Pair, dilation: Pair, out: Pair | None = None
-) -> Tile:
-    """The tile of at most ``pixels`` output pixels, even in both directions, that wastes and reads the least.
-
-    Args: pixels of the compiled shape; h, w of an input image; taps (R, S); out (P, Q) where it is not what these give.
-    """
-    p, q = out or conv_output_image((h, w), taps, stride, padding, dilation)
-    best: tuple[tuple[float, int], Tile] | None = None
-    for cols in range(2, min(_even(q), pixels // 2) + 1, 2):
-        for rows in range(2, min(_even(p), pixels // cols) + 1, 2):
-            images = pixels // (rows * cols) if rows >= p and cols >= q else 1
-            tile = _with_patch(images, rows, cols, h, w, p, q, taps, stride, padding, dilation)
-            used = p * q / (pixels * -(-p // rows) * -(-q // cols) / images)
-            reads = images * tile.load_rows * tile.load_cols / (images * rows * cols * stride[0] * stride[1])
-            score = round(used - 0.2 * reads, 9), cols  # of equal ones the widest, whose rows are longest in memory
-            if best is None or score > best[0]:
-                best = score, tile
-    assert best is not None
-    return best[1]
-
-
 class Index(NamedTuple):
     """The steps of a pattern, which follow from the indices alone.
 
@@ -527,17 +414,17 @@ def pack_first(weight: Tensor, wgmma: bool) -> Tensor:
 def stem_shared_bytes(shape: Shape, tile: Tile, steps: int) -> int:
     """Shared memory of a thread block: `stem_layout` of csrc/cuda/stem_conv2d.cuh."""
     lists = steps * (shape.column * 2 * STEP_CHANNELS + 4) + STEM_FIRST_BYTES
-    tables = _up(lists, 16) + 2 * 64 * 8 + shape.pixels // 4 * 16 + _up(tile.load_rows * tile.load_cols, 64) * 16
-    rows = (tile.load_rows + 2) * _up((tile.load_cols + 2) * 6 + 4, 16)
-    return _up(tables, 128) + shape.groups * _up(_up(tile.patch * STEM_PITCH, 128) + 2 * rows, 128)
+    tables = up(lists, 16) + 2 * 64 * 8 + shape.pixels // 4 * 16 + up(tile.load_rows * tile.load_cols, 64) * 16
+    rows = (tile.load_rows + 2) * up((tile.load_cols + 2) * 6 + 4, 16)
+    return up(tables, 128) + shape.groups * up(up(tile.patch * STEM_PITCH, 128) + 2 * rows, 128)
 
 
 def plan_stem(variant: int, n: int, h: int, w: int, steps: int, limit: int, processors: int) -> Plan | None:
     """The plan of a stem, whole rows of one image in a tile, or None where not two of them fit."""
     shape = STEM_VARIANTS[variant]
     taps, one = (3, 3), (1, 1)
-    for rows in range(min(_even(h), shape.pixels // w // 2 * 2), 0, -2):
-        tile = _with_patch(1, rows, w, h, w, h, w, taps, one, one, one)
+    for rows in range(min(even(h), shape.pixels // w // 2 * 2), 0, -2):
+        tile = with_patch(1, rows, w, h, w, h, w, taps, one, one, one)
         size = stem_shared_bytes(shape, tile, steps)
         if size <= limit and (tile.load_rows + 2) * w * 3 // 2 <= STEM_WORDS:
             blocks = min(tile.tiles(n, h, w), processors)

@@ -20,6 +20,7 @@ from slimkernels.formats import BSRWeight
 from slimkernels.kernels import KERNELS, cuda_tensor_cores, gathered_packs, resident_plan
 from slimkernels.kernels.problems import Request
 from slimkernels.kernels.resident_plan import TF32_VARIANTS, VARIANTS
+from slimkernels.kernels.tensor_core_tiles import choose_tile
 from slimkernels.nn import BlockSparseConv2d
 from slimkernels.ops import bsr_conv2d
 from slimkernels.testing import TF32_ROUNDOFF, assert_close, compare, drop_term, wrong_block
@@ -340,7 +341,7 @@ def test_float32_takes_twice_the_memory() -> None:
     assert halves is not None and halves.slab == 32 and floats is None  # 147 and 295 KB of weights
     half = resident_plan.plan(4, *layer, 144, HOPPER_SHARED, 132, {}, size=4)  # 64 channels a thread block
     assert half is not None and half.slab * 4 in (32, 64, 128) and half.shared_bytes <= HOPPER_SHARED
-    tile = resident_plan.choose_tile(128, 8, 8, (3, 3), (1, 1), (1, 1), (1, 1))
+    tile = choose_tile(128, 8, 8, (3, 3), (1, 1), (1, 1), (1, 1))
     sizes = [resident_plan.shared_bytes(VARIANTS[0], tile, 64 // size, 2, 512 // size, 5, size) for size in (2, 4)]
     assert sizes[0] == sizes[1], "as many bytes of a pixel take as much"
 

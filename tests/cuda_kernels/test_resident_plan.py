@@ -12,6 +12,7 @@ from slimkernels.formats import BSRWeight
 from slimkernels.kernels import resident_plan
 from slimkernels.kernels.packs import TensorCorePack
 from slimkernels.kernels.resident_plan import TF32_VARIANTS, VARIANTS, Shape
+from slimkernels.kernels.tensor_core_tiles import choose_tile, without_borders
 from slimkernels.testing import random_bsr
 
 ONE = (1, 1)
@@ -107,7 +108,7 @@ def test_the_first_convolution_is_packed_by_rows_of_taps():
 def test_tiles_of_a_network(
     pixels: int, size: int, images: int, rows: int, cols: int, patch_row: int, patch_image: int
 ):
-    tile = resident_plan.choose_tile(pixels, size, size, (3, 3), ONE, ONE, ONE)
+    tile = choose_tile(pixels, size, size, (3, 3), ONE, ONE, ONE)
     assert tile[:5] == (images, rows, cols, patch_row, patch_image)
 
 
@@ -124,7 +125,7 @@ def test_a_tile_reads_inside_its_patch(h: int, w: int, taps: tuple[int, int], st
     if p < 1 or q < 1:
         pytest.skip("the kernel does not fit into the image")
     for pixels in (16, 128):
-        tile = resident_plan.choose_tile(pixels, h, w, taps, stride, padding, dilation)
+        tile = choose_tile(pixels, h, w, taps, stride, padding, dilation)
         assert tile.images * tile.rows * tile.cols <= pixels and tile.rows % 2 == tile.cols % 2 == 0
         for top in range(0, p, tile.rows):
             for left in range(0, q, tile.cols):
@@ -184,7 +185,7 @@ def plan_members(name: str, **changes: int) -> list[int]:
                "slab": 64, "stages": 2, "steps": 5, "columns": 2, "variant": 0, "blocks": 1, "dtype": 2,
                "y_image": 256 * 64, "y_row": 16 * 64, "y_pixel": 64, **dict.fromkeys(
                    ("stride_h", "stride_w", "pad_h", "pad_w", "dil_h", "dil_w"), 1)}  # fmt: skip
-    tile = resident_plan.choose_tile(256, 16, 16, (3, 3), (1, 1), (1, 1), (1, 1))
+    tile = choose_tile(256, 16, 16, (3, 3), (1, 1), (1, 1), (1, 1))
     names = ("tile_images", "tile_rows", "tile_cols", *tile._fields[3:])
     values |= dict(zip(names, tile, strict=True))
     return [(values | changes)[field] for field in members(name)]
@@ -240,7 +241,7 @@ def test_the_bindings_refuse_what_one_of_them_cannot_do():
     ):
         with pytest.raises(ValueError, match=f"^cuda_resident_conv2d: {message}"):
             module.cuda_resident_conv2d(*plan_members("SlimCudaResidentConv2d", **changes))
-    tile = resident_plan.without_borders(resident_plan.choose_tile(256, 16, 16, (3, 3), (1, 1), (1, 1), (1, 1)))
+    tile = without_borders(choose_tile(256, 16, 16, (3, 3), (1, 1), (1, 1), (1, 1)))
     streamed = dict(zip(("tile_images", "tile_rows", "tile_cols", *tile._fields[3:]), tile, strict=True))
     streamed |= {"variant": 2, "columns": 1, "slots": 3}
     for changes, message in (

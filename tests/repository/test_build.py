@@ -363,8 +363,8 @@ def test_cuda_kernels_do_not_spill(cuda_code: tuple[str, str]):
     text = output(cuobjdump, "--dump-resource-usage", module)
     rows = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
     # 2 architectures. 3 dtypes: 3 tile widths of bsr_conv2d and one low_rank_linear. 2 dtypes: 5 shapes of
-    # resident_conv2d, 2 of streamed_conv2d, 2 of stem_conv2d, 4 of weight_gradient and the sum of its parts, 2 barriers of chain_conv2d and 7
-    # of low_rank. Float32: 3 shapes of resident_conv2d.
+    # resident_conv2d, 2 of streamed_conv2d, 2 of stem_conv2d, 4 of weight_gradient and the sum of its parts, 2 barriers
+    # of chain_conv2d and 7 of low_rank. Float32: 3 shapes of resident_conv2d.
     assert len(rows) == 2 * (3 * (3 + 1) + 2 * (5 + 2 + 2 + 4 + 1 + 2 + 7) + 3)
     for name, registers, stack, shared, local in rows:
         assert (int(stack), int(local)) == (0, 0), name
