@@ -38,10 +38,12 @@ class Tile(NamedTuple):
 
 
 def up(size: int, unit: int) -> int:
+    """The next multiple of a unit."""
     return -(-size // unit) * unit
 
 
 def even(size: int) -> int:
+    """The next even number."""
     return size + size % 2
 
 

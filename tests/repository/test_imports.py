@@ -74,7 +74,7 @@ PACKAGES = {
         "__init__", "cuda_chain, cuda_input_gradient", "cuda_gradients", "peak, cudnn, cuda_low_rank",
         "cuda_tensor_cores",
         "cpu, cuda, triton", "reference, strips, chain_plan, low_rank_plan, gathered_packs", "resident_plan",
-        "far_taps, image_parts, tf32, transposed", "packs, problems, strided_pointwise",
+        "far_taps, image_parts, tensor_core_tiles, tf32, transposed", "packs, problems, strided_pointwise",
     ),
     "kernels/cpu": (
         "chain", "gradients, layer, low_rank", "batch_norm, conv2d, pooling, weight_gradient", "steps", "library",
