@@ -24,8 +24,14 @@ from slimkernels.conversion.layers import LayerWeight
 from slimkernels.conversion.plan import Policy
 from slimkernels.dispatch.select import choose
 from slimkernels.formats import block_mask
-from slimkernels.kernels import KERNELS
-from slimkernels.kernels.problems import LowRankConvProblem, LowRankLinearProblem, SizedProblem
+from slimkernels.kernels import KERNELS, cuda_tensor_cores
+from slimkernels.kernels.problems import (
+    ConvProblem,
+    LinearProblem,
+    LowRankConvProblem,
+    LowRankLinearProblem,
+    SizedProblem,
+)
 from slimkernels.nn import BlockSparseConv2d, BlockSparseLinear, FusedConv2d, LowRankConv2d, LowRankLinear
 
 
@@ -173,12 +179,31 @@ def block_sparse_options(unit: Unit, policy: Policy, sizes: Sequence[Sequence[in
             kernel, _ = usable_kernel(problem, policy.backend)
             if kernel is None:
                 continue
-            options.append(_block_sparse_option(unit, policy, pattern, epilogue, kernel))
+            asked = "auto" if policy.backend == "auto" else kernel
+            options.append(_block_sparse_option(unit, pattern, epilogue, kernel, asked))
+            options += [_block_sparse_option(unit, pattern, epilogue, n, n) for n in _by_name(unit, policy, problem)]
             taken += 1
             # A pool inside the kernel is not always the faster one, so the best pattern is also tried without it.
             if not (epilogue == "relu_maxpool2" and i == 0 and policy.measure and sizes is not None) or taken == 2:
                 break
     return options, ""
+
+
+# Kernels that are ahead of `auto`'s on some layers and behind on others, so that only a measurement can choose them.
+MEASURED = (cuda_tensor_cores.NAME,)
+
+
+def _by_name(unit: Unit, policy: Policy, problem: ConvProblem | LinearProblem) -> list[str]:
+    """Kernels that `auto` never takes, of a layer on a GPU that is timed as it will be served, in a CUDA graph."""
+    if not times_graphs(unit, policy) or policy.backend != "auto" or not unit.calls:
+        return []
+    specs = [KERNELS[name] for name in MEASURED]
+    return [s.name for s in specs if s.supports(problem) is None and s.available() is None]
+
+
+def times_graphs(unit: Unit, policy: Policy) -> bool:
+    """Whether the unit's options are timed in CUDA graphs: on a GPU, where the model will be served as a recording."""
+    return policy.measure and policy.serve is not None and not unit.training and unit.weight.weight.is_cuda
 
 
 def _distinct(ranked: list[PatternStats]) -> list[PatternStats]:
@@ -191,13 +216,13 @@ def _distinct(ranked: list[PatternStats]) -> list[PatternStats]:
     return taken
 
 
-def _block_sparse_option(unit: Unit, policy: Policy, pattern: PatternStats, epilogue: str, kernel: str) -> Option:
+def _block_sparse_option(unit: Unit, pattern: PatternStats, epilogue: str, kernel: str, asked: str) -> Option:
+    """Of stored blocks, on a kernel that the module asks for as ``auto`` or by its name."""
     dense = unit.weight.to_module().train(unit.training)
     mask = None
     if unit.training and unit.mask is not None:
         mask = unit.mask | block_mask(unit.weight.weight, pattern.block_shape)
     cls = BlockSparseConv2d if unit.weight.is_conv else BlockSparseLinear
-    asked = "auto" if policy.backend == "auto" else kernel
     # For mypy: the class fits the layer that was read.
     module = cls.from_dense(dense, pattern.block_shape, mask, epilogue, asked)  # type: ignore[arg-type]
     return Option("bsr", [module, *rest(unit, epilogue)], epilogue, kernel, pattern)

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from slimkernels.conversion import measure
 from slimkernels.conversion.analysis import fused_problems
 from slimkernels.conversion.candidates import (
+    MEASURED,
     Option,
     Unit,
     candidates,
     low_rank_problem,
+    times_graphs,
     unchanged,
 )
 from slimkernels.conversion.graph import in_a_line
@@ -128,7 +130,7 @@ def _time(unit: Unit, stay: Option, options: list[Option], inputs: list[Tensor],
         Whatever the layers as they are raise: without their time there is nothing to compare with.
     """
     device, failures = unit.weight.weight.device.type, []
-    recorded = device == "cuda" and policy.serve is not None and not unit.training
+    recorded = times_graphs(unit, policy)
     while options:
         every = [stay, *options]
         runs = [measure.LayerRun(nn.Sequential(*option.modules), inputs, unit.training) for option in every]
@@ -161,7 +163,8 @@ def _time(unit: Unit, stay: Option, options: list[Option], inputs: list[Tensor],
 
 def _label(option: Option) -> str:
     if option.pattern is not None:
-        return f"the candidate of {option.pattern.block_shape} blocks"
+        by_name = f" by {option.kernel}" if option.kernel in MEASURED else ""
+        return f"the candidate of {option.pattern.block_shape} blocks{by_name}"
     words = {"dense": "the merged dense layer", "fused": "the dense layer with its epilogue"}
     return words.get(option.format or "", "the low-rank layer")
 

@@ -185,7 +185,8 @@ def launch_bsr_conv2d(
         epilogue: ``none``, ``relu`` or ``relu_maxpool2``.
         config: ``slab`` and ``stages`` of the ring, ``slots`` of that of streamed weights; ``variant`` of
             `resident_plan.VARIANTS`; ``overlap`` 1 lets the kernel begin while the one in front of it ends, which must
-            not have written ``packed``; a weight that is packed in this call waits.
+            not have written ``packed``; a weight that is packed in this call waits. By default launches of sm_90 that
+            are captured in a CUDA graph overlap.
 
     Returns:
         ``(N, C_out, P, Q)``, pooled where asked for, channels_last, on torch's current stream. Float32 is multiplied in
@@ -250,8 +251,10 @@ def launch_bsr_conv2d(
             f"{op}: expected block rows whose weights fit {_limits(x).shared_memory} bytes of shared memory, "
             f"got one of {int(weight.most_steps[0])} steps of {step} weights"
         )
-    # The kernel in front of this one has only just written a pack that was made in this call.
-    overlap = config.get("overlap", 0) if packed and weight.weights is packed[0] else 0
+    # The kernel in front of this one has only just written a pack that was made in this call. A pack that comes along
+    # may be that new too, but not while a CUDA graph is captured: it was made before, and the graph begins behind it.
+    given = bool(packed) and weight.weights is packed[0]
+    overlap = config.get("overlap", int(_limits(x).wgmma and is_capturing(x))) if given else 0
     run(op, module, conv, plan, x, y, bias, weight, epilogue, overlap)
     return y
 

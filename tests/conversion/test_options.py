@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -17,10 +18,15 @@ from conversion_models import (
     randomize_batch_norm_,
     sparse_tiny,
 )
+from precision import fp32_precision
 from torch import Tensor, nn
 
 from slimkernels import Policy, convert, explain, graphed
-from slimkernels.conversion import measure
+from slimkernels.conversion import candidates, decide, measure
+from slimkernels.conversion.folding import Tail
+from slimkernels.conversion.layers import LayerWeight
+from slimkernels.conversion.units import drop_in_plan
+from slimkernels.kernels import KERNELS, cuda_tensor_cores
 from slimkernels.nn import BlockSparseConv2d, LowRankConv2d, LowRankLinear
 
 
@@ -292,3 +298,38 @@ def test_excluded_layers_stay() -> None:
     assert type(fast.features[3]) is nn.Conv2d and type(fast.classifier[0]) is nn.Linear
     assert type(fast.features[4]) is nn.BatchNorm2d and isinstance(fast.features[7], BlockSparseConv2d)
     assert explain(fast).plan["classifier.0"].reason == "excluded by the policy"
+
+
+def test_a_kernel_that_only_a_measurement_can_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where layers are timed in CUDA graphs, a module by its name stands beside the one on `auto`; nowhere else."""
+    name = cuda_tensor_cores.NAME
+    here = dataclasses.replace(KERNELS[name], devices=frozenset({"cpu", "cuda"}), available=lambda: None)
+    monkeypatch.setitem(KERNELS, name, here)
+    monkeypatch.setattr(cuda_tensor_cores, "_limits", lambda x: cuda_tensor_cores.Limits(True, 227 * 1024, 132))
+    conv = nn.Conv2d(16, 32, 3, padding=1).requires_grad_(False).eval()
+    conv.weight[:16] = 0
+    assert conv.bias is not None
+    weight = LayerWeight(conv.weight, conv.bias, (1, 1), (1, 1))
+    calls: Any = ((object(),),)
+    unit = candidates.Unit(("conv",), weight, None, [conv], Tail(), calls)
+    policy = Policy(serve=graphed, block_shapes=((16, 16),))
+    sizes = [(2, 16, 8, 8)]
+
+    def kernels(policy: Policy) -> list[str]:
+        options, _ = candidates.block_sparse_options(unit, policy, sizes)
+        return [module.kernel for option in options for module in option.modules]  # type: ignore[misc]
+
+    with fp32_precision("tf32"):  # the CPU has no kernel for 16 bits
+        assert kernels(policy) == ["auto"]  # timed by calls
+        monkeypatch.setattr(candidates, "times_graphs", lambda unit, policy: True)
+        assert kernels(policy) == ["auto", name]
+        asked = "cpu" if BACKEND == "auto" else BACKEND
+        assert len(kernels(dataclasses.replace(policy, backend=asked))) == 1
+        options, _ = candidates.block_sparse_options(unit, policy, sizes)
+        assert [decide._label(option) for option in options] == [
+            "the candidate of (16, 16) blocks", f"the candidate of (16, 16) blocks by {name}"
+        ]  # fmt: skip
+        plan = drop_in_plan("conv", options[1].modules[0], "measured")
+        assert plan.tied and plan.kernel == name and not drop_in_plan("conv", options[0].modules[0], "measured").tied
+    with fp32_precision("ieee"):
+        assert kernels(policy) == ["auto"]  # it refuses the layer

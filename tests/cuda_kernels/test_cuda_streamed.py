@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_emulation import CONVOLUTIONS, emulate_fault
+from cuda_emulation import CONVOLUTIONS, emulate_fault, structure
 from tensor_core_device import HOPPER_SHARED, MODES, Device, device, fails, use
 
 from slimkernels.cases import ConvCase
@@ -135,3 +135,24 @@ def test_the_emulation_sees_what_is_missing(name: str, tmp_path: Path, monkeypat
 
 def check_orders(device: Device) -> None:
     device.check(replace(CASE, h=4, w=4, n=40), WIDE, slab=32, stages=2, slots=3)
+
+
+def test_captured_launches_overlap(device: Device, monkeypatch: pytest.MonkeyPatch):
+    """Of a pack that came along and so was made before; elsewhere the kernel in front may have written it."""
+    if device.emulator is None:
+        pytest.skip("the launch is looked at in the emulation")
+    found: list[int] = []
+    launch, at = device.emulator.cuda_resident_conv2d, [n for n, _ in structure("SlimCudaResidentConv2d")._fields_]
+    monkeypatch.setattr(
+        device.emulator,
+        "cuda_resident_conv2d",
+        lambda *members: found.append(members[at.index("overlap")]) or launch(*members),
+    )
+    arguments = list(CASE.launch_args(*CASE.inputs()))
+    packed = list(cuda_tensor_cores.pack(*arguments[1:4], *arguments[6:8]))
+    for capturing in (False, True):
+        monkeypatch.setattr(cuda_tensor_cores, "is_capturing", lambda tensor, now=capturing: now)
+        for arguments[5] in ([], packed):
+            cuda_tensor_cores.launch_bsr_conv2d(*arguments)
+            cuda_tensor_cores.launch_bsr_conv2d(*arguments, config={"overlap": 0})
+    assert found == [0, 0, 0, 0, 0, 0, 1, 0]
