@@ -62,6 +62,7 @@ GPU_TESTS = (
     "tests/on_gpu/test_graphed_steps_gpu.py",
     "tests/on_gpu/test_composition_gpu.py",
     "tests/cuda_kernels/test_cuda_tensor_cores.py",
+    "tests/cuda_kernels/test_cuda_streamed.py",
     "tests/cuda_kernels/test_cuda_chain.py",
     "tests/cuda_kernels/test_cuda_low_rank.py",
     "tests/cuda_kernels/test_cuda_narrow_blocks.py",
