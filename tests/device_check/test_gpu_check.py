@@ -755,7 +755,7 @@ def test_the_tensor_core_stage_times_and_checks(tmp_path: Path, monkeypatch: pyt
     found = [*tensor_cores.of_stem(p, None), *tensor_cores.of_layer(p, None)]
     assert all(row["match"] for row in found), [row.get("errors") for row in found]
     ours = [row for row in found if row["kernel"] == cuda_tensor_cores.NAME]
-    assert [row["config"]["variant"] for row in ours] == [2, 0, 2, 2] and len(found) == 3 + 1 + 4
+    assert [row["config"]["variant"] for row in ours] == [2, 0, 2, 2, 2, 2] and len(found) == 3 + 1 + 6
     text = summary.tensor_core_lines(found)
     assert text[0] == "stem     cuda_tensor_cores: 1000.0 us variant 1"
     launch = cuda_tensor_cores.launch_bsr_conv2d
