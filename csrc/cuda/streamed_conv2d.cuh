@@ -3,8 +3,9 @@
 //
 // A thread block walks over pairs of a tile of output pixels and a column of output channels. Its two groups of four
 // warps have half of the tile each and share the weights. Pixels come by tensor copies, a slab of input channels of all
-// that the tile reads at a time, weights by bulk copies, a step at a time, and each kind has a ring of places. Shared
-// memory holds no borders to the left and right: a pixel outside of what was loaded is read from a place that is zero.
+// that the tile reads at a time, weights by bulk copies, a chunk of steps at a time, and each kind has a ring of
+// places. Shared memory holds no borders to the left and right: a pixel outside of what was loaded is read from a place
+// that is zero.
 #pragma once
 #include "common.cuh"
 #include "sparse_tile.cuh"
@@ -44,7 +45,7 @@ __host__ __device__ inline StreamedLayout streamed_layout(const SlimCudaResident
   l.barriers = l.windows + Shape::GROUPS * Shape::WINDOWS * 16;
   l.bias = l.barriers + (a.stages + a.slots + 1) * 16;  // the last one is for the head start
   l.steps = l.bias + columns * Shape::COLUMN * kBiasBytes;
-  l.starts = l.steps + (a.steps + kChunk<Shape>)*4;  // behind the last, words are read and not used
+  l.starts = l.steps + 4 * (a.steps + kChunk<Shape>);  // behind the last, words are read and not used
   l.order = l.starts + columns * (slabs + 1) * 4;
   l.pairs = l.order + columns * 4;
   l.total = (l.pairs + 4 + 15) / 16 * 16;

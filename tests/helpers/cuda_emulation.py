@@ -21,7 +21,6 @@ from places import ROOT
 LAUNCH = re.compile(r"(\w+<[\w, ]+>)<<<(.*?)>>>\((.*?)\);", re.S)
 SHARED = re.compile(r"extern __shared__ (\w+) (\w+)\[\];")
 LIBRARY = "libcuda_on_cpu.so"
-CONVOLUTIONS = ("resident_conv2d", "streamed_conv2d", "narrow_conv2d")  # files of one entry
 CTYPES = {"int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32}
 
 
@@ -140,9 +139,14 @@ def emulate(folder: Path, *only: str) -> Emulator:
         text = SHARED.sub(r"\1* \2 = reinterpret_cast<\1*>(emulated::dynamic_shared.data());", text)
         sources.append(folder / f"{path.stem}.cpp")
         sources[-1].write_text(text)
-    # Where the shapes of float32 are left out, a call of them finds that it is unsupported.
-    left_out = "namespace slim { __attribute__((weak)) int launch_tf32(const SlimCudaResidentConv2d&) {"
-    left_out += " return SLIM_ERROR_UNSUPPORTED; } }"
+    # A call of shapes that are left out finds that they are unsupported.
+    unsupported = "(const SlimCudaResidentConv2d&) { return SLIM_ERROR_UNSUPPORTED; }"
+    left_out = f"namespace slim {{\n__attribute__((weak)) int launch_tf32{unsupported}\n"
+    for name in ("launch_narrow_columns", "launch_streamed_columns"):
+        left_out += f"template <typename T> int {name}(const SlimCudaResidentConv2d&);\n"
+        for kind in ("__half", "__nv_bfloat16"):
+            left_out += f"template <> __attribute__((weak)) int {name}<{kind}>{unsupported}\n"
+    left_out += "}"
     entries = [entry for entry in ENTRIES if set(re.findall(r"slim_cuda_\w+", entry)) <= defined]
     state = folder / "state.cpp"
     headers = ['#include "tensor_cores_on_cpu.h"', '#include "kernels.h"']
