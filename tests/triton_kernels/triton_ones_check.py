@@ -84,7 +84,7 @@ def reduction(pool: bool) -> None:
 
 def partials(has_spare: bool) -> None:
     """Compiles the kernel that adds partial gradients."""
-    constants = {"HAS_SPARE": has_spare, "BLOCK_M": 16, "BLOCK_N": 128}
+    constants = {"HAS_SPARE": has_spare, "OVERLAP": 2, "BLOCK_M": 16, "BLOCK_N": 128}
     pointers = {"partial_ptr": "*fp32", "crow_ptr": "*i32", "out_ptr": "*bf16"}
     forward.compile_kernel(sums.add_partials_kernel, constants, pointers, pointers, _SMALL, 90)
 
