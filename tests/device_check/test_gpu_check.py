@@ -761,7 +761,7 @@ def test_the_tensor_core_stage_times_and_checks(tmp_path: Path, monkeypatch: pyt
     launch = cuda_tensor_cores.launch_bsr_conv2d
     monkeypatch.setattr(cuda_tensor_cores, "launch_bsr_conv2d", lambda *a: launch(*a) * (2 if a[-1]["variant"] else 1))
     wrong = list(tensor_cores.of_layer(p, None))
-    assert [row["match"] for row in wrong] == [True, False, True, False, False]
+    assert [row["match"] for row in wrong] == [True, False, True, False, False, False, False]
     assert "WRONG" in summary.tensor_core_lines(wrong)[1]
     assert len(list(tensor_cores.of_layer(p, "no GPU"))) == 1 and not list(tensor_cores.of_stem(p, "no GPU"))
 
