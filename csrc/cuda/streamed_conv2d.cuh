@@ -12,7 +12,6 @@
 
 namespace slim {
 
-constexpr int kMostTaps = 32;              // one bit each says whether a pixel has the tap
 constexpr uint32_t kStepPlace = 0xffffff;  // of a step's word: bytes from a pixel's place; above them its tap
 constexpr int kZeroBytes = 128;            // all 32 banks
 constexpr int kMostOrdered = 32;           // columns that are taken by their number of steps, one a lane
@@ -90,7 +89,7 @@ SLIM_DEVICE uint32_t swizzled(uint32_t place, uint32_t mask) { return place ^ ((
 template <typename T, typename Shape>
 struct StreamedTile : SparseTile<T, Shape> {
   int from[Shape::M_TILES];         // bytes from a slab's begin, as a step of no distance reads; may be negative
-  uint32_t inside[Shape::M_TILES];  // the taps that were loaded
+  uint32_t inside[Shape::M_TILES];  // the taps that were loaded, a bit each
 
   // An instruction reads one pixel of each of eight windows, which must lie in different banks: which of a window's
   // four comes first, of its columns and of its rows, is chosen so, window after window.
@@ -355,11 +354,9 @@ SLIM_DEVICE void write_tables(const SlimCudaResidentConv2d& a, const StreamedLay
                          make_uint4(used ? place : 0, out, uint32_t(y) << 16 | x, used ? image : kNoImage));
   }
 #pragma unroll 1
-  for (int i = thread; i < columns * Shape::COLUMN; i += Shape::THREADS) {  // as in `write_bias`
-    const bool given = a.bias != nullptr && i < a.c_out;
-    const uint32_t v = hw::bits_of_float(given ? hw::load_number(static_cast<const T*>(a.bias) + i) : 0.0f);
-    hw::store_shared_32(base + at.bias + i / 2 * 16 + i % 2 * 4, v);
-    hw::store_shared_32(base + at.bias + i / 2 * 16 + i % 2 * 4 + 8, v);
+  for (int column = 0; column < columns; ++column) {
+    const int first = column * Shape::COLUMN;
+    write_bias<T, Shape>(base + at.bias + first * kBiasBytes, a.bias, first, a.c_out);
   }
   if (thread < kZeroBytes / 16) hw::store_shared_128(base + at.zeros + thread * 16, make_uint4(0, 0, 0, 0));
 }

@@ -131,7 +131,7 @@ def _variants(
     """
     found = resident_plan.candidates(block, c_in, limits.wgmma, taps=taps)
     best = resident_plan.choose_variant(found, most_steps, limits.shared_memory)
-    narrower = [v for v in _NARROWER if block % VARIANTS[v].column == 0 and limits.wgmma >= VARIANTS[v].wgmma]
+    narrower = [v for v in _NARROWER if block % VARIANTS[v].column == 0]
     return list(dict.fromkeys((*found[found.index(best) :], *narrower)))
 
 

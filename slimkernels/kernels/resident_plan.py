@@ -72,7 +72,8 @@ LONG_RINGS, MANY_CHANNELS = ((64, 3), (32, 4), (64, 2), (32, 3), (32, 2), (16, 3
 STREAMED_RINGS = ((64, 4), (64, 3), (64, 2), (32, 4), (32, 3), (32, 2), (16, 4), (16, 3), (16, 2))
 # Places for the weights of a chunk. A group of warps waits for the third before it gives the first free.
 GOOD_SLOTS, LEAST_SLOTS, MOST_SLOTS = 5, 3, 16
-MOST_TAPS, ZERO_BYTES = 32, 128  # kMostTaps and kZeroBytes of csrc/cuda/streamed_conv2d.cuh
+MOST_TAPS = 32  # bits of a word: which taps a pixel has
+ZERO_BYTES = 128  # kZeroBytes of csrc/cuda/streamed_conv2d.cuh
 MOST_BOX = 256  # pixels of a tensor copy in each direction
 
 
@@ -132,7 +133,7 @@ def candidates(block_out: int, c_out: int, wgmma: bool, tf32: bool = False, taps
 
 
 def choose_variant(found: Sequence[int], most_steps: Callable[[int], Tensor], limit: int) -> int:
-    """The first of ``found`` whose weights leave half of shared memory to the input or stream by too, or the last.
+    """The first of ``found`` whose weights leave half of shared memory to the input, or the last.
 
     Weights that fill it leave room for a few KB of input on their way to a processor, where a latency of 1 us and what
     L2 gives ask for 40 or more: 512 channels at 4x4, batch 1024, took 153 us so on an H200, and 61 with half of the
@@ -142,7 +143,7 @@ def choose_variant(found: Sequence[int], most_steps: Callable[[int], Tensor], li
     """
     for variant in found[:-1]:
         shape = VARIANTS[variant]
-        if shape.streamed or shape.steps(most_steps(shape.column).tolist()) * shape.column * STEP_BYTES <= limit // 2:
+        if shape.steps(most_steps(shape.column).tolist()) * shape.column * STEP_BYTES <= limit // 2:
             return variant
     return found[-1]
 
