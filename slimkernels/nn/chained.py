@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from slimkernels.nn.block_sparse import BlockSparseConv2d, BlockSparseLinear
 from slimkernels.nn.low_rank import LowRankConv2d, LowRankLinear
 from slimkernels.nn.packed_run import PackedRun
+from slimkernels.nn.torch_linears import is_native
 from slimkernels.nn.torch_poolings import POOLINGS
 from slimkernels.ops.library import nothing_watches
 
@@ -44,7 +45,13 @@ class ChainedSequential(nn.Sequential):
     attributes that they have in each call, and may end with one. It begins with none: what a pooling reads would have
     to be copied into the layout of the chain, and is larger than what it writes. Torch's own run where there is a
     ``divisor_override``, ``return_indices``, a size that ``ceil_mode`` rounds up or adaptive windows that overlap.
-    Where a pooling or anything else keeps the whole run from being a chain, the layers between poolings still may be.
+
+    A run of linear layers goes on over ``nn.Linear`` of at most a million weights, and the ``nn.ReLU`` behind it, and
+    may begin with one. It does so for at most eight rows; more of them torch multiplies as fast. The weight is read
+    where it lies.
+
+    Where torch's module or anything else keeps the whole run from being a chain, the layers between torch's modules
+    still may be.
 
     Outputs may differ in the last bits between the two ways, since sums are taken in another order. The way depends on
     the state of the modules, the shape of the input and the number of threads alone: equal calls give equal outputs.
@@ -74,14 +81,14 @@ class _Run:
     """Modules that follow each other, among them several native layers: as a chain where nothing speaks against it.
 
     Args:
-        modules: native layers, and what a chain goes on over. Where they are no chain, those between poolings may be.
+        modules: native layers, and what a chain goes on over. Where they are no chain, those between torch's may be.
     """
 
     def __init__(self, modules: list[nn.Module]) -> None:
         self._members = [(module, type(module)) for module in modules]
         self._packed = PackedRun([m for m in modules if type(m) not in _IDLE], isinstance(modules[0], _CONVOLUTIONS))
-        has_poolings = any(type(m) in POOLINGS for m in modules)
-        self._parts: list[Callable[[Any], Any]] = _parts(modules, ()) if has_poolings else [*modules]
+        has_torchs = any(type(m) in (*POOLINGS, nn.Linear) for m in modules)
+        self._parts: list[Callable[[Any], Any]] = _parts(modules, over_torchs=False) if has_torchs else [*modules]
 
     def __call__(self, x: Any) -> Any:
         if type(x) is Tensor and x.is_cpu and x.dtype is torch.float32 and self._is_undisturbed():
@@ -109,30 +116,41 @@ class _Run:
         return not any(_GLOBAL_HOOKS)
 
 
-def _parts(modules: list[nn.Module], poolings: tuple[type[nn.Module], ...] = POOLINGS) -> list[Callable[[Any], Any]]:
+def _parts(modules: list[nn.Module], over_torchs: bool = True) -> list[Callable[[Any], Any]]:
     """What a Sequential calls in turn: its modules, those of a run together.
 
     Args:
         modules: in the order in which they run.
-        poolings: the types of modules that a run of convolutions goes on over.
+        over_torchs: whether a run goes on over poolings and dense linear layers of torch.
     """
     parts: list[Callable[[Any], Any]] = []
     at = 0
     while at < len(modules):
-        length = _run_length(modules[at:], poolings)
+        length = _run_length(modules[at:], over_torchs)
         parts.append(_Run(modules[at : at + length]) if length > 1 else modules[at])
         at += max(length, 1)
     return parts
 
 
-def _run_length(modules: list[nn.Module], poolings: tuple[type[nn.Module], ...] = POOLINGS) -> int:
-    """How many modules from the first on are a run; 0 where there are fewer than two native layers of one kind."""
-    kinds = next((kinds for kinds in (_CONVOLUTIONS, _LINEAR) if type(modules[0]) in kinds), None)
-    if kinds is None:
+def _run_length(modules: list[nn.Module], over_torchs: bool = True) -> int:
+    """How many modules from the first on are a run; 0 where that would be fewer than two layers, or torch's alone."""
+    images = type(modules[0]) in _CONVOLUTIONS
+    kinds = _CONVOLUTIONS if images else _LINEAR
+    if not (type(modules[0]) in kinds or (over_torchs and is_native(modules[0]))):
         return 0
-    others = (*_IDLE, *poolings) if kinds is _CONVOLUTIONS else _IDLE
-    end = next((i for i, m in enumerate(modules) if type(m) not in (*kinds, *others)), len(modules))
-    return end if len({id(m) for m in modules[:end] if type(m) in kinds}) > 1 else 0
+    end, ours, layers, dense = 0, 0, set(), False  # dense: whether torch's linear layer was the last one
+    for module in modules:
+        kind = type(module)
+        if kind in kinds or (over_torchs and not images and is_native(module)):
+            dense = kind is nn.Linear
+            ours += not dense
+            layers.add(id(module))
+        elif kind is nn.ReLU and dense:
+            dense = False
+        elif kind not in _IDLE and not (over_torchs and images and kind in POOLINGS):
+            break
+        end += 1
+    return end if ours and len(layers) > 1 else 0
 
 
 def chain_sequentials_(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Native layers and poolings that follow each other, as they are now, and a chain of them for each shape of input."""
+"""Layers that follow each other, as they are now, and a chain of them for each shape of input."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from slimkernels.kernels.cpu.layer import NativeLayer
 from slimkernels.kernels.cpu.memory import huge_pages, place
 from slimkernels.kernels.cpu.steps import MovableSteps
 from slimkernels.nn.packing import Prepacked
-from slimkernels.nn.torch_poolings import POOLINGS, TorchPooling
-from slimkernels.tensors import is_plain
+from slimkernels.nn.torch_linears import MOST_ROWS, TorchLinear, is_readable
+from slimkernels.nn.torch_poolings import TorchPooling
 
 # Shapes of inputs that a run remembers chains for.
 _CACHED_SHAPES = 8
@@ -40,14 +40,8 @@ def _convs_of(module: Prepacked) -> tuple[PackedConv2d, ...]:
         return ()
     bias = module._parameters["bias"]
     counted = not any(tensor.is_inference() for tensor in module._pack_follows())
-    readable = bias is None or _is_readable(bias, call.convs[-1].c_out)
+    readable = bias is None or (is_readable(bias, 1) and bias.numel() == call.convs[-1].c_out)
     return call.convs if counted and readable else ()
-
-
-def _is_readable(bias: Tensor, size: int) -> bool:
-    """Whether kernels can read a bias where it lies."""
-    plain = bias.dtype is torch.float32 and bias.is_cpu and is_plain(bias) and not bias.is_inference()
-    return plain and bias.dim() == 1 and bias.numel() == size and bias.is_contiguous()
 
 
 class PackedRun:
@@ -55,13 +49,20 @@ class PackedRun:
 
     Args:
         modules: native layers of `slimkernels.nn`, in the order in which they run. Between and behind convolutions
-            there may be torch's poolings.
+            there may be torch's poolings; among linear layers torch's, each with its ``nn.ReLU`` behind it.
         images: whether they are convolutions.
     """
 
     def __init__(self, modules: Sequence[Any], images: bool) -> None:
-        self._order, self._images = tuple(modules), images
-        self._modules = tuple(module for module in modules if type(module) not in POOLINGS)
+        self._images = images
+        self._order: list[Prepacked | TorchLinear | nn.Module] = []  # a module of torch's is a pooling
+        for i, module in enumerate(modules):
+            if type(module) is nn.Linear:
+                module = TorchLinear(module, relu=any(type(behind) is nn.ReLU for behind in modules[i + 1 : i + 2]))
+            if type(module) is not nn.ReLU:
+                self._order.append(module)
+        self._modules = tuple(module for module in self._order if isinstance(module, Prepacked))
+        self._dense = [module for module in self._order if isinstance(module, TorchLinear)]
         self._layers: list[NativeLayer | TorchPooling] = []
         self._chains: dict[Any, _ShapedChain | None] = {}
 
@@ -78,17 +79,25 @@ class PackedRun:
         """Takes the modules as they are packed now, if all of them are."""
         self._layers, self._chains = [], {}
         convs = {module: _convs_of(module) for module in self._modules}
-        types = {type(t) for module in self._order for t in module.parameters()}
+        tensors = [t for module in self._modules for t in module.parameters()]
+        types = {type(t) for t in (*tensors, *(t for dense in self._dense for t in dense.tensors()))}
         isas = {conv.isa for found in convs.values() for conv in found}
         if not all(convs.values()) or len(isas) > 1 or types - _PLAIN_TYPES:
             return False
+        (isa,) = isas
         layers: list[NativeLayer | TorchPooling] = []
         for module in self._order:
-            for conv in convs.get(module, ()):
-                bias = module._parameters.get("bias") if conv is convs[module][-1] else None
-                # The alias keeps the memory for a call that runs while another thread puts other data into the bias.
-                layers.append(NativeLayer.of(conv, None if bias is None else bias.detach()))
-            if module not in convs:
+            if isinstance(module, TorchLinear):
+                dense = module.native(isa)
+                if dense is None:
+                    return False
+                layers.append(dense)
+            elif isinstance(module, Prepacked):
+                for conv in convs[module]:
+                    bias = module._parameters.get("bias") if conv is convs[module][-1] else None
+                    # The alias keeps the memory for a call that runs while another thread puts other data into it.
+                    layers.append(NativeLayer.of(conv, None if bias is None else bias.detach()))
+            else:
                 layers.append(TorchPooling(module))
         # What every call compares: the ready calls and the tensors by identity, writes to the tensors and to the packs
         # by their counts, where the weights and biases lie, since `.data` may be assigned to, and the poolings.
@@ -103,7 +112,7 @@ class PackedRun:
         return True
 
     def _present(self) -> tuple[list[Any], list[Tensor]]:
-        """The ready calls of the modules, and the tensors that their packs follow, with the biases."""
+        """The ready calls of the modules, and the tensors that their packs follow, with the biases and torch's."""
         calls, tensors = [], []
         for module in self._modules:
             calls.append(module.__dict__["_prepared"])
@@ -111,6 +120,8 @@ class PackedRun:
             bias = module._parameters.get("bias")
             if bias is not None:
                 tensors.append(bias)
+        for dense in self._dense:
+            tensors += dense.tensors()
         return calls, tensors
 
     def _holds(self) -> bool:
@@ -146,6 +157,8 @@ class PackedRun:
             return None
         size = (x.shape[1], x.shape[2], x.shape[3]) if self._images else (x.shape[-1], 1, 1)
         n = x.shape[0] if self._images else x.numel() // x.shape[-1]
+        if self._dense and n > MOST_ROWS:
+            return None
         links = _links(layers, size)
         if not links:
             return None
@@ -207,10 +220,11 @@ class _ShapedChain:
         return cls(MovableSteps(chain.layers[0].isa, steps, [x, y, workspace]), placement.nbytes, shape, images)
 
     def __call__(self, x: Tensor) -> Tensor:
-        y, memory = _empty(self.shape, self.images), _workspace(self.nbytes)
-        images = self.images
-        self.steps(_end(_laid_out(x, images), images), _end(y, images), memory[: self.nbytes])
-        _SPARE[:] = [max([memory, *_SPARE], key=Tensor.numel)]
+        """The output for a plain float32 CPU tensor of the shape that this was made for."""
+        x, y, memory = _laid_out(x, self.images), _empty(self.shape, self.images), _workspace(self.nbytes)
+        self.steps.run_at([x.data_ptr(), y.data_ptr(), memory.data_ptr()])
+        if not _SPARE or _SPARE[0].numel() < memory.numel():
+            _SPARE[:] = [memory]
         return y
 
 

@@ -101,7 +101,15 @@ class MovableSteps:
         given = [(t.shape, t.dtype) for t in memory]
         if given != self._like or not all(t.is_cpu and is_plain(t) and _lies_in_order(t) for t in memory):
             raise ValueError(f"MovableSteps: expected dense CPU tensors like {self._like}, got {given}")
-        status = self._steps.run_at([t.data_ptr() for t in memory], torch.get_num_threads())
+        self.run_at([t.data_ptr() for t in memory])
+
+    def run_at(self, addresses: Sequence[int]) -> None:
+        """The same at addresses that nothing checks, which takes 10 us less: for who has made these tensors itself.
+
+        Raises:
+            RuntimeError: a native kernel failed (out of memory).
+        """
+        status = self._steps.run_at(addresses, torch.get_num_threads())
         if status != 0:
             raise RuntimeError(f"MovableSteps: native kernels of {self._isa} failed with status {status}")
 

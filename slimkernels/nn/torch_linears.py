@@ -1,0 +1,71 @@
+"""Torch's dense linear layers as layers of a chain, which reads their weights where they lie."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from slimkernels.kernels.cpu.conv2d import PackedConv2d
+from slimkernels.kernels.cpu.layer import NativeLayer
+from slimkernels.kernels.packs import StripPack
+from slimkernels.kernels.strips import DEPTHS
+from slimkernels.tensors import is_plain
+
+# A call of torch's layer costs 16 us, and 60 between other layers, where its code has left the caches. The kernel of
+# few rows reads the weight about as fast as torch's. A weight that takes longer to read gains nothing: 4 MB take
+# 130 us from the L3 of a Zen 3. More rows are torch's, whose matrix product is faster then.
+MOST_WEIGHTS, MOST_ROWS = 1 << 20, 8
+
+
+def is_native(module: nn.Module) -> bool:
+    """Whether a chain goes on over a module: a dense linear layer of a size that gains by it."""
+    if type(module) is not nn.Linear:
+        return False
+    return 0 < module.in_features * module.out_features <= MOST_WEIGHTS and module.in_features % min(DEPTHS) == 0
+
+
+class TorchLinear:
+    """An ``nn.Linear``, and the ``nn.ReLU`` behind it, as native layer.
+
+    The kernel takes the sum of one output channel from runs of 8 or 16 neighbouring weights, which lie in the weight
+    ``(out, in)`` as they lie in a pack. So there is no copy that writes, those through ``.data`` included, could miss.
+
+    Args:
+        module: `is_native` says yes to it.
+        relu: whether the ReLU belongs to it.
+    """
+
+    def __init__(self, module: nn.Linear, relu: bool) -> None:
+        self.module, self._epilogue = module, "relu" if relu else "none"
+
+    def tensors(self) -> list[Tensor]:
+        """Weight and bias; without what is no parameter."""
+        parameters = self.module._parameters
+        return [t for t in (parameters.get("weight"), parameters.get("bias")) if t is not None]
+
+    def native(self, isa: str) -> NativeLayer | None:
+        """The layer on the present weight; None where the kernel cannot read weight or bias where they lie."""
+        parameters = self.module._parameters
+        weight, bias = parameters.get("weight"), parameters.get("bias")
+        if weight is None or "bias" not in parameters or not is_readable(weight, 2):
+            return None
+        c_out, c_in = weight.shape
+        if not is_native(self.module) or (c_out, c_in) != (self.module.out_features, self.module.in_features):
+            return None
+        if bias is not None and not (is_readable(bias, 1) and bias.numel() == c_out):
+            return None
+        depth = math.gcd(c_in, max(DEPTHS))
+        runs = c_in // depth
+        first = torch.arange(0, c_in, depth, dtype=torch.int32).repeat(c_out)
+        pack = StripPack(weight.detach().view(-1, depth), first, torch.arange(c_out + 1, dtype=torch.int32) * runs)
+        shape, one = (c_out, c_in, 1, 1), (1, 1)
+        conv = PackedConv2d(isa, pack, shape, one, (0, 0), one, self._epilogue, op="linear", deep=True)
+        return NativeLayer.of(conv, None if bias is None else bias.detach())
+
+
+def is_readable(tensor: Tensor, dims: int) -> bool:
+    """Whether kernels can read a float32 tensor of so many dimensions where it lies, and torch counts writes to it."""
+    plain = tensor.dtype is torch.float32 and tensor.is_cpu and is_plain(tensor) and not tensor.is_inference()
+    return plain and tensor.dim() == dims and tensor.is_contiguous()
