@@ -37,13 +37,14 @@ class Runner:
     Args:
         state: folder of all results, kept between calls. out: folder of the few files that are taken home.
         seconds: of the whole call. grace: between interrupt and kill. closing: kept for the last files and the table.
+        results: where they go, if runners share them.
     """
 
     def __init__(
         self, state: Path, out: Path, seconds: float, python: str = sys.executable, grace: float = plan.GRACE_SECONDS,
-        closing: float = _CLOSING_SECONDS,
+        closing: float = _CLOSING_SECONDS, results: Results | None = None,
     ) -> None:  # fmt: skip
-        self.results = Results(state, out)
+        self.results = results or Results(state, out)
         self._state, self._python, self._grace, self._closing = state, python, grace, closing
         self._deadline = time.monotonic() + seconds
         self._current: subprocess.Popen[bytes] | None = None
@@ -65,6 +66,13 @@ class Runner:
             self._build_row()
             self.results.write()
         return all(row["status"] == "ok" for row in self.results.stages if row["stage"] in {s.name for s in stages})
+
+    def end(self) -> None:
+        """Ends the stage that runs, from another thread; none begins after it."""
+        self._deadline = 0.0
+        current = self._current
+        if current is not None:
+            _end(current, signal.SIGKILL)
 
     def build(self, command: Sequence[str]) -> None:
         """Begins the build of the extension at low priority; stages that need it wait for it."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def _replace(path: Path, text: str) -> None:
 
 
 class Results:
-    """The results of this call and of earlier ones in the same folder.
+    """The results of this call and of earlier ones in the same folder. Several threads may add to them.
 
     Attributes:
         stages: one object a stage that was run or had no time: ``stage``, ``call``, ``status``, ``seconds``, ``limit``,
@@ -45,6 +46,7 @@ class Results:
         self.stages: list[dict[str, Any]] = json.loads(known.read_text()) if known.exists() else []
         self._notes: dict[str, str] = {}
         self._cubins = 0
+        self._lock = threading.Lock()
 
     def rows_path(self, stage: str) -> Path:
         """The file of a stage's rows."""
@@ -69,7 +71,8 @@ class Results:
                "limit": stage.seconds, "compiled": max(0, self._compiled() - self._cubins)}  # fmt: skip
         if stage.name in self._notes:
             row["note"] = self._notes.pop(stage.name)
-        self.stages = [s for s in self.stages if s["stage"] != stage.name] + [row]
+        with self._lock:
+            self.stages = [s for s in self.stages if s["stage"] != stage.name] + [row]
         print(f"{row['seconds']:7.1f} s of {stage.seconds:3d}  {stage.name:<12} {status}", flush=True)
 
     def _compiled(self) -> int:
@@ -91,15 +94,16 @@ class Results:
 
     def write(self) -> None:
         """Writes what is kept and what is taken home."""
-        _replace(self._state / "stages.json", json.dumps(self.stages, indent=1))
-        _replace(self._out / "results.json", json.dumps(self.merged(), indent=1) + "\n")
-        _replace(self._out / "plan.txt", plan_text())
-        _replace(self._out / "log.txt", self._log_text())
-        for name in _COPIED:
-            if (self._state / name).exists():
-                shutil.copyfile(self._state / name, self._out / name)
-        for table in sorted((self._state / "swept" / "tuned").glob("*.json"))[:1]:
-            shutil.copyfile(table, self._out / "tuned.json")
+        with self._lock:
+            _replace(self._state / "stages.json", json.dumps(self.stages, indent=1))
+            _replace(self._out / "results.json", json.dumps(self.merged(), indent=1) + "\n")
+            _replace(self._out / "plan.txt", plan_text())
+            _replace(self._out / "log.txt", self._log_text())
+            for name in _COPIED:
+                if (self._state / name).exists():
+                    shutil.copyfile(self._state / name, self._out / name)
+            for table in sorted((self._state / "swept" / "tuned").glob("*.json"))[:1]:
+                shutil.copyfile(table, self._out / "tuned.json")
 
     def _log_text(self) -> str:
         parts = []

@@ -84,14 +84,13 @@ class PackedRun:
         isas = {conv.isa for found in convs.values() for conv in found}
         if not all(convs.values()) or len(isas) > 1 or types - _PLAIN_TYPES:
             return False
+        if not all(dense.is_readable() for dense in self._dense):
+            return False
         (isa,) = isas
         layers: list[NativeLayer | TorchPooling] = []
         for module in self._order:
             if isinstance(module, TorchLinear):
-                dense = module.native(isa)
-                if dense is None:
-                    return False
-                layers.append(dense)
+                layers.append(module.native(isa))
             elif isinstance(module, Prepacked):
                 for conv in convs[module]:
                     bias = module._parameters.get("bias") if conv is convs[module][-1] else None

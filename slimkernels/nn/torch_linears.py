@@ -45,22 +45,23 @@ class TorchLinear:
         parameters = self.module._parameters
         return [t for t in (parameters.get("weight"), parameters.get("bias")) if t is not None]
 
-    def native(self, isa: str) -> NativeLayer | None:
-        """The layer on the present weight; None where the kernel cannot read weight or bias where they lie."""
-        parameters = self.module._parameters
+    def is_readable(self) -> bool:
+        """Whether the kernel can read weight and bias where they lie."""
+        module, parameters = self.module, self.module._parameters
         weight, bias = parameters.get("weight"), parameters.get("bias")
-        if weight is None or "bias" not in parameters or not is_readable(weight, 2):
-            return None
+        if weight is None or "bias" not in parameters or not (is_native(module) and is_readable(weight, 2)):
+            return False
+        fits = bias is None or (is_readable(bias, 1) and bias.numel() == module.out_features)
+        return fits and tuple(weight.shape) == (module.out_features, module.in_features)
+
+    def native(self, isa: str) -> NativeLayer:
+        """The layer on the present weight and bias, which are readable."""
+        weight, bias = self.module.weight.detach(), self.module.bias
         c_out, c_in = weight.shape
-        if not is_native(self.module) or (c_out, c_in) != (self.module.out_features, self.module.in_features):
-            return None
-        if bias is not None and not (is_readable(bias, 1) and bias.numel() == c_out):
-            return None
         depth = math.gcd(c_in, max(DEPTHS))
-        runs = c_in // depth
         first = torch.arange(0, c_in, depth, dtype=torch.int32).repeat(c_out)
-        pack = StripPack(weight.detach().view(-1, depth), first, torch.arange(c_out + 1, dtype=torch.int32) * runs)
-        shape, one = (c_out, c_in, 1, 1), (1, 1)
+        ends = torch.arange(c_out + 1, dtype=torch.int32) * (c_in // depth)
+        pack, shape, one = StripPack(weight.view(-1, depth), first, ends), (c_out, c_in, 1, 1), (1, 1)
         conv = PackedConv2d(isa, pack, shape, one, (0, 0), one, self._epilogue, op="linear", deep=True)
         return NativeLayer.of(conv, None if bias is None else bias.detach())
 
