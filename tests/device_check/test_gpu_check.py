@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -28,6 +29,7 @@ from gpu_check import (
     chain,
     correctness,
     counters,
+    dry_run,
     layers,
     measure,
     plan,
@@ -280,6 +282,43 @@ def test_a_repeated_stage_replaces_its_rows_and_others_stay(tmp_path: Path) -> N
     runner(tmp_path).run([script(row_code(1)), script(row_code(2), "two")])
     runner(tmp_path).run([script(row_code(3))])
     assert sorted((r["stage"], r["value"]) for r in results(tmp_path)["rows"]) == [("one", 3), ("two", 2)]
+
+
+def two_runners(tmp_path: Path, stages: list[Stage]) -> None:
+    """The stages as the rehearsal runs them: two at a time, with their results in one place."""
+    shared = driver.Results(tmp_path / "state", tmp_path / "out")
+    places = tmp_path / "state", tmp_path / "out", 60.0
+    dry_run.run([driver.Runner(*places, closing=1.0, results=shared) for _ in range(2)], stages)
+
+
+def test_stages_of_a_rehearsal_run_two_at_a_time(tmp_path: Path) -> None:
+    """Each of the first two waits for the other one's file."""
+    (tmp_path / "met").mkdir()
+    meet = "from pathlib import Path\nimport time\nmet = Path(r'{state}').parent / 'met'\n(met / '%s').touch()\n"
+    meet += "while not (met / '%s').exists(): time.sleep(0.01)\n"
+    stages = [script(meet % ("a", "b") + row_code(1)), script(meet % ("b", "a") + row_code(2), "two")]
+    stages += [script("raise SystemExit(3)", "three"), script(row_code(4), "four")]
+    two_runners(tmp_path, stages)
+    assert statuses(tmp_path) == {"one": "ok", "two": "ok", "three": "failed: status 3", "four": "ok"}
+    assert sorted(r["value"] for r in results(tmp_path)["rows"]) == [1, 2, 4]
+
+
+def test_a_rehearsal_that_is_stopped_ends_what_runs(tmp_path: Path) -> None:
+    pids = "import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(60)\n"
+    logs = [tmp_path / "state" / "logs" / f"{name}.txt" for name in ("one", "two")]
+
+    def interrupt() -> None:
+        while not all(log.exists() and log.read_text() for log in logs):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        two_runners(tmp_path, [script(pids), script(pids, "two"), script(pids, "three")])
+    for log in logs:
+        status = Path(f"/proc/{int(log.read_text())}/status")
+        assert not status.exists() or "State:\tZ" in status.read_text()
+    assert "three" not in {name for name, status in statuses(tmp_path).items() if status == "ok"}
 
 
 def test_a_call_that_is_stopped_from_outside_keeps_its_results(tmp_path: Path) -> None:
