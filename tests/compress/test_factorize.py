@@ -394,7 +394,20 @@ def test_chosen_ranks_are_multiples_where_that_is_smaller_than_dense(method):
     assert any(a.ranks != b.ranks for a, b in zip(factorization_report(plain), factorization_report(rounded)))
 
 
-def test_the_papers_ranks_give_the_papers_size():
+@pytest.mark.parametrize("budget", [{"parameters": 0.7}, {"bytes": 8000}, {"flops": 0.9}])
+def test_tucker2_within_a_budget_of_a_layer_of_more_outputs_than_its_weight_has_columns(budget):
+    """64 filters of 3 x 3 x 3 span 27 dimensions; as many ranks are to be tried, and not 64."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 64, 3), nn.Conv2d(64, 4, 1))
+    dense, x = net[0].weight.detach().clone(), torch.randn(1, 3, 6, 6)
+    factorize_(net, "tucker2", budget=budget, example_inputs=x)
+    report = factorization_report(net)[0]
+    assert net(x).shape == (1, 4, 4, 4)
+    if report.kind is not None:
+        assert report.ranks[1] <= 27
+        error = float((net[0].to_dense().weight.detach() - dense).norm() / dense.norm())
+        assert report.relative_error == pytest.approx(error, abs=1e-5)
+
     # SlimNets, low rank: 32.3 MB (of 2^20 bytes), 2.427 times less than 78.4, batch norm's four vectors included.
     ranks = (5, 24, 48, 48, 64, 128, 128, 160, 192, 256, 320, 320, 320, 320, 320, 320)
     with torch.device("meta"):

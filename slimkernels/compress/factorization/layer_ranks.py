@@ -139,10 +139,11 @@ class FactorizableLayer:
 
     def _pairs(self) -> list[tuple[Ranks, float]]:
         """For every rank of the outputs the smallest rank of the inputs that loses no more."""
-        n, c = self.shape[:2]
+        c, full = self.shape[1], self.full_rank
         lost_out, lost_in = (lost_shares(spectrum) for spectrum in self.spectra)
         found: dict[Ranks, float] = {}
-        for rank_out in sorted({*range(self.multiple, n, self.multiple), n} if n > self.multiple else range(1, n + 1)):
+        whole = {*range(self.multiple, full, self.multiple), full}
+        for rank_out in sorted(whole if full > self.multiple else range(1, full + 1)):
             wanted = float(lost_out[rank_out])
             needed = max(1, int((lost_in > wanted).sum()))
             pair = feasible_pair(self.shape, rank_out, rounded_rank(needed, self.multiple, c))
