@@ -38,6 +38,13 @@ def positive(value: Any, where: str) -> int:
     return value
 
 
+def listed(value: Any, where: str) -> list[Any]:
+    """A list."""
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"{where}: expected a list, got {value!r}")
+    return list(value)
+
+
 def seconds(value: Any, where: str) -> float | None:
     """A positive number of seconds, or None."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0):

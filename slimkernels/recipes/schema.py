@@ -17,7 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from slimkernels.recipes.checks import mapping, positive, seconds, unknown
+from slimkernels.recipes.checks import listed, mapping, positive, seconds, unknown
 
 VERBS = ("train", "distill", "prune", "factorize", "finalize", "convert")
 TRAINING_VERBS = ("train", "distill")
@@ -203,7 +203,7 @@ def parse_recipe(text: str, preset: str, where: str = "recipe") -> Recipe:
     every = rows
     rows = _without(every, chosen.get("leave_out") or [], where)
     _check_order(rows, where)
-    for patterns in data.get("compared") or []:
+    for patterns in listed(data.get("compared") or [], f"{where}: compared"):
         _check_budgets(patterns, every, rows, f"{where}: compared")
     return Recipe(
         name=str(data["name"]),
@@ -212,16 +212,35 @@ def parse_recipe(text: str, preset: str, where: str = "recipe") -> Recipe:
         rows=tuple(rows),
         data=chosen.get("data"),
         batch_size=positive(chosen["batch_size"], f"{where}: batch_size"),
-        batches=tuple(positive(b, f"{where}: batches") for b in chosen.get("batches", (1, 128))),
-        seconds=float(chosen.get("seconds", 1.0)),
+        batches=tuple(
+            positive(b, f"{where}: batches") for b in listed(chosen.get("batches", (1, 128)), f"{where}: batches")
+        ),
+        seconds=_timing(chosen.get("seconds", 1.0), f"{where}: seconds of preset {preset}"),
         note=str(chosen.get("note", "")),
         policy=mapping(chosen.get("policy") or {}, f"{where}: policy of preset {preset}", _settings_of("convert")),
-        goals=tuple(mapping(goal, f"{where}: goals of preset {preset}", GOAL_KEYS) for goal in chosen.get("goals", ())),
+        goals=tuple(
+            mapping(goal, f"{where}: goals of preset {preset}", GOAL_KEYS)
+            for goal in listed(chosen.get("goals", ()), f"{where}: goals of preset {preset}")
+        ),
         dtype=_dtype(chosen.get("dtype", "fp32"), f"{where}: dtype of preset {preset}"),
         train_seconds=seconds(chosen.get("train_seconds"), f"{where}: train_seconds of preset {preset}"),
-        checkpoints=bool(chosen.get("checkpoints", True)),
-        published=tuple(_published(point, f"{where}: published") for point in data.get("published") or ()),
+        checkpoints=_flag(chosen.get("checkpoints", True), f"{where}: checkpoints of preset {preset}"),
+        published=tuple(
+            _published(point, f"{where}: published")
+            for point in listed(data.get("published") or (), f"{where}: published")
+        ),
     )
+
+
+def _timing(value: Any, where: str) -> float:
+    """Seconds; 0 measures as briefly as can be."""
+    return 0.0 if value == 0 and not isinstance(value, bool) else seconds(value, where) or 1.0
+
+
+def _flag(value: Any, where: str) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{where}: expected true or false, got {value!r}")
+    return value
 
 
 def _dtype(value: Any, where: str) -> str:
@@ -310,7 +329,24 @@ def _step(entry: Any, where: str) -> Step:
         mapping(companions["sparse"], f"{where}: sparse", _settings_of("sparse"))
     if "quantize" in companions:
         mapping(companions["quantize"], f"{where}: quantize", _settings_of("quantize"), required=("values",))
+    if verb in TRAINING_VERBS:
+        _check_config(settings, f"{where}: {verb}")
     return Step(verb, settings, companions)
+
+
+def _check_config(settings: Mapping[str, Any], where: str) -> None:
+    """Refuses numbers that a training would refuse when its row's turn comes, hours later maybe."""
+    from slimkernels.compress.training.train import TrainConfig
+
+    own = {key: value for key, value in settings.items() if key not in _TRAINING_EXTRAS}
+    if own.get("precision") == "auto":
+        del own["precision"]  # the device decides
+    if "epochs" not in own:
+        raise ValueError(f"{where}: expected key 'epochs', got {', '.join(own) or 'none'}")
+    try:
+        TrainConfig(**own)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{where}: {error}") from error
 
 
 def _settings_of(verb: str) -> Collection[str]:

@@ -94,6 +94,14 @@ def _longer(data, how, **settings):
         ),
         (lambda d: d["rows"][1]["steps"][0].update(quantize={"begin": 0.5}), "quantize: expected key 'values'"),
         (
+            lambda d: d["rows"][1]["steps"][0]["train"].update(lr="1e-3"),
+            "train: TrainConfig: expected lr .* got '1e-3'",
+        ),
+        (lambda d: d["rows"][1]["steps"][0]["train"].update(epochs=-1), "train: TrainConfig: expected epochs >= 1"),
+        (lambda d: d["rows"][1]["steps"][0]["train"].update(use=None), "train: expected key 'epochs'"),
+        (lambda d: d.update(compared=3), "compared: expected a list, got 3"),
+        (lambda d: d.update(published=3), "published: expected a list, got 3"),
+        (
             lambda d: d["rows"][0]["steps"][0].update(train={"augment": {"flips": True}}),
             "augment: .*'flips'; did you mean",
         ),
