@@ -179,6 +179,17 @@ def test_config_and_keywords_are_the_same_run(teacher):
         weights(config, epoch=3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_regressors_have_the_dtype_of_the_student(dtype):
+    images, labels = torch.rand(8, 3, 4, 4).to(dtype), torch.arange(8) % 4
+    student, teacher = (
+        nn.Sequential(nn.Conv2d(3, width, 3), nn.Flatten(), nn.Linear(4 * width, 4)).to(dtype) for width in (2, 5)
+    )
+    distill(student, teacher, [(images, labels)], loss=Hint("0"), epochs=1, progress=False)
+    step = DistillationStep(student, teacher, [Hint("0")], images)
+    assert [p.dtype for p in step.matchers.parameters()] == [dtype] * 2
+
+
 @pytest.mark.parametrize("loss", ["dkd", (KD(), Hint({"2": "2"}), AttentionTransfer({"4": "4"}, weight=10.0))])
 def test_other_losses_train(teacher, loss):
     torch.manual_seed(3)

@@ -153,7 +153,7 @@ class Hint(_LayerTerm):
                     f"student's {s!r} and {tuple(b.shape)} from the teacher's {t!r}"
                 )
             layer = nn.Conv2d(a.shape[1], b.shape[1], 1) if a.dim() == 4 else nn.Linear(a.shape[1], b.shape[1])
-            regressors.append(layer.to(a.device))
+            regressors.append(layer.to(a.device, a.dtype))
         return nn.ModuleList(regressors)
 
     def loss(self, signals: Signals, matcher: nn.Module | None) -> Tensor:
