@@ -5,6 +5,7 @@ And files that carry a SHA-256 of themselves: zip archives, torch's among them, 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -48,6 +49,24 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def write_obstacle(path: str | os.PathLike[str]) -> OSError | None:
+    """Why a file cannot be written, None where it can; missing folders are made, and nothing else is left of the trial.
+
+    For asking before the work whose result the file is to hold.
+    """
+    path = Path(path)
+    trial = path.with_name(f".{path.name}.trial")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        return error
+    return None
 
 
 def file_sha256(path: str | os.PathLike[str], size: int | None = None) -> str:

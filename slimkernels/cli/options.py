@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slimkernels import env
+from slimkernels.files import write_obstacle
 
 if TYPE_CHECKING:
     from torch import nn
@@ -121,7 +122,7 @@ def progress(as_json: bool) -> bool:
 def pair(option: str, text: str) -> tuple[int, int]:
     """Two positive numbers from ``16x1``. Raises ValueError that begins with the option's name."""
     parts = text.lower().replace(",", "x").split("x")
-    if len(parts) != 2 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+    if len(parts) != 2 or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         raise ValueError(f"{option}: expected two positive numbers as in 16x1, got {text!r}")
     return int(parts[0]), int(parts[1])
 
@@ -182,15 +183,9 @@ def check_writable(out: Path) -> Path:
     """
     if env.rank() > 0:
         return out
-    try:
-        if out.is_dir():
-            raise IsADirectoryError(f"{out} is a folder")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        trial = out.with_name(f".{out.name}.trial")
-        trial.touch()
-        trial.unlink()
-    except OSError as error:
-        raise OSError(f"--out: expected a file that can be written, got {out}: {error.strerror or error}") from error
+    error = write_obstacle(out)
+    if error is not None:
+        raise OSError(f"--out: expected a file that can be written, got {out}: {error.strerror}") from error
     return out
 
 

@@ -149,7 +149,7 @@ def example_inputs(inputs: Sequence[str], device: str) -> list[Tensor]:
     generator, found = torch.Generator().manual_seed(0), []
     for text in inputs:
         parts = text.lower().replace("x", ",").split(",")
-        if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
             raise ValueError(f"--input: expected positive sizes as in 1,3,224,224, got {text!r}")
         found.append(torch.randn([int(part) for part in parts], generator=generator).to(device))
     return found

@@ -99,7 +99,7 @@ def tune(
 
 def _pair(text: str) -> tuple[int, int]:
     parts = text.lower().split("x")
-    if len(parts) != 2 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+    if len(parts) != 2 or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         raise ValueError(f"--block-shape: expected two positive numbers as in 16x1, got {text!r}")
     return int(parts[0]), int(parts[1])
 

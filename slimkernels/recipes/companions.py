@@ -62,6 +62,6 @@ def block_shape(value: Any) -> tuple[int, int]:
     parts = (
         value.lower().split("x") if isinstance(value, str) else list(value) if isinstance(value, (list, tuple)) else []
     )
-    if len(parts) != 2 or not all(str(part).strip().isdigit() and int(part) > 0 for part in parts):
+    if len(parts) != 2 or not all(str(part).strip().isdecimal() and int(part) > 0 for part in parts):
         raise ValueError(f"recipe: expected block_shape of two positive numbers as in 16x1, got {value!r}")
     return int(parts[0]), int(parts[1])

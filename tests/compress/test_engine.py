@@ -19,7 +19,7 @@ from slimkernels.compress.pruning.gradual import GradualPruning
 from slimkernels.compress.pruning.prune import finalize_, masks, prune_
 from slimkernels.compress.training import engine, processes
 from slimkernels.compress.training.callbacks import Callback
-from slimkernels.compress.training.config import build_scheduler
+from slimkernels.compress.training.config import build_optimizer, build_scheduler
 from slimkernels.compress.training.ema import WeightAverage
 from slimkernels.compress.training.engine import CrossEntropyStep, TrainConfig, TrainingStep
 from slimkernels.compress.training.evaluation import evaluate
@@ -154,6 +154,21 @@ def test_schedules_against_their_formulas():
         assert rates(schedule="onecycle", warmup_epochs=warmup) == pytest.approx(up + down[len(up) :], abs=1e-5)
 
 
+@pytest.mark.parametrize("schedule", ["onecycle", "cosine", "step", "constant"])
+def test_a_warm_up_may_take_the_whole_run(schedule):
+    """Of a run of 3 steps 0.95 epochs are 3 steps; the scheduler is asked for the rate behind the last one, too."""
+    model = nn.Linear(2, 2)
+    config = TrainConfig(1, 0.1, schedule=schedule, warmup_epochs=0.95)
+    optimizer = build_optimizer("fine_tune", model, config)
+    scheduler = build_scheduler(optimizer, config, 3)
+    rates = []
+    for _ in range(3):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    assert rates == sorted(rates) and all(0 < rate <= 0.1 for rate in rates)
+
+
 def test_label_smoothing_is_a_mixture_with_the_uniform_distribution():
     model, (images, labels) = linear(), samples(8)
     log_p = F.log_softmax(model(images), 1)
@@ -183,6 +198,26 @@ def test_average_against_its_recurrence():
             torch.testing.assert_close(model.state_dict()[name], expected[name])
         assert int(model.num_batches_tracked) == 8
     assert all(torch.equal(value, own[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_averages_of_16_bit_weights_move(dtype):
+    """In 16 bits a hundredth of the way is lost: the average would stay near its first value however long it runs."""
+    model = nn.Linear(1, 1, bias=False).to(dtype)
+    with torch.no_grad():
+        model.weight.zero_()
+    average, expected = WeightAverage(model, 0.99), 0.0
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    for t in range(500):
+        average.update(model)
+        decay = min(0.99, (1 + t) / (10 + t))
+        expected = decay * expected + (1 - decay)
+    again = WeightAverage(model, 0.99)
+    again.load_state_dict(average.state_dict())
+    again.copy_to(model)
+    assert expected > 0.9 and model.weight.dtype == dtype
+    torch.testing.assert_close(model.weight.double(), torch.tensor([[expected]]).double(), atol=4e-3, rtol=0)
 
 
 def test_masks_do_not_leak_into_the_average():

@@ -22,8 +22,10 @@ from training_runs import StopAt, killed_run, loader, net, samples
 
 from slimkernels.compress.distillation.distill import distill
 from slimkernels.compress.distillation.terms import Hint
+from slimkernels.compress.factorization.factorize import factorize_
 from slimkernels.compress.pruning.gradual import GradualPruning
 from slimkernels.compress.pruning.prune import masks, prune_
+from slimkernels.compress.pruning.sparse_training import SparseTraining
 from slimkernels.compress.training.callbacks import Callback
 from slimkernels.compress.training.config import TrainConfig, build_optimizer
 from slimkernels.compress.training.evaluation import device_of, mode_of
@@ -220,6 +222,50 @@ def test_resume_refuses_what_does_not_belong(tmp_path):
         fine_tune(net(), loader(), epochs=1, progress=False, checkpoint=path, resume=True)
     with pytest.raises(ValueError, match="a checkpoint path with resume=True"):
         fine_tune(net(), loader(), epochs=1, progress=False, resume=True)
+
+
+def test_callbacks_in_another_order_are_refused_before_the_model_changes(tmp_path):
+    path = tmp_path / "run.pt"
+    pruning, sparse = GradualPruning(0.5, (16, 1)), SparseTraining(begin=0.9)
+    fine_tune(net(), loader(), epochs=1, progress=False, checkpoint=path, callbacks=[pruning, sparse])
+    model = net(1)
+    parameters = list(model.parameters())  # whose order in the model the masks change
+    before = [p.detach().clone() for p in parameters]
+    for callbacks in ([sparse, pruning], [GradualPruning(0.5, (16, 1), importance="taylor", begin=0.1), sparse]):
+        with pytest.raises(ValueError, match=r"got SparseTraining in the place of another|of importance 'taylor'"):
+            fine_tune(model, loader(), epochs=1, progress=False, checkpoint=path, resume=True, callbacks=callbacks)
+    assert all(torch.equal(a, b) for a, b in zip(parameters, before, strict=True))
+
+
+def test_a_checkpoint_that_cannot_be_written_is_refused_before_the_first_step(tmp_path):
+    class Step(Callback):
+        def on_step_begin(self, step, total_steps, model):
+            raise AssertionError("a step was run")
+
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path, tmp_path / "file" / "run.pt"):
+        with pytest.raises(OSError, match="fine_tune: expected a checkpoint that can be written, got"):
+            fine_tune(net(), loader(), epochs=1, progress=False, checkpoint=path, callbacks=[Step()])
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file"]
+
+
+def test_an_optimizer_of_other_parameters_is_refused():
+    """It would run without an error, and train nothing, or everything but the new factors."""
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    fine_tune(model, loader(), epochs=1, optimizer=optimizer, progress=False)
+    with pytest.raises(ValueError, match=r"optimizer of the model's parameters, got one without '0\.weight' and with"):
+        fine_tune(net(), loader(), epochs=1, optimizer=optimizer, progress=False)
+    factorize_(model, rank=2, layers="3")
+    with pytest.raises(ValueError, match=r"got one without '3\.\w+' and with 2 tensors that are none of the model's"):
+        fine_tune(model, loader(), epochs=1, optimizer=optimizer, progress=False)
+
+
+@pytest.mark.parametrize("field", ["epochs", "accumulate", "lr_step_epochs", "seed", "lr", "weight_decay", "momentum"])
+def test_settings_of_another_type_are_named(field):
+    for wrong in ("1e-3", True, *([1.5] if field in ("epochs", "accumulate", "lr_step_epochs", "seed") else [])):
+        with pytest.raises(TypeError, match=f"TrainConfig: expected {field} to be an? (int|number), got {wrong!r}"):
+            TrainConfig(**{"epochs": 2, field: wrong})
 
 
 def test_seed_decides_and_the_caller_s_randomness_is_left_alone():

@@ -153,7 +153,7 @@ def restore(state: Mapping[str, Any], path: Path, run: RunState) -> list[EpochSt
         The epochs done so far.
 
     Raises:
-        ValueError: another recipe, model or number of callbacks; nothing is changed then.
+        ValueError: another recipe, model or other callbacks; the model is not changed then.
     """
     for key in {**run.recipe, **state["recipe"]}:
         value, saved = run.recipe.get(key), state["recipe"].get(key)
@@ -174,6 +174,14 @@ def restore(state: Mapping[str, Any], path: Path, run: RunState) -> list[EpochSt
     if differing:
         at = differing[0].removeprefix("model.")
         raise ValueError(f"{run.name}: expected a model like the one in {path}, got a difference at {at!r}")
+    for callback, saved in zip(run.callbacks, state["callbacks"], strict=True):
+        try:
+            callback.load_state_dict(saved)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{run.name}: expected the callbacks of the checkpoint {path} in their order, got "
+                f"{type(callback).__name__} in the place of another: {error!r}"
+            ) from error
     run.step.load_state_dict(saved_model)
     run.optimizer.load_state_dict(state["optimizer"])
     run.scheduler.load_state_dict(state["scheduler"])
@@ -181,8 +189,6 @@ def restore(state: Mapping[str, Any], path: Path, run: RunState) -> list[EpochSt
         run.scaler.load_state_dict(state["scaler"])
     if run.average is not None:
         run.average.load_state_dict(state["average"])
-    for callback, saved in zip(run.callbacks, state["callbacks"], strict=True):
-        callback.load_state_dict(saved)
     if state["loader_generator"] is not None:
         # For mypy: there is one wherever its state was saved.
         run.loader.generator.set_state(state["loader_generator"])  # type: ignore[attr-defined]

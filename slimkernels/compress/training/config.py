@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 from torch import nn
@@ -46,7 +47,7 @@ class TrainConfig:
         seed: of shuffling and dropout.
 
     Raises:
-        ValueError: a value outside its range.
+        ValueError: a value outside its range. TypeError: no number where one is needed, no whole one of epochs, say.
     """
 
     epochs: int
@@ -70,6 +71,11 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for field, kind in _NUMBERS.items():
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, kind):
+                words = "an int" if kind is Integral else "a number"
+                raise TypeError(f"TrainConfig: expected {field} to be {words}, got {value!r}")
         if self.epochs < 1 or not 0 < self.lr < math.inf:
             raise ValueError(f"TrainConfig: expected epochs >= 1 and lr > 0, got epochs={self.epochs}, lr={self.lr}")
         for field, allowed in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("precision", PRECISIONS)):
@@ -97,6 +103,10 @@ class TrainConfig:
             )
 
 
+_NUMBERS = {
+    **dict.fromkeys(("epochs", "lr_step_epochs", "accumulate", "seed"), Integral),
+    **dict.fromkeys(("lr", "momentum", "weight_decay", "lr_gamma", "warmup_epochs", "label_smoothing"), Real),
+}
 _RANGES = {
     "momentum": "[0, 1)",
     "weight_decay": "[0, inf)",
@@ -168,7 +178,8 @@ def build_scheduler(
         if step < warmup:
             return (step + 1) / warmup
         if config.schedule == "cosine":
-            return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+            # A warm-up may take the whole run; the scheduler asks for the rate of the step behind it, too.
+            return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
         if config.schedule == "step":
             return config.lr_gamma ** (step // steps_per_epoch // config.lr_step_epochs)
         return 1.0

@@ -17,12 +17,16 @@ class WeightAverage:
 
     The rising decay is that of TensorFlow's ``ExponentialMovingAverage(num_updates=t)``: a short run's average is not
     dominated by its initial weights. Integer and bool state (masks, counters) is never averaged: it is the model's own,
-    and what a mask hides is zero in the average as well.
+    and what a mask hides is zero in the average as well. Averages of 16-bit values are kept in float32, since a step of
+    ``1 - d`` of the way is lost in 16 bits.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay, self.updates = decay, 0
-        self._averages = {name: value.detach().clone() for name, value in _floating(model).items()}
+        self._averages = {
+            name: value.detach().to(torch.promote_types(value.dtype, torch.float32), copy=True)
+            for name, value in _floating(model).items()
+        }
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
@@ -30,7 +34,8 @@ class WeightAverage:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
         now = _floating(model)
-        torch._foreach_lerp_(list(self._averages.values()), [now[name].detach() for name in self._averages], 1 - decay)
+        values = [now[name].detach().to(average.dtype) for name, average in self._averages.items()]
+        torch._foreach_lerp_(list(self._averages.values()), values, 1 - decay)
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:

@@ -54,6 +54,7 @@ from slimkernels.compress.training.setup import (
 )
 from slimkernels.compress.training.steps import CrossEntropyStep, TrainingStep
 from slimkernels.compress.training.trackers import RunLog, progress_bar
+from slimkernels.files import write_obstacle
 from slimkernels.nn.strided_pointwise import StridedPointwiseGuard, strided_pointwise_guarded
 
 __all__ = ["CrossEntropyStep", "EpochStats", "Loader", "TrainConfig", "TrainingStep", "evaluate", "run"]
@@ -133,7 +134,10 @@ class _Training:
         setup, state = self.setup, self.state
         model, epochs = setup.step.model, setup.config.epochs
         if checkpoint is not None and setup.main:
-            checkpoint.parent.mkdir(parents=True, exist_ok=True)
+            error = write_obstacle(checkpoint)
+            if error is not None:
+                text = f"{setup.name}: expected a checkpoint that can be written, got {error.strerror}"
+                raise OSError(error.errno, text, str(checkpoint)) from error
         done = len(state.history)
         if setup.config.cuda_graph and setup.device.type == "cuda":
             self.graphs = GraphedSteps(setup.name, setup.step, self._pass, setup.callbacks)

@@ -111,6 +111,8 @@ def prepared_state(setup: Setup, resume_from: Path | None) -> RunState:
     optimizer = setup.user_optimizer
     if optimizer is None:
         optimizer = build_optimizer(setup.name, step, config)
+    else:
+        _check_held(setup, optimizer)
     state = RunState(
         name=setup.name,
         recipe=setup.recipe(),
@@ -129,6 +131,22 @@ def prepared_state(setup: Setup, resume_from: Path | None) -> RunState:
     if setup.many:
         equalise(step)
     return state
+
+
+def _check_held(setup: Setup, optimizer: torch.optim.Optimizer) -> None:
+    """Refuses a caller's optimiser of another model, or of one whose layers were replaced since: nothing would train.
+
+    One that leaves some parameters alone is as good as any, and so is one with biases that batch norms have taken.
+    """
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    own = {id(p) for p in setup.step.parameters()}
+    left_out = [name for name, p in setup.step.model.named_parameters() if p.requires_grad and id(p) not in held]
+    foreign = len(held - own)
+    if left_out and foreign and not (setup.config.fuse_batch_norm and held & own):
+        raise ValueError(
+            f"{setup.name}: expected an optimizer of the model's parameters, got one without {left_out[0]!r} and with "
+            f"{foreign} tensors that are none of the model's; build it after factorize_, shrink_ and convert"
+        )
 
 
 def _checkpoint(setup: Setup, path: Path | None) -> dict[str, Any] | None:
