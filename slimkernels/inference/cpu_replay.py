@@ -22,6 +22,8 @@ from slimkernels.inference.batches import same
 from slimkernels.inference.cpu_recording import Copies, record
 from slimkernels.ops.library import ops_are_captured
 
+_SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
+
 
 class Replay:
     """A CPU model recorded for inputs of one shape; calling it runs the recording.
@@ -50,7 +52,8 @@ class Replay:
 
     Raises:
         ValueError: a model in training mode or off the CPU, one that `torch.export` cannot capture, one that changes
-            its inputs or buffers, or whose outputs differ from call to call (it draws random numbers).
+            its inputs or buffers, that makes sizes or Python numbers of its inputs' values (``item()``, a mask that
+            selects), or whose outputs differ from call to call (it draws random numbers).
         TypeError: example inputs of another form.
         RuntimeError: the recording does not compute what the model does, which is an error in this library.
     """
@@ -179,7 +182,32 @@ def _capture(model: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
         raise ValueError(
             f"Replay: expected a model that changes nothing, got one that writes to {sorted(changed.values())}"
         )
+    reading = _reading_values(program)
+    if reading is not None:
+        raise ValueError(
+            "Replay: expected a model whose sizes and Python numbers are the same for all inputs of one shape, got one "
+            f"that takes them from values of its inputs: {reading}"
+        )
     return program
+
+
+def _reading_values(program: Any) -> str | None:
+    """The first op that makes a size or a Python number of an input's values, and the line that calls it; None without.
+
+    A recording would keep what it is for the example inputs. Of weights, which it keeps as well, it may be made.
+    """
+    from_inputs: set[Any] = set()
+    given = set(program.graph_signature.user_inputs)
+    for node in program.graph.nodes:
+        if node.op == "output" or not (node.name in given or from_inputs.intersection(node.all_input_nodes)):
+            continue
+        from_inputs.add(node)
+        for value in _pytree.tree_leaves(node.meta.get("val")):
+            # No size of an example input is a symbol, so a symbol is what is known in a call alone.
+            if any(isinstance(v, _SYMBOLS) for v in (value, *(value.shape if isinstance(value, Tensor) else ()))):
+                trace = (node.meta.get("stack_trace") or "").strip().splitlines()
+                return f"{node.target}" + (f" in {trace[-1].strip()!r}" if trace else "")
+    return None
 
 
 @contextmanager

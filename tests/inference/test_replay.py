@@ -362,6 +362,33 @@ class Branching(nn.Module):
         return x if bool(x.sum() > 0) else -x
 
 
+class ScaledByItem(nn.Module):
+    """Scales its input by a number that is read of ``of``: its input or a buffer."""
+
+    def __init__(self, of: str) -> None:
+        super().__init__()
+        self.of = of
+        self.register_buffer("scale", torch.tensor(2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (self.scale if self.of == "buffer" else x.abs().max()).item()
+
+
+class Selecting(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x[x > 0].sum()
+
+
+def test_numbers_and_sizes_that_are_made_of_an_inputs_values_are_refused() -> None:
+    x = images()
+    head = "Replay: expected a model whose sizes and Python numbers are the same for all inputs of one shape, got one "
+    with pytest.raises(ValueError, match=rf"^{head}that takes them from values of its inputs: aten\S+ in 'return x \*"):
+        Replay(ScaledByItem("input").eval(), x)
+    with pytest.raises(ValueError, match=rf"^{head}that takes them from values of its inputs: aten\S+ in 'return x\["):
+        Replay(Selecting().eval(), x)
+    torch.testing.assert_close(Replay(ScaledByItem("buffer").eval(), x)(images(seed=2)), 2 * images(seed=2))
+
+
 def test_models_that_cannot_be_recorded_are_refused() -> None:
     x = images()
     with pytest.raises(ValueError, match="Replay: expected a model in eval mode"):
