@@ -20,7 +20,6 @@ PACKAGE = Path(slimkernels.__file__).parent
 COMPLETED_BY = {
     "builders.py": "`built_on_meta`: by `load`",
     "cli/own_model.py": "`_import_file`: by `build_own`",
-    "cli/options.py": "`check_writable`: by itself",
     "checkpoint.py": "`_present`: by `save`",
     "compress/pruning/sensitivity.py": "`_read`, by itself",
     "conversion/compact.py": "by `save`, `quantize_` and `load`",
