@@ -47,8 +47,8 @@ class ChainedSequential(nn.Sequential):
     ``divisor_override``, ``return_indices``, a size that ``ceil_mode`` rounds up or adaptive windows that overlap.
 
     A run of linear layers goes on over ``nn.Linear`` of at most a million weights, and the ``nn.ReLU`` behind it, and
-    may begin with one. It does so for at most eight rows; more of them torch multiplies as fast. The weight is read
-    where it lies.
+    may begin with one. It does so for at most eight rows; more of them run faster with a vector of rows innermost,
+    which torch's layer is not packed for: its weight is read where it lies.
 
     Where torch's module or anything else keeps the whole run from being a chain, the layers between torch's modules
     still may be.

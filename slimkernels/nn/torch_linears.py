@@ -13,9 +13,9 @@ from slimkernels.kernels.packs import StripPack
 from slimkernels.kernels.strips import DEPTHS
 from slimkernels.tensors import is_plain
 
-# A call of torch's layer costs 16 us, and 60 between other layers, where its code has left the caches. The kernel of
-# few rows reads the weight about as fast as torch's. A weight that takes longer to read gains nothing: 4 MB take
-# 130 us from the L3 of a Zen 3. More rows are torch's, whose matrix product is faster then.
+# Two layers take, in a chain and by torch, 46 and 54 us of 256 features at one row, 279 and 284 of 1024 (two Zen 3
+# cores, behind a read of 1 MB): a larger weight gains nothing. More rows run faster with a vector of them innermost,
+# as this package's layers do then, and this kernel does not.
 MOST_WEIGHTS, MOST_ROWS = 1 << 20, 8
 
 
