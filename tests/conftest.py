@@ -1,4 +1,4 @@
-"""Fixtures of every test: seeds, poisoned allocations, sentinel borders, threads, native steps, GPU skips."""
+"""Fixtures of every test: seeds, poisoned memory, sentinel borders, threads, forms of chains, native steps, GPUs."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from torch import Tensor
 
+from slimkernels.kernels.cpu import chain as chains
 from slimkernels.kernels.cpu import conv2d as native
 from slimkernels.kernels.cpu.steps import MovableSteps
 
@@ -202,6 +203,13 @@ def steps_keep_apart(monkeypatch: pytest.MonkeyPatch) -> None:
 
     watch(native.Steps)
     watch(MovableSteps)
+
+
+@pytest.fixture
+def innermost_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chains take vectors of images innermost first, however few multiply-adds they have or however dense they are."""
+    monkeypatch.setattr(chains, "_MACS_PER_COPY", 0)
+    monkeypatch.setattr(chains, "_STORED_SHARE_WHOLE", 1.1)
 
 
 @pytest.fixture

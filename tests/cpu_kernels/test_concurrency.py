@@ -20,7 +20,10 @@ from slimkernels.kernels.cpu.library import unavailable_reason
 from slimkernels.kernels.problems import LANES
 
 ISAS = [isa for isa in LANES if unavailable_reason(isa) is None]
-pytestmark = pytest.mark.skipif(not ISAS, reason="the native kernels are not built")
+pytestmark = [
+    pytest.mark.skipif(not ISAS, reason="the native kernels are not built"),
+    pytest.mark.usefixtures("innermost_first"),
+]
 
 
 class RandomNet(nn.Module):
@@ -68,7 +71,6 @@ def recorded_and_run(seed: int, monkeypatch: pytest.MonkeyPatch, batch: int | No
     torch.manual_seed(seed)
     isa, threads = rng.choice(ISAS), rng.choice((2, 2, 3))
     monkeypatch.setenv("SLIMKERNELS_ISA", isa)
-    monkeypatch.setattr(chains, "_MACS_PER_COPY", 0)
     torch.set_num_threads(1)
     net = RandomNet(rng)
     layers = [name for name, m in net.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
@@ -133,7 +135,6 @@ class Neighbours(nn.Module):
 @pytest.mark.parametrize(("c_in", "calls"), [(16, 2), (64, 1)])
 def test_chains_meet_where_their_memory_overlaps(c_in: int, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chains of the same size have each thread in its own part of the memory; others have to meet in between."""
-    monkeypatch.setattr(chains, "_MACS_PER_COPY", 0)
     monkeypatch.setenv("SLIMKERNELS_ISA", ISAS[-1])
     found: list[list[native.Step]] = []
 

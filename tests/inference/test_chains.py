@@ -78,12 +78,6 @@ def joined() -> nn.Module:
     return sk.convert(model.eval(), policy=sk.Policy(min_speedup=0, measure=False))
 
 
-@pytest.fixture
-def sparse_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every chain counts as one that is faster with images innermost."""
-    monkeypatch.setattr(chains, "_STORED_SHARE_WHOLE", 1.1)
-
-
 def test_the_first_form_follows_from_the_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Image by image where the batch does not fit the caches; vectors of images where they fill up."""
     monkeypatch.setenv("SLIMKERNELS_ISA", ISAS[-1])
@@ -247,7 +241,7 @@ def weights_between_pools() -> nn.Module:
     return pooled_net((1, 1))
 
 
-@pytest.mark.usefixtures("sparse_enough")
+@pytest.mark.usefixtures("innermost_first")
 @pytest.mark.parametrize("block", [(16, 1), (1, 1)])
 def test_poolings_are_layers_of_a_chain(block: tuple[int, int], monkeypatch, threads) -> None:
     """One chain from the first convolution to the last linear layer, in every form that it may take."""
@@ -291,12 +285,12 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.mark.usefixtures("innermost_first")
 @pytest.mark.parametrize("make", [net, low_rank_net, blocks_between_pools, weights_between_pools])
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("n", [1, 5, 16, 21, 48])
 def test_a_recording_computes_what_the_model_does(make, isa: str, n: int, monkeypatch, threads) -> None:
     monkeypatch.setenv("SLIMKERNELS_ISA", isa)
-    monkeypatch.setattr(chains, "_MACS_PER_COPY", 0)
     model = make()
     for count in (1, 2, 3):
         threads(count)
@@ -340,9 +334,8 @@ def test_residuals_in_other_parts_keep_images_whole(monkeypatch) -> None:
     assert not chains._takes_parts(links, [whole] * 3, 1)
 
 
-@pytest.mark.usefixtures("sparse_enough")
+@pytest.mark.usefixtures("innermost_first")
 def test_the_whole_network_is_one_call(monkeypatch, threads) -> None:
-    monkeypatch.setattr(chains, "_MACS_PER_COPY", 0)
     threads(1)
     isa = ISAS[-1]
     lanes = LANES[isa]
@@ -355,10 +348,9 @@ def test_the_whole_network_is_one_call(monkeypatch, threads) -> None:
     assert Replay(net(), batch(lanes)).calls == 6
 
 
-@pytest.mark.usefixtures("sparse_enough")
+@pytest.mark.usefixtures("innermost_first")
 def test_pieces_share_a_workspace(monkeypatch, threads) -> None:
     """Eight pieces in two slots take the memory of two."""
-    monkeypatch.setattr(chains, "_MACS_PER_COPY", 0)
     threads(2)
     lanes = LANES[ISAS[-1]]
     monkeypatch.setenv("SLIMKERNELS_ISA", ISAS[-1])
@@ -385,9 +377,9 @@ class TwoHeads(nn.Module):
         return self.last(self.left(stem) + right), right.flatten(1)
 
 
+@pytest.mark.usefixtures("innermost_first")
 @pytest.mark.parametrize("n", [2, 16, 40])
 def test_values_that_others_read_stay_where_they_are(n: int, monkeypatch) -> None:
-    monkeypatch.setattr(chains, "_MACS_PER_COPY", 0)
     torch.manual_seed(0)
     model = TwoHeads()
     sk.finalize_(sk.prune_(model, 0.5, (16, 1)))
@@ -398,10 +390,10 @@ def test_values_that_others_read_stay_where_they_are(n: int, monkeypatch) -> Non
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("innermost_first")
 @pytest.mark.parametrize("n", [1, 3, 16, 40])
 def test_dense_linear_layers_behind_native_ones_join_them(n: int, monkeypatch) -> None:
     """A classifier that stayed dense, with ReLUs and without, runs in the same call."""
-    monkeypatch.setattr(chains, "_MACS_PER_COPY", 0)
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 8), nn.ReLU(),

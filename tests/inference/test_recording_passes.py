@@ -16,7 +16,6 @@ import slimkernels as sk
 from slimkernels.inference.cpu_passes import find_chains, lifetimes
 from slimkernels.inference.cpu_recording import bind
 from slimkernels.inference.sampled_graph import SampledGraph, sample
-from slimkernels.kernels.cpu import chain as chains
 from slimkernels.kernels.cpu.library import unavailable_reason
 from slimkernels.kernels.cpu.memory import Lifetime, place
 from slimkernels.kernels.problems import LANES
@@ -71,9 +70,8 @@ def images(n: int = 1) -> Tensor:
 
 
 @pytest.fixture
-def two_threads(monkeypatch):
+def two_threads(monkeypatch, innermost_first):
     """Full vectors of images innermost, on two threads."""
-    monkeypatch.setattr(chains, "_MACS_PER_COPY", 0)
     monkeypatch.setenv("SLIMKERNELS_ISA", ISAS[-1])
     before = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -249,8 +247,7 @@ def test_a_chain_takes_a_tick_for_each_layer_and_each_end() -> None:
 
 
 @native_only
-def test_slots_of_a_chain_share_no_memory_and_need_its_ends_throughout(two_threads, monkeypatch) -> None:
-    monkeypatch.setattr(chains, "_STORED_SHARE_WHOLE", 1.1)  # with images innermost, whatever the instruction set
+def test_slots_of_a_chain_share_no_memory_and_need_its_ends_throughout(two_threads) -> None:
     lanes = LANES[ISAS[-1]]
     built = Built(images(2 * lanes))
     b = built.conv(built.conv(built.x))
