@@ -17,7 +17,7 @@ from slimkernels.builders import builder_text, built_on_meta
 from slimkernels.conversion import compact, container, placement
 from slimkernels.conversion.compact_index import VALUES
 from slimkernels.conversion.container import Contents
-from slimkernels.conversion.convert_model import finish
+from slimkernels.conversion.finish import finish
 from slimkernels.conversion.graph import replace_module
 from slimkernels.conversion.hub import PRETRAINED_NAMES, has_from_pretrained
 from slimkernels.conversion.layers import dense_module

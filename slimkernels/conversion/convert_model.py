@@ -7,7 +7,6 @@ ReLU and pool behind them (`units`); decide each unit (`options`); put the modul
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -20,6 +19,7 @@ from slimkernels.conversion import measure
 from slimkernels.conversion.analysis import weight_layer_names
 from slimkernels.conversion.candidates import Unit
 from slimkernels.conversion.decide import Decision, decide, plausible
+from slimkernels.conversion.finish import finish
 from slimkernels.conversion.folding import fold_tensors
 from slimkernels.conversion.graph import (
     InputSet,
@@ -29,12 +29,11 @@ from slimkernels.conversion.graph import (
     replace_module,
     scratch_copy,
 )
-from slimkernels.conversion.hub import guard_publishing
+from slimkernels.conversion.output_layouts import found_by_reading, found_by_running
 from slimkernels.conversion.outputs import Outputs, call_of, own_tensors
 from slimkernels.conversion.plan import COST_MODEL, MEASURED, SHAPELESS, LayerPlan, ModelPlan, Policy
 from slimkernels.conversion.spread import Ratio, everywhere, in_ms, ratio, worst
 from slimkernels.conversion.units import (
-    GUARD_ATTRIBUTE,
     PLAN_ATTRIBUTE,
     Survey,
     drop_in_plan,
@@ -45,8 +44,8 @@ from slimkernels.conversion.units import (
     swap_plan,
 )
 from slimkernels.conversion.wrappers import unwrapped
-from slimkernels.nn import guard_strided_pointwise_
 from slimkernels.nn.chained import chain_sequentials_
+from slimkernels.nn.contiguous_output import keep_contiguous_
 from slimkernels.progress import counting_bar
 
 __all__ = ["convert"]
@@ -108,7 +107,7 @@ def convert(
     decisions = _decided(found, policy, progress=progress)
     if strict:
         _refuse({name: d.failure for name, d in decisions.items() if d.failure})
-    fast, layers = _apply(found, decisions, policy)
+    fast, layers = _laid_out(found, decisions, policy, sets)
     plan = ModelPlan(
         tuple(layers),
         SHAPELESS if not sets else MEASURED if policy.measure else COST_MODEL,
@@ -121,6 +120,10 @@ def convert(
     if sets and policy.measure and policy.check_model and not training:
         fast, plan = _checked(found, decisions, fast, plan, sets, policy)
     plan = replace(plan, layers=_with_earlier(plan.layers, getattr(model, PLAN_ATTRIBUTE, None), fast))
+    contiguous = tuple(sorted(found.contiguous))
+    if contiguous:
+        note = f"made contiguous, as the model's own code takes them: outputs of {', '.join(contiguous)}"
+        plan = replace(plan, contiguous_outputs=contiguous, notes=(*plan.notes, note))
     return finish(fast, plan)
 
 
@@ -145,37 +148,6 @@ def _refuse(reasons: Mapping[str, str]) -> None:
         raise ValueError(f"convert: strict=True, and these layers cannot be taken: {kept}")
 
 
-def finish(model: nn.Module, plan: ModelPlan) -> nn.Module:
-    """Attaches the plan and the guards (`PublishGuard`, for an inference model `EvalGuard`), and sets the mode."""
-    setattr(model, PLAN_ATTRIBUTE, plan)
-    guard_publishing(model, plan)
-    nn.Module.train(model, plan.training)
-    if plan.training:
-        guard_strided_pointwise_(model)
-    else:
-        chain_sequentials_(model)
-        setattr(model, GUARD_ATTRIBUTE, EvalGuard(model))
-    return model
-
-
-class EvalGuard:
-    """Stands in for ``train`` on an inference model: warns once when it is put back into training mode."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.warned = False
-
-    def __call__(self, mode: bool = True) -> nn.Module:
-        if mode and not self.warned:
-            self.warned = True
-            warnings.warn(
-                "this model was converted for inference (batch norm folded, parameters without gradient); convert the "
-                "original with training=True to train it",
-                stacklevel=2,
-            )
-        return type(self.model).train(self.model, mode)
-
-
 def _with_earlier(layers: tuple[LayerPlan, ...], earlier: Any, model: nn.Module) -> tuple[LayerPlan, ...]:
     """Of a model that was converted before: what was folded and fused then."""
     if not isinstance(earlier, ModelPlan):
@@ -187,6 +159,18 @@ def _with_earlier(layers: tuple[LayerPlan, ...], earlier: Any, model: nn.Module)
         if layer.into in names and layer.name not in names and type(model.get_submodule(layer.name)) is nn.Identity
     ]
     return (*layers, *kept)
+
+
+def _laid_out(
+    found: Survey, decisions: Mapping[str, Decision], policy: Policy, sets: list[InputSet]
+) -> tuple[nn.Module, list[LayerPlan]]:
+    """`_apply`, with ``found.contiguous`` as the model's own code then needs it."""
+    fast, layers = _apply(found, decisions, policy)
+    if sets:
+        found.contiguous.update(found_by_running(fast, sets))
+    elif any(layer.action == "swap" for layer in layers):
+        found.contiguous.update(found_by_reading(found.model))
+    return keep_contiguous_(fast, found.contiguous), layers
 
 
 def _apply(
@@ -217,6 +201,7 @@ def _apply(
     fast = copy_model(found.model, share_parameters=True)
     for name, module in changes.items():
         replace_module(fast, name, module)
+    keep_contiguous_(fast, found.contiguous)
     if not found.training:
         chain_sequentials_(fast)  # as `finish` does, here for the comparisons and the times
     order = {name: i for i, (name, _) in enumerate(found.model.named_modules())}
@@ -311,7 +296,7 @@ def _checked(
         plan = replace(plan, layers=tuple(layers), notes=(*plan.notes, f"some layers were put back: {problem}"))
     everything = _all_swapped(found, decisions)
     if everything is not None:
-        all_swapped, all_layers = _apply(found, everything, policy)
+        all_swapped, all_layers = _laid_out(found, everything, policy, sets)
         if outputs.difference(all_swapped) is not None:
             everything = None
     if everything is None and not any(d.option is not d.stay for d in decisions.values()):

@@ -21,11 +21,14 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from slimkernels.conversion.wrappers import without_compiled_parts
+from slimkernels.nn.contiguous_output import ContiguousOutput
 from slimkernels.nn.strided_pointwise import PixelsRead
 
 # Every combination of given and defaulted optional arguments is traced; 2^4 traces of ResNet-18 take 0.3 s.
 _MAX_OPTIONAL_ARGUMENTS = 4
 _REPARAMETRIZING_HOOKS = (prune.BasePruningMethod, WeightNorm, SpectralNorm)
+# Without these a model computes something else, or does not run.
+_KEPT_HOOKS = (*_REPARAMETRIZING_HOOKS, ContiguousOutput)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._BatchNorm, nn.ReLU, nn.MaxPool2d)
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -65,7 +68,7 @@ def scratch_copy(model: nn.Module, *, training: bool = False) -> nn.Module:
     for module in scratch.modules():
         for name in _HOOKS:
             hooks = getattr(module, name, None) or {}
-            for key in [k for k, hook in hooks.items() if not isinstance(hook, _REPARAMETRIZING_HOOKS)]:
+            for key in [k for k, hook in hooks.items() if not isinstance(hook, _KEPT_HOOKS)]:
                 del hooks[key]
     nn.Module.train(scratch, training)
     return scratch
@@ -74,7 +77,7 @@ def scratch_copy(model: nn.Module, *, training: bool = False) -> nn.Module:
 def has_hooks(module: nn.Module) -> bool:
     """Whether the module carries a hook other than those that recompute a weight and those that change no result."""
     hooks = [hook for name in _HOOKS for hook in (getattr(module, name) or {}).values()]
-    return any(not isinstance(hook, (*_REPARAMETRIZING_HOOKS, PixelsRead)) for hook in hooks)
+    return any(not isinstance(hook, (*_KEPT_HOOKS, PixelsRead)) for hook in hooks)
 
 
 def bake(module: nn.Module) -> None:

@@ -138,7 +138,11 @@ def check_places(plan: ModelPlan, model: nn.Module) -> None:
         if layer.into is not None:
             taken.setdefault(layer.into, []).append(layer)
     plans = {layer.name: layer for layer in plan.layers}
-    places = _Places(dict(model.named_modules(remove_duplicate=False)), unique_names(model), plans, taken)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name in plan.contiguous_outputs:
+        if name not in modules:
+            raise ValueError(f"contiguous_outputs: expected into to have a module {name!r}, got none")
+    places = _Places(modules, unique_names(model), plans, taken)
     # All are there, then what went into others, since a swap looks at the factors that it stands for.
     swaps_last = sorted(plan.layers, key=lambda layer: layer.action == "swap")
     for layers, check in ((plan.layers, places.present), (swaps_last, places.check)):

@@ -20,6 +20,7 @@ from slimkernels.formats import BlockMask
 from slimkernels.kernels.problems import factor_geometry
 from slimkernels.nn import LowRankConv2d
 from slimkernels.nn.chained import unchain_sequentials_
+from slimkernels.nn.contiguous_output import keep_contiguous_
 
 
 @torch.inference_mode(False)  # as `convert`
@@ -76,7 +77,7 @@ def to_dense(model: nn.Module, *, merge_low_rank: bool = False) -> nn.Module:
             return new.train(module.training)
         for name in places:
             replace_module(plain, name, new.train(module.training))
-    return plain
+    return keep_contiguous_(plain, plan.contiguous_outputs if isinstance(plan, ModelPlan) else ())
 
 
 class _Free(NamedTuple):

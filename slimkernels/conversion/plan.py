@@ -264,6 +264,7 @@ class ModelPlan:
         speedup_low: the least that the speed-up is, with 99 % confidence.
         speedup_high: the most that it is.
         notes: lines for the report, such as why the model could not be traced.
+        contiguous_outputs: modules whose outputs are made contiguous, since code of the model's own takes no other.
         builder: of a saved model, how `slimkernels.models.build` makes its architecture, as JSON: ``model``,
             ``num_classes``, ``options``.
     """
@@ -279,6 +280,7 @@ class ModelPlan:
     speedup_low: tuple[float, ...] = ()
     speedup_high: tuple[float, ...] = ()
     notes: tuple[str, ...] = ()
+    contiguous_outputs: tuple[str, ...] = ()
     builder: str | None = None
 
     def __post_init__(self) -> None:

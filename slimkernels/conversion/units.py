@@ -41,7 +41,7 @@ from slimkernels.conversion.layers import (
     declared_block_shape,
     weight_obstacle,
 )
-from slimkernels.conversion.plan import LayerPlan, Policy
+from slimkernels.conversion.plan import LayerPlan, ModelPlan, Policy
 from slimkernels.conversion.readers import weight_readers
 from slimkernels.conversion.wrappers import plain_name
 from slimkernels.formats import BlockMask, block_grid, block_shape_2d
@@ -70,6 +70,7 @@ class Survey:
         foldable: batch norm -> layer with an obstacle that takes it all the same (groups, padding mode).
         batch_norm_reasons: why a batch norm that is not folded stays.
         notes: lines for the report.
+        contiguous: modules whose outputs are made contiguous, see `slimkernels.conversion.output_layouts`.
     """
 
     model: nn.Module
@@ -83,6 +84,7 @@ class Survey:
     foldable: dict[str, str] = field(default_factory=dict)
     batch_norm_reasons: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    contiguous: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,8 @@ def survey(model: nn.Module, sets: list[InputSet], policy: Policy, *, training: 
     copied = prepare(model, training=training)
     names = weight_layer_names(copied)
     found = Survey(copied, training, next((t.device.type for t in copied.parameters()), "cpu"))
+    earlier = getattr(model, PLAN_ATTRIBUTE, None)
+    found.contiguous |= set(earlier.contiguous_outputs if isinstance(earlier, ModelPlan) else ())
     recorded = capture(copied, sets, names, training=training)
     graph = trace(copied, training=training)
     # A model that is to be trained will be evaluated as well, and its eval mode may read what training does not.

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 from slimkernels import Policy, convert, explain
-from slimkernels.conversion.convert_model import EvalGuard
+from slimkernels.conversion.finish import EvalGuard
 from slimkernels.formats import BlockMask, block_mask
 from slimkernels.nn import BlockSparseConv2d, BlockSparseLinear
 

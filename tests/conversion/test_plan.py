@@ -28,6 +28,7 @@ LOW_RANK = LayerPlan(
 PLAN = ModelPlan(
     (SWAP, LayerPlan("bn", "BatchNorm2d", "fold", into="conv"), LOW_RANK, LayerPlan("c", "Conv2d", "keep", "no zeros")),
     "measured", versions={"torch": "2"}, dense_ms=(3.0,), converted_ms=(1.0,), notes=("n",),
+    contiguous_outputs=("features", "c"),
 )  # fmt: skip
 
 

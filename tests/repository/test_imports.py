@@ -39,7 +39,8 @@ PACKAGES = {
     ),
     "data": ("__init__", "datasets", "decoded, tensor_loader"),
     "conversion": (
-        "__init__", "convert_model, plain_model", "units, outputs", "decide", "candidates", "measure, report",
+        "__init__", "convert_model, plain_model", "finish, output_layouts", "units, outputs", "decide", "candidates",
+        "measure, report",
         "report_rows, container, placement, hub", "compact", "compact_index",
         "quantization, plan", "symbols, analysis, batch_norms", "folding", "factor_chains", "layers",
         "readers", "calls", "graph, spread", "wrappers",
