@@ -29,7 +29,7 @@ from slimkernels.files import atomic_path
 from slimkernels.inference import graphed
 from slimkernels.recipes.rows import Workplace
 from slimkernels.recipes.schema import Row
-from slimkernels.recipes.store import write_result
+from slimkernels.recipes.store import key_of, write_result
 
 # Of a network and its converted twin: largest difference of the logits over the largest logit. In bfloat16 every layer
 # rounds its output to 8 bits, in another order of additions.
@@ -54,9 +54,9 @@ def measure(place: Workplace, rows: Sequence[Row], *, compile: bool = True) -> d
 
     Returns:
         ``environment``, ``batches``, ``notes``, and under ``rows``, by name: bytes and accuracy of the files of every
-        seed (``files``), and of the first: what was swapped, the largest deviation of the converted network's logits,
-        of a compact file its bound and what other values would give (``by_values``), ``latency`` per batch size, or
-        an ``error``.
+        seed (``files``, with the key of the network and of its conversion), and of the first: what was swapped, the
+        largest deviation of the converted network's logits, of a compact file its bound and what other values would
+        give (``by_values``), ``latency`` per batch size, or an ``error``.
     """
     recipe, seed = place.recipe, 0
     images = {batch: _images(place, batch) for batch in recipe.batches}
@@ -162,11 +162,8 @@ def _convert(
     place: Workplace, row: Row, model: nn.Module, seed: int, inputs: list[tuple[Tensor]]
 ) -> tuple[dict[str, Any], nn.Module | None]:
     """Files and facts of one network, and what its file is loaded as; None where that computes something else."""
-    settings: dict[str, Any] = dict(place.recipe.policy)
-    for step in row.steps:
-        if step.verb == "convert":
-            settings.update(step.settings)
-    fast = convert(model, example_inputs=inputs, policy=Policy(**settings))
+    conversion = place.recipe.conversion(row)
+    fast = convert(model, example_inputs=inputs, policy=Policy(**conversion["policy"]))
     # For mypy: a model's own attribute, a Tensor or a Module to mypy.
     plan: ModelPlan = fast.slimkernels_plan  # type: ignore[assignment]
     file = place.folder(row, seed) / "model.slim.safetensors"
@@ -178,7 +175,14 @@ def _convert(
         smallest = min(small.stat().st_size, file.stat().st_size)
         by_values = {} if seed else _by_values(place, row, model, fast, Path(scratch))
     deviation, largest, error = _checked(place, row, model, fast, loaded)
-    accuracy = evaluate(loaded, _Images(place))
+    result = place.result(row, seed)
+    assert result is not None
+    own = {
+        "seed": seed,
+        "key": key_of(identity=result["identity"], **conversion),
+        "bytes": file.stat().st_size,
+        "accuracy": evaluate(loaded, _Images(place)),
+    }
     if not seed and row.values != "fp32" and file.stat().st_size < _SMALL_FILE:
         kept = place.out / "checkpoints" / f"{row.slug}.slim.safetensors"
         kept.parent.mkdir(exist_ok=True)
@@ -191,7 +195,7 @@ def _convert(
         "bound": _bound(file),
         "smallest_bytes": smallest,
         "by_values": by_values,
-        "files": [{"seed": seed, "bytes": file.stat().st_size, "accuracy": accuracy}],
+        "files": [own],
         "swapped": dict(Counter(str(plan[name].format) for name in plan.swapped)),
         "layers": len([layer for layer in plan.layers if layer.weight_shape is not None]),
         "max_abs_deviation": deviation,

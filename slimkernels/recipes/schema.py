@@ -153,6 +153,14 @@ class Recipe:
                 return row
         raise ValueError(unknown(f"recipe {self.name!r}: expected a row", name, [row.name for row in self.rows]))
 
+    def conversion(self, row: Row) -> dict[str, Any]:
+        """How a row's finished network becomes what is measured: ``policy``, ``values`` and ``dtype``."""
+        policy = dict(self.policy)
+        for step in row.steps:
+            if step.verb == "convert":
+                policy.update(step.settings)
+        return {"policy": policy, "values": row.values, "dtype": self.dtype}
+
 
 def recipe_names() -> list[str]:
     """Names of the recipes that come with the package."""

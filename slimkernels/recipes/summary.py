@@ -10,7 +10,7 @@ from typing import Any
 
 from slimkernels import timing
 from slimkernels.recipes.schema import Recipe, Row
-from slimkernels.recipes.store import read_result
+from slimkernels.recipes.store import key_of, read_result
 
 # Points that a file's values may cost against the same network in fp32, and bytes above the bound of a compact file.
 ALLOWED_LOSS = {"int8": 0.3, "int4": 1.0}
@@ -24,7 +24,7 @@ def summarise(out: Path, recipe: Recipe, data: Mapping[str, Any]) -> dict[str, A
         ValueError: the teacher, the recipe's first row, is not finished.
     """
     measured = read_result(out / "measurement.json") or {}
-    rows = [entry for row in recipe.rows if (entry := _row(out, row, measured)) is not None]
+    rows = [entry for row in recipe.rows if (entry := _row(out, recipe, row, measured)) is not None]
     if not rows or rows[0]["name"] != recipe.rows[0].name:
         raise ValueError(f"report: expected row {recipe.rows[0].name!r} to be finished, got none in {out}")
     teacher = rows[0]
@@ -33,6 +33,8 @@ def summarise(out: Path, recipe: Recipe, data: Mapping[str, Any]) -> dict[str, A
         entry["relative_accuracy"] = own / dense if dense else None
         entry["points"] = 100 * (own - dense)
     measured_environment = measured.get("environment")
+    outdated = [row["name"] for row in rows if row["measurement"] is None and row["name"] in measured.get("rows", {})]
+    notes = [f"trained or converted otherwise since they were measured: {', '.join(outdated)}"] if outdated else []
     return {
         "recipe": recipe.name,
         "title": recipe.title,
@@ -50,11 +52,11 @@ def summarise(out: Path, recipe: Recipe, data: Mapping[str, Any]) -> dict[str, A
         "verdicts": _verdicts(rows, recipe),
         "goals": [dict(goal) for goal in recipe.goals],
         "published": [dict(point) for point in recipe.published],
-        "notes": measured.get("notes", []),
+        "notes": [*measured.get("notes", []), *notes],
     }
 
 
-def _row(out: Path, row: Row, measured: Mapping[str, Any]) -> dict[str, Any] | None:
+def _row(out: Path, recipe: Recipe, row: Row, measured: Mapping[str, Any]) -> dict[str, Any] | None:
     results = [
         result for path in sorted((out / "rows" / row.slug).glob("seed*/row.json")) if (result := read_result(path))
     ]
@@ -62,7 +64,7 @@ def _row(out: Path, row: Row, measured: Mapping[str, Any]) -> dict[str, Any] | N
         return None
     results.sort(key=lambda result: int(result["seed"]))
     first = results[0]
-    own = measured.get("rows", {}).get(row.name)
+    own = _measured(recipe, row, measured, results)
     trained = [float(result["accuracy"]) for result in results]
     # Of a measured row the accuracy is that of the files whose bytes are told, not that before they were written.
     files = {int(file["seed"]): float(file["accuracy"]) for file in (own or {}).get("files", [])}
@@ -100,6 +102,16 @@ def _row(out: Path, row: Row, measured: Mapping[str, Any]) -> dict[str, Any] | N
         entry["compression"] = dense_bytes / own["bytes"]
         entry["smallest_compression"] = dense_bytes / own["smallest_bytes"]
     return entry
+
+
+def _measured(
+    recipe: Recipe, row: Row, measured: Mapping[str, Any], results: Sequence[Mapping[str, Any]]
+) -> dict[str, Any] | None:
+    """What was measured of the networks of ``results``; None where it was of others, or of others' conversions."""
+    own: dict[str, Any] | None = measured.get("rows", {}).get(row.name)
+    keys = {int(result["seed"]): key_of(identity=result["identity"], **recipe.conversion(row)) for result in results}
+    known = own is not None and all(file.get("key") == keys.get(int(file["seed"])) for file in own["files"])
+    return own if known else None
 
 
 def _conv_sparsity(result: Mapping[str, Any]) -> float:

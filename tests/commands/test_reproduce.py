@@ -322,6 +322,34 @@ def test_a_changed_step_and_what_follows_run_again(finished, tmp_path):
     assert trained == ["one-shot 16x1 75.0%", "taught", "taught"]
 
 
+def test_what_was_measured_of_another_network_is_not_reported(finished, tmp_path):
+    """Bytes, accuracy and times of a row are those of the network that it has now, converted as the recipe says now."""
+    folder, report, _ = finished
+    before = {row["name"]: row for row in report["rows"]}
+    shutil.copytree(folder / "out", tmp_path / "out")
+    trained = RECIPE.replace("lr: 0.02, images: 640", "lr: 0.01, images: 640")
+    changes = [
+        (trained, ["taught", "report"], ["one-shot 16x1 75.0%", "taught"]),
+        (trained.replace("values: int4", "values: int8"), ["taught", "report"], ["one-shot 16x1 75.0%", "taught"]),
+        (RECIPE.replace("min_speedup: 0.0", "min_speedup: 0.5"), ["report"], ["one-shot 16x1 75.0%", "taught"]),
+        (RECIPE, ["taught", "report"], []),
+        (RECIPE.replace("min_speedup: 0.0", "min_speedup: 0.5"), ["report"], ["taught"]),
+    ]
+    for text, only, outdated in changes:
+        again, _ = run(write_recipe(tmp_path, text), tmp_path / "out", only=only)
+        assert [row["name"] for row in again["rows"] if row["measurement"] is None] == outdated
+        notes = [note for note in again["notes"] if note.startswith("trained or converted otherwise since")]
+        assert (
+            notes
+            == [f"trained or converted otherwise since they were measured: {', '.join(outdated)}"][: len(outdated)]
+        )
+        for row in again["rows"]:
+            if row["name"] not in outdated:
+                assert row["measurement"] == before[row["name"]]["measurement"]
+            else:
+                assert "compression" not in row and row["accuracy"]["mean"] == row["accuracy"]["trained"]
+
+
 def test_a_damaged_state_is_made_again(finished, tmp_path):
     folder, report, _ = finished
     shutil.copytree(folder / "out", tmp_path / "out")
