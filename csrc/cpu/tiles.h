@@ -41,18 +41,59 @@ enum Start {
   START_AT_Y,  // a call before has written the sum over other taps there
 };
 
-// Computes a tile over some runs of entries.
-//   x          pointers to the tile's pixels in x, at tap (0, 0)
-//   y_pixels   pointers to the tile's pixels in y, at channel 0
-//   channel    the tile's first output channel
-//   weights    of entry 0 at that channel
-//   offsets    of each entry: elements of x from a pixel's pointer
-//   segments   the runs, `count` of them
-//   bias       of that channel on, or NULL
-//   present    how many of the tile's output channels exist, at least 1: the last strip may reach beyond c_out
-typedef void (*TileFunction)(const float* const* x, float* const* y_pixels, int64_t channel, const float* weights,
-                             const int32_t* offsets, const Segment* segments, int count, const float* bias, Start start,
-                             int relu, int present);
+// Strips that follow each other, and what a tile needs to pass over them in one call: where strips have few entries, a
+// call for each of them was a tenth of the time.
+struct Strips {
+  int64_t count;
+  const float* weights;     // of entry 0
+  const int32_t* offsets;   // of each entry: elements of x from a pixel's pointer
+  const Segment* segments;  // [count][runs], the entries of each strip
+  int runs;
+  const float* bias;  // of the first strip's first channel on, or NULL
+  int64_t channel;    // of the first strip, counted from where the tile's pointers into y point
+  int64_t present;    // how many output channels exist from there on: the last strip may reach beyond c_out
+  Start start;
+  int relu;
+};
+
+// Computes a tile for all output channels of some strips.
+//   x         pointers to the tile's pixels in x, at tap (0, 0)
+//   y_pixels  pointers to the tile's pixels in y, at channel 0
+typedef void (*TileFunction)(const float* const* x, float* const* y_pixels, const Strips& strips);
+
+// Hands out the output channels of strips that have STRIDE of them, WIDTH at a time, which divides STRIDE.
+template <int WIDTH, int STRIDE>
+struct ChannelCursor {
+  int64_t channel, left;
+  const float* weights;  // of entry 0
+  const Segment* segments;
+  const float* bias;
+  int part;  // channels of the present strip that are over
+
+  explicit ChannelCursor(const Strips& strips)
+      : channel(strips.channel),
+        left(strips.count * STRIDE < strips.present ? strips.count * STRIDE : strips.present),
+        weights(strips.weights),
+        segments(strips.segments),
+        bias(strips.bias),
+        part(0) {}
+
+  bool more() const { return left > 0; }
+  int present() const { return left < WIDTH ? (int)left : WIDTH; }
+
+  void advance(int runs) {
+    channel += WIDTH;
+    left -= WIDTH;
+    weights += WIDTH;
+    if (bias != nullptr) bias += WIDTH;
+    part += WIDTH;
+    if (part == STRIDE) {
+      part = 0;
+      weights -= STRIDE;
+      segments += runs;
+    }
+  }
+};
 
 // Computes a tile whose pixel pointers are given for every tap: x holds those of tap 0, then those of tap 1, and so on.
 // tap_ptr[tap] .. tap_ptr[tap + 1] are the entries of a tap, `channels` the elements of x from a pixel's pointer.
@@ -72,16 +113,18 @@ struct Tile {
   typedef Vector Sums[MR][NV];
   typedef Sums Accumulators[SETS];
 
-  static void run(const float* const* x, float* const* y_pixels, int64_t channel, const float* weights,
-                  const int32_t* offsets, const Segment* segments, int count, const float* bias, Start start, int relu,
-                  int present) {
-    Accumulators sums;        // [SETS][MR][NV] vectors
+  static void run(const float* const* x, float* const* y_pixels, const Strips& strips) {
     const float* pixels[MR];  // [MR]
     SLIM_UNROLL
     for (int m = 0; m < MR; ++m) pixels[m] = x[m];
-    begin(sums, y_pixels, channel, bias, start, present);
-    for (int i = 0; i < count; ++i) add_entries(sums, pixels, weights, offsets, segments[i].begin, segments[i].end);
-    finish(sums, y_pixels, channel, relu, present);
+    for (ChannelCursor<WIDTH, STRIDE> at(strips); at.more(); at.advance(strips.runs)) {
+      Accumulators sums;  // [SETS][MR][NV] vectors
+      begin(sums, y_pixels, at.channel, at.bias, strips.start, at.present());
+      for (int i = 0; i < strips.runs; ++i) {
+        add_entries(sums, pixels, at.weights, strips.offsets, at.segments[i].begin, at.segments[i].end);
+      }
+      finish(sums, y_pixels, at.channel, strips.relu, at.present());
+    }
   }
 
   static void run_taps(const float* const* x, int64_t taps, float* const* y_pixels, int64_t channel,
@@ -208,14 +251,21 @@ struct ImagesTile {
   typedef Vector Sums[MR][NO];
 
   // `start` is not read: the kernels of this layout have at most MAX_SEGMENTS rows of taps, which one call takes.
-  static void run(const float* const* x, float* const* y_pixels, int64_t channel, const float* weights,
-                  const int32_t* offsets, const Segment* segments, int count, const float* bias, Start /*start*/,
-                  int relu, int present) {
-    Sums sums[SETS];          // [SETS][MR][NO] vectors of V::N images
+  static void run(const float* const* x, float* const* y_pixels, const Strips& strips) {
     const float* pixels[MR];  // [MR]
     SLIM_UNROLL
     for (int m = 0; m < MR; ++m) pixels[m] = x[m];
+    for (ChannelCursor<NO, STRIDE> at(strips); at.more(); at.advance(strips.runs)) {
+      add_channels(pixels, y_pixels, at.channel, at.weights, strips.offsets, at.segments, strips.runs, at.bias,
+                   strips.relu, at.present());
+    }
+  }
 
+ private:
+  static SLIM_ALWAYS_INLINE void add_channels(const float* const (&pixels)[MR], float* const* y_pixels, int64_t channel,
+                                              const float* weights, const int32_t* offsets, const Segment* segments,
+                                              int count, const float* bias, int relu, int present) {
+    Sums sums[SETS];  // [SETS][MR][NO] vectors of V::N images
     // Set 0 starts at the bias, the others at zero. Channels that do not exist have no bias to read.
     SLIM_UNROLL
     for (int o = 0; o < NO; ++o) {
@@ -271,7 +321,6 @@ struct ImagesTile {
     }
   }
 
- private:
   // sums[MR][NO] += x[MR][1] * w[1][NO]. The shorter of x and w is held in registers while the longer one passes by.
   static SLIM_ALWAYS_INLINE void add_entry(Sums& sums, const float* const (&pixels)[MR], const float* weight,
                                            int64_t offset) {
@@ -310,13 +359,21 @@ struct DotTile {
   typedef typename V::type Vector;
   typedef Vector Sums[FOURS * 4];  // of which MR are in use, and zeros behind them
 
-  static void run(const float* const* x, float* const* y_pixels, int64_t channel, const float* weights,
-                  const int32_t* offsets, const Segment* segments, int count, const float* bias, Start start, int relu,
-                  int /*present*/) {
-    Sums sums[SETS];          // [SETS][MR] vectors of V::N input channels
+  static void run(const float* const* x, float* const* y_pixels, const Strips& strips) {
     const float* pixels[MR];  // [MR]
     SLIM_UNROLL
     for (int m = 0; m < MR; ++m) pixels[m] = x[m];
+    for (ChannelCursor<1, 1> at(strips); at.more(); at.advance(strips.runs)) {
+      add_channel(pixels, y_pixels, at.channel, at.weights, strips.offsets, at.segments, strips.runs, at.bias,
+                  strips.start, strips.relu);
+    }
+  }
+
+ private:
+  static SLIM_ALWAYS_INLINE void add_channel(const float* const (&pixels)[MR], float* const* y_pixels, int64_t channel,
+                                             const float* weights, const int32_t* offsets, const Segment* segments,
+                                             int count, const float* bias, Start start, int relu) {
+    Sums sums[SETS];  // [SETS][MR] vectors of V::N input channels
     SLIM_UNROLL
     for (int set = 0; set < SETS; ++set) {
       SLIM_UNROLL
@@ -356,7 +413,6 @@ struct DotTile {
     }
   }
 
- private:
   // sums[MR][DEPTH] += x[MR][DEPTH] * w[1][DEPTH]
   static SLIM_ALWAYS_INLINE void add_entry(Sums& sums, const float* const (&pixels)[MR], const float* weight,
                                            int64_t offset) {
@@ -376,7 +432,6 @@ constexpr int MAX_TILE_PIXELS = 16;
 // The tiles for strips of one width. Index m is a tile of m pixels.
 struct TileSet {
   TileFunction run[MAX_TILE_PIXELS + 1];
-  int width[MAX_TILE_PIXELS + 1];              // output channels of run[m]
   TapsFunction run_taps[MAX_TILE_PIXELS + 1];  // these take the whole strip
   int most_pixels, most_pixels_taps;           // the largest m of run and of run_taps; 0 where there is none
 };
@@ -387,7 +442,6 @@ void add_tiles(TileSet& set) {
   static_assert(MR <= MAX_TILE_PIXELS && STRIDE % (V::N * NV) == 0, "tiles divide the strip");
   if constexpr (MR > 1) add_tiles<V, NV, MR - 1, STRIDE>(set);
   set.run[MR] = Tile<V, NV, MR, STRIDE>::run;
-  set.width[MR] = V::N * NV;
   set.most_pixels = MR;
 }
 
@@ -407,7 +461,6 @@ void add_images_tiles(TileSet& set) {
   if constexpr (MR > 1) add_images_tiles<V, NO1, NO, MR - 1, STRIDE>(set);
   constexpr int WIDTH = MR == 1 ? NO1 : NO;
   set.run[MR] = ImagesTile<V, WIDTH, MR, STRIDE>::run;
-  set.width[MR] = WIDTH;
   set.most_pixels = MR;
 }
 
@@ -417,7 +470,6 @@ void add_dot_tiles(TileSet& set) {
   static_assert(MR <= MAX_TILE_PIXELS, "a table holds no larger tile");
   if constexpr (MR > 1) add_dot_tiles<V, NV, MR - 1>(set);
   set.run[MR] = DotTile<V, NV, MR>::run;
-  set.width[MR] = 1;
   set.most_pixels = MR;
 }
 

@@ -129,8 +129,8 @@ inline void read_ahead(const float* from, int64_t count) {
 
 // ---------------------------------------------------------------- all taps at once
 
-// Tap rows that one call of a microkernel may be given.
-constexpr int MAX_SEGMENTS = 64;
+// Tap rows that one call of a microkernel may be given, and segments of all its strips.
+constexpr int MAX_SEGMENTS = 64, MAX_LISTED = 1024;
 
 // As many strips as keep their weights and offsets in L2 while tiles pass over them: half of the smallest L2 aimed at
 // (512 KB).
@@ -139,29 +139,32 @@ inline Range strips_in_cache(const Plan& plan, Range strips) {
   const SlimConv2dF32& conv = *plan.conv;
   const int64_t entry_bytes = plan.work.entry_weights * 4 + 4;
   const int64_t first_entry = conv.tap_ptr[strips.begin * plan.work.taps];
+  const int64_t last = min64(strips.end, strips.begin + MAX_LISTED / min64(conv.r, MAX_SEGMENTS));
   int64_t end = strips.begin + 1;
-  for (; end < strips.end; ++end) {
+  for (; end < last; ++end) {
     const int64_t end_entry = conv.tap_ptr[(end + 1) * plan.work.taps];
     if ((end_entry - first_entry) * entry_bytes > CACHED_BYTES) break;
   }
   return {strips.begin, end};
 }
 
-// The entries of a strip at these taps: one run for each row of taps, or a single one where the rows are complete and
-// so adjoin. Returns the number of runs.
-inline int list_segments(const Plan& plan, int64_t strip, Range tap_rows, Range tap_columns, Segment* segments) {
+// The entries of strips at these taps: of each, one run for each row of taps, or a single one where the rows are
+// complete and so adjoin. Returns the number of runs of a strip.
+inline int list_segments(const Plan& plan, Range strips, Range tap_rows, Range tap_columns, Segment* segments) {
   const SlimConv2dF32& conv = *plan.conv;
-  const int32_t* tap_ptr = conv.tap_ptr + strip * plan.work.taps;
   if (tap_rows.begin >= tap_rows.end || tap_columns.begin >= tap_columns.end) return 0;
-  if (tap_columns.begin == 0 && tap_columns.end == conv.s) {
-    segments[0] = {tap_ptr[tap_rows.begin * conv.s], tap_ptr[tap_rows.end * conv.s]};
-    return 1;
+  const bool complete = tap_columns.begin == 0 && tap_columns.end == conv.s;
+  for (int64_t strip = strips.begin; strip < strips.end; ++strip) {
+    const int32_t* tap_ptr = conv.tap_ptr + strip * plan.work.taps;
+    if (complete) {
+      *segments++ = {tap_ptr[tap_rows.begin * conv.s], tap_ptr[tap_rows.end * conv.s]};
+      continue;
+    }
+    for (int64_t i = tap_rows.begin; i < tap_rows.end; ++i) {
+      *segments++ = {tap_ptr[i * conv.s + tap_columns.begin], tap_ptr[i * conv.s + tap_columns.end]};
+    }
   }
-  int count = 0;
-  for (int64_t i = tap_rows.begin; i < tap_rows.end; ++i, ++count) {
-    segments[count] = {tap_ptr[i * conv.s + tap_columns.begin], tap_ptr[i * conv.s + tap_columns.end]};
-  }
-  return count;
+  return complete ? 1 : (int)tap_rows.size();
 }
 
 // The pixels of one tile.
@@ -171,34 +174,33 @@ struct TilePixels {
   int size;
 };
 
-// Computes one tile of pixels for all channels of a strip, which may be wider than the microkernel's tile.
-inline void run_strip(const Plan& plan, int64_t strip, const TilePixels& tile, int64_t channel0,
-                      const Segment* segments, int count, Start start, int relu) {
+// Computes the pixels of rows x columns, which see the same taps, for some strips, tile after tile. More rows of taps
+// than one call of a microkernel takes are added in several rounds, each of which goes on from what the one before has
+// written to y.
+inline void run_class(const Plan& plan, const WorkUnit& unit, const Destination& to, Range strips, const TapClass& rows,
+                      const TapClass& columns) {
   const SlimConv2dF32& conv = *plan.conv;
-  const int width = plan.tiles.width[tile.size];
-  int64_t channel = strip * conv.strip;
-  for (int part = 0; part < conv.strip && channel < conv.c_out; part += width, channel += width) {
-    const float* const bias = conv.bias == nullptr ? nullptr : conv.bias + channel;
-    const int present = (int)min64(width, conv.c_out - channel);
-    plan.tiles.run[tile.size](tile.x, tile.y, channel - channel0, conv.weights + part, plan.offsets, segments, count,
-                              bias, start, relu, present);
-  }
-}
-
-// The same over the taps tap_rows x tap_columns. More rows of taps than one call takes are added in several calls, each
-// of which goes on from what the one before has written to y.
-inline void run_strip_over_taps(const Plan& plan, int64_t strip, const TilePixels& tile, int64_t channel0,
-                                Range tap_rows, Range tap_columns) {
-  Segment segments[MAX_SEGMENTS];
-  int64_t row = tap_rows.begin;
+  const int64_t first = strips.begin * conv.strip;
+  Segment segments[MAX_LISTED];
+  Strips call;
+  call.count = strips.size();
+  call.weights = conv.weights;
+  call.offsets = plan.offsets;
+  call.segments = segments;
+  call.bias = conv.bias == nullptr ? nullptr : conv.bias + first;
+  call.channel = first - to.channel0;
+  call.present = conv.c_out - first;
+  Range part = {rows.taps.begin, 0};
   do {
-    const Range part = {row, min64(tap_rows.end, row + MAX_SEGMENTS)};
-    const int count = list_segments(plan, strip, part, tap_columns, segments);
-    const Start start = row == tap_rows.begin ? START_AT_BIAS : START_AT_Y;
-    const bool last = part.end >= tap_rows.end;
-    run_strip(plan, strip, tile, channel0, segments, count, start, relu_in_tiles(*plan.conv) && last);
-    row = part.end;
-  } while (row < tap_rows.end);
+    part.end = min64(rows.taps.end, part.begin + MAX_SEGMENTS);
+    call.runs = list_segments(plan, strips, part, columns.taps, segments);
+    call.start = part.begin == rows.taps.begin ? START_AT_BIAS : START_AT_Y;
+    call.relu = relu_in_tiles(conv) && part.end >= rows.taps.end;
+    PixelCursor cursor(plan, to, unit.images, rows.positions, columns.positions);
+    TilePixels tile;
+    while ((tile.size = cursor.next(tile.x, tile.y)) != 0) plan.tiles.run[tile.size](tile.x, tile.y, call);
+    part.begin = part.end;
+  } while (part.begin < rows.taps.end);
 }
 
 // ALL_TAPS: each class of pixels (corners, edges, interior) is cut into tiles, and each tile passes over all strips
@@ -206,7 +208,6 @@ inline void run_strip_over_taps(const Plan& plan, int64_t strip, const TilePixel
 inline void unit_all_taps(const Plan& plan, const WorkUnit& unit, const Destination& to) {
   const SlimConv2dF32& conv = *plan.conv;
   const Axis vertical = vertical_axis(conv), horizontal = horizontal_axis(conv);
-  TilePixels tile;
   for (Range strips = {unit.strips.begin, 0}; strips.begin < unit.strips.end; strips.begin = strips.end) {
     strips = strips_in_cache(plan, {strips.begin, unit.strips.end});
     const int64_t first = conv.tap_ptr[strips.begin * plan.work.taps], last = conv.tap_ptr[strips.end * plan.work.taps];
@@ -215,12 +216,7 @@ inline void unit_all_taps(const Plan& plan, const WorkUnit& unit, const Destinat
       const TapClass rows = tap_class(vertical, row, unit.rows.end);
       for (int64_t column = 0; column < plan.work.columns;) {
         const TapClass columns = tap_class(horizontal, column, plan.work.columns);
-        PixelCursor cursor(plan, to, unit.images, rows.positions, columns.positions);
-        while ((tile.size = cursor.next(tile.x, tile.y)) != 0) {
-          for (int64_t strip = strips.begin; strip < strips.end; ++strip) {
-            run_strip_over_taps(plan, strip, tile, to.channel0, rows.taps, columns.taps);
-          }
-        }
+        run_class(plan, unit, to, strips, rows, columns);
         column = columns.positions.end;
       }
       row = rows.positions.end;
