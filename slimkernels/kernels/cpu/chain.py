@@ -28,10 +28,10 @@ from slimkernels.kernels.packs import StripPack
 from slimkernels.kernels.problems import LANES, Pair
 
 # With AVX2, of the multiply-adds of dense layers the share from which channels last are faster than images innermost.
-# VGG-19 in 16x1 blocks, 64 images, two Zen 3 cores, first quartiles in ms with images innermost and channels last: 43.8
-# and 39.5 at 87.5% zeros, 36.4 and 37.0 at 90%, 30.2 and 32.7 at 92%, 18.9 and 23.2 at 95%. Where a strip has fewer
-# entries, what begins and ends each tile of 6 pixels weighs more.
-_STORED_SHARE_WHOLE = 0.11
+# VGG-19 in 16x1 blocks, 64 images, two Zen 3 cores, first quartiles in ms with images innermost and channels last: 49.1
+# and 41.5 at 87.5% zeros (12.9% stored), 44.5 and 39.3 at 90% (10.4%), 42.3 and 40.8 at 92% (8.4%), 29.0 and 31.3 at
+# 93.5% (6.9%). Where a strip has fewer entries, what begins and ends each tile of 6 pixels weighs more.
+_STORED_SHARE_WHOLE = 0.08
 # Multiply-adds per copied element below which the two copies cost more than the layout saves.
 _MACS_PER_COPY = 150
 # Bytes of a batch's activations around one layer above which they come from memory layer after layer, so that a chain
