@@ -80,7 +80,8 @@ class Replay:
             program = _capture(model, inputs)
             recording = record(program, inputs, measure, copies)
             self._inputs, self._outputs, self._steps = recording.inputs, recording.outputs, recording.steps
-            self._workspace = recording.workspace.untyped_storage().data_ptr()
+            self._memory = recording.workspace.untyped_storage()
+            self._workspace = self._memory.data_ptr()
             self._spec = program.call_spec.out_spec
             self.calls, self.chains = recording.calls, recording.chains
             self.workspace_bytes, self.weight_bytes = recording.workspace_bytes, recording.weight_bytes
@@ -126,6 +127,12 @@ class Replay:
                 found, wanted = (f"{t.dtype} on {t.device}" for t in (given, recorded))
                 raise TypeError(f"Replay: expected input {i} of {wanted}, got {found}")
         if not self._copy_outputs:
+            if self._memory.data_ptr() != self._workspace:
+                raise RuntimeError(
+                    "Replay: expected the recording's memory where it was, and torch has moved it since, as it does with "
+                    "a tensor that is sent to another process or shared; send a copy of an output, or record without "
+                    "copy_outputs=False"
+                )
             # The output of the call before may lie where an input is written to, before it is read.
             inputs = tuple(x.clone() if x.untyped_storage().data_ptr() == self._workspace else x for x in inputs)
         with self._lock:

@@ -99,11 +99,15 @@ class PackedRun:
             else:
                 layers.append(TorchPooling(module))
         # What every call compares: the ready calls and the tensors by identity, writes to the tensors and to the packs
-        # by their counts, where the weights and biases lie, since `.data` may be assigned to, and the poolings.
+        # by their counts, the storages of weights and biases, since `.data` may be assigned to, the addresses that the
+        # chains read, since sending a model to another process moves the memory of its storages, and the poolings.
         self._calls, self._tensors = self._present()
-        packs = (layer.packed for layer in layers if isinstance(layer, NativeLayer))
-        self._counted = [*self._tensors, *(t for pack in packs for t in pack)]
+        native = [layer for layer in layers if isinstance(layer, NativeLayer)]
+        packs = [t for layer in native for t in layer.packed]
+        self._counted = [*self._tensors, *packs]
         self._counts = list(map(_VERSION, self._counted))
+        self._read = [*packs, *(layer.bias for layer in native if layer.bias is not None)]
+        self._addresses = list(map(Tensor.data_ptr, self._read))
         self._aliases = [tensor.detach() for tensor in self._tensors]
         self._poolings = [layer for layer in layers if isinstance(layer, TorchPooling)]
         # The layers first: another thread must not put a chain of the old ones among the new chains.
@@ -133,6 +137,7 @@ class PackedRun:
             and all(map(operator.is_, tensors, self._tensors))
             and list(map(_VERSION, self._counted)) == self._counts
             and all(map(Tensor.is_set_to, tensors, self._aliases))
+            and list(map(Tensor.data_ptr, self._read)) == self._addresses
             and all(map(TorchPooling.holds, self._poolings))
         )
 

@@ -422,6 +422,25 @@ def test_a_changed_model_is_seen_at_once(chains: list[int], what: str) -> None:
     assert chains
 
 
+def test_memory_that_torch_moves_is_read_where_it_is(chains: list[int]) -> None:
+    """Sending a model to another process moves the memory of its tensors, which keep their storages."""
+    net, x = network(), images(3)
+    net[11] = nn.Linear(C, C).requires_grad_(False)
+    with torch.no_grad():
+        expected = net(x)
+        runs = [part._packed for part in net._program[1] if not isinstance(part, nn.Module)]
+        for module in net:
+            moved = [t for t in (*module.parameters(), *module.buffers()) if t.numel()]
+            for tensor in moved:
+                tensor.share_memory_()
+            # Asked before it is called: a chain would read memory that is no longer there.
+            ours = isinstance(module, (BlockSparseConv2d, BlockSparseLinear)) or module is net[11]
+            assert all(run._holds() for run in runs) != ours
+            chains.clear()
+            assert torch.equal(net(x), expected)
+            assert chains == [5, 2]
+
+
 def test_a_bias_that_kernels_cannot_read_where_it_lies(chains: list[int]) -> None:
     net, x = network(), images(3)
     net[3].bias = nn.Parameter(torch.randn(2 * C)[::2], requires_grad=False)

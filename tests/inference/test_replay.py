@@ -169,6 +169,18 @@ def test_an_output_that_is_not_copied_may_be_an_input(first: bool) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_an_output_that_is_not_copied_may_not_be_shared_with_another_process() -> None:
+    """Torch moves its memory, in which the recording would go on, to a place of its own."""
+    replay, x = Replay(vgg_like(), images(), copy_outputs=False), images(seed=2)
+    replay(x).clone().share_memory_()
+    expected = replay(x).clone()
+    assert torch.equal(replay(x), expected)
+    replay(x).share_memory_()
+    assert replay._memory.data_ptr() != replay._workspace  # else the call would write to memory that is gone
+    with pytest.raises(RuntimeError, match="expected the recording's memory where it was.* send a copy of an output"):
+        replay(x)
+
+
 def test_outputs_are_the_callers_own() -> None:
     replay = Replay(vgg_like(), images())
     first = replay(images(seed=2))
