@@ -7,7 +7,7 @@ ReLU and pool behind them (`units`); decide each unit (`options`); put the modul
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -29,7 +29,7 @@ from slimkernels.conversion.graph import (
     replace_module,
     scratch_copy,
 )
-from slimkernels.conversion.output_layouts import found_by_reading, found_by_running
+from slimkernels.conversion.output_layouts import found_by_reading, found_by_running, found_with_strides
 from slimkernels.conversion.outputs import Outputs, call_of, own_tensors
 from slimkernels.conversion.plan import COST_MODEL, MEASURED, SHAPELESS, LayerPlan, ModelPlan, Policy
 from slimkernels.conversion.spread import Ratio, everywhere, in_ms, ratio, worst
@@ -108,6 +108,13 @@ def convert(
     if strict:
         _refuse({name: d.failure for name, d in decisions.items() if d.failure})
     fast, layers = _laid_out(found, decisions, policy, sets)
+    problem = found.other_calls(fast)
+    agreeing: Mapping[str, Decision] | None = decisions
+    if problem is not None:
+        agreeing = _agreeing(found, decisions, policy, found.other_calls, problem)
+        if agreeing is not None:
+            found.notes.append(f"some layers were put back: {problem}")
+            fast, layers = _laid_out(found, agreeing, policy, sets)
     plan = ModelPlan(
         tuple(layers),
         SHAPELESS if not sets else MEASURED if policy.measure else COST_MODEL,
@@ -117,8 +124,10 @@ def convert(
         {"slimkernels": __version__, "torch": torch.__version__},
         notes=tuple(found.notes),
     )
-    if sets and policy.measure and policy.check_model and not training:
-        fast, plan = _checked(found, decisions, fast, plan, sets, policy)
+    if problem is not None and agreeing is None:
+        fast, plan = _unchanged(found, plan, problem)
+    elif agreeing is not None and sets and policy.measure and policy.check_model and not training:
+        fast, plan = _checked(found, agreeing, fast, plan, sets, policy)
     plan = replace(plan, layers=_with_earlier(plan.layers, getattr(model, PLAN_ATTRIBUTE, None), fast))
     contiguous = tuple(sorted(found.contiguous))
     if contiguous:
@@ -167,7 +176,7 @@ def _laid_out(
     """`_apply`, with ``found.contiguous`` as the model's own code then needs it."""
     fast, layers = _apply(found, decisions, policy)
     if sets:
-        found.contiguous.update(found_by_running(fast, sets))
+        found.contiguous.update(found_by_running(fast, sets), found_with_strides(found.model))
     elif any(layer.action == "swap" for layer in layers):
         found.contiguous.update(found_by_reading(found.model))
     return keep_contiguous_(fast, found.contiguous), layers
@@ -288,7 +297,7 @@ def _checked(
     outputs = Outputs(found.model, sets)
     problem = outputs.difference(fast)
     if problem is not None:
-        agreeing = _agreeing(found, decisions, policy, outputs, problem)
+        agreeing = _agreeing(found, decisions, policy, outputs.difference, problem)
         if agreeing is None:
             return _unchanged(found, plan, problem)
         decisions = agreeing
@@ -297,7 +306,7 @@ def _checked(
     everything = _all_swapped(found, decisions)
     if everything is not None:
         all_swapped, all_layers = _laid_out(found, everything, policy, sets)
-        if outputs.difference(all_swapped) is not None:
+        if outputs.difference(all_swapped) is not None or found.other_calls(all_swapped) is not None:
             everything = None
     if everything is None and not any(d.option is not d.stay for d in decisions.values()):
         return fast, plan
@@ -404,11 +413,15 @@ def _beyond(i: int, found: Ratio, most: float) -> str:
 
 
 def _agreeing(
-    found: Survey, decisions: Mapping[str, Decision], policy: Policy, outputs: Outputs, problem: str
+    found: Survey,
+    decisions: Mapping[str, Decision],
+    policy: Policy,
+    difference: Callable[[nn.Module], str | None],
+    problem: str,
 ) -> dict[str, Decision] | None:
-    """The decisions without the swaps that make the outputs differ, as few as a bisection finds.
+    """The decisions without the swaps that make a difference, such as one of outputs, as few as a bisection finds.
 
-    None where the outputs differ with every layer dense as well.
+    None where there is one with every layer dense as well.
     """
     swapped = [name for name, decision in decisions.items() if decision.option is not decision.stay]
     probes = 0
@@ -423,7 +436,7 @@ def _agreeing(
     def agrees(names: list[str]) -> bool:
         nonlocal probes
         probes += 1
-        return outputs.difference(_apply(found, keeping(names), policy)[0]) is None
+        return difference(_apply(found, keeping(names), policy)[0]) is None
 
     if not agrees([]):
         return None

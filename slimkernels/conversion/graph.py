@@ -155,12 +155,14 @@ class ModelGraph:
         calls: how often the forward calls each module.
         follower: ``a -> b`` where the output of ``a`` goes to ``b`` alone, ``b`` takes nothing else, each called once.
         tensor_reads: modules whose parameters or buffers the forward reads itself, past the module's own call.
+        order: every call with what it takes, in order, to be compared with those of a converted model.
     """
 
     reason: str | None = None
     calls: dict[str, int] = field(default_factory=dict)
     follower: dict[str, str] = field(default_factory=dict)
     tensor_reads: frozenset[str] = frozenset()
+    order: tuple[Any, ...] = ()
 
     def chain(self, name: str) -> Iterator[str]:
         """The followers of ``name``, nearest first."""
@@ -217,6 +219,7 @@ def trace(model: nn.Module, *, training: bool = False) -> ModelGraph:
         calls=dict(calls),
         follower={a: b for a, b in agreed if b is not None},
         tensor_reads=frozenset().union(*(g.tensor_reads for g in graphs)),
+        order=tuple(g.order for g in graphs),
     )
 
 
@@ -245,7 +248,37 @@ def _structure(model: nn.Module, graph: fx.Graph) -> ModelGraph:
         target = _single_consumer(model, node)
         if target is not None and calls[str(target.target)] == 1:
             follower[str(node.target)] = str(target.target)
-    return ModelGraph(calls=dict(calls), follower=follower, tensor_reads=frozenset(reads))
+    order = tuple((node.op, _named(node.target), _named((node.args, node.kwargs))) for node in graph.nodes)
+    return ModelGraph(calls=dict(calls), follower=follower, tensor_reads=frozenset(reads), order=order)
+
+
+def _named(value: Any) -> Any:
+    """A target or arguments of a node in what can be compared between the graphs of two copies of a model."""
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_named, value))
+    if isinstance(value, Mapping):
+        return tuple((key, _named(part)) for key, part in value.items())
+    if isinstance(value, fx.Node):
+        return value.name
+    if isinstance(value, (str, bool, int, float, type(None), torch.dtype, torch.device)):
+        return repr(value)  # a NaN is not equal to itself
+    return getattr(value, "__qualname__", type(value).__qualname__)
+
+
+def other_calls(model: nn.Module, graph: ModelGraph, converted: nn.Module, *, training: bool = False) -> str | None:
+    """Why the forward of a converted model does something else than that of the model, whose graph is given.
+
+    It does where it asks for the types of its layers (``isinstance(layer, nn.ReLU)``), which are others now. None where
+    both make the same calls, and where the model cannot be traced or makes others each time.
+    """
+    if graph.reason is not None:
+        return None
+    got = trace(converted, training=training)
+    if got.order == graph.order or trace(model, training=training).order != graph.order:
+        return None
+    if got.reason is not None:
+        return f"the forward no longer runs as it did: {got.reason}"
+    return "the forward makes other calls then, as one does that asks for the types of its layers"
 
 
 def _single_consumer(model: nn.Module, node: fx.Node) -> fx.Node | None:

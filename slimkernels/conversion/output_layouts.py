@@ -7,9 +7,11 @@ the last module in front of such a line lets the model run, with every layer in 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
@@ -89,24 +91,47 @@ def _run(model: nn.Module, sets: Sequence[InputSet], names: Sequence[str]) -> _R
 
 
 def found_by_reading(model: nn.Module) -> tuple[str, ...]:
-    """The modules whose outputs reach a ``view`` with two sizes in the forward of ``model``, as `torch.fx` sees it.
+    """The modules whose outputs the forward of ``model``, as `torch.fx` sees it, takes in one layout alone.
 
-    Flattened images are the views that channels_last images do not have. Of what cannot be traced, none are found.
+    Flattened images are the views that channels_last images do not have, and so are images without their batch. An
+    ``as_strided`` has none to begin with. Of what cannot be traced, none are found.
     """
+    return _read(model, lambda node: _is_strided(node) or _flattens(node))
+
+
+def found_with_strides(model: nn.Module) -> tuple[str, ...]:
+    """Those of `found_by_reading` that no error shows: an ``as_strided`` reads other elements in another layout."""
+    return _read(model, _is_strided)
+
+
+def _read(model: nn.Module, asks: Callable[[fx.Node], bool]) -> tuple[str, ...]:
     try:
         graph = fx_graph(model)
     except ValueError:
         return ()
     names: dict[str, None] = {}
     for node in graph.nodes:
-        if node.op == "call_method" and node.target == "view" and _sizes(node) == 2:
+        if asks(node):
             names |= dict.fromkeys(_sources(node))
     return tuple(names)
 
 
-def _sizes(view: fx.Node) -> int:
-    sizes = view.args[1:]
-    return len(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else len(sizes)
+def _is_strided(node: fx.Node) -> bool:
+    return node.target in ("as_strided", torch.as_strided)
+
+
+def _flattens(node: fx.Node) -> bool:
+    """Whether a node is a view of one or two sizes, or of three the first of which takes two of its input's."""
+    if node.op != "call_method" or node.target != "view":
+        return False
+    sizes = node.args[1:]
+    if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
+        sizes = tuple(sizes[0])
+    if len(sizes) == 1:
+        return not isinstance(sizes[0], torch.dtype)
+    first = sizes[0] if sizes else None
+    joins = first.target is operator.mul if isinstance(first, fx.Node) else bool(first == -1)
+    return len(sizes) == 2 or (len(sizes) == 3 and joins)
 
 
 def _sources(view: fx.Node) -> list[str]:

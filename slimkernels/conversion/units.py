@@ -26,6 +26,7 @@ from slimkernels.conversion.graph import (
     copy_model,
     has_hooks,
     in_a_line,
+    other_calls,
     parametrized_type,
     trace,
     unique_names,
@@ -71,6 +72,7 @@ class Survey:
         batch_norm_reasons: why a batch norm that is not folded stays.
         notes: lines for the report.
         contiguous: modules whose outputs are made contiguous, see `slimkernels.conversion.output_layouts`.
+        graph: of the copy in its mode.
     """
 
     model: nn.Module
@@ -85,6 +87,11 @@ class Survey:
     batch_norm_reasons: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     contiguous: set[str] = field(default_factory=set)
+    graph: ModelGraph = field(default_factory=ModelGraph)
+
+    def other_calls(self, converted: nn.Module) -> str | None:
+        """Why the forward of a converted model does something else than that of the copy; None where it does not."""
+        return other_calls(self.model, self.graph, converted, training=self.training)
 
 
 @dataclass(frozen=True)
@@ -127,7 +134,7 @@ def survey(model: nn.Module, sets: list[InputSet], policy: Policy, *, training: 
     earlier = getattr(model, PLAN_ATTRIBUTE, None)
     found.contiguous |= set(earlier.contiguous_outputs if isinstance(earlier, ModelPlan) else ())
     recorded = capture(copied, sets, names, training=training)
-    graph = trace(copied, training=training)
+    graph = found.graph = trace(copied, training=training)
     # A model that is to be trained will be evaluated as well, and its eval mode may read what training does not.
     graphs = [graph, trace(copied)] if training else [graph]
     readers = weight_readers(copied, graphs, recorded.reads if sets else None)

@@ -129,9 +129,8 @@ class Replay:
         if not self._copy_outputs:
             if self._memory.data_ptr() != self._workspace:
                 raise RuntimeError(
-                    "Replay: expected the recording's memory where it was, and torch has moved it since, as it does with "
-                    "a tensor that is sent to another process or shared; send a copy of an output, or record without "
-                    "copy_outputs=False"
+                    "Replay: expected the recording's memory where it was, and torch has moved it since, as it does "
+                    "when a tensor is sent to another process or shared; send a copy of the output"
                 )
             # The output of the call before may lie where an input is written to, before it is read.
             inputs = tuple(x.clone() if x.untyped_storage().data_ptr() == self._workspace else x for x in inputs)

@@ -6,13 +6,16 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils import _pytree
 
 
 class ContiguousOutput:
-    """Forward hook of a module: its output, if a tensor, is contiguous."""
+    """Forward hook of a module: its output, or the tensors in it, are contiguous."""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        return output.contiguous() if isinstance(output, Tensor) else output
+        if isinstance(output, Tensor):
+            return output.contiguous()
+        return _pytree.tree_map_only(Tensor, Tensor.contiguous, output)
 
 
 def keep_contiguous_(model: nn.Module, names: Iterable[str]) -> nn.Module:

@@ -210,6 +210,76 @@ def test_a_layer_that_makes_the_model_fail_is_put_back(whole_model_is_faster: No
     assert_same_function(fast, model, x)
 
 
+# Forwards that ask for types, which the torch.fx graph alone shows where nothing runs
+class Tapped(nn.Module):
+    """A perceptual loss: what the ReLUs return is the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = sparse_tiny().features
+        self.head = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        taps = []
+        for layer in self.features:
+            x = layer(x)
+            if isinstance(layer, nn.ReLU):
+                taps.append(x)
+        return [self.head(x.mean((2, 3))), *taps]
+
+
+class ShortCuts(nn.Module):
+    """Adds the input of some convolutions to their output, and counts the linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(16, 16, 1), nn.ReLU(), nn.Conv2d(16, 32, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+            nn.Linear(32, 32),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = 1
+        for layer in self.layers:
+            y = layer(x)
+            if isinstance(layer, nn.Conv2d) and layer.in_channels == layer.out_channels:
+                y = y + x
+            scale += type(layer).__name__ == "Linear"
+            x = y
+        return x * scale
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("given", [False, True], ids=["no inputs", "inputs"])
+def test_a_forward_that_asks_for_types_meets_those_it_knows(given: bool, training: bool) -> None:
+    model, x = ShortCuts().eval(), random_tensor(2, 16, 4, 4, seed=1)
+    fast = convert(model, x if given else None, policy=FORCE, training=training).eval()
+    assert [i for i, layer in enumerate(fast.layers) if isinstance(layer, SPARSE)] == [2]
+    plan = explain(fast).plan
+    assert "the forward makes other calls then" in plan["layers.0"].reason and len(plan.notes) == 1
+    assert_same_function(fast, model, x)
+    model = Tapped().eval()
+    fast = convert(model, images(2) if given else None, policy=FORCE, training=training).eval()
+    # Only where ReLUs are fused into layers does the forward miss them.
+    assert isinstance(fast.head, BlockSparseLinear) and isinstance(fast.features[3], SPARSE) == training
+    with torch.no_grad():
+        for a, b in zip(fast(images(2)), model(images(2)), strict=True):
+            assert torch.allclose(a, b, atol=1e-4)
+
+
+def test_a_forward_whose_every_layer_is_asked_for_stays() -> None:
+    class Norms(Tapped):
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.features:
+                x = layer(x) * 2 if isinstance(layer, nn.BatchNorm2d) else layer(x)
+            return x
+
+    model = Norms().eval()
+    fast = convert(model, policy=FORCE)
+    assert not explain(fast).plan.swapped and isinstance(fast.features[1], nn.BatchNorm2d)
+    assert_same_function(fast, model, images(2))
+
+
 # Calls and outputs without anything in them
 class Detector(nn.Module):
     """Without detections its head is called with no image, and one of its outputs is empty."""
@@ -259,7 +329,8 @@ def test_outputs_of_another_form_are_seen(monkeypatch: pytest.MonkeyPatch) -> No
 
         def forward(self, x: Tensor) -> list[Tensor]:
             y = self.fc(x)
-            return [y, x] if isinstance(self.fc, nn.Linear) else [y]
+            dense = bool(x.size(0) == 0) or isinstance(self.fc, nn.Linear)  # torch.fx traces no comparison of sizes
+            return [y, x] if dense else [y]
 
     fast = convert(Forms(), random_tensor(2, 32, seed=1), policy=MEASURED)
     assert type(fast.fc) is nn.Linear and "has another form" in explain(fast).plan["fc"].reason

@@ -83,6 +83,42 @@ class Branches(nn.Module):
         return sum(head(row) for head, row in zip(self.heads, rows, strict=True))
 
 
+class Pair(nn.Module):
+    """A module inside returns several images, none of which it views itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both = Both()
+        self.fc = nn.Linear(16 * 144, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.both(x)
+        return self.fc(found["left"].view(x.size(0), -1)) + self.fc(found["right"].view(x.size(0), -1))
+
+
+class Both(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(3, 16, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"left": self.left(x), "right": self.right(x)}
+
+
+class WithoutBatch(LeNet):
+    """Images of one channel each, as for correlations, and one row of all numbers."""
+
+    def flat(self, h: Tensor) -> Tensor:
+        n, c, height, width = h.shape
+        one = h.view(n * c, height, width).mean((1, 2)).view(n, c)
+        return F.pad(one, (0, 288 - 32)) + h.view(-1)[:288]
+
+
+class Strided(LeNet):
+    def flat(self, h: Tensor) -> Tensor:
+        return torch.as_strided(h, (h.shape[0], 288), (288, 1))
+
+
 def sparse(kind: type[nn.Module]) -> nn.Module:
     torch.manual_seed(0)
     model = kind().eval()
@@ -109,6 +145,8 @@ CASES = [
     (SizesInALoop, ("conv2",)),
     (Features, ("features",)),
     (Branches, ("last", "left", "right")),
+    (WithoutBatch, ("conv2",)),
+    (Strided, ("conv2",)),
 ]
 
 
@@ -128,6 +166,15 @@ def test_every_layer_is_swapped_and_the_model_runs(kind: type[nn.Module], names:
     assert (
         f"made contiguous, as the model's own code takes them: outputs of {', '.join(names)}" in sk.explain(fast).text()
     )
+    assert_same(fast, model)
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["inputs", "no inputs"])
+def test_tensors_in_an_output_are_contiguous_too(given: bool) -> None:
+    model = sparse(Pair)
+    fast = sk.convert(model, images() if given else None, policy=FORCE)
+    names = ("both.left", "both.right") if given else ("both",)
+    assert fast.slimkernels_plan.contiguous_outputs == names
     assert_same(fast, model)
 
 

@@ -177,7 +177,7 @@ def test_an_output_that_is_not_copied_may_not_be_shared_with_another_process() -
     assert torch.equal(replay(x), expected)
     replay(x).share_memory_()
     assert replay._memory.data_ptr() != replay._workspace  # else the call would write to memory that is gone
-    with pytest.raises(RuntimeError, match="expected the recording's memory where it was.* send a copy of an output"):
+    with pytest.raises(RuntimeError, match=r"expected the recording's memory where it was.* send a copy of the output"):
         replay(x)
 
 
