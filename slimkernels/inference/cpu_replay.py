@@ -42,6 +42,7 @@ class Replay:
             call. Two recordings whose forms differ may differ in the last bits, since small tiles of pixels have
             several accumulators: switch the measuring off where that matters.
         copies: the weights that torch's own ops read, of other recordings of this model, which has not changed since.
+        op: the public function's name, which begins the messages.
 
     Attributes:
         calls: the number of kernel calls of one run.
@@ -66,9 +67,10 @@ class Replay:
         copy_outputs: bool = True,
         measure: bool = True,
         copies: Copies | None = None,
+        op: str = "Replay",
     ) -> None:
         inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-        _check_arguments(model, inputs)
+        _check_arguments(op, model, inputs)
         self._lock, self._copy_outputs = threading.Lock(), copy_outputs
         # Memory that was made in inference mode could be written to in inference mode alone.
         with torch.inference_mode(False), torch.no_grad():
@@ -77,7 +79,7 @@ class Replay:
             inputs = tuple(
                 x.detach() if torch.empty_like(x).stride() == x.stride() else x.detach().contiguous() for x in inputs
             )
-            program = _capture(model, inputs)
+            program = _capture(op, model, inputs)
             recording = record(program, inputs, measure, copies)
             self._inputs, self._outputs, self._steps = recording.inputs, recording.outputs, recording.steps
             self._memory = recording.workspace.untyped_storage()
@@ -85,9 +87,9 @@ class Replay:
             self._spec = program.call_spec.out_spec
             self.calls, self.chains = recording.calls, recording.chains
             self.workspace_bytes, self.weight_bytes = recording.workspace_bytes, recording.weight_bytes
-            self._check_outputs(model, inputs)
+            self._check_outputs(op, model, inputs)
 
-    def _check_outputs(self, model: nn.Module, inputs: Sequence[Tensor]) -> None:
+    def _check_outputs(self, op: str, model: nn.Module, inputs: Sequence[Tensor]) -> None:
         """Compares the recording with the model on the example inputs."""
         expected = model(*inputs)
         differs = _compare(expected, self._call(inputs))
@@ -95,10 +97,10 @@ class Replay:
             return
         if _compare(expected, model(*inputs)) is not None:
             raise ValueError(
-                f"Replay: expected outputs that can be reproduced, got others in each call for {differs}: "
+                f"{op}: expected outputs that can be reproduced, got others in each call for {differs}: "
                 "does the model draw random numbers?"
             )
-        raise RuntimeError(f"Replay: the recording computes another {differs} than the model; please report this")
+        raise RuntimeError(f"{op}: the recording computes another {differs} than the model; please report this")
 
     @torch.no_grad()
     def __call__(self, *inputs: Tensor) -> Any:
@@ -162,36 +164,36 @@ def _in_words(chains: Sequence[tuple[int, str]]) -> str:
     return "".join(f"; {' + '.join(map(str, layers))} native layers: {form}" for form, layers in runs)
 
 
-def _check_arguments(model: nn.Module, inputs: Sequence[Any]) -> None:
+def _check_arguments(op: str, model: nn.Module, inputs: Sequence[Any]) -> None:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"Replay: expected an nn.Module, got {type(model).__name__}")
+        raise TypeError(f"{op}: expected an nn.Module, got {type(model).__name__}")
     for x in inputs:
         if not isinstance(x, Tensor):
-            raise TypeError(f"Replay: expected example inputs to be tensors, got {type(x).__name__}")
+            raise TypeError(f"{op}: expected example inputs to be tensors, got {type(x).__name__}")
     if any(module.training for module in model.modules()):
-        raise ValueError("Replay: expected a model in eval mode, got one in training mode")
+        raise ValueError(f"{op}: expected a model in eval mode, got one in training mode")
     for tensor in (*model.parameters(), *model.buffers(), *inputs):
         if tensor.device.type != "cpu":
-            raise ValueError(f"Replay: expected model and inputs on the CPU, got a tensor on {tensor.device}")
+            raise ValueError(f"{op}: expected model and inputs on the CPU, got a tensor on {tensor.device}")
 
 
-def _capture(model: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
+def _capture(op: str, model: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
     try:
         with _no_generated_sources_kept():
             program = torch.export.export(model, inputs, strict=False).run_decompositions({})
     except Exception as error:  # whatever the model's own code and torch's capture raise
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"Replay: expected a model that torch.export can capture, got: {first_line}") from error
+        raise ValueError(f"{op}: expected a model that torch.export can capture, got: {first_line}") from error
     signature = program.graph_signature
     changed = {**signature.buffers_to_mutate, **signature.user_inputs_to_mutate}
     if changed:
         raise ValueError(
-            f"Replay: expected a model that changes nothing, got one that writes to {sorted(changed.values())}"
+            f"{op}: expected a model that changes nothing, got one that writes to {sorted(changed.values())}"
         )
     reading = _reading_values(program)
     if reading is not None:
         raise ValueError(
-            "Replay: expected a model whose sizes and Python numbers are the same for all inputs of one shape, got one "
+            f"{op}: expected a model whose sizes and Python numbers are the same for all inputs of one shape, got one "
             f"that takes them from values of its inputs: {reading}"
         )
     return program

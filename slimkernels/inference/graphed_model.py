@@ -299,7 +299,9 @@ def graphed(
         elif kwargs:
             raise TypeError(f"graphed: expected positional example inputs on the CPU, got keywords {sorted(kwargs)}")
         else:
-            recordings[key] = Replay(model, args, copy_outputs=copy_outputs, measure=measure, copies=copies)
+            recordings[key] = Replay(
+                model, args, copy_outputs=copy_outputs, measure=measure, copies=copies, op="graphed"
+            )
     if launches is None:
         return GraphedModel(model, device, recordings, other_shapes)
     copied = [t for one in recordings.values() if isinstance(one, OneLaunchRecording) for t in one.tensors]

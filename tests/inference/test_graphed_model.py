@@ -243,3 +243,29 @@ def test_threads_meet_new_batches_together() -> None:
         for thread in threads:
             thread.join()
     assert not wrong and len(caught) == 2  # one about padding, one about the model
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        (lambda x: ({"images": x},), TypeError, "graphed: expected example inputs to be tensors, got dict"),
+        (lambda x: ([x],), TypeError, "graphed: expected example inputs to be tensors, got list"),
+        (
+            lambda x: {"x": x},
+            TypeError,
+            r"graphed: expected positional example inputs on the CPU, got keywords \['x'\]",
+        ),
+    ],
+)
+def test_errors_of_example_inputs_name_the_function_that_was_called(given, error, message: str) -> None:
+    with pytest.raises(error, match=f"^{message}"):
+        sk.graphed(nn.Identity().eval(), given(torch.zeros(2, 3)))
+
+
+def test_errors_of_a_model_name_the_function_that_was_called() -> None:
+    class Counting(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.add_(1)
+
+    with pytest.raises(ValueError, match=r"^graphed: expected a model that changes nothing"):
+        sk.graphed(Counting().eval(), torch.zeros(2, 3))
