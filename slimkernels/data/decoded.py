@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import stat
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -24,10 +26,13 @@ from torch import Tensor
 from slimkernels import env
 from slimkernels.files import atomic_path
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 ARCHIVE_SUFFIXES = (".tar", ".tar.xz", ".txz", ".tar.gz", ".tgz", ".tar.bz2")
 _TEST_SPLITS = ("test", "val")
-_CACHE_FORMAT = "2"
+_CACHE_FORMAT = "3"
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,11 @@ def decode(
 
     Raises:
         FileNotFoundError: a missing source or split, or a split without images.
-        ValueError: a file that is not an image or has another size (it is named), classes of the splits that differ.
+        ValueError: a file that is not an image, has another size, or values of more than 16 bits (it is named), classes
+            of the splits that differ, ``size`` below 1.
     """
+    if size is not None and size < 1:
+        raise ValueError(f"{op}: expected size >= 1 or None, got {size}")
     if not source.exists():
         raise FileNotFoundError(f"{op}: expected a folder or an archive, got {source}, which does not exist")
     archive = source.is_file()
@@ -97,24 +105,27 @@ def _folder_files(op: str, root: Path) -> list[tuple[str, os.stat_result]]:
         with os.scandir(root / split) as classes:
             folders = sorted(entry.name for entry in classes if entry.is_dir())
         for folder in folders:
-            found += sorted(_below(root / split / folder, f"{split}/{folder}"), key=lambda item: item[0])
+            found += sorted(_below(op, root / split / folder, f"{split}/{folder}"), key=lambda item: item[0])
     return found
 
 
-def _below(folder: Path, prefix: str) -> Iterator[tuple[str, os.stat_result]]:
+def _below(op: str, folder: Path, prefix: str) -> Iterator[tuple[str, os.stat_result]]:
     with os.scandir(folder) as entries:
         for entry in entries:
             name = f"{prefix}/{entry.name}"
             if entry.is_dir():
-                yield from _below(folder / entry.name, name)
+                yield from _below(op, folder / entry.name, name)
             elif entry.name.lower().endswith(IMAGE_SUFFIXES):
-                yield name, entry.stat()
+                status = entry.stat()
+                if not stat.S_ISREG(status.st_mode):
+                    raise ValueError(f"{op}: expected an image, got {entry.path}, which is no regular file")
+                yield name, status
 
 
 def _fingerprint(source: Path, files: Iterable[tuple[str, os.stat_result]] | None, size: int | None) -> str:
-    digest = hashlib.sha256(f"{_CACHE_FORMAT} {size} {source.resolve()}\n".encode())
-    for name, stat in files if files is not None else [("", source.stat())]:
-        digest.update(f"{name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    digest = hashlib.sha256(os.fsencode(f"{_CACHE_FORMAT} {size} {source.resolve()}\n"))
+    for name, status in files if files is not None else [("", source.stat())]:
+        digest.update(os.fsencode(f"{name} {status.st_size} {status.st_mtime_ns}\n"))
     return digest.hexdigest()[:32]
 
 
@@ -132,15 +143,22 @@ def _archive_names(op: str, source: Path) -> tuple[list[str], Iterator[tuple[str
             for member in tar:
                 parts = PurePosixPath(member.name).parts
                 at = next((i for i, part in enumerate(parts) if part in ("train", *_TEST_SPLITS)), None)
-                if at is None or len(parts) < at + 3 or not member.isfile():
+                if at is None or len(parts) < at + 3 or not parts[-1].lower().endswith(IMAGE_SUFFIXES):
                     continue
-                if parts[-1].lower().endswith(IMAGE_SUFFIXES):
+                if member.isdir():
+                    continue
+                try:  # of a link the content of what it names
                     file = tar.extractfile(member)
-                    assert file is not None  # a regular file
-                    contents["/".join(parts[at:])] = file.read()
+                except (KeyError, RecursionError):
+                    file = None
+                if file is None:
+                    raise ValueError(f"{op}: expected an image, got {member.name} in {source}, which is no file there")
+                contents["/".join(parts[at:])] = file.read()
     except (tarfile.TarError, EOFError, OSError) as error:
         raise ValueError(f"{op}: expected a tar archive, got an unreadable file {source} ({error})") from error
-    names = sorted(contents, key=lambda name: (name.split("/")[1], name))
+    test = next((split for split in _TEST_SPLITS if any(name.startswith(f"{split}/") for name in contents)), "")
+    taken = [name for name in contents if name.split("/")[0] in ("train", test)]
+    names = sorted(taken, key=lambda name: (name.split("/")[1], name))
     return names, ((name, contents[name]) for name in names)
 
 
@@ -194,13 +212,29 @@ def _pixels(op: str, source: Path, name: str, content: bytes | Path, size: int |
 
     try:
         with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
-            colour = image.convert("RGB")
+            colour = _eight_bits(image).convert("RGB")
             if size is not None:
                 colour = ImageOps.fit(colour, (size, size), method=Image.Resampling.BILINEAR)
             pixels = np.array(colour)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow raises all of these
         raise ValueError(f"{op}: expected an image, got an unreadable file {source / name} ({error})") from error
     return torch.from_numpy(pixels)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """The upper 8 of 16 bits, as Pillow itself reads 16-bit colour; its `convert` cuts grey values off at 255.
+
+    Raises:
+        ValueError: numbers whose range the file does not say.
+    """
+    import numpy as np
+    from PIL import Image
+
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"values of 32 bits (mode {image.mode}), whose range is not known; save it with 8 or 16")
+    return image
 
 
 def _read_cache(path: Path, fingerprint: str) -> Decoded | None:

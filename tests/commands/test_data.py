@@ -387,6 +387,51 @@ def test_bad_archives_are_named(tmp_path):
         data.image_folder_loaders(folder / "train/cat/0000.png")
 
 
+def test_links_of_an_archive_and_a_third_split_are_read_as_in_a_folder(tmp_path):
+    folder = write_images(tmp_path / "images", splits=("train", "test", "val"))
+    (folder / "train/cat/link.png").symlink_to("0001.png")
+    os.link(folder / "train/dog/0000.png", folder / "train/dog/twin.png")
+    archive = tmp_path / "images.tar"
+    with tarfile.open(archive, "w") as tar:
+        tar.add(folder, "top")
+    for a, b in zip(data.loaders_for(archive), data.loaders_for(folder), strict=True):
+        assert equal(pixels_of(a), pixels_of(b))
+    assert data.loaders_for(archive)[0].samples == 8
+    with tarfile.open(archive, "a") as tar:
+        (folder / "train/cat/lost.png").symlink_to("nowhere.png")
+        tar.add(folder / "train/cat/lost.png", "top/train/cat/lost.png")
+    with pytest.raises(ValueError, match=r"got top/train/cat/lost\.png in .*images\.tar, which is no file there"):
+        data.loaders_for(archive)
+
+
+def test_names_that_are_no_unicode_and_things_that_are_no_files(tmp_path, own_cache):
+    write_images(tmp_path)
+    os.rename(tmp_path / "train/cat/0001.png", os.fsencode(tmp_path) + b"/train/cat/\xff.png")
+    first, second = (data.image_folder_loaders(tmp_path)[0] for _ in range(2))
+    assert first.samples == 6 and equal(pixels_of(first), pixels_of(second))
+    os.mkfifo(tmp_path / "train/dog/pipe.png")
+    with pytest.raises(ValueError, match=r"got .*dog/pipe\.png, which is no regular file"):
+        data.image_folder_loaders(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
+def test_of_16_bits_the_upper_8_are_taken(tmp_path, suffix):
+    values = np.arange(0, 65536, 64, dtype=np.uint16).reshape(32, 32)
+    write_images(tmp_path)
+    Image.fromarray(values).save(tmp_path / f"train/cat/0009.{suffix}")
+    images = data.image_folder_loaders(tmp_path)[0].images
+    assert torch.equal(images[3], torch.from_numpy(values // 256).to(torch.uint8).expand(3, 32, 32))
+
+
+def test_images_of_unknown_range_and_sizes_below_1_are_refused(tmp_path):
+    write_images(tmp_path)
+    Image.fromarray(np.zeros((32, 32), np.float32)).save(tmp_path / "train/cat/0009.tif")
+    with pytest.raises(ValueError, match=r"0009\.tif \(values of 32 bits \(mode F\), whose range is not known"):
+        data.image_folder_loaders(tmp_path)
+    with pytest.raises(ValueError, match="expected size >= 1 or None, got 0"):
+        data.image_folder_loaders(tmp_path, size=0)
+
+
 def test_size_scales_and_crops_the_centre(tmp_path):
     write_images(tmp_path)
     Image.new("RGB", (60, 40), (9, 8, 7)).save(tmp_path / "train/cat/0001.png")
