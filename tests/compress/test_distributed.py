@@ -83,6 +83,28 @@ def test_two_ranks_are_one_process_with_whole_batches(two, name):
     assert_close(two[0][name], getattr(distributed_runs, name)())
 
 
+def test_evaluation_needs_no_sample_for_every_rank_and_training_says_that_it_does(two):
+    alone = distributed_runs.few()
+    for rank in two:
+        for (loss, *accuracies), (expected, *others) in zip(
+            (h[0] for h in rank["few"]["histories"]), (h[0] for h in alone["histories"]), strict=True
+        ):
+            assert loss == pytest.approx(expected, rel=1e-5) and accuracies == others
+        for message in rank["few"]["refused"]:
+            assert message.startswith(
+                "fine_tune: expected training batches of at least 2 samples, one for each process"
+            )
+    assert alone["refused"] == ["", "", ""]
+
+
+def test_a_loader_that_divides_the_samples_already_is_refused(two):
+    for rank in two:
+        assert (
+            rank["divided"].startswith("fine_tune: expected a loader of all samples")
+            and "Distributed" in rank["divided"]
+        )
+
+
 def test_running_statistics_are_rank_0_s_and_random_numbers_differ(two, folder):
     seen = [rank["running_statistics"]["seen"] for rank in two]
     saved = torch.load(folder / "bn" / "bn.pt", weights_only=True)["model"]["1.running_mean"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from slimkernels.compress.pruning.gradual import GradualPruning
 from slimkernels.compress.pruning.prune import masks
@@ -94,6 +94,29 @@ def batches() -> dict[str, Any]:
     return train(net(), list(zip(images.split(20), labels.split(20), strict=True)))
 
 
+def few() -> dict[str, Any]:
+    """Evaluation whose last batch has one sample, fewer than there are ranks; what training says of such a batch."""
+    images, labels = samples(41)
+    listed = list(zip(images.split(20), labels.split(20), strict=True))
+    single = TensorLoader(images, labels, batch_size=20), DataLoader(TensorDataset(images, labels), 20), listed
+    histories = [train(net(), loader(), epochs=1, val_loader=val)["history"] for val in single]
+    return {"histories": histories, "refused": [refused(data) for data in single]}
+
+
+def refused(data: Any) -> str:
+    try:
+        train(net(), data, epochs=1)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def divided() -> str:
+    """What is said of a loader whose sampler divides the samples already."""
+    data = TensorDataset(*samples())
+    return refused(DataLoader(data, 16, sampler=DistributedSampler(data)))
+
+
 def running_statistics(folder: Path) -> dict[str, Any]:
     watch = Watch()
     result = train(net(batch_norm=True, dropout=0.3), loader(), callbacks=[watch], checkpoint=folder / "bn" / "bn.pt")
@@ -136,6 +159,8 @@ def main(folder: Path) -> None:
         "frozen": frozen(),
         "dataloader": dataloader(),
         "batches": batches(),
+        "few": few(),
+        "divided": divided(),
         "running_statistics": running_statistics(folder),
         "pruned": pruned(folder),
         "stopped": pruned(folder, stop=True),

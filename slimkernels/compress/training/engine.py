@@ -38,6 +38,7 @@ from slimkernels.compress.training.evaluation import (
 from slimkernels.compress.training.graphed_steps import GraphedSteps
 from slimkernels.compress.training.processes import (
     RankBatches,
+    check_undivided,
     equalise,
     evaluate_shards,
     mean_over_ranks,
@@ -83,6 +84,8 @@ def run(
     ``name`` begins every message.
     """
     batches_of(name, train_loader)
+    for loader in (train_loader, val_loader):
+        check_undivided(name, loader)
     if resume and checkpoint is None:
         raise ValueError(f"{name}: expected a checkpoint path with resume=True, got None")
     with (
@@ -200,7 +203,8 @@ class _Training:
         """One pass over the loader; the mean loss per optimiser step."""
         setup = self.setup
         losses = _Losses(self, epoch)
-        ranks = RankBatches(setup.loader, setup.accelerator.process_index, setup.accelerator.num_processes)
+        place = setup.accelerator.process_index, setup.accelerator.num_processes
+        ranks = RankBatches(setup.loader, *place, setup.name)
         accumulate = setup.config.accumulate
         taken, loss, classes = 0, None, None
         for parts, weight in reseeded(ranks, setup.config.seed, epoch, setup.device):

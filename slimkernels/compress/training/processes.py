@@ -53,6 +53,20 @@ def equalise(module: nn.Module, *, buffers_only: bool = False) -> None:
         torch.distributed.broadcast(tensor.detach(), src=0)
 
 
+def check_undivided(name: str, loader: Any) -> None:
+    """Refuses a loader whose sampler gives every rank its own part already: its batches are divided here.
+
+    Raises:
+        ValueError: it would leave all but ``1 / world`` of the samples out; the message begins with ``name``.
+    """
+    sampler = getattr(loader, "sampler", None)
+    if isinstance(sampler, torch.utils.data.DistributedSampler) and sampler.num_replicas > 1:
+        raise ValueError(
+            f"{name}: expected a loader of all samples, which are divided between the processes here, got one with a "
+            "DistributedSampler; leave the sampler out, and let batch_size be that of all processes together"
+        )
+
+
 class RankBatches:
     """Every batch of a loader, cut into as many near-equal slices as there are ranks; iterating gives this rank's.
 
@@ -60,12 +74,16 @@ class RankBatches:
     the ranks' weighted mean losses is the mean loss of the whole batch. A `data.TensorLoader` and a DataLoader with
     sampled batches load only their slice; any other loader gives each rank everything, to be sliced here.
 
+    Args:
+        name: of the training that every rank needs a sample of every batch for, the begin of its message. None where
+            they are for evaluation: a rank without a share of a batch then goes on to the next.
+
     Raises:
-        ValueError: a batch with fewer samples than ranks.
+        ValueError: a training batch with fewer samples than ranks; on all of them, before the rank loads its share.
     """
 
-    def __init__(self, loader: Loader, rank: int, world: int) -> None:
-        self.loader, self.rank, self.world = loader, rank, world
+    def __init__(self, loader: Loader, rank: int, world: int, name: str | None = None) -> None:
+        self.loader, self.rank, self.world, self.name = loader, rank, world, name
 
     def __iter__(self) -> Iterator[tuple[Any, float]]:
         if self.world == 1:
@@ -74,23 +92,31 @@ class RankBatches:
         sizes: deque[int] = deque()
         for batch in self._slices(sizes):
             whole = sizes.popleft()
-            if whole < self.world:
-                raise ValueError(f"RankBatches: expected at least {self.world} samples in a batch, got {whole}")
-            yield batch, len(batch[1]) * self.world / whole
+            if len(batch[1]) > 0:
+                yield batch, len(batch[1]) * self.world / whole
 
     def _slices(self, sizes: deque[int]) -> Iterator[Any]:
         loader: Any = self.loader
         if hasattr(loader, "shard"):
-            sizes.extend(loader.batch_samples(index) for index in range(len(loader)))
+            sizes.extend(self._enough(loader.batch_samples(index)) for index in range(len(loader)))
             yield from loader.shard(self.rank, self.world)
         elif type(loader) is torch.utils.data.DataLoader and loader.batch_sampler is not None:
-            yield from _sliced_dataloader(loader, self.rank, self.world, sizes)
+            yield from _sliced_dataloader(loader, self, sizes)
         else:
             for batch in loader:
-                checked_batch("RankBatches", batch)
-                sizes.append(len(batch[1]))
+                checked_batch(self.name or "evaluate", batch)
+                sizes.append(self._enough(len(batch[1])))
                 rows = rank_rows(len(batch[1]), self.rank, self.world)
                 yield tuple(part[rows] for part in batch)
+
+    def _enough(self, samples: int) -> int:
+        """``samples`` of a whole batch, where every rank that needs one gets one."""
+        if self.name is not None and samples < self.world:
+            raise ValueError(
+                f"{self.name}: expected training batches of at least {self.world} samples, one for each process, got "
+                f"{samples}; set drop_last=True or another batch_size"
+            )
+        return samples
 
 
 def rank_rows(samples: int, rank: int, world: int) -> slice:
@@ -101,23 +127,25 @@ def rank_rows(samples: int, rank: int, world: int) -> slice:
 class _SlicedSampler:
     """A batch sampler that keeps this rank's share of every batch of indices and notes the batch's whole size."""
 
-    def __init__(self, sampler: Any, rank: int, world: int, sizes: deque[int]) -> None:
-        self.sampler, self.rank, self.world, self.sizes = sampler, rank, world, sizes
+    def __init__(self, sampler: Any, ranks: RankBatches, sizes: deque[int]) -> None:
+        self.sampler, self.ranks, self.sizes = sampler, ranks, sizes
 
     def __len__(self) -> int:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[list[int]]:
         for indices in self.sampler:
-            self.sizes.append(len(indices))
-            yield indices[rank_rows(len(indices), self.rank, self.world)]
+            own = indices[rank_rows(self.ranks._enough(len(indices)), self.ranks.rank, self.ranks.world)]
+            if own:  # nothing can be collated of nothing
+                self.sizes.append(len(indices))
+                yield own
 
 
-def _sliced_dataloader(loader: Any, rank: int, world: int, sizes: deque[int]) -> Any:
+def _sliced_dataloader(loader: Any, ranks: RankBatches, sizes: deque[int]) -> Any:
     return torch.utils.data.DataLoader(
         loader.dataset,
         # For mypy: a sampler of batches, which is what DataLoader makes of it.
-        batch_sampler=_SlicedSampler(loader.batch_sampler, rank, world, sizes),  # type: ignore[arg-type]
+        batch_sampler=_SlicedSampler(loader.batch_sampler, ranks, sizes),  # type: ignore[arg-type]
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
