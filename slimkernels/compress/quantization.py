@@ -3,6 +3,7 @@ with."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from slimkernels.compress.fake_quantization import QUANTIZED_VALUES, FakeQuantize, fake_quantized
-from slimkernels.compress.training.callbacks import Callback
+from slimkernels.compress.training.callbacks import Callback, check_settings
 from slimkernels.conversion.layers import DROP_IN_LAYERS
 from slimkernels.conversion.plan import Policy
 from slimkernels.conversion.units import survey
@@ -107,6 +108,17 @@ class QuantizationAware(Callback):
     def metrics(self) -> dict[str, float]:
         """Whether weights are rounded: 1 or 0."""
         return {"quantized": float(self._active)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The settings; the rest is in the model."""
+        return {"settings": self._settings()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Compares the settings of `state_dict` with its own."""
+        check_settings(self, self._settings(), state.get("settings", {}))
+
+    def _settings(self) -> dict[str, str]:
+        return {"values": self.values, "begin": str(self.begin), "times": str(self.times)}
 
 
 def _folded_norms(model: nn.Module) -> dict[str, str]:

@@ -7,6 +7,7 @@ import io
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -294,9 +295,39 @@ def test_an_unknown_layer_is_refused_before_training():
         GradualPruning({"33": 0.5}).prepare(net(), 10)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sparsity": 0.75}, r"expected sparsity=0\.5 as in the checkpoint, got 0\.75"),
+        ({"block_shape": (8, 1)}, r"expected block_shape=16, 1 as in the checkpoint, got 8, 1"),
+        ({"end": 0.8}, r"expected end=0\.7 as"),
+        ({"schedule": "linear"}, r"expected schedule=cubic as"),
+        ({"exclude": ["3"]}, r"expected exclude=None as in the checkpoint, got 3"),
+        ({"importance": torch.linalg.vector_norm}, r"expected importance=magnitude as .*, got linalg_vector_norm"),
+    ],
+)
+def test_a_checkpoint_of_other_settings_is_refused(options, message):
+    state = GradualPruning(0.5).state_dict()
+    with pytest.raises(ValueError, match=f"^GradualPruning: {message}"):
+        GradualPruning(**{"sparsity": 0.5, **options}).load_state_dict(state)
+
+
+def test_settings_that_mean_the_same_are_the_same():
+    scores = {"3": torch.rand(2)}
+    options = {"scope": "global", "layers": {"7", "3"}, "costs": {"3": 1.0, "7": 2.0}}
+    state = GradualPruning(0.5, [16, 1], importance=scores, **options).state_dict()
+    options |= {"layers": frozenset(("3", "7")), "costs": {"7": 2.5, "3": 1.0}}
+    GradualPruning(np.float64(0.5), (16, 1), importance={"3": torch.rand(2)}, **options).load_state_dict(state)
+    del state["settings"]  # a checkpoint from before there were any
+    GradualPruning(0.25).load_state_dict(state)
+
+
 def test_a_checkpoint_of_another_importance_is_refused():
     state = GradualPruning(importance="taylor").state_dict()
     with pytest.raises(ValueError, match=r"expected a checkpoint of importance 'magnitude', got another"):
         GradualPruning().load_state_dict(state)
+    with pytest.raises(ValueError, match=r"expected importance=taylor as in the checkpoint, got movement"):
+        GradualPruning(importance="movement").load_state_dict(state)
+    del state["settings"]
     with pytest.raises(ValueError, match=r"expected scores of kind 'movement', got 'taylor'"):
         GradualPruning(importance="movement").load_state_dict(state)

@@ -198,6 +198,16 @@ def test_a_run_resumes_bitwise(tmp_path):
         assert torch.equal(resumed[3].weight, whole[3].weight)
 
 
+def test_a_checkpoint_of_other_settings_is_refused_before_the_model_changes(tmp_path):
+    common = {"epochs": 1, "progress": False, "checkpoint": tmp_path / "run.pt"}
+    sk.fine_tune(net(), loader(), callbacks=[sk.QuantizationAware("int4", begin=0.4)], **common)
+    for other, got in ((sk.QuantizationAware("int8", begin=0.4), "values=int4"), (sk.QuantizationAware(), "begin=0.4")):
+        model = net(seed=1)
+        with pytest.raises(ValueError, match=f"^QuantizationAware: expected {got} as in the checkpoint, got"):
+            sk.fine_tune(model, loader(), callbacks=[other], resume=True, **common)
+        assert torch.equal(model[0].weight, net(seed=1)[0].weight)
+
+
 @pytest.mark.slow
 def test_compiled_steps_train_the_same_model():
     """Equal up to the steps in which a last bit decides how a weight is rounded."""

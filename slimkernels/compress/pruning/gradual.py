@@ -18,7 +18,7 @@ from slimkernels.compress.pruning.schedules import (
     iterative_schedule,
     linear_schedule,
 )
-from slimkernels.compress.training.callbacks import Callback
+from slimkernels.compress.training.callbacks import Callback, check_settings
 from slimkernels.formats import BlockMask
 
 _DEFAULT_TIMES = {"cubic": 50, "linear": 50, "one_shot": 1, "iterative": 5}
@@ -158,16 +158,26 @@ class GradualPruning(Callback):
             "gathered": None if self._gathered is None else self._gathered.state_dict(),
             "snapshot": dict(self._snapshot),
             "history": [list(entry) for entry in self.history],
+            "settings": self._settings(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes back `state_dict`."""
         if (state["gathered"] is None) != (self._gathered is None):
             raise ValueError(f"GradualPruning: expected a checkpoint of importance {self.importance!r}, got another")
+        check_settings(self, self._settings(), state.get("settings", {}))
         if self._gathered is not None:
             self._gathered.load_state_dict(state["gathered"])
         self._snapshot = dict(state["snapshot"])
         self.history = [(int(step), float(share)) for step, share in state["history"]]
+
+    def _settings(self) -> dict[str, str]:
+        """What a resumed run has to share, in words; of scores and costs what they are of."""
+        names = ("sparsity", "block_shape", "schedule", "begin", "end", "times", "rewind", "granularity", "importance")
+        given = {**{name: getattr(self, name) for name in names}, **self.options}
+        if given.get("costs") is not None:  # predicted or measured anew
+            given["costs"] = set(given["costs"])
+        return {name: _in_words(value) for name, value in given.items()}
 
     def _first(self, total: int) -> int:
         return int(self.begin * total)
@@ -196,6 +206,18 @@ class GradualPruning(Callback):
         if isinstance(self.sparsity, Mapping):
             return {name: share(final) for name, final in self.sparsity.items()}
         return share(self.sparsity)
+
+
+def _in_words(value: Any) -> str:
+    """A setting as text that is the same in another process."""
+    if isinstance(value, Mapping):
+        plain = [(name, part if isinstance(part, (int, float, tuple, list)) else "") for name, part in value.items()]
+        return ", ".join(f"{name}: {_in_words(part)}" for name, part in plain)
+    if isinstance(value, (set, frozenset)):
+        value = sorted(value)
+    if isinstance(value, (tuple, list)):
+        return ", ".join(str(part) for part in value)
+    return getattr(value, "__name__", type(value).__name__) if callable(value) else str(value)
 
 
 def _masked_layers(model: nn.Module, granularity: str) -> Iterator[tuple[str, Tensor, Tensor | None, Units]]:

@@ -57,4 +57,21 @@ class Callback:
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes back what `state_dict` gave, after `prepare`."""
+        """Takes back what `state_dict` gave, after `prepare`.
+
+        Raises:
+            ValueError: the state is that of a callback with other settings, with which the run would end elsewhere.
+        """
+
+
+def check_settings(callback: Callback, own: Mapping[str, str], saved: Mapping[str, str]) -> None:
+    """Refuses a state of other settings than the callback's own; checkpoints from before there were any are taken.
+
+    Raises:
+        ValueError: naming the callback and the first setting that differs.
+    """
+    for key in {**own, **saved} if saved else ():
+        if own.get(key) != saved.get(key):
+            raise ValueError(
+                f"{type(callback).__name__}: expected {key}={saved.get(key)} as in the checkpoint, got {own.get(key)}"
+            )
