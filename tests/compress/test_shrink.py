@@ -182,6 +182,13 @@ def test_layers_that_something_else_depends_on_keep_their_channels(change):
     assert "0" not in report.channels and "0" in report.kept
 
 
+def test_a_pool_over_the_features_of_a_linear_layer_mixes_its_channels():
+    model = seeded(nn.Sequential(nn.Linear(4, 6), nn.MaxPool2d(3, stride=1, padding=1), nn.Linear(6, 2)))
+    kill(model[0], 1, 2)
+    report = shrunk(model, (2, 3, 5, 4))
+    assert report.channels == {} and report.kept["0"] == "its output goes through MaxPool2d (1)"
+
+
 def test_what_cannot_be_shrunk_raises_and_stays():
     class Branch(nn.Module):
         def forward(self, x):

@@ -112,7 +112,8 @@ def shrink_(model: nn.Module, example_inputs: Any = None, *, fold_borders: bool 
 
     Looked at is every Conv2d (groups=1) and Linear whose output goes, through batch norm, activations, pools, dropout
     and flatten, to exactly one other Conv2d (groups=1) or Linear: VGG, NIN, the inner convolutions of residual
-    blocks. Anything else keeps its channels, and the report says why. At least one channel always stays.
+    blocks. Anything else keeps its channels, and the report says why. At least one channel always stays. A Linear in
+    front of batch norm is taken to have inputs ``(N, C)``: of longer ones the norm has another axis as its channels.
 
     Masks are removed first (`slimkernels.finalize_`), so shrink at the end of training. Changed layers hold new
     Parameters: build optimisers afterwards. `slimkernels.convert` takes the result like any dense model.
@@ -221,6 +222,8 @@ def _shrink(model: nn.Module, graph: fx.Graph, fold_borders: bool) -> ShrinkRepo
 def _follow(model: nn.Module, node: fx.Node) -> _Path | str:
     """The path from a layer to its reader, or why there is none."""
     path, producer = _Path(), model.get_submodule(str(node.target))
+    images = isinstance(producer, nn.Conv2d)  # behind a Linear pools go over the features, the channels
+    norm = nn.BatchNorm2d if images else nn.BatchNorm1d
     # For mypy: an attribute of a Module is a Tensor or a Module to mypy.
     channels: int = producer.weight.shape[0]  # type: ignore[union-attr, index, assignment]
     while True:
@@ -234,12 +237,12 @@ def _follow(model: nn.Module, node: fx.Node) -> _Path | str:
             module: Any = model.get_submodule(str(node.target))
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 return _read(path, str(node.target), producer, module, channels)
-            if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d) and not path.flattened:
+            if type(module) is norm and not path.flattened:
                 path.norms.append(str(node.target))
                 path.steps.append(_norm_step(module))
             elif type(module) in _POINTWISE:
                 path.steps.append(_pointwise_step(module))
-            elif type(module) in _POOLS and not path.flattened:
+            elif type(module) in _POOLS and images and not path.flattened:
                 if not _keeps_constant(module):
                     path.counted_padding = str(node.target)
                     path.steps.append(lambda values: torch.where(values == 0, values, math.nan))
@@ -253,7 +256,7 @@ def _follow(model: nn.Module, node: fx.Node) -> _Path | str:
             path.steps.append(_POINTWISE_FUNCTIONS[target])
         elif node.op == "call_method" and target in ("relu", "relu_"):
             path.steps.append(F.relu)
-        elif target in _POOL_FUNCTIONS and not path.flattened:
+        elif target in _POOL_FUNCTIONS and images and not path.flattened:
             pass
         elif target in (torch.flatten, "flatten") and (*node.args[1:], *node.kwargs.items()) in _FLATTENS:
             path.flattened = True
