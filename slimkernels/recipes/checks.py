@@ -23,6 +23,30 @@ def mapping(value: Any, where: str, allowed: Collection[str] | None, required: C
     return dict(value)
 
 
+def repeated_key(text: str) -> str | None:
+    """Where a mapping of a YAML text has a key twice, of which YAML's own reader takes the last; None where nowhere."""
+    import yaml
+
+    left, seen = [yaml.compose(text, Loader=yaml.SafeLoader)], set()
+    while left:
+        node = left.pop()
+        if node is None or id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            left += node.value
+        elif isinstance(node, yaml.MappingNode):
+            keys: set[str] = set()
+            for key, value in node.value:
+                left.append(value)
+                if not isinstance(key, yaml.ScalarNode):
+                    continue
+                if key.value in keys:
+                    return f"{key.value!r} once more in line {key.start_mark.line + 1}"
+                keys.add(key.value)
+    return None
+
+
 def unknown(what: str, got: str, known: Collection[str]) -> str:
     """A message for a name that does not exist, with the names that are near."""
     near = difflib.get_close_matches(got, list(known), n=3, cutoff=0.5)

@@ -17,7 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from slimkernels.recipes.checks import listed, mapping, positive, seconds, unknown
+from slimkernels.recipes.checks import listed, mapping, positive, repeated_key, seconds, unknown
 
 VERBS = ("train", "distill", "prune", "factorize", "finalize", "convert")
 TRAINING_VERBS = ("train", "distill")
@@ -193,10 +193,12 @@ def parse_recipe(text: str, preset: str, where: str = "recipe") -> Recipe:
     import yaml
 
     try:
-        data = yaml.safe_load(text)
+        data, repeated = yaml.safe_load(text), repeated_key(text)
     except yaml.YAMLError as error:
         line = " ".join(str(error).split())
         raise ValueError(f"{where}: expected YAML, got {line}") from error
+    if repeated is not None:
+        raise ValueError(f"{where}: expected every key once, got {repeated}")
     data = mapping(data, where, _RECIPE_KEYS, required=("name", "presets", "rows"))
     presets = mapping(data["presets"], f"{where}: presets", None)
     if preset not in presets:
