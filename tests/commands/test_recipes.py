@@ -149,7 +149,7 @@ def test_other_bad_files(tmp_path):
         parse(preset="c")
     with pytest.raises(ValueError, match="expected YAML"):
         parse_recipe("a: [", "a")
-    with pytest.raises(ValueError, match=r"^a: expected every key once, got 'lr' once more in line 3"):
+    with pytest.raises(ValueError, match=r"^recipe: expected every key once, got 'lr' once more in line 3"):
         parse_recipe("rows:\n- train: {lr: 0.1, epochs: 3,\n  lr: 0.2}", "a")
     with pytest.raises(TypeError, match="expected a mapping, got list"):
         parse_recipe("[]", "a")

@@ -28,6 +28,7 @@ COMPLETED_BY = {
     "conversion/placement.py": "by `load`",
     "conversion/plan.py": "`parse_json`: by `ModelPlan.from_json`",
     "conversion/symbols.py": "by `load`",
+    "data/decoded.py": "`_eight_bits`: by `_pixels`",
     "dispatch/tables.py": "by `Table.load`",
     "files.py": "`unsealed_json`: by its callers",
     "kernels/problems.py": "`problem_from_json`: by `Table.load`",
