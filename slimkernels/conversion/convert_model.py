@@ -109,6 +109,13 @@ def convert(
         _refuse({name: d.failure for name, d in decisions.items() if d.failure})
     fast, layers = _laid_out(found, decisions, policy, sets)
     problem = found.other_calls(fast)
+    if problem is not None and policy.fuse_relu:  # most that ask for types ask for ReLUs
+        unfused = replace(policy, fuse_relu=False)
+        others = _decided(found, unfused, progress=progress)
+        laid_out = _laid_out(found, others, unfused, sets)
+        if found.other_calls(laid_out[0]) is None:
+            found.notes.append(f"no ReLU is fused: {problem}")
+            policy, decisions, (fast, layers), problem = unfused, others, laid_out, None
     agreeing: Mapping[str, Decision] | None = decisions
     if problem is not None:
         agreeing = _agreeing(found, decisions, policy, found.other_calls, problem)
