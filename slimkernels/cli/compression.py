@@ -38,6 +38,7 @@ def compress(
         bool, typer.Option("--gradual/--one-shot", help="With --data: prune along the cubic schedule, or at once.")
     ] = False,
     data: Annotated[str | None, typer.Option(help="Data to recover accuracy on, as in train; none by default.")] = None,
+    image_size: o.ImageSize = None,
     epochs: Annotated[int, typer.Option(min=1, help="Of the recovery.")] = 8,
     lr: Annotated[float, typer.Option(help="Peak learning rate of the recovery.")] = 0.02,
     teach: Annotated[bool, typer.Option(help="Recover by distilling from the uncompressed model.")] = True,
@@ -90,7 +91,7 @@ def compress(
     if data is not None:
         config = TrainConfig(epochs, lr, precision=precision, seed=seed)
         device = o.training_device(device)
-        loader, test_loader = o.data_loaders(data, batch_size, seed, device)
+        loader, test_loader = o.data_loaders(data, batch_size, seed, device, image_size)
         common: dict[str, Any] = {
             "callbacks": callbacks,
             "progress": o.progress(as_json),
@@ -99,6 +100,7 @@ def compress(
             "log_dir": log_dir,
         }
         network = network.to(device)
+        o.check_images("compress", network, test_loader, data)
         if teach:
             history = run_distill(network, dense.to(device), loader, test_loader, config, **common)
         else:

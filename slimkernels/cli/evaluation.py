@@ -15,6 +15,7 @@ def evaluate(
         Path | None, typer.Argument(help="A .slim.safetensors file, or weights; none with a --model that brings them.")
     ] = None,
     data: o.Data = "digits",
+    image_size: o.ImageSize = None,
     model: o.AnyModel = None,
     shape: Annotated[
         str | None,
@@ -46,13 +47,14 @@ def evaluate(
     else:
         network = open_model("eval", file, model, num_classes, keywords).network
     wanted = None if shape is None else tuple(example_inputs([shape], "cpu")[0].shape)
-    _, test_loader = o.data_loaders(data, batch_size or (64 if wanted is None else wanted[0]), 0, device)
+    _, test_loader = o.data_loaders(data, batch_size or (64 if wanted is None else wanted[0]), 0, device, image_size)
     if wanted is not None and tuple(test_loader.images.shape[1:]) != wanted[1:]:
         got = "x".join(map(str, test_loader.images.shape[1:]))
         raise ValueError(
             f"eval: expected images of {'x'.join(map(str, wanted[1:]))} as --input says, got {got} in {data}"
         )
-    accuracy = run_evaluate(network.to(device), test_loader)
+    o.check_images("eval", network.to(device), test_loader, data)
+    accuracy = run_evaluate(network, test_loader)
     if as_json:
         o.print_json(
             {"file": None if file is None else str(file), "model": model, "data": data, "accuracy": accuracy,

@@ -28,6 +28,10 @@ Data = Annotated[
         help="'digits', cifar10:DIR, cifar100:DIR, or a folder or .tar with {train,test}/<class>/* inside.",
     ),
 ]
+ImageSize = Annotated[
+    int | None,
+    typer.Option("--image-size", min=1, help="Scale and crop the images of a folder or .tar to this height and width."),
+]
 Seed = Annotated[int, typer.Option(help="Of initialisation, batch order and dropout.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images a batch, over all processes.")]
@@ -189,11 +193,31 @@ def check_writable(out: Path) -> Path:
     return out
 
 
-def data_loaders(data: str, batch_size: int, seed: int, device: str) -> tuple[TensorLoader, TensorLoader]:
-    """Training and test loader of ``--data``."""
+def data_loaders(
+    data: str, batch_size: int, seed: int, device: str, size: int | None
+) -> tuple[TensorLoader, TensorLoader]:
+    """Training and test loader of ``--data``, scaled to ``--image-size``."""
     from slimkernels.recipes.sources import open_data
 
-    return open_data(data, batch_size, seed, device=device, progress=env.rank() == 0)
+    return open_data(data, batch_size, seed, size=size, device=device, progress=env.rank() == 0)
+
+
+def check_images(op: str, network: nn.Module, loader: TensorLoader, data: str) -> None:
+    """Raises ValueError where a network, on the loader's device, does not run on the test images of ``--data``."""
+    import torch
+
+    from slimkernels.compress.training.evaluation import mode_of
+    from slimkernels.conversion.graph import in_a_line
+
+    image = next(iter(loader))[0][:1]
+    try:
+        with torch.no_grad(), mode_of(network, training=False):
+            network(image)
+    except Exception as error:  # the model's own code runs here
+        shape = "x".join(map(str, image.shape[1:]))
+        raise ValueError(
+            f"{op}: expected images that the model takes, got {shape} in {data} ({in_a_line(error)})"
+        ) from error
 
 
 def finish_training(

@@ -17,6 +17,7 @@ def train(
     model: Annotated[str, typer.Option(help="This package's or torchvision's name of a model.")] = "vgg_digits",
     option: o.ModelOption = None,
     data: o.Data = "digits",
+    image_size: o.ImageSize = None,
     out: Annotated[Path | None, typer.Option(help="Weights to write; MODEL.safetensors by default.")] = None,
     epochs: o.Epochs = 8,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 0.05,
@@ -64,10 +65,11 @@ def train(
     )
     target = o.check_writable(out or Path(f"{model}.safetensors"))
     device, keywords = o.training_device(device), o.model_options(option)
-    train_loader, test_loader = o.data_loaders(data, batch_size, seed, device)
+    train_loader, test_loader = o.data_loaders(data, batch_size, seed, device, image_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = models.build(model, len(train_loader.classes), **keywords).to(device)
+    o.check_images("train", network, test_loader, data)
     history = fine_tune(
         network,
         train_loader,
@@ -88,6 +90,7 @@ def distill(
     student_weights: Annotated[Path | None, typer.Option(help="Weights the student starts from.")] = None,
     model: o.Model = None,
     data: o.Data = "digits",
+    image_size: o.ImageSize = None,
     out: Annotated[
         Path | None, typer.Option(help="Weights to write; STUDENT.distilled.safetensors by default.")
     ] = None,
@@ -164,10 +167,12 @@ def distill(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = models.build(student, classes, **keywords)
-    train_loader, test_loader = o.data_loaders(data, batch_size, seed, device)
+    train_loader, test_loader = o.data_loaders(data, batch_size, seed, device, image_size)
+    for one in (network.to(device), teacher_model.to(device)):
+        o.check_images("distill", one, test_loader, data)
     history = run_distill(
-        network.to(device),
-        teacher_model.to(device),
+        network,
+        teacher_model,
         train_loader,
         test_loader,
         config,

@@ -169,6 +169,7 @@ def loaders_for(
     *,
     augment: bool = True,
     cutout: int = 0,
+    size: int | None = None,
     device: torch.device | str = "cpu",
     with_indices: bool = False,
     download: bool = False,
@@ -180,11 +181,14 @@ def loaders_for(
         source: ``"digits"``; ``"cifar10"`` or ``"cifar100"`` (torchvision's, kept in the cache folder, fetched with
             ``download=True``); a folder that holds torchvision's CIFAR-10 or CIFAR-100; a folder or tar archive
             ``{train,test}/<class>/*``.
+        size: as `image_folder_loaders` takes it, for folders and archives of images alone.
 
     Raises:
         FileNotFoundError: nothing there.
-        ValueError: what `image_folder_loaders` refuses.
+        ValueError: what `image_folder_loaders` refuses; ``size`` for a data set whose images have one size.
     """
+    if size is not None and _is_of_one_size(source):
+        raise ValueError(f"loaders_for: expected size=None for {source}, whose images have one size, got {size}")
     if str(source) == "digits":
         return digits_loaders(batch_size, seed, device=device, with_indices=with_indices)
     common: dict[str, Any] = {"augment": augment, "cutout": cutout, "device": device, "with_indices": with_indices}
@@ -196,7 +200,13 @@ def loaders_for(
         return cifar10_loaders(source, batch_size, seed, **common)
     if (Path(source) / "cifar-100-python").is_dir():
         return cifar100_loaders(source, batch_size, seed, **common)
-    return image_folder_loaders(source, batch_size, seed, progress=progress, **common)
+    return image_folder_loaders(source, batch_size, seed, size=size, progress=progress, **common)
+
+
+def _is_of_one_size(source: str | Path) -> bool:
+    """Whether a source is a data set by name, or a folder in which torchvision keeps one."""
+    named = str(source) == "digits" or (str(source) in ("cifar10", "cifar100") and not Path(source).exists())
+    return named or any((Path(source) / kept).is_dir() for kept in ("cifar-10-batches-py", "cifar-100-python"))
 
 
 def _cifar_loaders(

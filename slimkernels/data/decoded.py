@@ -192,7 +192,8 @@ def _decode(
             if tuple(image.shape) != expected:
                 got, wanted = (f"{shape[1]}x{shape[0]}" for shape in (image.shape, expected))
                 raise ValueError(
-                    f"{op}: expected images of {wanted} pixels, or size=... to scale them, got {got} in {source / name}"
+                    f"{op}: expected images of {wanted} pixels, or a size to scale all to (size=, --image-size), "
+                    f"got {got} in {source / name}"
                 )
             split, label = name.split("/")[:2]
             images[split].append(image)

@@ -14,17 +14,21 @@ _NAMED = {"cifar10": cifar10_loaders, "cifar100": cifar100_loaders}
 _TITLES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "digits": "scikit-learn digits"}
 
 
-def open_data(spec: str, batch_size: int, seed: int = 0, *, device: Any = "cpu", progress: bool = True) -> Loaders:
+def open_data(
+    spec: str, batch_size: int, seed: int = 0, *, size: int | None = None, device: Any = "cpu", progress: bool = True
+) -> Loaders:
     """Training and test loader of ``spec``.
 
     ``cifar10:DIR`` and ``cifar100:DIR`` are torchvision's data sets in DIR, fetched into it where it lacks them; the
-    rest is as `slimkernels.data.loaders_for` takes it.
+    rest, and ``size``, is as `slimkernels.data.loaders_for` takes it.
 
     Raises:
         OSError: nothing there. ValueError: an unreadable image (named), or folders that do not fit together.
     """
     kind, colon, folder = spec.partition(":")
     if colon and kind in _NAMED:
+        if size is not None:
+            raise ValueError(f"--image-size: expected none for {spec}, whose images have one size, got {size}")
         if not folder:
             raise ValueError(f"--data: expected a folder as in {kind}:DIR, got {spec!r}")
         archive = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}[kind]
@@ -38,7 +42,7 @@ def open_data(spec: str, batch_size: int, seed: int = 0, *, device: Any = "cpu",
                 f"--data: expected {spec} to hold the folder {archive}, got none, and fetching it failed ({error}); "
                 f"put {archive} there yourself, or use --data digits, which needs no network"
             ) from error
-    return loaders_for(spec, batch_size, seed, device=device, progress=progress)
+    return loaders_for(spec, batch_size, seed, size=size, device=device, progress=progress)
 
 
 def data_title(spec: str, found: Loaders) -> str:

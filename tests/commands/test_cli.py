@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 import slimkernels as sk
@@ -143,13 +144,41 @@ def test_distill_prunes_gradually_and_resumes(trained, tmp_path):
     assert "expected temperature=4.0 as in the checkpoint" in result.stderr
 
 
+def mixed_images(root: Path) -> None:
+    """Two classes of colour images of two sizes, eight of each for training and for the test."""
+    for split in ("train", "test"):
+        for label in range(2):
+            (root / split / f"class{label}").mkdir(parents=True)
+            for i in range(8):
+                pixels = torch.randint(100 * label, 100 * label + 100, ((9, 12) if i % 2 else (10, 10)) + (3,))
+                Image.fromarray(pixels.to(torch.uint8).numpy()).save(root / split / f"class{label}" / f"{i}.png")
+
+
+def test_images_of_several_sizes_are_scaled(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    mixed_images(Path("mixed"))
+    common = ["--data", "mixed", "--image-size", 32]
+    run("train", "--model", "nin_cifar", "--option", "width=0.1", *common, "--epochs", 1, "--batch-size", 8)
+    found = run_json("eval", "nin_cifar.safetensors", *common)
+    assert found["images"] == 16 and 0 <= found["accuracy"] <= 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["train", "--model", "vgg20"], "models.build: expected one of "),
         (["train", "--data", "nowhere"], "got nowhere, which does not exist"),
         (["train", "--resume"], "--resume: expected --checkpoint FILE"),
-        (["train", "--model", "nin_cifar"], "to have 3 channels, but got 1"),
+        (
+            ["train", "--model", "nin_cifar"],
+            "train: expected images that the model takes, got 1x8x8 in digits (RuntimeError",
+        ),
+        (["train", "--image-size", 16], "loaders_for: expected size=None for digits, whose images have one size"),
+        (["train", "--data", "cifar10:x", "--image-size", 16], "--image-size: expected none for cifar10:x"),
+        (["train", "--data", "MIXED"], "or a size to scale all to (size=, --image-size), got 12x9 in "),
+        (["eval", "TRAINED", "--data", "MIXED", "--image-size", 8], "got 3x8x8 in mixed (RuntimeError: "),
+        (["compress", "TRAINED", "--data", "MIXED", "--image-size", 8], "compress: expected images that "),
+        (["distill", "TRAINED", "--data", "MIXED", "--image-size", 32], "distill: expected images that "),
         (["compress", "nowhere.pt"], "nowhere.pt, which does not exist"),
         (["compress", "TRAINED", "--method", "magic"], "expected method prune, svd, tai or tucker2, got 'magic'"),
         (["compress", "TRAINED", "--sparsity", 1.5], "prune_: expected sparsity in [0, 1), got 1.5"),
@@ -192,7 +221,9 @@ def test_errors_are_one_line(arguments, message, trained, tmp_path, monkeypatch)
         for file in ("train/cat/1.png", "test/cat/1.png"):
             Path("broken", file).parent.mkdir(parents=True)
             Path("broken", file).write_bytes(b"no image")
-    files = {"TRAINED": trained, "FIVE": "five.safetensors", "BROKEN": "broken"}
+    if "MIXED" in arguments:
+        mixed_images(Path("mixed"))
+    files = {"TRAINED": trained, "FIVE": "five.safetensors", "BROKEN": "broken", "MIXED": "mixed"}
     result = run(*[files.get(argument, argument) for argument in arguments], code=1)
     assert result.stdout == ""
     assert result.stderr.startswith("slimkernels: ") and message in result.stderr
