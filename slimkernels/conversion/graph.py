@@ -10,7 +10,7 @@ import copy
 import inspect
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -155,7 +155,7 @@ class ModelGraph:
         calls: how often the forward calls each module.
         follower: ``a -> b`` where the output of ``a`` goes to ``b`` alone, ``b`` takes nothing else, each called once.
         tensor_reads: modules whose parameters or buffers the forward reads itself, past the module's own call.
-        order: every call with what it takes, in order, to be compared with those of a converted model.
+        order: of every trace, each call's name in it, kind, target and what it takes, for `other_calls`.
     """
 
     reason: str | None = None
@@ -248,7 +248,7 @@ def _structure(model: nn.Module, graph: fx.Graph) -> ModelGraph:
         target = _single_consumer(model, node)
         if target is not None and calls[str(target.target)] == 1:
             follower[str(node.target)] = str(target.target)
-    order = tuple((node.op, _named(node.target), _named((node.args, node.kwargs))) for node in graph.nodes)
+    order = tuple((n.name, n.op, _named(n.target), _named((n.args, n.kwargs))) for n in graph.nodes)
     return ModelGraph(calls=dict(calls), follower=follower, tensor_reads=frozenset(reads), order=order)
 
 
@@ -269,16 +269,39 @@ def other_calls(model: nn.Module, graph: ModelGraph, converted: nn.Module, *, tr
     """Why the forward of a converted model does something else than that of the model, whose graph is given.
 
     It does where it asks for the types of its layers (``isinstance(layer, nn.ReLU)``), which are others now. None where
-    both make the same calls, and where the model cannot be traced or makes others each time.
+    both make the same calls, those of an nn.Identity apart, which a forward may leave out, and where the model cannot
+    be traced or makes others each time.
     """
     if graph.reason is not None:
         return None
     got = trace(converted, training=training)
-    if got.order == graph.order or trace(model, training=training).order != graph.order:
+    idle = {repr(name) for name, module in converted.named_modules() if type(module) is nn.Identity}
+
+    def same(one: ModelGraph, other: ModelGraph) -> bool:
+        return [_without(calls, idle) for calls in one.order] == [_without(calls, idle) for calls in other.order]
+
+    if same(got, graph) or not same(trace(model, training=training), graph):
         return None
     if got.reason is not None:
         return f"the forward no longer runs as it did: {got.reason}"
     return "the forward makes other calls then, as one does that asks for the types of its layers"
+
+
+def _without(calls: tuple[Any, ...], idle: Collection[str]) -> list[Any]:
+    """The calls of a trace without those of modules that hand on what they are given."""
+    given: dict[str, Any] = {}
+
+    def through(value: Any) -> Any:
+        return tuple(map(through, value)) if isinstance(value, tuple) else given.get(value, value)
+
+    kept = []
+    for name, op, target, taken in calls:
+        taken = through(taken)
+        if op == "call_module" and target in idle and len(taken[0]) == 1:
+            given[name] = taken[0][0]
+        else:
+            kept.append((name, op, target, taken))
+    return kept
 
 
 def _single_consumer(model: nn.Module, node: fx.Node) -> fx.Node | None:

@@ -268,6 +268,21 @@ def test_a_forward_that_asks_for_types_meets_those_it_knows(given: bool, trainin
             assert torch.allclose(a, b, atol=1e-4)
 
 
+@pytest.mark.parametrize("given", [False, True], ids=["no inputs", "inputs"])
+def test_a_forward_may_leave_out_what_does_nothing(given: bool) -> None:
+    class LeavesOut(Tapped):
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.features:
+                x = x if isinstance(layer, nn.Identity) else layer(x)
+            return self.head(x.mean((2, 3)))
+
+    model = LeavesOut().eval()
+    fast = convert(model, images(2) if given else None, policy=FORCE)
+    assert isinstance(fast.features[3], SPARSE) and isinstance(fast.features[4], nn.Identity)
+    assert not explain(fast).plan.notes
+    assert_same_function(fast, model, images(2))
+
+
 def test_a_forward_whose_every_layer_is_asked_for_stays() -> None:
     class Norms(Tapped):
         def forward(self, x: Tensor) -> Tensor:
