@@ -16,8 +16,11 @@ pytest.importorskip("pytest_benchmark")
 
 
 def run(*command: str, seconds: float, **variables: str) -> subprocess.CompletedProcess[str]:
-    """A Python process with the repository and its benchmarks on the path."""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    """A Python process with the repository and its benchmarks on the path.
+
+    It is no worker of this suite's: pytest-benchmark measures nothing in one.
+    """
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON_INTERPRET", "PYTEST_"))}
     env |= {"PYTHONPATH": os.pathsep.join([PYTHONPATH, str(ROOT / "benchmarks")]), **variables}
     return subprocess.run(
         [sys.executable, *command], env=env, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False
