@@ -132,8 +132,8 @@ inline void read_ahead(const float* from, int64_t count) {
 // Tap rows that one call of a microkernel may be given, and segments of all its strips.
 constexpr int MAX_SEGMENTS = 64, MAX_LISTED = 1024;
 
-// As many strips as keep their weights and offsets in L2 while tiles pass over them: half of the smallest L2 aimed at
-// (512 KB).
+// As many strips as keep their weights and offsets in L2 while tiles pass over them, half of the smallest L2 aimed at
+// (512 KB), and as can be listed.
 inline Range strips_in_cache(const Plan& plan, Range strips) {
   constexpr int64_t CACHED_BYTES = 256 * 1024;
   const SlimConv2dF32& conv = *plan.conv;

@@ -116,12 +116,12 @@ def convert(
         if found.other_calls(laid_out[0]) is None:
             found.notes.append(f"no ReLU is fused: {problem}")
             policy, decisions, (fast, layers), problem = unfused, others, laid_out, None
-    agreeing: Mapping[str, Decision] | None = decisions
     if problem is not None:
         agreeing = _agreeing(found, decisions, policy, found.other_calls, problem)
         if agreeing is not None:
             found.notes.append(f"some layers were put back: {problem}")
-            fast, layers = _laid_out(found, agreeing, policy, sets)
+            decisions, problem = agreeing, None
+            fast, layers = _laid_out(found, decisions, policy, sets)
     plan = ModelPlan(
         tuple(layers),
         SHAPELESS if not sets else MEASURED if policy.measure else COST_MODEL,
@@ -131,10 +131,10 @@ def convert(
         {"slimkernels": __version__, "torch": torch.__version__},
         notes=tuple(found.notes),
     )
-    if problem is not None and agreeing is None:
+    if problem is not None:
         fast, plan = _unchanged(found, plan, problem)
-    elif agreeing is not None and sets and policy.measure and policy.check_model and not training:
-        fast, plan = _checked(found, agreeing, fast, plan, sets, policy)
+    elif sets and policy.measure and policy.check_model and not training:
+        fast, plan = _checked(found, decisions, fast, plan, sets, policy)
     plan = replace(plan, layers=_with_earlier(plan.layers, getattr(model, PLAN_ATTRIBUTE, None), fast))
     contiguous = tuple(sorted(found.contiguous))
     if contiguous:
@@ -183,9 +183,9 @@ def _laid_out(
     """`_apply`, with ``found.contiguous`` as the model's own code then needs it."""
     fast, layers = _apply(found, decisions, policy)
     if sets:
-        found.contiguous.update(found_by_running(fast, sets), found_with_strides(found.model))
+        found.contiguous.update(found_by_running(fast, sets), found_with_strides(found.fx_graph))
     elif any(layer.action == "swap" for layer in layers):
-        found.contiguous.update(found_by_reading(found.model))
+        found.contiguous.update(found_by_reading(found.fx_graph))
     return keep_contiguous_(fast, found.contiguous), layers
 
 

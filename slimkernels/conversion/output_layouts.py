@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from slimkernels.conversion.graph import InputSet, fx_graph, scratch_copy
+from slimkernels.conversion.graph import InputSet, scratch_copy
 from slimkernels.conversion.outputs import call_of, own_tensors
 from slimkernels.nn.contiguous_output import keep_contiguous_
 
@@ -90,27 +90,23 @@ def _run(model: nn.Module, sets: Sequence[InputSet], names: Sequence[str]) -> _R
     return _Run((len(sets), 0))
 
 
-def found_by_reading(model: nn.Module) -> tuple[str, ...]:
-    """The modules whose outputs the forward of ``model``, as `torch.fx` sees it, takes in one layout alone.
+def found_by_reading(graph: fx.Graph | None) -> tuple[str, ...]:
+    """The modules whose outputs a model's forward, whose graph is given, takes in one layout alone.
 
     Flattened images are the views that channels_last images do not have, and so are images without their batch. An
-    ``as_strided`` has none to begin with. Of what cannot be traced, none are found.
+    ``as_strided`` has none to begin with. Of what cannot be traced (None), none are found.
     """
-    return _read(model, lambda node: _is_strided(node) or _flattens(node))
+    return _read(graph, lambda node: _is_strided(node) or _flattens(node))
 
 
-def found_with_strides(model: nn.Module) -> tuple[str, ...]:
+def found_with_strides(graph: fx.Graph | None) -> tuple[str, ...]:
     """Those of `found_by_reading` that no error shows: an ``as_strided`` reads other elements in another layout."""
-    return _read(model, _is_strided)
+    return _read(graph, _is_strided)
 
 
-def _read(model: nn.Module, asks: Callable[[fx.Node], bool]) -> tuple[str, ...]:
-    try:
-        graph = fx_graph(model)
-    except ValueError:
-        return ()
+def _read(graph: fx.Graph | None, asks: Callable[[fx.Node], bool]) -> tuple[str, ...]:
     names: dict[str, None] = {}
-    for node in graph.nodes:
+    for node in graph.nodes if graph is not None else ():
         if asks(node):
             names |= dict.fromkeys(_sources(node))
     return tuple(names)

@@ -6,10 +6,11 @@ import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from slimkernels.conversion.analysis import obstacle_or_weight, weight_layer_names, zero_share
@@ -24,6 +25,7 @@ from slimkernels.conversion.graph import (
     ModelGraph,
     bake,
     copy_model,
+    fx_graph,
     has_hooks,
     in_a_line,
     other_calls,
@@ -88,6 +90,14 @@ class Survey:
     notes: list[str] = field(default_factory=list)
     contiguous: set[str] = field(default_factory=set)
     graph: ModelGraph = field(default_factory=ModelGraph)
+
+    @cached_property
+    def fx_graph(self) -> fx.Graph | None:
+        """Of the copy in eval mode, read once; None where it cannot be traced."""
+        try:
+            return fx_graph(self.model)
+        except ValueError:
+            return None
 
     def other_calls(self, converted: nn.Module) -> str | None:
         """Why the forward of a converted model does something else than that of the copy; None where it does not."""

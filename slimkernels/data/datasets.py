@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -187,26 +188,23 @@ def loaders_for(
         FileNotFoundError: nothing there.
         ValueError: what `image_folder_loaders` refuses; ``size`` for a data set whose images have one size.
     """
-    if size is not None and _is_of_one_size(source):
-        raise ValueError(f"loaders_for: expected size=None for {source}, whose images have one size, got {size}")
-    if str(source) == "digits":
-        return digits_loaders(batch_size, seed, device=device, with_indices=with_indices)
     common: dict[str, Any] = {"augment": augment, "cutout": cutout, "device": device, "with_indices": with_indices}
     named = {"cifar10": cifar10_loaders, "cifar100": cifar100_loaders}
-    if str(source) in named and not Path(source).exists():
+    opened: Callable[[], Loaders]
+    if str(source) == "digits":
+        opened = partial(digits_loaders, batch_size, seed, device=device, with_indices=with_indices)
+    elif str(source) in named and not Path(source).exists():
         root = env.cache_dir() / "data"
-        return named[str(source)](root, batch_size, seed, download=download, **common)
-    if (Path(source) / "cifar-10-batches-py").is_dir():
-        return cifar10_loaders(source, batch_size, seed, **common)
-    if (Path(source) / "cifar-100-python").is_dir():
-        return cifar100_loaders(source, batch_size, seed, **common)
-    return image_folder_loaders(source, batch_size, seed, size=size, progress=progress, **common)
-
-
-def _is_of_one_size(source: str | Path) -> bool:
-    """Whether a source is a data set by name, or a folder in which torchvision keeps one."""
-    named = str(source) == "digits" or (str(source) in ("cifar10", "cifar100") and not Path(source).exists())
-    return named or any((Path(source) / kept).is_dir() for kept in ("cifar-10-batches-py", "cifar-100-python"))
+        opened = partial(named[str(source)], root, batch_size, seed, download=download, **common)
+    elif (Path(source) / "cifar-10-batches-py").is_dir():
+        opened = partial(cifar10_loaders, source, batch_size, seed, **common)
+    elif (Path(source) / "cifar-100-python").is_dir():
+        opened = partial(cifar100_loaders, source, batch_size, seed, **common)
+    else:
+        return image_folder_loaders(source, batch_size, seed, size=size, progress=progress, **common)
+    if size is not None:
+        raise ValueError(f"loaders_for: expected size=None for {source}, whose images have one size, got {size}")
+    return opened()
 
 
 def _cifar_loaders(

@@ -70,8 +70,13 @@ def check_settings(callback: Callback, own: Mapping[str, str], saved: Mapping[st
     Raises:
         ValueError: naming the callback and the first setting that differs.
     """
-    for key in {**own, **saved} if saved else ():
-        if own.get(key) != saved.get(key):
-            raise ValueError(
-                f"{type(callback).__name__}: expected {key}={saved.get(key)} as in the checkpoint, got {own.get(key)}"
-            )
+    key = differing_setting(own, saved) if saved else None
+    if key is not None:
+        raise ValueError(
+            f"{type(callback).__name__}: expected {key}={saved.get(key)} as in the checkpoint, got {own.get(key)}"
+        )
+
+
+def differing_setting(own: Mapping[str, Any], saved: Mapping[str, Any]) -> str | None:
+    """The first setting that is not the same in both, or is in one of them alone; None where there is none."""
+    return next((key for key in {**own, **saved} if own.get(key) != saved.get(key)), None)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimkernels.compress.training.callbacks import Callback
+from slimkernels.compress.training.callbacks import Callback, differing_setting
 from slimkernels.compress.training.config import EpochStats
 from slimkernels.compress.training.ema import WeightAverage
 from slimkernels.compress.training.evaluation import Loader
@@ -155,10 +155,10 @@ def restore(state: Mapping[str, Any], path: Path, run: RunState) -> list[EpochSt
     Raises:
         ValueError: another recipe, model or other callbacks; the model is not changed then.
     """
-    for key in {**run.recipe, **state["recipe"]}:
+    key = differing_setting(run.recipe, state["recipe"])
+    if key is not None:
         value, saved = run.recipe.get(key), state["recipe"].get(key)
-        if saved != value:
-            raise ValueError(f"{run.name}: expected {key}={saved!r} as in the checkpoint {path}, got {value!r}")
+        raise ValueError(f"{run.name}: expected {key}={saved!r} as in the checkpoint {path}, got {value!r}")
     if len(state["callbacks"]) != len(run.callbacks):
         raise ValueError(
             f"{run.name}: expected {len(state['callbacks'])} callbacks as in the checkpoint {path}, "
