@@ -30,17 +30,28 @@ COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra
 # `vptr` wants the type information of Python's extension types, which pybind11 does not give.
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all", "-O1", "-g1"]
 CPU = [*COMMON, "-fno-exceptions", "-fno-rtti", "-ffp-contract=off"]
-# Suffix of csrc/cpu/*_<isa>.cpp -> its flags. The scalar files keep the compiler's base instruction set.
+# Of csrc/cpu/conv2d_<isa>.cpp: its flags. The scalar file keeps the compiler's base instruction set.
 ISA_FLAGS = {
     "scalar": [],
     "avx2": ["-mavx2", "-mfma"],
     # GCC 12 warns about its own _mm512_undefined_ps.
     "avx512": ["-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mfma", "-Wno-maybe-uninitialized"],
 }
+# The same of csrc/cpu/pairs_<engine>.cpp, convolutions in bf16.
+ENGINE_FLAGS = {
+    "scalar": [],
+    "avx512bf16": [*ISA_FLAGS["avx512"], "-mavx512bf16"],
+    "amx": [*ISA_FLAGS["avx512"], "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+}
 ISA_PROBES = {
     "scalar": "int f(int x) { return x; }",
     "avx2": "#include <immintrin.h>\n__m256 f(__m256 x) { return _mm256_fmadd_ps(x, x, x); }",
     "avx512": "#include <immintrin.h>\n__m512 f(__m512 x) { return _mm512_maskz_fmadd_ps(5, x, x, x); }",
+}
+ENGINE_PROBES = {
+    "scalar": ISA_PROBES["scalar"],
+    "avx512bf16": "#include <immintrin.h>\n__m512 f(__m512 s, __m512bh x) { return _mm512_dpbf16_ps(s, x, x); }",
+    "amx": "#include <immintrin.h>\nvoid f() { _tile_dpbf16ps(0, 1, 2); }",
 }
 # compute_80 PTX is what GPUs without a cubin of their own compile at load time.
 CUDA_GENCODE = ["arch=compute_80,code=sm_80", "arch=compute_90a,code=sm_90a", "arch=compute_80,code=compute_80"]
@@ -222,17 +233,8 @@ class BuildNative(build_ext):
             missing["native"] = version
             self.write_report(target, missing)
             return
-        isas = []
-        for isa, flags in ISA_FLAGS.items():
-            if isa != "scalar" and platform.machine() not in ("x86_64", "AMD64"):
-                missing[isa] = f"not an x86-64 machine ({platform.machine()})"
-                continue
-            why = try_compile(cxx, [*CPU, *flags], ISA_PROBES[isa])
-            if why is None:
-                isas.append(isa)
-            else:
-                missing[isa] = f"{version} cannot compile {' '.join(flags)} ({why})"
-                say(f"without {isa} kernels: {missing[isa]}")
+        isas = self.compiled(cxx, version, ISA_FLAGS, ISA_PROBES, missing)
+        engines = self.compiled(cxx, version, ENGINE_FLAGS, ENGINE_PROBES, missing)
         why = probe_openmp(cxx)
         if why:
             missing["openmp"] = why
@@ -249,9 +251,9 @@ class BuildNative(build_ext):
             say(f"without CUDA C++ kernels: {error}")
         folder = self.build_folder()
         with alone(folder):
-            output = self.ninja(folder, cxx, isas, "openmp" not in missing, cuda)
+            output = self.ninja(folder, cxx, isas, engines, "openmp" not in missing, cuda)
             if output is None and cuda is not None and wish == "auto":
-                output = self.ninja(folder, cxx, isas, "openmp" not in missing, None)
+                output = self.ninja(folder, cxx, isas, engines, "openmp" not in missing, None)
                 if output is not None:
                     missing["cuda"] = (
                         f"nvcc {cuda['version']} failed on csrc/cuda (SLIMKERNELS_CUDA=1 makes this an error)"
@@ -262,8 +264,32 @@ class BuildNative(build_ext):
             shutil.copyfile(output, target)
         self.write_report(target, missing)
 
+    @staticmethod
+    def compiled(
+        cxx: list[str], version: str, flags_of: dict[str, list[str]], probes: dict[str, str], missing: dict[str, str]
+    ) -> list[str]:
+        """Those of some instruction sets that the compiler knows; why not is added to `missing`."""
+        found = []
+        for name, flags in flags_of.items():
+            if name != "scalar" and platform.machine() not in ("x86_64", "AMD64"):
+                missing[name] = f"not an x86-64 machine ({platform.machine()})"
+                continue
+            why = try_compile(cxx, [*CPU, *flags], probes[name])
+            if why is None:
+                found.append(name)
+            else:
+                missing[name] = f"{version} cannot compile {' '.join(flags)} ({why})"
+                say(f"without {name} kernels: {missing[name]}")
+        return found
+
     def ninja(
-        self, folder: Path, cxx: list[str], isas: list[str], openmp: bool, cuda: dict[str, str] | None
+        self,
+        folder: Path,
+        cxx: list[str],
+        isas: list[str],
+        engines: list[str],
+        openmp: bool,
+        cuda: dict[str, str] | None,
     ) -> Path | None:
         """Compile in the build folder, locked by the caller; the module's path, or None when a compiler failed."""
         self.write_config(folder / "slim_build_config.h", isas, openmp, cuda)
@@ -279,12 +305,12 @@ class BuildNative(build_ext):
         python = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_paths()["include"]]
         file.rule("bindings", [*cxx, *COMMON, *sanitize_flags(), *include, *python, *depfile], "c++")
         file.compile("bindings", ROOT / "csrc" / "bindings.cpp")
-        for isa in isas:
-            flags = [*CPU, *sanitize_flags(), *ISA_FLAGS[isa]]
-            flags += ["-fopenmp"] if openmp else ["-Wno-unknown-pragmas"]
-            file.rule(isa, [*cxx, *flags, *include, *depfile], f"c++ ({isa})")
-            for source in sorted((ROOT / "csrc" / "cpu").glob(f"*_{isa}.cpp")):
-                file.compile(isa, source)
+        kernels = [(f"conv2d_{isa}", ISA_FLAGS[isa]) for isa in isas]
+        kernels += [(f"pairs_{engine}", ENGINE_FLAGS[engine]) for engine in engines]
+        for name, flags in kernels:
+            flags = [*CPU, *sanitize_flags(), *flags, *(["-fopenmp"] if openmp else ["-Wno-unknown-pragmas"])]
+            file.rule(name, [*cxx, *flags, *include, *depfile], "c++")
+            file.compile(name, ROOT / "csrc" / "cpu" / f"{name}.cpp")
         link = [*cxx, *sanitize_flags(), "-shared", "-o", "$out", "$in"]
         if sys.platform == "darwin":
             link += ["-undefined", "dynamic_lookup"]

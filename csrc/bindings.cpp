@@ -20,6 +20,7 @@
 #include "bindings/batch_norm.h"
 #include "bindings/conv2d.h"
 #include "bindings/weight_gradient.h"
+#include "cpu/pairs_engine.h"
 #include "kernels.h"
 #include "slim_build_config.h"
 #if SLIM_HAVE_CUDA
@@ -78,6 +79,14 @@ std::vector<std::string> isas() {
   for (const Isa& isa : compiled_isas()) {
     if (isa.supported) names.push_back(isa.name);
   }
+  return names;
+}
+
+std::vector<std::string> bf16_engines() {
+  std::vector<std::string> names;
+  if (slim_pairs_engine(SLIM_ENGINE_AMX) != nullptr) names.push_back("amx");
+  if (slim_pairs_engine(SLIM_ENGINE_AVX512BF16) != nullptr) names.push_back("avx512_bf16");
+  names.push_back("scalar");
   return names;
 }
 
@@ -151,6 +160,19 @@ void entry_offsets(const std::array<int64_t, kMembers>& members, uintptr_t offse
   slim_entry_offsets(&a, pointer<int32_t>(offsets));
 }
 
+// What is wrong with a step's numbers.
+std::string step_fault(int64_t kind, const int64_t* members, const SlimConv2dF32& conv) {
+  if (kind >= SLIM_STEP_TO_PAIRS && conv.lanes != 16) return "pairs go with 16 images innermost";
+  switch (kind) {
+    case SLIM_STEP_CONV2D:       return run_fault(members, conv);
+    case SLIM_STEP_TO_IMAGES:
+    case SLIM_STEP_FROM_IMAGES:
+    case SLIM_STEP_TO_PAIRS:     return layout_fault(members, conv);
+    case SLIM_STEP_PAIRS_CONV2D: return pairs_conv_fault(members, conv);
+    default:                     return pool_fault(members, conv);
+  }
+}
+
 // A list of steps that is run again and again; the caller keeps the memory alive. `movable` lists the (address, bytes)
 // of memory that may lie elsewhere in a later run: where it lies then, run_at is told.
 class Steps {
@@ -163,17 +185,14 @@ class Steps {
       const int64_t* const members = v.data() + 2;
       const SlimConv2dF32 conv = struct_of<SlimConv2dF32>(members);
       std::string fault;
-      const bool layout = is_one_of(v[0], {SLIM_STEP_TO_IMAGES, SLIM_STEP_FROM_IMAGES});
-      if (v[0] < SLIM_STEP_CONV2D || v[0] > SLIM_STEP_PADDED_AVERAGE_POOL)
+      if (v[0] < SLIM_STEP_CONV2D || v[0] > SLIM_STEP_PAIRS_PADDED_AVERAGE_POOL)
         fault = "kind = " + std::to_string(v[0]) + " is no known step";
       else if (v[1] < -1 || v[1] > kMaxSlot)
         fault = "slot = " + std::to_string(v[1]) + " is out of range";
       else if (conv.x == nullptr || conv.y == nullptr)
         fault = "x or y is NULL";
       else
-        fault = v[0] == SLIM_STEP_CONV2D ? run_fault(members, conv)
-                : layout                 ? layout_fault(members, conv)
-                                         : pool_fault(members, conv);
+        fault = step_fault(v[0], members, conv);
       if (!fault.empty()) throw py::value_error("Steps: " + fault);
       for (int pointer : kMoving) {
         for (size_t range = 0; range < movable.size(); ++range) {
@@ -300,6 +319,7 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of slimkernels; csrc/kernels.h holds every function's preconditions.";
   m.def("isas", &isas, "Instruction sets that are compiled in and supported by this CPU, best first.");
+  m.def("bf16_engines", &bf16_engines, "What runs steps in pairs here, best first.");
   m.def("multiply_adds_f32", &multiply_adds_f32,
         "(isa, iterations, threads) -> FLOPs done; 0 where the isa does not run.");
   m.def("conv2d_members", &members_of<SlimConv2dF32>,

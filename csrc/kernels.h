@@ -19,7 +19,7 @@
 extern "C" {
 #endif
 
-enum { SLIM_OFFSETS_MARGIN = 16, SLIM_PARTS_MAX_TAPS = 32 };
+enum { SLIM_OFFSETS_MARGIN = 16, SLIM_PARTS_MAX_TAPS = 32, SLIM_PAIRS_MAX_TAPS = 63 };
 enum { SLIM_OK = 0, SLIM_ERROR_NO_MEMORY = 1, SLIM_ERROR_UNSUPPORTED = 2, SLIM_ERROR_CUDA = 3 };
 
 // ---------------------------------------------------------------- CPU
@@ -73,6 +73,8 @@ typedef struct SlimConv2dF32 {
   int32_t pool;              // 0 or 1: 2x2 stride-2 max-pool (floor) after the ReLU, NaN kept
   int32_t lanes;             // 1, or the vector of the instruction set
   int32_t parts_h, parts_w;  // of an image, 1 and 1 where images are whole
+  int32_t engine;            // of a step in pairs: SLIM_ENGINE_*; else 0
+  int32_t to_floats;         // of a step in pairs: 0 or 1, y is fp32 with 16 images innermost
 } SlimConv2dF32;
 
 // One step of a recorded network. A layout step copies x, channels last (n,h,w,c_in), into y, images innermost, or the
@@ -82,14 +84,48 @@ typedef struct SlimConv2dF32 {
 // both in the layout of `lanes`: the pixels iy, ix of the taps as above that lie inside the image. The padded mean
 // divides by r * s, as if the padding held zeros, the other one by the number of pixels inside. It reads x, y, n, h, w,
 // c_in, p, q, r, s, the strides, paddings and dilations, and lanes; images are whole.
+// Steps in *pairs* take bf16, (ceil(n/16), h, w, ceil(c/2), 16 images, 2 channels), images beyond n holding anything
+// finite; their pointers are cast. SLIM_STEP_TO_PAIRS copies x, fp32 channels last, into y and reads n, h, w and c_in,
+// lanes being 16. The convolution multiplies numbers of bf16 exactly and adds in fp32, denormals being zero on some
+// engines; it has r * s <= SLIM_PAIRS_MAX_TAPS and lanes = 16, and as its weight
+//   channels: a SlimPairsGroup for each group of up to 16 rows, an even and an odd channel each
+//   weights:  (groups, 16 output channels, 16 rows, 2) in bf16, 0 where a group or the output has less
+//   tap_ptr:  (ceil(c_out/16) + 1), the first group of each strip of 16 output channels, not decreasing from 0
+// y and a residual are in pairs, or y is fp32 with 16 images innermost (to_floats), and is then what residuals are
+// added to all the same. Bias is fp32, 2x2 pools as above, images whole. Poolings in pairs are as those above. All
+// pointers but that of the bias are multiples of 64, channels and tap_ptr of 8.
 enum {
   SLIM_STEP_CONV2D = 0,
   SLIM_STEP_TO_IMAGES = 1,
   SLIM_STEP_FROM_IMAGES = 2,
   SLIM_STEP_MAX_POOL = 3,
   SLIM_STEP_AVERAGE_POOL = 4,
-  SLIM_STEP_PADDED_AVERAGE_POOL = 5
+  SLIM_STEP_PADDED_AVERAGE_POOL = 5,
+  SLIM_STEP_TO_PAIRS = 6,
+  SLIM_STEP_PAIRS_CONV2D = 7,
+  SLIM_STEP_PAIRS_MAX_POOL = 8,
+  SLIM_STEP_PAIRS_AVERAGE_POOL = 9,
+  SLIM_STEP_PAIRS_PADDED_AVERAGE_POOL = 10
 };
+enum { SLIM_ENGINE_SCALAR = 1, SLIM_ENGINE_AVX512BF16 = 2, SLIM_ENGINE_AMX = 3 };
+
+// Where the number of an even or an odd channel comes from: a tap, SLIM_PAIRS_MAX_TAPS for none (zeros); and the bytes
+// from a pixel's first pair of channels to its own, a multiple of 64.
+typedef struct SlimPairsSource {
+  int32_t tap, row;
+} SlimPairsSource;
+typedef struct SlimPairsRow {
+  SlimPairsSource even, odd;
+} SlimPairsRow;
+// WHOLE: both sources of each row are one pair. DIRECT: and the 16 rows are neighbouring pairs of one tap.
+enum { SLIM_GROUP_MIXED = 0, SLIM_GROUP_WHOLE = 1, SLIM_GROUP_DIRECT = 2 };
+typedef struct SlimPairsGroup {
+  int32_t rows;          // 1 to 16
+  int32_t kind;          // SLIM_GROUP_*
+  uint64_t taps;         // a bit for each tap of its sources
+  SlimPairsRow row[16];  // those beyond `rows` are not read
+} SlimPairsGroup;
+
 typedef struct SlimStepF32 {
   int32_t kind;
   int32_t slot;  // -1: all threads share the step; from 0 on: one thread runs it
@@ -178,7 +214,7 @@ SLIM_HIDDEN double slim_multiply_adds_f32_avx512(int64_t iterations, int32_t thr
 // In Python, with the members of SlimConv2dF32 in order, pointers as integers, 0 for NULL:
 // _C.conv2d_f32(isa, x, y, bias, weights, channels, tap_ptr, offsets, residual, n, h, w, c_in, c_out, p, q, r, s,
 //               stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, strip, depth, relu, pool, lanes, parts_h, parts_w,
-//               threads).
+//               engine, to_floats, threads).
 // _C.weight_gradient_f32(isa, (members of SlimWeightGradientF32 in order), threads).
 // _C.Steps(isa, [(kind, slot, members in order), ...]).run(threads) or, in tests, .run_delayed(threads, seed);
 // _C.entry_offsets_count(members in order); _C.entry_offsets(members in order, offsets, their number).

@@ -42,12 +42,14 @@ struct Members<SlimConv2dF32> {
       SLIM_MEMBER(lanes, (Range{1, 16})),
       SLIM_MEMBER(parts_h, (Range{1, 16})),
       SLIM_MEMBER(parts_w, (Range{1, 16})),
+      SLIM_MEMBER(engine, (Range{0, SLIM_ENGINE_AMX})),
+      SLIM_MEMBER(to_floats, kFlag),
   };
 };
 static_assert(members_fill_the_struct<SlimConv2dF32>());
 
 constexpr int kMembers = kCount<SlimConv2dF32>;
-constexpr int kPointers = 8, kLanes = kMembers - 3;  // how many come first, and where `lanes` is
+constexpr int kPointers = 8, kLanes = kMembers - 5;  // how many come first, and where `lanes` is
 
 // What is wrong with the parts of images; "" where nothing is.
 inline std::string parts_fault(const SlimConv2dF32& a) {
@@ -139,6 +141,14 @@ inline std::string pool_fault(const int64_t* numbers, const SlimConv2dF32& a) {
   if (down > kInt32Max || right > kInt32Max) return "a window is 2^31 or more";
   const int64_t vector_of_images = std::max(a.h * a.w, a.p * a.q) * a.c_in * lanes;
   return a.n > (INT64_MAX >> 3) / std::max(vector_of_images, int64_t(1)) ? "n is out of range" : "";
+}
+
+// The same of a convolution in pairs.
+inline std::string pairs_conv_fault(const int64_t* numbers, const SlimConv2dF32& a) {
+  if (a.strip != 16 || a.depth != 1 || a.lanes != 16 || a.parts_h != 1 || a.parts_w != 1)
+    return "pairs go with strips of 16 channels, no depth, 16 images innermost and whole images";
+  if (int64_t(a.r) * a.s > SLIM_PAIRS_MAX_TAPS) return "more taps than a convolution in pairs has";
+  return run_fault(numbers, a);
 }
 
 }  // namespace slim

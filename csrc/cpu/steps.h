@@ -8,14 +8,18 @@
 //   slab_plan.h, slab_tiles.h  the same for single weights with images innermost
 //   images_layout.h            a change of layout
 //   pooling.h                  a max or average pooling
+//   pairs.h, pairs_*           convolutions in bf16, with what is in front of and behind them
 //   weight_gradient.h          not a step: the gradient of stored weights
 //   team.h                     threads
 #pragma once
 #include <stdint.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "../kernels.h"
 #include "images_layout.h"
+#include "pairs_engine.h"
+#include "pairs_plan.h"
 #include "plan.h"
 #include "pooling.h"
 #include "ranges.h"
@@ -88,20 +92,58 @@ struct PlannedStep {
   void (*run_layout_unit)(const LayoutPlan&, int64_t unit);
   PoolPlan pool;  // of a pooling
   void (*run_pool_unit)(const PoolPlan&, int64_t unit);
+  const SlimPairsEngine* engine;  // of steps in pairs, whose changes of layout have their plan in `layout`
+  PairsPlan pairs;
+  PairsPoolPlan pairs_pool;
 
-  bool is_conv() const { return kind == SLIM_STEP_CONV2D; }
   bool is_layout() const { return kind == SLIM_STEP_TO_IMAGES || kind == SLIM_STEP_FROM_IMAGES; }
-  int64_t units() const { return is_conv() ? conv.units : is_layout() ? layout.units : pool.units; }
-  int64_t macs() const { return is_conv() ? conv.macs : 0; }
+  int64_t units() const {
+    switch (kind) {
+      case SLIM_STEP_CONV2D:       return conv.units;
+      case SLIM_STEP_TO_IMAGES:
+      case SLIM_STEP_FROM_IMAGES:
+      case SLIM_STEP_TO_PAIRS:     return layout.units;
+      case SLIM_STEP_PAIRS_CONV2D: return pairs.units;
+      default:                     return engine != nullptr ? pairs_pool.pool.units : pool.units;
+    }
+  }
+  int64_t macs() const {
+    return kind == SLIM_STEP_CONV2D ? conv.macs : kind == SLIM_STEP_PAIRS_CONV2D ? pairs.macs : 0;
+  }
   void run(int64_t unit, float* scratch) const {
-    if (is_conv())
-      run_conv_unit(conv, unit, scratch);
-    else if (is_layout())
-      run_layout_unit(layout, unit);
-    else
-      run_pool_unit(pool, unit);
+    switch (kind) {
+      case SLIM_STEP_CONV2D:       return run_conv_unit(conv, unit, scratch);
+      case SLIM_STEP_TO_IMAGES:
+      case SLIM_STEP_FROM_IMAGES:  return run_layout_unit(layout, unit);
+      case SLIM_STEP_TO_PAIRS:     return engine->run_layout_unit(&layout, unit);
+      case SLIM_STEP_PAIRS_CONV2D: return engine->run_conv_unit(&pairs, unit, scratch);
+      default: return engine != nullptr ? engine->run_pool_unit(&pairs_pool, unit) : run_pool_unit(pool, unit);
+    }
   }
 };
+
+// Plans a step in pairs, as below.
+inline int plan_pairs_step(PlannedStep& planned, const SlimStepF32& step) {
+  const SlimConv2dF32& conv = step.conv;
+  planned.engine = slim_pairs_engine(conv.engine);
+  if (planned.engine == nullptr) return SLIM_ERROR_UNSUPPORTED;
+  if (step.kind == SLIM_STEP_TO_PAIRS) {
+    planned.layout = plan_layout(conv, true);
+    return SLIM_OK;
+  }
+  if (step.kind != SLIM_STEP_PAIRS_CONV2D) {
+    planned.pairs_pool = {plan_pool(conv, step.kind - SLIM_STEP_PAIRS_MAX_POOL + SLIM_STEP_MAX_POOL),
+                          conv.to_floats != 0};
+    return SLIM_OK;
+  }
+  const size_t pixel = (size_t)(ceil_div(conv.c_in, 2) * PAIR_ROW);
+  planned.conv.zeros = (float*)aligned_alloc(PAIR_ROW, pixel);
+  if (planned.conv.zeros == nullptr) return SLIM_ERROR_NO_MEMORY;
+  memset(planned.conv.zeros, 0, pixel);
+  planned.conv.scratch_floats = PAIRS_SCRATCH / (int64_t)sizeof(float);
+  planned.pairs = plan_pairs(conv, conv.to_floats != 0, (const char*)planned.conv.zeros);
+  return SLIM_OK;
+}
 
 // Plans one step and returns a SLIM code. Whatever the code, the caller frees own_offsets and zeros of planned.conv.
 inline int plan_step(const InstructionSet& isa, PlannedStep& planned, const SlimStepF32& step) {
@@ -111,12 +153,14 @@ inline int plan_step(const InstructionSet& isa, PlannedStep& planned, const Slim
   planned.conv.own_offsets = nullptr;
   planned.conv.zeros = nullptr;
   planned.conv.scratch_floats = 0;
+  planned.engine = nullptr;
+  if (step.kind >= SLIM_STEP_TO_PAIRS) return plan_pairs_step(planned, step);
   if (planned.is_layout()) {
     planned.layout = plan_layout(conv, step.kind == SLIM_STEP_TO_IMAGES);
     planned.run_layout_unit = isa.run_layout_unit;
     return SLIM_OK;
   }
-  if (!planned.is_conv()) {
+  if (step.kind != SLIM_STEP_CONV2D) {
     if (conv.lanes != 1 && conv.lanes != isa.lanes) return SLIM_ERROR_UNSUPPORTED;
     planned.pool = plan_pool(conv, step.kind);
     planned.run_pool_unit = isa.run_pool_unit;

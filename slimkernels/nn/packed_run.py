@@ -14,6 +14,7 @@ from slimkernels.kernels.cpu.chain import Chain, Form, Link, activation_sizes, f
 from slimkernels.kernels.cpu.conv2d import PackedConv2d
 from slimkernels.kernels.cpu.layer import NativeLayer
 from slimkernels.kernels.cpu.memory import huge_pages, place
+from slimkernels.kernels.cpu.pairs import bf16_allowed, engine
 from slimkernels.kernels.cpu.steps import MovableSteps
 from slimkernels.nn.packing import Prepacked
 from slimkernels.nn.torch_linears import MOST_ROWS, TorchLinear, is_readable
@@ -147,7 +148,9 @@ class PackedRun:
         Raises:
             RuntimeError: a native kernel failed (out of memory).
         """
-        key, chains = (x.shape, torch.get_num_threads()), self._chains
+        # Reading torch's switches takes 1 us.
+        bf16 = engine() is not None and bf16_allowed()
+        key, chains = (x.shape, torch.get_num_threads(), bf16), self._chains
         if key not in chains:
             if len(chains) >= _CACHED_SHAPES:
                 chains.pop(next(iter(chains)), None)

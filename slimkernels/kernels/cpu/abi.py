@@ -51,6 +51,8 @@ class Conv2dArguments(NamedTuple):
         lanes: images innermost, or 1 for channels_last.
         parts_h: rows of parts that an image is cut into.
         parts_w: columns of parts.
+        engine: of a step in pairs, ``SLIM_ENGINE_*``; else 0.
+        to_floats: of a step in pairs, 0 or 1: y is float32 with 16 images innermost.
     """
 
     x: int = 0
@@ -83,6 +85,8 @@ class Conv2dArguments(NamedTuple):
     lanes: int = 0
     parts_h: int = 1
     parts_w: int = 1
+    engine: int = 0
+    to_floats: int = 0
 
 
 class WeightGradientArguments(NamedTuple):

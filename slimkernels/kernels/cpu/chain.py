@@ -19,13 +19,15 @@ import torch
 from torch import Tensor
 
 from slimkernels.kernels.cpu.layer import NativeLayer
-from slimkernels.kernels.cpu.memory import Lifetime, Placement, place, whole_lines
+from slimkernels.kernels.cpu.layouts import CHANNELS_LAST, IN_PAIRS, Layout
+from slimkernels.kernels.cpu.memory import Lifetime, Placement, place
+from slimkernels.kernels.cpu.pairs import IMAGES, PairPack, bf16_allowed, engine, to_pairs_step
 from slimkernels.kernels.cpu.pieces import FULL_ENOUGH, Piece, image_by_image, pieces
 from slimkernels.kernels.cpu.pooling import Pooling
-from slimkernels.kernels.cpu.steps import Step, images_innermost, layout_step
+from slimkernels.kernels.cpu.steps import Step, layout_step
 from slimkernels.kernels.image_parts import WHOLE
 from slimkernels.kernels.packs import StripPack
-from slimkernels.kernels.problems import LANES, Pair
+from slimkernels.kernels.problems import LANES
 
 # With AVX2, of the multiply-adds of dense layers the share from which channels last are faster than images innermost.
 # VGG-19 in 16x1 blocks, 64 images, two Zen 3 cores, first quartiles in ms with images innermost and channels last: 49.1
@@ -43,6 +45,7 @@ class Form(Enum):
     """How a chain runs its layers.
 
     Attributes:
+        BF16: piece by piece in pairs of channels, with numbers of bf16 and sums in float32.
         VECTORS: piece by piece with a vector of images innermost.
         PARTS: layer by layer with the parts of few images innermost, as many of them as fill one vector.
         WHOLE: the whole batch layer by layer, channels last.
@@ -50,26 +53,12 @@ class Form(Enum):
         MODULES: as the modules do: a native call for each layer, into new memory.
     """
 
+    BF16 = "bf16"
     VECTORS = "vectors of images"
     PARTS = "parts of images"
     WHOLE = "whole batch"
     IMAGES = "image by image"
     MODULES = "module by module"
-
-
-class Layout(NamedTuple):
-    """How images lie.
-
-    Attributes:
-        lanes: how many images, or parts of images, lie innermost; 1 means channels last.
-        parts: rows and columns of parts that each image is cut into.
-    """
-
-    lanes: int
-    parts: Pair
-
-
-CHANNELS_LAST = Layout(1, WHOLE)
 
 
 class Link(NamedTuple):
@@ -143,6 +132,8 @@ class Chain:
             cut, layouts = [Piece(0, n, LANES[isa], -1)], _layouts_of_parts(links, n, sizes)
         elif form is Form.IMAGES:
             cut = image_by_image(n, threads)
+        elif form is Form.BF16:
+            cut, layouts = pieces(n, IMAGES, threads, 0.0), [IN_PAIRS] * len(links)
         elif form is Form.VECTORS:
             full_enough = 0.0 if any(link.layer.conv.narrow for link in links) else FULL_ENOUGH
             cut, layouts = pieces(n, LANES[isa], threads, full_enough), [Layout(LANES[isa], WHOLE)] * len(links)
@@ -150,7 +141,9 @@ class Chain:
             cut = pieces(n, 1, threads)
         offsets: list[dict[int, Tensor]] = []
         for (layer, source, _), own in zip(links, layouts):
-            used = {own.lanes if piece.lanes > 1 else 1 for piece in cut} if form is not Form.MODULES else set()
+            used = {own.lanes if piece.lanes > 1 else 1 for piece in cut}
+            if form in (Form.MODULES, Form.BF16):
+                used = set()
             offsets.append(layer.offsets(*sizes[source][1:], used, own.parts))
         activations: list[int | None] = []
         for i, size in enumerate(sizes):
@@ -160,8 +153,8 @@ class Chain:
             for piece in cut if form is not Form.MODULES else []:
                 own = layout if piece.lanes > 1 else CHANNELS_LAST
                 if own.lanes > 1 or not at_an_end:
-                    numbers.append(math.prod(_shape(piece.count, size, own, isa)))
-            activations.append(whole_lines(4 * max(numbers)) or None)
+                    numbers.append(own.nbytes(piece.count, *size))
+            activations.append(max(numbers) or None)
         return cls(tuple(links), tuple(offsets), tuple(cut), tuple(activations), form, tuple(layouts), tuple(sizes))
 
     @property
@@ -212,8 +205,8 @@ class Chain:
                 found[i] = Lifetime(nbytes, first + max(0, i - self._inputs + 1), first + last)
         for i, copies in self._copied.items():
             for name, layout in zip(_names_of_copies(i), copies):
-                numbers = math.prod(self._shape(self.links[i].source, self.pieces[0].count, layout))
-                found[name] = Lifetime(whole_lines(4 * numbers), first + 1 + i, first + 1 + i)
+                nbytes = layout.nbytes(self.pieces[0].count, *self.sizes[self.links[i].source])
+                found[name] = Lifetime(nbytes, first + 1 + i, first + 1 + i)
         return found
 
     @cached_property
@@ -228,9 +221,6 @@ class Chain:
             if self.pieces[0].lanes > 1 and layout != wanted:
                 found[i] = [other for other in dict.fromkeys((CHANNELS_LAST, wanted)) if other != layout]
         return found
-
-    def _shape(self, activation: int, n: int, layout: Layout) -> tuple[int, ...]:
-        return _shape(n, self.sizes[activation], layout, self.layers[0].isa)
 
     def lifetimes(self, first: int) -> dict[int, Lifetime]:
         """What the chain needs of the workspace if it starts in the tick ``first``, each under a name of its own.
@@ -254,8 +244,14 @@ class Chain:
         found: list[Tensor] = []
         for layer, offsets in zip(self.layers, self.offsets):
             bias = () if layer.bias is None else (layer.bias,)
-            found += [*layer.packed, *bias, *offsets.values()]
+            found += [*self._pack_of(layer), *bias, *offsets.values()]
         return found
+
+    def _pack_of(self, layer: NativeLayer | Pooling) -> Sequence[Tensor]:
+        """The pack of a layer that this form reads."""
+        if self.form is Form.BF16:
+            return layer.pairs.packed if isinstance(layer, NativeLayer) else ()
+        return layer.packed
 
     def with_weights(self, tensors: Iterable[Tensor]) -> Chain:
         """The same chain with its `weights` replaced by copies, given in the same order."""
@@ -264,8 +260,13 @@ class Chain:
         for link, own in zip(self.links, self.offsets):
             layer = link.layer
             if isinstance(layer, NativeLayer):
-                packed = StripPack(*islice(copies, len(layer.packed)))
-                layer = replace(layer, packed=packed, bias=None if layer.bias is None else next(copies))
+                pack = islice(copies, len(self._pack_of(layer)))
+                bias = None if layer.bias is None else layer.bias
+                if self.form is Form.BF16:
+                    layer = replace(layer, pair_pack=PairPack(*pack))
+                else:
+                    layer = replace(layer, packed=StripPack(*pack))
+                layer = replace(layer, bias=None if bias is None else next(copies))
             links.append(link._replace(layer=layer))
             offsets.append(dict(zip(own, copies)))
         return replace(self, links=tuple(links), offsets=tuple(offsets))
@@ -292,7 +293,7 @@ class Chain:
                 else:
                     values[i] = self._tensor(i, piece, layout, memory_of_piece[i])
                     if i < len(sources):
-                        own.append(layout_step(sources[i], values[i], piece.count, layout.parts))
+                        own.append(_to_innermost(sources[i], values[i], piece.count, layout))
             for i, (layer, source, residual) in enumerate(self.links):
                 x, layout = values[source], self._layout_of(source, piece)
                 for name, other in zip(_names_of_copies(i), self._copied.get(i, ())):
@@ -318,18 +319,21 @@ class Chain:
 
     def _tensor(self, activation: int, piece: Piece, layout: Layout, memory: Tensor) -> Tensor:
         """An activation of a piece, or a copy of it, in its memory."""
-        tensor = _tensor(memory, self._shape(activation, piece.count, layout))
-        return tensor if layout.lanes > 1 else tensor.permute(0, 3, 1, 2)
+        return layout.tensor(memory, piece.count, *self.sizes[activation])
+
+
+def _to_innermost(x: Tensor, y: Tensor, n: int, layout: Layout) -> Step:
+    """The copy of an input into the layout of the chain."""
+    if not layout.pairs:
+        return layout_step(x, y, n, layout.parts)
+    fastest = engine()
+    assert fastest is not None
+    return to_pairs_step(fastest, x, y, n)
 
 
 def _as_images(x: Tensor) -> Tensor:
     """Images, or rows as images of one pixel, as which they lie inside of a chain."""
     return x if x.dim() == 4 else x[:, :, None, None]
-
-
-def _tensor(memory: Tensor, shape: Sequence[int]) -> Tensor:
-    """The first of some bytes as a contiguous float32 tensor."""
-    return memory.view(torch.float32)[: math.prod(shape)].view(shape)
 
 
 def _names_of_copies(layer: int) -> tuple[int, int]:
@@ -340,8 +344,13 @@ def _names_of_copies(layer: int) -> tuple[int, int]:
 def forms(links: Sequence[Link], n: int, inputs: Sequence[tuple[int, int, int]]) -> list[Form]:
     """The forms that a chain may take for n images, the one first that is taken unless another is measured faster."""
     sizes = activation_sizes(links, inputs)
+    found = _forms_in_float32(links, n, sizes, len(inputs))
+    return [Form.BF16, *found] if takes_bf16(links, n, sizes) else found
+
+
+def _forms_in_float32(links: Sequence[Link], n: int, sizes: Sequence[tuple[int, int, int]], inputs: int) -> list[Form]:
     if any(link.layer.conv.narrow for link in links):
-        few = _takes_parts(links, _layouts_of_parts(links, n, sizes), len(inputs))
+        few = _takes_parts(links, _layouts_of_parts(links, n, sizes), inputs)
         return [*([Form.PARTS] if few else []), Form.VECTORS, Form.MODULES]
     if _is_faster_innermost(links, n, sizes):
         found = [Form.VECTORS, Form.WHOLE, Form.MODULES]
@@ -364,12 +373,6 @@ def activation_sizes(links: Sequence[Link], inputs: Sequence[tuple[int, int, int
     return sizes
 
 
-def _shape(n: int, size: tuple[int, int, int], layout: Layout, isa: str) -> tuple[int, ...]:
-    """Of n images of some size: ``(n, h, w, channels)``, or with a vector of them or of their parts innermost."""
-    channels, h, w = size
-    return images_innermost(n, h, w, channels, isa, layout.parts) if layout.lanes > 1 else (n, h, w, channels)
-
-
 def _layouts_of_parts(links: Sequence[Link], n: int, sizes: Sequence[tuple[int, int, int]]) -> list[Layout]:
     """For each layer, how n images lie that are cut into parts where the layer takes parts."""
     found = []
@@ -381,7 +384,12 @@ def _layouts_of_parts(links: Sequence[Link], n: int, sizes: Sequence[tuple[int, 
 
 
 def _layout_of(activation: int, links: Sequence[Link], layouts: Sequence[Layout], inputs: int) -> Layout:
-    """How an activation lies: as for the layer that writes it, or for an input's first reader."""
+    """How an activation lies: as for the layer that writes it, or for an input's first reader.
+
+    In pairs the last layer writes float32.
+    """
+    if activation == inputs + len(links) - 1 and layouts[-1].pairs:
+        return Layout(layouts[-1].lanes, WHOLE)
     if activation >= inputs:
         return layouts[activation - inputs]
     return next(own for own, link in zip(layouts, links) if activation in link.reads)
@@ -398,6 +406,20 @@ def _bytes_around_a_layer(links: Sequence[Link], sizes: Sequence[tuple[int, int,
     """The most bytes of one image that a layer reads and writes."""
     first = len(sizes) - len(links)
     return max(4 * sum(math.prod(sizes[a]) for a in (*link.reads, first + i)) for i, link in enumerate(links))
+
+
+def takes_bf16(links: Sequence[Link], n: int, sizes: Sequence[tuple[int, int, int]]) -> bool:
+    """Whether a chain may run in bf16, and fills most of each vector of images.
+
+    Args:
+        sizes: channels, heights and widths of the chain's activations.
+    """
+    vectors, output = -(-n // IMAGES), len(sizes) - 1
+    if engine() is None or n < FULL_ENOUGH * IMAGES * vectors or not bf16_allowed():
+        return False
+    if any(output in link.reads for link in links):
+        return False
+    return all(link.layer.takes_pairs(*sizes[link.source][1:]) for link in links)
 
 
 def _is_faster_innermost(links: Sequence[Link], n: int, sizes: Sequence[tuple[int, int, int]]) -> bool:

@@ -298,7 +298,7 @@ class PackedConv2d:
         # The residual, which only `step` knows, comes after the offsets.
         addresses = (address(t) for t in (x, y, bias, *self._packed, offsets, None))
         sizes = (n, h, w, self.c_in, self.c_out, p, q)
-        return Conv2dArguments._make((*addresses, *sizes, *self._geometry, *self._tail, lanes, *parts))
+        return Conv2dArguments._make((*addresses, *sizes, *self._geometry, *self._tail, lanes, *parts, 0, 0))
 
     def entry_offsets(self, h: int, w: int, lanes: int = 1, parts: Pair = WHOLE) -> Tensor:
         """What the kernel reads of its entries on images of this size: see ``offsets`` in csrc/kernels.h.

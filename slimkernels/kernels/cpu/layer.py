@@ -1,13 +1,15 @@
-"""One layer of a chain: a packed convolution and the bias that it adds."""
+"""One layer of a chain: a packed convolution, in float32 or in bf16, and the bias that it adds."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from slimkernels.kernels.cpu.conv2d import PackedConv2d
+from slimkernels.kernels.cpu.pairs import PairPack, PairsConv2d, engine, pack_pairs, takes_pairs
 from slimkernels.kernels.cpu.steps import Step
 from slimkernels.kernels.packs import StripPack
 from slimkernels.kernels.problems import Pair
@@ -23,6 +25,7 @@ class NativeLayer:
         op: which op the layer comes from; named in errors.
         packed: of the weight.
         shape: of the weight, ``(C_out, C_in, R, S)``.
+        pair_pack: the pack for bf16, where it has been made.
     """
 
     isa: str
@@ -32,6 +35,7 @@ class NativeLayer:
     geometry: Geometry
     epilogue: str = "none"
     bias: Tensor | None = None
+    pair_pack: PairPack | None = None
 
     @classmethod
     def of(cls, conv: PackedConv2d, bias: Tensor | None) -> NativeLayer:
@@ -45,6 +49,18 @@ class NativeLayer:
         """The native convolution of this layer. Making one checks the pack."""
         return PackedConv2d(self.isa, self.packed, self.shape, *self.geometry, self.epilogue, self.op)
 
+    @cached_property
+    def pairs(self) -> PairsConv2d:
+        """The same convolution in bf16, on the machine's `pairs.engine`. Making one packs the weight, and checks it."""
+        fastest = engine()
+        assert fastest is not None
+        packed = self.pair_pack or pack_pairs(self.packed, self.shape)
+        return PairsConv2d(fastest, packed, self.shape, *self.geometry, self.epilogue, self.op)
+
+    def takes_pairs(self, h: int, w: int) -> bool:
+        """Whether it runs in bf16 on images of this size."""
+        return takes_pairs(*self.shape[1::-1], self.shape[2:], (h, w), self.conv.output_size(h, w))
+
     def offsets(self, h: int, w: int, lanes: set[int], parts: Pair) -> dict[int, Tensor]:
         """What the kernel reads of its entries on images of this size, by the number of images that lie innermost."""
         return {k: self.conv.known_offsets(h, w, k, parts) for k in lanes}
@@ -52,7 +68,12 @@ class NativeLayer:
     def step(
         self, x: Tensor, y: Tensor, n: int, offsets: dict[int, Tensor], residual: Tensor | None, parts: Pair
     ) -> Step:
-        """The layer of n images from x to y, as `PackedConv2d.step` says; ``offsets`` as `offsets` returned them."""
+        """The layer of n images from x to y, as `PackedConv2d.step` says; ``offsets`` as `offsets` returned them.
+
+        Images in pairs, bfloat16, run as `PairsConv2d.step` says.
+        """
+        if x.dtype is torch.bfloat16:
+            return self.pairs.step(x, y, self.bias, n, residual)
         lanes = x.shape[4] if x.dim() == 5 else 1
         return self.conv.step(x, y, self.bias, n, offsets[lanes], residual, parts)
 

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from slimkernels.kernels.cpu.abi import Conv2dArguments, address
+from slimkernels.kernels.cpu.pairs import ENGINES, IMAGES, engine, is_in_pairs, is_output, pairs_shape
 from slimkernels.kernels.cpu.steps import (
     AVERAGE_POOL,
     MAX_POOL,
     PADDED_AVERAGE_POOL,
+    PAIRS_MAX_POOL,
     Step,
     image_sizes,
     images_innermost,
@@ -87,6 +89,10 @@ class Pooling:
         """Whether the kernel runs on images of this size with a vector of them innermost."""
         return self._takes(h, w, LANES[self.isa])
 
+    def takes_pairs(self, h: int, w: int) -> bool:
+        """Whether the kernel runs in bf16 on images of this size."""
+        return self._takes(h, w, IMAGES)
+
     def _takes(self, h: int, w: int, lanes: int) -> bool:
         p, q = self.output_size(h, w)
         return min(p, q) > 0 and max(h * w, p * q) * self.channels * lanes <= INT32_MAX
@@ -101,14 +107,17 @@ class Pooling:
         """The pooling of x into y as one of `Steps`.
 
         Args:
-            x: float32 on the CPU: images channels_last, or ``(groups, h, w, channels, lanes)``.
-            y: the output, laid out like x, in memory that does not overlap it.
+            x: float32 on the CPU: images channels_last, or ``(groups, h, w, channels, lanes)``; or images in pairs.
+            y: the output, laid out like x, in memory that does not overlap it. Of pairs it may be float32 with 16
+                images innermost.
             n: images.
             offsets: not read, as the two arguments behind it are.
 
         Raises:
             ValueError: tensors of another shape, dtype or layout.
         """
+        if x.dtype is torch.bfloat16:
+            return self._step_in_pairs(x, y, n, residual)
         lanes, (_, channels, h, w) = x.shape[4] if x.dim() == 5 else 1, image_sizes(x)
         p, q = self.output_size(h, w)
         fits = channels == self.channels and self._takes(h, w, lanes) and n > 0
@@ -121,13 +130,29 @@ class Pooling:
         if not (fits and residual is None and parts == WHOLE and is_dense(x) and is_dense(y)):
             got = f"{tuple(x.shape)} and {tuple(y.shape)}"
             raise ValueError(f"{self.op}: expected float32 x and y that fit {self} and {n} images, got {got}")
+        return Step(self.kind, self._arguments(x, y, n, (h, w), (p, q), lanes), (x, y))
+
+    def _step_in_pairs(self, x: Tensor, y: Tensor, n: int, residual: Tensor | None) -> Step:
+        h, w = x.shape[1:3]
+        p, q = self.output_size(h, w)
+        fits = n > 0 and residual is None and self._takes(h, w, IMAGES) and is_in_pairs(x)
+        fits = fits and x.shape == pairs_shape(n, h, w, self.channels)
+        if not (fits and is_output(y, pairs_shape(n, p, q, self.channels), self.channels)):
+            got = f"{tuple(x.shape)} and {tuple(y.shape)}"
+            raise ValueError(f"{self.op}: expected x and y in pairs that fit {self} and {n} images, got {got}")
+        fastest = engine()
+        assert fastest is not None
+        arguments = self._arguments(x, y, n, (h, w), (p, q), IMAGES)
+        arguments = arguments._replace(engine=ENGINES[fastest], to_floats=int(y.dtype is torch.float32))
+        return Step(PAIRS_MAX_POOL + self.kind - MAX_POOL, arguments, (x, y))
+
+    def _arguments(self, x: Tensor, y: Tensor, n: int, image: Pair, output: Pair, lanes: int) -> Conv2dArguments:
         (r, s), (stride_h, stride_w) = self.kernel, self.stride
-        arguments = Conv2dArguments(
-            x=address(x), y=address(y), n=n, h=h, w=w, c_in=channels, p=p, q=q, r=r, s=s, stride_h=stride_h,
-            stride_w=stride_w, pad_h=self.padding[0], pad_w=self.padding[1], dil_h=self.dilation[0],
-            dil_w=self.dilation[1], lanes=lanes,
+        return Conv2dArguments(
+            x=address(x), y=address(y), n=n, h=image[0], w=image[1], c_in=self.channels, p=output[0], q=output[1], r=r,
+            s=s, stride_h=stride_h, stride_w=stride_w, pad_h=self.padding[0], pad_w=self.padding[1],
+            dil_h=self.dilation[0], dil_w=self.dilation[1], lanes=lanes,
         )  # fmt: skip
-        return Step(self.kind, arguments, (x, y))
 
     def __call__(self, x: Tensor, bias: None = None) -> Tensor:
         """The same by torch, for images of any layout."""

@@ -15,6 +15,8 @@ from slimkernels.kernels.problems import LANES, Pair
 from slimkernels.tensors import is_plain
 
 CONV2D, TO_IMAGES, FROM_IMAGES, MAX_POOL, AVERAGE_POOL, PADDED_AVERAGE_POOL = range(6)  # SLIM_STEP_*
+# The same for activations in pairs, bf16 (`pairs`); the poolings follow in the order of those above.
+TO_PAIRS, PAIRS_CONV2D, PAIRS_MAX_POOL = 6, 7, 8
 
 
 def images_innermost(
@@ -39,14 +41,14 @@ class Step(NamedTuple):
 
     def reads(self) -> list[Tensor]:
         """Every tensor that the step reads."""
-        if self.kind != CONV2D:
+        if self.kind not in (CONV2D, PAIRS_CONV2D):
             return [self.alive[0]]
         conv, x, _, *others = self.alive
         return [t for t in (x, *conv.packed, *others) if t is not None]
 
     def writes(self) -> list[Tensor]:
         """Every tensor that the step writes."""
-        return [self.alive[2 if self.kind == CONV2D else 1]]
+        return [self.alive[2 if self.kind in (CONV2D, PAIRS_CONV2D) else 1]]
 
 
 class Steps:
