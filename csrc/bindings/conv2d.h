@@ -108,7 +108,7 @@ inline std::string run_fault(const int64_t* numbers, const SlimConv2dF32& a) {
 // The same of a step that copies between layouts, which reads n, h, w, c_in, lanes and the parts alone.
 inline std::string layout_fault(const int64_t* numbers, const SlimConv2dF32& a) {
   for (const std::string& fault :
-       {range_fault<SlimConv2dF32>(numbers, kPointers, 4), range_fault<SlimConv2dF32>(numbers, kLanes, 3)}) {
+       {range_fault<SlimConv2dF32>(numbers, kPointers, 4), range_fault<SlimConv2dF32>(numbers, kLanes, 5)}) {
     if (!fault.empty()) return fault;
   }
   const int64_t lanes = a.lanes;
@@ -125,7 +125,7 @@ inline std::string pool_fault(const int64_t* numbers, const SlimConv2dF32& a) {
   const int c_out = kPointers + 4;  // not read, as strip and what follows it up to the lanes
   for (const std::string& fault : {range_fault<SlimConv2dF32>(numbers, kPointers, 4),
                                    range_fault<SlimConv2dF32>(numbers, c_out + 1, kLanes - 4 - (c_out + 1)),
-                                   range_fault<SlimConv2dF32>(numbers, kLanes, 3)}) {
+                                   range_fault<SlimConv2dF32>(numbers, kLanes, 5)}) {
     if (!fault.empty()) return fault;
   }
   const int64_t lanes = a.lanes;

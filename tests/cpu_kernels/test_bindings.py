@@ -19,7 +19,7 @@ from slimkernels.kernels.strips import pack_strips
 
 INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
 ADDRESSES = ("x", "y", "bias", "weights", "channels", "tap_ptr", "offsets", "residual")
-PARTS = ("parts_h", "parts_w")
+PARTS, PAIRS = ("parts_h", "parts_w"), ("engine", "to_floats")
 # Lowest and highest legal number of each member of SlimConv2dF32, as csrc/kernels.h states them.
 CONV2D = {
     "n": (1, INT64_MAX),
@@ -29,9 +29,10 @@ CONV2D = {
     "strip": (1, 32),
     "depth": (1, 16),
     **dict.fromkeys(("lanes", *PARTS), (1, 16)),
-    **dict.fromkeys(("relu", "pool"), (0, 1)),
+    **dict.fromkeys(("relu", "pool", "to_floats"), (0, 1)),
+    "engine": (0, 3),
 }
-LAYOUT = ("n", "h", "w", "c_in", "lanes", *PARTS)  # what a copy between layouts reads
+LAYOUT = ("n", "h", "w", "c_in", "lanes", *PARTS, *PAIRS)  # what a copy between layouts reads
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +123,7 @@ def test_a_convolution_refuses_a_depth_without_a_kernel(
 
 # Gradients of weights
 
-WEIGHT_GRADIENT = {name: bounds for name, bounds in CONV2D.items() if name not in ("strip", "depth", "lanes")}
+WEIGHT_GRADIENT = {name: bounds for name, bounds in CONV2D.items() if name not in ("strip", "depth", "lanes", *PAIRS)}
 WEIGHT_GRADIENT |= dict.fromkeys(("h", "w", "block_out", "block_in"), (1, INT32_MAX))
 WEIGHT_GRADIENT = {name: bounds for name, bounds in WEIGHT_GRADIENT.items() if name not in ("relu", "pool", *PARTS)}
 
@@ -230,7 +231,7 @@ def test_a_batch_norm_of_an_unknown_instruction_set(native: ModuleType, norm: Ba
 
 DEVICE = {"device": (0, INT32_MAX), "dtype": (0, 2), "relu": (0, 1)}
 BSR = {
-    name: bounds for name, bounds in CONV2D.items() if name not in ("strip", "depth", "lanes", "pool", *PARTS)
+    name: bounds for name, bounds in CONV2D.items() if name not in ("strip", "depth", "lanes", "pool", *PARTS, *PAIRS)
 } | DEVICE
 BSR |= dict.fromkeys(("block_out", "block_in"), (1, INT32_MAX))
 LOW_RANK = {"m": (1, INT64_MAX), **dict.fromkeys(("in", "out"), (1, INT32_MAX)), "rank": (1, 640), **DEVICE}

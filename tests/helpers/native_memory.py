@@ -6,7 +6,15 @@ import ctypes
 from collections.abc import Iterator, Sequence
 
 from slimkernels.kernels.cpu.library import library
-from slimkernels.kernels.cpu.steps import AVERAGE_POOL, CONV2D, MAX_POOL, PADDED_AVERAGE_POOL, Step
+from slimkernels.kernels.cpu.steps import (
+    AVERAGE_POOL,
+    CONV2D,
+    MAX_POOL,
+    PADDED_AVERAGE_POOL,
+    PAIRS_CONV2D,
+    TO_PAIRS,
+    Step,
+)
 
 POOLINGS = (MAX_POOL, AVERAGE_POOL, PADDED_AVERAGE_POOL)
 
@@ -17,6 +25,8 @@ def ranges(step: Step) -> list[Range]:
     """Every range of bytes that csrc/kernels.h says the step reads or writes."""
     a = step.arguments
     images = -(-a.n // a.lanes) * a.lanes
+    if step.kind >= TO_PAIRS:
+        return _ranges_in_pairs(step, images)
     if step.kind in POOLINGS:
         read, written = images * a.h * a.w * a.c_in, images * a.p * a.q * a.c_in
         return [(a.x, a.x + 4 * read, False), (a.y, a.y + 4 * written, True)]
@@ -35,6 +45,29 @@ def ranges(step: Step) -> list[Range]:
     ]  # fmt: skip
     found = [(at, at + 4 * count, False) for at, count in read_counts if at and count]
     return [*found, (a.y, a.y + 4 * images * (a.p >> a.pool) * (a.q >> a.pool) * a.c_out, True)]
+
+
+def _ranges_in_pairs(step: Step, images: int) -> list[Range]:
+    a = step.arguments
+
+    def nbytes(h: int, w: int, channels: int, floats: int = 0) -> int:
+        return images * h * w * (4 * channels if floats else 4 * (-(-channels // 2)))
+
+    if step.kind == TO_PAIRS:
+        read, written = 4 * a.n * a.h * a.w * a.c_in, nbytes(a.h, a.w, a.c_in)
+        return [(a.x, a.x + read, False), (a.y, a.y + written, True)]
+    c_out = a.c_out if step.kind == PAIRS_CONV2D else a.c_in
+    read, written = nbytes(a.h, a.w, a.c_in), nbytes(a.p >> a.pool, a.q >> a.pool, c_out, a.to_floats)
+    found = [(a.x, a.x + read, False), (a.y, a.y + written, True)]
+    if step.kind == PAIRS_CONV2D:
+        strips = -(-a.c_out // 16)
+        groups = ctypes.c_int32.from_address(a.tap_ptr + 4 * strips).value
+        others = [
+            (a.bias, 4 * a.c_out), (a.weights, 1024 * groups), (a.channels, 272 * groups), (a.tap_ptr, 4 * strips + 4),
+            (a.residual, nbytes(a.p, a.q, a.c_out)),
+        ]  # fmt: skip
+        found += [(at, at + count, False) for at, count in others if at and count]
+    return found
 
 
 def together(steps: Sequence[Step]) -> Iterator[tuple[int, int]]:

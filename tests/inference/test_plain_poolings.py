@@ -457,7 +457,7 @@ def test_a_run_that_wants_too_much_memory_is_cut_at_its_poolings(
         whole = agrees(net, x)
         run = net._program[1][0]
         assert isinstance(run, _Run)
-        nbytes = run._packed._chains[x.shape, 2].nbytes
+        nbytes = run._packed._chains[x.shape, 2, False].nbytes
         monkeypatch.setattr(packed_run, "_MOST_BYTES", nbytes - 1)
         other = copy.deepcopy(net)
         torch.testing.assert_close(agrees(other, x), whole, rtol=1e-5, atol=1e-6)

@@ -78,8 +78,8 @@ PACKAGES = {
         "far_taps, image_parts, tensor_core_tiles, tf32, transposed", "packs, problems, strided_pointwise",
     ),
     "kernels/cpu": (
-        "chain", "gradients, layer, low_rank", "batch_norm, conv2d, pooling, weight_gradient", "steps", "library",
-        "abi", "memory, pieces", "__init__",
+        "chain", "gradients, layer, layouts, low_rank", "batch_norm, conv2d, pooling, weight_gradient", "pairs",
+        "steps", "library", "abi", "memory, pieces", "__init__",
     ),
     "kernels/triton": (
         "bsr_conv2d, bsr_conv2d_backward_w, bsr_conv2d_backward_x, low_rank_linear, low_rank_conv2d, "
@@ -174,7 +174,8 @@ def test_imports_inside_a_package_point_only_to_the_right(package: str) -> None:
 
 def test_only_the_trust_boundaries_hand_out_addresses() -> None:
     """Addresses of tensors reach native code through these modules alone: whoever loads the extension and takes one."""
-    doors = {f"kernels/cpu/{name}.py" for name in ("batch_norm", "conv2d", "pooling", "steps", "weight_gradient")}
+    cpu = ("batch_norm", "conv2d", "pairs", "pooling", "steps", "weight_gradient")
+    doors = {f"kernels/cpu/{name}.py" for name in cpu}
     doors |= {
         f"kernels/{name}.py" for name in ("cuda", "cuda_tensor_cores", "cuda_chain", "cuda_gradients", "cuda_low_rank")
     }

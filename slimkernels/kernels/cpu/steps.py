@@ -16,7 +16,7 @@ from slimkernels.tensors import is_plain
 
 CONV2D, TO_IMAGES, FROM_IMAGES, MAX_POOL, AVERAGE_POOL, PADDED_AVERAGE_POOL = range(6)  # SLIM_STEP_*
 # The same for activations in pairs, bf16 (`pairs`); the poolings follow in the order of those above.
-TO_PAIRS, PAIRS_CONV2D, PAIRS_MAX_POOL = 6, 7, 8
+TO_PAIRS, PAIRS_CONV2D, PAIRS_MAX_POOL, LAST_KIND = 6, 7, 8, 10
 
 
 def images_innermost(
