@@ -109,8 +109,9 @@ enum {
 };
 enum { SLIM_ENGINE_SCALAR = 1, SLIM_ENGINE_AVX512BF16 = 2, SLIM_ENGINE_AMX = 3 };
 
-// Where the number of an even or an odd channel comes from: a tap, SLIM_PAIRS_MAX_TAPS for none (zeros); and the bytes
-// from a pixel's first pair of channels to its own, a multiple of 64.
+// Where the number in an even or an odd place of a row comes from: a tap, SLIM_PAIRS_MAX_TAPS for none (zeros); and the
+// bytes from a pixel's first pair of channels to its own. That is a multiple of 64, of an odd channel in an even place 2
+// more, and of an even channel in an odd place 2 less.
 typedef struct SlimPairsSource {
   int32_t tap, row;
 } SlimPairsSource;

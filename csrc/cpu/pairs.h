@@ -2,9 +2,9 @@
 // of 64 bytes holds two channels of one pixel of 16 images, which is what the dot products of AVX512_BF16 and AMX read.
 //
 // A strip is 16 output channels. Its stored columns (tap, input channel) are cut into groups of at most 16 rows, each
-// of an even and an odd channel: those of one pair, where both are stored, else any two. The rows of a group, gathered,
-// and its weights are the two operands of one product, 16 channels x 16 images x 32 columns. Taps outside the image
-// read a row of zeros, and a group of which no tap lies inside is left out.
+// of two columns: the channels of one pair, where both are stored, else any two. The rows of a group, gathered, and its
+// weights are the two operands of one product, 16 channels x 16 images x 32 columns. Taps outside the image read a row
+// of zeros, and a group of which no tap lies inside is left out.
 //
 // An engine is an instruction set's way to add up these products (pairs_*.cpp).
 //

@@ -26,8 +26,8 @@ struct Amx : PairsVec16 {
     for (int r = 0; r < group.rows; ++r, buffer += PAIR_ROW) {
       const SlimPairsSource even = group.row[r].even, odd = group.row[r].odd;
       for (int i = 0; i < CHUNK_PIXELS; ++i) {
-        __m512i v = _mm512_load_si512(row_at(chunk.pixels[i], even));
-        if (!WHOLE) v = blend(v, row_at(chunk.pixels[i], odd));
+        const char* const from = row_at(chunk.pixels[i], even);
+        const __m512i v = WHOLE ? _mm512_load_si512(from) : blend(from, row_at(chunk.pixels[i], odd));
         _mm512_store_si512(buffer + i * GROUP_ROWS * PAIR_ROW, v);
       }
     }

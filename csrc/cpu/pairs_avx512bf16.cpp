@@ -20,8 +20,8 @@ struct Avx512Bf16 : PairsVec16 {
         if ((group.taps & chunk.taps[i]) == 0) continue;
         const int32_t* const weights = (const int32_t*)(strip.weights + g * PAIRS_STRIP * 2 * GROUP_ROWS);
         for (int r = 0; r < group.rows; ++r) {
-          const __m512i even = _mm512_load_si512(row_at(pixels, group.row[r].even));
-          const __m512bh x = (__m512bh)blend(even, row_at(pixels, group.row[r].odd));
+          const SlimPairsRow row = group.row[r];
+          const __m512bh x = (__m512bh)blend(row_at(pixels, row.even), row_at(pixels, row.odd));
 #pragma GCC unroll 16
           for (int o = 0; o < PAIRS_STRIP; ++o)
             sum[o] = _mm512_dpbf16_ps(sum[o], (__m512bh)_mm512_set1_epi32(weights[o * GROUP_ROWS + r]), x);

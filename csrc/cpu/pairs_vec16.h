@@ -10,8 +10,10 @@ namespace {
 struct PairsVec16 {
   typedef Vec16 Floats;
 
-  // The even channels of a row, with the odd ones of another.
-  static inline __m512i blend(__m512i even, const void* odd) { return _mm512_mask_loadu_epi16(even, 0xaaaaaaaa, odd); }
+  // The even numbers from one place with the odd ones from another: rows, or two bytes from them.
+  static inline __m512i blend(const void* even, const void* odd) {
+    return _mm512_mask_loadu_epi16(_mm512_maskz_loadu_epi16(0x55555555, even), 0xaaaaaaaa, odd);
+  }
   static inline __m512 even(const void* row) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_load_si512(row), 16));
   }

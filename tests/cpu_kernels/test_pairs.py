@@ -73,7 +73,8 @@ def columns_of(packed: PairPack, weight_shape: Sequence[int]) -> Tensor:
                     if tap == MAX_TAPS:
                         assert not values.any(), "a weight without a source"
                         continue
-                    channel = place // 64 * 2 + which
+                    place += 2 * which
+                    channel = place // 64 * 2 + place % 64 // 2
                     at = weight[16 * strip : 16 * strip + 16, channel, tap]
                     assert not at.any(), "a column twice"
                     at += values
@@ -96,16 +97,19 @@ def test_groups_are_full_and_say_what_they_read() -> None:
     dense = pack_pairs(strip_pack(torch.ones(16, 64, 1, 1), (16, 32)), (16, 64, 1, 1))
     assert dense.groups[:, :2].tolist() == [[16, 2], [16, 2]], "direct"
     single = torch.zeros(16, 64, 3, 3)
-    single[:, 0:40:2, 0, 1] = 1  # 20 even channels, and 7 odd ones of another tap
+    single[:, 0:64:2, 0, 1] = 1  # 32 even channels, and 7 odd ones of another tap
     single[:, 1:15:2, 2, 2] = 1
     packed = pack_pairs(strip_pack(single, (16, 1)), single.shape)
-    assert packed.groups[:, 0].tolist() == [16, 4] and packed.groups[:, 1].tolist() == [0, 0]
+    assert packed.groups[:, 0].tolist() == [16, 4] and packed.groups[:, 1].tolist() == [0, 0], "39 columns"
     assert packed.groups[:, 2].tolist() == [1 << 1 | 1 << 8, 1 << 1], "taps of the rows"
+    assert torch.equal(columns_of(packed, single.shape), single)
+    # Three channels of nine taps are 14 rows, the last one with one column.
+    assert pack_pairs(strip_pack(torch.ones(16, 3, 3, 3), (16, 1)), (16, 3, 3, 3)).groups[:, 0].tolist() == [14]
     both = torch.zeros(16, 64, 1, 1)
     both[:, [2, 3, 8, 9]] = 1
     assert pack_pairs(strip_pack(both, (16, 2)), both.shape).groups[:, :2].tolist() == [[2, 1]], "whole pairs"
     wide = pack_pairs(strip_pack(torch.ones(16, 1, 7, 9), (16, 1)), (16, 1, 7, 9))
-    assert sum(int(m) & 0xFFFFFFFF for m in wide.groups[:, 2]) and wide.groups[:, 0].sum() == 63
+    assert wide.groups[:, 0].tolist() == [16, 16]
 
 
 def in_pairs(engine: str, x: Tensor, steps: list[Step]) -> Tensor:
@@ -320,7 +324,8 @@ def pack() -> PairPack:
     [
         ("groups", (0, 0), 17), ("groups", (0, 0), 0), ("groups", (0, 1), 2), ("groups", (0, 2), 0),
         ("groups", (0, 4), 9), ("groups", (0, 4), -1), ("groups", (0, 5), 192), ("groups", (0, 5), 32),
-        ("groups", (0, 7), -64), ("starts", (0,), 1), ("starts", (1,), 99), ("starts", (2,), 1),
+        ("groups", (0, 7), -64), ("groups", (0, 5), -2),
+        ("groups", (0, 7), 4), ("groups", (0, 5), 1), ("starts", (0,), 1), ("starts", (1,), 99), ("starts", (2,), 1),
     ],
 )  # fmt: skip
 def test_packs_that_would_read_elsewhere(pack: PairPack, field: str, at: tuple[int, ...], value: int) -> None:

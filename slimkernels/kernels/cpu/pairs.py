@@ -26,7 +26,7 @@ from slimkernels.tensors import is_plain
 ENGINES = {"scalar": 1, "avx512_bf16": 2, "amx": 3}  # SLIM_ENGINE_*
 IMAGES = 16
 MAX_TAPS = 63  # SLIM_PAIRS_MAX_TAPS, which also stands for the source that there is none of
-_ROWS, _STRIP, _ROW_BYTES = 16, 16, 64
+_ROWS, _STRIP, _ROW_BYTES, _NUMBER_BYTES = 16, 16, 64, 2
 _MIXED, _WHOLE, _DIRECT = range(3)  # SLIM_GROUP_*
 
 
@@ -83,13 +83,12 @@ def pack_pairs(packed: StripPack, weight_shape: Sequence[int]) -> PairPack:
     columns, values = _columns(packed, weight_shape)
     strips = -(-weight_shape[0] // _STRIP)
     even, odd = _rows(columns)
-    first = torch.where(even < 0, odd, torch.where(odd < 0, even, torch.minimum(even, odd)))
-    strip = columns[first, 0]
+    strip = columns[even, 0]
     counts = torch.bincount(strip, minlength=strips)
     groups_of = (counts + _ROWS - 1).div(_ROWS, rounding_mode="floor")
     starts = torch.zeros(strips + 1, dtype=torch.long)
     starts[1:] = groups_of.cumsum(0)
-    rank = torch.arange(first.numel()) - (counts.cumsum(0) - counts)[strip]
+    rank = _rank(strip)
     group, slot = starts[strip] + rank.div(_ROWS, rounding_mode="floor"), rank % _ROWS
     total = int(starts[-1])
     weights = torch.zeros(total, _ROWS, 2, _STRIP)
@@ -97,11 +96,10 @@ def pack_pairs(packed: StripPack, weight_shape: Sequence[int]) -> PairPack:
     sources[..., 0] = MAX_TAPS
     for which, column in enumerate((even, odd)):
         there = column >= 0
-        at = group[there], slot[there], which
+        at, (tap, channel) = (group[there], slot[there], which), columns[column[there], 1:].unbind(1)
         weights[at] = values[column[there]]
-        sources[at] = torch.stack(
-            (columns[column[there], 1], columns[column[there], 2].div(2, rounding_mode="floor") * _ROW_BYTES), dim=1
-        )
+        place = channel.div(2, rounding_mode="floor") * _ROW_BYTES + _NUMBER_BYTES * (channel % 2 - which)
+        sources[at] = torch.stack((tap, place), dim=1)
     rows = torch.bincount(group, minlength=total)
     return PairPack(
         weights.permute(0, 3, 1, 2).to(torch.bfloat16).contiguous(), _heads(sources, rows), starts.to(torch.int32)
@@ -133,9 +131,10 @@ def _columns(packed: StripPack, weight_shape: Sequence[int]) -> tuple[Tensor, Te
 
 
 def _rows(columns: Tensor) -> tuple[Tensor, Tensor]:
-    """The columns of the even and of the odd channel of each row, -1 for none; rows in the order of first columns.
+    """The columns in the even and in the odd place of each row, -1 for none; rows in the order of first columns.
 
-    Both channels of a pair share a row. Of the others the k-th even one of a strip shares a row with the k-th odd one.
+    Both channels of a pair share a row. Of the others the k-th even one of a strip shares a row with the k-th odd one;
+    where one kind is left over, two of them share a row.
     """
     count = columns.shape[0]
     strip, odd = columns[:, 0], columns[:, 2] % 2 == 1
@@ -148,20 +147,26 @@ def _rows(columns: Tensor) -> tuple[Tensor, Tensor]:
     second[1:] = whole[:-1]
     single = ~(whole | second)
     at_whole = whole.nonzero()[:, 0]
-    ranks = []
-    for parity in (~odd, odd):
-        chosen = (single & parity).nonzero()[:, 0]
-        own = strip[chosen]
-        begin = torch.searchsorted(own, own)  # the first one of the strip
-        ranks.append((chosen, own * (count + 1) + torch.arange(chosen.numel()) - begin))
-    keys = torch.unique(torch.cat([key for _, key in ranks]))
-    mixed = torch.full((2, keys.numel()), -1, dtype=torch.long)
-    for which, (chosen, key) in enumerate(ranks):
-        mixed[which, torch.searchsorted(keys, key)] = chosen
-    even, odd_columns = torch.cat((at_whole, mixed[0])), torch.cat((at_whole + 1, mixed[1]))
-    first = torch.where(even < 0, odd_columns, torch.where(odd_columns < 0, even, torch.minimum(even, odd_columns)))
-    order = first.argsort()
-    return even[order], odd_columns[order]
+    evens, odds = ((single & kind).nonzero()[:, 0] for kind in (~odd, odd))
+    # Of each strip as many of both as it has of the rarer kind.
+    strips = int(strip[-1]) + 1 if count else 0
+    shared = torch.minimum(*(torch.bincount(strip[own], minlength=strips) for own in (evens, odds)))
+    matched = [_rank(strip[own]) < shared[strip[own]] for own in (evens, odds)]
+    left = torch.cat((evens[~matched[0]], odds[~matched[1]])).sort().values
+    is_first = _rank(strip[left]) % 2 == 0
+    first, last = left[is_first], torch.full((int(is_first.sum()),), -1)
+    has_partner = torch.zeros(left.numel(), dtype=torch.bool)
+    has_partner[:-1] = ~is_first[1:]
+    last[has_partner[is_first]] = left[~is_first]
+    even = torch.cat((at_whole, evens[matched[0]], first))
+    odd_places = torch.cat((at_whole + 1, odds[matched[1]], last))
+    order = torch.where(odd_places < 0, even, torch.minimum(even, odd_places)).argsort()
+    return even[order], odd_places[order]
+
+
+def _rank(rising: Tensor) -> Tensor:
+    """The place of each number among its equals."""
+    return torch.arange(rising.numel()) - torch.searchsorted(rising, rising)
 
 
 def _heads(sources: Tensor, rows: Tensor) -> Tensor:
@@ -203,8 +208,11 @@ def check_pairs(op: str, packed: PairPack, weight_shape: Sequence[int]) -> None:
         raise ValueError(f"{op}: expected starts of the pack in pairs to rise from 0 to {count}")
     rows, sources = groups[:, 0].long(), groups[:, 4:].long().view(count, _ROWS, 2, 2)
     tap, place = sources[..., 0], sources[..., 1]
-    known = (tap >= 0) & ((tap < r * s) | (tap == MAX_TAPS)) & (place >= 0) & (place % _ROW_BYTES == 0)
-    known &= place < -(-c_in // 2) * _ROW_BYTES
+    inside = place + torch.tensor([0, _NUMBER_BYTES])  # from a row's first number to an even or an odd one
+    number = (inside % _ROW_BYTES).div(_NUMBER_BYTES, rounding_mode="floor")
+    channel = inside.div(_ROW_BYTES, rounding_mode="floor") * 2 + number
+    known = (tap >= 0) & (tap < r * s) & (inside % _NUMBER_BYTES == 0) & (number < 2) & (channel < c_in) & (inside >= 0)
+    known |= (tap == MAX_TAPS) & (place == 0)
     if bool(((rows < 1) | (rows > _ROWS)).any()) or not bool(known.all()):
         raise ValueError(f"{op}: expected 1 to {_ROWS} rows of a group, at taps and channels of {tuple(weight_shape)}")
     if not torch.equal(_heads(sources, rows), groups):
