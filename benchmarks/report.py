@@ -128,6 +128,22 @@ def networks_table(rows: list[dict[str, Any]]) -> str:
     return table(header, body)
 
 
+def bf16_table(rows: list[dict[str, Any]]) -> str:
+    """Networks in bf16 on a CPU, and our recording of the same in float32."""
+    header = ["network", "batch", "zeros", "multiplied by", "best dense in bf16", "its p50 [ms]",
+              "recorded in bf16 p20 / p50 / p80 [ms]", "n", "speed-up", "recorded in float32 p50 [ms]",
+              "error / error of torch in bf16"]  # fmt: skip
+    body = [
+        [
+            r["network"], str(r["batch"]), f"{r['sparsity']:.1%}, {block_name(r)}", r["engine"], best_baseline(r),
+            f"{r['dense_p50_ms']:.3g}", f"{r['p20_ms']:.3g} / {r['p50_ms']:.3g} / {r['p80_ms']:.3g}", str(r["n"]),
+            f"**{r['speedup']:.2f}x**", f"{r['float32_p50_ms']:.3g}", f"{r['error_ratio']:.2f}",
+        ]
+        for r in rows
+    ]  # fmt: skip
+    return table(header, body)
+
+
 def checkpoints_table(rows: list[dict[str, Any]]) -> str:
     """Trained compact files: bytes as this machine stores them, and its recording against the best dense engine."""
     header = ["file", "bytes", "smaller", "batch", "best dense", "its p50 [ms]", "converted p50 [ms]",
@@ -199,6 +215,7 @@ SECTIONS = (
     ("ceilings", "Ceilings", ceilings_table),
     ("vgg", "Converted networks (random weights, pruned by magnitude)", vgg_table),
     ("networks", "Networks of several kinds", networks_table),
+    ("bf16", "Networks in bf16 on a CPU", bf16_table),
     ("checkpoints", "Trained compact files", checkpoints_table),
     ("ops", "Layers", ops_table),
     ("backward", "Training", backward_table),

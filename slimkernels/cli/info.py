@@ -11,6 +11,7 @@ import torch
 
 from slimkernels import _extension, env
 from slimkernels.kernels import KERNELS
+from slimkernels.kernels.cpu.pairs import fast_engines
 
 _PACKAGES = ("torch", "torchvision", "triton", "safetensors", "rich", "typer", "scikit-learn", "matplotlib")
 _CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512vl", "avx512dq", "avx512bw", "avx512_bf16", "amx_bf16")
@@ -53,6 +54,8 @@ def render(data: dict[str, Any] | None = None) -> str:
             f"native       built by {native['compiler']} for {', '.join(native['isas'])}; "
             f"this CPU runs {', '.join(native['usable_isas'])}"
         )
+        engines = " and ".join(native["bf16_engines"])
+        lines.append(f"             bf16 by {engines}" if engines else "             no bf16 faster than float32")
     else:
         lines.append(f"native       missing: {native['reason']}")
     lines += [f"             without {what}: {why}" for what, why in native["missing"].items() if what != "native"]
@@ -86,6 +89,7 @@ def _native() -> dict[str, Any]:
         "compiler": build.get("compiler"),
         "isas": build.get("isas", []),
         "usable_isas": module.isas() if module is not None else [],
+        "bf16_engines": list(fast_engines()),
         "missing": _extension.missing(),
     }
 

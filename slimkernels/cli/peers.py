@@ -20,15 +20,21 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
 
 
-def openvino(model: nn.Module, x: Tensor) -> Callable[[], Any]:
-    """The model compiled by OpenVINO in float32 at torch's thread count, its input already in OpenVINO's memory."""
+def openvino(model: nn.Module, x: Tensor, precision: str = "f32") -> Callable[[], Any]:
+    """The model compiled by OpenVINO at torch's thread count, its input already in OpenVINO's memory.
+
+    Args:
+        model: in float32, in eval mode.
+        x: its input, float32.
+        precision: what it multiplies in: ``f32``, ``bf16``.
+    """
     ov: Any = importlib.import_module("openvino")
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         graph = ov.convert_model(model, example_input=x)
     options = {
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": precision,
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
     }

@@ -13,6 +13,7 @@ from slimkernels.dispatch.select import resolve, takes
 from slimkernels.formats import BSRWeight, block_shape_2d, check_pattern
 from slimkernels.kernels import cuda_tensor_cores
 from slimkernels.kernels.cpu.conv2d import PackedConv2d, pack_strips
+from slimkernels.kernels.cpu.pairs import engine
 from slimkernels.kernels.packs import ForwardOrder, StripPack, TensorCorePack
 from slimkernels.kernels.problems import Request, strip_width
 from slimkernels.kernels.transposed import transpose_index
@@ -188,7 +189,7 @@ class StoredBlocks(Prepacked):
             warnings.warn(
                 f"{type(self).__name__}: {str(self.values.dtype).removeprefix('torch.')} has no sparse kernel on "
                 f"{self.values.device.type}, so zeros are multiplied and nothing is gained; convert in the dtype that "
-                "serves, or go back to float32 with model.float()",
+                "serves, or go back to float32 with model.float()" + _in_bf16(self.values),
                 stacklevel=3,
             )
 
@@ -255,3 +256,10 @@ class StoredBlocks(Prepacked):
             f"bias={self.bias is not None}, block_shape={self.block_shape}, blocks={blocks}, "
             f"epilogue={self.epilogue!r}, kernel={self.kernel!r}"
         )
+
+
+def _in_bf16(values: Tensor) -> str:
+    """What a CPU that multiplies bf16 offers float32 models."""
+    if values.device.type != "cpu" or engine() is None:
+        return ""
+    return ", which is multiplied in bf16 where torch.backends.mkldnn.conv.fp32_precision and .matmul say so"

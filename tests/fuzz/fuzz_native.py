@@ -8,6 +8,7 @@ setup.py) sees. Runs alone: ``python tests/fuzz/fuzz_native.py --seconds 60``.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import random
 import time
@@ -23,12 +24,14 @@ from torch.nn import functional as F
 from slimkernels import _extension, ops
 from slimkernels.formats import BSRWeight, block_grid
 from slimkernels.kernels.cpu import conv2d as native
+from slimkernels.kernels.cpu import pairs
 from slimkernels.kernels.cpu.abi import Conv2dArguments
 from slimkernels.kernels.cpu.library import unavailable_reason
 from slimkernels.kernels.cpu.low_rank import pack_factors
 from slimkernels.kernels.cpu.pooling import Pooling
-from slimkernels.kernels.cpu.steps import AVERAGE_POOL, MAX_POOL, PADDED_AVERAGE_POOL
+from slimkernels.kernels.cpu.steps import AVERAGE_POOL, LAST_KIND, MAX_POOL, PADDED_AVERAGE_POOL
 from slimkernels.kernels.image_parts import WHOLE
+from slimkernels.kernels.packs import StripPack
 from slimkernels.kernels.problems import LANES, factor_geometry, strip_width
 from slimkernels.nn import BlockSparseConv2d, BlockSparseLinear, LowRankConv2d, LowRankLinear
 
@@ -425,7 +428,7 @@ def steps(rng: random.Random) -> None:
     name = rng.choice(MEMBERS)
     value = getattr(step.arguments, name)
     illegal = [-1, -(2**31), -(2**63), 2**32 + value, 2**63 - 1]
-    if name not in ("h", "w", "pad_h", "pad_w", "relu", "pool"):
+    if name not in ("h", "w", "pad_h", "pad_w", "relu", "pool", "engine", "to_floats"):
         illegal.append(0)
     if name == "n":
         illegal.remove(2**32 + value)
@@ -439,7 +442,7 @@ def steps(rng: random.Random) -> None:
     layout = native.layout_step(x, inner, n, parts).arguments._replace(**{name: wrong_value})
     if name in ("n", "h", "w", "c_in", "lanes"):
         refused(lambda: module.Steps(isa, [(1, -1, *layout)]), f"layout step with {what}")
-    refused(lambda: module.Steps(isa, [(rng.choice([6, -1, 2**32]), -1, *step.arguments)]), "kind")
+    refused(lambda: module.Steps(isa, [(rng.choice([LAST_KIND + 1, -1, 2**32]), -1, *step.arguments)]), "kind")
     refused(lambda: module.Steps(isa, [(0, rng.choice([-2, 2**31, 2**32]), *step.arguments)]), "slot")
     refused(lambda: module.conv2d_f32(isa, *step.arguments, rng.choice([0, -1, 2**31, 2**32 + 1])), "threads")
     room = innermost_offsets.numel() - 1
@@ -481,7 +484,44 @@ def pooling(rng: random.Random) -> None:
     refused(lambda: module.Steps(isa, [(step.kind, -1, *members)]), f"pooling with {name} = {value}")
 
 
-KINDS = (legal_op, illegal_op, illegal_op, wide_op, module_call, module_call, low_rank, steps, pooling)
+def in_pairs(rng: random.Random) -> None:
+    """A convolution in bf16 on any engine against the definition, and a pack or a number that does not fit."""
+    module = _extension.load()[0]
+    assert module is not None
+    conv, engine = Conv.draw(rng), rng.choice(module.bf16_engines())
+    shape, (n, _, h, w) = conv.weight.weight_shape, conv.x.shape
+    if shape[2] * shape[3] > pairs.MAX_TAPS:
+        return
+    pack = pairs.pack_pairs(StripPack(*conv.pack(rng.choice(ISAS))), shape)
+    packed = pairs.PairsConv2d(engine, pack, shape, *conv.geometry(), conv.epilogue)
+    p, q = native.PackedConv2d("scalar", conv.pack("scalar"), shape, *conv.geometry(), conv.epilogue).output_size(h, w)
+    if conv.epilogue == "relu_maxpool2":
+        p, q = p // 2, q // 2
+    x, y = conv.x.contiguous(memory_format=torch.channels_last), torch.empty(-(-n // 16), p, q, shape[0], 16)
+    inner = torch.empty(pairs.pairs_shape(n, h, w, shape[1]), dtype=torch.bfloat16)
+    step = packed.step(inner, y, conv.bias, n)
+    native.Steps("scalar", [pairs.to_pairs_step(engine, x, inner, n), step])()
+    rounded = [t.bfloat16().float() for t in (conv.x, conv.weight.to_dense())]
+    got = y.permute(0, 4, 3, 1, 2).flatten(0, 1)[:n]
+    check_conv(got, rounded[0], rounded[1:], conv.bias, [conv.geometry()], conv.epilogue)
+    field = rng.choice(["groups", "starts"])
+    wrong = {name: tensor.clone() for name, tensor in pack._asdict().items()}
+    numbers = wrong[field].view(-1)
+    if numbers.numel():
+        at = rng.randrange(numbers.numel())
+        numbers[at] = rng.choice([-1, -64, 2**31 - 1, int(numbers[at]) + 1, int(numbers[at]) + 64, 1 << 20])
+        # Another pattern may be as legal: then nothing outside of any tensor is read.
+        with contextlib.suppress(ValueError):
+            packed = pairs.PairsConv2d(engine, pairs.PairPack(**wrong), shape, *conv.geometry(), conv.epilogue)
+            native.Steps("scalar", [packed.step(inner, y, conv.bias, n)])()
+    name = rng.choice([name for name in MEMBERS if name not in ("parts_h", "parts_w")])
+    value = rng.choice([-1, -(2**31), -(2**63), 2**32 + getattr(step.arguments, name)])
+    if name != "n" or value < 0:
+        members = step.arguments._replace(**{name: value})
+        refused(lambda: module.Steps("scalar", [(step.kind, -1, *members)]), f"pairs with {name} = {value}")
+
+
+KINDS = (legal_op, illegal_op, illegal_op, wide_op, module_call, module_call, low_rank, steps, pooling, in_pairs)
 
 
 def run(cases: int, seed: int = 0, seconds: float = float("inf")) -> Counter[str]:
