@@ -93,7 +93,7 @@ typedef struct SlimConv2dF32 {
 //   tap_ptr:  (ceil(c_out/16) + 1), the first group of each strip of 16 output channels, not decreasing from 0
 // y and a residual are in pairs, or y is fp32 with 16 images innermost (to_floats), and is then what residuals are
 // added to all the same. Bias is fp32, 2x2 pools as above, images whole. Poolings in pairs are as those above. All
-// pointers but that of the bias are multiples of 64, channels and tap_ptr of 8.
+// pointers but the bias and an fp32 x are multiples of 64, channels and tap_ptr of 8.
 enum {
   SLIM_STEP_CONV2D = 0,
   SLIM_STEP_TO_IMAGES = 1,
@@ -110,8 +110,8 @@ enum {
 enum { SLIM_ENGINE_SCALAR = 1, SLIM_ENGINE_AVX512BF16 = 2, SLIM_ENGINE_AMX = 3 };
 
 // Where the number in an even or an odd place of a row comes from: a tap, SLIM_PAIRS_MAX_TAPS for none (zeros); and the
-// bytes from a pixel's first pair of channels to its own. That is a multiple of 64, of an odd channel in an even place 2
-// more, and of an even channel in an odd place 2 less.
+// bytes from a pixel's first pair of channels to its own. That is a multiple of 64, of an odd channel in an even place
+// 2 more, and of an even channel in an odd place 2 less; of none it is 0.
 typedef struct SlimPairsSource {
   int32_t tap, row;
 } SlimPairsSource;

@@ -16,9 +16,13 @@ struct Amx : PairsVec16 {
 
   Amx() {
     const Config config;
+    memory_is_read();
     _tile_loadconfig(&config);
   }
   ~Amx() { _tile_release(); }
+
+  // GCC 12 does not know that a tile's load reads memory and may drop what was stored for it.
+  static inline void memory_is_read() { __asm__ volatile("" ::: "memory"); }
 
   // The rows of a group at CHUNK_PIXELS pixels.
   template <bool WHOLE>
@@ -53,6 +57,7 @@ struct Amx : PairsVec16 {
   static inline void multiply(const SlimPairsGroup& group, const Bf16* weights, const PairsChunk& chunk,
                               const char* buffer) {
     if ((group.taps & taps_of(chunk)) == 0) return;
+    memory_is_read();
     _tile_loadd(6, weights, 64);
     const char* from[CHUNK_PIXELS];
     for (int i = 0; i < CHUNK_PIXELS; ++i)
@@ -93,6 +98,7 @@ struct Amx : PairsVec16 {
     if (chunk.count > 1) _tile_stored(1, sums + SUM, 64);
     if (chunk.count > 2) _tile_stored(2, sums + 2 * SUM, 64);
     if (chunk.count > 3) _tile_stored(3, sums + 3 * SUM, 64);
+    memory_is_read();  // nor that their stores write it
   }
 };
 

@@ -70,9 +70,11 @@ flags=(-std=c++17 -O3 -fopenmp -fvisibility=hidden -fno-exceptions -fno-rtti -ff
 own_scalar=()
 own_avx2=(-mavx2 -mfma)
 own_avx512=(-mavx512f -mavx512vl -mavx512dq -mavx512bw -mfma -Wno-maybe-uninitialized)
-for isa in scalar avx2 avx512; do
-  declare -n own="own_$isa"
-  "${cxx[@]}" "${flags[@]}" "${own[@]}" -c "$csrc/cpu/conv2d_$isa.cpp" -o "$scratch/$isa.o"
+own_avx512bf16=("${own_avx512[@]}" -mavx512bf16)
+# The steps of all instruction sets call pairs_scalar.cpp; the emulated CPU has no AVX512_BF16.
+for source in conv2d_scalar conv2d_avx2 conv2d_avx512 pairs_scalar pairs_avx512bf16; do
+  declare -n own="own_${source#*_}"
+  "${cxx[@]}" "${flags[@]}" "${own[@]}" -c "$csrc/cpu/$source.cpp" -o "$scratch/$source.o"
 done
 "${cxx[@]}" -std=c++17 -O2 -fopenmp "-I$csrc" -static "$csrc/tests/kernel_check.cpp" "$scratch"/*.o \
   -o "$scratch/root/kernel_check" 2>"$scratch/link.log" || { cat "$scratch/link.log" >&2; exit 1; }

@@ -1,8 +1,11 @@
-// Checks every CPU kernel of csrc/kernels.h, in both layouts, against sums in double precision, without Python or
-// torch, so that it runs under sanitizers and in an emulator. Prints one line per instruction set; exit status 1 on a
-// mismatch, 2 on a bad option.
+// Checks every CPU kernel of csrc/kernels.h, in both layouts and in pairs, against sums in double precision, without
+// Python or torch, so that it runs under sanitizers and in an emulator. Prints one line per instruction set and one per
+// engine of steps in pairs; exit status 1 on a mismatch, 2 on a bad option.
 //
-//   kernel_check [--isa scalar|avx2|avx512] [--cases N] [--max-threads N]
+//   kernel_check [--isa scalar|avx2|avx512] [--engine scalar|avx512bf16|amx] [--cases N] [--max-threads N]
+//
+// With --isa or --engine just what they name is checked. Engines run the same under every instruction set's entry
+// point, and take one of those that this machine has, or the named one.
 //
 // Inputs are heap blocks of exact size (AddressSanitizer sees one element too many), the output lies between guard
 // zones and is pre-filled with a pattern that must be gone afterwards.
@@ -14,6 +17,7 @@
 
 #include <vector>
 
+#include "cpu/pairs_engine.h"
 #include "kernels.h"
 
 #ifndef SLIM_HAVE_AVX2
@@ -557,22 +561,554 @@ void run_norm_case(const Isa& isa, long number, int max_threads, Tally* tally) {
   tally->outputs += outputs + size;
 }
 
+// ---------------------------------------------------------------- steps in pairs
+
+typedef uint16_t Bf16;
+
+constexpr int64_t kImages = 16, kStrip = 16, kRows = 16;  // of a row, a strip and a group
+constexpr int64_t kPair = 2 * kImages;                    // numbers of bf16 in a row
+// As one float and as two numbers of bf16 a signaling NaN, which no kernel writes: arithmetic and rounding make it
+// quiet.
+constexpr uint32_t kUnwrittenPair = 0x7fad7fad;
+constexpr Bf16 kNan = 0x7fc0;
+
+struct Engine {
+  const char* name;
+  int32_t number;  // SLIM_ENGINE_*
+};
+
+// What runs the steps of an engine.
+typedef std::vector<const Isa*> Isas;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The i-th number in memory that was allocated as another type.
+template <typename T>
+T number_at(const void* memory, int64_t i) {
+  T v;
+  memcpy(&v, static_cast<const char*>(memory) + i * int64_t(sizeof v), sizeof v);
+  return v;
+}
+
+float float_of(Bf16 v) {
+  const uint32_t bits = uint32_t(v) << 16;
+  return number_at<float>(&bits, 0);
+}
+
+// To the nearest, ties to even. NaN becomes a quiet one.
+Bf16 bf16_of(float v) {
+  if (isnan(v)) return kNan;
+  const uint32_t bits = number_at<uint32_t>(&v, 0), odd = bits >> 16 & 1;
+  return Bf16((bits + 0x7fff + odd) >> 16);
+}
+
+// A heap block of exactly the asked size at a multiple of 64 bytes. Whatever lies in pairs is whole rows of 64 bytes.
+template <typename T>
+struct RowBlock {
+  T* data;
+  explicit RowBlock(int64_t count)
+      : data(static_cast<T*>(aligned_alloc(64, size_t(count > 0 ? count : 64) * sizeof(T)))) {
+    if (data == nullptr) abort();
+  }
+  ~RowBlock() { free(data); }
+  RowBlock(const RowBlock&) = delete;
+  RowBlock& operator=(const RowBlock&) = delete;
+};
+
+// The output of a step in pairs between its guard zones: 32-bit words, of a float or of two numbers of bf16.
+struct PairsOutput {
+  int64_t words;
+  RowBlock<uint32_t> block;
+  explicit PairsOutput(int64_t count) : words(count), block(count + 2 * kGuard) {
+    for (int64_t i = 0; i < count + 2 * kGuard; ++i) block.data[i] = kUnwrittenPair;
+  }
+  const uint32_t* data() const { return block.data + kGuard; }
+  float* y() { return reinterpret_cast<float*>(block.data + kGuard); }
+  bool kept_inside() const {
+    bool kept = true;
+    for (int64_t i = 0; i < kGuard; ++i)
+      kept = kept && block.data[i] == kUnwrittenPair && block.data[kGuard + words + i] == kUnwrittenPair;
+    return kept;
+  }
+};
+
+// An output and what it should be: between want - limit and want + limit, and then rounded where y is bf16.
+struct Expected {
+  double want, limit;
+  bool to_floats;
+};
+
+// Rounding never changes the order of two numbers, so y lies between the rounded ends.
+bool matches(const Expected& e, double got) {
+  if (isnan(e.want)) return isnan(got);
+  if (isinf(e.want)) return got == e.want;
+  double low = e.want - e.limit, high = e.want + e.limit;
+  if (!e.to_floats) {
+    low = float_of(bf16_of(float(low)));
+    high = float_of(bf16_of(float(high)));
+  }
+  return low <= got && got <= high;
+}
+
+// Compares channel c of lane `image` at a pixel of y, which has `channels` of them. The first failure of a case is
+// printed.
+void check_number(const uint32_t* y, int64_t pixel, int64_t channels, int64_t c, int64_t image, const Expected& e,
+                  bool first, Tally* tally) {
+  const int64_t row = e.to_floats ? pixel * channels + c : pixel * ceil_div(channels, 2) + c / 2;
+  const int64_t word = row * kImages + image;
+  const Bf16 half = number_at<Bf16>(y, 2 * word + c % 2);
+  const double got = e.to_floats ? number_at<float>(y, word) : float_of(half);
+  const bool unwritten = e.to_floats ? y[word] == kUnwrittenPair : half == Bf16(kUnwrittenPair);
+  if (!unwritten && matches(e, got)) {
+    const double share = fabs(got - e.want) / e.limit;
+    if (e.to_floats && e.limit > 0.0 && isfinite(e.want) && share > tally->worst) tally->worst = share;
+    return;
+  }
+  ++tally->failures;
+  if (first && unwritten) {
+    printf("  pixel %ld channel %ld lane %ld was not written\n", long(pixel), long(c), long(image));
+  } else if (first) {
+    printf("  pixel %ld channel %ld lane %ld = %.9g, expected %.9g within %.3g%s\n", long(pixel), long(c), long(image),
+           got, e.want, e.limit, e.to_floats ? "" : " and the rounding to bf16");
+  }
+}
+
+// One strip at one pixel of a group of images, before bias and residual.
+struct StripSums {
+  double sum[kStrip][kImages], scale[kStrip][kImages];
+  long terms[kStrip];
+};
+
+// The definition in kernels.h, source by source in double. A stored column counts for all channels of its strip, so
+// that NaN times a weight of zero is NaN there, and nowhere else.
+void add_strip(const SlimConv2dF32& a, int64_t image_group, int64_t p, int64_t q, int64_t strip, StripSums* sums) {
+  memset(sums, 0, sizeof *sums);
+  const Bf16* const weights = reinterpret_cast<const Bf16*>(a.weights);
+  for (int32_t g = a.tap_ptr[strip]; g < a.tap_ptr[strip + 1]; ++g) {
+    const SlimPairsGroup& group = reinterpret_cast<const SlimPairsGroup*>(a.channels)[g];
+    for (int64_t column = 0; column < 2 * group.rows; ++column) {
+      const SlimPairsSource source = column % 2 == 0 ? group.row[column / 2].even : group.row[column / 2].odd;
+      const int64_t iy = p * a.stride_h - a.pad_h + source.tap / a.s * a.dil_h;
+      const int64_t ix = q * a.stride_w - a.pad_w + source.tap % a.s * a.dil_w;
+      if (source.tap == SLIM_PAIRS_MAX_TAPS || iy < 0 || iy >= a.h || ix < 0 || ix >= a.w) continue;
+      const int64_t pixel = (image_group * a.h + iy) * a.w + ix;
+      const int64_t first = pixel * ceil_div(a.c_in, 2) * kPair + source.row / 2 + column % 2;
+      double x[kImages];
+      for (int64_t n = 0; n < kImages; ++n) x[n] = float_of(reinterpret_cast<const Bf16*>(a.x)[first + 2 * n]);
+      for (int64_t o = 0; o < kStrip && strip * kStrip + o < a.c_out; ++o) {
+        const double weight = float_of(weights[(g * kStrip + o) * 2 * kRows + column]);
+        sums->terms[o] += weight != 0.0;
+        for (int64_t n = 0; n < kImages; ++n) {
+          sums->sum[o][n] += weight * x[n];
+          sums->scale[o][n] += fabs(weight * x[n]);
+        }
+      }
+    }
+  }
+}
+
+// Compares all outputs of a convolution in pairs: all lanes are computed, also those beyond n.
+void compare_conv(const SlimConv2dF32& a, const uint32_t* y, Tally* tally) {
+  const int64_t out_h = a.pool ? a.p / 2 : a.p, out_w = a.pool ? a.q / 2 : a.q, window = a.pool ? 4 : 1;
+  const int64_t pixels = ceil_div(a.n, kImages) * out_h * out_w;
+  const long before = tally->failures;
+  StripSums sums[4];
+  for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+    const int64_t q = pixel % out_w, p = pixel / out_w % out_h, image_group = pixel / out_w / out_h;
+    for (int64_t first = 0; first < a.c_out; first += kStrip) {
+      for (int64_t k = 0; k < window; ++k) {
+        const int64_t row = a.pool ? 2 * p + k / 2 : p, column = a.pool ? 2 * q + k % 2 : q;
+        add_strip(a, image_group, row, column, first / kStrip, &sums[k]);
+      }
+      for (int64_t o = 0; o < kStrip && first + o < a.c_out; ++o) {
+        const int64_t c = first + o;
+        const double bias = a.bias != nullptr ? double(a.bias[c]) : 0.0;
+        for (int64_t n = 0; n < kImages; ++n) {
+          Expected e = {-INFINITY, 0.0, a.to_floats != 0};
+          double residual = 0.0;
+          if (a.residual != nullptr) {
+            const int64_t at = (pixel * ceil_div(a.c_out, 2) + c / 2) * kPair + 2 * n + c % 2;
+            residual = float_of(reinterpret_cast<const Bf16*>(a.residual)[at]);
+          }
+          for (int64_t k = 0; k < window; ++k) {
+            e.want = maximum(sums[k].sum[o][n] + bias + residual, e.want);
+            // Products that are zero because they are denormals stay below FLT_MIN each.
+            const double denormals = double(sums[k].terms[o]) * FLT_MIN;
+            const double limit = bound(sums[k].scale[o][n] + fabs(bias) + fabs(residual), sums[k].terms[o] + 2);
+            if (isfinite(limit)) e.limit = fmax(e.limit, limit + denormals);
+          }
+          if (a.relu && e.want < 0.0) e.want = 0.0;
+          check_number(y, pixel, a.c_out, c, n, e, tally->failures == before, tally);
+        }
+      }
+    }
+  }
+  tally->outputs += pixels * a.c_out * kImages;
+}
+
+// The same of a copy into pairs, which rounds; lanes beyond n become zeros.
+void compare_copy(const SlimConv2dF32& a, const void* y, Tally* tally) {
+  const int64_t pixels = a.h * a.w, image_groups = ceil_div(a.n, kImages);
+  const long before = tally->failures;
+  for (int64_t pixel = 0; pixel < image_groups * pixels; ++pixel) {
+    for (int64_t c = 0; c < a.c_in; ++c) {
+      for (int64_t n = 0; n < kImages; ++n) {
+        const int64_t image = pixel / pixels * kImages + n;
+        const float from = image < a.n ? a.x[(image * pixels + pixel % pixels) * a.c_in + c] : 0.0f;
+        const Expected e = {float_of(bf16_of(from)), 0.0, false};
+        check_number(static_cast<const uint32_t*>(y), pixel, a.c_in, c, n, e, tally->failures == before, tally);
+      }
+    }
+  }
+  tally->outputs += image_groups * pixels * a.c_in * kImages;
+}
+
+// The same of a pooling in pairs.
+void compare_pool(const SlimConv2dF32& a, int32_t kind, const uint32_t* y, Tally* tally) {
+  const int64_t pixels = ceil_div(a.n, kImages) * a.p * a.q, pairs = ceil_div(a.c_in, 2);
+  const bool max = kind == SLIM_STEP_PAIRS_MAX_POOL, padded = kind == SLIM_STEP_PAIRS_PADDED_AVERAGE_POOL;
+  const long before = tally->failures;
+  for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+    const int64_t q = pixel % a.q, p = pixel / a.q % a.p, image_group = pixel / a.q / a.p;
+    for (int64_t c = 0; c < a.c_in; ++c) {
+      for (int64_t n = 0; n < kImages; ++n) {
+        double largest = -INFINITY, sum = 0.0, scale = 0.0;
+        long inside = 0;
+        for (int64_t tap = 0; tap < int64_t(a.r) * a.s; ++tap) {
+          const int64_t iy = p * a.stride_h - a.pad_h + tap / a.s * a.dil_h;
+          const int64_t ix = q * a.stride_w - a.pad_w + tap % a.s * a.dil_w;
+          if (iy < 0 || iy >= a.h || ix < 0 || ix >= a.w) continue;
+          const int64_t row = ((image_group * a.h + iy) * a.w + ix) * pairs + c / 2;
+          const double x = float_of(reinterpret_cast<const Bf16*>(a.x)[row * kPair + 2 * n + c % 2]);
+          largest = maximum(x, largest);
+          sum += x;
+          scale += fabs(x);
+          ++inside;
+        }
+        const double count = padded ? double(a.r) * a.s : double(inside > 0 ? inside : 1);
+        const Expected e = {max ? largest : sum / count, max ? 0.0 : bound(scale / count, inside), a.to_floats != 0};
+        check_number(y, pixel, a.c_in, c, n, e, tally->failures == before, tally);
+      }
+    }
+  }
+  tally->outputs += pixels * a.c_in * kImages;
+}
+
+// Numbers in pairs: every lane is finite. The odd half of the last pair of an odd number of channels, of which nothing
+// is asked, is NaN, which must reach nothing.
+void fill_pairs(Rng& rng, Bf16* x, int64_t pixels, int64_t channels) {
+  const int64_t pairs = ceil_div(channels, 2);
+  for (int64_t i = 0; i < pixels * pairs * kPair; ++i) {
+    const bool exists = i / kPair % pairs * 2 + i % 2 < channels;
+    x[i] = exists ? bf16_of(rng.value()) : kNan;
+  }
+}
+
+// Where NaN and infinities go: a channel of a pixel of an image that exists.
+struct Place {
+  int64_t image, pixel, channel;
+  Place(Rng& rng, const SlimConv2dF32& a)
+      : image(rng.below(a.n)), pixel(rng.below(a.h * a.w)), channel(rng.below(a.c_in)) {}
+  int64_t channels_last(const SlimConv2dF32& a) const { return (image * a.h * a.w + pixel) * a.c_in + channel; }
+  int64_t in_pairs(const SlimConv2dF32& a) const {
+    const int64_t row = (image / kImages * a.h * a.w + pixel) * ceil_div(a.c_in, 2) + channel / 2;
+    return row * kPair + 2 * (image % kImages) + channel % 2;
+  }
+};
+
+float special(Rng& rng) {
+  static const float kSpecial[] = {NAN, INFINITY, -INFINITY};
+  return kSpecial[rng.below(3)];
+}
+
+// One group of `taps` taps and `channels` input channels, of a kind that these have.
+SlimPairsGroup random_group(Rng& rng, int64_t taps, int64_t channels) {
+  const int64_t whole_pairs = channels / 2;
+  SlimPairsGroup group;
+  memset(&group, 0x7f, sizeof group);  // rows that the group lacks are not read
+  group.kind = SLIM_GROUP_MIXED;
+  if (whole_pairs >= 1 && rng.chance(30)) group.kind = SLIM_GROUP_WHOLE;
+  if (whole_pairs >= kRows && rng.chance(40)) group.kind = SLIM_GROUP_DIRECT;
+  group.rows = int32_t(group.kind == SLIM_GROUP_DIRECT || rng.chance(40) ? kRows : rng.range(1, kRows));
+  group.taps = 0;
+  const SlimPairsSource none = {SLIM_PAIRS_MAX_TAPS, 0};
+  const auto pair = [&](int64_t tap, int64_t number) { return SlimPairsSource{int32_t(tap), int32_t(number * 64)}; };
+  // Any channel in an even (0) or an odd (1) place.
+  const auto single = [&](int64_t place) {
+    const int64_t c = rng.below(channels);
+    return SlimPairsSource{int32_t(rng.below(taps)), int32_t(c / 2 * 64 + 2 * (c % 2 - place))};
+  };
+  const int64_t tap = rng.below(taps), first = rng.below(whole_pairs >= kRows ? whole_pairs - kRows + 1 : 1);
+  for (int32_t r = 0; r < group.rows; ++r) {
+    SlimPairsRow& row = group.row[r];
+    if (group.kind == SLIM_GROUP_MIXED) {
+      row.even = rng.chance(10) ? none : single(0);
+      row.odd = rng.chance(20) ? none : single(1);
+    } else if (group.kind == SLIM_GROUP_WHOLE) {
+      row.even = row.odd = rng.chance(3) ? none : pair(rng.below(taps), rng.below(whole_pairs));
+    } else {
+      row.even = row.odd = pair(tap, first + r);
+    }
+    if (row.even.tap != SLIM_PAIRS_MAX_TAPS) group.taps |= uint64_t(1) << row.even.tap;
+    if (row.odd.tap != SLIM_PAIRS_MAX_TAPS) group.taps |= uint64_t(1) << row.odd.tap;
+  }
+  return group;
+}
+
+void describe_pairs(const Engine& engine, const Isa& isa, const SlimConv2dF32& a, int32_t slot, int32_t threads) {
+  printf("  engine %s: to_floats=%d, slot %d, %d threads\n", engine.name, a.to_floats, slot, threads);
+  describe(isa.name, a);
+}
+
+// How the steps of a case run.
+struct PairsWay {
+  const Isa* isa;
+  int32_t slot, threads;
+  PairsWay(Rng& rng, const Isas& isas, int max_threads)
+      : isa(isas[size_t(rng.below(int64_t(isas.size())))]),
+        slot(rng.chance(30) ? int32_t(rng.below(4)) : -1),
+        threads(int32_t(rng.chance(40) ? 1 : rng.range(1, max_threads))) {}
+};
+
+// One random convolution in pairs, every other one behind the copy of its input: the same one for every engine.
+void run_pairs_conv_case(const Engine& engine, const Isas& isas, long number, int max_threads, Tally* tally) {
+  Rng rng{uint64_t(number) * 0xd1342543de82ef95u + 13};
+  static const int64_t kSizes[] = {1, 1, 2, 2, 3, 4, 4, 5, 6, 7, 8, 9, 13, 17}, kKernels[] = {1, 1, 2, 3, 3, 3, 5, 7};
+  static const int64_t kMostTaps[] = {1, 3, 7, 9, 21, 63};
+  static const int64_t kChannels[] = {1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 33, 34, 47, 64, 65, 130};
+  SlimConv2dF32 a;
+  memset(&a, 0, sizeof a);
+  const bool large = number % 97 == 96, most_taps = number % 31 == 30, many_strips = !large && number % 17 == 16;
+  do {
+    a.h = large ? 24 : many_strips ? rng.range(1, 4) : rng.pick(kSizes);
+    a.w = large ? 24 : rng.chance(60) ? a.h : rng.pick(kSizes);
+    a.r = int32_t(most_taps ? rng.pick(kMostTaps) : rng.pick(kKernels));
+    a.s = int32_t(most_taps ? SLIM_PAIRS_MAX_TAPS / a.r : rng.chance(80) ? a.r : rng.pick(kKernels));
+    a.stride_h = rng.chance(70) ? 1 : int32_t(rng.range(1, 3));
+    a.stride_w = rng.chance(70) ? a.stride_h : int32_t(rng.range(1, 3));
+    a.dil_h = rng.chance(80) ? 1 : int32_t(rng.range(1, 3));
+    a.dil_w = rng.chance(80) ? a.dil_h : int32_t(rng.range(1, 3));
+    a.pad_h = rng.chance(60) ? (a.r - 1) / 2 * a.dil_h : int32_t(rng.range(0, 6));
+    a.pad_w = rng.chance(60) ? (a.s - 1) / 2 * a.dil_w : int32_t(rng.range(0, 6));
+    a.p = output_size(a.h, a.r, a.stride_h, a.pad_h, a.dil_h);
+    a.q = output_size(a.w, a.s, a.stride_w, a.pad_w, a.dil_w);
+  } while (a.p < 1 || a.q < 1);
+  a.n = rng.chance(20) ? kImages : rng.range(1, 40);
+  a.c_in = rng.pick(kChannels);
+  a.c_out = many_strips ? rng.range(150, 400) : rng.chance(50) ? rng.pick(kChannels) : rng.range(1, 70);
+  a.strip = kStrip;
+  a.depth = a.parts_h = a.parts_w = 1;
+  a.lanes = kImages;
+  a.engine = engine.number;
+  a.relu = rng.chance(50);
+  a.pool = a.p >= 2 && a.q >= 2 && rng.chance(30);
+  a.to_floats = rng.chance(30);
+
+  // Groups fall on strips at random, so that some have none; as many as the double reference can do.
+  const int64_t strips = ceil_div(a.c_out, kStrip);
+  const double limit = (large ? 4e7 : 3e6) / (2 * kRows * kStrip * kImages);
+  while (a.n > kImages && double(ceil_div(a.n, kImages) * a.p * a.q * strips) > limit) a.n = (a.n + 1) / 2;
+  const int64_t image_groups = ceil_div(a.n, kImages), most = int64_t(limit / double(image_groups * a.p * a.q)) + 1;
+  const int64_t wanted = rng.range(0, 4 * strips), count = wanted < most ? wanted : most;
+  std::vector<int32_t> starts(size_t(strips) + 1, 0);
+  for (int64_t g = 0; g < count; ++g) ++starts[size_t(rng.below(strips)) + 1];
+  for (int64_t strip = 0; strip < strips; ++strip) starts[size_t(strip) + 1] += starts[size_t(strip)];
+  std::vector<SlimPairsGroup> groups;
+  for (int64_t g = 0; g < count; ++g) groups.push_back(random_group(rng, int64_t(a.r) * a.s, a.c_in));
+
+  // Groups and starts lie at odd multiples of 8 bytes.
+  constexpr int64_t kWords = sizeof(SlimPairsGroup) / sizeof(uint64_t);
+  Block<uint64_t> group_block(count * kWords, 1);
+  Block<int32_t> start_block(strips + 1, 2);
+  Block<float> bias(a.c_out, rng.range(0, 3));
+  RowBlock<Bf16> weights(count * kStrip * 2 * kRows);
+  const int64_t x_pixels = image_groups * a.h * a.w, pairs_in = ceil_div(a.c_in, 2), pairs_out = ceil_div(a.c_out, 2);
+  const int64_t y_pixels = image_groups * (a.pool ? (a.p / 2) * (a.q / 2) : a.p * a.q);
+  RowBlock<Bf16> residual(y_pixels * pairs_out * kPair);
+  if (count > 0) memcpy(group_block.data, groups.data(), size_t(count) * sizeof(SlimPairsGroup));
+  memcpy(start_block.data, starts.data(), starts.size() * sizeof(int32_t));
+  int64_t strip = 0;
+  for (int64_t i = 0; i < count * kStrip * 2 * kRows; ++i) {
+    const int64_t g = i / (kStrip * 2 * kRows), o = i / (2 * kRows) % kStrip, row = i / 2 % kRows;
+    while (g >= starts[size_t(strip) + 1]) ++strip;
+    const bool beyond = strip * kStrip + o >= a.c_out || row >= groups[size_t(g)].rows;
+    weights.data[i] = beyond || rng.chance(10) ? Bf16(0) : bf16_of(rng.value());
+  }
+  for (int64_t i = 0; i < a.c_out; ++i) bias.data[i] = rng.value();
+  fill_pairs(rng, residual.data, y_pixels, a.c_out);
+  a.weights = reinterpret_cast<const float*>(weights.data);
+  a.channels = reinterpret_cast<const int32_t*>(group_block.data);
+  a.tap_ptr = start_block.data;
+  a.bias = rng.chance(70) ? bias.data : nullptr;
+  a.residual = !a.pool && rng.chance(40) ? reinterpret_cast<const float*>(residual.data) : nullptr;
+
+  // Non-finite inputs reach the outputs of strips that store their column, and no others.
+  const int64_t specials = rng.chance(25) ? rng.range(1, 4) : 0;
+  const bool copied = rng.chance(50);
+  Block<float> x_floats(copied ? a.n * a.h * a.w * a.c_in : 0, rng.range(0, 3));
+  RowBlock<Bf16> x(copied ? 0 : x_pixels * pairs_in * kPair);
+  PairsOutput copy(copied ? x_pixels * pairs_in * kImages : 0);
+  if (copied) {
+    for (int64_t i = 0; i < a.n * a.h * a.w * a.c_in; ++i) x_floats.data[i] = rng.value();
+    for (int64_t i = 0; i < specials; ++i) x_floats.data[Place(rng, a).channels_last(a)] = special(rng);
+  } else {
+    fill_pairs(rng, x.data, x_pixels, a.c_in);
+    for (int64_t i = 0; i < specials; ++i) x.data[Place(rng, a).in_pairs(a)] = bf16_of(special(rng));
+  }
+  PairsOutput y(y_pixels * (a.to_floats ? a.c_out : pairs_out) * kImages);
+  a.x = copied ? copy.y() : reinterpret_cast<const float*>(x.data);
+  a.y = y.y();
+
+  const PairsWay way(rng, isas, max_threads);
+  SlimStepF32 steps[2];
+  memset(steps, 0, sizeof steps);
+  steps[0] = {SLIM_STEP_TO_PAIRS, way.slot, a};
+  steps[0].conv.x = x_floats.data;
+  steps[0].conv.y = copy.y();
+  steps[1] = {SLIM_STEP_PAIRS_CONV2D, way.slot, a};
+  const long before = tally->failures;
+  const int status = copied ? way.isa->run(steps, 2, way.threads) : way.isa->run(steps + 1, 1, way.threads);
+  if (status != SLIM_OK || !copy.kept_inside() || !y.kept_inside()) {
+    printf("  status %d, or wrote outside y\n", status);
+    ++tally->failures;
+  } else {
+    if (copied) compare_copy(steps[0].conv, copy.data(), tally);
+    compare_conv(a, y.data(), tally);
+  }
+  if (tally->failures != before) {
+    describe_pairs(engine, *way.isa, a, way.slot, way.threads);
+    printf("  case %ld: %ld groups, input copied into pairs %d, non-finite inputs %ld\n", number, long(count), copied,
+           long(specials));
+  }
+  ++tally->cases;
+}
+
+// One random copy into pairs, of numbers that are hard to round.
+void run_pairs_copy_case(const Engine& engine, const Isas& isas, long number, int max_threads, Tally* tally) {
+  Rng rng{uint64_t(number) * 0xd1342543de82ef95u + 17};
+  SlimConv2dF32 a;
+  memset(&a, 0, sizeof a);
+  const bool large = number % 13 == 12;  // several units of a group of images
+  a.h = large ? 9 : rng.range(1, 8);
+  a.w = large ? 11 : rng.range(1, 8);
+  a.n = rng.range(1, 40);
+  a.c_in = large ? rng.range(64, 140) : rng.range(1, 40);
+  a.lanes = kImages;
+  a.engine = engine.number;
+  const int64_t count = a.n * a.h * a.w * a.c_in;
+  Block<float> x(count, rng.range(0, 3));
+  for (int64_t i = 0; i < count; ++i) {
+    uint32_t bits = uint32_t(rng.next());
+    // Ties, and what lies beside them. Some engines take denormals for zeros.
+    static const uint32_t kLow[] = {0x8000, 0x7fff, 0x8001, 0x0000, 0xffff};
+    if (rng.chance(50)) bits = (bits & 0xffff0000u) | kLow[rng.below(5)];
+    if (rng.chance(5)) bits |= 0x7f800000u;  // NaN of any payload
+    if (rng.chance(2)) bits = (bits & 0x80000000u) | 0x7f800000u;
+    if ((bits & 0x7f800000u) == 0) bits &= 0x80000000u;
+    memcpy(x.data + i, &bits, sizeof bits);
+  }
+  PairsOutput y(ceil_div(a.n, kImages) * a.h * a.w * ceil_div(a.c_in, 2) * kImages);
+  a.x = x.data;
+  a.y = y.y();
+  const PairsWay way(rng, isas, max_threads);
+  const SlimStepF32 step = {SLIM_STEP_TO_PAIRS, way.slot, a};
+  const long before = tally->failures;
+  const int status = way.isa->run(&step, 1, way.threads);
+  if (status != SLIM_OK || !y.kept_inside()) {
+    printf("  status %d, or wrote outside y\n", status);
+    ++tally->failures;
+  } else {
+    compare_copy(a, y.data(), tally);
+  }
+  if (tally->failures != before) {
+    describe_pairs(engine, *way.isa, a, way.slot, way.threads);
+    printf("  copy into pairs, case %ld\n", number);
+  }
+  ++tally->cases;
+}
+
+// One random pooling in pairs, of any of the three kinds.
+void run_pairs_pool_case(const Engine& engine, const Isas& isas, long number, int max_threads, Tally* tally) {
+  Rng rng{uint64_t(number) * 0xd1342543de82ef95u + 19};
+  static const int64_t kSizes[] = {1, 2, 3, 4, 5, 7, 8, 13}, kWindows[] = {1, 2, 2, 3, 3, 4, 7};
+  SlimConv2dF32 a;
+  memset(&a, 0, sizeof a);
+  do {
+    a.h = rng.pick(kSizes);
+    a.w = rng.chance(60) ? a.h : rng.pick(kSizes);
+    a.r = int32_t(rng.pick(kWindows));
+    a.s = rng.chance(70) ? a.r : int32_t(rng.pick(kWindows));
+    a.stride_h = int32_t(rng.range(1, 3));
+    a.stride_w = rng.chance(70) ? a.stride_h : int32_t(rng.range(1, 3));
+    a.dil_h = rng.chance(80) ? 1 : int32_t(rng.range(1, 3));
+    a.dil_w = rng.chance(80) ? a.dil_h : int32_t(rng.range(1, 3));
+    a.pad_h = int32_t(rng.range(0, a.r / 2));
+    a.pad_w = int32_t(rng.range(0, a.s / 2));
+    a.p = output_size(a.h, a.r, a.stride_h, a.pad_h, a.dil_h);
+    a.q = output_size(a.w, a.s, a.stride_w, a.pad_w, a.dil_w);
+  } while (a.p < 1 || a.q < 1);
+  // One more window where it begins inside, as in torch's ceil_mode.
+  if (rng.chance(30) && a.p * a.stride_h - a.pad_h < a.h) ++a.p;
+  if (rng.chance(30) && a.q * a.stride_w - a.pad_w < a.w) ++a.q;
+  a.n = rng.range(1, 40);
+  a.c_in = rng.range(1, 20);
+  a.lanes = kImages;
+  a.engine = engine.number;
+  a.to_floats = rng.chance(40);
+  const int64_t image_groups = ceil_div(a.n, kImages), pairs = ceil_div(a.c_in, 2);
+  RowBlock<Bf16> x(image_groups * a.h * a.w * pairs * kPair);
+  fill_pairs(rng, x.data, image_groups * a.h * a.w, a.c_in);
+  for (int64_t i = rng.chance(25) ? rng.range(1, 4) : 0; i > 0; --i)
+    x.data[Place(rng, a).in_pairs(a)] = bf16_of(special(rng));
+  PairsOutput y(image_groups * a.p * a.q * (a.to_floats ? a.c_in : pairs) * kImages);
+  a.x = reinterpret_cast<const float*>(x.data);
+  a.y = y.y();
+  const PairsWay way(rng, isas, max_threads);
+  const SlimStepF32 step = {int32_t(rng.range(SLIM_STEP_PAIRS_MAX_POOL, SLIM_STEP_PAIRS_PADDED_AVERAGE_POOL)), way.slot,
+                            a};
+  const long before = tally->failures;
+  const int status = way.isa->run(&step, 1, way.threads);
+  if (status != SLIM_OK || !y.kept_inside()) {
+    printf("  status %d, or wrote outside y\n", status);
+    ++tally->failures;
+  } else {
+    compare_pool(a, step.kind, y.data(), tally);
+  }
+  if (tally->failures != before) {
+    describe_pairs(engine, *way.isa, a, way.slot, way.threads);
+    printf("  pooling in pairs, step %d, case %ld\n", step.kind, number);
+  }
+  ++tally->cases;
+}
+
+// ---------------------------------------------------------------- lines
+
+void print_line(const char* name, const Tally& tally) {
+  printf("%s %s: %ld cases, %ld outputs, %ld mismatches, worst error %.3f of its bound\n", name,
+         tally.failures == 0 ? "ok" : "FAILED", tally.cases, tally.outputs, tally.failures, tally.worst);
+  fflush(stdout);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   const char* only = nullptr;
+  const char* only_engine = nullptr;
   long cases = 400;
   int max_threads = 3;
   for (int i = 1; i < argc; ++i) {
     const bool has_value = i + 1 < argc;
     if (has_value && strcmp(argv[i], "--isa") == 0) {
       only = argv[++i];
+    } else if (has_value && strcmp(argv[i], "--engine") == 0) {
+      only_engine = argv[++i];
     } else if (has_value && strcmp(argv[i], "--cases") == 0) {
       cases = atol(argv[++i]);
     } else if (has_value && strcmp(argv[i], "--max-threads") == 0) {
       max_threads = atoi(argv[++i]);
     } else {
-      fprintf(stderr, "kernel_check: expected --isa NAME, --cases N or --max-threads N, got %s\n", argv[i]);
+      fprintf(stderr, "kernel_check: expected --isa NAME, --engine NAME, --cases N or --max-threads N, got %s\n",
+              argv[i]);
       return 2;
     }
   }
@@ -592,7 +1128,10 @@ int main(int argc, char** argv) {
            __builtin_cpu_supports("avx512bw")},
 #endif
   };
+  const Engine engines[] = {
+      {"scalar", SLIM_ENGINE_SCALAR}, {"avx512bf16", SLIM_ENGINE_AVX512BF16}, {"amx", SLIM_ENGINE_AMX}};
   bool failed = false, found = false;
+  Isas usable;
   for (const Isa& isa : isas) {
     if (only != nullptr && strcmp(only, isa.name) != 0) continue;
     found = true;
@@ -601,6 +1140,8 @@ int main(int argc, char** argv) {
       failed = failed || only != nullptr;
       continue;
     }
+    usable.push_back(&isa);
+    if (only_engine != nullptr && only == nullptr) continue;
     Tally tally;
     for (long number = 0; number < cases; ++number) {
       if (number % 4 == 3)
@@ -610,13 +1151,40 @@ int main(int argc, char** argv) {
       else
         run_case(isa, number, max_threads, &tally);
     }
-    printf("%-7s %s: %ld cases, %ld outputs, %ld mismatches, worst error %.3f of its bound\n", isa.name,
-           tally.failures == 0 ? "ok" : "FAILED", tally.cases, tally.outputs, tally.failures, tally.worst);
-    fflush(stdout);
+    char name[32];
+    snprintf(name, sizeof name, "%-7s", isa.name);
+    print_line(name, tally);
     failed = failed || tally.failures != 0;
   }
   if (!found) {
     fprintf(stderr, "kernel_check: expected --isa scalar, avx2 or avx512 as compiled in, got %s\n", only);
+    return 2;
+  }
+  found = false;
+  for (const Engine& engine : engines) {
+    if (only_engine != nullptr ? strcmp(only_engine, engine.name) != 0 : only != nullptr) continue;
+    found = true;
+    char name[32];
+    snprintf(name, sizeof name, "pairs %-10s", engine.name);
+    if (usable.empty() || slim_pairs_engine(engine.number) == nullptr) {
+      printf("%s not supported by this CPU, or not compiled in\n", name);
+      failed = failed || only_engine != nullptr;
+      continue;
+    }
+    Tally tally;
+    for (long number = 0; number < cases; ++number) {
+      if (number % 4 == 3)
+        run_pairs_pool_case(engine, usable, number / 4, max_threads, &tally);
+      else if (number % 8 == 5)
+        run_pairs_copy_case(engine, usable, number / 8, max_threads, &tally);
+      else
+        run_pairs_conv_case(engine, usable, number, max_threads, &tally);
+    }
+    print_line(name, tally);
+    failed = failed || tally.failures != 0;
+  }
+  if (only_engine != nullptr && !found) {
+    fprintf(stderr, "kernel_check: expected --engine scalar, avx512bf16 or amx, got %s\n", only_engine);
     return 2;
   }
   return failed ? 1 : 0;

@@ -40,33 +40,43 @@ def compiler() -> list[str]:
 # Headers
 
 
-def headers_of(compiler: list[str], isa: str) -> set[Path]:
-    """Headers of csrc/ that the instruction set's source file includes, directly or not."""
-    source = CSRC / "cpu" / f"conv2d_{isa}.cpp"
-    rule = output(*compiler, "-std=c++17", *setup.ISA_FLAGS[isa], "-MM", source)
+# Of every source of kernels in csrc/cpu its flags, and what a compiler that takes them compiles.
+SOURCES = {
+    **{f"conv2d_{isa}": (flags, setup.ISA_PROBES[isa]) for isa, flags in setup.ISA_FLAGS.items()},
+    **{f"pairs_{engine}": (flags, setup.ENGINE_PROBES[engine]) for engine, flags in setup.ENGINE_FLAGS.items()},
+}
+
+
+def headers_of(compiler: list[str], name: str) -> set[Path]:
+    """Headers of csrc/ that a source of kernels includes, directly or not."""
+    rule = output(*compiler, "-std=c++17", *SOURCES[name][0], "-MM", CSRC / "cpu" / f"{name}.cpp")
     return {Path(word).resolve() for word in rule.replace("\\\n", " ").split() if word.endswith(".h")}
 
 
 def test_every_header_compiles_alone(compiler: list[str], tmp_path: Path):
-    """With the flags of each instruction set that uses it, so that an editor can open it; and twice, for its guard."""
-    uses: dict[Path, list[str]] = {path: ["scalar"] for path in (CSRC / "tests").glob("*.h")}
-    for isa, flags in setup.ISA_FLAGS.items():
-        if setup.try_compile(compiler, [*setup.CPU, *flags], setup.ISA_PROBES[isa]) is None:
-            for header in headers_of(compiler, isa):
-                uses.setdefault(header, []).append(isa)
+    """With the flags of each source that uses it, so that an editor can open it; and twice, for its guard."""
+    uses: dict[Path, list[str]] = {path: ["conv2d_scalar"] for path in (CSRC / "tests").glob("*.h")}
+    for name, (flags, probe) in SOURCES.items():
+        if setup.try_compile(compiler, [*setup.CPU, *flags], probe) is None:
+            for header in headers_of(compiler, name):
+                uses.setdefault(header, []).append(name)
     assert set(CSRC.glob("*.h")) <= set(uses)
-    if {isa for isas in uses.values() for isa in isas} == set(setup.ISA_FLAGS):
-        assert set((CSRC / "cpu").glob("*.h")) <= set(uses), "a header that no instruction set includes"
+    if {name for names in uses.values() for name in names} == set(SOURCES):
+        assert set((CSRC / "cpu").glob("*.h")) <= set(uses), "a header that no source of kernels includes"
+        vectors = {"vec16.h", "pairs_vec16.h"}
+        assert all({"pairs_avx512bf16", "pairs_amx"} <= set(uses[CSRC / "cpu" / name]) for name in vectors)
 
-    def fault(header: Path, isa: str) -> str | None:
-        source = tmp_path / f"{header.stem}_{isa}.cpp"
+    def fault(header: Path, name: str) -> str | None:
+        source = tmp_path / f"{header.stem}_{name}.cpp"
         source.write_text(f'#include "{header}"\n#include "{header}"\n')
-        flags = [*setup.CPU, *setup.ISA_FLAGS[isa], "-fopenmp", "-Werror", "-fsyntax-only"]
+        flags = [*setup.CPU, *SOURCES[name][0], "-fopenmp", "-Werror", "-fsyntax-only"]
         done = subprocess.run([*compiler, *flags, str(source)], capture_output=True, text=True)
-        return None if done.returncode == 0 else f"{header.name} with the flags of {isa}:\n{done.stderr}"
+        return None if done.returncode == 0 else f"{header.name} with the flags of {name}:\n{done.stderr}"
 
+    # Flags that are the same are tried once.
+    tried = {(header, tuple(SOURCES[name][0])): (header, name) for header, names in uses.items() for name in names}
     with ThreadPoolExecutor(2) as pool:
-        faults = list(pool.map(lambda use: fault(*use), [(path, isa) for path, isas in uses.items() for isa in isas]))
+        faults = list(pool.map(lambda use: fault(*use), tried.values()))
     assert [text for text in faults if text is not None] == []
 
 
