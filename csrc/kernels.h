@@ -118,8 +118,9 @@ typedef struct SlimPairsSource {
 typedef struct SlimPairsRow {
   SlimPairsSource even, odd;
 } SlimPairsRow;
-// WHOLE: both sources of each row are one pair. DIRECT: and the 16 rows are neighbouring pairs of one tap.
-enum { SLIM_GROUP_MIXED = 0, SLIM_GROUP_WHOLE = 1, SLIM_GROUP_DIRECT = 2 };
+// WHOLE: both sources of each row are one pair. DIRECT: and the 16 rows are neighbouring pairs of one tap. SHIFTED:
+// some source is no multiple of 64.
+enum { SLIM_GROUP_MIXED = 0, SLIM_GROUP_WHOLE = 1, SLIM_GROUP_DIRECT = 2, SLIM_GROUP_SHIFTED = 3 };
 typedef struct SlimPairsGroup {
   int32_t rows;          // 1 to 16
   int32_t kind;          // SLIM_GROUP_*

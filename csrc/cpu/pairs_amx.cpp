@@ -25,14 +25,13 @@ struct Amx : PairsVec16 {
   static inline void memory_is_read() { __asm__ volatile("" ::: "memory"); }
 
   // The rows of a group at CHUNK_PIXELS pixels.
-  template <bool WHOLE>
+  template <int KIND>
   static inline void gather(const SlimPairsGroup& group, const PairsChunk& chunk, char* buffer) {
     for (int r = 0; r < group.rows; ++r, buffer += PAIR_ROW) {
       const SlimPairsSource even = group.row[r].even, odd = group.row[r].odd;
       for (int i = 0; i < CHUNK_PIXELS; ++i) {
-        const char* const from = row_at(chunk.pixels[i], even);
-        const __m512i v = WHOLE ? _mm512_load_si512(from) : blend(from, row_at(chunk.pixels[i], odd));
-        _mm512_store_si512(buffer + i * GROUP_ROWS * PAIR_ROW, v);
+        const __m512i row = blend<KIND>(row_at(chunk.pixels[i], even), row_at(chunk.pixels[i], odd));
+        _mm512_store_si512(buffer + i * GROUP_ROWS * PAIR_ROW, row);
       }
     }
     // Rows that a last group lacks have weights of zero, which must meet finite numbers.
@@ -49,9 +48,11 @@ struct Amx : PairsVec16 {
   static inline void gather(const SlimPairsGroup& group, const PairsChunk& chunk, char* buffer) {
     if (group.kind == SLIM_GROUP_DIRECT || (group.taps & taps_of(chunk)) == 0) return;
     if (group.kind == SLIM_GROUP_WHOLE)
-      gather<true>(group, chunk, buffer);
+      gather<SLIM_GROUP_WHOLE>(group, chunk, buffer);
+    else if (group.kind == SLIM_GROUP_MIXED)
+      gather<SLIM_GROUP_MIXED>(group, chunk, buffer);
     else
-      gather<false>(group, chunk, buffer);
+      gather<SLIM_GROUP_SHIFTED>(group, chunk, buffer);
   }
 
   static inline void multiply(const SlimPairsGroup& group, const Bf16* weights, const PairsChunk& chunk,

@@ -21,7 +21,7 @@ struct Avx512Bf16 : PairsVec16 {
         const int32_t* const weights = (const int32_t*)(strip.weights + g * PAIRS_STRIP * 2 * GROUP_ROWS);
         for (int r = 0; r < group.rows; ++r) {
           const SlimPairsRow row = group.row[r];
-          const __m512bh x = (__m512bh)blend(row_at(pixels, row.even), row_at(pixels, row.odd));
+          const __m512bh x = (__m512bh)blend<SLIM_GROUP_SHIFTED>(row_at(pixels, row.even), row_at(pixels, row.odd));
 #pragma GCC unroll 16
           for (int o = 0; o < PAIRS_STRIP; ++o)
             sum[o] = _mm512_dpbf16_ps(sum[o], (__m512bh)_mm512_set1_epi32(weights[o * GROUP_ROWS + r]), x);

@@ -3,6 +3,7 @@
 #include <immintrin.h>
 #include <stdint.h>
 
+#include "../kernels.h"
 #include "vec16.h"
 
 namespace {
@@ -10,9 +11,12 @@ namespace {
 struct PairsVec16 {
   typedef Vec16 Floats;
 
-  // The even numbers from one place with the odd ones from another: rows, or two bytes from them.
+  // A row of a group: the numbers in even places from one row of x, those in odd places from another. In a group of
+  // kind SHIFTED they may also come from two bytes beside a row: nothing else is read there.
+  template <int KIND>
   static inline __m512i blend(const void* even, const void* odd) {
-    return _mm512_mask_loadu_epi16(_mm512_maskz_loadu_epi16(0x55555555, even), 0xaaaaaaaa, odd);
+    const __m512i x = KIND == SLIM_GROUP_SHIFTED ? _mm512_maskz_loadu_epi16(0x55555555, even) : _mm512_load_si512(even);
+    return KIND == SLIM_GROUP_WHOLE ? x : _mm512_mask_loadu_epi16(x, 0xaaaaaaaa, odd);
   }
   static inline __m512 even(const void* row) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_load_si512(row), 16));

@@ -833,15 +833,17 @@ SlimPairsGroup random_group(Rng& rng, int64_t taps, int64_t channels) {
   group.taps = 0;
   const SlimPairsSource none = {SLIM_PAIRS_MAX_TAPS, 0};
   const auto pair = [&](int64_t tap, int64_t number) { return SlimPairsSource{int32_t(tap), int32_t(number * 64)}; };
-  // Any channel in an even (0) or an odd (1) place.
+  // Any channel in an even (0) or an odd (1) place; in half of the groups one that lies in such a place in its pair.
+  const bool in_place = rng.chance(50);
   const auto single = [&](int64_t place) {
-    const int64_t c = rng.below(channels);
+    int64_t c = rng.below(channels);
+    if (in_place && c % 2 != place) c = c % 2 == 1 ? c - 1 : c + 1 < channels ? c + 1 : c;
     return SlimPairsSource{int32_t(rng.below(taps)), int32_t(c / 2 * 64 + 2 * (c % 2 - place))};
   };
   const int64_t tap = rng.below(taps), first = rng.below(whole_pairs >= kRows ? whole_pairs - kRows + 1 : 1);
   for (int32_t r = 0; r < group.rows; ++r) {
     SlimPairsRow& row = group.row[r];
-    if (group.kind == SLIM_GROUP_MIXED) {
+    if (group.kind == SLIM_GROUP_MIXED || group.kind == SLIM_GROUP_SHIFTED) {
       row.even = rng.chance(10) ? none : single(0);
       row.odd = rng.chance(20) ? none : single(1);
     } else if (group.kind == SLIM_GROUP_WHOLE) {
@@ -849,6 +851,7 @@ SlimPairsGroup random_group(Rng& rng, int64_t taps, int64_t channels) {
     } else {
       row.even = row.odd = pair(tap, first + r);
     }
+    if (row.even.row % 64 != 0 || row.odd.row % 64 != 0) group.kind = SLIM_GROUP_SHIFTED;
     if (row.even.tap != SLIM_PAIRS_MAX_TAPS) group.taps |= uint64_t(1) << row.even.tap;
     if (row.odd.tap != SLIM_PAIRS_MAX_TAPS) group.taps |= uint64_t(1) << row.odd.tap;
   }

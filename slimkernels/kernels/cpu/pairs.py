@@ -27,7 +27,7 @@ ENGINES = {"scalar": 1, "avx512_bf16": 2, "amx": 3}  # SLIM_ENGINE_*
 IMAGES = 16
 MAX_TAPS = 63  # SLIM_PAIRS_MAX_TAPS, which also stands for the source that there is none of
 _ROWS, _STRIP, _ROW_BYTES, _NUMBER_BYTES = 16, 16, 64, 2
-_MIXED, _WHOLE, _DIRECT = range(3)  # SLIM_GROUP_*
+_MIXED, _WHOLE, _DIRECT, _SHIFTED = range(4)  # SLIM_GROUP_*
 
 
 @lru_cache(maxsize=1)
@@ -177,7 +177,8 @@ def _heads(sources: Tensor, rows: Tensor) -> Tensor:
     whole = ((sources[:, :, 0] == sources[:, :, 1]).all(2) | ~used).all(1)
     run = place == place[:, :1] + torch.arange(_ROWS) * _ROW_BYTES
     direct = whole & used.all(1) & ((tap == tap[:, :1]) & run & (tap < MAX_TAPS)).all(1)
-    kinds = torch.where(direct, _DIRECT, torch.where(whole, _WHOLE, _MIXED))
+    shifted = ((sources[..., 1] % _ROW_BYTES != 0) & used[:, :, None]).flatten(1).any(1)
+    kinds = torch.where(direct, _DIRECT, torch.where(whole, _WHOLE, torch.where(shifted, _SHIFTED, _MIXED)))
     bits = torch.zeros(total, MAX_TAPS + 1, dtype=torch.long)
     bits.scatter_(1, torch.where(used[:, :, None], sources[..., 0], MAX_TAPS).reshape(total, 2 * _ROWS), 1)
     masks = (bits[:, :MAX_TAPS] << torch.arange(MAX_TAPS)).sum(1)
