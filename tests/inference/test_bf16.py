@@ -15,6 +15,7 @@ from slimkernels.compress.pruning.prune import finalize_, prune_
 from slimkernels.conversion import convert
 from slimkernels.conversion.plan import Policy
 from slimkernels.inference import Replay
+from slimkernels.inference.batches import same
 from slimkernels.kernels.cpu import pairs
 from slimkernels.kernels.cpu.chain import Chain, Form, Link, forms
 from slimkernels.kernels.cpu.layer import NativeLayer
@@ -173,3 +174,16 @@ def test_convert_compares_as_bf16_does(bf16: None) -> None:
     model, x = pruned(), torch.randn(16, 3, 24, 20)
     fast = convert(model, example_inputs=x, policy=ALL)
     assert fast.slimkernels_plan.swapped  # type: ignore[union-attr]
+
+
+def test_what_a_recording_in_bf16_is_compared_with(bf16: None) -> None:
+    """Rounding passes, a wrong layer, another place or a lost NaN does not."""
+    torch.manual_seed(0)
+    a = torch.randn(50, 20)
+    assert same(a, a + 0.05 * torch.randn_like(a)) and same(a, a.bfloat16().float())
+    assert not same(a, torch.randn_like(a)) and not same(a, a.roll(1, 0)) and not same(a, 1.2 * a)
+    lost, none = a.clone(), torch.full((3,), float("nan"))
+    lost[0, 0] = float("nan")
+    assert same(lost, lost) and not same(lost, a) and not same(a, lost) and same(none, none)
+    switch("ieee")
+    assert not same(a, a + 0.05 * torch.randn_like(a))
