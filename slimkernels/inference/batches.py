@@ -101,8 +101,8 @@ def same(a: Any, b: Any) -> bool:
 def _same_in_bf16(a: Tensor, b: Tensor) -> bool:
     """The same of float32 and of what was multiplied in bf16.
 
-    The root of the mean square tells more than the largest difference: of a random ResNet-50 at 224x224 that is 6% of the
-    largest output, by torch's own bf16 7%, where the former are 4.5% and 6.0%. A wrong layer makes about 100%.
+    The root of the mean square tells more than the largest difference: of a random ResNet-50 at 224x224 that is 6% of
+    the largest output, by torch's own bf16 7%, where the former are 4.5% and 6.0%. A wrong layer makes about 100%.
     """
     finite = torch.isfinite(a)
     if not torch.equal(finite, torch.isfinite(b)):
