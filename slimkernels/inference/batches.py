@@ -74,22 +74,26 @@ def cut(outputs: Any, given: int, batch: int) -> Any:
     return _pytree.tree_map(one, outputs)
 
 
-def like_the_model(expected: Any, got: Any) -> bool:
-    """Whether outputs are those of the model up to the order of its sums."""
+def like_the_model(expected: Any, got: Any, in_bf16: bool = False) -> bool:
+    """Whether outputs are those of the model up to the order of its sums, and the precision of its products."""
     if _pytree.tree_structure(expected) != _pytree.tree_structure(got):
         return False
-    return all(same(a, b) for a, b in zip(_pytree.tree_leaves(expected), _pytree.tree_leaves(got)))
+    return all(same(a, b, in_bf16) for a, b in zip(_pytree.tree_leaves(expected), _pytree.tree_leaves(got)))
 
 
-def same(a: Any, b: Any) -> bool:
-    """Whether two outputs of one model are equal up to the order of its sums, and to torch's switches of precision."""
+def same(a: Any, b: Any, in_bf16: bool = False) -> bool:
+    """Whether two outputs of one model are equal up to the order of its sums, and the precision of its products.
+
+    Args:
+        in_bf16: whether float32 was multiplied in bf16 on a CPU. It may also have been while torch's switches allow it.
+    """
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         return type(a) is type(b) and a == b
     if a.shape != b.shape or a.dtype is not b.dtype:
         return False
     if not (a.dtype.is_floating_point or a.dtype.is_complex):
         return torch.equal(a, b)
-    if a.dtype is torch.float32 and a.is_cpu and bf16_allowed():
+    if a.dtype is torch.float32 and a.is_cpu and (in_bf16 or bf16_allowed()):
         return _same_in_bf16(a.detach(), b.detach())
     finite = a.detach()[torch.isfinite(a)]
     largest = float(finite.abs().max()) if finite.numel() else 0.0

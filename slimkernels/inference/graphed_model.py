@@ -134,7 +134,8 @@ class GraphedModel(nn.Module):
             return run_padded(args, kwargs)
 
         # Inputs of zeros, such as those of a warm-up, do not show that a model mixes them with zeros behind them.
-        if all(like_the_model(expected, run_padded(args, kwargs, noise)) for noise in (False, True)):
+        in_bf16 = isinstance(recording, Replay) and recording.in_bf16
+        if all(like_the_model(expected, run_padded(args, kwargs, noise), in_bf16) for noise in (False, True)):
             self._say("pad", f"{describe(key)} was not recorded, so a batch of {batch} runs, filled up with zeros")
             self._others[key] = padded
         else:

@@ -91,7 +91,7 @@ def pack_pairs(packed: StripPack, weight_shape: Sequence[int]) -> PairPack:
     rank = _rank(strip)
     group, slot = starts[strip] + rank.div(_ROWS, rounding_mode="floor"), rank % _ROWS
     total = int(starts[-1])
-    weights = torch.zeros(total, _ROWS, 2, _STRIP)
+    weights = torch.zeros(total, _ROWS, 2, _STRIP, dtype=torch.float32)
     sources = torch.zeros(total, _ROWS, 2, 2, dtype=torch.long)
     sources[..., 0] = MAX_TAPS
     for which, column in enumerate((even, odd)):
@@ -120,7 +120,7 @@ def _columns(packed: StripPack, weight_shape: Sequence[int]) -> tuple[Tensor, Te
     first = run.div(taps, rounding_mode="floor")[:, None] * width + torch.arange(parts) * part
     strip = first.div(_STRIP, rounding_mode="floor")
     keys, place = torch.unique((strip * taps + tap) * c_in + channel, return_inverse=True)
-    values = torch.zeros(keys.numel(), _STRIP)
+    values = torch.zeros(keys.numel(), _STRIP, dtype=torch.float32)
     lanes = (first % _STRIP)[:, :, None] + torch.arange(part)
     values[place[:, :, None], lanes] = packed.weights.detach().view(entries, parts, part)
     strip_and_tap, found = keys.div(c_in, rounding_mode="floor"), keys % c_in
