@@ -261,12 +261,11 @@ class Chain:
             layer = link.layer
             if isinstance(layer, NativeLayer):
                 pack = islice(copies, len(self._pack_of(layer)))
-                bias = None if layer.bias is None else layer.bias
                 if self.form is Form.BF16:
                     layer = replace(layer, pair_pack=PairPack(*pack))
                 else:
                     layer = replace(layer, packed=StripPack(*pack))
-                layer = replace(layer, bias=None if bias is None else next(copies))
+                layer = replace(layer, bias=None if layer.bias is None else next(copies))
             links.append(link._replace(layer=layer))
             offsets.append(dict(zip(own, copies)))
         return replace(self, links=tuple(links), offsets=tuple(offsets))
