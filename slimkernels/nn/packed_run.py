@@ -170,10 +170,9 @@ class PackedRun:
         if not links:
             return None
         form = forms(links, n, [size])[0]
-        chain = Chain.of(links, n, [size], form)
         if form in (Form.VECTORS, Form.PARTS) and not _fit_innermost(links, size):
-            return None
-        return _ShapedChain.of(chain, x, self._images)
+            return None  # among single weights, say, one of torch's linear layers, which is read channels last
+        return _ShapedChain.of(Chain.of(links, n, [size], form), x, self._images)
 
 
 def _links(layers: Sequence[NativeLayer | TorchPooling], size: _Size) -> list[Link]:

@@ -95,6 +95,24 @@ def test_rows_beyond_a_few_are_torchs(chains: list[int]) -> None:
     assert chains == [4, 2]
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("block", [(1, 1), (4, 1)])
+def test_single_weights_want_rows_innermost_and_dense_layers_do_not(
+    chains: list[int], monkeypatch: pytest.MonkeyPatch, isa: str, block: tuple[int, int]
+) -> None:
+    """So a run ends at the dense layer."""
+    monkeypatch.setenv("SLIMKERNELS_ISA", isa)
+    torch.manual_seed(0)
+    mask = torch.rand(-(-32 // block[0]), 32) < 0.5
+    narrow = [BlockSparseLinear.from_dense(nn.Linear(32, 32), block, mask, epilogue="relu") for _ in range(2)]
+    net = sequential(*narrow, nn.Linear(32, 10))
+    with torch.no_grad():
+        for n in (1, MOST_ROWS, 40):
+            x = torch.randn(n, 32)
+            torch.testing.assert_close(agrees(net, x).double(), by_definition(net, x), rtol=1e-4, atol=1e-5)
+    assert chains == [2, 2, 2]
+
+
 def test_without_biases_and_with_low_rank_layers(chains: list[int]) -> None:
     torch.manual_seed(0)
     low_rank = LowRankLinear.from_dense(nn.Linear(800, 800), 256)  # large enough to be native

@@ -132,6 +132,11 @@ class PackedConv2d:
         return self._tail[0] < NARROWEST_CHANNELS_LAST and not self._deep
 
     @property
+    def deep(self) -> bool:
+        """Whether its entries are of several input channels, which are read channels last."""
+        return self._deep
+
+    @property
     def macs(self) -> int:
         """Multiply-adds of one output pixel away from the border."""
         return self._packed[0].numel()

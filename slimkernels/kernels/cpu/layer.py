@@ -59,7 +59,9 @@ class NativeLayer:
 
     def takes_pairs(self, h: int, w: int) -> bool:
         """Whether it runs in bf16 on images of this size."""
-        return takes_pairs(*self.shape[1::-1], self.shape[2:], (h, w), self.conv.output_size(h, w))
+        return not self.conv.deep and takes_pairs(
+            *self.shape[1::-1], self.shape[2:], (h, w), self.conv.output_size(h, w)
+        )
 
     def offsets(self, h: int, w: int, lanes: set[int], parts: Pair) -> dict[int, Tensor]:
         """What the kernel reads of its entries on images of this size, by the number of images that lie innermost."""
