@@ -41,7 +41,9 @@ def bf16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     best = module.bf16_engines()[0]
     if request.param == "fastest" and best == "scalar":
         pytest.skip("this CPU multiplies no bf16")
-    monkeypatch.setattr(pairs, "fast_engines", lambda: ("scalar" if request.param == "scalar" else best,))
+    engine = "scalar" if request.param == "scalar" else best
+    monkeypatch.setattr(pairs, "fast_engines", lambda: (engine,))
+    monkeypatch.setattr(pairs, "MEASURED_FASTER", {engine})
     switch("bf16")
     yield
     switch("ieee")
@@ -153,6 +155,8 @@ def test_which_chains_are_in_bf16(bf16: None, monkeypatch: pytest.MonkeyPatch) -
     torch.backends.mkldnn.conv.fp32_precision = "bf16"  # type: ignore[attr-defined]
     assert first(16) is not Form.BF16, "matrix products stay in float32"
     switch("bf16")
+    monkeypatch.setattr(pairs, "MEASURED_FASTER", {"another"})
+    assert first(16) is not Form.BF16 and forms(links, 16, size)[1] is Form.BF16, "taken where it is measured faster"
     monkeypatch.setattr(pairs, "fast_engines", tuple)
     assert first(16) is not Form.BF16, "nothing here multiplies bf16 faster"
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from slimkernels.kernels.cpu.layer import NativeLayer
 from slimkernels.kernels.cpu.layouts import CHANNELS_LAST, IN_PAIRS, Layout
 from slimkernels.kernels.cpu.memory import Lifetime, Placement, place
-from slimkernels.kernels.cpu.pairs import IMAGES, PairPack, bf16_allowed, engine, to_pairs_step
+from slimkernels.kernels.cpu.pairs import IMAGES, PairPack, bf16_allowed, engine, is_measured_faster, to_pairs_step
 from slimkernels.kernels.cpu.pieces import FULL_ENOUGH, Piece, image_by_image, pieces
 from slimkernels.kernels.cpu.pooling import Pooling
 from slimkernels.kernels.cpu.steps import Step, layout_step
@@ -344,7 +344,9 @@ def forms(links: Sequence[Link], n: int, inputs: Sequence[tuple[int, int, int]])
     """The forms that a chain may take for n images, the one first that is taken unless another is measured faster."""
     sizes = activation_sizes(links, inputs)
     found = _forms_in_float32(links, n, sizes, len(inputs))
-    return [Form.BF16, *found] if takes_bf16(links, n, sizes) else found
+    if not takes_bf16(links, n, sizes):
+        return found
+    return [Form.BF16, *found] if is_measured_faster() else [found[0], Form.BF16, *found[1:]]
 
 
 def _forms_in_float32(links: Sequence[Link], n: int, sizes: Sequence[tuple[int, int, int]], inputs: int) -> list[Form]:

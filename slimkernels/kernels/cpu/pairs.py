@@ -42,6 +42,16 @@ def engine() -> str | None:
     return next(iter(fast_engines()), None)
 
 
+# Measured faster than float32: AMX 1.8 to 5 times on a Xeon (docs/measuring.md). There AVX512_BF16 was slower, and on the
+# CPUs of AMD that it is for nobody has timed it: a recording takes it where it is faster when it is recorded.
+MEASURED_FASTER = frozenset({"amx"})
+
+
+def is_measured_faster() -> bool:
+    """Whether chains take the engine without measuring."""
+    return engine() in MEASURED_FASTER
+
+
 def bf16_allowed() -> bool:
     """Whether torch's switches let a CPU multiply float32 in bf16, in convolutions as well as in matrix products."""
     mkldnn = torch.backends.mkldnn
