@@ -241,7 +241,7 @@ def _no_generated_sources_kept() -> Iterator[None]:
             linecache.cache.pop(key, None)
 
 
-def _compare(expected: Any, got: Any, in_bf16: bool) -> str | None:
+def _compare(expected: Any, got: Any, in_bf16: bool = False) -> str | None:
     """The first output that differs by more than the order and the precision of its sums explain, or None."""
     for i, (a, b) in enumerate(zip(_pytree.tree_leaves(expected), _pytree.tree_leaves(got), strict=True)):
         if isinstance(a, Tensor) and not same(a, b, in_bf16):

@@ -189,6 +189,8 @@ def test_what_a_recording_in_bf16_is_compared_with(bf16: None) -> None:
     lost, none = a.clone(), torch.full((3,), float("nan"))
     lost[0, 0] = float("nan")
     assert same(lost, lost) and not same(lost, a) and not same(a, lost) and same(none, none)
+    infinite = lost.nan_to_num(float("inf"))
+    assert same(infinite, infinite) and not same(infinite, lost) and not same(infinite, -infinite)
     switch("ieee")
     assert not same(a, a + 0.05 * torch.randn_like(a))
 

@@ -42,8 +42,8 @@ def engine() -> str | None:
     return next(iter(fast_engines()), None)
 
 
-# Measured faster than float32: AMX 1.8 to 5 times on a Xeon (docs/measuring.md). There AVX512_BF16 was slower, and on the
-# CPUs of AMD that it is for nobody has timed it: a recording takes it where it is faster when it is recorded.
+# Measured faster than float32: AMX 1.8 to 5 times on a Xeon (docs/measuring.md). There AVX512_BF16 was slower, and on
+# the CPUs of AMD that it is for nobody has timed it: a recording takes it where it is faster when it is recorded.
 MEASURED_FASTER = frozenset({"amx"})
 
 
