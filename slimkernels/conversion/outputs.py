@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from slimkernels.conversion.graph import InputSet, scratch_copy
-from slimkernels.kernels.cpu.pairs import bf16_allowed
+from slimkernels.kernels.cpu.pairs import may_be_in_bf16
 
 # RMS of the difference over RMS of the output, between a model and its converted twin: far above what rounding leaves
 # after tens of layers, far below a wrong layer.
@@ -80,7 +80,6 @@ def _leaf_difference(expected: Any, again: Any, got: Any) -> str | None:
     if ref.numel() == 0 or not bool(torch.isfinite(ref).all()):
         return None
     rms = float((out - ref).square().mean().sqrt())
-    in_bf16 = expected.dtype is torch.float32 and expected.is_cpu and bf16_allowed()
-    dtype = torch.bfloat16 if in_bf16 else expected.dtype
+    dtype = torch.bfloat16 if may_be_in_bf16(expected) else expected.dtype
     allowed = _SAME_RMS.get(dtype, 1e-1) * float(ref.square().mean().sqrt())
     return None if rms <= allowed else f"differs: RMS {rms:.3g}, allowed {allowed:.3g}"

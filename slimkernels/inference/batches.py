@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from slimkernels.kernels.cpu.pairs import bf16_allowed
+from slimkernels.kernels.cpu.pairs import may_be_in_bf16
 
 
 def fitting(recorded: Iterable[Any], key: Any) -> tuple[Any, int, int] | None:
@@ -93,7 +93,7 @@ def same(a: Any, b: Any, in_bf16: bool = False) -> bool:
         return False
     if not (a.dtype.is_floating_point or a.dtype.is_complex):
         return torch.equal(a, b)
-    if a.dtype is torch.float32 and a.is_cpu and (in_bf16 or bf16_allowed()):
+    if may_be_in_bf16(a) or (in_bf16 and a.dtype is torch.float32 and a.is_cpu):
         return _same_in_bf16(a.detach(), b.detach())
     finite = a.detach()[torch.isfinite(a)]
     largest = float(finite.abs().max()) if finite.numel() else 0.0

@@ -59,6 +59,11 @@ def bf16_allowed() -> bool:
     return mkldnn.conv.fp32_precision == "bf16" == mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
 
 
+def may_be_in_bf16(output: Tensor) -> bool:
+    """Whether a float32 output may come from products in bf16, ours or torch's, as the switches are now."""
+    return output.dtype is torch.float32 and output.is_cpu and bf16_allowed()
+
+
 class PairPack(NamedTuple):
     """A weight for convolutions in pairs, see csrc/kernels.h.
 
